@@ -1,0 +1,53 @@
+# Everything works from a fresh clone: the first target that needs it makes .venv and installs into it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install quickstart quickstart-debian test test-all conformance test-browser mutants lint types check clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(STAMP) ## Make .venv and install nearfield with its test tools
+
+quickstart: $(STAMP) ## Train MiniLM on WordNet and compare it with BM25, chance and itself
+	$(BIN)/nearfield train training/recipes/wordnet.yaml
+
+quickstart-debian: $(STAMP) ## Train a search model on Debian's package descriptions
+	$(BIN)/nearfield train training/recipes/debian.yaml
+
+test: $(STAMP) ## Run the tests and show the coverage
+	$(BIN)/python -m pytest -m 'not slow and not browser and not conformance' --cov --cov-report=term
+
+test-all: $(STAMP) ## Run all tests, the slow ones too
+	$(BIN)/python -m pytest -m 'not browser' --cov --cov-report=term
+
+conformance: $(STAMP) ## Run the equalities that the gradient and the resume must satisfy
+	$(BIN)/python -m pytest -m 'conformance' tests/conformance
+
+test-browser: $(STAMP) ## Open the report in a Chromium
+	$(BIN)/python -m pytest -m browser tests/browser
+
+mutants: $(STAMP) ## Change 200 places of the code and see whether the tests notice
+	$(BIN)/python scripts/mutants.py
+
+lint: $(STAMP) ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## Check types
+	$(BIN)/mypy
+
+check: lint types test ## Lint, types and tests
+
+clean: ## Remove .venv and caches, not the runs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

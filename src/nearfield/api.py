@@ -1,0 +1,70 @@
+"""The stages of a run as functions of Python; the command line is a thin layer over the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nearfield.files import read_json
+from nearfield.pipeline import RunResult, open_run, run_stages
+
+if TYPE_CHECKING:
+    from nearfield.data.config import DataConfig
+    from nearfield.data.store import Store
+    from nearfield.report import ReportResult
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """Where a plan is, and how long it is."""
+
+    folder: Path
+    steps: int
+    batch_size: int
+    tokens: int
+    """Real tokens of all epochs."""
+    dropped: dict[str, int]
+    """Examples left out over all epochs, by reason."""
+
+
+def build_data(
+    data: DataConfig | str | Path, cache: str | Path = "runs/.cache", overrides: Sequence[str] = ()
+) -> Store:
+    """The store of a data recipe, built if it is missing."""
+    from nearfield.data import prepare_store
+
+    return prepare_store(data, Path(cache), overrides)
+
+
+def plan(recipe: str | Path, overrides: Sequence[str] = (), run: str | Path | None = None) -> PlanResult:
+    """Write which examples meet in which step of a recipe's run."""
+    folder = run_stages(open_run(recipe, overrides, run), "plan").folder / "plan"
+    summary = read_json(folder / "summary.json", "plan summary")
+    dropped: dict[str, int] = {}
+    for epoch in summary["epochs"]:
+        for reason, count in epoch["dropped"].items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    return PlanResult(
+        folder, summary["steps"], summary["batch_size"], sum(e["tokens"] for e in summary["epochs"]), dropped
+    )
+
+
+def train(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    run: str | Path | None = None,
+    *,
+    until: str | None = None,
+    restart: bool = False,
+) -> RunResult:
+    """Run all stages of a recipe that are missing or stale, up to ``until``."""
+    return run_stages(open_run(recipe, overrides, run), until, restart=restart)
+
+
+def report(run: str | Path, out: str | Path | None = None) -> ReportResult:
+    """Write the HTML report of a run."""
+    from nearfield.report import build_report
+
+    return build_report(Path(run), None if out is None else Path(out))

@@ -1,0 +1,61 @@
+"""``nearfield recipe check|show|schema``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value.", metavar="[KEY=VALUE]...")]
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    group = typer.Typer(help="Check a recipe, show it with all defaults, write its JSON schema.", no_args_is_help=True)
+    group.command()(check)
+    group.command()(show)
+    group.command()(schema)
+    app.add_typer(group, name="recipe")
+
+
+def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Check a recipe and the files that it names."""
+    from nearfield.console import stdout_console
+    from nearfield.recipe import check_recipe, load_recipe
+
+    checked = check_recipe(load_recipe(recipe, overrides or ()))
+    names = ", ".join(source.name for source in checked.sources)
+    stdout_console().print(f"{recipe}: valid. Trains on {names}.", markup=False, highlight=False)
+
+
+def show(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Print every setting of a recipe with the place that it came from."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from nearfield.console import stdout_console
+    from nearfield.recipe import load_recipe, resolve
+
+    table = Table("setting", "value", "from", box=None, pad_edge=False)
+    for value in resolve(load_recipe(recipe, overrides or ())):
+        shown = "null" if value.value is None else str(value.value)
+        table.add_row(
+            Text(value.key), Text(shown), Text(value.origin, style="dim" if value.origin == "default" else "")
+        )
+    stdout_console().print(table)
+
+
+def schema(out: Annotated[Path | None, typer.Option(help="Write here instead of printing.")] = None) -> None:
+    """Write the JSON schema of recipes, which editors complete and check with."""
+    import json
+
+    from nearfield.files import write_text
+    from nearfield.recipe import recipe_schema
+
+    text = json.dumps(recipe_schema(), indent=2) + "\n"
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_text(out, text)

@@ -1,0 +1,44 @@
+"""``nearfield train``: run all stages of a recipe that are missing or stale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nearfield.cli.recipe import Overrides, RecipeFile
+
+RunFolder = Annotated[Path | None, typer.Option("--run", help="The run's folder; runs/NAME by default.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(train)
+
+
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    run: RunFolder = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage (data, tokens, plan, train ...).")] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Train from the start; old checkpoints are kept aside.")
+    ] = False,
+) -> None:
+    """Build, plan, train, evaluate, compare and report: whatever of it is missing or stale.
+
+    An interrupted training goes on from its newest checkpoint.
+    """
+    from nearfield.cli.printing import announce_stage, print_comparison
+    from nearfield.console import stdout_console
+    from nearfield.pipeline import open_run, run_stages
+
+    opened = open_run(recipe, overrides or (), run)
+    result = run_stages(opened, until, restart=restart, on_stage=announce_stage)
+    console = stdout_console()
+    if (result.folder / "comparison.json").is_file() and until is None:
+        print_comparison(result.folder / "comparison.json", console)
+    for name, path in (("run", result.folder), ("model", result.model), ("report", result.report)):
+        if path is not None:
+            console.print(f"{name + ':':8}{path}", markup=False, highlight=False)

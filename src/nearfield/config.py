@@ -1,0 +1,292 @@
+"""The base of every config, and how a YAML file becomes one.
+
+A config is a frozen pydantic model. Unknown keys, wrong types and impossible combinations are errors that name the
+file, the line, the key, the allowed values and the nearest spelling. A key ``kind:`` picks a class from a union that
+is discriminated by ``kind``. Relative paths are resolved against the file that names them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Generic, Self, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
+from pydantic_core import ErrorDetails
+
+from nearfield.errors import BadInputError
+
+KeyPath = tuple[str | int, ...]
+T = TypeVar("T", bound="Config")
+
+
+class Config(BaseModel):
+    """Frozen and strict: settings are written once, in a file or in Python, and never changed behind one's back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: typing.Sequence[str] = ()) -> Self:
+        """Read this config from a YAML file, with ``key.path=value`` overrides."""
+        return load_config(cls, path, overrides).config
+
+
+def _resolve_path(path: Path, info: ValidationInfo) -> Path:
+    base = (info.context or {}).get("base")
+    path = path.expanduser()
+    return (base / path).resolve() if base is not None and not path.is_absolute() else path
+
+
+ConfigPath = Annotated[Path, AfterValidator(_resolve_path)]
+"""A path in a config: relative to the file that names it."""
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[T]):
+    """A config with the place that each of its values came from: a line of a file or an override."""
+
+    config: T
+    path: Path
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+
+    def origin(self, key: KeyPath) -> str:
+        """Where the value at a key path came from: ``file:line``, ``override`` or ``default``."""
+        for length in range(len(key), 0, -1):
+            if key[:length] in self.origins:
+                return self.origins[key[:length]]
+        return "default"
+
+
+def dotted(key: KeyPath) -> str:
+    """``("data", 0, "path")`` as ``data.0.path``."""
+    return ".".join(str(part) for part in key)
+
+
+def _construct(node: yaml.Node, key: KeyPath, path: Path, origins: dict[KeyPath, str], loader: yaml.SafeLoader) -> Any:
+    where = f"{path}:{node.start_mark.line + 1}"
+    origins[key] = where
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            name = loader.construct_object(key_node, deep=True)
+            here = f"{path}:{key_node.start_mark.line + 1}"
+            if not isinstance(name, str):
+                raise BadInputError(f"the key {name!r} is not a string", where=here, hint="Put it in quotes.")
+            if name in result:
+                raise BadInputError(f"the key {dotted((*key, name))!r} stands twice", where=here, hint="Keep one.")
+            result[name] = _construct(value_node, (*key, name), path, origins, loader)
+            origins[(*key, name)] = here
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(child, (*key, i), path, origins, loader) for i, child in enumerate(node.value)]
+    return loader.construct_object(node, deep=True)
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """A YAML file's mapping, and the ``file:line`` of each of its keys. Safe loading only; duplicate keys are errors."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise BadInputError("this file does not exist", where=str(path)) from error
+    except IsADirectoryError as error:
+        raise BadInputError("this is a folder; a YAML file is wanted", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise BadInputError(
+            f"this file is not UTF-8 text ({error.reason} at byte {error.start})", where=str(path)
+        ) from error
+    origins: dict[KeyPath, str] = {}
+    loader = yaml.SafeLoader(text) if _printable(text, path) else None
+    assert loader is not None
+    try:
+        node = loader.get_single_node()
+        value = {} if node is None else _construct(node, (), path, origins, loader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = " ".join(part for part in (error.context, error.problem) if part)
+        raise BadInputError(f"this is not valid YAML: {problem}", where=f"{path}{line}") from error
+    except (RecursionError, ValueError) as error:
+        raise BadInputError(f"this is not usable YAML: {error}", where=str(path)) from error
+    finally:
+        loader.dispose()
+    if not isinstance(value, dict):
+        raise BadInputError(
+            "the file must hold keys and values", where=str(path), hint="Start with lines like 'name: my-run'."
+        )
+    return value, origins
+
+
+def _printable(text: str, path: Path) -> bool:
+    match = yaml.reader.Reader.NON_PRINTABLE.search(text)
+    if match:
+        line = text.count("\n", 0, match.start()) + 1
+        raise BadInputError(f"the character {match.group()!r} is not allowed in YAML", where=f"{path}:{line}")
+    return True
+
+
+def apply_override(data: dict[str, Any], override: str, origins: dict[KeyPath, str]) -> None:
+    """Apply one ``key.path=value`` to parsed YAML, in place. The value is read as YAML; a number picks a list item."""
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise BadInputError(f"the override {override!r} is not of the form key.path=value", where="command line")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInputError(
+            f"the value of the override {override!r} is not valid YAML", where="command line"
+        ) from error
+    key: KeyPath = ()
+    target: Any = data
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        last = position == len(parts) - 1
+        step: str | int = part
+        if isinstance(target, list):
+            if not part.isdigit() or int(part) >= len(target):
+                raise BadInputError(
+                    f"the override {override!r}: {dotted(key)!r} is a list of {len(target)}, so {part!r} names nothing in it",
+                    where="command line",
+                )
+            step = int(part)
+        elif not isinstance(target, dict):
+            raise BadInputError(
+                f"the override {override!r}: {dotted(key)!r} is a single value and has no keys", where="command line"
+            )
+        key = (*key, step)
+        if last:
+            target[step] = value
+        elif isinstance(target, dict):
+            if target.get(part) is None:
+                target[part] = {}
+            target = target[part]
+        else:
+            target = target[int(part)]
+    for known in [known for known in origins if known[: len(key)] == key]:
+        del origins[known]
+    origins[key] = f"override {override}"
+
+
+def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -> Loaded[T]:
+    """Read a config of class ``cls`` from a YAML file and overrides; raise :class:`BadInputError` with all complaints."""
+    path = Path(path)
+    data, origins = read_yaml(path)
+    for override in overrides:
+        apply_override(data, override, origins)
+    config = validate(cls, data, path, origins, base=path.resolve().parent)
+    return Loaded(config, path, origins)
+
+
+def validate(cls: type[T], data: dict[str, Any], path: Path, origins: dict[KeyPath, str], *, base: Path | None) -> T:
+    """Validate parsed YAML; types are not coerced (a number in quotes is a string)."""
+    try:
+        text = json.dumps(data, default=str)
+        return cls.model_validate_json(text, strict=True, context={"base": base})
+    except ValidationError as error:
+        complaints = [_complaint(cls, details, data, path, origins) for details in error.errors(include_url=False)]
+        raise _join(complaints) from error
+
+
+def _join(complaints: list[BadInputError]) -> BadInputError:
+    if len(complaints) == 1:
+        return complaints[0]
+    return BadInputError("\n".join([f"{len(complaints)} things are wrong", *map(str, complaints)]))
+
+
+def _complaint(
+    cls: type[Config], details: ErrorDetails, data: Any, path: Path, origins: dict[KeyPath, str]
+) -> BadInputError:
+    key = _data_path(details["loc"], data)
+    where = str(path)
+    for length in range(len(key), -1, -1):
+        if key[:length] in origins:
+            where = origins[key[:length]]
+            break
+    name, kind, context = dotted(key) or "the file", details["type"], details.get("ctx", {})
+    if kind == "extra_forbidden":
+        owner = _model_at(cls, details["loc"][:-1])
+        allowed = sorted(owner.model_fields) if owner else []
+        return BadInputError(f"unknown key {name!r}", where=where, hint=_suggest(str(key[-1]), allowed, "Keys here"))
+    if kind == "missing":
+        return BadInputError(f"the key {name!r} is missing", where=where, hint=f"Add {key[-1]!r}.")
+    if kind == "union_tag_not_found":
+        expected = str(context.get("discriminator", "'kind'")).strip("'")
+        return BadInputError(f"the key {name + '.' + expected!r} is missing: it picks the kind", where=where)
+    if kind == "union_tag_invalid":
+        tags = [tag.strip().strip("'") for tag in str(context["expected_tags"]).split(",")]
+        tag = str(context["tag"])
+        tag_where = origins.get((*key, "kind"), where)
+        return BadInputError(f"{name}: unknown kind {tag!r}", where=tag_where, hint=_suggest(tag, tags, "Kinds"))
+    if kind in ("literal_error", "enum"):
+        allowed = [part.strip().strip("'") for part in str(context["expected"]).replace(" or ", ", ").split(",")]
+        return BadInputError(
+            f"{name}: {details['input']!r} is not allowed",
+            where=where,
+            hint=_suggest(str(details["input"]), allowed, "Allowed"),
+        )
+    message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    shown = details["input"]
+    value = (
+        ""
+        if isinstance(shown, dict | list) or kind == "value_error"
+        else f" (it is {json.dumps(shown, default=str)[:80]})"
+    )
+    return BadInputError(f"{name}: {message}{value}", where=where)
+
+
+def _suggest(word: str, allowed: typing.Sequence[str], label: str) -> str:
+    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    nearest = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{nearest}{label}: {', '.join(allowed)}."
+
+
+def _data_path(loc: tuple[str | int, ...], data: Any) -> KeyPath:
+    """Pydantic's location without the tags of unions, which are no keys of the file."""
+    key: KeyPath = ()
+    for index, part in enumerate(loc):
+        last = index == len(loc) - 1
+        if isinstance(data, dict):
+            if part in data:
+                data = data[part]
+            elif not last:
+                continue
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        else:
+            continue
+        key = (*key, part)
+    return key
+
+
+def _model_at(annotation: Any, loc: tuple[str | int, ...]) -> type[BaseModel] | None:
+    """The model class at a pydantic location; tags of unions pick the member."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _model_at(typing.get_args(annotation)[0], loc)
+    if origin in (typing.Union, types.UnionType):
+        members = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
+        if len(members) == 1:
+            return _model_at(members[0], loc)
+        for member in members:
+            model = _model_at(member, ())
+            if loc and model is not None and _kind_of(model) == loc[0]:
+                return _model_at(member, loc[1:])
+        return None
+    if origin in (list, tuple):
+        return _model_at(typing.get_args(annotation)[0], loc[1:]) if loc else None
+    if origin is dict:
+        return _model_at(typing.get_args(annotation)[1], loc[1:]) if loc else None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if not loc:
+            return annotation
+        member_field = annotation.model_fields.get(str(loc[0]))
+        return _model_at(member_field.annotation, loc[1:]) if member_field else None
+    return None
+
+
+def _kind_of(model: type[BaseModel]) -> str | None:
+    kind = model.model_fields.get("kind")
+    return None if kind is None else str(typing.get_args(kind.annotation)[0])

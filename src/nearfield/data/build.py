@@ -1,0 +1,175 @@
+"""data recipe -> store: the stage of a run that reads the data."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from nearfield.config import load_config
+from nearfield.data.collect import Collected, collect
+from nearfield.data.config import DataConfig
+from nearfield.data.readers.base import Reader, excerpt
+from nearfield.data.resolve import Resolved, conflict_rows, first_conflicts, resolve
+from nearfield.data.store import FORMAT_VERSION, SourceInfo, Store
+from nearfield.data.summary import Conflicts, DataSummary, SourceSummary, read_summary
+from nearfield.errors import BadInputError
+from nearfield.files import atomic_path, fingerprint, write_json
+
+VERSION = 1
+"""Raised when the same recipe and files give another store."""
+
+logger = logging.getLogger("nearfield.data")
+
+
+def data_fingerprint(config: DataConfig) -> str:
+    """32 hex digits over the recipe, the stage's version and the content of all files read.
+
+    The place of the files does not count, and neither does the order of keys. Files are read once for it.
+    """
+    return _fingerprint(config, [source.reader.build() for source in config.sources])
+
+
+def _fingerprint(config: DataConfig, readers: Sequence[Reader]) -> str:
+    settings = config.model_dump(mode="json")
+    for source in settings["sources"]:
+        for place in ("path", "cache"):
+            source["reader"].pop(place, None)
+    return fingerprint({"version": VERSION, "config": settings, "inputs": [reader.inputs() for reader in readers]})
+
+
+def build_data(config: DataConfig, out: Path) -> DataSummary:
+    """Build the store of a data recipe in the folder ``out``, which is replaced if it exists.
+
+    The folder appears when it is whole. Raises :class:`BadInputError` where a file, a column or too many rows cannot be
+    used; the quarantined rows are then in ``<out>.quarantine.jsonl``. Texts stream through; see :mod:`.writing` and
+    :mod:`.resolve` for the numbers that are held in memory.
+    """
+    readers = [source.reader.build() for source in config.sources]
+    return _build(config, readers, out, _fingerprint(config, readers))
+
+
+def ensure_store(config: DataConfig, cache: Path) -> DataSummary:
+    """Build the store in ``cache/data/<fingerprint>`` unless it is there; ``.reused`` tells which."""
+    readers = [source.reader.build() for source in config.sources]
+    mark = _fingerprint(config, readers)
+    out = cache / "data" / mark
+    if (out / "store.json").is_file():
+        logger.info("The store %s is up to date", out)
+        return read_summary(out)
+    return _build(config, readers, out, mark)
+
+
+def prepare_store(config: DataConfig | Path | str, cache: Path, overrides: Sequence[str] = ()) -> Store:
+    """The store of a data recipe (a config or the path of its file), built if it is missing.
+
+    ``cache`` is a folder for such things, e.g. ``runs/.cache``; the store lies in ``cache/data/<fingerprint>``.
+    """
+    if not isinstance(config, DataConfig):
+        config = load_config(DataConfig, config, overrides).config
+    elif overrides:
+        raise ValueError("overrides go with a file, not with a config that is made already")
+    return Store.open(ensure_store(config, cache).path)
+
+
+def _build(config: DataConfig, readers: list[Reader], out: Path, mark: str) -> DataSummary:
+    if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):
+        hint = "Choose another folder with --out."
+        raise BadInputError("this is there already and is no store; it will not be replaced", where=str(out), hint=hint)
+    remove_leftovers(out)
+    kept = out.with_name(out.name + ".quarantine.jsonl")
+    with atomic_path(out) as aside:
+        aside.mkdir()
+        raw, quarantine = aside / "raw.arrow", aside / "quarantine.jsonl"
+        try:
+            collected = collect(config, readers, aside / "items.arrow", raw, quarantine)
+        except BadInputError as error:
+            if error.where is not None or not quarantine.stat().st_size:
+                raise
+            shutil.copyfile(quarantine, kept)
+            hint = f"Look at the rows in that file; mend them, or raise max_bad_rows (now {config.max_bad_rows:g})."
+            raise BadInputError(error.what, where=str(kept), hint=hint) from error
+        resolved = resolve(config, collected, raw, aside / "examples.arrow")
+        raw.unlink()
+        sources = tuple(SourceInfo(s.name, s.examples.kind, s.task_type, s.prompts) for s in config.sources)
+        summary = _summarise(config, collected, resolved, Store(aside, config.name, mark, sources), out)
+        write_json(aside / "summary.json", summary.to_json())
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "name": config.name,
+            "fingerprint": mark,
+            "sources": [
+                {"name": s.name, "kind": s.kind, "task_type": s.task_type, "prompts": s.prompts.model_dump()} | {"examples": c.examples}
+                for s, c in zip(sources, summary.sources, strict=True)
+            ],
+        }
+        write_json(aside / "store.json", meta)
+    kept.unlink(missing_ok=True)
+    return summary
+
+
+def _summarise(config: DataConfig, collected: Collected, resolved: Resolved, store: Store, out: Path) -> DataSummary:
+    examples = store.examples
+    summaries = []
+    for number, source in enumerate(config.sources):
+        mine = examples.filter(pc.equal(examples.column("source"), number)).select(["group", "cluster"])
+        summaries.append(
+            SourceSummary(
+                name=source.name,
+                kind=source.examples.kind,
+                task_type=source.task_type,
+                rows=collected.rows[number],
+                examples=mine.num_rows,
+                duplicates=resolved.duplicates[number],
+                quarantined=dict(collected.bad[number].most_common()),
+                splits=dict(sorted(resolved.splits[number].items())),
+                groups=pc.count_distinct(mine.column("group")).as_py(),
+                clusters=pc.count_distinct(mine.column("cluster")).as_py(),
+            )
+        )
+    rows = conflict_rows(resolved)
+    texts = dict(zip(rows.tolist(), map(excerpt, store.texts(rows)), strict=True))
+    conflicts = Conflicts(
+        positive_and_negative=len(resolved.clashes),
+        examples_changed=resolved.examples_changed,
+        labels=len(resolved.labels),
+        scores=len(resolved.scores),
+        first=first_conflicts(resolved, texts),
+    )
+    return DataSummary(
+        path=out,
+        name=config.name,
+        fingerprint=store.fingerprint,
+        items=store.items.num_rows,
+        examples=examples.num_rows,
+        sources=tuple(summaries),
+        conflicts=conflicts,
+        shared_between_splits=resolved.shared,
+    )
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what builds of ``out`` left aside when their process was killed."""
+    if not out.parent.is_dir():
+        return
+    for path in out.parent.iterdir():
+        name = path.name
+        if not (name.startswith(f".{out.name}.") and name.endswith(".tmp") and path.is_dir()):
+            continue
+        process = name.removeprefix(f".{out.name}.").partition(".")[0]
+        if process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

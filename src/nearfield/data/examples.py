@@ -1,0 +1,159 @@
+"""A row of a file becomes an example, or a reason why it cannot."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from nearfield.data.config import (
+    ColumnSplit,
+    ExamplesConfig,
+    GradedExamples,
+    HashSplit,
+    LabelledExamples,
+    RetrievalExamples,
+    SourceConfig,
+    as_tuple,
+)
+from nearfield.data.items import canonical_text
+from nearfield.data.readers.base import excerpt
+
+MAX_KEY_CHARACTERS = 1000
+
+
+class BadRowError(Exception):
+    """A row that cannot be used: a reason to count by, and an excerpt of what is wrong."""
+
+    def __init__(self, reason: str, value: object = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.excerpt = excerpt(value)
+
+
+@dataclass(frozen=True, slots=True)
+class TextExample:
+    """An example whose items are texts in NFC; the fields mean what the store's columns mean."""
+
+    query: str
+    positives: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
+    score: float | None = None
+    label: str | None = None
+    group: str | None = None
+    cluster: str | None = None
+    split_key: str | None = None
+    """The name of the split or the value to hash, where a column holds it."""
+
+
+def read_example(source: SourceConfig, values: Mapping[str, object], max_characters: int) -> TextExample:
+    """Map the columns of a row; raise :class:`BadRowError` where the row cannot be used."""
+    example = _items(source.examples, values, max_characters)
+    group = _key(values, source.group) if isinstance(source.group, str) else None
+    cluster = _key(values, source.cluster) if source.cluster is not None else None
+    split_key = None
+    if isinstance(source.split, HashSplit) and source.split.by is not None:
+        split_key = _key(values, source.split.by)
+    elif isinstance(source.split, ColumnSplit):
+        split_key = _key(values, source.split.column)
+    query, positives, negatives, score, label = example
+    return TextExample(query, positives, negatives, score, label, group, cluster, split_key)
+
+
+_Items = tuple[str, tuple[str, ...], tuple[str, ...], float | None, str | None]
+
+
+def _items(examples: ExamplesConfig, values: Mapping[str, object], limit: int) -> _Items:
+    if isinstance(examples, RetrievalExamples):
+        query = _text(values, examples.query, limit)
+        positives = _texts(values, as_tuple(examples.positives), limit)
+        if not positives:
+            raise BadRowError("no positive", dict(values))
+        return query, positives, _texts(values, as_tuple(examples.negatives), limit), None, None
+    if isinstance(examples, GradedExamples):
+        first, second = _text(values, examples.first, limit), _text(values, examples.second, limit)
+        return first, (second,), (), _score(values, examples), None
+    assert isinstance(examples, LabelledExamples)
+    return _text(values, examples.item, limit), (), (), None, _key(values, examples.label)
+
+
+def _value(values: Mapping[str, object], column: str) -> object:
+    if column not in values:
+        raise BadRowError(f"no column {column!r}", f"columns: {', '.join(map(str, list(values)[:20]))}")
+    return values[column]
+
+
+def _text(values: Mapping[str, object], column: str, limit: int) -> str:
+    return _checked(_value(values, column), column, limit)
+
+
+def _checked(value: object, column: str, limit: int) -> str:
+    if not isinstance(value, str):
+        reason = f"{column!r} is null" if value is None else f"{column!r} is not a text ({type(value).__name__})"
+        raise BadRowError(reason, value)
+    if not value or value.isspace():
+        raise BadRowError(f"{column!r} is empty", value)
+    if "\0" in value:
+        raise BadRowError(f"{column!r} has a NUL byte", value)
+    text = canonical_text(value)
+    if len(text) > limit:
+        raise BadRowError(f"{column!r} is longer than {limit:,} characters", value)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadRowError(f"{column!r} is not valid Unicode (a lone surrogate)", value) from error
+    return text
+
+
+def _texts(values: Mapping[str, object], columns: Sequence[str], limit: int) -> tuple[str, ...]:
+    """The texts of one or more columns, each a string or a list; null and, of several columns, empty ones are none."""
+    found: dict[str, None] = {}
+    for column in columns:
+        value = _value(values, column)
+        if value is None or (len(columns) > 1 and value == ""):
+            continue
+        for member in value if isinstance(value, list | tuple) else (value,):
+            found[_checked(member, column, limit)] = None
+    return tuple(found)
+
+
+def _key(values: Mapping[str, object], column: str) -> str:
+    """A label or key: a string, a whole number or a truth value."""
+    value = _value(values, column)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    return _checked(value, column, MAX_KEY_CHARACTERS)
+
+
+def _score(values: Mapping[str, object], examples: GradedExamples) -> float:
+    value = _value(values, examples.score)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise BadRowError(f"{examples.score!r} is not a number", value)
+    try:
+        score = float(value)
+    except (ValueError, OverflowError) as error:
+        raise BadRowError(f"{examples.score!r} is not a number", value) from error
+    if not math.isfinite(score):
+        raise BadRowError(f"{examples.score!r} is not finite", value)
+    if examples.scale is None:
+        return score
+    low, high = examples.scale
+    if not low <= score <= high:
+        raise BadRowError(f"{examples.score!r} is outside its scale", value)
+    return (score - low) / (high - low)
+
+
+def example_digest(
+    source: int, query: int, positives: Sequence[int], negatives: Sequence[int], score: float | None, label: str | None
+) -> bytes:
+    """16 bytes that are equal for equal examples of a source; the order of positives and of negatives does not count."""
+    digest = blake2b(struct.pack("<qqqq", source, query, len(positives), len(negatives)), digest_size=16)
+    digest.update(struct.pack(f"<{len(positives) + len(negatives)}q", *sorted(positives), *sorted(negatives)))
+    digest.update(b"-" if score is None else struct.pack("<d", score + 0.0))
+    digest.update(b"-" if label is None else b"+" + label.encode())
+    return digest.digest()

@@ -1,0 +1,163 @@
+"""The store: items and examples as Arrow files, memory-mapped. After it, everything speaks of row numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nearfield.data.config import Prompts
+from nearfield.errors import BadInputError
+from nearfield.files import read_json
+
+FORMAT_VERSION = 1
+Rows = npt.NDArray[np.int64]
+
+ITEMS_SCHEMA = pa.schema([pa.field("id", pa.binary(16), nullable=False), pa.field("text", pa.large_string(), nullable=False)])
+EXAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("source", pa.int32(), nullable=False),
+        pa.field("query", pa.int64(), nullable=False),
+        pa.field("positives", pa.list_(pa.int64()), nullable=False),
+        pa.field("negatives", pa.list_(pa.int64()), nullable=False),
+        pa.field("score", pa.float64()),
+        pa.field("label", pa.string()),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("cluster", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What a store says about one of its sources."""
+
+    name: str
+    kind: str
+    """``retrieval``, ``graded`` or ``labelled``."""
+    task_type: str
+    prompts: Prompts
+
+
+@dataclass(frozen=True)
+class KnownPositives:
+    """For each query item, the items that the data calls its positives: a compressed sparse row matrix of rows."""
+
+    offsets: Rows
+    """[items + 1]"""
+    rows: Rows
+    """Sorted within each query."""
+
+    def of(self, query: int) -> Rows:
+        """The positives of an item (its row number) in all examples of all splits, sorted; empty if it has none."""
+        return self.rows[self.offsets[query] : self.offsets[query + 1]]
+
+
+class Store:
+    """An opened store. Nothing is read before it is asked for."""
+
+    def __init__(self, path: Path, name: str, fingerprint: str, sources: tuple[SourceInfo, ...]) -> None:
+        self.path = path
+        self.name = name
+        self.fingerprint = fingerprint
+        self.sources = sources
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Open the store in a folder; raise :class:`BadInputError` where there is none or it is of another version."""
+        path = Path(path)
+        if not path.is_dir():
+            raise BadInputError("this store does not exist", where=str(path), hint="Build it: nearfield data build RECIPE.")
+        meta = read_json(path / "store.json", "store")
+        version = meta.get("format_version") if isinstance(meta, dict) else None
+        if version != FORMAT_VERSION:
+            raise BadInputError(
+                f"this store has format version {version}; {FORMAT_VERSION} is wanted",
+                where=str(path),
+                hint="Build it again: nearfield data build RECIPE.",
+            )
+        sources = tuple(
+            SourceInfo(entry["name"], entry["kind"], entry["task_type"], Prompts(**entry["prompts"]))
+            for entry in meta["sources"]
+        )
+        return cls(path, meta["name"], meta["fingerprint"], sources)
+
+    @cached_property
+    def items(self) -> pa.Table:
+        """All items: ``id`` (16 bytes), ``text``."""
+        return self._map("items.arrow")
+
+    @cached_property
+    def examples(self) -> pa.Table:
+        """All examples; ``query``, ``positives`` and ``negatives`` are row numbers of ``items``."""
+        return self._map("examples.arrow")
+
+    def _map(self, name: str) -> pa.Table:
+        try:
+            return pa.ipc.open_stream(pa.memory_map(str(self.path / name))).read_all()
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0][:200]
+            hint = "Delete the folder and build it again."
+            raise BadInputError(f"{name} of this store cannot be read ({reason})", where=str(self.path), hint=hint) from error
+
+    @cached_property
+    def _texts(self) -> tuple[list[pa.Array], Rows]:
+        chunks = self.items.column("text").chunks
+        return chunks, np.concatenate([[0], np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)]).astype(np.int64)
+
+    def texts(self, rows: Sequence[int] | Rows) -> list[str]:
+        """The texts of items, in the order asked for. Row by row from the map: no chunk is copied as a whole."""
+        wanted = np.asarray(rows, dtype=np.int64).ravel()
+        chunks, starts = self._texts
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= starts[-1]):
+            raise IndexError(f"item rows must be in 0 to {starts[-1] - 1}")
+        result: list[str] = [""] * len(wanted)
+        which = np.searchsorted(starts, wanted, side="right") - 1
+        for chunk in np.unique(which).tolist():
+            places = np.flatnonzero(which == chunk)
+            taken = chunks[chunk].take(pa.array(wanted[places] - starts[chunk])).to_pylist()
+            for place, text in zip(places.tolist(), taken, strict=True):
+                result[place] = text
+        return result
+
+    def source_number(self, name: str) -> int:
+        """The number that the examples of a source bear."""
+        for number, source in enumerate(self.sources):
+            if source.name == name:
+                return number
+        names = ", ".join(source.name for source in self.sources)
+        raise BadInputError(f"there is no source {name!r} in this store", where=str(self.path), hint=f"Sources: {names}.")
+
+    def select(self, source: str, split: str) -> Rows:
+        """The row numbers of the examples of a source that are in a split, rising; empty if there are none."""
+        of_source = pc.equal(self.examples.column("source"), self.source_number(source))
+        both = pc.and_(of_source, pc.equal(self.examples.column("split"), split))
+        return np.flatnonzero(both.to_numpy()).astype(np.int64)
+
+    def known_positives(self) -> KnownPositives:
+        """The union of the positives of each query over all retrieval examples of all sources and splits.
+
+        Graded pairs are left out: the second item of a pair with a low score is no positive.
+        """
+        return self._known_positives
+
+    @cached_property
+    def _known_positives(self) -> KnownPositives:
+        count = self.items.num_rows
+        parts: list[Rows] = [np.empty(0, dtype=np.int64)]
+        for batch in self.examples.select(["query", "positives", "score"]).to_batches():
+            lists = batch.column("positives")
+            lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
+            pairs = np.repeat(batch.column("query").to_numpy(), lengths) * count + lists.flatten().to_numpy()
+            graded = np.repeat(batch.column("score").is_valid().to_numpy(zero_copy_only=False), lengths)
+            parts.append(np.unique(pairs[~graded]))
+        pairs = np.unique(np.concatenate(parts))
+        offsets = np.searchsorted(pairs, np.arange(count + 1, dtype=np.int64) * count)
+        return KnownPositives(offsets.astype(np.int64), pairs % max(count, 1))

@@ -1,0 +1,93 @@
+"""The first pass of a build: texts become items on disk, examples become row numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+
+from nearfield.data.items import item_id
+
+_BATCH_ROWS = 32_768
+_BATCH_CHARACTERS = 16 << 20
+
+
+class ItemWriter:
+    """Gives each text its row number and writes each item once.
+
+    Held in memory: the 16-byte id and the row number of each item (about 120 bytes an item) and the texts of one
+    batch; never the texts of the data set.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._writer = pa.ipc.new_stream(str(path), schema)
+        self._rows: dict[bytes, int] = {}
+        self._texts: list[str] = []
+        self._ids: list[bytes] = []
+        self._characters = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._flush()
+        self._writer.close()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def ids(self) -> list[bytes]:
+        """The ids of all items, in the order of rows."""
+        return list(self._rows)
+
+    def add(self, text: str) -> int:
+        """The row of a text (in NFC); a text that is new is written."""
+        identity = item_id("text", (("text", text.encode()),))
+        row = self._rows.get(identity)
+        if row is not None:
+            return row
+        row = self._rows[identity] = len(self._rows)
+        self._ids.append(identity)
+        self._texts.append(text)
+        self._characters += len(text)
+        if len(self._ids) >= _BATCH_ROWS or self._characters >= _BATCH_CHARACTERS:
+            self._flush()
+        return row
+
+    def _flush(self) -> None:
+        if self._ids:
+            columns = [pa.array(self._ids, pa.binary(16)), pa.array(self._texts, pa.large_string())]
+            self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        self._ids, self._texts, self._characters = [], [], 0
+
+
+class TableWriter:
+    """Writes rows of a schema in batches; columns are lists that are filled side by side."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._writer = pa.ipc.new_stream(str(path), schema)
+        self._columns: list[list[object]] = [[] for _ in schema]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._flush()
+        self._writer.close()
+
+    def add(self, *values: object) -> None:
+        """Append one row, its values in the order of the schema."""
+        for column, value in zip(self._columns, values, strict=True):
+            column.append(value)
+        if len(self._columns[0]) >= _BATCH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._columns[0]:
+            arrays = [pa.array(column, field.type) for column, field in zip(self._columns, self._schema, strict=True)]
+            self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+        self._columns = [[] for _ in self._schema]

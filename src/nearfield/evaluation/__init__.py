@@ -1,0 +1,42 @@
+"""Score models on benchmark suites through mteb, keep every score of every query, and compare models by them.
+
+Importing this package imports neither mteb nor torch; the names below are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nearfield.evaluation.comparison import Comparison, compare
+    from nearfield.evaluation.config import FolderTasks, HeldOutTask, MtebTasks, SuiteConfig
+    from nearfield.evaluation.runner import EvaluationResult, evaluate
+
+_HOMES = {
+    "Comparison": "comparison",
+    "compare": "comparison",
+    "EvaluationResult": "runner",
+    "evaluate": "runner",
+    "FolderTasks": "config",
+    "HeldOutTask": "config",
+    "MtebTasks": "config",
+    "SuiteConfig": "config",
+}
+
+__all__ = [
+    "Comparison",
+    "EvaluationResult",
+    "FolderTasks",
+    "HeldOutTask",
+    "MtebTasks",
+    "SuiteConfig",
+    "compare",
+    "evaluate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

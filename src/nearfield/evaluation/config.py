@@ -1,0 +1,81 @@
+"""A suite: a named set of benchmark tasks, as it stands in a YAML file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from nearfield.config import Config, ConfigPath
+
+Language = Annotated[str, Field(pattern=r"^[a-z]{3}-[A-Z][a-z]{3}$")]
+"""ISO 639-3 language and ISO 15924 script, e.g. ``eng-Latn``."""
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=120)]
+"""A task's name is also the name of its result file."""
+
+
+class MtebTasks(Config):
+    """Official tasks, by name or by benchmark; mteb fetches their data from the hub."""
+
+    kind: Literal["mteb"] = "mteb"
+    names: list[TaskName] = []
+    """Names as mteb knows them, e.g. ``SciFact``."""
+    benchmark: str | None = None
+    """All tasks of a benchmark, e.g. ``MTEB(eng, v2)``."""
+    languages: list[str] | None = None
+    """Keep the subsets in these languages (ISO 639-3, e.g. ``eng``)."""
+    subsets: list[str] | None = None
+    """Keep these subsets of the named tasks."""
+    splits: list[str] | None = None
+    """Score these splits instead of the tasks' own."""
+
+    @model_validator(mode="after")
+    def _says_which(self) -> Self:
+        if bool(self.names) == (self.benchmark is not None):
+            raise ValueError("give either 'names' or 'benchmark'")
+        if self.benchmark is not None and (self.subsets is not None or self.splits is not None):
+            raise ValueError("'subsets' and 'splits' go with 'names': a benchmark brings its own")
+        return self
+
+
+class FolderTasks(Config):
+    """A local task (a folder with meta.json and Parquet files), or a folder of such folders."""
+
+    kind: Literal["folder"] = "folder"
+    path: ConfigPath
+    only: list[TaskName] | None = None
+    """Names of the tasks to take from a folder of folders; null takes all."""
+
+
+class HeldOutTask(Config):
+    """The held-out split of a data recipe's source, as a task of the kind that its examples allow.
+
+    Retrieval examples become a retrieval task, graded pairs an STS task, labelled items a classification (or, with
+    ``as: clustering``, a clustering) task.
+    """
+
+    kind: Literal["heldout"] = "heldout"
+    name: TaskName
+    data: ConfigPath
+    """A data recipe (YAML) or a built store (folder)."""
+    source: str
+    split: str = "test"
+    train_split: str = "train"
+    """Where a classification task takes its few training items from."""
+    as_: Literal["auto", "clustering"] = Field("auto", alias="as")
+    distractors: Annotated[int, Field(ge=0)] = 10_000
+    """Documents of the source's other splits that are added to a retrieval corpus."""
+    max_queries: Annotated[int, Field(ge=1)] | None = None
+    """Sample this many queries (pairs, items); null takes all."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    language: Language = "eng-Latn"
+
+
+TaskEntry = Annotated[MtebTasks | FolderTasks | HeldOutTask, Field(discriminator="kind")]
+
+
+class SuiteConfig(Config):
+    """A named set of tasks."""
+
+    name: str = Field(min_length=1)
+    tasks: list[TaskEntry] = Field(min_length=1)

@@ -1,0 +1,300 @@
+"""The held-out split of a data recipe's source as a benchmark task.
+
+Queries are the distinct query items of the split's examples. A document is relevant for a query if *any* example of
+the store, of whatever split, names it as a positive of that query, so that a second sense that was sampled as a
+distractor never counts as a mistake. Queries that share documents (synonyms with one gloss) are one cluster, the unit
+that the statistics resample.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfield.errors import BadInputError
+from nearfield.evaluation.config import HeldOutTask
+from nearfield.evaluation.local import TYPES, SuiteTask, make_task
+from nearfield.evaluation.statistics import DisjointSets
+from nearfield.files import fingerprint
+from nearfield.randomness import generator
+
+OpenStore = Callable[[Path], Any]
+"""Turns the path of a data recipe, or of a store folder, into an open store (``nearfield.data.Store``)."""
+CACHE = Path("runs/.cache")
+
+Ints = NDArray[np.int64]
+
+
+def default_open_store(path: Path) -> Any:
+    """Open a store folder, or build a data recipe's store below ``runs/.cache`` unless it is there already."""
+    from nearfield import data
+
+    if path.is_dir():
+        return data.Store.open(path)
+    return data.prepare_store(data.DataConfig.load(path), CACHE)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The examples of one source: its example rows, and those of the split that is scored."""
+
+    store: Any
+    source: int
+    kind: str
+    task_type: str
+    all: Ints
+    held_out: Ints
+
+    def column(self, name: str, rows: Ints) -> list[Any]:
+        values: list[Any] = self.store.examples.column(name).take(rows).to_pylist()
+        return values
+
+
+def heldout_task(config: HeldOutTask, open_store: OpenStore) -> SuiteTask:
+    """The task of a held-out split. The store is opened now; texts are read when the task runs.
+
+    Raises :class:`BadInputError` if the source or split is not there, or does not allow the task that is asked for.
+    """
+    store = open_store(config.data)
+    rows = _select(config, store)
+    builders = {"retrieval": _retrieval, "graded": _sts, "labelled": _labelled}
+    if rows.kind not in builders:
+        raise BadInputError(
+            f"the source {config.source!r} has examples of kind {rows.kind!r}, which cannot be scored",
+            where=str(config.data),
+        )
+    if config.as_ == "clustering" and rows.kind != "labelled":
+        raise BadInputError(
+            f"'as: clustering' needs labelled examples; the source {config.source!r} has {rows.kind} ones",
+            where=str(config.data),
+        )
+    return builders[rows.kind](config, rows)
+
+
+def _select(config: HeldOutTask, store: Any) -> _Rows:
+    names = [source.name for source in store.sources]
+    if config.source not in names:
+        raise BadInputError(
+            f"there is no source {config.source!r}", where=str(config.data), hint=f"Sources: {', '.join(names)}."
+        )
+    number = names.index(config.source)
+    info = store.sources[number]
+    of_source = np.flatnonzero(store.examples.column("source").to_numpy() == number).astype(np.int64)
+    held_out = np.asarray(store.select(config.source, config.split), dtype=np.int64)
+    if held_out.size == 0:
+        splits = sorted(set(store.examples.column("split").take(of_source).to_pylist()))
+        raise BadInputError(
+            f"the source {config.source!r} has no examples in the split {config.split!r}",
+            where=str(config.data),
+            hint=f"Splits: {', '.join(splits)}.",
+        )
+    return _Rows(store, number, info.kind, info.task_type, of_source, np.sort(held_out))
+
+
+def _task_type(rows: _Rows, allowed: str) -> str:
+    """The source's own type where it is a form of the allowed one, because prompts are resolved by type."""
+    base = TYPES[allowed].base
+    own = TYPES.get(rows.task_type)
+    return rows.task_type if own is not None and own.base is base else allowed
+
+
+def _sample(config: HeldOutTask, rows: Ints, limit: int | None, purpose: str) -> Ints:
+    if limit is None or limit >= len(rows):
+        return rows
+    rng = generator(config.seed, "heldout", config.name, purpose)
+    return np.sort(rng.choice(rows, size=limit, replace=False))
+
+
+def _retrieval(config: HeldOutTask, rows: _Rows) -> SuiteTask:
+    store, known = rows.store, rows.store.known_positives()
+    queries = np.unique(np.array(rows.column("query", rows.held_out), dtype=np.int64))
+    queries = _sample(config, queries, config.max_queries, "queries")
+    gold = np.unique(_flat(rows.column("positives", rows.held_out)))
+    others = np.setdiff1d(rows.all, rows.held_out)
+    pool = np.setdiff1d(np.unique(_flat(rows.column("positives", others))), gold)
+    distractors = _sample(config, pool, config.distractors, "distractors")
+    corpus = np.union1d(gold, distractors)
+    in_corpus = np.zeros(store.items.num_rows, dtype=bool)
+    in_corpus[corpus] = True
+    relevant = {int(q): [int(d) for d in known.of(int(q)) if in_corpus[d]] for q in queries}
+    relevant = {query: documents for query, documents in relevant.items() if documents}
+    clusters = query_clusters(relevant, _document_keys(rows))
+    sizes = Counter(clusters.values())
+    ids = _item_ids(store)
+    result = SuiteTask(
+        None,
+        details={
+            "store": store.fingerprint,
+            "source": config.source,
+            "split": config.split,
+            "queries": len(relevant),
+            "corpus": len(corpus),
+            "relevant_pairs": sum(map(len, relevant.values())),
+            "distractors": len(distractors),
+            "distractors_asked": config.distractors,
+            "clusters": len(sizes),
+            "largest_cluster": max(sizes.values()),
+        },
+    )
+    result.clusters["default", config.split] = {ids(query): ids(cluster) for query, cluster in clusters.items()}
+    qrels = {ids(query): {ids(document): 1 for document in documents} for query, documents in relevant.items()}
+
+    def load() -> dict[str, Any]:
+        query_rows = np.array(sorted(relevant), dtype=np.int64)
+        split = {
+            "corpus": _text_dataset(store, corpus, ids),
+            "queries": _text_dataset(store, query_rows, ids),
+            "relevant_docs": {query: dict(documents) for query, documents in qrels.items()},
+            "top_ranked": None,
+        }
+        return {"default": {config.split: split}}
+
+    content = {"qrels": qrels, "corpus": [ids(int(document)) for document in corpus]}
+    result.task = _make(config, _task_type(rows, "Retrieval"), fingerprint(content), load)
+    return result
+
+
+def query_clusters(relevant: dict[int, list[int]], document_keys: dict[int, set[str]]) -> dict[int, int]:
+    """Query -> cluster: connected components of queries, their relevant documents and those documents' cluster keys.
+
+    The cluster is named by its smallest query. ``document_keys`` gives the cluster keys of the examples that a
+    document is a positive of; where there are none, queries are joined by shared documents alone.
+    """
+    documents = sorted({document for of_query in relevant.values() for document in of_query})
+    place = {document: i for i, document in enumerate(documents)}
+    keys = sorted({key for document in documents for key in document_keys.get(document, ())})
+    key_place = {key: len(documents) + i for i, key in enumerate(keys)}
+    sets = DisjointSets(len(documents) + len(keys))
+    for document in documents:
+        for key in document_keys.get(document, ()):
+            sets.join(place[document], key_place[key])
+    for of_query in relevant.values():
+        for document in of_query[1:]:
+            sets.join(place[of_query[0]], place[document])
+    first: dict[int, int] = {}
+    return {query: first.setdefault(sets.find(place[relevant[query][0]]), query) for query in sorted(relevant)}
+
+
+def _document_keys(rows: _Rows) -> dict[int, set[str]]:
+    keys: dict[int, set[str]] = {}
+    columns = (rows.column("positives", rows.all), rows.column("cluster", rows.all))
+    for documents, cluster in zip(*columns, strict=True):
+        if cluster is not None:
+            for document in documents:
+                keys.setdefault(document, set()).add(cluster)
+    return keys
+
+
+def _sts(config: HeldOutTask, rows: _Rows) -> SuiteTask:
+    chosen = _sample(config, rows.held_out, config.max_queries, "pairs")
+    store, ids = rows.store, _item_ids(rows.store)
+    first = np.array(rows.column("query", chosen), dtype=np.int64)
+    second = _flat(rows.column("positives", chosen))
+    scores = [float(score) for score in rows.column("score", chosen)]
+    keys = rows.column("cluster", chosen)
+    result = SuiteTask(None, details={**_about(config, store), "pairs": len(chosen)})
+    result.clusters["default", config.split] = {str(i): key for i, key in enumerate(keys) if key is not None}
+    sizes = Counter(key if key is not None else f"pair {i}" for i, key in enumerate(keys))
+    result.details |= {"clusters": len(sizes), "largest_cluster": max(sizes.values())}
+
+    def load() -> dict[str, Any]:
+        import datasets
+
+        columns = {"sentence1": store.texts(first), "sentence2": store.texts(second), "score": scores}
+        return {config.split: datasets.Dataset.from_dict(columns)}
+
+    content = [[ids(int(a)), ids(int(b)), s] for a, b, s in zip(first, second, scores, strict=True)]
+    low, high = min(scores), max(scores)
+    attributes = {"min_score": low, "max_score": high if high > low else low + 1}
+    result.task = _make(config, _task_type(rows, "STS"), fingerprint(content), load, attributes)
+    return result
+
+
+def _labelled(config: HeldOutTask, rows: _Rows) -> SuiteTask:
+    chosen = _sample(config, rows.held_out, config.max_queries, "items")
+    store, ids = rows.store, _item_ids(rows.store)
+    splits = {config.split: chosen}
+    clustering = config.as_ == "clustering"
+    if not clustering:
+        train = np.sort(np.asarray(store.select(config.source, config.train_split), dtype=np.int64))
+        if train.size == 0 or config.train_split == config.split:
+            raise BadInputError(
+                f"the source {config.source!r} has no separate train split {config.train_split!r} to fit a classifier on",
+                where=str(config.data),
+                hint="Name it under 'train_split', or use 'as: clustering'.",
+            )
+        splits[config.train_split] = train
+    items = {split: np.array(rows.column("query", r), dtype=np.int64) for split, r in splits.items()}
+    labels = {split: rows.column("label", r) for split, r in splits.items()}
+    numbers = {label: i for i, label in enumerate(sorted({label for column in labels.values() for label in column}))}
+    keys = rows.column("cluster", chosen)
+    result = SuiteTask(None, details={**_about(config, store), "items": len(chosen), "labels": len(numbers)})
+    result.clusters["default", config.split] = {str(i): key for i, key in enumerate(keys) if key is not None}
+    text_name, label_name = ("sentences", "labels") if clustering else ("text", "label")
+
+    def load() -> dict[str, Any]:
+        import datasets
+
+        data = {
+            split: datasets.Dataset.from_dict(
+                {text_name: store.texts(items[split]), label_name: [numbers[label] for label in labels[split]]}
+            )
+            for split in splits
+        }
+        return dict(datasets.DatasetDict(data)) if clustering else {"default": datasets.DatasetDict(data)}
+
+    content = {split: [[ids(int(i)) for i in items[split]], labels[split]] for split in splits}
+    attributes: dict[str, Any] = {}
+    if clustering:
+        size = min(len(chosen), TYPES["Clustering"].base.max_documents_per_cluster)
+        attributes = {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": size}
+    else:
+        attributes = {"train_split": config.train_split}
+    kind = "Clustering" if clustering else _task_type(rows, "Classification")
+    result.task = _make(config, kind, fingerprint(content), load, attributes)
+    return result
+
+
+def _about(config: HeldOutTask, store: Any) -> dict[str, Any]:
+    return {"store": store.fingerprint, "source": config.source, "split": config.split}
+
+
+def _make(
+    config: HeldOutTask,
+    task_type: str,
+    content_hash: str,
+    load: Callable[[], dict[str, Any]],
+    attributes: dict[str, Any] | None = None,
+) -> Any:
+    return make_task(
+        TYPES[task_type].base,
+        name=config.name,
+        task_type=task_type,
+        description=f"The split {config.split} of the source {config.source}, held out from training",
+        content_hash=content_hash,
+        languages={"default": [config.language]},
+        splits=[config.split],
+        load=load,
+        attributes=attributes,
+    )
+
+
+def _flat(lists: list[list[int]]) -> Ints:
+    return np.array([row for of_example in lists for row in of_example], dtype=np.int64)
+
+
+def _item_ids(store: Any) -> Callable[[int], str]:
+    column = store.items.column("id")
+    return lambda row: str(column[int(row)].as_py().hex())
+
+
+def _text_dataset(store: Any, rows: Ints, ids: Callable[[int], str]) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_dict({"id": [ids(int(row)) for row in rows], "text": store.texts(rows)})

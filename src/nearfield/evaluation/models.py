@@ -1,0 +1,63 @@
+"""What can be scored: a sentence-transformers model by folder or name, and the baselines ``bm25`` and ``random``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nearfield.encoders import LoadedEncoder, load_encoder
+from nearfield.errors import BadInputError
+from nearfield.evaluation.encoder import TaskEncoder
+
+BASELINES = {"bm25": "mteb/baseline-bm25s", "random": "mteb/baseline-random-encoder"}
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """A model as mteb calls it, and where its files are (None for a baseline)."""
+
+    wrapper: Any
+    name: str
+    revision: str
+    folder: Path | None
+    note: str | None = None
+
+    @property
+    def encoder(self) -> TaskEncoder | None:
+        """The wrapper, where it is an embedding model with prompts."""
+        return self.wrapper if isinstance(self.wrapper, TaskEncoder) else None
+
+    @property
+    def searches_only(self) -> bool:
+        """Whether the model ranks documents without embedding them (BM25)."""
+        return not hasattr(self.wrapper, "encode")
+
+
+def open_model(
+    model: str | LoadedEncoder, *, name: str | None, device: str | None, batch_tokens: int | None
+) -> ScoredModel:
+    """Load a model by name, folder or baseline name; ``name`` replaces the name that results are filed under."""
+    if name is not None and (name.count("/") > 1 or not all(part.strip() for part in name.split("/"))):
+        raise BadInputError(f"the name {name!r} is not of the form organisation/model", where="name")
+    if isinstance(model, str) and model in BASELINES:
+        return _baseline(model)
+    loaded = load_encoder(model, device=device) if isinstance(model, str) else model
+    filed = name or loaded.name
+    filed = filed if "/" in filed else f"local/{filed}"
+    wrapper = TaskEncoder(loaded.model, name=filed, revision=loaded.revision, batch_tokens=batch_tokens)
+    folder = Path(loaded.path) if Path(loaded.path).is_dir() else None
+    return ScoredModel(wrapper, filed, loaded.revision, folder, loaded.note)
+
+
+def _baseline(model: str) -> ScoredModel:
+    import mteb
+
+    meta = mteb.get_model_meta(BASELINES[model])
+    try:
+        wrapper = meta.load_model()
+    except ImportError as error:
+        raise BadInputError(
+            f"the baseline {model} lacks a package: {str(error).splitlines()[0]}", hint="pip install bm25s PyStemmer"
+        ) from error
+    return ScoredModel(wrapper, meta.name, meta.revision, None)

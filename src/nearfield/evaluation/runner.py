@@ -1,0 +1,272 @@
+"""Score one model on a suite, and file the results as mteb does, with the scores of single units beside them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mteb
+from mteb.abstasks import AbsTaskRetrieval
+from mteb.cache import ResultCache
+from mteb.results import TaskResult
+
+from nearfield.encoders import LoadedEncoder
+from nearfield.errors import BadInputError, NearfieldError
+from nearfield.evaluation.config import SuiteConfig
+from nearfield.evaluation.contract import check_contract, roles_of
+from nearfield.evaluation.heldout import OpenStore
+from nearfield.evaluation.local import SuiteTask
+from nearfield.evaluation.models import ScoredModel, open_model
+from nearfield.evaluation.suite import open_suite
+from nearfield.evaluation.units import Recorder, read_units, write_record
+from nearfield.files import fingerprint
+
+logger = logging.getLogger("nearfield.evaluation")
+
+VERSION = 1
+"""Raised when the same model and data would give other results or other files."""
+PROMPT_MODES = ("contract", "as-is")
+
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation gave.
+
+    ``results_dir`` is the folder ``<org>__<model>/<revision>``; ``scores`` is task -> subset -> main score (mean over
+    the task's splits); ``failures`` is task -> what went wrong; ``not_applicable`` is task -> why the model cannot run
+    it; ``details`` is task -> what is known of a local task (sizes, clusters); ``seconds`` is task -> time it took now.
+    """
+
+    results_dir: Path
+    model: str
+    revision: str
+    scores: Scores
+    failures: dict[str, str] = field(default_factory=dict)
+    not_applicable: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reused: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class ResultFolder(ResultCache):  # type: ignore[misc]
+    """mteb's result cache with its files right in the given folder: ``<folder>/<org>__<model>/<revision>/``."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder.parent)
+        self.folder = folder
+
+    def get_task_result_path(self, task_name: str, model_name: Any, *args: Any, **kwargs: Any) -> Path:
+        """The path of a task's result; mteb's layout below ``folder`` whatever that folder is called."""
+        path: Path = super().get_task_result_path(task_name, model_name, *args, **kwargs)
+        root = self.cache_path / "results"
+        return self.folder / path.relative_to(root) if path.is_relative_to(root) else path
+
+
+def evaluate(
+    model: str | LoadedEncoder,
+    suite: SuiteConfig | Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    open_store: OpenStore | None = None,
+    prompts: str = "contract",
+    overwrite: bool = False,
+    device: str | None = None,
+    batch_tokens: int | None = None,
+    tasks: Sequence[str] | None = None,
+) -> EvaluationResult:
+    """Score a model on a suite and write the results under ``out``.
+
+    ``model`` is a folder, a hub name, a loaded encoder, ``bm25`` or ``random``; ``suite`` a config, a suite YAML or a
+    folder of tasks; ``tasks`` keeps the named ones. ``name`` replaces the model's name in the results. ``open_store``
+    turns the path of a data recipe (or store) into an open store. ``prompts`` is ``contract`` (stop where the model was
+    not trained with the prompts it would get) or ``as-is``.
+
+    A task that fails is recorded in ``failures`` and does not stop the others. Raises :class:`BadInputError` for a
+    model or suite that cannot be used, before any task runs.
+    """
+    if prompts not in PROMPT_MODES:
+        raise BadInputError(
+            f"unknown prompt mode {prompts!r}", where="prompts", hint=f"Modes: {', '.join(PROMPT_MODES)}."
+        )
+    if batch_tokens is not None and batch_tokens < 1:
+        raise BadInputError(f"batch_tokens must be positive; it is {batch_tokens}", where="batch_tokens")
+    suite_tasks = open_suite(suite, only=tasks, open_store=open_store)
+    scored = open_model(model, name=name, device=device, batch_tokens=batch_tokens)
+    meta = scored.wrapper.mteb_model_meta
+    applicable, not_applicable = [], {}
+    for suite_task in suite_tasks:
+        reason = _not_applicable(scored, suite_task.task)
+        if reason is None:
+            applicable.append(suite_task)
+        else:
+            not_applicable[suite_task.name] = reason
+            logger.warning("%s is not applicable: %s", suite_task.name, reason)
+    notes = [scored.note] if scored.note else []
+    if scored.encoder is not None and scored.folder is not None and prompts == "contract":
+        check_contract(scored.encoder, scored.folder, [t.task for t in applicable])
+    elif scored.encoder is not None and prompts == "as-is":
+        notes.append("prompts as they are: the prompt contract was not checked")
+
+    cache = ResultFolder(out)
+    folder = cache.get_task_result_path("any", meta).parent
+    run = _Run(scored, cache, folder, overwrite)
+    for number, suite_task in enumerate(applicable, start=1):
+        logger.info("task %d of %d: %s", number, len(applicable), suite_task.name)
+        run.task(suite_task)
+    return EvaluationResult(
+        results_dir=folder,
+        model=scored.name,
+        revision=scored.revision,
+        scores=run.scores,
+        failures=run.failures,
+        not_applicable=not_applicable,
+        notes=tuple(notes),
+        details=run.details,
+        reused=tuple(run.reused),
+        seconds=run.seconds,
+    )
+
+
+class _Run:
+    """The tasks of one evaluation, one after the other."""
+
+    def __init__(self, scored: ScoredModel, cache: ResultFolder, folder: Path, overwrite: bool) -> None:
+        self.scored, self.cache, self.folder, self.overwrite = scored, cache, folder, overwrite
+        self.scores: Scores = {}
+        self.failures: dict[str, str] = {}
+        self.details: dict[str, dict[str, Any]] = {}
+        self.reused: list[str] = []
+        self.seconds: dict[str, float] = {}
+
+    def task(self, suite_task: SuiteTask) -> None:
+        """Score a task, or take its scores from the results folder."""
+        started = time.monotonic()
+        known = None if self.overwrite else self._present(suite_task)
+        if known is not None:
+            self.scores[suite_task.name], self.details[suite_task.name] = known
+            self.reused.append(suite_task.name)
+            logger.info("%s: present, not scored again", suite_task.name)
+            return
+        try:
+            self._score(suite_task)
+        except NearfieldError as error:
+            self.failures[suite_task.name] = str(error)
+        except Exception as error:  # a broken task must not take the others with it
+            logger.debug("the task %s failed", suite_task.name, exc_info=True)
+            self.failures[suite_task.name] = _explain(suite_task, error)
+        finally:
+            self.seconds[suite_task.name] = time.monotonic() - started
+            if self.scored.encoder is not None:
+                self.scored.encoder.forget()
+            if suite_task.task.data_loaded:
+                suite_task.task.unload_data()
+        if suite_task.name in self.failures:
+            logger.error("%s failed: %s", suite_task.name, self.failures[suite_task.name])
+
+    def _fingerprint(self, suite_task: SuiteTask) -> str:
+        task, encoder = suite_task.task, self.scored.encoder
+        prompts = {} if encoder is None else {str(r): encoder.prompt_for(task.metadata, r) for r in roles_of(task)}
+        parts = [VERSION, task.metadata.name, task.metadata.type, task.metadata.main_score, task.metadata.revision]
+        return fingerprint([*parts, list(task.eval_splits), list(task.hf_subsets), prompts])
+
+    def _present(self, suite_task: SuiteTask) -> tuple[dict[str, float], dict[str, Any]] | None:
+        path = self.cache.get_task_result_path(suite_task.name, self.scored.wrapper.mteb_model_meta)
+        if not path.is_file():
+            return None
+        try:
+            _, metadata = read_units(self.folder, suite_task.name)
+            TaskResult.from_disk(path)
+        except (NearfieldError, ValueError, KeyError) as error:
+            logger.warning("%s: the present result cannot be used and is scored anew (%s)", suite_task.name, error)
+            return None
+        if metadata.get("fingerprint") != self._fingerprint(suite_task):
+            logger.info("%s: the present result is of other data or settings; scored anew", suite_task.name)
+            return None
+        return mean_over_splits(metadata["main_scores"]), metadata["details"]
+
+    def _score(self, suite_task: SuiteTask) -> None:
+        task, wrapper = suite_task.task, self.scored.wrapper
+        task.load_data()
+        recorder = Recorder(suite_task)
+        recorder.attach()
+        model_result = mteb.evaluate(
+            wrapper,
+            task,
+            cache=None,
+            co2_tracker=False,
+            encode_kwargs={"batch_size": 256, "show_progress_bar": False},
+            prediction_folder=self.folder,
+            show_progress_bar=False,
+        )
+        if model_result.exceptions:
+            raise RuntimeError(model_result.exceptions[0].exception)
+        result = model_result.task_results[0]
+        main_scores = {
+            split: {entry["hf_subset"]: float(entry["main_score"]) for entry in entries}
+            for split, entries in result.scores.items()
+        }
+        metadata = {
+            "version": VERSION,
+            "fingerprint": self._fingerprint(suite_task),
+            "task": suite_task.name,
+            "task_type": task.metadata.type,
+            "main_score": task.metadata.main_score,
+            "main_scores": main_scores,
+            "dataset_revision": task.metadata.revision,
+            "model": self.scored.name,
+            "revision": self.scored.revision,
+            "mteb_version": result.mteb_version,
+            "details": suite_task.details,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_record(self.folder, suite_task.name, recorder.record, metadata)
+        self.cache.save_to_cache(result, wrapper.mteb_model_meta)
+        self.scores[suite_task.name] = mean_over_splits(main_scores)
+        self.details[suite_task.name] = suite_task.details
+
+
+def mean_over_splits(main_scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Subset -> score from split -> subset -> score; a subset scored on several splits gets their mean."""
+    subsets = dict.fromkeys(subset for scores in main_scores.values() for subset in scores)
+    result = {}
+    for subset in subsets:
+        values = [scores[subset] for scores in main_scores.values() if subset in scores]
+        result[subset] = sum(values) / len(values)
+    return result
+
+
+def _not_applicable(scored: ScoredModel, task: Any) -> str | None:
+    if scored.searches_only and not isinstance(task, AbsTaskRetrieval):
+        return f"{scored.name} ranks documents for queries and gives no embeddings; this is a {task.metadata.type} task"
+    modalities = scored.wrapper.mteb_model_meta.modalities
+    missing = sorted(set(task.metadata.modalities) - set(modalities))
+    if missing:
+        return f"the task needs {' and '.join(missing)}; the model takes {' and '.join(modalities)} only"
+    return None
+
+
+_OFFLINE = ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectionError", "ConnectTimeout")
+
+
+def _explain(suite_task: SuiteTask, error: BaseException) -> str:
+    names: set[str] = set()
+    chain: BaseException | None = error
+    while chain is not None and len(names) < 20:
+        names.add(type(chain).__name__)
+        chain = chain.__cause__ or chain.__context__
+    dataset = suite_task.task.metadata.dataset
+    if not suite_task.is_local and (names & set(_OFFLINE) or "offline" in str(error).lower()):
+        return (
+            f"its data ({dataset['path']} at {str(dataset['revision'])[:8]}) cannot be fetched: the hub is not reachable. "
+            "Run it once with a connection, or use a local copy (a folder task)."
+        )
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first}"

@@ -1,0 +1,74 @@
+"""From a suite (config, YAML file or folder of tasks) to the tasks that mteb runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nearfield.errors import BadInputError
+from nearfield.evaluation.config import FolderTasks, HeldOutTask, MtebTasks, SuiteConfig
+from nearfield.evaluation.folder import folder_task, task_folders
+from nearfield.evaluation.heldout import OpenStore, default_open_store, heldout_task
+from nearfield.evaluation.local import SuiteTask
+
+
+def open_suite(
+    suite: SuiteConfig | Path, *, only: Sequence[str] | None = None, open_store: OpenStore | None = None
+) -> list[SuiteTask]:
+    """The tasks of a suite, in its order, with no data loaded; ``only`` keeps the named ones."""
+    config, where = _config(suite)
+    tasks: list[SuiteTask] = []
+    for entry in config.tasks:
+        if isinstance(entry, MtebTasks):
+            tasks += _official(entry, where)
+        elif isinstance(entry, FolderTasks):
+            tasks += [folder_task(folder) for folder in task_folders(entry.path, entry.only)]
+        else:
+            assert isinstance(entry, HeldOutTask)
+            tasks.append(heldout_task(entry, open_store or default_open_store))
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInputError(f"the task {name!r} stands twice in the suite {config.name!r}", where=where)
+    if only is None:
+        return tasks
+    for name in only:
+        if name not in names:
+            raise BadInputError(
+                f"there is no task {name!r} in the suite {config.name!r}",
+                where=where,
+                hint=f"Tasks: {', '.join(names)}.",
+            )
+    return [task for task in tasks if task.name in set(only)]
+
+
+def _config(suite: SuiteConfig | Path) -> tuple[SuiteConfig, str]:
+    if isinstance(suite, SuiteConfig):
+        return suite, "suite"
+    if suite.is_dir():
+        folder = suite.resolve()
+        return SuiteConfig(name=folder.name or "folder", tasks=[FolderTasks(path=folder)]), str(suite)
+    if not suite.exists():
+        raise BadInputError(
+            "this suite does not exist", where=str(suite), hint="A suite is a YAML file or a folder of tasks."
+        )
+    return SuiteConfig.load(suite), str(suite)
+
+
+def _official(entry: MtebTasks, where: str) -> list[SuiteTask]:
+    import mteb
+
+    try:
+        if entry.benchmark is not None:
+            tasks = list(mteb.get_benchmark(entry.benchmark).tasks)
+        else:
+            tasks = [mteb.get_task(name, eval_splits=entry.splits, hf_subsets=entry.subsets) for name in entry.names]
+        if entry.languages is not None:
+            tasks = [task.filter_languages(entry.languages) for task in tasks]
+    except (KeyError, ValueError, AttributeError) as error:
+        message = str(error.args[0] if error.args else error).removeprefix("KeyError: ")
+        raise BadInputError(f"mteb: {message}", where=where) from error
+    tasks = [task for task in tasks if task.hf_subsets]
+    if not tasks:
+        raise BadInputError("no task is left after the filters on languages and subsets", where=where)
+    return [SuiteTask(task) for task in tasks]

@@ -1,0 +1,176 @@
+"""A run's folder: which recipe it follows, which of its stages are done, and the manifest that says so."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nearfield.config import Loaded
+from nearfield.errors import BadInputError
+from nearfield.files import read_json, write_json, write_text
+from nearfield.recipe import CheckedRecipe, Recipe, check_recipe, load_recipe
+
+logger = logging.getLogger("nearfield.pipeline")
+
+MANIFEST = "manifest.json"
+_PACKAGES = (
+    "nearfield",
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "accelerate",
+    "mteb",
+    "datasets",
+    "numpy",
+    "scipy",
+    "pyarrow",
+)
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Whether a stage is done, and where its output is."""
+
+    name: str
+    state: str
+    """``done``, ``stale`` (its inputs or settings changed), ``missing`` or ``partial`` (can be continued)."""
+    detail: str
+    path: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe with the folder that its run lives in."""
+
+    loaded: Loaded[Recipe]
+    checked: CheckedRecipe
+    folder: Path
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self.loaded.config
+
+    @property
+    def cache(self) -> Path:
+        """Where artifacts that several runs share are kept, named by their fingerprints."""
+        return self.folder.parent / ".cache"
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest, empty for a new run."""
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            return {}
+        manifest = read_json(path, "manifest")
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("stages", {}), dict):
+            raise BadInputError(
+                "this manifest is not one of a run", where=str(path), hint="Delete it to run all stages again."
+            )
+        return manifest
+
+    def begin(self) -> None:
+        """Write the resolved recipe and the head of the manifest."""
+        manifest = self.manifest()
+        recipe = self.recipe.model_dump(mode="json")
+        write_text(self.folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        head = {
+            "name": self.recipe.name,
+            "created": manifest.get("created", now()),
+            "command": " ".join(["nearfield", *sys.argv[1:]]),
+            "recipe": {"path": str(self.loaded.path.resolve()), "overrides": list(self.overrides)},
+            "seed": self.recipe.seed,
+            "versions": versions(),
+            "device": device(),
+            "stages": manifest.get("stages", {}),
+        }
+        write_json(self.folder / MANIFEST, head)
+
+    def record(self, stage: str) -> dict[str, Any]:
+        """What the manifest says of a stage, empty if it never finished."""
+        entry: dict[str, Any] = self.manifest().get("stages", {}).get(stage, {})
+        return entry
+
+    def finish(self, stage: str, entry: dict[str, Any]) -> None:
+        """Write in the manifest that a stage is done."""
+        manifest = self.manifest()
+        manifest["stages"][stage] = {**entry, "finished": now()}
+        write_json(self.folder / MANIFEST, manifest)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one process at a time works on a run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BadInputError("another process is working on this run", where=str(self.folder)) from error
+            yield
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def device() -> dict[str, Any]:
+    """What this machine computes on."""
+    import torch
+
+    found = {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return found
+
+
+def open_run(recipe: str | Path, overrides: Sequence[str] = (), folder: str | Path | None = None) -> Run:
+    """The run of a recipe file; its folder is ``runs/NAME`` under the current directory unless another is given.
+
+    ``recipe`` may also be a run's folder: then the recipe that the run was made with is read again, from where it was
+    or, if that file is gone, from the copy in the run.
+    """
+    recipe = Path(recipe)
+    if recipe.is_dir():
+        if not (recipe / "recipe.yaml").is_file():
+            raise BadInputError("this folder is no run (it has no recipe.yaml)", where=str(recipe))
+        folder = recipe if folder is None else folder
+        source = read_json(recipe / MANIFEST, "manifest").get("recipe", {}) if (recipe / MANIFEST).is_file() else {}
+        original = Path(source.get("path", ""))
+        if original.is_file():
+            recipe, overrides = original, [*source.get("overrides", []), *overrides]
+        else:
+            recipe = recipe / "recipe.yaml"
+    loaded = load_recipe(recipe, overrides)
+    checked = check_recipe(loaded)
+    folder = Path(folder) if folder is not None else Path("runs") / loaded.config.name
+    if folder.is_file():
+        raise BadInputError("the run's folder is a file", where=str(folder))
+    return Run(loaded, checked, folder.resolve(), tuple(overrides))

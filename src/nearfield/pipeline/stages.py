@@ -1,0 +1,512 @@
+"""The stages of a run. Each reads artifacts and writes artifacts; its fingerprint is that of all it depends on."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nearfield.batching.plan import VERSION as PLAN_VERSION
+from nearfield.data.tokens import VERSION as TOKENS_VERSION
+from nearfield.encoders.build import ModelSource, folder_revision, locate
+from nearfield.encoders.prompts import PromptContract, base_prompts, make_contract
+from nearfield.errors import BadInputError
+from nearfield.evaluation.config import HeldOutTask
+from nearfield.files import atomic_path, fingerprint, hash_file, write_json
+from nearfield.pipeline.run import Run, StageStatus
+
+if TYPE_CHECKING:
+    from nearfield.batching.plan import Plan
+    from nearfield.data.store import Store
+    from nearfield.data.tokens import Rows, TokenCache
+
+logger = logging.getLogger("nearfield.pipeline")
+
+STAGES = ("data", "tokens", "plan", "train", "evaluate", "compare", "report")
+TRAIN_VERSION = 1
+EVALUATE_VERSION = 1
+
+# What decides how a training runs but not what comes out of it.
+_NOT_IN_TRAINING_FINGERPRINT = {
+    "device",
+    "chunk_tokens",
+    "gradient_cache",
+    "graph_tokens",
+    "checkpoints",
+    "log_every",
+    "tensorboard",
+}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a call of :func:`run_stages` left behind."""
+
+    folder: Path
+    ran: tuple[str, ...]
+    """Stages that were missing or stale and ran."""
+    model: Path | None
+    report: Path | None
+
+
+class Stages:
+    """The stages of one run, with their inputs found once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.recipe = run.recipe
+
+    # Fingerprints: each is made of settings, file contents and the fingerprints of earlier stages.
+
+    @cached_property
+    def base(self) -> ModelSource:
+        """The base model's place, found without loading it."""
+        return locate(self.recipe.encoder.model, self.recipe.encoder.revision)
+
+    @cached_property
+    def contract(self) -> PromptContract:
+        """Which prompts this run trains with."""
+        return make_contract(self.run.checked.sources, self.recipe.prompts, base_prompts(self.base.path))
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint that each stage of this recipe should have."""
+        from nearfield.data.build import data_fingerprint
+
+        recipe = self.recipe
+        found = {"data": data_fingerprint(self.run.checked.data)}
+        encoder = recipe.encoder.model_dump(mode="json", exclude={"model", "revision"})
+        found["tokens"] = fingerprint(
+            {
+                "version": TOKENS_VERSION,
+                "data": found["data"],
+                "tokenizer": [self.base.name, self.base.revision, recipe.encoder.max_length],
+                "prompts": self.contract.sources,
+                "split": recipe.split,
+            }
+        )
+        found["plan"] = fingerprint(
+            {
+                "version": PLAN_VERSION,
+                "tokens": found["tokens"],
+                "batches": recipe.batches.model_dump(mode="json"),
+                "seed": recipe.seed,
+                "length": [recipe.training.epochs, recipe.training.max_steps],
+            }
+        )
+        found["train"] = fingerprint(
+            {
+                "version": TRAIN_VERSION,
+                "plan": found["plan"],
+                "encoder": encoder,
+                "prompts": self.contract.model_prompts,
+                "objective": recipe.objective.model_dump(mode="json"),
+                "training": recipe.training.model_dump(mode="json", exclude=_NOT_IN_TRAINING_FINGERPRINT),
+            }
+        )
+        found["evaluate"] = fingerprint(
+            {"version": EVALUATE_VERSION, "train": found["train"], "suite": self._suite_inputs()}
+        )
+        found["compare"] = fingerprint({"evaluate": found["evaluate"]})
+        found["report"] = fingerprint({"compare": found["compare"]})
+        return found
+
+    def _suite_inputs(self) -> Any:
+        from nearfield.data.build import data_fingerprint
+        from nearfield.data.config import DataConfig
+
+        evaluation = self.recipe.evaluation
+        if evaluation is None:
+            return None
+        inputs: list[Any] = [evaluation.model_dump(mode="json", exclude={"suite"})]
+        suite = self.run.checked.suite
+        if suite is None:
+            return [*inputs, folder_revision(evaluation.suite), _folder_hash(evaluation.suite)]
+        for task in suite.tasks:
+            inputs.append(task.model_dump(mode="json", exclude={"data", "path"}))
+            if isinstance(task, HeldOutTask):
+                inputs.append(
+                    _folder_hash(task.data) if task.data.is_dir() else data_fingerprint(DataConfig.load(task.data))
+                )
+            elif task.kind == "folder":
+                inputs.append(_folder_hash(task.path))
+        return inputs
+
+    # Where the outputs are.
+
+    @property
+    def store_path(self) -> Path:
+        """The store of items and examples."""
+        return self.run.cache / "data" / self.fingerprints["data"]
+
+    @property
+    def tokens_path(self) -> Path:
+        """The token cache."""
+        return self.run.cache / "tokens" / self.fingerprints["tokens"]
+
+    def output(self, stage: str) -> Path:
+        """The file or folder whose presence a finished stage promises."""
+        folder = self.run.folder
+        return {
+            "data": self.store_path,
+            "tokens": self.tokens_path,
+            "plan": folder / "plan" / "summary.json",
+            "train": folder / "model",
+            "evaluate": folder / "results",
+            "compare": folder / "comparison.json",
+            "report": folder / "report.html",
+        }[stage]
+
+    def status(self, stage: str) -> StageStatus:
+        """Whether a stage is done with the recipe as it is now."""
+        from nearfield.training.checkpoint import checkpoint_paths
+
+        record = self.run.record(stage)
+        path = self.output(stage)
+        fresh = record.get("fingerprint") == self.fingerprints[stage]
+        if stage in ("data", "tokens"):
+            state = "done" if path.is_dir() else "missing"
+            return StageStatus(
+                stage, state, "in the shared cache" if state == "done" else "", str(path), record.get("seconds")
+            )
+        if fresh and path.exists():
+            return StageStatus(stage, "done", "", str(path), record.get("seconds"))
+        if stage == "train" and not fresh and checkpoint_paths(self.run.folder / "checkpoints"):
+            last = checkpoint_paths(self.run.folder / "checkpoints")[-1]
+            state = "stale" if record else "partial"
+            return StageStatus(stage, state, f"newest checkpoint: {last.name}", str(path))
+        if record and path.exists():
+            return StageStatus(stage, "stale", "its settings or inputs changed", str(path))
+        return StageStatus(stage, "missing", "", str(path))
+
+    def wanted(self, until: str | None) -> list[str]:
+        """The stages of this recipe up to ``until``, in order."""
+        stages = [s for s in STAGES if self.recipe.evaluation is not None or s not in ("evaluate", "compare")]
+        if until is None:
+            return stages
+        if until not in stages:
+            raise BadInputError(f"this recipe has no stage {until!r}", hint=f"Stages: {', '.join(stages)}.")
+        return stages[: stages.index(until) + 1]
+
+    # The stages.
+
+    def data(self) -> dict[str, Any]:
+        """Read the sources into a store of items and examples."""
+        from nearfield.data import prepare_store
+
+        store = prepare_store(self.recipe.data, self.run.cache)
+        return {"items": store.items.num_rows, "examples": store.examples.num_rows}
+
+    def tokens(self) -> dict[str, Any]:
+        """Tokenise the items of the training split with their prompts."""
+        from nearfield.data.tokens import build_tokens
+        from nearfield.encoders.tokenize import Tokenizer
+
+        store = self._store()
+        wanted: dict[str, list[Rows]] = {}
+        for source in self.run.checked.sources:
+            rows = store.select(source.name, self.recipe.split)
+            if not len(rows):
+                splits = sorted({str(s) for s in store.examples["split"].unique().to_pylist()})
+                raise BadInputError(
+                    f"the source {source.name!r} has no examples in the split {self.recipe.split!r}",
+                    where=self.run.loaded.origin(("split",)),
+                    hint=f"Splits: {', '.join(splits)}.",
+                )
+            prompts = self.contract.sources[source.name]
+            part = store.examples.take(rows)
+            wanted.setdefault(prompts["query"], []).append(part["query"].to_numpy())
+            for column in ("positives", "negatives"):
+                wanted.setdefault(prompts["document"], []).append(part[column].combine_chunks().flatten().to_numpy())
+        tokenizer = Tokenizer(self.recipe.encoder)
+        cache = build_tokens(
+            store,
+            {prompt: np.concatenate(rows) for prompt, rows in wanted.items()},
+            tokenizer,
+            tokenizer.prompt_length,
+            self.tokens_path,
+            self.fingerprints["tokens"],
+        )
+        return {"tokens": sum(int(table.offsets[-1]) for table in cache.tables)}
+
+    def plan(self) -> dict[str, Any]:
+        """Write the batches of all epochs."""
+        from nearfield.batching.plan import Lengths, write_plan
+        from nearfield.batching.planner import SourceExamples
+
+        store, tokens, recipe = self._store(), self._tokens(), self.recipe
+        sources, prompts = [], {}
+        for source in self.run.checked.sources:
+            rows = store.select(source.name, recipe.split)
+            part, number = store.examples.take(rows), store.source_number(source.name)
+            sources.append(
+                SourceExamples(
+                    number,
+                    source.name,
+                    rows,
+                    part["query"].to_numpy(),
+                    _lists(part["positives"]),
+                    _lists(part["negatives"]),
+                )
+            )
+            texts = self.contract.sources[source.name]
+            prompts[number] = (tokens.number(texts["query"]), tokens.number(texts["document"]))
+        lengths: Lengths = lambda prompt, items: tokens.tables[prompt].lengths(items)  # noqa: E731
+        planner, steps, summaries = recipe.batches.build(), 0, []
+        names = {str(source.source): source.name for source in sources}
+        with atomic_path(self.run.folder / "plan") as aside:
+            aside.mkdir()
+            for epoch in range(recipe.training.epochs):
+                if recipe.training.max_steps is not None and steps >= recipe.training.max_steps:
+                    break
+                batches = planner.plan(sources, recipe.seed, epoch)
+                metadata = {
+                    "seed": recipe.seed,
+                    "epoch": epoch,
+                    "data": self.fingerprints["data"],
+                    "tokens": self.fingerprints["tokens"],
+                    "batches": recipe.batches.model_dump(mode="json"),
+                    "sources": names,
+                }
+                summary = write_plan(aside / f"epoch-{epoch:03d}.parquet", batches, prompts, lengths, metadata)
+                summary["batches_by_source"] = {names[k]: n for k, n in summary["batches_by_source"].items()}
+                summaries.append(summary)
+                steps += summary["batches"]
+            if steps == 0:
+                raise BadInputError(
+                    f"not one batch of {recipe.batches.batch_size} can be made: {summaries[0]['dropped']}",
+                    where=self.run.loaded.origin(("batches", "batch_size")),
+                    hint="Lower batches.batch_size, or set batches.drop_last=false.",
+                )
+            whole = {
+                "kind": recipe.batches.kind,
+                "batch_size": recipe.batches.batch_size,
+                "steps": steps,
+                "epochs": summaries,
+            }
+            write_json(aside / "summary.json", whole)
+        return {"steps": steps}
+
+    def train(self) -> dict[str, Any]:
+        """Train from the newest checkpoint on and save the model."""
+        from nearfield.encoders.build import build_encoder
+        from nearfield.training.loop import TrainingInputs, train
+
+        store, folder = self._store(), self.run.folder
+        plans, hashes = self._plans()
+        self._set_aside_stale_checkpoints()
+        known = store.known_positives()
+        ids = store.items["id"]
+        inputs = TrainingInputs(
+            plans=plans,
+            plan_hashes=hashes,
+            tokens=self._tokens(),
+            known_positives=known.of,
+            item_ids=lambda rows: [ids[int(row)].as_py().hex() for row in rows],
+        )
+        encoder = build_encoder(self.recipe.encoder, "cpu")
+        result = train(
+            self.recipe.training,
+            self.recipe.objective.build(),
+            encoder.model,
+            inputs,
+            folder,
+            seed=self.recipe.seed,
+            fingerprint=self.fingerprints["train"],
+        )
+        encoder.model.prompts = dict(self.contract.model_prompts)
+        with atomic_path(folder / "model") as aside:
+            encoder.model.save_pretrained(str(aside))
+            self.contract.save(aside)
+        return {
+            "steps": result.steps,
+            "examples": result.examples,
+            "resumed_from": result.resumed_from,
+            "last_loss": result.last_loss,
+            "training_seconds": round(result.seconds, 1),
+            "device": result.device,
+            "precision": result.precision,
+            "base_model": [encoder.name, encoder.revision],
+        }
+
+    def _set_aside_stale_checkpoints(self) -> None:
+        """Checkpoints of another recipe are kept under another name, so that nothing is lost and nothing mixed."""
+        from nearfield.files import read_json
+        from nearfield.training.checkpoint import checkpoint_paths
+
+        folder = self.run.folder / "checkpoints"
+        paths = checkpoint_paths(folder)
+        if not paths or not (paths[-1] / "state.json").is_file():
+            return
+        try:
+            old = read_json(paths[-1] / "state.json", "checkpoint state").get("fingerprint")
+        except BadInputError:
+            return
+        if isinstance(old, str) and old != self.fingerprints["train"]:
+            set_aside(folder, f"checkpoints-{old[:8]}")
+            logger.warning(
+                "The recipe changed: training starts anew; the old checkpoints are in checkpoints-%s", old[:8]
+            )
+
+    def evaluate(self) -> dict[str, Any]:
+        """Score the trained model, the base model and the baselines."""
+        from nearfield.evaluation import evaluate
+
+        evaluation = self.recipe.evaluation
+        assert evaluation is not None
+        models: dict[str, tuple[str, str | None]] = {name: (name, None) for name in evaluation.baselines}
+        if evaluation.before:
+            models["before"] = (self._untrained(), None)
+        models["after"] = (str(self.run.folder / "model"), f"nearfield/{self.recipe.name}")
+        folders, failures = {}, {}
+        for label, (model, name) in models.items():
+            logger.info("Evaluating %s (%s)", label, name or model)
+            result = evaluate(
+                model,
+                self.run.checked.suite or evaluation.suite,
+                self.run.folder / "results",
+                name=name,
+                open_store=self._open_store,
+                prompts="as-is" if label == "before" else evaluation.prompts,
+            )
+            folders[label] = str(result.results_dir.relative_to(self.run.folder))
+            if result.failures:
+                failures[label] = {task: str(reason) for task, reason in result.failures.items()}
+        if failures:
+            lines = [
+                f"{label}: {task}: {reason}" for label, tasks in failures.items() for task, reason in tasks.items()
+            ]
+            raise BadInputError("some tasks failed:\n" + "\n".join(lines), where=str(self.run.folder / "results"))
+        return {"results": folders}
+
+    def _untrained(self) -> str:
+        """The base model as the recipe builds it: by name where the recipe changes nothing, else saved beside the run."""
+        encoder = self.recipe.encoder
+        if encoder.pooling is None and encoder.normalize is None and encoder.max_length is None:
+            return encoder.model
+        from nearfield.encoders.build import build_encoder
+
+        path = self.run.folder / "untrained"
+        with atomic_path(path) as aside:
+            build_encoder(encoder, "cpu").model.save_pretrained(str(aside), create_model_card=False)
+        return str(path)
+
+    def compare(self) -> dict[str, Any]:
+        """Intervals for each model and paired differences to the base model."""
+        from nearfield.evaluation import compare
+
+        folders = self.run.record("evaluate")["results"]
+        baseline = "before" if "before" in folders else next(iter(folders))
+        labels = sorted(folders, key=lambda label: (label != baseline, list(folders).index(label)))
+        comparison = compare(
+            [self.run.folder / folders[label] for label in labels], labels=labels, seed=self.recipe.seed
+        )
+        write_json(self.run.folder / "comparison.json", comparison.to_json())
+        return {"baseline": baseline}
+
+    def report(self) -> dict[str, Any]:
+        """Write the HTML report."""
+        from nearfield.report import build_report
+
+        result = build_report(self.run.folder)
+        return {"bytes": result.size}
+
+    # Opened artifacts.
+
+    def _store(self) -> Store:
+        from nearfield.data.store import Store
+
+        return Store.open(self.store_path)
+
+    def _open_store(self, path: Path) -> Store:
+        from nearfield.data import prepare_store
+        from nearfield.data.store import Store
+
+        return Store.open(path) if path.is_dir() else prepare_store(path, self.run.cache)
+
+    def _tokens(self) -> TokenCache:
+        from nearfield.data.tokens import TokenCache
+
+        return TokenCache(self.tokens_path)
+
+    def _plans(self) -> tuple[list[Plan], list[str]]:
+        from nearfield.batching.plan import Plan
+
+        paths = sorted((self.run.folder / "plan").glob("epoch-*.parquet"))
+        return [Plan(path) for path in paths], [hash_file(path) for path in paths]
+
+
+def _lists(column: Any) -> list[Rows]:
+    """An Arrow column of integer lists as arrays, views of one."""
+    array = column.combine_chunks()
+    offsets = array.offsets.to_numpy()
+    values = array.values.to_numpy(zero_copy_only=False)
+    return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
+
+
+def _folder_hash(folder: Path) -> str:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return fingerprint([[str(file.relative_to(folder)), hash_file(file)] for file in files])
+
+
+def set_aside(path: Path, name: str) -> None:
+    """Rename a folder to ``name`` beside it, replacing what an earlier call left there."""
+    target = path.with_name(name)
+    if target.exists():
+        shutil.rmtree(target)
+    path.rename(target)
+
+
+def status(run: Run) -> list[StageStatus]:
+    """The state of each stage of a run."""
+    stages = Stages(run)
+    return [stages.status(stage) for stage in stages.wanted(None)]
+
+
+def run_stages(
+    run: Run,
+    until: str | None = None,
+    *,
+    restart: bool = False,
+    on_stage: Callable[[str, str], None] | None = None,
+) -> RunResult:
+    """Run the stages that are missing or stale, in order; once one ran, those after it are looked at anew.
+
+    ``restart`` keeps old checkpoints aside and trains from the start. ``on_stage`` is told each stage and ``done`` or
+    ``running``.
+    """
+    stages = Stages(run)
+    wanted = stages.wanted(until)
+    ran: list[str] = []
+    with run.lock():
+        run.begin()
+        if restart and (run.folder / "checkpoints").is_dir():
+            set_aside(run.folder / "checkpoints", "checkpoints-before-restart")
+        for name in wanted:
+            fresh = stages.status(name).state == "done" and not (restart and name == "train")
+            if on_stage is not None:
+                on_stage(name, "done" if fresh else "running")
+            if fresh and run.record(name):
+                continue
+            began = time.monotonic()
+            details = {} if fresh else getattr(stages, name)()
+            seconds = round(time.monotonic() - began, 1)
+            entry = {
+                "fingerprint": stages.fingerprints[name],
+                "path": str(stages.output(name)),
+                "seconds": seconds,
+                **details,
+            }
+            run.finish(name, entry)
+            if not fresh:
+                ran.append(name)
+    model, report = run.folder / "model", run.folder / "report.html"
+    return RunResult(run.folder, tuple(ran), model if model.is_dir() else None, report if report.is_file() else None)

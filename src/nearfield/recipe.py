@@ -1,0 +1,155 @@
+"""The recipe: one YAML file that describes a run, as a typed object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from nearfield.batching.config import BatchConfig, SingleSourceConfig
+from nearfield.config import Config, ConfigPath, KeyPath, Loaded, dotted, load_config
+from nearfield.data.config import DataConfig, SourceConfig
+from nearfield.encoders.config import EncoderConfig, PromptConfig
+from nearfield.encoders.prompts import make_contract
+from nearfield.errors import BadInputError
+from nearfield.evaluation.config import HeldOutTask, SuiteConfig
+from nearfield.objectives.config import InfoNCEConfig, ObjectiveConfig
+from nearfield.training.config import TrainingConfig
+
+
+class EvaluationConfig(Config):
+    """What the model is scored on, before and after training, and what it is compared with."""
+
+    suite: ConfigPath
+    """A suite file, or a folder of local tasks."""
+    before: bool = True
+    """Score the base model too."""
+    baselines: tuple[Literal["bm25", "random"], ...] = ("bm25", "random")
+    prompts: Literal["contract", "as-is"] = "contract"
+    """``contract`` refuses a task whose prompt the model was not trained with; ``as-is`` lets it pass."""
+
+
+class Recipe(Config):
+    """A run: data, encoder, objective, batches, training, evaluation."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    """The run's folder is runs/NAME; letters, digits, '.', '_' and '-'."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: ConfigPath
+    """The data recipe."""
+    sources: tuple[str, ...] | None = None
+    """The sources to train on; null takes all that the objective can learn from."""
+    split: str = "train"
+    """The split to train on."""
+    encoder: EncoderConfig = EncoderConfig()
+    prompts: PromptConfig = PromptConfig()
+    objective: ObjectiveConfig = InfoNCEConfig()
+    batches: BatchConfig = SingleSourceConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig | None = None
+
+
+@dataclass(frozen=True)
+class CheckedRecipe:
+    """A recipe with the files that it names, all valid and fitting together."""
+
+    recipe: Recipe
+    data: DataConfig
+    sources: tuple[SourceConfig, ...]
+    """The sources to train on."""
+    suite: SuiteConfig | None
+    """None where there is no evaluation, or where it is a folder of tasks."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Loaded[Recipe]:
+    """Read a recipe with the place that each of its values came from."""
+    return load_config(Recipe, path, overrides)
+
+
+def check_recipe(loaded: Loaded[Recipe]) -> CheckedRecipe:
+    """Read the files that a recipe names and check that all fits together."""
+    recipe = loaded.config
+    data = DataConfig.load(recipe.data)
+    sources = _chosen_sources(loaded, data)
+    suite = _suite(loaded)
+    make_contract(sources, recipe.prompts, {})
+    return CheckedRecipe(recipe, data, sources, suite)
+
+
+def _chosen_sources(loaded: Loaded[Recipe], data: DataConfig) -> tuple[SourceConfig, ...]:
+    recipe = loaded.config
+    kind = recipe.objective.example_kind
+    by_name = {source.name: source for source in data.sources}
+    if recipe.sources is None:
+        sources = tuple(source for source in data.sources if source.examples.kind == kind)
+        if not sources:
+            raise BadInputError(
+                f"the objective {recipe.objective.kind!r} learns from {kind} examples, and no source has any",
+                where=loaded.origin(("objective",)),
+                hint=f"Sources of {recipe.data}: "
+                + ", ".join(f"{s.name} ({s.examples.kind})" for s in data.sources)
+                + ".",
+            )
+        return sources
+    for position, name in enumerate(recipe.sources):
+        where = loaded.origin(("sources", position))
+        if name not in by_name:
+            raise BadInputError(f"there is no source {name!r}", where=where, hint=f"Sources: {', '.join(by_name)}.")
+        if by_name[name].examples.kind != kind:
+            raise BadInputError(
+                f"the source {name!r} has {by_name[name].examples.kind} examples; the objective {recipe.objective.kind!r} learns from {kind} examples",
+                where=where,
+            )
+    if len(set(recipe.sources)) < len(recipe.sources):
+        raise BadInputError("a source stands twice", where=loaded.origin(("sources",)))
+    return tuple(by_name[name] for name in recipe.sources)
+
+
+def _suite(loaded: Loaded[Recipe]) -> SuiteConfig | None:
+    evaluation = loaded.config.evaluation
+    if evaluation is None or evaluation.suite.is_dir():
+        return None
+    suite = SuiteConfig.load(evaluation.suite)
+    for position, task in enumerate(suite.tasks):
+        if isinstance(task, HeldOutTask) and not task.data.is_dir():
+            sources = [source.name for source in DataConfig.load(task.data).sources]
+            if task.source not in sources:
+                raise BadInputError(
+                    f"tasks.{position}.source: there is no source {task.source!r} in {task.data}",
+                    where=str(evaluation.suite),
+                    hint=f"Sources: {', '.join(sources)}.",
+                )
+    return suite
+
+
+@dataclass(frozen=True)
+class ResolvedValue:
+    """One setting of a resolved recipe."""
+
+    key: str
+    value: Any
+    origin: str
+    """``file:line``, ``override key=value`` or ``default``."""
+
+
+def resolve(loaded: Loaded[Recipe]) -> list[ResolvedValue]:
+    """All settings of a recipe, defaults included, with the place that each came from."""
+    values: list[ResolvedValue] = []
+
+    def walk(value: Any, key: KeyPath) -> None:
+        if isinstance(value, BaseModel):
+            for name in type(value).model_fields:
+                walk(getattr(value, name), (*key, name))
+        else:
+            values.append(ResolvedValue(dotted(key), value, loaded.origin(key)))
+
+    walk(loaded.config, ())
+    return values
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of recipes, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

@@ -1,0 +1,244 @@
+"""The training curves: ``metrics.jsonl`` as a few charts and one small table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from nearfield.report import text
+from nearfield.report.run import AbsentError, real
+from nearfield.report.svg import LineChart, Series, line_chart
+
+POINTS = 400
+"""Points of a curve at most; longer runs are cut into so many stretches of steps, each drawn by its mean."""
+
+NAN = math.nan
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The lines of ``metrics.jsonl`` by column, one value a step; a step without a value has not-a-number."""
+
+    steps: list[float]
+    columns: dict[str, list[float]]
+    torn: int
+    broken: int
+    repeated: int
+
+    def column(self, name: str) -> list[float]:
+        """A column, of the length of ``steps``; all not-a-number where the run did not record it."""
+        return self.columns.get(name, [NAN] * len(self.steps))
+
+    def known(self, name: str) -> bool:
+        """Whether the column has one finite value."""
+        return any(math.isfinite(value) for value in self.column(name))
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawn chart: heading, SVG, and the numbers behind it (of the length of ``x``) for the tooltip."""
+
+    key: str
+    title: str
+    svg: Markup
+    x: list[float]
+    series: list[tuple[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The section: charts, a table of some steps, notes, and the totals that the overview shows."""
+
+    charts: list[Chart]
+    heads: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+    steps: int
+    rows_seen: float
+    tokens: float
+    padded: float
+    seconds: float
+    first_loss: float
+    last_loss: float
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read the file; the last line may be torn by a crash, and a resumed run may write a step twice (the last counts)."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError as error:
+        raise AbsentError("No metrics.jsonl: the run has not trained a step.") from error
+    records: dict[float, dict[str, float]] = {}
+    torn = broken = repeated = 0
+    for position, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            last = position == len(lines) - 1
+            torn, broken = torn + last, broken + (not last)
+            continue
+        step = real(record.get("step")) if isinstance(record, dict) else None
+        if step is None or not math.isfinite(step):
+            broken += 1
+            continue
+        numbers = {str(name): value for name, value in ((key, real(item)) for key, item in record.items()) if value is not None}
+        if "loss" not in numbers and "loss" in record:
+            numbers["loss"] = NAN
+        repeated += step in records
+        records[step] = numbers
+    steps = sorted(records)
+    names = sorted({name for record in records.values() for name in record})
+    columns = {name: [records[step].get(name, NAN) for step in steps] for name in names}
+    return Metrics(steps, columns, torn, broken, repeated)
+
+
+def thin(xs: Sequence[float], ys: Sequence[float], points: int) -> tuple[list[float], list[float]]:
+    """At most ``points`` pairs: the mean of x and of the finite y of each stretch of steps."""
+    if len(xs) <= points:
+        return list(xs), list(ys)
+    edges = [round(index * len(xs) / points) for index in range(points + 1)]
+    thin_x, thin_y = [], []
+    for start, end in zip(edges, edges[1:], strict=False):
+        values = [value for value in ys[start:end] if math.isfinite(value)]
+        thin_x.append(xs[start] if points >= len(xs) else math.fsum(xs[start:end]) / (end - start))
+        thin_y.append(math.fsum(values) / len(values) if values else NAN)
+    return thin_x, thin_y
+
+
+def smooth(values: Sequence[float], span: float) -> list[float]:
+    """Exponential moving average over about ``span`` values, without the pull to the first one; gaps stay gaps."""
+    keep = 1 - 1 / max(span, 1.0)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = keep * total + value, keep * weight + 1
+            result.append(total / weight)
+        else:
+            result.append(NAN)
+    return result
+
+
+def _chart(metrics: Metrics, key: str, title: str, columns: Sequence[tuple[str, str]], *, smoothed: bool, zero: bool) -> Chart:
+    xs: list[float] = metrics.steps
+    series: list[Series] = []
+    shown: list[tuple[str, list[float]]] = []
+    for number, (column, label) in enumerate(columns, start=1):
+        if not metrics.known(column):
+            continue
+        xs, ys = thin(metrics.steps, metrics.column(column), POINTS)
+        style = f"s{number}"
+        if smoothed and len(ys) >= 20:
+            series.append(Series("each step" if len(metrics.steps) <= POINTS else "mean of some steps", ys, style, faint=True))
+            ys = smooth(ys, len(ys) / 20)
+            label = f"{label}, smoothed"
+        series.append(Series(label, ys, style))
+        shown.append((label, ys))
+    chart = LineChart(key, title, xs, series, from_zero=zero)
+    return Chart(key, title, line_chart(chart), [round(x, 2) for x in xs], shown)
+
+
+def _padding(metrics: Metrics) -> Metrics:
+    """The metrics with the column ``padding_share``: the share of the computed token places that held padding."""
+    shares = []
+    for tokens, padded in zip(metrics.column("tokens"), metrics.column("padded_tokens"), strict=True):
+        good = math.isfinite(tokens) and math.isfinite(padded) and padded >= tokens > 0
+        shares.append(1 - tokens / padded if good else NAN)
+    return Metrics(metrics.steps, {**metrics.columns, "padding_share": shares}, metrics.torn, metrics.broken, metrics.repeated)
+
+
+def _speed(metrics: Metrics) -> Metrics:
+    """The metrics with the column ``tokens_per_second``."""
+    speeds = []
+    for tokens, seconds in zip(metrics.column("tokens"), metrics.column("seconds"), strict=True):
+        speeds.append(tokens / seconds if math.isfinite(tokens) and math.isfinite(seconds) and seconds > 0 else NAN)
+    return Metrics(metrics.steps, {**metrics.columns, "tokens_per_second": speeds}, metrics.torn, metrics.broken, metrics.repeated)
+
+
+CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...], bool, bool], ...] = (
+    ("loss", "Loss", (("loss", "loss"),), True, False),
+    ("learning-rate", "Learning rate", (("learning_rate", "learning rate"),), False, True),
+    ("gradient-norm", "Gradient norm, before clipping", (("gradient_norm", "gradient norm"),), True, True),
+    (
+        "similarity",
+        "Cosine of the positive and of the hardest negative",
+        (("positive_similarity", "positive"), ("hardest_negative_similarity", "hardest negative")),
+        False,
+        False,
+    ),
+    ("speed", "Tokens a second", (("tokens_per_second", "tokens a second"),), True, True),
+    ("padding", "Share of padding in what was computed", (("padding_share", "padding"),), False, True),
+)
+"""(key, heading, (column, label)..., smoothed, axis from zero) of each chart; one is drawn if a column has a value."""
+
+TABLE = (
+    ("loss", "loss"),
+    ("learning_rate", "learning rate"),
+    ("gradient_norm", "gradient norm"),
+    ("rows", "examples"),
+    ("tokens", "tokens"),
+    ("seconds", "seconds"),
+)
+
+
+def _notes(metrics: Metrics) -> list[str]:
+    notes = []
+    if metrics.torn:
+        notes.append("The last line of metrics.jsonl is torn (the run was cut off while it wrote); it is left out.")
+    if metrics.broken:
+        notes.append(f"{text.count(metrics.broken)} lines of metrics.jsonl cannot be read and are left out.")
+    if metrics.repeated:
+        notes.append(f"{text.count(metrics.repeated)} steps stand twice (the run was resumed); the later record counts.")
+    bad = sum(not math.isfinite(value) for value in metrics.column("loss"))
+    if bad:
+        steps = [text.count(step) for step, value in zip(metrics.steps, metrics.column("loss"), strict=True) if not math.isfinite(value)]
+        notes.append(f"The loss is not a finite number at {text.count(bad)} steps: {', '.join(steps[:8])}{'…' if bad > 8 else ''}.")
+    if len(metrics.steps) > POINTS:
+        notes.append(f"Each curve has {POINTS} points; a point is the mean of about {text.number(len(metrics.steps) / POINTS, 2)} steps.")
+    return notes
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def build_curves(run: Path) -> Curves:
+    """The section of a run folder; :class:`AbsentError` where nothing was recorded."""
+    metrics = read_metrics(run / "metrics.jsonl")
+    if not metrics.steps:
+        raise AbsentError("metrics.jsonl holds no step.")
+    full = _speed(_padding(metrics))
+    charts = [
+        _chart(full, key, title, columns, smoothed=smoothed, zero=zero)
+        for key, title, columns, smoothed, zero in CHARTS
+        if any(full.known(column) for column, _ in columns)
+    ]
+    known = [(name, label) for name, label in TABLE if metrics.known(name)]
+    last = len(metrics.steps) - 1
+    picked = sorted({round(index * last / 11) for index in range(12)})
+    rows = [[text.count(metrics.steps[i]), *(_cell(metrics.column(name)[i]) for name, _ in known)] for i in picked]
+    losses = _finite(metrics.column("loss"))
+    return Curves(
+        charts=charts,
+        heads=["step", *(label for _, label in known)],
+        rows=rows,
+        notes=_notes(metrics),
+        steps=len(metrics.steps),
+        rows_seen=math.fsum(_finite(metrics.column("rows"))),
+        tokens=math.fsum(_finite(metrics.column("tokens"))),
+        padded=math.fsum(_finite(metrics.column("padded_tokens"))),
+        seconds=math.fsum(_finite(metrics.column("seconds"))),
+        first_loss=losses[0] if losses else NAN,
+        last_loss=losses[-1] if losses else NAN,
+    )
+
+
+def _cell(value: float) -> str:
+    return "–" if math.isnan(value) else text.number(value)

@@ -1,0 +1,226 @@
+"""What was trained on what: the recipe and the manifest of a run as words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nearfield.report import text
+from nearfield.report.curves import Curves
+from nearfield.report.run import AbsentError, Json, Missing, first, listing, load_object, logger, mapping, real, string
+
+SECTIONS = ("encoder", "objective", "batches", "training", "data", "prompts", "evaluation")
+"""The recipe's parts that get a row of their own, in this order; any other follows."""
+
+RECIPE_CHARACTERS = 60_000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``recipe.yaml``: the parsed mapping and the text as it stands in the file."""
+
+    values: dict[str, object]
+    source: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the run as the manifest names it; ``inputs`` pairs what went in with its fingerprint."""
+
+    name: str
+    fingerprint: str
+    path: str
+    seconds: str
+    inputs: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The section on where everything came from."""
+
+    facts: list[tuple[str, str]]
+    versions: list[tuple[str, str]]
+    device: list[tuple[str, str]]
+    stages: list[Stage]
+    rest: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The section on what was trained: a sentence, tiles with figures, and the recipe by parts."""
+
+    sentence: str
+    tiles: list[tuple[str, str, str]]
+    parts: list[tuple[str, list[tuple[str, str]]]]
+    recipe: str
+    notes: list[str]
+
+
+def read_recipe(run: Path) -> Recipe:
+    """Parse ``recipe.yaml`` safely."""
+    import yaml
+
+    try:
+        source = (run / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError as error:
+        raise AbsentError("No recipe.yaml: the folder does not say what was run.") from error
+    try:
+        values = yaml.safe_load(source)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        logger.warning("report: recipe.yaml is not valid YAML: %s", error)
+        return Recipe({}, source)
+    return Recipe(mapping(values), source)
+
+
+def read_manifest(run: Path) -> dict[str, object]:
+    """The object of ``manifest.json``."""
+    return load_object(run / "manifest.json", "No manifest.json: where the parts of this run came from is not known.")
+
+
+def flatten(value: object, prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as (dotted key, words) pairs; lists of scalars stay on one line; empty parts say ``none``."""
+    if isinstance(value, dict) and value:
+        return [pair for key, item in value.items() for pair in flatten(item, f"{prefix}.{key}" if prefix else str(key))]
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return [pair for number, item in enumerate(value) for pair in flatten(item, f"{prefix}.{number}" if prefix else str(number))]
+    return [(prefix, "none" if value in ({}, [], None) else text.plain(value))]
+
+
+def build_manifest(manifest: Json) -> Manifest:
+    """The section, from the manifest's object."""
+    known = {"name", "created", "command", "seed", "versions", "device", "stages"}
+    facts = [(label, words) for label, words in (
+        ("run", string(manifest.get("name"))),
+        ("created", text.moment(manifest["created"]) if manifest.get("created") is not None else None),
+        ("command", _command(manifest.get("command"))),
+        ("seed", string(manifest.get("seed"))),
+    ) if words is not None]  # fmt: skip
+    stages = []
+    for name, value in mapping(manifest.get("stages")).items():
+        stage = mapping(value)
+        seconds = real(stage.get("seconds"))
+        stages.append(
+            Stage(
+                name=name,
+                fingerprint=string(stage.get("fingerprint")) or "–",
+                path=string(stage.get("path")) or "–",
+                seconds=text.duration(seconds) if seconds is not None else "–",
+                inputs=flatten(stage["inputs"]) if stage.get("inputs") else [],
+            )
+        )
+    return Manifest(
+        facts=facts,
+        versions=flatten(manifest["versions"]) if manifest.get("versions") else [],
+        device=flatten(manifest["device"]) if manifest.get("device") else [],
+        stages=stages,
+        rest=[pair for key, value in manifest.items() if key not in known for pair in flatten(value, key)],
+    )
+
+
+def _command(value: object) -> str | None:
+    return " ".join(str(item) for item in value) if isinstance(value, list) else string(value)
+
+
+def device_words(manifest: Json) -> str | None:
+    """The device of a run in a few words."""
+    device = manifest.get("device")
+    if isinstance(device, dict):
+        named = string(first(mapping(device), "name", "kind", "type", "device", "description"))
+        world = real(first(mapping(device), "processes", "world_size", "count"))
+        return f"{text.count(world)} × {named}" if named and world and world > 1 else named
+    return string(device)
+
+
+def _encoder(recipe: Json) -> str | None:
+    return string(mapping(recipe.get("encoder")).get("model"))
+
+
+def build_overview(recipe: Recipe | Missing, manifest: Json | Missing, curves: Curves | Missing, sources: list[str]) -> Overview:
+    """The section; it needs one of the three files at least."""
+    if isinstance(recipe, Missing) and isinstance(manifest, Missing) and isinstance(curves, Missing):
+        raise AbsentError(recipe.reason)
+    values = {} if isinstance(recipe, Missing) else recipe.values
+    made = {} if isinstance(manifest, Missing) else manifest
+    notes = [part.reason for part in (recipe, manifest) if isinstance(part, Missing)]
+    if not isinstance(recipe, Missing) and not values:
+        notes.append("recipe.yaml cannot be read as YAML; its text stands below.")
+    tiles: list[tuple[str, str, str]] = []
+    trained = real(mapping(mapping(made.get("stages")).get("train")).get("seconds"))
+    if not isinstance(curves, Missing):
+        tiles.append(("steps", text.count(curves.steps), f"loss {text.number(curves.first_loss, 3)} → {text.number(curves.last_loss, 3)}"))
+        if curves.rows_seen:
+            tiles.append(("examples", text.count(curves.rows_seen), ""))
+        if curves.tokens:
+            computed = f"{text.percent(curves.padded - curves.tokens, curves.padded)} padding" if curves.padded >= curves.tokens else ""
+            tiles.append(("tokens", text.count(curves.tokens), computed))
+        trained = trained or curves.seconds or None
+    if trained:
+        device = device_words(made)
+        tiles.append(("training time", text.duration(trained), f"on {text.clip(device, 40)}" if device else ""))
+    whole = sum(real(mapping(stage).get("seconds")) or 0.0 for stage in mapping(made.get("stages")).values())
+    if whole and whole != trained:
+        tiles.append(("all stages", text.duration(whole), ""))
+    return Overview(
+        sentence=_sentence(values, made, curves, sources),
+        tiles=tiles,
+        parts=_parts(values),
+        recipe="" if isinstance(recipe, Missing) else _source(recipe.source),
+        notes=notes,
+    )
+
+
+def _parts(values: Json) -> list[tuple[str, list[tuple[str, str]]]]:
+    names = [name for name in SECTIONS if name in values] + [name for name in values if name not in SECTIONS]
+    parts: list[tuple[str, list[tuple[str, str]]]] = []
+    single: list[tuple[str, str]] = []
+    for name in names:
+        value = values[name]
+        if isinstance(value, dict) and value:
+            parts.append((name, flatten(value)))
+        else:
+            single += flatten(value, name)
+    return [*parts, ("other", single)] if single else parts
+
+
+def _source(source: str) -> str:
+    if len(source) <= RECIPE_CHARACTERS:
+        return source
+    return f"{source[:RECIPE_CHARACTERS]}\n… ({text.count(len(source))} characters)"
+
+
+def _sentence(recipe: Json, manifest: Json, curves: Curves | Missing, sources: list[str]) -> str:
+    objective, batches = mapping(recipe.get("objective")), mapping(recipe.get("batches"))
+    words = [_encoder(recipe) or "An encoder", "was trained"]
+    if sources:
+        words.append(f"on {' and '.join(', '.join(sources).rsplit(', ', 1))}")
+    elif string(recipe.get("data")):
+        words.append(f"on {Path(str(recipe['data'])).name}")
+    if string(objective.get("kind")):
+        settings = [f"{key.replace('_', ' ')} {text.plain(value)}" for key, value in objective.items() if key == "temperature" and string(value)]
+        words.append(f"with the objective {objective['kind']}{' (' + ', '.join(settings) + ')' if settings else ''}")
+    if not isinstance(curves, Missing):
+        words.append(f"for {text.count(curves.steps)} {'step' if curves.steps == 1 else 'steps'}")
+    if string(batches.get("batch_size")):
+        words.append(f"of {text.plain(batches['batch_size'])} examples")
+    created = manifest.get("created")
+    if created is not None:
+        words.append(f"({text.moment(created)})")
+    return text.clip(" ".join(words), 600) + "."
+
+
+def sources_of(folder: Path | None) -> list[str]:
+    """The names of the store's sources in order; empty where the store is gone."""
+    if folder is None or not (folder / "store.json").is_file():
+        return []
+    store = load_object(folder / "store.json", "")
+    return [string(mapping(one).get("name")) or str(number) for number, one in enumerate(listing(store.get("sources")))]
+
+
+def store_folder(manifest: Json | Missing, run: Path) -> Path | None:
+    """The data store that the manifest names, absolute or relative to the run, its parent or the current folder."""
+    if isinstance(manifest, Missing):
+        return None
+    named = string(mapping(mapping(manifest.get("stages")).get("data")).get("path")) or string(mapping(manifest.get("data")).get("path"))
+    if not named or "\0" in named:
+        return None
+    return next((base for base in (run / named, run.parent / named, Path(named)) if base.is_dir()), None)

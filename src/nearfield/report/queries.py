@@ -1,0 +1,306 @@
+"""Ten queries with their results before and after: the five largest gains and the five largest losses.
+
+Scores a query and the first ten results come from the files beside the results; texts and the relevant documents from
+the data store, where a document's id is the hash of its content. Tasks of other origin keep ids only, and the section
+says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nearfield.report import text
+from nearfield.report.comparison import Comparison, metric_words
+from nearfield.report.run import AbsentError, Missing, logger, mapping, string
+
+if TYPE_CHECKING:
+    from nearfield.data.store import Store
+
+EACH = 5
+"""Gains shown, and losses shown, at most."""
+SIDES = ("before", "after")
+UNITS_SUFFIX, TOP_SUFFIX = ".units.parquet", ".top10.parquet"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A document that was found; ``relevant`` is None where the judgements are not known."""
+
+    rank: int
+    document: str
+    text: str
+    score: str
+    relevant: bool | None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's results for a query."""
+
+    title: str
+    about: str
+    results: list[Result]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query with both sides; ``wanted`` are texts of relevant documents that neither found."""
+
+    text: str
+    delta: str
+    about: str
+    sides: list[Side]
+    wanted: list[str]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The gains or the losses."""
+
+    kind: str
+    title: str
+    queries: list[Query]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The section; ``raw`` is what goes into the page's JSON."""
+
+    summary: list[str]
+    groups: list[Group]
+    notes: list[str]
+    raw: list[dict[str, object]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """The score of one query with both models."""
+
+    task: str
+    subset: str
+    split: str
+    query: str
+    metric: str
+    before: float
+    after: float
+
+    @property
+    def delta(self) -> float:
+        """How much better it is after."""
+        return self.after - self.before
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What names the query in the task's files."""
+        return self.subset, self.split, self.query
+
+
+@dataclass
+class Texts:
+    """Texts and relevant documents by id, from the stores at hand."""
+
+    stores: list[Store] = field(default_factory=list)
+    rows: dict[str, tuple[Store, int]] = field(default_factory=dict)
+
+    def find(self, ids: Iterable[str]) -> None:
+        """Look up which item of which store each id is; ids that are no item ids are left alone."""
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        wanted = {bytes.fromhex(one) for one in ids if len(one) == 32 and set(one) <= set("0123456789abcdef")}
+        for store in self.stores:
+            column = store.items.column("id")
+            found = pc.is_in(column, value_set=pa.array(sorted(wanted), column.type))
+            for row in np.flatnonzero(found.to_numpy()).tolist():
+                self.rows.setdefault(column[row].as_py().hex(), (store, row))
+
+    def text(self, one: str) -> str | None:
+        """The text of an id."""
+        if one not in self.rows:
+            return None
+        store, row = self.rows[one]
+        return store.texts([row])[0]
+
+    def relevant(self, query: str) -> set[str] | None:
+        """The ids of the documents that the data calls positives of a query; None where the query is not known."""
+        if query not in self.rows:
+            return None
+        store, row = self.rows[query]
+        ids = store.items.column("id")
+        return {ids[int(document)].as_py().hex() for document in store.known_positives().of(row)}
+
+
+def build_queries(run: Path, comparison: Comparison | Missing, store: Path | None) -> Queries:
+    """The section of a run folder, once it is known which results are before and after."""
+    if isinstance(comparison, Missing):
+        raise AbsentError(f"Which results are before and which after is not known: {comparison.reason}")
+    lacking = [side for side in SIDES if side not in comparison.folders]
+    if lacking:
+        raise AbsentError(f"The results {' and '.join(lacking)} are not in the run folder, so queries cannot be compared.")
+    folders = {side: comparison.folders[side] for side in SIDES}
+    names = [{file.name.removesuffix(TOP_SUFFIX) for file in folder.glob(f"*{TOP_SUFFIX}")} for folder in folders.values()]
+    tasks = sorted(set.intersection(*names))
+    if not tasks:
+        raise AbsentError("No retrieval task was scored before and after, so there are no queries to show.")
+    changes: list[Change] = []
+    stores: set[str] = set()
+    summary, notes = [], []
+    for task in tasks:
+        of_task, fingerprint = _changes(task, folders)
+        if not of_task:
+            notes.append(f"{task}: no score of a single query was kept by both models.")
+            continue
+        changes += of_task
+        stores |= {fingerprint} if fingerprint else set()
+        summary.append(_summary(task, of_task))
+    gains, losses = pick(changes)
+    tops = {(task, side): _top(folders[side], task, [c for c in gains + losses if c.task == task]) for task in tasks for side in SIDES}
+    texts = _texts(run, store, stores)
+    texts.find(_ids(gains + losses, tops))
+    shown = [(Group("gain", "Largest gains", []), gains), (Group("loss", "Largest losses", []), losses)]
+    raw: list[dict[str, object]] = []
+    for group, chosen in shown:
+        for change in chosen:
+            query, record = _query(change, tops, texts)
+            group.queries.append(query)
+            raw.append(record)
+    if not gains and not losses:
+        notes.append("No query's score changed.")
+    if any(texts.relevant(change.query) is None for change in gains + losses):
+        notes.append("Texts and judgements are known for tasks made from a data store that is at hand; others show ids.")
+    return Queries(summary, [group for group, _ in shown], notes, raw)
+
+
+def pick(changes: Sequence[Change]) -> tuple[list[Change], list[Change]]:
+    """The largest gains and the largest losses, each at most ``EACH``; ties by task and query, so the choice is stable."""
+    ordered = sorted(changes, key=lambda change: (-change.delta, change.task, change.key))
+    gains = [change for change in ordered[:EACH] if change.delta > 0]
+    ordered.sort(key=lambda change: (change.delta, change.task, change.key))
+    return gains, [change for change in ordered[:EACH] if change.delta < 0]
+
+
+def _changes(task: str, folders: dict[str, Path]) -> tuple[list[Change], str | None]:
+    """The scores of a task's queries that both models have, and the fingerprint of the store that the task is from."""
+    import pyarrow.parquet as pq
+
+    values: dict[str, dict[tuple[str, str, str], float]] = {}
+    metric, fingerprint = "", None
+    for side in SIDES:
+        file = folders[side] / f"{task}{UNITS_SUFFIX}"
+        if not file.is_file():
+            return [], None
+        table = pq.read_table(file, columns=["subset", "split", "unit", "id", "metric", "value"], filters=[("unit", "=", "query")])
+        metadata = mapping(json.loads((table.schema.metadata or {}).get(b"nearfield", b"{}")))
+        metric = string(metadata.get("main_score")) or "ndcg_at_10"
+        fingerprint = string(mapping(metadata.get("details")).get("store")) or fingerprint
+        columns = [table[name].to_pylist() for name in ("subset", "split", "id", "metric", "value")]
+        rows = zip(*columns, strict=True)
+        values[side] = {(subset, split, one): value for subset, split, one, name, value in rows if name == metric}
+    shared = sorted(values["before"].keys() & values["after"].keys())
+    return [Change(task, *key, metric, values["before"][key], values["after"][key]) for key in shared], fingerprint
+
+
+def _summary(task: str, changes: Sequence[Change]) -> str:
+    up = sum(change.delta > 0 for change in changes)
+    down = sum(change.delta < 0 for change in changes)
+    return (
+        f"{task}: of {text.count(len(changes))} queries, {text.count(up)} score higher after training, "
+        f"{text.count(down)} lower and {text.count(len(changes) - up - down)} the same ({metric_words(changes[0].metric)} a query)."
+    )
+
+
+Top = dict[tuple[str, str, str], list[tuple[int, str, float]]]
+
+
+def _top(folder: Path, task: str, changes: Sequence[Change]) -> Top:
+    """The kept results of the chosen queries: (rank, document, score), by rank."""
+    import pyarrow.parquet as pq
+
+    wanted = {change.key for change in changes}
+    if not wanted:
+        return {}
+    filters = [("query_id", "in", sorted({change.query for change in changes}))]
+    table = pq.read_table(folder / f"{task}{TOP_SUFFIX}", filters=filters)
+    found: Top = {}
+    for row in table.to_pylist():
+        key = (row.get("subset", ""), row.get("split", ""), row["query_id"])
+        if key in wanted:
+            found.setdefault(key, []).append((row["rank"], row["doc_id"], row["score"]))
+    return {key: sorted(results) for key, results in found.items()}
+
+
+def _texts(run: Path, store: Path | None, fingerprints: set[str]) -> Texts:
+    """The run's store and those that the tasks were made from, as far as they are at hand."""
+    from nearfield.data.store import Store
+    from nearfield.errors import NearfieldError
+
+    folders = [] if store is None else [store]
+    plain = {one for one in fingerprints if one.isalnum()}
+    homes = {run.parent / ".cache" / "data", *(folder.parent for folder in folders)}
+    folders += [home / one for one in sorted(plain) for home in sorted(homes) if (home / one).is_dir()]
+    texts = Texts()
+    for folder in dict.fromkeys(folder.resolve() for folder in folders):
+        try:
+            texts.stores.append(Store.open(folder))
+        except (NearfieldError, KeyError, TypeError, ValueError) as error:
+            logger.warning("report: the store %s cannot be opened: %s", folder, error)
+    return texts
+
+
+def _ids(changes: Sequence[Change], tops: dict[tuple[str, str], Top]) -> set[str]:
+    ids = {change.query for change in changes}
+    return ids | {document for top in tops.values() for results in top.values() for _, document, _ in results}
+
+
+def _query(change: Change, tops: dict[tuple[str, str], Top], texts: Texts) -> tuple[Query, dict[str, object]]:
+    relevant = texts.relevant(change.query)
+    query = texts.text(change.query)
+    sides, seen = [], set()
+    first: dict[str, str] = {}
+    results_json: dict[str, list[dict[str, object]]] = {}
+    for side, value in zip(SIDES, (change.before, change.after), strict=True):
+        found = tops[change.task, side].get(change.key, [])
+        results = []
+        for rank, document, points in found:
+            known = texts.text(document)
+            marked = None if relevant is None else document in relevant
+            results.append(Result(rank, document, document if known is None else known, text.number(points, 3), marked))
+        seen |= {document for _, document, _ in found}
+        ranks = [result.rank for result in results if result.relevant]
+        if relevant is not None:
+            first[side] = f"rank {ranks[0]}" if ranks else "not found"
+        sides.append(Side(side.capitalize(), f"{metric_words(change.metric)} {text.score(value)}", results))
+        results_json[side] = [
+            {"rank": r.rank, "id": r.document, "text": r.text, "relevant": r.relevant, "score": points}
+            for r, (_, _, points) in zip(results, found, strict=True)
+        ]
+    about = f"{metric_words(change.metric)} {text.score(change.before)} → {text.score(change.after)}"
+    if first:
+        about += f", first relevant: {first['before']} → {first['after']}"
+    record: dict[str, object] = {
+        "task": change.task,
+        "subset": change.subset,
+        "split": change.split,
+        "id": change.query,
+        "text": query,
+        "metric": change.metric,
+        "before": change.before,
+        "after": change.after,
+        "results": results_json,
+    }
+    unseen = sorted((relevant or set()) - seen)
+    texts.find(unseen)
+    wanted = [document for document in (texts.text(one) for one in unseen[:3]) if document is not None]
+    full = Query(
+        text=change.query if query is None else query,
+        delta=text.signed(change.delta),
+        about=f"{about} · {change.task}",
+        sides=sides,
+        wanted=wanted if not any(result.relevant for side in sides for result in side.results) else [],
+    )
+    return full, record

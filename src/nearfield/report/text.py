@@ -1,0 +1,140 @@
+"""How values become words: numbers, durations, sizes, and text from data files made safe to look at.
+
+Escaping for HTML is the template's work (autoescape). Here text is made *visible*: a control character or a bidi
+override in a document would otherwise vanish, or turn around the words after it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+import unicodedata
+
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\U000e0000-\U000e0fff]"
+)
+
+
+def _name(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    return chr(0x2400 + code) if code < 0x20 else f"[U+{code:04X}]"
+
+
+def visible(text: str) -> str:
+    """The text with control characters, bidi overrides, invisible characters and lone surrogates written out.
+
+    A control character below U+0020 becomes its picture (NUL is ``␀``), any other hidden one its code, ``[U+202E]``.
+    Line feeds, carriage returns and tabs stay. A zero-width joiner stays as well: emoji and several scripts need it.
+    """
+    return _HIDDEN.sub(_name, text)
+
+
+def clip(text: str, length: int = 400) -> str:
+    """The visible text on one line, cut after ``length`` characters with the number that the whole text has."""
+    line = " ".join(text[: 4 * length + 1000].split())
+    if len(text) <= 4 * length + 1000 and len(line) <= length:
+        return visible(line)
+    return f"{visible(_cut(line, length))}… ({count(len(text))} characters)"
+
+
+def _cut(text: str, length: int) -> str:
+    """At most ``length`` characters, never between a letter and the marks that stand on it."""
+    while length < len(text) and length > 1 and unicodedata.combining(text[length]):
+        length -= 1
+    return text[:length].rstrip()
+
+
+def count(value: float) -> str:
+    """A whole number with thin groups: ``92 012`` with narrow no-break spaces."""
+    return f"{round(value):,}".replace(",", "\u202f") if math.isfinite(value) else "not finite"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number for reading: four significant digits, a true minus sign, powers of ten where it is tiny or huge."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0:
+        return "0"
+    if float(value).is_integer() and abs(value) < 1e6:
+        return count(value).replace("-", "−")
+    size = math.floor(math.log10(abs(value)))
+    if size < -4 or size >= 7:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return f"{mantissa}e{int(exponent)}".replace("-", "−")
+    if size >= digits:
+        return count(value).replace("-", "−")
+    return f"{value:.{max(digits - 1 - size, 0)}f}".replace("-", "−")
+
+
+def score(value: float) -> str:
+    """A score with four decimals, as result tables have it."""
+    return f"{value:.4f}".replace("-", "−") if math.isfinite(value) else "not finite"
+
+
+def signed(value: float) -> str:
+    """A difference of scores with its sign: ``+0.0312``, ``−0.0040``."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:+.4f}".replace("-", "−") if round(value, 4) else "0.0000"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two units that matter: ``850 ms``, ``42.1 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return "unknown"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(number_of_bytes: int) -> str:
+    """Bytes in decimal units."""
+    value = float(number_of_bytes)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def percent(part: float, whole: float) -> str:
+    """A share: ``4.2 %``; never ``0 %`` for what is not nothing."""
+    if not whole:
+        return "–"
+    share = 100 * part / whole
+    return "under 0.1 %" if 0 < share < 0.05 else f"{share:.1f} %"
+
+
+def moment(value: object) -> str:
+    """A time stamp (ISO text or seconds since 1970) as ``2026-11-23 20:05 UTC``; anything else as it is."""
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return f"{datetime.datetime.fromtimestamp(value, datetime.UTC):%Y-%m-%d %H:%M} UTC"
+        parsed = datetime.datetime.fromisoformat(str(value))
+    except (ValueError, OverflowError, OSError):
+        return str(value)
+    zone = f" {parsed.tzname()}" if parsed.tzinfo else ""
+    return f"{parsed:%Y-%m-%d %H:%M}{zone}"
+
+
+def plain(value: object) -> str:
+    """Any scalar of a JSON or YAML file as words; a list or mapping as its items."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {plain(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(item) for item in value)
+    return str(value)

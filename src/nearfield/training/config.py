@@ -1,0 +1,69 @@
+"""Settings of the loop."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from nearfield.config import Config
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ScheduleConfig(Config):
+    """The learning rate over the run: a linear warm-up, then a shape that ends at ``final`` times the peak."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0)] = 0.1
+    """Below 1 a share of all steps, else a number of steps."""
+    final: Share = 0.0
+    """The share of the peak that cosine and linear end at."""
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written, and how many stay."""
+
+    every_steps: Annotated[int, Field(ge=1)] = 500
+    keep_last: Annotated[int, Field(ge=1)] = 2
+
+
+class TrainingConfig(Config):
+    """Length of the run, optimiser (AdamW), schedule, precision, memory, checkpoints."""
+
+    epochs: Annotated[int, Field(ge=1)] = 1
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many steps; null runs all epochs."""
+    learning_rate: Positive = 2e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Not applied to biases and norms."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    epsilon: Positive = 1e-8
+    schedule: ScheduleConfig = ScheduleConfig()
+    max_gradient_norm: Positive | None = 1.0
+    """Clip the global norm of the gradient; null does not."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """``bf16`` is autocast with float32 weights, loss and gathered embeddings; ``auto`` takes it on devices that
+    compute in it natively (CUDA from Ampere on), float32 elsewhere."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    chunk_tokens: Annotated[int, Field(ge=16)] = 4096
+    """Padded tokens encoded at a time."""
+    gradient_cache: Literal["auto", "always", "never"] = "auto"
+    """``never`` keeps the graph of the whole batch; ``always`` encodes twice and keeps one chunk's (GradCache, arXiv
+    2101.06983); ``auto`` keeps the graph of batches up to ``graph_tokens``. The gradient is the same."""
+    graph_tokens: Annotated[int, Field(ge=16)] = 65_536
+    dropout: bool = True
+    """Whether the model's own dropout is on."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    log_every: Annotated[int, Field(ge=1)] = 1
+    """Steps between lines of metrics."""
+    tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> TrainingConfig:
+        if self.max_steps is not None and self.schedule.warmup >= 1 and self.schedule.warmup >= self.max_steps:
+            raise ValueError(
+                f"a warm-up of {self.schedule.warmup:g} steps leaves nothing of max_steps {self.max_steps}"
+            )
+        return self

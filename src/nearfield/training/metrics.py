@@ -1,0 +1,114 @@
+"""What a run tells of itself: metrics.jsonl, TensorBoard, and a progress display."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Self
+
+from nearfield.console import stderr_console
+from nearfield.files import atomic_path
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger("nearfield.training")
+
+_PLOTTED = ("loss", "learning_rate", "gradient_norm", "positive_similarity", "hardest_negative_similarity")
+
+
+class MetricsLog:
+    """Appends a JSON line a step; a resumed run first drops the lines after its checkpoint."""
+
+    def __init__(self, run: Path, first_step: int, tensorboard: bool) -> None:
+        self.path = run / "metrics.jsonl"
+        run.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
+        with atomic_path(self.path) as aside:
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file: IO[str] = self.path.open("a", encoding="utf-8")
+        self._board: SummaryWriter | None = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write one step's figures."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name in _PLOTTED:
+                self._board.add_scalar(f"train/{name}", line[name], line["step"])
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, empty where there is none; a last line that a kill cut off is left out."""
+    lines = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+class TrainingProgress:
+    """Loss, rate and time left: a bar on a terminal, a log line every ten seconds elsewhere."""
+
+    def __init__(self, first_step: int, total_steps: int) -> None:
+        self.first_step = first_step
+        self.total_steps = total_steps
+        self._start = self._shown = time.monotonic()
+        self._rows = 0
+        self._bar: Progress | None = None
+        console = stderr_console()
+        if console.is_terminal and logger.isEnabledFor(logging.INFO):
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task("Training", total=total_steps, completed=first_step)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, loss: float, rows: int) -> None:
+        """Tell that ``step`` steps are done."""
+        self._rows += rows
+        now = time.monotonic()
+        rate = self._rows / max(now - self._start, 1e-9)
+        if self._bar is not None:
+            self._bar.update(
+                self._task, completed=step, description=f"Training  loss {loss:.4f}  {rate:.1f} examples/s"
+            )
+        elif now - self._shown >= 10:
+            self._shown = now
+            left = (now - self._start) / (step - self.first_step) * (self.total_steps - step)
+            logger.info(
+                "Training: step %d of %d, loss %.4f, %.1f examples/s, %.0f s left",
+                step,
+                self.total_steps,
+                loss,
+                rate,
+                left,
+            )
