@@ -7,7 +7,8 @@
 Writes synsets.jsonl.xz, pairs.jsonl.xz, LICENSE and SHA256SUMS. The same dictionary gives the same bytes.
 
 Rules: nouns with a first hypernym; no instances (people, places); the gloss without its example sentences and with at
-least four words; no lemma of which a word (other than words like "of") occurs in the gloss. The score of a pair is the
+least four words; a gloss that several synsets have stays with the first; no lemma of which a word (other than words like
+"of") occurs in the gloss. The score of a pair is the
 Wu-Palmer similarity of the two senses along first hypernyms: it says how near they are in the hierarchy. It is not the
 judgement of a human.
 """
@@ -34,7 +35,34 @@ MIN_WORDS = 4
 PAIRS_A_FOLD = 11
 BANDS = 10
 STOP_WORDS = frozenset(
-    "a an and as at be by for from in into is it its no not of on one or that the to which who with".split()
+    [
+        "a",
+        "an",
+        "and",
+        "as",
+        "at",
+        "be",
+        "by",
+        "for",
+        "from",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "no",
+        "not",
+        "of",
+        "on",
+        "one",
+        "or",
+        "that",
+        "the",
+        "to",
+        "which",
+        "who",
+        "with",
+    ]
 )
 
 
@@ -83,11 +111,13 @@ def kept_lemmas(noun: Noun) -> list[str]:
 def synset_rows(nouns: list[Noun]) -> list[dict[str, object]]:
     """The rows of synsets.jsonl.xz, in the order of ids."""
     rows: list[dict[str, object]] = []
+    seen: set[str] = set()
     for noun in sorted(nouns, key=lambda noun: noun.id):
         if noun.instance or not noun.hypernyms or len(noun.gloss.split()) < MIN_WORDS:
             continue
         lemmas = kept_lemmas(noun)
-        if lemmas:
+        if lemmas and noun.gloss not in seen:
+            seen.add(noun.gloss)
             rows.append({"id": noun.id, "hypernym": noun.hypernyms[0], "lemmas": lemmas, "gloss": noun.gloss})
     return rows
 
@@ -103,12 +133,8 @@ def pair_rows(nouns: list[Noun], rows: list[dict[str, object]]) -> list[dict[str
         return paths[synset]
 
     folds: dict[int, list[str]] = defaultdict(list)
-    glosses: dict[str, str] = {}
     for row in rows:
-        gloss = str(row["gloss"])
-        if gloss not in glosses:
-            glosses[gloss] = str(row["id"])
-            folds[fold_of(str(row["hypernym"]))].append(str(row["id"]))
+        folds[fold_of(str(row["hypernym"]))].append(str(row["id"]))
     pairs: list[dict[str, object]] = []
     for _, members in sorted(folds.items()):
         bands: list[list[tuple[bytes, str, str, float]]] = [[] for _ in range(BANDS)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Annotated
 
 import typer
 
@@ -14,5 +15,22 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for module in ("init", "recipe", "data", "plan", "train", "eval", "compare", "report", "run"):
+
+@app.callback()
+def options(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and results only.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """What every command shares."""
+    if version:
+        from nearfield import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+    from nearfield.console import set_up_logging
+
+    set_up_logging("WARNING" if quiet else "INFO")
+
+
+for module in ("recipe", "data", "plan", "train", "eval", "compare", "report", "run"):
     importlib.import_module(f"nearfield.cli.{module}").register(app)

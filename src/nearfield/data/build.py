@@ -18,7 +18,7 @@ from nearfield.data.resolve import Resolved, conflict_rows, first_conflicts, res
 from nearfield.data.store import FORMAT_VERSION, SourceInfo, Store
 from nearfield.data.summary import Conflicts, DataSummary, SourceSummary, read_summary
 from nearfield.errors import BadInputError
-from nearfield.files import atomic_path, fingerprint, write_json
+from nearfield.files import atomic_path, fingerprint, read_json, write_json
 
 VERSION = 1
 """Raised when the same recipe and files give another store."""
@@ -64,6 +64,15 @@ def ensure_store(config: DataConfig, cache: Path) -> DataSummary:
     return _build(config, readers, out, mark)
 
 
+def ensure_store_at(config: DataConfig, out: Path) -> DataSummary:
+    """Build the store in the folder ``out`` unless the same one is there; one of another recipe is replaced."""
+    readers = [source.reader.build() for source in config.sources]
+    mark = _fingerprint(config, readers)
+    if (out / "store.json").is_file() and read_json(out / "store.json", "store").get("fingerprint") == mark:
+        return read_summary(out)
+    return _build(config, readers, out, mark)
+
+
 def prepare_store(config: DataConfig | Path | str, cache: Path, overrides: Sequence[str] = ()) -> Store:
     """The store of a data recipe (a config or the path of its file), built if it is missing.
 
@@ -103,7 +112,8 @@ def _build(config: DataConfig, readers: list[Reader], out: Path, mark: str) -> D
             "name": config.name,
             "fingerprint": mark,
             "sources": [
-                {"name": s.name, "kind": s.kind, "task_type": s.task_type, "prompts": s.prompts.model_dump()} | {"examples": c.examples}
+                {"name": s.name, "kind": s.kind, "task_type": s.task_type, "prompts": s.prompts.model_dump()}
+                | {"examples": c.examples}
                 for s, c in zip(sources, summary.sources, strict=True)
             ],
         }

@@ -127,7 +127,15 @@ def _collect_source(
             for other in [*positives, *(negatives if tie.negatives else ())]:
                 result.ties.add(query, other)
         table.add(
-            number, query, positives, negatives, example.score, example.label, example.group, example.cluster, example.split_key
+            number,
+            query,
+            positives,
+            negatives,
+            example.score,
+            example.label,
+            example.group,
+            example.cluster,
+            example.split_key,
         )
     result.rows.append(count)
     result.bad.append(reasons)

@@ -71,7 +71,7 @@ def _items(examples: ExamplesConfig, values: Mapping[str, object], limit: int) -
         positives = _texts(values, as_tuple(examples.positives), limit)
         if not positives:
             raise BadRowError("no positive", dict(values))
-        return query, positives, _texts(values, as_tuple(examples.negatives), limit), None, None
+        return query, positives, _texts(values, as_tuple(examples.negatives), limit, optional=True), None, None
     if isinstance(examples, GradedExamples):
         first, second = _text(values, examples.first, limit), _text(values, examples.second, limit)
         return first, (second,), (), _score(values, examples), None
@@ -108,12 +108,15 @@ def _checked(value: object, column: str, limit: int) -> str:
     return text
 
 
-def _texts(values: Mapping[str, object], columns: Sequence[str], limit: int) -> tuple[str, ...]:
-    """The texts of one or more columns, each a string or a list; null and, of several columns, empty ones are none."""
+def _texts(values: Mapping[str, object], columns: Sequence[str], limit: int, optional: bool = False) -> tuple[str, ...]:
+    """The texts of one or more columns, each a string or a list.
+
+    Null is none; so is an empty cell where there may be none: among several columns, and of negatives.
+    """
     found: dict[str, None] = {}
     for column in columns:
         value = _value(values, column)
-        if value is None or (len(columns) > 1 and value == ""):
+        if value is None or (value == "" and (optional or len(columns) > 1)):
             continue
         for member in value if isinstance(value, list | tuple) else (value,):
             found[_checked(member, column, limit)] = None

@@ -137,7 +137,13 @@ class _Resolver:
         return split
 
     def _note(
-        self, number: int, source: SourceConfig, query: int, positives: Sequence[int], score: float | None, label: str | None
+        self,
+        number: int,
+        source: SourceConfig,
+        query: int,
+        positives: Sequence[int],
+        score: float | None,
+        label: str | None,
     ) -> None:
         if label is not None and source.task_type != "MultilabelClassification":
             self.labelled.append((number, query, self.labels.setdefault(label, len(self.labels))))
@@ -148,7 +154,9 @@ class _Resolver:
     def _mark(self, split: str, rows: Sequence[int]) -> None:
         bit = self.split_bits.setdefault(split, len(self.split_bits))
         if bit >= _MAX_SPLITS:
-            raise BadInputError(f"there are more than {_MAX_SPLITS} splits", hint="Check the column that names the split.")
+            raise BadInputError(
+                f"there are more than {_MAX_SPLITS} splits", hint="Check the column that names the split."
+            )
         self.item_splits[np.asarray(rows, dtype=np.int64)] |= np.uint64(1 << bit)
 
     def finish(self) -> Resolved:

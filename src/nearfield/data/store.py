@@ -19,7 +19,9 @@ from nearfield.files import read_json
 FORMAT_VERSION = 1
 Rows = npt.NDArray[np.int64]
 
-ITEMS_SCHEMA = pa.schema([pa.field("id", pa.binary(16), nullable=False), pa.field("text", pa.large_string(), nullable=False)])
+ITEMS_SCHEMA = pa.schema(
+    [pa.field("id", pa.binary(16), nullable=False), pa.field("text", pa.large_string(), nullable=False)]
+)
 EXAMPLES_SCHEMA = pa.schema(
     [
         pa.field("source", pa.int32(), nullable=False),
@@ -74,7 +76,9 @@ class Store:
         """Open the store in a folder; raise :class:`BadInputError` where there is none or it is of another version."""
         path = Path(path)
         if not path.is_dir():
-            raise BadInputError("this store does not exist", where=str(path), hint="Build it: nearfield data build RECIPE.")
+            raise BadInputError(
+                "this store does not exist", where=str(path), hint="Build it: nearfield data build RECIPE."
+            )
         meta = read_json(path / "store.json", "store")
         version = meta.get("format_version") if isinstance(meta, dict) else None
         if version != FORMAT_VERSION:
@@ -105,12 +109,16 @@ class Store:
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0][:200]
             hint = "Delete the folder and build it again."
-            raise BadInputError(f"{name} of this store cannot be read ({reason})", where=str(self.path), hint=hint) from error
+            raise BadInputError(
+                f"{name} of this store cannot be read ({reason})", where=str(self.path), hint=hint
+            ) from error
 
     @cached_property
     def _texts(self) -> tuple[list[pa.Array], Rows]:
         chunks = self.items.column("text").chunks
-        return chunks, np.concatenate([[0], np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)]).astype(np.int64)
+        return chunks, np.concatenate([[0], np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)]).astype(
+            np.int64
+        )
 
     def texts(self, rows: Sequence[int] | Rows) -> list[str]:
         """The texts of items, in the order asked for. Row by row from the map: no chunk is copied as a whole."""
@@ -133,7 +141,9 @@ class Store:
             if source.name == name:
                 return number
         names = ", ".join(source.name for source in self.sources)
-        raise BadInputError(f"there is no source {name!r} in this store", where=str(self.path), hint=f"Sources: {names}.")
+        raise BadInputError(
+            f"there is no source {name!r} in this store", where=str(self.path), hint=f"Sources: {names}."
+        )
 
     def select(self, source: str, split: str) -> Rows:
         """The row numbers of the examples of a source that are in a split, rising; empty if there are none."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,13 +94,14 @@ def load_encoder(
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(
-            source.path,
-            revision=None if folder.is_dir() else revision,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            model_kwargs={"dtype": "float32"},
-        )
+        with _quiet_transformers():
+            model = SentenceTransformer(
+                source.path,
+                revision=None if folder.is_dir() else revision,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                model_kwargs={"dtype": "float32"},
+            )
     except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
         raise _load_error(name_or_path, folder, error) from error
     if folder.is_dir():
@@ -106,6 +109,32 @@ def load_encoder(
         return LoadedEncoder(model, source.name, source.revision, source.path, source.note)
     commit = getattr(model[0].config, "_commit_hash", None) if hasattr(model[0], "config") else None
     return LoadedEncoder(model, source.name, commit or source.revision, source.path, source.note)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Bars and loading reports go unseen: what they warn of (tensors that a file lacks) is checked here and is an error."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        # A head that the file lacks and nothing uses (BERT's pooler) is filled at random: the same for everyone.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def save_encoder(model: SentenceTransformer, folder: Path, *, card: bool = True) -> None:
+    """Save in sentence-transformers' format, so that plain ``SentenceTransformer(folder)`` loads it."""
+    with _quiet_transformers():
+        model.save_pretrained(str(folder), create_model_card=card)
 
 
 def _load_error(name: str, folder: Path, error: Exception) -> BadInputError:

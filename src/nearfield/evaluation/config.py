@@ -8,6 +8,11 @@ from pydantic import Field, model_validator
 
 from nearfield.config import Config, ConfigPath
 
+BASELINES = {"bm25": "mteb/baseline-bm25s", "random": "mteb/baseline-random-encoder"}
+"""Models that are always there, and the names that their results are filed under."""
+UNITS_SUFFIX = ".units.parquet"
+"""How the file of a task's unit scores ends."""
+
 Language = Annotated[str, Field(pattern=r"^[a-z]{3}-[A-Z][a-z]{3}$")]
 """ISO 639-3 language and ISO 15924 script, e.g. ``eng-Latn``."""
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=120)]

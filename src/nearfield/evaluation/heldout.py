@@ -27,6 +27,8 @@ from nearfield.randomness import generator
 OpenStore = Callable[[Path], Any]
 """Turns the path of a data recipe, or of a store folder, into an open store (``nearfield.data.Store``)."""
 CACHE = Path("runs/.cache")
+K_VALUES = (1, 3, 5, 10, 20, 100)
+"""mteb's cut-offs without 1,000, which would cost most of the time of a task with thousands of queries."""
 
 Ints = NDArray[np.int64]
 
@@ -156,7 +158,9 @@ def _retrieval(config: HeldOutTask, rows: _Rows) -> SuiteTask:
         return {"default": {config.split: split}}
 
     content = {"qrels": qrels, "corpus": [ids(int(document)) for document in corpus]}
-    result.task = _make(config, _task_type(rows, "Retrieval"), fingerprint(content), load)
+    task_type = _task_type(rows, "Retrieval")
+    attributes = {"k_values": K_VALUES} if TYPES[task_type].main_score == "ndcg_at_10" else {}
+    result.task = _make(config, task_type, fingerprint(content), load, attributes)
     return result
 
 

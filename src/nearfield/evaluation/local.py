@@ -16,6 +16,7 @@ from mteb.abstasks import (
     AbsTaskRetrieval,
     AbsTaskSTS,
 )
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.task_metadata import TaskMetadata
 
 LOCAL = "local-"
@@ -66,6 +67,13 @@ class SuiteTask:
     def is_local(self) -> bool:
         """Whether the data are local, so that the result can never pass for an official one."""
         return str(self.task.metadata.revision).startswith(LOCAL)
+
+
+def parts_of(task: Any) -> list[Any]:
+    """The tasks that an aggregate task (such as CQADupstackRetrieval) is the mean of; otherwise the task itself."""
+    return (
+        [part for of in task.metadata.tasks for part in parts_of(of)] if isinstance(task, AbsTaskAggregate) else [task]
+    )
 
 
 def official_class(name: str) -> type[Any] | None:

@@ -8,9 +8,8 @@ from typing import Any
 
 from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.errors import BadInputError
+from nearfield.evaluation.config import BASELINES
 from nearfield.evaluation.encoder import TaskEncoder
-
-BASELINES = {"bm25": "mteb/baseline-bm25s", "random": "mteb/baseline-random-encoder"}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import time
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from typing import Any
 
 import mteb
 from mteb.abstasks import AbsTaskRetrieval
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.cache import ResultCache
 from mteb.results import TaskResult
 
@@ -19,7 +22,7 @@ from nearfield.errors import BadInputError, NearfieldError
 from nearfield.evaluation.config import SuiteConfig
 from nearfield.evaluation.contract import check_contract, roles_of
 from nearfield.evaluation.heldout import OpenStore
-from nearfield.evaluation.local import SuiteTask
+from nearfield.evaluation.local import SuiteTask, parts_of
 from nearfield.evaluation.models import ScoredModel, open_model
 from nearfield.evaluation.suite import open_suite
 from nearfield.evaluation.units import Recorder, read_units, write_record
@@ -111,7 +114,7 @@ def evaluate(
             logger.warning("%s is not applicable: %s", suite_task.name, reason)
     notes = [scored.note] if scored.note else []
     if scored.encoder is not None and scored.folder is not None and prompts == "contract":
-        check_contract(scored.encoder, scored.folder, [t.task for t in applicable])
+        check_contract(scored.encoder, scored.folder, [part for t in applicable for part in parts_of(t.task)])
     elif scored.encoder is not None and prompts == "as-is":
         notes.append("prompts as they are: the prompt contract was not checked")
 
@@ -148,6 +151,9 @@ class _Run:
 
     def task(self, suite_task: SuiteTask) -> None:
         """Score a task, or take its scores from the results folder."""
+        if isinstance(suite_task.task, AbsTaskAggregate):
+            self._aggregate(suite_task)
+            return
         started = time.monotonic()
         known = None if self.overwrite else self._present(suite_task)
         if known is not None:
@@ -170,6 +176,20 @@ class _Run:
                 suite_task.task.unload_data()
         if suite_task.name in self.failures:
             logger.error("%s failed: %s", suite_task.name, self.failures[suite_task.name])
+
+    def _aggregate(self, suite_task: SuiteTask) -> None:
+        task, meta = suite_task.task, self.scored.wrapper.mteb_model_meta
+        names = [str(part.metadata.name) for part in task.metadata.tasks]
+        for part in task.metadata.tasks:
+            self.task(SuiteTask(part))
+        broken = [name for name in names if name not in self.scores]
+        if broken:
+            self.failures[suite_task.name] = f"its parts failed: {', '.join(broken)}"
+            return
+        result = task.combine_task_results([self.cache.load_task_result(name, meta) for name in names])
+        self.cache.save_to_cache(result, meta)
+        main_scores = {s: {e["hf_subset"]: float(e["main_score"]) for e in of} for s, of in result.scores.items()}
+        self.scores[suite_task.name] = mean_over_splits(main_scores)
 
     def _fingerprint(self, suite_task: SuiteTask) -> str:
         task, encoder = suite_task.task, self.scored.encoder
@@ -197,15 +217,18 @@ class _Run:
         task.load_data()
         recorder = Recorder(suite_task)
         recorder.attach()
-        model_result = mteb.evaluate(
-            wrapper,
-            task,
-            cache=None,
-            co2_tracker=False,
-            encode_kwargs={"batch_size": 256, "show_progress_bar": False},
-            prediction_folder=self.folder,
-            show_progress_bar=False,
-        )
+        # bm25s draws progress bars that cannot be turned off through mteb.
+        quiet = contextlib.redirect_stderr(io.StringIO()) if self.scored.searches_only else contextlib.nullcontext()
+        with quiet:
+            model_result = mteb.evaluate(
+                wrapper,
+                task,
+                cache=None,
+                co2_tracker=False,
+                encode_kwargs={"batch_size": 256, "show_progress_bar": False},
+                prediction_folder=self.folder,
+                show_progress_bar=False,
+            )
         if model_result.exceptions:
             raise RuntimeError(model_result.exceptions[0].exception)
         result = model_result.task_results[0]
@@ -244,6 +267,11 @@ def mean_over_splits(main_scores: dict[str, dict[str, float]]) -> dict[str, floa
 
 
 def _not_applicable(scored: ScoredModel, task: Any) -> str | None:
+    reasons = [_part_not_applicable(scored, part) for part in parts_of(task)]
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _part_not_applicable(scored: ScoredModel, task: Any) -> str | None:
     if scored.searches_only and not isinstance(task, AbsTaskRetrieval):
         return f"{scored.name} ranks documents for queries and gives no embeddings; this is a {task.metadata.type} task"
     modalities = scored.wrapper.mteb_model_meta.modalities

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def open_suite(
 ) -> list[SuiteTask]:
     """The tasks of a suite, in its order, with no data loaded; ``only`` keeps the named ones."""
     config, where = _config(suite)
+    open_once = functools.cache(open_store or default_open_store)
     tasks: list[SuiteTask] = []
     for entry in config.tasks:
         if isinstance(entry, MtebTasks):
@@ -25,7 +27,7 @@ def open_suite(
             tasks += [folder_task(folder) for folder in task_folders(entry.path, entry.only)]
         else:
             assert isinstance(entry, HeldOutTask)
-            tasks.append(heldout_task(entry, open_store or default_open_store))
+            tasks.append(heldout_task(entry, open_once))
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:

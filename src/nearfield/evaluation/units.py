@@ -26,10 +26,10 @@ from mteb.abstasks import (
 )
 
 from nearfield.errors import BadInputError
+from nearfield.evaluation.config import UNITS_SUFFIX
 from nearfield.evaluation.local import SuiteTask
 from nearfield.files import atomic_path
 
-UNITS_SUFFIX = ".units.parquet"
 TOP_SUFFIX = ".top10.parquet"
 METADATA_KEY = b"nearfield"
 TOP = 10

@@ -140,7 +140,7 @@ def device() -> dict[str, Any]:
     """What this machine computes on."""
     import torch
 
-    found = {
+    found: dict[str, Any] = {
         "machine": platform.machine(),
         "system": platform.system(),
         "cpus": os.cpu_count(),

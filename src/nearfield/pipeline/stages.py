@@ -16,7 +16,7 @@ import numpy as np
 
 from nearfield.batching.plan import VERSION as PLAN_VERSION
 from nearfield.data.tokens import VERSION as TOKENS_VERSION
-from nearfield.encoders.build import ModelSource, folder_revision, locate
+from nearfield.encoders.build import ModelSource, build_encoder, folder_revision, locate, save_encoder
 from nearfield.encoders.prompts import PromptContract, base_prompts, make_contract
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import HeldOutTask
@@ -297,7 +297,6 @@ class Stages:
 
     def train(self) -> dict[str, Any]:
         """Train from the newest checkpoint on and save the model."""
-        from nearfield.encoders.build import build_encoder
         from nearfield.training.loop import TrainingInputs, train
 
         store, folder = self._store(), self.run.folder
@@ -324,7 +323,7 @@ class Stages:
         )
         encoder.model.prompts = dict(self.contract.model_prompts)
         with atomic_path(folder / "model") as aside:
-            encoder.model.save_pretrained(str(aside))
+            save_encoder(encoder.model, aside)
             self.contract.save(aside)
         return {
             "steps": result.steps,
@@ -392,11 +391,10 @@ class Stages:
         encoder = self.recipe.encoder
         if encoder.pooling is None and encoder.normalize is None and encoder.max_length is None:
             return encoder.model
-        from nearfield.encoders.build import build_encoder
 
         path = self.run.folder / "untrained"
         with atomic_path(path) as aside:
-            build_encoder(encoder, "cpu").model.save_pretrained(str(aside), create_model_card=False)
+            save_encoder(build_encoder(encoder, "cpu").model, aside, card=False)
         return str(path)
 
     def compare(self) -> dict[str, Any]:

@@ -106,7 +106,11 @@ def _lengths(run: Path, names: Sequence[str]) -> Lengths:
     if not files:
         raise AbsentError("No plan/epoch-*.parquet: the lengths of the planned items are not known.")
     columns = set(pq.read_schema(files[0]).names)
-    wanted = [name for name in ("step", "source", "query_tokens", "document_tokens", "positives", "negatives") if name in columns]
+    wanted = [
+        name
+        for name in ("step", "source", "query_tokens", "document_tokens", "positives", "negatives")
+        if name in columns
+    ]
     if "query_tokens" not in wanted or "document_tokens" not in wanted:
         raise AbsentError(f"{files[0].name} has no columns query_tokens and document_tokens.")
     table = pq.read_table(files[0], columns=wanted)
@@ -128,7 +132,10 @@ def _lengths(run: Path, names: Sequence[str]) -> Lengths:
         edges=[float(edge) for edge in edges],
         sides=series,
         x_label="tokens, prompts included; the last bin takes all longer ones",
-        description=". ".join(f"{row[0]}: median {row[1]}, 95 % under {row[2]}, longest {row[3]} tokens" for row in rows) + ".",
+        description=". ".join(
+            f"{row[0]}: median {row[1]}, 95 % under {row[2]}, longest {row[3]} tokens" for row in rows
+        )
+        + ".",
     )
     batch = ""
     if "step" in wanted:
@@ -142,7 +149,9 @@ def _lengths(run: Path, names: Sequence[str]) -> Lengths:
     return Lengths(histogram(chart), rows, batch, _by_source(table, queries, documents, names))
 
 
-def _by_source(table: object, queries: npt.NDArray[np.float64], documents: npt.NDArray[np.float64], names: Sequence[str]) -> list[tuple[str, str, str]]:
+def _by_source(
+    table: object, queries: npt.NDArray[np.float64], documents: npt.NDArray[np.float64], names: Sequence[str]
+) -> list[tuple[str, str, str]]:
     import numpy as np
     import pyarrow as pa
 
@@ -153,7 +162,13 @@ def _by_source(table: object, queries: npt.NDArray[np.float64], documents: npt.N
     result = []
     for source in sorted(set(numbers.tolist())):
         mine = numbers == source
-        result.append((source_name(source, names), text.number(float(queries[mine].mean())), text.number(float(documents[mine].mean()))))
+        result.append(
+            (
+                source_name(source, names),
+                text.number(float(queries[mine].mean())),
+                text.number(float(documents[mine].mean())),
+            )
+        )
     return result
 
 
@@ -173,5 +188,5 @@ def bin_edges(high: float) -> list[float]:
     """Edges of about ``BINS`` bins of a round, whole width from 0 to at least ``high``."""
     width = max(1.0, math.ceil(max(high, 1.0) / BINS))
     steps = ticks(0.0, width, 1)
-    width = max(1.0, math.ceil(steps[-1]))
+    width = max(1.0, float(math.ceil(steps[-1])))
     return [index * width for index in range(math.ceil(max(high, 1.0) / width) + 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -88,7 +89,9 @@ def read_metrics(path: Path) -> Metrics:
         if step is None or not math.isfinite(step):
             broken += 1
             continue
-        numbers = {str(name): value for name, value in ((key, real(item)) for key, item in record.items()) if value is not None}
+        numbers = {
+            str(name): value for name, value in ((key, real(item)) for key, item in record.items()) if value is not None
+        }
         if "loss" not in numbers and "loss" in record:
             numbers["loss"] = NAN
         repeated += step in records
@@ -105,28 +108,29 @@ def thin(xs: Sequence[float], ys: Sequence[float], points: int) -> tuple[list[fl
         return list(xs), list(ys)
     edges = [round(index * len(xs) / points) for index in range(points + 1)]
     thin_x, thin_y = [], []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         values = [value for value in ys[start:end] if math.isfinite(value)]
         thin_x.append(xs[start] if points >= len(xs) else math.fsum(xs[start:end]) / (end - start))
         thin_y.append(math.fsum(values) / len(values) if values else NAN)
     return thin_x, thin_y
 
 
-def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Exponential moving average over about ``span`` values, without the pull to the first one; gaps stay gaps."""
-    keep = 1 - 1 / max(span, 1.0)
-    total = weight = 0.0
+def smooth(values: Sequence[float], reach: int) -> list[float]:
+    """The mean of the finite values at most ``reach`` places away on either side, so that nothing lags; gaps stay gaps.
+
+    Near the ends the window shrinks on both sides alike, which keeps the first and the last value where they are.
+    """
     result = []
-    for value in values:
-        if math.isfinite(value):
-            total, weight = keep * total + value, keep * weight + 1
-            result.append(total / weight)
-        else:
-            result.append(NAN)
+    for place, value in enumerate(values):
+        near = min(reach, place, len(values) - 1 - place)
+        window = [one for one in values[place - near : place + near + 1] if math.isfinite(one)]
+        result.append(math.fsum(window) / len(window) if math.isfinite(value) else NAN)
     return result
 
 
-def _chart(metrics: Metrics, key: str, title: str, columns: Sequence[tuple[str, str]], *, smoothed: bool, zero: bool) -> Chart:
+def _chart(
+    metrics: Metrics, key: str, title: str, columns: Sequence[tuple[str, str]], *, smoothed: bool, zero: bool
+) -> Chart:
     xs: list[float] = metrics.steps
     series: list[Series] = []
     shown: list[tuple[str, list[float]]] = []
@@ -136,8 +140,10 @@ def _chart(metrics: Metrics, key: str, title: str, columns: Sequence[tuple[str, 
         xs, ys = thin(metrics.steps, metrics.column(column), POINTS)
         style = f"s{number}"
         if smoothed and len(ys) >= 20:
-            series.append(Series("each step" if len(metrics.steps) <= POINTS else "mean of some steps", ys, style, faint=True))
-            ys = smooth(ys, len(ys) / 20)
+            series.append(
+                Series("each step" if len(metrics.steps) <= POINTS else "mean of some steps", ys, style, faint=True)
+            )
+            ys = smooth(ys, max(2, len(ys) // 40))
             label = f"{label}, smoothed"
         series.append(Series(label, ys, style))
         shown.append((label, ys))
@@ -151,7 +157,9 @@ def _padding(metrics: Metrics) -> Metrics:
     for tokens, padded in zip(metrics.column("tokens"), metrics.column("padded_tokens"), strict=True):
         good = math.isfinite(tokens) and math.isfinite(padded) and padded >= tokens > 0
         shares.append(1 - tokens / padded if good else NAN)
-    return Metrics(metrics.steps, {**metrics.columns, "padding_share": shares}, metrics.torn, metrics.broken, metrics.repeated)
+    return Metrics(
+        metrics.steps, {**metrics.columns, "padding_share": shares}, metrics.torn, metrics.broken, metrics.repeated
+    )
 
 
 def _speed(metrics: Metrics) -> Metrics:
@@ -159,7 +167,9 @@ def _speed(metrics: Metrics) -> Metrics:
     speeds = []
     for tokens, seconds in zip(metrics.column("tokens"), metrics.column("seconds"), strict=True):
         speeds.append(tokens / seconds if math.isfinite(tokens) and math.isfinite(seconds) and seconds > 0 else NAN)
-    return Metrics(metrics.steps, {**metrics.columns, "tokens_per_second": speeds}, metrics.torn, metrics.broken, metrics.repeated)
+    return Metrics(
+        metrics.steps, {**metrics.columns, "tokens_per_second": speeds}, metrics.torn, metrics.broken, metrics.repeated
+    )
 
 
 CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...], bool, bool], ...] = (
@@ -195,13 +205,23 @@ def _notes(metrics: Metrics) -> list[str]:
     if metrics.broken:
         notes.append(f"{text.count(metrics.broken)} lines of metrics.jsonl cannot be read and are left out.")
     if metrics.repeated:
-        notes.append(f"{text.count(metrics.repeated)} steps stand twice (the run was resumed); the later record counts.")
+        notes.append(
+            f"{text.count(metrics.repeated)} steps stand twice (the run was resumed); the later record counts."
+        )
     bad = sum(not math.isfinite(value) for value in metrics.column("loss"))
     if bad:
-        steps = [text.count(step) for step, value in zip(metrics.steps, metrics.column("loss"), strict=True) if not math.isfinite(value)]
-        notes.append(f"The loss is not a finite number at {text.count(bad)} steps: {', '.join(steps[:8])}{'…' if bad > 8 else ''}.")
+        steps = [
+            text.count(step)
+            for step, value in zip(metrics.steps, metrics.column("loss"), strict=True)
+            if not math.isfinite(value)
+        ]
+        notes.append(
+            f"The loss is not a finite number at {text.count(bad)} steps: {', '.join(steps[:8])}{'…' if bad > 8 else ''}."
+        )
     if len(metrics.steps) > POINTS:
-        notes.append(f"Each curve has {POINTS} points; a point is the mean of about {text.number(len(metrics.steps) / POINTS, 2)} steps.")
+        notes.append(
+            f"Each curve has {POINTS} points; a point is the mean of about {text.number(len(metrics.steps) / POINTS, 2)} steps."
+        )
     return notes
 
 

@@ -135,7 +135,10 @@ def _findings(summary: Json, sources: Sequence[Json]) -> list[str]:
         )
     conflicts = mapping(summary.get("conflicts"))
     found = [
-        (real(conflicts.get("positive_and_negative")), "pairs of a query and a text are called positive and negative; the positive counts"),
+        (
+            real(conflicts.get("positive_and_negative")),
+            "pairs of a query and a text are called positive and negative; the positive counts",
+        ),
         (real(conflicts.get("labels")), "items bear more than one label"),
         (real(conflicts.get("scores")), "pairs have more than one score"),
     ]
@@ -144,13 +147,16 @@ def _findings(summary: Json, sources: Sequence[Json]) -> list[str]:
         findings.append("No two statements of the data contradict each other.")
     shared = {pair: real(value) or 0.0 for pair, value in mapping(summary.get("shared_between_splits")).items()}
     findings += [
-        f"{text.count(value)} items are in examples of two splits: {pair.replace('+', ' and ')}." for pair, value in shared.items() if value
+        f"{text.count(value)} items are in examples of two splits: {pair.replace('+', ' and ')}."
+        for pair, value in shared.items()
+        if value
     ]
     return findings
 
 
 def _conflicts(conflicts: Json) -> list[Conflict]:
     examples = [
-        [(name, string(value) or text.plain(value)) for name, value in mapping(one).items()] for one in listing(conflicts.get("first"))
+        [(name, string(value) or text.plain(value)) for name, value in mapping(one).items()]
+        for one in listing(conflicts.get("first"))
     ]
     return [Conflict("The first contradictions", examples[:EXAMPLES])] if examples else []

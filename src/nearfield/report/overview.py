@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nearfield.report import text
 from nearfield.report.curves import Curves
-from nearfield.report.run import AbsentError, Json, Missing, first, listing, load_object, logger, mapping, real, string
+from nearfield.report.run import AbsentError, Json, Missing, listing, load_object, logger, mapping, real, string, total
 
 SECTIONS = ("encoder", "objective", "batches", "training", "data", "prompts", "evaluation")
 """The recipe's parts that get a row of their own, in this order; any other follows."""
@@ -25,13 +25,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the run as the manifest names it; ``inputs`` pairs what went in with its fingerprint."""
+    """A stage of the run as the manifest names it; ``details`` is all else that it says, as (key, words)."""
 
     name: str
     fingerprint: str
     path: str
     seconds: str
-    inputs: list[tuple[str, str]]
+    details: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,19 @@ def read_manifest(run: Path) -> dict[str, object]:
 def flatten(value: object, prefix: str = "") -> list[tuple[str, str]]:
     """A nested mapping as (dotted key, words) pairs; lists of scalars stay on one line; empty parts say ``none``."""
     if isinstance(value, dict) and value:
-        return [pair for key, item in value.items() for pair in flatten(item, f"{prefix}.{key}" if prefix else str(key))]
+        return [
+            pair for key, item in value.items() for pair in flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        ]
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return [pair for number, item in enumerate(value) for pair in flatten(item, f"{prefix}.{number}" if prefix else str(number))]
+        return [
+            pair
+            for number, item in enumerate(value)
+            for pair in flatten(item, f"{prefix}.{number}" if prefix else str(number))
+        ]
     return [(prefix, "none" if value in ({}, [], None) else text.plain(value))]
 
 
-def build_manifest(manifest: Json) -> Manifest:
+def build_manifest(manifest: Json, run: Path) -> Manifest:
     """The section, from the manifest's object."""
     known = {"name", "created", "command", "seed", "versions", "device", "stages"}
     facts = [(label, words) for label, words in (
@@ -96,6 +102,7 @@ def build_manifest(manifest: Json) -> Manifest:
         ("seed", string(manifest.get("seed"))),
     ) if words is not None]  # fmt: skip
     stages = []
+    shown = {"fingerprint", "path", "seconds"}
     for name, value in mapping(manifest.get("stages")).items():
         stage = mapping(value)
         seconds = real(stage.get("seconds"))
@@ -103,9 +110,9 @@ def build_manifest(manifest: Json) -> Manifest:
             Stage(
                 name=name,
                 fingerprint=string(stage.get("fingerprint")) or "–",
-                path=string(stage.get("path")) or "–",
+                path=_relative(string(stage.get("path")) or "–", run.resolve()),
                 seconds=text.duration(seconds) if seconds is not None else "–",
-                inputs=flatten(stage["inputs"]) if stage.get("inputs") else [],
+                details=[pair for key, one in stage.items() if key not in shown for pair in flatten(one, key)],
             )
         )
     return Manifest(
@@ -117,25 +124,37 @@ def build_manifest(manifest: Json) -> Manifest:
     )
 
 
+def _relative(path: str, run: Path) -> str:
+    """A path in the run, or beside it, as seen from the run; any other as it is."""
+    for home, prefix in ((run, ""), (run.parent, "../")):
+        if path.startswith(f"{home}/"):
+            return prefix + path[len(str(home)) + 1 :]
+    return path
+
+
 def _command(value: object) -> str | None:
     return " ".join(str(item) for item in value) if isinstance(value, list) else string(value)
 
 
 def device_words(manifest: Json) -> str | None:
-    """The device of a run in a few words."""
-    device = manifest.get("device")
-    if isinstance(device, dict):
-        named = string(first(mapping(device), "name", "kind", "type", "device", "description"))
-        world = real(first(mapping(device), "processes", "world_size", "count"))
-        return f"{text.count(world)} × {named}" if named and world and world > 1 else named
-    return string(device)
+    """The device of the training in a few words."""
+    trained = string(mapping(mapping(manifest.get("stages")).get("train")).get("device"))
+    device = mapping(manifest.get("device"))
+    gpus = [str(gpu) for gpu in listing(device.get("gpus"))]
+    if gpus and trained != "cpu":
+        names = dict.fromkeys(gpus)
+        return ", ".join(f"{gpus.count(name)} × {name}" if gpus.count(name) > 1 else name for name in names)
+    threads, machine = real(device.get("threads")), string(device.get("machine"))
+    if threads and trained in (None, "cpu"):
+        return (
+            f"{text.count(threads)} CPU {'thread' if threads == 1 else 'threads'}{f' ({machine})' if machine else ''}"
+        )
+    return trained or string(manifest.get("device"))
 
 
-def _encoder(recipe: Json) -> str | None:
-    return string(mapping(recipe.get("encoder")).get("model"))
-
-
-def build_overview(recipe: Recipe | Missing, manifest: Json | Missing, curves: Curves | Missing, sources: list[str]) -> Overview:
+def build_overview(
+    recipe: Recipe | Missing, manifest: Json | Missing, curves: Curves | Missing, sources: list[str]
+) -> Overview:
     """The section; it needs one of the three files at least."""
     if isinstance(recipe, Missing) and isinstance(manifest, Missing) and isinstance(curves, Missing):
         raise AbsentError(recipe.reason)
@@ -145,19 +164,29 @@ def build_overview(recipe: Recipe | Missing, manifest: Json | Missing, curves: C
     if not isinstance(recipe, Missing) and not values:
         notes.append("recipe.yaml cannot be read as YAML; its text stands below.")
     tiles: list[tuple[str, str, str]] = []
-    trained = real(mapping(mapping(made.get("stages")).get("train")).get("seconds"))
     if not isinstance(curves, Missing):
-        tiles.append(("steps", text.count(curves.steps), f"loss {text.number(curves.first_loss, 3)} → {text.number(curves.last_loss, 3)}"))
+        tiles.append(
+            (
+                "steps",
+                text.count(curves.steps),
+                f"loss {text.number(curves.first_loss, 3)} → {text.number(curves.last_loss, 3)}",
+            )
+        )
         if curves.rows_seen:
             tiles.append(("examples", text.count(curves.rows_seen), ""))
         if curves.tokens:
-            computed = f"{text.percent(curves.padded - curves.tokens, curves.padded)} padding" if curves.padded >= curves.tokens else ""
+            computed = (
+                f"{text.percent(curves.padded - curves.tokens, curves.padded)} padding"
+                if curves.padded >= curves.tokens
+                else ""
+            )
             tiles.append(("tokens", text.count(curves.tokens), computed))
-        trained = trained or curves.seconds or None
+    stages = {name: mapping(stage) for name, stage in mapping(made.get("stages")).items()}
+    trained = real(stages.get("train", {}).get("seconds")) or (None if isinstance(curves, Missing) else curves.seconds)
     if trained:
         device = device_words(made)
         tiles.append(("training time", text.duration(trained), f"on {text.clip(device, 40)}" if device else ""))
-    whole = sum(real(mapping(stage).get("seconds")) or 0.0 for stage in mapping(made.get("stages")).values())
+    whole = total(stage.get("seconds") for stage in stages.values())
     if whole and whole != trained:
         tiles.append(("all stages", text.duration(whole), ""))
     return Overview(
@@ -179,7 +208,7 @@ def _parts(values: Json) -> list[tuple[str, list[tuple[str, str]]]]:
             parts.append((name, flatten(value)))
         else:
             single += flatten(value, name)
-    return [*parts, ("other", single)] if single else parts
+    return [("run", single), *parts] if single else parts
 
 
 def _source(source: str) -> str:
@@ -190,13 +219,17 @@ def _source(source: str) -> str:
 
 def _sentence(recipe: Json, manifest: Json, curves: Curves | Missing, sources: list[str]) -> str:
     objective, batches = mapping(recipe.get("objective")), mapping(recipe.get("batches"))
-    words = [_encoder(recipe) or "An encoder", "was trained"]
+    words = [string(mapping(recipe.get("encoder")).get("model")) or "An encoder", "was trained"]
     if sources:
         words.append(f"on {' and '.join(', '.join(sources).rsplit(', ', 1))}")
     elif string(recipe.get("data")):
         words.append(f"on {Path(str(recipe['data'])).name}")
     if string(objective.get("kind")):
-        settings = [f"{key.replace('_', ' ')} {text.plain(value)}" for key, value in objective.items() if key == "temperature" and string(value)]
+        settings = [
+            f"{key.replace('_', ' ')} {text.plain(value)}"
+            for key, value in objective.items()
+            if key == "temperature" and string(value)
+        ]
         words.append(f"with the objective {objective['kind']}{' (' + ', '.join(settings) + ')' if settings else ''}")
     if not isinstance(curves, Missing):
         words.append(f"for {text.count(curves.steps)} {'step' if curves.steps == 1 else 'steps'}")
@@ -220,7 +253,9 @@ def store_folder(manifest: Json | Missing, run: Path) -> Path | None:
     """The data store that the manifest names, absolute or relative to the run, its parent or the current folder."""
     if isinstance(manifest, Missing):
         return None
-    named = string(mapping(mapping(manifest.get("stages")).get("data")).get("path")) or string(mapping(manifest.get("data")).get("path"))
+    named = string(mapping(mapping(manifest.get("stages")).get("data")).get("path")) or string(
+        mapping(manifest.get("data")).get("path")
+    )
     if not named or "\0" in named:
         return None
     return next((base for base in (run / named, run.parent / named, Path(named)) if base.is_dir()), None)

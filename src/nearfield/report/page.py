@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import datetime
+import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 from collections.abc import Mapping
@@ -14,7 +16,6 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-import nearfield
 from nearfield.errors import BadInputError
 from nearfield.files import write_text
 from nearfield.report import ReportResult, text
@@ -22,13 +23,29 @@ from nearfield.report.batches import build_batches
 from nearfield.report.comparison import Comparison, Finding, build_comparison
 from nearfield.report.curves import Curves, build_curves
 from nearfield.report.dataset import build_data
-from nearfield.report.overview import build_manifest, build_overview, read_manifest, read_recipe, sources_of, store_folder
+from nearfield.report.overview import (
+    build_manifest,
+    build_overview,
+    read_manifest,
+    read_recipe,
+    sources_of,
+    store_folder,
+)
 from nearfield.report.queries import Queries, build_queries
 from nearfield.report.run import Missing, part, string
 
 FORMAT = 1
 """The version of the JSON that the page carries."""
-KNOWN_FILES = ("recipe.yaml", "manifest.json", "metrics.jsonl", "comparison.json", "plan", "results", "model", "checkpoints")
+KNOWN_FILES = (
+    "recipe.yaml",
+    "manifest.json",
+    "metrics.jsonl",
+    "comparison.json",
+    "plan",
+    "results",
+    "model",
+    "checkpoints",
+)
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -70,14 +87,19 @@ def write_page(run: Path, out: Path | None) -> ReportResult:
         )
     out = out or run / "report.html"
     if out.is_dir():
-        raise BadInputError("the report is one file, and this is a folder", where=str(out), hint="Name a file: --out FILE.html.")
+        raise BadInputError(
+            "the report is one file, and this is a folder", where=str(out), hint="Name a file: --out FILE.html."
+        )
     page, data = read_page(run)
     html = render(page, data)
     try:
         write_text(out, html)
     except OSError as error:
         raise BadInputError(f"the report cannot be written ({error.strerror})", where=str(out)) from error
-    reasons = {section.key: section.content.reason if isinstance(section.content, Missing) else None for section in page.sections}
+    reasons = {
+        section.key: section.content.reason if isinstance(section.content, Missing) else None
+        for section in page.sections
+    }
     return ReportResult(out, len(html.encode()), reasons)
 
 
@@ -91,9 +113,9 @@ def read_page(run: Path) -> tuple[Page, dict[str, object]]:
     listed = part("the store's sources", lambda: sources_of(store))
     sources = [] if isinstance(listed, Missing) else listed
     comparison = part("comparison.json", lambda: build_comparison(run))
-    queries = part("the queries", lambda: build_queries(run, comparison, store))
+    queries = part("the queries", lambda: build_queries(run, manifest, store))
     overview = part("the overview", lambda: build_overview(recipe, manifest, curves, sources))
-    made = manifest if isinstance(manifest, Missing) else part("the manifest", lambda: build_manifest(manifest))
+    made = manifest if isinstance(manifest, Missing) else part("the manifest", lambda: build_manifest(manifest, run))
     sections = [
         Section("trained", "What was trained", "What was trained on what", overview),
         Section("comparison", "Before and after", "Before and after", comparison),
@@ -105,16 +127,24 @@ def read_page(run: Path) -> tuple[Page, dict[str, object]]:
     ]
     name = (None if isinstance(manifest, Missing) else string(manifest.get("name"))) or run.resolve().name
     verdict = [] if isinstance(comparison, Missing) else comparison.verdict
-    page = Page(name, str(run), f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC", verdict, sections)
+    page = Page(
+        name, run.resolve().name, f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC", verdict, sections
+    )
     return page, figures(name, curves, comparison, queries)
 
 
-def figures(name: str, curves: Curves | Missing, comparison: Comparison | Missing, queries: Queries | Missing) -> dict[str, object]:
+def figures(
+    name: str, curves: Curves | Missing, comparison: Comparison | Missing, queries: Queries | Missing
+) -> dict[str, object]:
     """What the page's script and other programs read: curves, scores and queries, not cut and not made visible."""
     charts: dict[str, object] = {}
     if not isinstance(curves, Missing):
         for chart in curves.charts:
-            charts[chart.key] = {"title": chart.title, "x": chart.x, "series": [{"label": label, "y": y} for label, y in chart.series]}
+            charts[chart.key] = {
+                "title": chart.title,
+                "x": chart.x,
+                "series": [{"label": label, "y": [float(f"{value:.5g}") for value in y]} for label, y in chart.series],
+            }
     return {
         "format": FORMAT,
         "run": name,
@@ -136,7 +166,7 @@ def _finite(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
@@ -155,6 +185,7 @@ def _visible(value: object) -> object:
     return text.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
+@functools.cache
 def environment() -> jinja2.Environment:
     """Templates with autoescape; an undefined name is an error."""
     made = jinja2.Environment(
@@ -172,11 +203,15 @@ def render(page: Page, data: Mapping[str, object]) -> str:
     """The HTML of a page."""
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    return environment().get_template("report.html.j2").render(
-        page=page,
-        policy=content_policy(script, style),
-        style=Markup(style),  # noqa: S704 - a file of this package
-        script=Markup(script),  # noqa: S704
-        data=embedded_json(data),
-        version=nearfield.__version__,
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            page=page,
+            policy=content_policy(script, style),
+            style=Markup(style),
+            script=Markup(script),
+            data=embedded_json(data),
+            version=importlib.metadata.version("nearfield"),
+        )
     )

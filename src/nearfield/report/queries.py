@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nearfield.report import text
-from nearfield.report.comparison import Comparison, metric_words
-from nearfield.report.run import AbsentError, Missing, logger, mapping, string
+from nearfield.report.comparison import metric_words
+from nearfield.report.run import AbsentError, Json, Missing, logger, mapping, string
 
 if TYPE_CHECKING:
     from nearfield.data.store import Store
@@ -135,15 +135,34 @@ class Texts:
         return {ids[int(document)].as_py().hex() for document in store.known_positives().of(row)}
 
 
-def build_queries(run: Path, comparison: Comparison | Missing, store: Path | None) -> Queries:
+def result_folders(run: Path, manifest: Json | Missing) -> dict[str, Path]:
+    """The results before and after training, as the manifest names them; only folders inside the run count."""
+    named = (
+        {}
+        if isinstance(manifest, Missing)
+        else mapping(mapping(mapping(manifest.get("stages")).get("evaluate")).get("results"))
+    )
+    home = run.resolve()
+    folders = {
+        side: (home / (string(named.get(side)) or ".")).resolve() for side in SIDES if "\0" not in str(named.get(side))
+    }
+    return {
+        side: folder
+        for side, folder in folders.items()
+        if folder != home and folder.is_relative_to(home) and folder.is_dir()
+    }
+
+
+def build_queries(run: Path, manifest: Json | Missing, store: Path | None) -> Queries:
     """The section of a run folder, once it is known which results are before and after."""
-    if isinstance(comparison, Missing):
-        raise AbsentError(f"Which results are before and which after is not known: {comparison.reason}")
-    lacking = [side for side in SIDES if side not in comparison.folders]
+    folders = result_folders(run, manifest)
+    lacking = [side for side in SIDES if side not in folders]
     if lacking:
-        raise AbsentError(f"The results {' and '.join(lacking)} are not in the run folder, so queries cannot be compared.")
-    folders = {side: comparison.folders[side] for side in SIDES}
-    names = [{file.name.removesuffix(TOP_SUFFIX) for file in folder.glob(f"*{TOP_SUFFIX}")} for folder in folders.values()]
+        raise AbsentError(f"The run has no results {' and '.join(lacking)} training, so queries cannot be compared.")
+    names = [
+        {file.name.removesuffix(TOP_SUFFIX) for file in folder.glob(f"*{TOP_SUFFIX}")}
+        for folder in (folders[side] for side in SIDES)
+    ]
     tasks = sorted(set.intersection(*names))
     if not tasks:
         raise AbsentError("No retrieval task was scored before and after, so there are no queries to show.")
@@ -159,7 +178,11 @@ def build_queries(run: Path, comparison: Comparison | Missing, store: Path | Non
         stores |= {fingerprint} if fingerprint else set()
         summary.append(_summary(task, of_task))
     gains, losses = pick(changes)
-    tops = {(task, side): _top(folders[side], task, [c for c in gains + losses if c.task == task]) for task in tasks for side in SIDES}
+    tops = {
+        (task, side): _top(folders[side], task, [c for c in gains + losses if c.task == task])
+        for task in tasks
+        for side in SIDES
+    }
     texts = _texts(run, store, stores)
     texts.find(_ids(gains + losses, tops))
     shown = [(Group("gain", "Largest gains", []), gains), (Group("loss", "Largest losses", []), losses)]
@@ -172,7 +195,9 @@ def build_queries(run: Path, comparison: Comparison | Missing, store: Path | Non
     if not gains and not losses:
         notes.append("No query's score changed.")
     if any(texts.relevant(change.query) is None for change in gains + losses):
-        notes.append("Texts and judgements are known for tasks made from a data store that is at hand; others show ids.")
+        notes.append(
+            "Texts and judgements are known for tasks made from a data store that is at hand; others show ids."
+        )
     return Queries(summary, [group for group, _ in shown], notes, raw)
 
 
@@ -194,7 +219,9 @@ def _changes(task: str, folders: dict[str, Path]) -> tuple[list[Change], str | N
         file = folders[side] / f"{task}{UNITS_SUFFIX}"
         if not file.is_file():
             return [], None
-        table = pq.read_table(file, columns=["subset", "split", "unit", "id", "metric", "value"], filters=[("unit", "=", "query")])
+        table = pq.read_table(
+            file, columns=["subset", "split", "unit", "id", "metric", "value"], filters=[("unit", "=", "query")]
+        )
         metadata = mapping(json.loads((table.schema.metadata or {}).get(b"nearfield", b"{}")))
         metric = string(metadata.get("main_score")) or "ndcg_at_10"
         fingerprint = string(mapping(metadata.get("details")).get("store")) or fingerprint
@@ -269,7 +296,9 @@ def _query(change: Change, tops: dict[tuple[str, str], Top], texts: Texts) -> tu
         for rank, document, points in found:
             known = texts.text(document)
             marked = None if relevant is None else document in relevant
-            results.append(Result(rank, document, document if known is None else known, text.number(points, 3), marked))
+            results.append(
+                Result(rank, document, document if known is None else known, f"{points:.3f}".replace("-", "−"), marked)
+            )
         seen |= {document for _, document, _ in found}
         ranks = [result.rank for result in results if result.relevant]
         if relevant is not None:

@@ -16,6 +16,8 @@ _HIDDEN = re.compile(
     "\ufff9-\ufffb\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\U000e0000-\U000e0fff]"
 )
 
+_SPACES = re.compile("[ \t\r\n]+")
+
 
 def _name(match: re.Match[str]) -> str:
     code = ord(match.group())
@@ -33,10 +35,11 @@ def visible(text: str) -> str:
 
 def clip(text: str, length: int = 400) -> str:
     """The visible text on one line, cut after ``length`` characters with the number that the whole text has."""
-    line = " ".join(text[: 4 * length + 1000].split())
-    if len(text) <= 4 * length + 1000 and len(line) <= length:
-        return visible(line)
-    return f"{visible(_cut(line, length))}… ({count(len(text))} characters)"
+    head = text[: 4 * length + 1000]
+    line = _SPACES.sub(" ", visible(head)).strip(" ")
+    if len(head) == len(text) and len(line) <= length:
+        return line
+    return f"{_cut(line, length)}… ({count(len(text))} characters)"
 
 
 def _cut(text: str, length: int) -> str:
@@ -52,7 +55,7 @@ def count(value: float) -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number for reading: four significant digits, a true minus sign, powers of ten where it is tiny or huge."""
+    """A number for reading: at most four significant digits, a true minus sign, powers of ten where it is tiny or huge."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
@@ -66,7 +69,8 @@ def number(value: float, digits: int = 4) -> str:
         return f"{mantissa}e{int(exponent)}".replace("-", "−")
     if size >= digits:
         return count(value).replace("-", "−")
-    return f"{value:.{max(digits - 1 - size, 0)}f}".replace("-", "−")
+    words = f"{value:.{max(digits - 1 - size, 0)}f}".replace("-", "−")
+    return words.rstrip("0").rstrip(".") if "." in words else words
 
 
 def score(value: float) -> str:
@@ -126,7 +130,7 @@ def moment(value: object) -> str:
 
 
 def plain(value: object) -> str:
-    """Any scalar of a JSON or YAML file as words; a list or mapping as its items."""
+    """Any scalar of a JSON or YAML file as words; a text with spaces at its ends in quotes; a list as its items."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -137,4 +141,5 @@ def plain(value: object) -> str:
         return ", ".join(f"{key}: {plain(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(plain(item) for item in value)
-    return str(value)
+    words = str(value)
+    return words if words and words == words.strip(" \t\r\n") else f"“{words}”"

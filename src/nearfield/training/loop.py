@@ -161,7 +161,7 @@ def _train(
                     keep_graph=config.gradient_cache == "never"
                     or (config.gradient_cache == "auto" and padded <= config.graph_tokens),
                 )
-                loss_value = float(result.loss.total) / result.loss.denominator
+                loss_value = float(result.loss.total.detach()) / result.loss.denominator
                 norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm or float("inf")))
                 if not (np.isfinite(loss_value) and np.isfinite(norm)):
                     save(step)

@@ -62,7 +62,9 @@ def files_at(path: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
         found = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(suffixes))
         if found:
             return found
-        raise BadInputError(f"this folder holds no {what} file", where=str(path), hint=f"Wanted: {', '.join(suffixes)}.")
+        raise BadInputError(
+            f"this folder holds no {what} file", where=str(path), hint=f"Wanted: {', '.join(suffixes)}."
+        )
     if path.exists():
         raise BadInputError("this is neither a file nor a folder", where=str(path))
     raise BadInputError(

@@ -26,7 +26,9 @@ class HubDataset:
         if config.path is None:
             return {f"{config.name}/{config.subset or ''}/{config.split}": str(config.revision)}
         if not config.path.is_dir():
-            raise BadInputError("this folder does not exist", where=str(config.path), hint="Write it with save_to_disk.")
+            raise BadInputError(
+                "this folder does not exist", where=str(config.path), hint="Write it with save_to_disk."
+            )
         return hash_files(sorted(file for file in config.path.rglob("*") if file.suffix in (".arrow", ".json")))
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
@@ -56,7 +58,9 @@ class HubDataset:
             # Covers a missing name or revision, no network, an unknown split and a folder that is no data set.
             message = (str(error).splitlines() or [type(error).__name__])[0][:300]
             hint = "Check the folder." if config.path else "Check name, revision and split; offline, fetch it first."
-            raise BadInputError(f"this data set cannot be loaded ({message})", where=self._where(), hint=hint) from error
+            raise BadInputError(
+                f"this data set cannot be loaded ({message})", where=self._where(), hint=hint
+            ) from error
         if isinstance(data, DatasetDict):
             if config.split not in data:
                 hint = f"Splits here: {', '.join(data)}."

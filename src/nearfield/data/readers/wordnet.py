@@ -125,7 +125,9 @@ def _pair_rows(synsets: Sequence[Synset], path: Path) -> Iterator[dict[str, obje
 def _values(path: Path) -> Iterator[dict[str, object]]:
     for row in read_jsonl(path):
         if row.values is None:
-            raise BadInputError(f"a shipped file is broken ({row.reason})", where=f"{path}:{row.line}", hint="Install again.")
+            raise BadInputError(
+                f"a shipped file is broken ({row.reason})", where=f"{path}:{row.line}", hint="Install again."
+            )
         yield dict(row.values)
 
 

@@ -1,0 +1,107 @@
+"""``nearfield eval``: score a model on a suite of benchmark tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nearfield.errors import EXIT_FAULT, BadInputError
+
+if TYPE_CHECKING:
+    from nearfield.evaluation import EvaluationResult
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("eval")(evaluate_command)
+
+
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name, 'bm25' or 'random'.")],
+    suite: Annotated[Path, typer.Option("--suite", help="A suite YAML, or a folder of local tasks.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Where results are filed: <out>/<org>__<model>/<revision>.")
+    ] = Path("results"),
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Only these tasks, separated by commas.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write {task: {subset: main score}} here.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="File the results under this organisation/model.")] = None,
+    prompts: Annotated[
+        str, typer.Option("--prompts", help="'contract': stop at prompts the model was not trained with; or 'as-is'.")
+    ] = "contract",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Score again what is present.")] = False,
+    device: Annotated[str | None, typer.Option("--device", help="E.g. cpu or cuda:0.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", help="Tokens in a chunk of texts.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the suite file: key.path=value.")] = None,
+) -> None:
+    """Score a model on a suite; results are filed in mteb's format, with the score of every query beside them."""
+    import os
+
+    # mteb and bm25s draw bars of their own, whatever they are told; ours replace them.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import logging
+    import warnings
+
+    from nearfield.evaluation import SuiteConfig, evaluate
+    from nearfield.files import write_json
+
+    warnings.simplefilter("ignore")
+    logging.getLogger("mteb").setLevel(logging.ERROR)
+    config: SuiteConfig | Path = suite
+    if overrides:
+        if not suite.is_file():
+            raise BadInputError("overrides change a suite file", where=str(suite), hint="Give a suite YAML.")
+        config = SuiteConfig.load(suite, overrides)
+    chosen = [task.strip() for task in tasks.split(",") if task.strip()] if tasks is not None else None
+    if chosen == []:
+        raise BadInputError("--tasks names no task", where="--tasks", hint="Give names separated by commas.")
+    result = evaluate(
+        model,
+        config,
+        out,
+        name=name,
+        prompts=prompts,
+        overwrite=overwrite,
+        device=device,
+        batch_tokens=batch_tokens,
+        tasks=chosen,
+    )
+    if json_out is not None:
+        write_json(json_out, result.scores)
+    _show(result)
+    if result.failures:
+        raise typer.Exit(EXIT_FAULT)
+
+
+def _show(result: EvaluationResult) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from nearfield.console import stdout_console
+
+    console = stdout_console()
+    table = Table(title=Text(f"{result.model} at {result.revision[:12]}"))
+    for heading in ("task", "subset"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("score", justify="right")
+    table.add_column("", overflow="fold")
+    for task, scores in result.scores.items():
+        remark = "was there" if task in result.reused else f"{result.seconds.get(task, 0):.0f} s"
+        for subset, score in scores.items():
+            table.add_row(Text(task), Text(subset), f"{score:.4f}", remark)
+    for task, reason in result.not_applicable.items():
+        table.add_row(Text(task), "", "n/a", Text(reason))
+    for task, reason in result.failures.items():
+        table.add_row(Text(task), "", "failed", Text(reason), style="red")
+    console.print(table)
+    for task, details in result.details.items():
+        if "largest_cluster" in details:
+            facts = ", ".join(f"{details[key]} {key.replace('_', ' ')}" for key in _FACTS if key in details)
+            console.print(Text(f"{task}: {facts}"))
+    for note in result.notes:
+        console.print(Text(note))
+    console.print(Text(f"results: {result.results_dir}"))
+
+
+_FACTS = ("queries", "pairs", "corpus", "distractors", "clusters", "largest_cluster")

@@ -1,0 +1,99 @@
+"""Fixtures that several parts share, and a closing line that counts skips with their reasons."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tests.models import WORDS, save_tiny_bert
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    """The command line sends nearfield's records to standard error; the next test reads them as always."""
+    yield
+    logger = logging.getLogger("nearfield")
+    logger.handlers.clear()
+    logger.propagate = True
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random BERT that has dropout."""
+    return save_tiny_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data recipe with 200 query-document pairs of words, each with a negative, in four groups of splits."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = random.Random(0)
+    with (folder / "pairs.jsonl").open("w") as file:
+        for number in range(200):
+            words = rows.sample(WORDS, 12)
+            row = {
+                "query": " ".join(words[: rows.randint(1, 4)]) + f" word{number}",
+                "positive": " ".join(words[:8]) + f" word{number}",
+                "negative": " ".join(rows.sample(WORDS, 6)),
+                "group": f"g{number // 2}",
+            }
+            file.write(json.dumps(row) + "\n")
+    recipe = folder / "toy.yaml"
+    recipe.write_text(
+        """\
+name: toy
+sources:
+  - name: pairs
+    task_type: Retrieval
+    reader: {kind: jsonl, path: pairs.jsonl}
+    examples: {kind: retrieval, query: query, positives: positive, negatives: negative}
+    group: group
+    split: {kind: hash, fractions: {train: 0.7, test: 0.3}, seed: 0}
+"""
+    )
+    return recipe
+
+
+@pytest.fixture()
+def toy_recipe(tmp_path: Path, tiny_model: Path, toy_data: Path) -> Path:
+    """A recipe that trains the tiny model on the toy data for a few steps, without evaluation."""
+    recipe = tmp_path / "toy.yaml"
+    recipe.write_text(
+        f"""\
+name: toy
+data: {toy_data}
+encoder: {{model: {tiny_model}}}
+objective: {{kind: infonce, temperature: 0.1}}
+batches: {{kind: single_source, batch_size: 16}}
+training:
+  epochs: 2
+  max_steps: 12
+  learning_rate: 1.0e-3
+  checkpoints: {{every_steps: 4}}
+  tensorboard: false
+"""
+    )
+    return recipe
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests were skipped and why, at the very end."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        longrepr = report.longrepr
+        reason = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
+        reasons[reason.removeprefix("Skipped: ")] += 1
+    passed = len(terminalreporter.stats.get("passed", []))
+    terminalreporter.write_line(f"{passed} tests passed, {sum(reasons.values())} skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"  {count} skipped: {reason}")

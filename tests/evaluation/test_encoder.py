@@ -1,0 +1,121 @@
+"""The encoder feeds the model what mteb's own wrapper feeds it, once for each distinct text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+import pytest
+import torch
+
+from nearfield.encoders import load_encoder
+from nearfield.evaluation.encoder import TaskEncoder
+from nearfield.evaluation.folder import folder_task, task_folders
+
+PROMPTS = {
+    "plain": {},
+    "roles": {"query": "query: ", "document": "passage: "},
+    "types": {
+        "query": "q: ",
+        "document": "d: ",
+        "Retrieval-query": "rq: ",
+        "Reranking-document": "rd: ",
+        "STS": "sts: ",
+        "Classification": "topic: ",
+        "Clustering-query": "unused: ",
+        "BitextMining": "bitext: ",
+    },
+}
+
+
+def fed(model: Any) -> list[tuple[int, ...]]:
+    """From now on, collect the token ids of every text that goes into the model, without padding."""
+    rows: list[tuple[int, ...]] = []
+
+    def hook(_module: Any, args: tuple[Any, ...]) -> None:
+        for ids, mask in zip(args[0]["input_ids"], args[0]["attention_mask"], strict=True):
+            rows.append(tuple(ids[mask.bool()].tolist()))
+
+    model[0].register_forward_pre_hook(hook)
+    return rows
+
+
+def run(model: Any, folder: Path) -> dict[str, float]:
+    result = mteb.evaluate(
+        model, folder_task(folder).task, cache=None, encode_kwargs={"show_progress_bar": False}, show_progress_bar=False
+    )
+    return {entry["hf_subset"]: entry["main_score"] for entry in result.task_results[0].scores["test"]}
+
+
+@pytest.mark.parametrize(("prompts", "default"), [("plain", None), ("roles", None), ("types", "query")])
+@pytest.mark.filterwarnings("ignore")
+def test_every_task_type_gets_the_strings_and_scores_of_mteb(
+    prompts: str, default: str | None, every_type: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "model", PROMPTS[prompts] or None, default=default)
+    theirs, ours = load_encoder(str(folder), device="cpu").model, load_encoder(str(folder), device="cpu").model
+    their_rows, our_rows = fed(theirs), fed(ours)
+    encoder = TaskEncoder(ours, name="local/tiny", revision="1")
+    for task_folder in task_folders(every_type):
+        their_rows.clear(), our_rows.clear(), encoder.forget()
+        expected, got = run(theirs, task_folder), run(encoder, task_folder)
+        assert set(our_rows) == set(their_rows), task_folder.name
+        assert len(our_rows) <= len(their_rows)
+        assert got == pytest.approx(expected, abs=1e-6), task_folder.name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_prompt_under_an_official_task_name_is_used_for_the_local_copy(
+    tasks: Any, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "model", {"query": "q: ", "document": "d: ", "SciFact-query": "claim: "})
+    model = load_encoder(str(folder), device="cpu").model
+    encoder, rows = TaskEncoder(model, name="local/tiny", revision="1"), fed(model)
+    task = folder_task(tasks.retrieval("SciFact")).task
+    run(encoder, tasks.root / "SciFact")
+    decoded = [model.tokenizer.decode(list(row), skip_special_tokens=True).replace(" ", "") for row in rows]
+    assert sum(text.startswith("claim:") for text in decoded) == 20
+    assert sum(text.startswith("d:") for text in decoded) == 40
+    assert encoder.prompt_for(task.metadata, mteb.types.PromptType.query) == "claim: "
+
+
+@pytest.mark.parametrize("batch_tokens", [None, 40, 100_000])
+def test_embeddings_equal_those_of_sentence_transformers(
+    model_folder: Path, some_sentences: Callable[..., list[str]], batch_tokens: int | None
+) -> None:
+    from mteb._create_dataloaders import _create_dataloader_from_texts
+
+    model = load_encoder(str(model_folder), device="cpu").model
+    encoder = TaskEncoder(model, name="local/tiny", revision="1", batch_tokens=batch_tokens)
+    texts = some_sentences(70, seed=3, longest=30)
+    texts += texts[:9] + ["", "  ", "walnut " * 400]
+    metadata = mteb.get_task("STS12").metadata
+    arguments: dict[str, Any] = {"task_metadata": metadata, "hf_split": "test", "hf_subset": "default"}
+    got = encoder.encode(_create_dataloader_from_texts(texts), **arguments)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, model.encode(texts, show_progress_bar=False), atol=2e-6, rtol=0)
+    assert encoder.encoded == len(set(texts)) == 73
+    encoder.encode(_create_dataloader_from_texts(texts[:20]), **arguments)
+    assert encoder.encoded == 73
+
+
+def test_chunks_stay_within_the_token_budget(model_folder: Path, some_sentences: Callable[..., list[str]]) -> None:
+    model = load_encoder(str(model_folder), device="cpu").model
+    encoder = TaskEncoder(model, name="local/tiny", revision="1", batch_tokens=200)
+    texts = some_sentences(60, longest=8)
+    chunks = encoder._chunks(texts)
+    assert sorted(text for chunk in chunks for text in chunk) == sorted(texts)
+    for chunk in chunks:
+        lengths = encoder._lengths(chunk)
+        assert len(chunk) * max(lengths) <= 200 or len(chunk) == 1
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_the_model_is_filed_under_its_own_name(model_folder: Path) -> None:
+    loaded = load_encoder(str(model_folder), device="cpu")
+    meta = TaskEncoder(loaded.model, name=loaded.name, revision=loaded.revision).mteb_model_meta
+    assert (meta.name, meta.revision) == ("local/tiny", loaded.revision)
+    assert meta.modalities == ["text"]

@@ -1,0 +1,98 @@
+"""A run's stages: what runs, what is up to date, what is stale, what resumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from nearfield.errors import BadInputError
+from nearfield.pipeline import open_run, run_stages, status
+from nearfield.training.metrics import read_metrics
+
+
+def states(recipe: Path, run: Path, *overrides: str) -> dict[str, str]:
+    return {stage.name: stage.state for stage in status(open_run(recipe, overrides, run))}
+
+
+def test_all_stages_run_once(toy_recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "toy"
+    assert set(states(toy_recipe, folder).values()) == {"missing"}
+    result = run_stages(open_run(toy_recipe, (), folder))
+    assert result.ran == ("data", "tokens", "plan", "train", "report")
+    assert set(states(toy_recipe, folder).values()) == {"done"}
+    assert run_stages(open_run(toy_recipe, (), folder)).ran == ()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["seed"] == 0
+    assert manifest["versions"]["torch"]
+    assert manifest["stages"]["train"]["steps"] == 12
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert all(np.isfinite(line["loss"]) and line["tokens"] <= line["padded_tokens"] for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_changed_setting_makes_stale_what_depends_on_it(toy_recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "toy"
+    run_stages(open_run(toy_recipe, (), folder))
+    changed = states(toy_recipe, folder, "training.learning_rate=0.002")
+    assert changed["plan"] == "done"
+    assert changed["train"] == "stale"
+    assert states(toy_recipe, folder, "batches.batch_size=8")["plan"] == "stale"
+    assert states(toy_recipe, folder, "encoder.max_length=16")["tokens"] == "missing"
+    # Neither the token budget nor the cadence of checkpoints changes what comes out.
+    assert set(
+        states(toy_recipe, folder, "training.chunk_tokens=128", "training.checkpoints.every_steps=3").values()
+    ) == {"done"}
+    result = run_stages(open_run(toy_recipe, ["training.learning_rate=0.002"], folder))
+    assert result.ran == ("train", "report")
+    assert [path.name for path in folder.glob("checkpoints-*")], "the old checkpoints are kept aside"
+    # The run's folder alone is enough to ask.
+    assert set(states(folder, folder).values()) == {"done"}
+
+
+def test_until_and_restart(toy_recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "toy"
+    assert run_stages(open_run(toy_recipe, (), folder), "plan").ran == ("data", "tokens", "plan")
+    assert not (folder / "model").exists()
+    assert run_stages(open_run(toy_recipe, (), folder), "train").ran == ("train",)
+    before = load_file(folder / "model" / "model.safetensors")
+    assert run_stages(open_run(toy_recipe, (), folder), "train", restart=True).ran == ("train",)
+    after = load_file(folder / "model" / "model.safetensors")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    with pytest.raises(BadInputError, match="no stage 'nonsense'"):
+        run_stages(open_run(toy_recipe, (), folder), "nonsense")
+
+
+def test_two_processes_do_not_share_a_run(toy_recipe: Path, tmp_path: Path) -> None:
+    run = open_run(toy_recipe, (), tmp_path / "runs" / "toy")
+    with run.lock(), pytest.raises(BadInputError, match="another process"):
+        run_stages(run, "data")
+
+
+def test_model_loads_in_plain_sentence_transformers(toy_recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """The folder alone gives the embeddings that the checkpoint's weights give, and differs from the base model."""
+    from sentence_transformers import SentenceTransformer
+
+    from nearfield.encoders import EncoderConfig
+    from nearfield.encoders.build import build_encoder
+
+    folder = tmp_path / "runs" / "toy"
+    run_stages(open_run(toy_recipe, (), folder), "train")
+    texts = ["word1 word2", "word3 word4 word5 word6 word7", "word8"]
+    plain = SentenceTransformer(str(folder / "model"), device="cpu").encode(texts)
+    encoder = build_encoder(EncoderConfig(model=str(tiny_model)), "cpu").model
+    untrained = encoder.encode(texts)
+    from safetensors.torch import load_file as load_torch
+
+    encoder.load_state_dict(load_torch(folder / "checkpoints" / "step-00000012" / "model.safetensors"))
+    np.testing.assert_allclose(plain, encoder.encode(texts), rtol=0, atol=1e-6)
+    assert np.abs(plain - untrained).max() > 1e-3
+    contract = json.loads((folder / "model" / "prompt_contract.json").read_text())
+    assert contract["prompts"] == {"query": [""], "document": [""]}
+    for file in (folder / "model").rglob("*"):
+        if file.suffix in (".json", ".md"):
+            assert str(tmp_path) not in file.read_text(), f"{file.name} holds a path of this machine"
