@@ -28,17 +28,17 @@ FLAGS = (
 """The proxy is a port where nothing listens: a page that asks for the network fails and is heard."""
 
 
-def find_chromium() -> str | None:
-    """The path of a Chromium: one on PATH, or Debian's, installed now if this user may install."""
+def find_chromium(install: bool = False) -> str | None:
+    """The path of a Chromium: one on PATH or, if ``install`` and this user may, Debian's, installed now."""
     found = next((path for path in map(shutil.which, NAMES) if path), None)
-    if found or shutil.which("apt-get") is None or os.geteuid() != 0:
+    if found or not install or shutil.which("apt-get") is None or os.geteuid() != 0:
         return found
-    install = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
-    for command in (install, ["apt-get", "update"], install):
+    get = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
+    for command in (get, ["apt-get", "update"], get):
         done = subprocess.run(
             command, capture_output=True, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, check=False
         )
-        if command is install and done.returncode == 0:
+        if command is get and done.returncode == 0:
             return shutil.which("chromium")
     return None
 
@@ -114,14 +114,16 @@ class Page:
         self.events: list[str] = []
         for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
             self.call(f"{domain}.enable")
+        self.call("Page.bringToFront")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Call a method of the protocol and return its result."""
         self._number += 1
-        self._socket.send(json.dumps({"id": self._number, "method": method, "params": parameters}))
+        number = self._number
+        self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
             message = json.loads(self._socket.receive(60))
-            if message.get("id") == self._number:
+            if message.get("id") == number:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']}")
                 result: dict[str, Any] = message["result"]
@@ -145,7 +147,10 @@ class Page:
                 self.complaints.append(f"request: {url}")
         elif method == "Page.javascriptDialogOpening":
             self.complaints.append(f"dialog: {what['message']}")
-            self.call("Page.handleJavaScriptDialog", accept=True)
+            # Not `call`: the answer of the call that is under way may come first, and must not be lost.
+            self._number += 1
+            accept = {"id": self._number, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+            self._socket.send(json.dumps(accept))
 
     def open(self, file: Path) -> None:
         """Open a file and wait until it has loaded."""
@@ -192,7 +197,8 @@ class Page:
             self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code)
 
     def close(self) -> None:
-        """Leave the tab."""
+        """Close the tab."""
+        self.call("Page.close")
         self._socket.close()
 
 

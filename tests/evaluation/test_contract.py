@@ -68,5 +68,5 @@ def test_as_is_scores_the_model_as_mteb_would(prompted: Path, tasks: Any, tmp_pa
 )
 def test_a_damaged_contract_is_bad_input(prompted: Path, tasks: Any, tmp_path: Path, text: str) -> None:
     (prompted / "prompt_contract.json").write_text(text)
-    with pytest.raises(BadInputError, match="prompt_contract.json"):
+    with pytest.raises(BadInputError, match=r"prompt_contract\.json"):
         evaluate(str(prompted), tasks.retrieval(), tmp_path / "results", device="cpu")

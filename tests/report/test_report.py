@@ -167,7 +167,7 @@ def test_queries_without_the_store_show_ids(run: Path) -> None:
     assert "others show ids" in words
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe\x00", b"[" * 100_000, b"{}"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe\x00", b"[" * 20_000, b"{}"])
 @pytest.mark.parametrize(
     "name", ["manifest.json", "comparison.json", "metrics.jsonl", "recipe.yaml", "plan/summary.json"]
 )
@@ -213,7 +213,7 @@ def test_values_of_a_wrong_type_are_survived(run: Path, name: str) -> None:
     original = path.read_text()
     draw = random.Random(name)
     places = [place for place in _leaves(json.loads(original)) if place]
-    for place in draw.sample(places, min(16, len(places))):
+    for place in draw.sample(places, min(12, len(places))):
         value = json.loads(original)
         parent = value
         for key in place[:-1]:

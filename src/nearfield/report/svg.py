@@ -18,6 +18,7 @@ from nearfield.report import text
 
 WIDTH, HEIGHT = 460, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 14, 40
+_NOTHING = Markup("")
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def describe(chart: LineChart) -> str:
 
 
 def _svg(
-    key: str, title: str, description: str, height: float, parts: Sequence[Markup], more: Markup = Markup("")
+    key: str, title: str, description: str, height: float, parts: Sequence[Markup], more: Markup = _NOTHING
 ) -> Markup:
     head = Markup(
         '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-title {}-text"{}>'

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nearfield.training")
 
+DEFAULT_CHUNK_TOKENS = {"cpu": 256, "cuda": 16_384}
+
 Objective = Callable[[ContrastiveBatch], LossSum]
 
 
@@ -117,8 +119,10 @@ def _train(
     identity = {"fingerprint": fingerprint, "plans": list(inputs.plan_hashes), "seed": seed}
     checkpoint = newest_checkpoint(checkpoints, lambda found: _check_identity(found, identity))
     first = checkpoint.step if checkpoint else 0
+    budget = config.chunk_tokens or DEFAULT_CHUNK_TOKENS[device.type]
     if checkpoint:
         load_checkpoint(checkpoint, model, optimizer)
+        budget = int(checkpoint.state["chunk_tokens"])
         logger.info("Resuming from step %d of %d (%s)", first, steps, checkpoint.path.name)
     forward: Callable[[Features], dict[str, Tensor]] = accelerator.prepare(model)
 
@@ -128,7 +132,8 @@ def _train(
             return forward(dict(features))["sentence_embedding"]
 
     def save(step: int) -> Path:
-        return save_checkpoint(checkpoints, step, model, optimizer, identity, config.checkpoints.keep_last)
+        state = {**identity, "chunk_tokens": budget}
+        return save_checkpoint(checkpoints, step, model, optimizer, state, config.checkpoints.keep_last)
 
     tokenizer = model.tokenizer
     padding = Padding(tokenizer.pad_token_id or 0, tokenizer.padding_side, device)
@@ -142,7 +147,7 @@ def _train(
                 epoch, batch = batch_of_step(inputs.plans, step)
                 pool = pool_batch(batch)
                 lengths = _pool_lengths(inputs.tokens, pool.items, pool.prompts)
-                chunks = cut_chunks(lengths, config.chunk_tokens, pool.prompts if by_prompt else None)
+                chunks = cut_chunks(lengths, budget, pool.prompts if by_prompt else None)
                 padded = padded_tokens(lengths, chunks)
                 rate = config.learning_rate * rate_factor(config.schedule, step, steps)
                 for group in optimizer.param_groups:

@@ -138,4 +138,4 @@ def _strings(value: object) -> list[str]:
 
 def pack(text: str) -> bytes:
     """The bytes of a shipped file: xz with a fixed preset and check, so that the same rows give the same bytes."""
-    return lzma.compress(text.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, preset=9 | lzma.PRESET_EXTREME)
+    return lzma.compress(text.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, preset=9)

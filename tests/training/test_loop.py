@@ -1,0 +1,187 @@
+"""The loop: it learns, it stops when asked, it names what breaks it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nearfield.encoders import load_encoder
+from nearfield.errors import BadInputError, NonFiniteError
+from nearfield.pipeline import open_run, run_stages
+from nearfield.training import TrainingConfig, loop
+from nearfield.training.chunks import Pool
+from nearfield.training.loop import make_optimizer, watch
+from nearfield.training.metrics import read_metrics
+from nearfield.training.step import StepResult
+
+
+def test_optimizer_groups(tiny_model: Path) -> None:
+    model = load_encoder(str(tiny_model), device="cpu").model
+    optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.3), torch.device("cpu"))
+    decayed, plain = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert all(p.ndim == 2 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+def test_the_loop_is_adamw_on_the_mean_loss(toy_recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """The weights after three steps are those of a plain loop: one padded batch, autograd, clipping, torch's AdamW."""
+    from safetensors.torch import load_file
+
+    from nearfield.batching.plan import Plan
+    from nearfield.data.store import Store
+    from nearfield.objectives import InfoNCEConfig
+
+    run = tmp_path / "runs" / "toy"
+    settings = [
+        "training.max_steps=3",
+        "training.dropout=false",
+        "training.schedule={kind: linear, warmup: 1}",
+        "training.max_gradient_norm=0.5",
+    ]
+    result = run_stages(open_run(toy_recipe, settings, run), "train")
+    trained = load_file(result.folder / "model" / "model.safetensors")
+    manifest = json.loads((run / "manifest.json").read_text())
+    store = Store.open(manifest["stages"]["data"]["path"])
+    plan = Plan(run / "plan" / "epoch-000.parquet")
+    model = load_encoder(str(tiny_model), device="cpu").model
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}],
+        lr=1e-3,
+        fused=False,
+        foreach=False,
+    )
+    lines = read_metrics(run / "metrics.jsonl")
+    for step, rate in enumerate((0.5e-3, 1e-3, 0.5e-3)):
+        batch = plan.batch(step)
+        documents = [row for p, n in zip(batch.positives, batch.negatives, strict=True) for row in (*p, *n)]
+        features = model.preprocess(store.texts([*batch.query.tolist(), *documents]))
+        embeddings = torch.nn.functional.normalize(model(features)["sentence_embedding"])
+        queries, documents_e = embeddings[: len(batch.query)], embeddings[len(batch.query) :]
+        target = torch.tensor([2 * i for i in range(len(batch.query))])
+        loss = torch.nn.functional.cross_entropy(queries @ documents_e.T / 0.1, target)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        assert lines[step]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert lines[step]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
+        assert lines[step]["learning_rate"] == pytest.approx(rate)
+    # AdamW turns rounding noise into steps where gradients are nearly zero, hence a share and not a maximum.
+    ours = torch.cat([trained[name].flatten() for name in sorted(trained)])
+    state = dict(model[0].auto_model.named_parameters())
+    theirs = torch.cat([state[name].detach().flatten() for name in sorted(trained)])
+    assert float(((ours - theirs).abs() > 1e-5).float().mean()) < 0.01
+    assert InfoNCEConfig().temperature == 0.05
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_non_finite_stops_with_names(
+    toy_recipe: Path, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "toy"
+    run_step = loop.run_step
+
+    def sabotaged(encode, objective, backward, pool: Pool, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if kwargs["step"] != 6:
+            return run_step(encode, objective, backward, pool, *args, **kwargs)
+        if broken == "gradient":
+            return run_step(encode, objective, lambda loss: backward(loss * float("nan")), pool, *args, **kwargs)
+
+        def poisoned(features):  # type: ignore[no-untyped-def]
+            return encode(features) * torch.where(features["input_ids"][:, 1:2] == 42, float("nan"), 1.0)
+
+        first = kwargs.pop("keep_graph")
+        features = args[0]
+        features[0]["input_ids"][0, 1] = 42
+        return run_step(poisoned, objective, backward, pool, *args, keep_graph=first, **kwargs)
+
+    monkeypatch.setattr(loop, "run_step", sabotaged)
+    with pytest.raises(NonFiniteError, match="step 7 is not finite") as error:
+        run_stages(open_run(toy_recipe, (), run), "train")
+    assert error.value.exit_code == 4
+    report = json.loads((run / "non_finite.json").read_text())
+    assert report["step"] == 7
+    assert report["queries"][0] in str(error.value)
+    assert (run / "checkpoints" / "step-00000006").is_dir()
+    monkeypatch.setattr(loop, "run_step", run_step)
+    run_stages(open_run(toy_recipe, (), run), "train")
+    assert json.loads((run / "manifest.json").read_text())["stages"]["train"]["resumed_from"] == 6
+
+
+def test_watch_knows_the_hardest_negative() -> None:
+    queries = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    documents = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 3.0], [-1.0, 0.0]])
+    result = StepResult(None, queries, documents)  # type: ignore[arg-type]
+    figures = watch(result, np.array([0, 0, 1, 1]), np.array([True, False, True, False]))
+    assert figures["positive_similarity"] == pytest.approx(1.0)
+    assert figures["hardest_negative_similarity"] == pytest.approx((0.6 + 0.8) / 2)
+
+
+def test_settings_that_cannot_work(toy_recipe: Path, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(BadInputError, match="no CUDA device"):
+            run_stages(open_run(toy_recipe, ["training.device=cuda"], tmp_path / "a"), "train")
+    with pytest.raises(BadInputError, match="not one batch of 999"):
+        run_stages(open_run(toy_recipe, ["batches.batch_size=999"], tmp_path / "b"), "train")
+    with pytest.raises(BadInputError, match="leaves nothing"):
+        open_run(toy_recipe, ["training.schedule.warmup=12"], tmp_path / "c")
+
+
+def test_bf16_trains_with_float32_weights(toy_recipe: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    run = tmp_path / "runs" / "toy"
+    run_stages(open_run(toy_recipe, ["training.precision=bf16", "training.max_steps=2"], run), "train")
+    assert json.loads((run / "manifest.json").read_text())["stages"]["train"]["precision"] == "bf16"
+    assert {str(t.dtype) for t in load_file(run / "model" / "model.safetensors").values()} == {"float32"}
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_command_with_its_own_code(toy_recipe: Path, tmp_path: Path, name: str) -> None:
+    run = tmp_path / "runs" / "toy"
+    command = [
+        sys.executable,
+        "-m",
+        "nearfield",
+        "train",
+        str(toy_recipe),
+        "training.max_steps=2000",
+        "training.epochs=60",
+    ]
+    command += [
+        "batches.batch_size=4",
+        "--until",
+        "train",
+        "--run",
+        str(run),
+        "training.checkpoints.every_steps=100000",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(run / "metrics.jsonl")) < 3:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert f"stopped by {name}" in errors
+    assert "Traceback" not in errors
+    done = len(read_metrics(run / "metrics.jsonl"))
+    assert (run / "checkpoints" / f"step-{done:08d}").is_dir()
