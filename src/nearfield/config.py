@@ -55,11 +55,19 @@ class Loaded(Generic[T]):
     origins: dict[KeyPath, str] = field(default_factory=dict)
 
     def origin(self, key: KeyPath) -> str:
-        """Where the value at a key path came from: ``file:line``, ``override`` or ``default``."""
-        for length in range(len(key), 0, -1):
-            if key[:length] in self.origins:
-                return self.origins[key[:length]]
-        return "default"
+        """Where the value at a key path came from: ``file:line``, ``override ...`` or ``default``."""
+        return self.origins.get(key, "default")
+
+    def where(self, key: KeyPath) -> str:
+        """The place to name in a message about a key path: its own, else that of the nearest key above it."""
+        return _nearest(key, self.path, self.origins)
+
+
+def _nearest(key: KeyPath, path: Path, origins: dict[KeyPath, str]) -> str:
+    for length in range(len(key), 0, -1):
+        if key[:length] in origins:
+            return origins[key[:length]]
+    return str(path)
 
 
 def dotted(key: KeyPath) -> str:
@@ -67,9 +75,15 @@ def dotted(key: KeyPath) -> str:
     return ".".join(str(part) for part in key)
 
 
+_COLLECTION_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
+
 def _construct(node: yaml.Node, key: KeyPath, path: Path, origins: dict[KeyPath, str], loader: yaml.SafeLoader) -> Any:
     where = f"{path}:{node.start_mark.line + 1}"
-    origins[key] = where
+    if key:
+        origins[key] = where
+    if isinstance(node, yaml.CollectionNode) and node.tag not in _COLLECTION_TAGS:
+        raise BadInputError(f"this is not valid YAML here: the tag {node.tag!r} is not allowed", where=where)
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -167,7 +181,14 @@ def apply_override(data: dict[str, Any], override: str, origins: dict[KeyPath, s
             target = target[int(part)]
     for known in [known for known in origins if known[: len(key)] == key]:
         del origins[known]
-    origins[key] = f"override {override}"
+    _mark(value, key, f"override {override}", origins)
+
+
+def _mark(value: Any, key: KeyPath, origin: str, origins: dict[KeyPath, str]) -> None:
+    origins[key] = origin
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, child in children:
+        _mark(child, (*key, name), origin, origins)
 
 
 def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -> Loaded[T]:
@@ -200,11 +221,7 @@ def _complaint(
     cls: type[Config], details: ErrorDetails, data: Any, path: Path, origins: dict[KeyPath, str]
 ) -> BadInputError:
     key = _data_path(details["loc"], data)
-    where = str(path)
-    for length in range(len(key), -1, -1):
-        if key[:length] in origins:
-            where = origins[key[:length]]
-            break
+    where = _nearest(key, path, origins)
     name, kind, context = dotted(key) or "the file", details["type"], details.get("ctx", {})
     if kind == "extra_forbidden":
         owner = _model_at(cls, details["loc"][:-1])

@@ -88,14 +88,14 @@ def _chosen_sources(loaded: Loaded[Recipe], data: DataConfig) -> tuple[SourceCon
         if not sources:
             raise BadInputError(
                 f"the objective {recipe.objective.kind!r} learns from {kind} examples, and no source has any",
-                where=loaded.origin(("objective",)),
+                where=loaded.where(("objective",)),
                 hint=f"Sources of {recipe.data}: "
                 + ", ".join(f"{s.name} ({s.examples.kind})" for s in data.sources)
                 + ".",
             )
         return sources
     for position, name in enumerate(recipe.sources):
-        where = loaded.origin(("sources", position))
+        where = loaded.where(("sources", position))
         if name not in by_name:
             raise BadInputError(f"there is no source {name!r}", where=where, hint=f"Sources: {', '.join(by_name)}.")
         if by_name[name].examples.kind != kind:
@@ -104,7 +104,7 @@ def _chosen_sources(loaded: Loaded[Recipe], data: DataConfig) -> tuple[SourceCon
                 where=where,
             )
     if len(set(recipe.sources)) < len(recipe.sources):
-        raise BadInputError("a source stands twice", where=loaded.origin(("sources",)))
+        raise BadInputError("a source stands twice", where=loaded.where(("sources",)))
     return tuple(by_name[name] for name in recipe.sources)
 
 

@@ -46,7 +46,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> t
 
 def test_build_and_reuse(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run(capsys, "data", "build", "test.yaml")
-    assert "The store test is built: 6 items, 2 examples" in out
+    assert "The store test is built: 5 items, 2 examples" in out
     assert "1 rows quarantined: 'positives' is not a text (int)" in out
     assert "1 texts were positive and negative of one query" in out
     (folder,) = (project / "runs" / ".cache" / "data").iterdir()

@@ -105,7 +105,14 @@ SUITES = {
     "nothing named": ("name: s\ntasks:\n  - kind: mteb\n", "either 'names' or 'benchmark'"),
     "unknown official task": ("name: s\ntasks:\n  - {kind: mteb, names: [SciFacts]}\n", "Did you mean: 'SciFact'"),
     "unknown benchmark": ("name: s\ntasks:\n  - {kind: mteb, benchmark: 'MTEB(eng)x'}\n", "not found"),
-    "no language left": ("name: s\ntasks:\n  - {kind: mteb, names: [STS12], languages: [fra]}\n", "no task is left"),
+    "no language left": (
+        "name: s\ntasks:\n  - {kind: mteb, names: [STS12], languages: [fra]}\n",
+        "No subsets were found",
+    ),
+    "no language left in a benchmark": (
+        "name: s\ntasks:\n  - {kind: mteb, benchmark: 'MTEB(eng, v2)', languages: [fao]}\n",
+        "no task of MTEB(eng, v2)",
+    ),
     "missing folder": ("name: s\ntasks:\n  - {kind: folder, path: nowhere}\n", "nowhere"),
     "task twice": ("name: s\ntasks:\n  - {kind: folder, path: tasks}\n  - {kind: folder, path: tasks}\n", "twice"),
     "unknown task in folder": (

@@ -163,3 +163,32 @@ def test_a_clustering_score_does_not_depend_on_the_other_subsets(
     (folder / "meta.json").write_text(json.dumps({**meta, "subsets": ["two"]}))
     alone = evaluate(str(model_folder), folder, tmp_path / "alone", device="cpu").scores["TinyClustering"]
     assert alone["two"] == both["two"]
+
+
+def test_an_aggregate_task_is_the_mean_of_its_parts(
+    tasks: Any, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
+    from mteb.abstasks.aggregated_task import AbsTaskAggregate
+
+    from nearfield.evaluation import runner
+    from nearfield.evaluation.local import SuiteTask
+
+    parts = [folder_task(tasks.sts("PartOne")).task, folder_task(tasks.sts("PartTwo", count=25)).task]
+
+    class Both(AbsTaskAggregate):
+        metadata = AggregateTaskMetadata(
+            name="Both",
+            description="Two parts",
+            tasks=parts,
+            main_score="cosine_spearman",
+            type="STS",
+            eval_splits=["test"],
+        )
+
+    monkeypatch.setattr(runner, "open_suite", lambda *_, **__: [SuiteTask(Both())])
+    result = evaluate(str(model_folder), tasks.root, tmp_path / "results", device="cpu")
+    assert result.failures == {} and set(result.scores) == {"PartOne", "PartTwo", "Both"}
+    mean = np.mean([result.scores[name]["default"] for name in ("PartOne", "PartTwo")])
+    assert result.scores["Both"]["default"] == pytest.approx(mean, abs=1e-6)
+    assert (result.results_dir / "Both.json").is_file()

@@ -19,6 +19,15 @@ from nearfield.data.store import EXAMPLES_SCHEMA, FORMAT_VERSION, ITEMS_SCHEMA
 STEPS = 120
 QUERIES = 40
 Say = Callable[[str], str]
+Rank = Callable[[int], int]
+
+
+def _before(query: int) -> int:
+    return (query * 7) % 9
+
+
+def _after(query: int) -> int:
+    return 1 if query % 3 else (query * 5) % 8
 
 
 def item(text: str) -> bytes:
@@ -26,12 +35,11 @@ def item(text: str) -> bytes:
     return item_id("text", (("text", text.encode("utf-8", "surrogatepass")),))
 
 
-def write_store(folder: Path, say: Say) -> tuple[list[str], list[str]]:
-    """A store of pairs: query i has documents i and i + 40 as positives. Returns queries and documents."""
-    folder.mkdir(parents=True)
-    queries = [say(f"query {i}").encode("utf-8", "replace").decode() for i in range(QUERIES)]
+def write_items(folder: Path, say: Say, count: int) -> tuple[list[str], list[str]]:
+    """A store of pairs: query i has documents i and i + count as positives. Returns queries and documents."""
+    queries = [say(f"query {i}").encode("utf-8", "replace").decode() for i in range(count)]
     documents = [
-        say(f"a document that explains number {i}").encode("utf-8", "replace").decode() for i in range(2 * QUERIES)
+        say(f"a document that explains number {i}").encode("utf-8", "replace").decode() for i in range(2 * count)
     ]
     texts = queries + documents
     with pa.ipc.new_stream(str(folder / "items.arrow"), ITEMS_SCHEMA) as writer:
@@ -39,13 +47,18 @@ def write_store(folder: Path, say: Say) -> tuple[list[str], list[str]]:
         writer.write_batch(pa.record_batch(columns, schema=ITEMS_SCHEMA))
     rows = [
         {
-            "source": 0, "query": i, "positives": [QUERIES + i, 2 * QUERIES + i], "negatives": [], "score": None,
+            "source": 0, "query": i, "positives": [count + i, 2 * count + i], "negatives": [], "score": None,
             "label": None, "group": str(i), "cluster": str(i), "split": "test",
         }
-        for i in range(QUERIES)
+        for i in range(count)
     ]  # fmt: skip
     with pa.ipc.new_stream(str(folder / "examples.arrow"), EXAMPLES_SCHEMA) as writer:
         writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=EXAMPLES_SCHEMA))
+    return queries, documents
+
+
+def write_summaries(folder: Path, say: Say) -> None:
+    """What a store says of itself: sources, counts, quarantine, conflicts."""
     names = [say("gloss"), say("gloss-similarity")]
     sources = [
         {"name": name, "kind": "retrieval", "task_type": "Retrieval", "prompts": {"query": None, "document": None}}
@@ -64,14 +77,13 @@ def write_store(folder: Path, say: Say) -> tuple[list[str], list[str]]:
     ]  # fmt: skip
     conflict = {"kind": "positive and negative", "query": say("bank"), "text": say("the side of a river")}
     summary = {
-        "name": say("wordnet"), "fingerprint": "f" * 32, "items": len(texts), "examples": 1980, "sources": summaries,
+        "name": say("wordnet"), "fingerprint": "f" * 32, "items": 120, "examples": 1980, "sources": summaries,
         "conflicts": {"positive_and_negative": 4, "examples_changed": 4, "labels": 0, "scores": 0, "first": [conflict]},
         "shared_between_splits": {"test+train": 7},
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
     excerpt = {"file": say("rows.jsonl"), "line": 17, "reason": say("bad JSON"), "excerpt": say('{"lemma": "ban')}
     (folder / "quarantine.jsonl").write_text("".join(json.dumps(excerpt) + "\n" for _ in range(5)))
-    return queries, documents
 
 
 def write_metrics(path: Path, steps: int = STEPS) -> None:
@@ -100,9 +112,8 @@ def write_metrics(path: Path, steps: int = STEPS) -> None:
     path.write_text("\n".join(lines) + '\n{"step": 121, "lo')
 
 
-def write_plan(folder: Path, say: Say) -> None:
-    """A summary of two epochs and the file of the first."""
-    folder.mkdir()
+def write_plan_summary(folder: Path, say: Say) -> None:
+    """The summary of a plan of two epochs."""
     epochs = [
         {
             "epoch": epoch, "file": f"epoch-{epoch:03d}.parquet", "hash": "0" * 32, "batches": 60, "rows": 3840, "tokens": 183_000,
@@ -113,6 +124,10 @@ def write_plan(folder: Path, say: Say) -> None:
     (folder / "summary.json").write_text(
         json.dumps({"kind": "single_source", "batch_size": 64, "steps": 120, "epochs": epochs})
     )
+
+
+def write_plan(folder: Path) -> None:
+    """The plan of the first epoch."""
     draw = np.random.Generator(np.random.PCG64(1))
     rows = 3840
     table = {
@@ -125,9 +140,7 @@ def write_plan(folder: Path, say: Say) -> None:
     pq.write_table(pa.table(table), folder / "epoch-000.parquet")
 
 
-def write_results(
-    folder: Path, task: str, queries: list[str], documents: list[str], good: Callable[[int], int]
-) -> None:
+def write_results(folder: Path, task: str, queries: list[str], documents: list[str], good: Rank) -> None:
     """The files beside a result: ``good(i)`` is the rank of query i's first positive, 0 for not found."""
     folder.mkdir(parents=True)
     units, top = [], []
@@ -147,7 +160,7 @@ def write_results(
                 "value": value,
             }
         )
-        others = [documents[(i + k + 1) % QUERIES] for k in range(10)]
+        others = [documents[(i + k + 1) % len(queries)] for k in range(10)]
         if rank:
             others.insert(rank - 1, documents[i])
         for position, document in enumerate(others[:10], start=1):
@@ -210,15 +223,39 @@ def write_comparison(path: Path, task: str, say: Say) -> None:
     path.write_text(json.dumps(value))
 
 
-def write_run(folder: Path, say: Say = str) -> Path:
-    """A whole run folder ``folder/runs/example`` with its store in ``folder/runs/.cache``; every free text goes through ``say``."""
-    runs = folder / "runs"
-    run = runs / "example"
-    run.mkdir(parents=True)
-    store = runs / ".cache" / "data" / ("f" * 32)
-    queries, documents = write_store(store, say)
+TASK = "WordNetGloss"
+FOLDERS = {
+    "before": "results/sentence-transformers__all-MiniLM-L6-v2/abc",
+    "after": "results/nearfield__example/def",
+}
+
+
+def write_run(folder: Path, say: Say = str, count: int = QUERIES, ranks: tuple[Rank, Rank] = (_before, _after)) -> Path:
+    """A whole run folder ``folder/runs/example`` with its store in ``folder/runs/.cache``.
+
+    Every free text goes through ``say``; ``ranks`` are where each query finds its first positive before and after.
+    """
+    run = folder / "runs" / "example"
+    store = store_of(run)
+    for one in (run / "plan", store):
+        one.mkdir(parents=True)
+    queries, documents = write_items(store, say, count)
     write_metrics(run / "metrics.jsonl")
-    write_plan(run / "plan", say)
+    write_plan(run / "plan")
+    for rank, place in zip(ranks, FOLDERS.values(), strict=True):
+        write_results(run / place, TASK, queries, documents, rank)
+    write_names(run, say)
+    return run
+
+
+def store_of(run: Path) -> Path:
+    """The folder of a run's store."""
+    return run.parent / ".cache" / "data" / ("f" * 32)
+
+
+def write_names(run: Path, say: Say) -> None:
+    """All of a run and its store that is JSON or YAML: recipe, manifest, comparison, summaries, quarantine."""
+    store = store_of(run)
     recipe = {
         "name": say("example"), "seed": 0, "data": "../../data_recipes/wordnet.yaml", "split": "train",
         "encoder": {"kind": "sentence_transformer", "model": say("sentence-transformers/all-MiniLM-L6-v2"), "max_length": 128},
@@ -227,14 +264,9 @@ def write_run(folder: Path, say: Say = str) -> Path:
         "prompts": {say("query"): say("search: ")}, "evaluation": {"suite": "suites/wordnet.yaml", "baselines": ["bm25", "random"]},
     }  # fmt: skip
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=False))
-    task = "WordNetGloss"
-    folders = {
-        "before": "results/sentence-transformers__all-MiniLM-L6-v2/abc",
-        "after": "results/nearfield__example/def",
-    }
-    write_results(run / folders["before"], task, queries, documents, lambda i: (i * 7) % 9)
-    write_results(run / folders["after"], task, queries, documents, lambda i: 1 if i % 3 else (i * 5) % 8)
-    write_comparison(run / "comparison.json", task, say)
+    write_comparison(run / "comparison.json", TASK, say)
+    write_plan_summary(run / "plan", say)
+    write_summaries(store, say)
     manifest = {
         "name": say("example"), "created": "2026-11-23T19:41:07+00:00", "command": say("nearfield train training/recipes/wordnet.yaml"),
         "recipe": {"path": say("training/recipes/wordnet.yaml"), "overrides": [say("training.epochs=2")]}, "seed": 0,
@@ -247,11 +279,10 @@ def write_run(folder: Path, say: Say = str) -> Path:
                 "fingerprint": "c" * 32, "path": str(run / "model"), "seconds": 108.4, "device": "cpu", "precision": "float32",
                 "base_model": [say("sentence-transformers/all-MiniLM-L6-v2"), "abc"],
             },
-            "evaluate": {"fingerprint": "d" * 32, "path": str(run / "results"), "seconds": 61.0, "results": folders},
+            "evaluate": {"fingerprint": "d" * 32, "path": str(run / "results"), "seconds": 61.0, "results": FOLDERS},
         },
     }  # fmt: skip
     (run / "manifest.json").write_text(json.dumps(manifest))
-    return run
 
 
 def hash_of(source: str) -> str:

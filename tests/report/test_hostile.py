@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +16,7 @@ from nearfield.report import build_report
 from nearfield.report.page import content_policy, embedded_json
 from nearfield.report.text import visible
 from tests.report.hostile import HOSTILE, PWN
-from tests.report.runs import hash_of, write_run
+from tests.report.runs import hash_of, write_names, write_run
 
 ATTRIBUTES = {
     "html": {"lang"}, "meta": {"charset", "http-equiv", "content", "name"}, "a": {"class", "href"}, "p": {"class", "id", "role"},
@@ -143,20 +144,50 @@ def test_a_hundred_hostile_texts_stay_text(tmp_path: Path, whole_run: Path) -> N
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_each_hostile_text_is_shown_as_it_is(tmp_path: Path, part: int) -> None:
-    """A text that is short enough can be read in the page, hidden characters written out."""
-    for number, hostile in enumerate(HOSTILE[part::4]):
-        run = tmp_path / str(number)
-        run.mkdir()
-        (run / "manifest.json").write_text(
-            json.dumps({"name": "harmless", "seed": 0, "command": hostile, hostile: hostile})
-        )
-        parsed = outline(build_report(run).path.read_text(encoding="utf-8"))
+def words_of(parsed: Outline) -> str:
+    """The text of the page on one line."""
+    return re.sub(r"[ \t\r\n]+", " ", " ".join(parsed.words))
+
+
+def shown(hostile: str) -> str:
+    """A text as the page should show it."""
+    return re.sub(r"[ \t\r\n]+", " ", visible(hostile)).strip(" ")
+
+
+def test_every_hostile_text_is_harmless_in_every_name(tmp_path: Path) -> None:
+    """One after the other as the names of recipe, run, sources, models, tasks, keys, reasons, sentences and excerpts."""
+    run = write_run(tmp_path)
+    for place in ("results", "metrics.jsonl"):
+        path = run / place
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for hostile in HOSTILE:
+        write_names(run, lambda _, text=hostile: text)  # type: ignore[misc]
+        result = build_report(run)
+        assert [name for name, reason in result.sections.items() if reason] == ["queries", "curves"]
+        parsed = outline(result.path.read_text(encoding="utf-8"))
         check_structure(parsed)
-        wanted = re.sub(r"[ \t\r\n]+", " ", visible(hostile)).strip(" ")
-        if 0 < len(wanted) < 120:
-            assert wanted in re.sub(r"[ \t\r\n]+", " ", " ".join(parsed.words))
+        wanted = shown(hostile)
+        if 0 < len(wanted) < 60:
+            # Heading and title, sentence, source names, reasons, excerpt, conflict, command.
+            assert words_of(parsed).count(wanted) >= 12, hostile
+
+
+def test_every_hostile_text_is_harmless_as_query_and_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All hundred as queries, with all hundred as their documents, shown at once."""
+    monkeypatch.setattr("nearfield.report.queries.EACH", 200)
+    supply = itertools.cycle(HOSTILE)
+    run = write_run(tmp_path, lambda _: next(supply), len(HOSTILE), (lambda i: 2, lambda i: 1 + 2 * (i % 2)))
+    parsed = outline(build_report(run).path.read_text(encoding="utf-8"))
+    check_structure(parsed)
+    data = json.loads(next(content for tag, attrs, content in parsed.raw if attrs.get("id") == "report-data"))
+    stored = [text.encode("utf-8", "replace").decode() for text in HOSTILE]
+    assert {query["text"] for query in data["queries"]} == set(stored)
+    found = {result["text"] for query in data["queries"] for result in query["results"]["after"]}
+    assert found == set(stored)
+    words = words_of(parsed)
+    for text in stored:
+        if 0 < len(shown(text)) < 200:
+            assert words.count(shown(text)) >= 2, text
 
 
 def test_the_page_has_no_hidden_characters(tmp_path: Path) -> None:
@@ -225,7 +256,7 @@ def test_the_json_of_the_page_holds_the_texts(tmp_path: Path) -> None:
     }
     assert data["charts"]["learning-rate"]["x"][:3] == [1, 2, 3]
     assert data["charts"]["loss"]["series"][0]["y"][5] is None
-    shown = [query["text"] for query in data["queries"]]
+    texts = [query["text"] for query in data["queries"]]
     stored = {text.encode("utf-8", "replace").decode() for text in HOSTILE}
-    assert shown and set(shown) <= stored
+    assert texts and set(texts) <= stored
     assert PWN in json.dumps(data)

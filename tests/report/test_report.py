@@ -16,7 +16,7 @@ import pytest
 
 from nearfield.errors import BadInputError
 from nearfield.report import build_report
-from tests.report.runs import QUERIES, STEPS, item, write_run
+from tests.report.runs import QUERIES, STEPS, item, store_of, write_run
 from tests.report.test_hostile import Outline, check_structure, outline
 
 SECTIONS = ["trained", "comparison", "queries", "curves", "batches", "data", "manifest"]
@@ -191,7 +191,7 @@ def test_a_torn_table_breaks_no_other_section(run: Path, name: str) -> None:
     }
     path = run / files.get(name, name)
     if not path.exists():
-        path = run.parent / ".cache" / "data" / ("f" * 32) / name
+        path = store_of(run) / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     _, _, sections = page(run)
     assert {section for section, reason in sections.items() if reason} <= {"queries"}
@@ -209,7 +209,7 @@ def test_values_of_a_wrong_type_are_survived(run: Path, name: str) -> None:
     """Any value of a JSON file may be of another type: the page is written, and only the file's own sections suffer."""
     path = run / name
     if not path.exists():
-        path = run.parent / ".cache" / "data" / ("f" * 32) / name
+        path = store_of(run) / name
     original = path.read_text()
     draw = random.Random(name)
     places = [place for place in _leaves(json.loads(original)) if place]
@@ -315,6 +315,6 @@ def test_write_run_is_whole(tmp_path: Path) -> None:
     from nearfield.data.store import Store
 
     run = write_run(tmp_path)
-    store = Store.open(next((run.parent / ".cache" / "data").iterdir()))
+    store = Store.open(store_of(run))
     assert store.known_positives().of(3).tolist() == [QUERIES + 3, 2 * QUERIES + 3]
     assert store.texts([0]) == ["query 0"]

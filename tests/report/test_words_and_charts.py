@@ -38,7 +38,7 @@ from nearfield.report.svg import (
         (text.percent(1, 100_000), "under 0.1 %"), (text.percent(0, 10), "0.0 %"), (text.percent(1, 0), "–"),
         (text.moment("2026-11-23T19:41:07+00:00"), "2026-11-23 19:41 UTC"), (text.moment("yesterday"), "yesterday"), (text.moment(0), "1970-01-01 00:00 UTC"),
         (text.plain(None), "none"), (text.plain(True), "yes"), (text.plain(["a", 1, 0.5]), "a, 1, 0.5"), (text.plain("q: "), "“q: ”"), (text.plain(1234567), "1234567"),
-        (text.visible("a\0b\u202ec"), "a␀b[U+202E]c"), (text.clip("a  b\n c", 10), "a b c"), (text.clip("x" * 20, 5), "xxxxx… (20 characters)"),
+        (text.visible("a\0b\u202ec"), "a[U+0000]b[U+202E]c"), (text.clip("a  b\n c", 10), "a b c"), (text.clip("x" * 20, 5), "xxxxx… (20 characters)"),
         (text.clip("", 5), ""),
     ],
 )  # fmt: skip

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nearfield.encoders")
 
 _IDENTITY_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".bin", ".gguf")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "whitespacetokenizer_config.json")
 _IGNORED_FILES = ("prompt_contract.json", "data_config.json")
 
 
@@ -167,6 +168,9 @@ def _check_folder(folder: Path) -> None:
         _safetensors_names(file)
     if not weights and not [*folder.rglob("*.bin"), *folder.rglob("*.gguf")]:
         raise BadInputError("this model folder has no weights (*.safetensors)", where=str(folder))
+    # Without these files transformers makes a tokenizer with an empty vocabulary: every word would be unknown.
+    if not any(file.name in _TOKENIZER_FILES or file.suffix in (".model", ".gguf") for file in folder.rglob("*")):
+        raise BadInputError("this model folder has no tokenizer (tokenizer.json, vocab.txt ...)", where=str(folder))
 
 
 def _safetensors_names(file: Path) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import FolderTasks, HeldOutTask, MtebTasks, SuiteConfig
@@ -62,15 +63,26 @@ def _official(entry: MtebTasks, where: str) -> list[SuiteTask]:
 
     try:
         if entry.benchmark is not None:
-            tasks = list(mteb.get_benchmark(entry.benchmark).tasks)
+            tasks = _in_languages(list(mteb.get_benchmark(entry.benchmark).tasks), entry.languages)
         else:
-            tasks = [mteb.get_task(name, eval_splits=entry.splits, hf_subsets=entry.subsets) for name in entry.names]
-        if entry.languages is not None:
-            tasks = [task.filter_languages(entry.languages) for task in tasks]
-    except (KeyError, ValueError, AttributeError) as error:
+            filters = {"languages": entry.languages, "eval_splits": entry.splits, "hf_subsets": entry.subsets}
+            tasks = [mteb.get_task(name, **filters) for name in entry.names]
+    except (KeyError, ValueError) as error:
         message = str(error.args[0] if error.args else error).removeprefix("KeyError: ")
         raise BadInputError(f"mteb: {message}", where=where) from error
-    tasks = [task for task in tasks if task.hf_subsets]
     if not tasks:
-        raise BadInputError("no task is left after the filters on languages and subsets", where=where)
+        raise BadInputError(f"no task of {entry.benchmark} is in the languages {entry.languages}", where=where)
     return [SuiteTask(task) for task in tasks]
+
+
+def _in_languages(tasks: list[Any], languages: Sequence[str] | None) -> list[Any]:
+    """The tasks of a benchmark that have a subset in one of the languages, cut down to those subsets."""
+    if languages is None:
+        return tasks
+    kept = []
+    for task in tasks:
+        try:
+            kept.append(task.filter_languages(list(languages)))
+        except ValueError:  # mteb's way to say that no subset is left
+            continue
+    return kept

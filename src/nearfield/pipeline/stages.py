@@ -218,7 +218,7 @@ class Stages:
                 splits = sorted({str(s) for s in store.examples["split"].unique().to_pylist()})
                 raise BadInputError(
                     f"the source {source.name!r} has no examples in the split {self.recipe.split!r}",
-                    where=self.run.loaded.origin(("split",)),
+                    where=self.run.loaded.where(("split",)),
                     hint=f"Splits: {', '.join(splits)}.",
                 )
             prompts = self.contract.sources[source.name]
@@ -283,7 +283,7 @@ class Stages:
             if steps == 0:
                 raise BadInputError(
                     f"not one batch of {recipe.batches.batch_size} can be made: {summaries[0]['dropped']}",
-                    where=self.run.loaded.origin(("batches", "batch_size")),
+                    where=self.run.loaded.where(("batches", "batch_size")),
                     hint="Lower batches.batch_size, or set batches.drop_last=false.",
                 )
             whole = {

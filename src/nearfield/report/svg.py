@@ -252,5 +252,5 @@ def _legend(series: Sequence[Series]) -> Markup:
         label = text.visible(one.label)
         parts.append(_rule(f"line {one.style} faint" if one.faint else f"line {one.style}", x, x + 16, 12, 12))
         parts.append(_words(x + 21, 16, "start", label))
-        x += 36 + 6.6 * len(label)
+        x += 40 + 7.6 * len(label)
     return Markup("").join(parts)

@@ -19,18 +19,13 @@ _HIDDEN = re.compile(
 _SPACES = re.compile("[ \t\r\n]+")
 
 
-def _name(match: re.Match[str]) -> str:
-    code = ord(match.group())
-    return chr(0x2400 + code) if code < 0x20 else f"[U+{code:04X}]"
-
-
 def visible(text: str) -> str:
     """The text with control characters, bidi overrides, invisible characters and lone surrogates written out.
 
-    A control character below U+0020 becomes its picture (NUL is ``␀``), any other hidden one its code, ``[U+202E]``.
-    Line feeds, carriage returns and tabs stay. A zero-width joiner stays as well: emoji and several scripts need it.
+    Each becomes its code: NUL is ``[U+0000]``, a right-to-left override ``[U+202E]``. Line feeds, carriage returns and
+    tabs stay. A zero-width joiner stays as well: emoji and several scripts need it.
     """
-    return _HIDDEN.sub(_name, text)
+    return _HIDDEN.sub(lambda match: f"[U+{ord(match.group()):04X}]", text)
 
 
 def clip(text: str, length: int = 400) -> str:

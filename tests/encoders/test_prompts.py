@@ -1,0 +1,66 @@
+"""The prompt contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from nearfield.encoders.config import PromptConfig, RolePrompts
+from nearfield.encoders.prompts import base_prompts, make_contract
+from nearfield.errors import BadInputError
+from nearfield.files import read_json, write_json
+
+
+@dataclass
+class Source:
+    name: str
+    task_type: str = "Retrieval"
+    prompts: RolePrompts = field(default_factory=RolePrompts)
+
+
+def test_a_prompt_is_the_first_that_is_stated() -> None:
+    sources = [Source("own", prompts=RolePrompts(query="own: ", document="")), Source("plain", "STS")]
+    contract = make_contract(
+        sources, PromptConfig(fallback=RolePrompts(query="fall: ")), {"query": "base: ", "document": "passage: "}
+    )
+    assert contract.sources == {
+        "own": {"query": "own: ", "document": ""},
+        "plain": {"query": "fall: ", "document": "passage: "},
+    }
+    assert contract.model_prompts == {
+        "query": "fall: ",
+        "document": "passage: ",
+        "Retrieval-query": "own: ",
+        "Retrieval-document": "",
+        "STS-query": "fall: ",
+        "STS-document": "passage: ",
+    }
+    assert contract.to_json()["prompts"] == {"query": ["fall: ", "own: "], "document": ["", "passage: "]}
+
+
+def test_nothing_stated_is_no_prompt() -> None:
+    contract = make_contract([Source("plain")], PromptConfig(), {})
+    assert contract.sources == {"plain": {"query": "", "document": ""}}
+    assert set(contract.model_prompts.values()) == {""}
+
+
+def test_sources_of_a_type_must_agree_or_the_recipe_decides() -> None:
+    sources = [Source("a", prompts=RolePrompts(query="a: ")), Source("b", prompts=RolePrompts(query="b: "))]
+    with pytest.raises(BadInputError, match="different query prompts"):
+        make_contract(sources, PromptConfig(), {})
+    config = PromptConfig(types={"Retrieval": RolePrompts(query="a: ")})
+    assert make_contract(sources, config, {}).model_prompts["Retrieval-query"] == "a: "
+
+
+def test_contract_file_and_base_prompts(tmp_path: Path) -> None:
+    make_contract([Source("a", prompts=RolePrompts(query="a: "))], PromptConfig(), {}).save(tmp_path)
+    assert read_json(tmp_path / "prompt_contract.json")["tasks"]["a"] == {
+        "task_type": "Retrieval",
+        "query": "a: ",
+        "document": "",
+    }
+    assert base_prompts(str(tmp_path)) == {}
+    write_json(tmp_path / "config_sentence_transformers.json", {"prompts": {"query": "q: ", "document": ""}})
+    assert base_prompts(str(tmp_path)) == {"query": "q: "}

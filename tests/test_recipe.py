@@ -1,0 +1,215 @@
+"""Recipes: read, checked, explained; what is wrong is said with file, line, key and the nearest spelling."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nearfield.errors import BadInputError
+from nearfield.recipe import Recipe, check_recipe, load_recipe, recipe_schema, resolve
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
+
+
+def test_there_are_shipped_recipes() -> None:
+    assert {path.name for path in SHIPPED} >= {"wordnet.yaml", "debian.yaml"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    check_recipe(load_recipe(path))
+    assert path.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+
+
+def test_shipped_schema_is_the_schema() -> None:
+    shipped = json.loads((ROOT / "training" / "recipes" / "recipe.schema.json").read_text())
+    assert shipped == recipe_schema(), (
+        "write it anew: nearfield recipe schema --out training/recipes/recipe.schema.json"
+    )
+
+
+def test_every_value_knows_where_it_came_from(toy_recipe: Path) -> None:
+    loaded = load_recipe(toy_recipe, ["training.learning_rate=0.5", "seed=3"])
+    origins = {value.key: value.origin for value in resolve(loaded)}
+    values = {value.key: value.value for value in resolve(loaded)}
+    assert origins["name"] == f"{toy_recipe}:1"
+    assert origins["objective.temperature"] == f"{toy_recipe}:4"
+    assert origins["training.max_steps"] == f"{toy_recipe}:8"
+    assert origins["training.learning_rate"] == "override training.learning_rate=0.5"
+    assert origins["training.weight_decay"] == "default"
+    assert (values["training.learning_rate"], values["seed"]) == (0.5, 3)
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path: Path, toy_data: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "data.yaml").write_text(toy_data.read_text())
+    (tmp_path / "sub" / "r.yaml").write_text("name: r\ndata: ../data.yaml\n")
+    assert load_recipe(tmp_path / "sub" / "r.yaml").config.data == tmp_path / "data.yaml"
+    assert Recipe.load(tmp_path / "sub" / "r.yaml", ["seed=7"]).seed == 7
+
+
+def test_a_resolved_recipe_is_the_same_recipe(toy_recipe: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(toy_recipe)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    assert Recipe.load(copy) == recipe
+
+
+def test_configs_are_frozen(toy_recipe: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe.load(toy_recipe).seed = 2  # type: ignore[misc]
+
+
+# (what is changed in the toy recipe, words that the message must have, besides the file)
+WRONG = {
+    "unknown key": ("training:", "trainig:", ["line 6", "'trainig'", "Did you mean 'training'?"]),
+    "unknown nested key": (
+        "learning_rate",
+        "learning_rat",
+        ["line 9", "'training.learning_rat'", "Did you mean 'learning_rate'?"],
+    ),
+    "wrong type": ("epochs: 2", "epochs: two", ["training.epochs", "integer", '"two"']),
+    "float for int": ("epochs: 2", "epochs: 2.5", ["training.epochs", "2.5"]),
+    "number in quotes": ("epochs: 2", 'epochs: "2"', ["training.epochs", "integer"]),
+    "out of range": ("temperature: 0.1", "temperature: -1", ["objective.temperature", "greater than 0"]),
+    "infinite": ("temperature: 0.1", "temperature: .inf", ["objective.temperature", "finite"]),
+    "unknown kind": ("kind: infonce", "kind: infonse", ["objective.kind", "'infonse'", "Did you mean 'infonce'?"]),
+    "duplicate key": ("name: toy", "name: toy\nname: toy2", ["line 2", "'name' stands twice"]),
+    "bad YAML": ("name: toy", "name: [toy", ["not valid YAML"]),
+    "a list": ("name: toy", "- name: toy\n", ["not valid YAML"]),
+    "missing key": ("name: toy\n", "", ["'name' is missing"]),
+    "name leaves the folder": ("name: toy", "name: ../../etc", ["name", "pattern"]),
+    "no such data recipe": ("toy.yaml", "none.yaml", ["does not exist"]),
+    "no such model folder": ("{model: ", "{model: ./nowhere", ["encoder.model", "there is no folder"]),
+    "YAML tag": ("name: toy", "name: !!python/object/apply:os.system [true]", ["not valid YAML"]),
+    "null where a value is needed": ("epochs: 2", "epochs:", ["training.epochs", "integer"]),
+    "impossible combination": (
+        "max_steps: 12",
+        "max_steps: 12\n  schedule: {warmup: 20}",
+        ["leaves nothing of max_steps"],
+    ),
+    "tab": ("  epochs", "\tepochs", ["not valid YAML"]),
+    "control character": ("name: toy", "name: to\x00y", ["not allowed in YAML"]),
+    "number as key": ("name: toy", "name: toy\n1: 2", ["the key 1 is not a string"]),
+}
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "nearfield", *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_wrong_is_said(toy_recipe: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from nearfield.cli import main
+
+    old, new, words = WRONG[kind]
+    text = toy_recipe.read_text()
+    assert old in text
+    toy_recipe.write_text(text.replace(old, new, 1))
+    with pytest.raises(SystemExit) as stopped:
+        main(["recipe", "check", str(toy_recipe)])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("nearfield: ")
+    assert "Traceback" not in message
+    if kind != "no such data recipe":
+        assert str(toy_recipe) in message
+    for word in words:
+        line = word.replace("line ", f"{toy_recipe}:")
+        assert line in message, message
+
+
+def test_several_complaints_come_together(toy_recipe: Path) -> None:
+    text = toy_recipe.read_text().replace("epochs: 2", "epochs: no").replace("temperature: 0.1", "temperature: 0")
+    toy_recipe.write_text(text)
+    with pytest.raises(BadInputError) as error:
+        load_recipe(toy_recipe)
+    assert "2 things are wrong" in str(error.value)
+    assert "training.epochs" in str(error.value)
+    assert "objective.temperature" in str(error.value)
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00name")
+    for path, words in ((tmp_path / "none.yaml", "does not exist"), (tmp_path, "is a folder"), (binary, "not UTF-8")):
+        with pytest.raises(BadInputError, match=words):
+            load_recipe(path)
+    empty = tmp_path / "empty.yaml"
+    empty.touch()
+    with pytest.raises(BadInputError, match="'name' is missing"):
+        load_recipe(empty)
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(BadInputError, match="keys and values"):
+        load_recipe(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed", "form key.path=value"),
+        ("=3", "form key.path=value"),
+        ("name.first=3", "single value"),
+        ("sources.5=x", "list of 1"),
+        ("seed=[1", "not valid YAML"),
+        ("sed=3", "Did you mean 'seed'"),
+        ("training.learning_rte=3", "Did you mean 'learning_rate'"),
+    ],
+)
+def test_bad_overrides(toy_recipe: Path, override: str, words: str) -> None:
+    toy_recipe.write_text(toy_recipe.read_text() + "sources: [pairs]\n")
+    with pytest.raises(BadInputError, match=words):
+        load_recipe(toy_recipe, [override])
+
+
+def test_overrides_reach_into_lists_and_defaults(toy_recipe: Path) -> None:
+    toy_recipe.write_text(toy_recipe.read_text() + "sources: [pairs]\n")
+    recipe = Recipe.load(toy_recipe, ["sources.0=other", "prompts.fallback.query=q", "training.betas=[0.8, 0.9]"])
+    assert recipe.sources == ("other",)
+    assert recipe.prompts.fallback.query == "q"
+    assert recipe.training.betas == (0.8, 0.9)
+
+
+def test_what_a_recipe_names_must_fit(toy_recipe: Path, tmp_path: Path, toy_data: Path) -> None:
+    with pytest.raises(BadInputError, match="no source 'nope'"):
+        check_recipe(load_recipe(toy_recipe, ["sources=[nope]"]))
+    with pytest.raises(BadInputError, match="stands twice"):
+        check_recipe(load_recipe(toy_recipe, ["sources=[pairs, pairs]"]))
+    graded = tmp_path / "graded.yaml"
+    graded.write_text(
+        toy_data.read_text().replace(
+            "{kind: retrieval, query: query, positives: positive, negatives: negative}",
+            "{kind: graded, first: query, second: positive, score: s}",
+        )
+    )
+    with pytest.raises(BadInputError, match="learns from retrieval examples"):
+        check_recipe(load_recipe(toy_recipe, [f"data={graded}"]))
+    with pytest.raises(BadInputError, match="'pairs' has graded examples"):
+        check_recipe(load_recipe(toy_recipe, [f"data={graded}", "sources=[pairs]"]))
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(f"name: s\ntasks: [{{kind: heldout, name: T, data: {toy_data}, source: other}}]\n")
+    with pytest.raises(BadInputError, match="no source 'other'"):
+        check_recipe(load_recipe(toy_recipe, [f"evaluation={{suite: {suite}}}"]))
+
+
+def test_commands(toy_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nearfield.cli import main
+
+    for arguments in (
+        ["recipe", "check", str(toy_recipe)],
+        ["recipe", "show", str(toy_recipe), "seed=9"],
+        ["recipe", "schema", "--out", str(tmp_path / "s.json")],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "valid. Trains on pairs." in printed
+    assert "override seed=9" in printed
+    assert json.loads((tmp_path / "s.json").read_text()) == recipe_schema()
