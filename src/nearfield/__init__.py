@@ -6,7 +6,6 @@ Everything here is imported when it is first used, so that ``import nearfield`` 
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +14,8 @@ if TYPE_CHECKING:
     from nearfield.evaluation import compare, evaluate
     from nearfield.recipe import Recipe
 
-__version__ = _version("nearfield")
+    __version__: str
+
 __all__ = ["BadInputError", "NearfieldError", "Recipe", "build_data", "compare", "evaluate", "plan", "report", "train"]
 
 _HOMES = {
@@ -32,6 +32,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("nearfield")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'nearfield' has no attribute {name!r}")

@@ -21,11 +21,10 @@ def report(
     """Write a run's report: one HTML file that needs no network."""
     from rich.text import Text
 
-    from nearfield.console import set_up_logging, stdout_console
+    from nearfield.console import stdout_console
     from nearfield.report import build_report
     from nearfield.report.text import size
 
-    set_up_logging()
     result = build_report(run, out)
     console = stdout_console()
     console.print(Text(f"{result.path} ({size(result.size)})"))

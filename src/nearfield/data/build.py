@@ -73,7 +73,7 @@ def ensure_store_at(config: DataConfig, out: Path) -> DataSummary:
     return _build(config, readers, out, mark)
 
 
-def prepare_store(config: DataConfig | Path | str, cache: Path, overrides: Sequence[str] = ()) -> Store:
+def prepare_store(config: DataConfig | Path | str, cache: Path | str, overrides: Sequence[str] = ()) -> Store:
     """The store of a data recipe (a config or the path of its file), built if it is missing.
 
     ``cache`` is a folder for such things, e.g. ``runs/.cache``; the store lies in ``cache/data/<fingerprint>``.
@@ -82,7 +82,7 @@ def prepare_store(config: DataConfig | Path | str, cache: Path, overrides: Seque
         config = load_config(DataConfig, config, overrides).config
     elif overrides:
         raise ValueError("overrides go with a file, not with a config that is made already")
-    return Store.open(ensure_store(config, cache).path)
+    return Store.open(ensure_store(config, Path(cache)).path)
 
 
 def _build(config: DataConfig, readers: list[Reader], out: Path, mark: str) -> DataSummary:

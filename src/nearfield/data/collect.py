@@ -64,7 +64,8 @@ class PairList:
 class Collected:
     """What the first pass found out."""
 
-    ids: list[bytes] = field(default_factory=list)
+    ids: bytes = b""
+    """The ids of all items end to end, 16 bytes each."""
     rows: list[int] = field(default_factory=list)
     """Rows read, by source."""
     bad: list[Counter[str]] = field(default_factory=list)

@@ -45,7 +45,7 @@ class _Resolver:
 
     def __init__(self, config: DataConfig, collected: Collected) -> None:
         self.sources = config.sources
-        self.ids = np.frombuffer(b"".join(collected.ids), dtype="V16")
+        self.ids = np.frombuffer(collected.ids, dtype="V16")
         self.count = len(self.ids)
         pairs = collected.positives.array()
         self.positive_keys = np.unique(pairs[:, 0] * self.count + pairs[:, 1])
