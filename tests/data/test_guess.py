@@ -152,6 +152,23 @@ def test_the_recipe_of_a_guess_builds(tmp_path: Path) -> None:
     assert len(Store.open(tmp_path / "store").select("my-data", "train")) == summary.sources[0].splits["train"]
 
 
+@pytest.mark.parametrize(
+    ("queries", "negatives", "batches"),
+    [
+        (400, 400, {"negatives": 1}),
+        (400, 3, {"negatives": 0}),
+        (100, 400, {"negatives": 1}),
+        (3, 400, {"negatives": 1, "duplicates": "allow"}),
+    ],
+)
+def test_items_in_many_rows_do_not_keep_batches_from_filling(
+    tmp_path: Path, queries: int, negatives: int, batches: dict[str, object]
+) -> None:
+    cells: list[list[object]] = [[f"q{n % queries}", f"p{n}", f"x{n % negatives}"] for n in range(400)]
+    guess = guess_columns(write_csv(tmp_path / "x.csv", ["query", "positive", "negative"], cells))
+    assert training_recipe(guess)["batches"] == {"kind": "single_source", "batch_size": 64, **batches}
+
+
 @pytest.mark.parametrize(("rows", "size"), [(4, 2), (40, 8), (100, 16), (5000, 64)])
 def test_the_batch_fits_the_rows(tmp_path: Path, rows: int, size: int) -> None:
     cells: list[list[object]] = [[f"q{n}", f"p{n}"] for n in range(rows)]

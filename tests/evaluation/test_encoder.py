@@ -121,3 +121,24 @@ def test_the_model_is_filed_under_its_own_name(model_folder: Path) -> None:
     meta = TaskEncoder(loaded.model, name=loaded.name, revision=loaded.revision).mteb_model_meta
     assert (meta.name, meta.revision) == ("local/tiny", loaded.revision)
     assert meta.modalities == ["text"]
+
+
+def test_embeddings_of_a_huge_task_are_not_kept(
+    model_folder: Path, some_sentences: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mteb._create_dataloaders import _create_dataloader_from_texts
+
+    from nearfield.evaluation import encoder as module
+
+    monkeypatch.setattr(module, "_MAX_KEPT_TEXTS", 30)
+    encoder = TaskEncoder(load_encoder(str(model_folder), device="cpu").model, name="local/tiny", revision="1")
+    arguments: dict[str, Any] = {
+        "task_metadata": mteb.get_task("STS12").metadata,
+        "hf_split": "test",
+        "hf_subset": "default",
+    }
+    texts = some_sentences(50)
+    first = encoder.encode(_create_dataloader_from_texts(texts[:20]), **arguments)
+    whole = encoder.encode(_create_dataloader_from_texts(texts), **arguments)
+    np.testing.assert_array_equal(whole[:20], first)
+    assert encoder.encoded == 50 and sum(map(len, encoder._kept.values())) == 20

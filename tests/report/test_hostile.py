@@ -32,9 +32,9 @@ ATTRIBUTES = {
 }  # fmt: skip
 PLAIN = {
     "head", "style", "body", "h1", "h4", "bdi", "footer", "ol", "dt", "dd", "table", "caption", "thead", "tbody", "tr", "summary",
-    "figcaption", "code", "label",
+    "figcaption", "code", "label", "wbr",
 }  # fmt: skip
-VOID = {"meta", "input"}
+VOID = {"meta", "input", "wbr"}
 CLASSES = (
     "skip top kind verdict better worse even absent missing notes lead tiles figure label aside "
     "columns block facts code scroll num strong item path metric finding task charts plot chart line "
@@ -78,6 +78,8 @@ class Outline(HTMLParser):
         if self.open and self.open[-1] in ("script", "style"):
             tag, attributes, content = self.raw[-1]
             self.raw[-1] = (tag, attributes, content + data)
+        elif self.elements and self.elements[-1][0] == "wbr" and self.words:
+            self.words[-1] += data
         else:
             self.words.append(data)
 

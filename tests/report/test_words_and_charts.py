@@ -39,7 +39,7 @@ from nearfield.report.svg import (
         (text.moment("2026-11-23T19:41:07+00:00"), "2026-11-23 19:41 UTC"), (text.moment("yesterday"), "yesterday"), (text.moment(0), "1970-01-01 00:00 UTC"),
         (text.plain(None), "none"), (text.plain(True), "yes"), (text.plain(["a", 1, 0.5]), "a, 1, 0.5"), (text.plain("q: "), "“q: ”"), (text.plain(1234567), "1234567"),
         (text.visible("a\0b\u202ec"), "a[U+0000]b[U+202E]c"), (text.clip("a  b\n c", 10), "a b c"), (text.clip("x" * 20, 5), "xxxxx… (20 characters)"),
-        (text.clip("", 5), ""),
+        (text.clip("", 5), ""), (text.breakable("a_b/<c>.d"), "a_<wbr>b/&lt;c&gt;.<wbr>d"), (text.breakable("<a_b>\0"), "&lt;a_<wbr>b&gt;[U+0000]"),
     ],
 )  # fmt: skip
 def test_words(made: str, expected: str) -> None:

@@ -64,7 +64,7 @@ def compare_command(
     )
     if json_out is not None:
         write_json(json_out, comparison.to_json())
-    _show(comparison)
+    show_comparison(comparison)
 
 
 def _labels(models: list[str], folders: list[Path]) -> list[str]:
@@ -88,7 +88,8 @@ def _position(baseline: str, models: list[str], folders: list[Path], results: Pa
     return folders.index(folder)
 
 
-def _show(comparison: Comparison) -> None:
+def show_comparison(comparison: Comparison) -> None:
+    """Print scores, differences and what they say."""
     from rich.table import Table
     from rich.text import Text
 

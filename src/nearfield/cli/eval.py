@@ -47,7 +47,8 @@ def evaluate_command(
     from nearfield.files import write_json
 
     warnings.simplefilter("ignore")
-    logging.getLogger("mteb").setLevel(logging.ERROR)
+    for noisy in ("mteb", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     config: SuiteConfig | Path = suite
     if overrides:
         if not suite.is_file():

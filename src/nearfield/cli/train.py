@@ -30,13 +30,18 @@ def train(
 
     An interrupted training goes on from its newest checkpoint.
     """
+    from nearfield.cli.compare import show_comparison
     from nearfield.cli.printing import announce_stage
     from nearfield.console import stdout_console
+    from nearfield.evaluation import Comparison
     from nearfield.pipeline import open_run, run_stages
 
     opened = open_run(recipe, overrides or (), run)
     result = run_stages(opened, until, restart=restart, on_stage=announce_stage)
     console = stdout_console()
+    comparison = result.folder / "comparison.json"
+    if comparison.is_file() and until is None:
+        show_comparison(Comparison.from_json(comparison))
     for name, path in (("run", result.folder), ("model", result.model), ("report", result.report)):
         if path is not None:
             console.print(f"{name + ':':8}{path}", markup=False, highlight=False)

@@ -59,7 +59,7 @@ def ensure_store(config: DataConfig, cache: Path) -> DataSummary:
     mark = _fingerprint(config, readers)
     out = cache / "data" / mark
     if (out / "store.json").is_file():
-        logger.info("The store %s is up to date", out)
+        logger.debug("The store %s is up to date", out)
         return read_summary(out)
     return _build(config, readers, out, mark)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -74,6 +75,10 @@ class Guess:
     bad_rows: int
     groups: int
     largest_group: int
+    common_text: int
+    """Rows that the most common query or positive is in."""
+    common_negative: int
+    """Rows that the most common negative is in."""
     examples: tuple[TextExample, ...]
     """The first five."""
     notes: tuple[str, ...] = field(default=())
@@ -242,6 +247,8 @@ def _survey(path: Path, source: SourceConfig) -> Guess:
     examples: list[TextExample] = []
     scores: list[float] = []
     rows = bad = 0
+    used: Counter[bytes] = Counter()
+    avoided: Counter[bytes] = Counter()
     for row in source.reader.build().rows(source.columns()):
         rows += 1
         try:
@@ -256,12 +263,16 @@ def _survey(path: Path, source: SourceConfig) -> Guess:
         if example.score is not None:
             scores.append(example.score)
         query = text_id(example.query)
+        positives = [text_id(text) for text in example.positives]
+        negatives = [text_id(text) for text in example.negatives]
         ends.append(query)
-        for text in example.positives:
-            tight.join(query, text_id(text))
-            loose.join(query, text_id(text))
-        for text in example.negatives:
-            tight.join(query, text_id(text))
+        used.update({query, *positives})
+        avoided.update(negatives)
+        for positive in positives:
+            tight.join(query, positive)
+            loose.join(query, positive)
+        for negative in negatives:
+            tight.join(query, negative)
     if not ends:
         raise BadInputError("no row of this file can be used", where=str(path), hint="Check its columns.")
     notes: list[str] = []
@@ -283,7 +294,18 @@ def _survey(path: Path, source: SourceConfig) -> Guess:
         )
     if scores and isinstance(source.examples, GradedExamples):
         changes["examples"] = source.examples.model_copy(update={"scale": _scale(scores)})
-    return Guess(path, source.model_copy(update=changes), rows, bad, groups, largest, tuple(examples), tuple(notes))
+    return Guess(
+        path=path,
+        source=source.model_copy(update=changes),
+        rows=rows,
+        bad_rows=bad,
+        groups=groups,
+        largest_group=largest,
+        common_text=max(used.values()),
+        common_negative=max(avoided.values(), default=0),
+        examples=tuple(examples),
+        notes=tuple(notes),
+    )
 
 
 def _scale(scores: Sequence[float]) -> tuple[float, float] | None:

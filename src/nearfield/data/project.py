@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from nearfield.data.guess import Guess
+from nearfield.data.guess import FRACTIONS, Guess
 from nearfield.files import write_text
 from nearfield.shipped import refuse, target_in
 
@@ -81,18 +81,25 @@ def task_name(name: str) -> str:
 
 
 def training_recipe(guess: Guess) -> dict[str, object]:
-    """A recipe that fits the number of rows: at least four steps an epoch, at most 64 examples a step."""
+    """A recipe that fits the rows: at least four steps an epoch, at most 64 examples a step.
+
+    An item stands in a batch once. Where a negative is in so many rows that few batches could be filled, the recipe leaves
+    the explicit negatives out; where a query or a positive is, it lets items repeat in a batch.
+    """
     size = 64
-    while size > 2 and size * 4 > guess.rows * 0.8:
+    while size > 2 and size * 4 > guess.rows * FRACTIONS["train"]:
         size //= 2
-    negatives = getattr(guess.source.examples, "negatives", None)
+    batches: dict[str, object] = {"kind": "single_source", "batch_size": size}
+    batches["negatives"] = int(0 < guess.common_negative * size <= guess.rows * FRACTIONS["train"])
+    if guess.common_text * size > guess.rows * FRACTIONS["train"]:
+        batches["duplicates"] = "allow"
     return {
         "name": guess.source.name,
         "seed": 0,
         "data": f"../../data_recipes/{guess.source.name}.yaml",
         "encoder": {"model": "sentence-transformers/all-MiniLM-L6-v2", "max_length": 128},
         "objective": {"kind": "infonce", "temperature": 0.05},
-        "batches": {"kind": "single_source", "batch_size": size, "negatives": 1 if negatives else 0},
+        "batches": batches,
         "training": {"epochs": 1, "learning_rate": 2.0e-5},
         "evaluation": {"suite": f"../../eval/suites/{guess.source.name}.yaml"},
     }

@@ -97,6 +97,22 @@ class Comparison:
             "notes": list(self.notes),
         }
 
+    @classmethod
+    def from_json(cls, path: Path) -> Comparison:
+        """Read a ``comparison.json``."""
+        value = read_json(path, "comparison")
+        try:
+            return cls(
+                models=tuple(ModelRow(**row) for row in value["models"]),
+                baseline=value["baseline"],
+                scores=tuple(ScoreRow(**row) for row in value["scores"]),
+                differences=tuple(DifferenceRow(**row) for row in value["differences"]),
+                notes=tuple(value["notes"]),
+                settings=value["settings"],
+            )
+        except (KeyError, TypeError) as error:
+            raise BadInputError(f"this is no comparison of version {VERSION} ({error})", where=str(path)) from error
+
 
 @dataclass(frozen=True)
 class _TaskScores:

@@ -40,6 +40,8 @@ def open_model(
     if name is not None and (name.count("/") > 1 or not all(part.strip() for part in name.split("/"))):
         raise BadInputError(f"the name {name!r} is not of the form organisation/model", where="name")
     if isinstance(model, str) and model in BASELINES:
+        if name is not None:
+            raise BadInputError(f"the baseline {model} keeps its own name, {BASELINES[model]}", where="name")
         return _baseline(model)
     loaded = load_encoder(model, device=device) if isinstance(model, str) else model
     filed = name or loaded.name

@@ -189,7 +189,11 @@ class Stages:
 
     def wanted(self, until: str | None) -> list[str]:
         """The stages of this recipe up to ``until``, in order."""
-        stages = [s for s in STAGES if self.recipe.evaluation is not None or s not in ("evaluate", "compare")]
+        evaluation = self.recipe.evaluation
+        models = 0 if evaluation is None else 1 + evaluation.before + len(evaluation.baselines)
+        left_out = {"evaluate"} if models == 0 else set()
+        left_out |= {"compare"} if models < 2 else set()
+        stages = [stage for stage in STAGES if stage not in left_out]
         if until is None:
             return stages
         if until not in stages:

@@ -85,8 +85,8 @@ def build_comparison(run: Path) -> Comparison:
     made = load_object(
         run / "comparison.json", "No comparison.json: the run was not evaluated, or has not come to that yet."
     )
-    scores = [mapping(row) for row in listing(made.get("scores"))]
-    differences = [mapping(row) for row in listing(made.get("differences"))]
+    scores = sorted((mapping(row) for row in listing(made.get("scores"))), key=_place)
+    differences = sorted((mapping(row) for row in listing(made.get("differences"))), key=_place)
     keys = list(dict.fromkeys(_key(row) for row in scores))
     if not keys:
         raise AbsentError("comparison.json holds no score.")
@@ -122,6 +122,11 @@ def _verdict(differences: Sequence[Json]) -> list[Finding]:
     return [finding for finding in findings if finding is not None][:VERDICTS]
 
 
+def _place(row: Json) -> int:
+    """The base model comes first and the trained one second; the others keep their order."""
+    return {"before": 0, "after": 1}.get(string(row.get("model")) or "", 2)
+
+
 def _key(row: Json) -> tuple[str, str, str]:
     return string(row.get("task")) or "?", string(row.get("subset")) or "", string(row.get("split")) or ""
 
@@ -151,7 +156,7 @@ def _p(value: object) -> str:
     number = real(value)
     if number is None:
         return "–"
-    return f"{number:.4f}" if number >= 0.0001 else text.number(number, 2)
+    return f"{number:.4f}" if number >= 0.00005 else text.number(number, 2)
 
 
 def _task(

@@ -203,12 +203,20 @@ def _parts(values: Json) -> list[tuple[str, list[tuple[str, str]]]]:
     parts: list[tuple[str, list[tuple[str, str]]]] = []
     single: list[tuple[str, str]] = []
     for name in names:
-        value = values[name]
-        if isinstance(value, dict) and value:
-            parts.append((name, flatten(value)))
-        else:
+        value = _without_nulls(values[name])
+        if isinstance(value, dict):
+            parts += [(name, flatten(value))] if value else []
+        elif value is not None:
             single += flatten(value, name)
     return [("run", single), *parts] if single else parts
+
+
+def _without_nulls(value: object) -> object:
+    """A setting without what is null or empty in it; the whole recipe stands below."""
+    if isinstance(value, dict):
+        kept = {key: _without_nulls(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item not in (None, {}, [])}
+    return value
 
 
 def _source(source: str) -> str:

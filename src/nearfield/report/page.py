@@ -195,7 +195,7 @@ def environment() -> jinja2.Environment:
         finalize=_visible,
         keep_trailing_newline=True,
     )
-    made.filters.update(clip=text.clip, count=text.count, number=text.number)
+    made.filters.update(clip=text.clip, breakable=text.breakable, count=text.count, number=text.number)
     return made
 
 

@@ -11,12 +11,15 @@ import math
 import re
 import unicodedata
 
+from markupsafe import Markup
+
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff"
     "\ufff9-\ufffb\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\U000e0000-\U000e0fff]"
 )
 
 _SPACES = re.compile("[ \t\r\n]+")
+_JOINTS = re.compile(r"(?<=[._/\\-])(?=\w)")
 
 
 def visible(text: str) -> str:
@@ -35,6 +38,11 @@ def clip(text: str, length: int = 400) -> str:
     if len(head) == len(text) and len(line) <= length:
         return line
     return f"{_cut(line, length)}… ({count(len(text))} characters)"
+
+
+def breakable(text: str) -> Markup:
+    """The escaped, visible text with places to break lines after dots, slashes, hyphens and underscores: for keys and paths."""
+    return Markup("<wbr>").join(part for part in _JOINTS.split(visible(text)) if part)
 
 
 def _cut(text: str, length: int) -> str:
