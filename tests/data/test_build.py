@@ -50,7 +50,7 @@ def reference(rows: list[dict[str, list[str]]]) -> tuple[list[Example], set[tupl
     return examples, clashes, len(clean) - len(examples)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows_strategy)
 def test_conflicts_and_duplicates_as_by_hand(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, list[str]]]

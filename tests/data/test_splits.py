@@ -85,7 +85,7 @@ tied = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(tied, st.booleans())
 def test_groups_of_shared_texts(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, object]], bind: bool

@@ -246,6 +246,24 @@ def test_metrics_of_a_resumed_run(run: Path) -> None:
     assert "The loss is not a finite number at 1 steps: 121." in words
 
 
+def test_a_run_under_way(run: Path) -> None:
+    """The recipe's own choice of sources is told, the steps that are planned, and no total that is not known yet."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()[:STEPS]
+    (run / "metrics.jsonl").write_text("\n".join(lines[9:50:10]))
+    recipe = (run / "recipe.yaml").read_text().replace("epochs: 2", "epochs: 2\n  max_steps: 80")
+    (run / "recipe.yaml").write_text(f"sources: [gloss]\n{recipe}")
+    manifest = json.loads((run / "manifest.json").read_text())
+    del manifest["stages"]["train"], manifest["stages"]["evaluate"]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    parsed, words, _ = page(run)
+    assert (
+        "was trained on gloss with the objective infonce (temperature 0.05) for 50 of 80 steps of 64 examples" in words
+    )
+    assert "5 of 50 steps were recorded." in words
+    for tile in ("training time", "all stages", " padding"):
+        assert tile not in "".join(parsed.words).split("Before and after")[1].split("The whole recipe")[0]
+
+
 def test_a_long_run_is_thinned(run: Path) -> None:
     """Curves of 20,000 steps have 400 points, and each is the mean of its stretch."""
     losses = np.random.Generator(np.random.PCG64(0)).normal(size=20_000)

@@ -16,21 +16,26 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def options(
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and results only.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-) -> None:
-    """What every command shares."""
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         from nearfield import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and results only.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What every command shares."""
     from nearfield.console import set_up_logging
 
     set_up_logging("WARNING" if quiet else "INFO")
 
 
-for module in ("recipe", "data", "plan", "train", "eval", "compare", "report", "run"):
+for module in ("init", "recipe", "data", "plan", "train", "eval", "compare", "report", "run"):
     importlib.import_module(f"nearfield.cli.{module}").register(app)

@@ -53,13 +53,17 @@ class Chart:
 
 @dataclass(frozen=True)
 class Curves:
-    """The section: charts, a table of some steps, notes, and the totals that the overview shows."""
+    """The section: charts, a table of some steps, notes, and what the overview shows.
+
+    ``steps`` is the last step's number; the totals are over the recorded steps, which are all if ``every_step``.
+    """
 
     charts: list[Chart]
     heads: list[str]
     rows: list[list[str]]
     notes: list[str]
     steps: int
+    every_step: bool
     rows_seen: float
     tokens: float
     padded: float
@@ -218,6 +222,8 @@ def _notes(metrics: Metrics) -> list[str]:
         notes.append(
             f"The loss is not a finite number at {text.count(bad)} steps: {', '.join(steps[:8])}{'…' if bad > 8 else ''}."
         )
+    if len(metrics.steps) < round(metrics.steps[-1]):
+        notes.append(f"{text.count(len(metrics.steps))} of {text.count(metrics.steps[-1])} steps were recorded.")
     if len(metrics.steps) > POINTS:
         notes.append(
             f"Each curve has {POINTS} points; a point is the mean of about {text.number(len(metrics.steps) / POINTS, 2)} steps."
@@ -250,7 +256,8 @@ def build_curves(run: Path) -> Curves:
         heads=["step", *(label for _, label in known)],
         rows=rows,
         notes=_notes(metrics),
-        steps=len(metrics.steps),
+        steps=round(metrics.steps[-1]),
+        every_step=len(metrics.steps) >= round(metrics.steps[-1]),
         rows_seen=math.fsum(_finite(metrics.column("rows"))),
         tokens=math.fsum(_finite(metrics.column("tokens"))),
         padded=math.fsum(_finite(metrics.column("padded_tokens"))),

@@ -7,7 +7,19 @@ from pathlib import Path
 
 from nearfield.report import text
 from nearfield.report.curves import Curves
-from nearfield.report.run import AbsentError, Json, Missing, listing, load_object, logger, mapping, real, string, total
+from nearfield.report.run import (
+    AbsentError,
+    Json,
+    Missing,
+    listing,
+    load_object,
+    logger,
+    mapping,
+    part,
+    real,
+    string,
+    total,
+)
 
 SECTIONS = ("encoder", "objective", "batches", "training", "data", "prompts", "evaluation")
 """The recipe's parts that get a row of their own, in this order; any other follows."""
@@ -152,8 +164,15 @@ def device_words(manifest: Json) -> str | None:
     return trained or string(manifest.get("device"))
 
 
+def planned_steps(run: Path, recipe: Json) -> float | None:
+    """The steps that the run is to have: those of its plan, at most the recipe's ``max_steps``; None if not known."""
+    plan = load_object(run / "plan" / "summary.json", "No plan.")
+    steps, limit = real(plan.get("steps")), real(mapping(recipe.get("training")).get("max_steps"))
+    return min(steps, limit) if steps is not None and limit is not None else steps
+
+
 def build_overview(
-    recipe: Recipe | Missing, manifest: Json | Missing, curves: Curves | Missing, sources: list[str]
+    run: Path, recipe: Recipe | Missing, manifest: Json | Missing, curves: Curves | Missing, sources: list[str]
 ) -> Overview:
     """The section; it needs one of the three files at least."""
     if isinstance(recipe, Missing) and isinstance(manifest, Missing) and isinstance(curves, Missing):
@@ -163,6 +182,7 @@ def build_overview(
     notes = [part.reason for part in (recipe, manifest) if isinstance(part, Missing)]
     if not isinstance(recipe, Missing) and not values:
         notes.append("recipe.yaml cannot be read as YAML; its text stands below.")
+    planned = part("the plan", lambda: planned_steps(run, values))
     tiles: list[tuple[str, str, str]] = []
     if not isinstance(curves, Missing):
         tiles.append(
@@ -172,9 +192,9 @@ def build_overview(
                 f"loss {text.number(curves.first_loss, 3)} → {text.number(curves.last_loss, 3)}",
             )
         )
-        if curves.rows_seen:
+        if curves.rows_seen and curves.every_step:
             tiles.append(("examples", text.count(curves.rows_seen), ""))
-        if curves.tokens:
+        if curves.tokens and curves.every_step:
             computed = (
                 f"{text.percent(curves.padded - curves.tokens, curves.padded)} padding"
                 if curves.padded >= curves.tokens
@@ -182,15 +202,16 @@ def build_overview(
             )
             tiles.append(("tokens", text.count(curves.tokens), computed))
     stages = {name: mapping(stage) for name, stage in mapping(made.get("stages")).items()}
-    trained = real(stages.get("train", {}).get("seconds")) or (None if isinstance(curves, Missing) else curves.seconds)
+    finished = real(stages.get("train", {}).get("seconds"))
+    trained = finished or (curves.seconds if not isinstance(curves, Missing) and curves.every_step else None)
     if trained:
         device = device_words(made)
         tiles.append(("training time", text.duration(trained), f"on {text.clip(device, 40)}" if device else ""))
     whole = total(stage.get("seconds") for stage in stages.values())
-    if whole and whole != trained:
+    if finished and whole > finished:
         tiles.append(("all stages", text.duration(whole), ""))
     return Overview(
-        sentence=_sentence(values, made, curves, sources),
+        sentence=_sentence(values, made, curves, sources, None if isinstance(planned, Missing) else planned),
         tiles=tiles,
         parts=_parts(values),
         recipe="" if isinstance(recipe, Missing) else _source(recipe.source),
@@ -225,11 +246,12 @@ def _source(source: str) -> str:
     return f"{source[:RECIPE_CHARACTERS]}\n… ({text.count(len(source))} characters)"
 
 
-def _sentence(recipe: Json, manifest: Json, curves: Curves | Missing, sources: list[str]) -> str:
+def _sentence(recipe: Json, manifest: Json, curves: Curves | Missing, sources: list[str], planned: float | None) -> str:
     objective, batches = mapping(recipe.get("objective")), mapping(recipe.get("batches"))
     words = [string(mapping(recipe.get("encoder")).get("model")) or "An encoder", "was trained"]
-    if sources:
-        words.append(f"on {' and '.join(', '.join(sources).rsplit(', ', 1))}")
+    chosen = [str(name) for name in listing(recipe.get("sources"))] or sources
+    if chosen:
+        words.append(f"on {' and '.join(', '.join(chosen).rsplit(', ', 1))}")
     elif string(recipe.get("data")):
         words.append(f"on {Path(str(recipe['data'])).name}")
     if string(objective.get("kind")):
@@ -240,7 +262,8 @@ def _sentence(recipe: Json, manifest: Json, curves: Curves | Missing, sources: l
         ]
         words.append(f"with the objective {objective['kind']}{' (' + ', '.join(settings) + ')' if settings else ''}")
     if not isinstance(curves, Missing):
-        words.append(f"for {text.count(curves.steps)} {'step' if curves.steps == 1 else 'steps'}")
+        of = f" of {text.count(planned)}" if planned is not None and planned > curves.steps else ""
+        words.append(f"for {text.count(curves.steps)}{of} {'step' if curves.steps == 1 and not of else 'steps'}")
     if string(batches.get("batch_size")):
         words.append(f"of {text.plain(batches['batch_size'])} examples")
     created = manifest.get("created")

@@ -114,7 +114,7 @@ def read_page(run: Path) -> tuple[Page, dict[str, object]]:
     sources = [] if isinstance(listed, Missing) else listed
     comparison = part("comparison.json", lambda: build_comparison(run))
     queries = part("the queries", lambda: build_queries(run, manifest, store))
-    overview = part("the overview", lambda: build_overview(recipe, manifest, curves, sources))
+    overview = part("the overview", lambda: build_overview(run, recipe, manifest, curves, sources))
     made = manifest if isinstance(manifest, Missing) else part("the manifest", lambda: build_manifest(manifest, run))
     sections = [
         Section("trained", "What was trained", "What was trained on what", overview),

@@ -1,0 +1,94 @@
+"""Damaged models, checkpoints, plans and runs, from the user's end: one message, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nearfield.cli import main
+from nearfield.pipeline import open_run, run_stages
+from nearfield.training.checkpoint import checkpoint_paths
+from tests.encoders.test_build import BROKEN_MODELS, break_model
+from tests.training.test_checkpoint import damage
+
+Command = Callable[..., str]
+
+
+@pytest.fixture()
+def refused(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command that must be refused, and give its message."""
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(["-q", *arguments])
+        message = capsys.readouterr().err
+        assert stopped.value.code == 2, message
+        assert message.count("nearfield: ") == 1
+        assert "Traceback" not in message
+        return message
+
+    return run
+
+
+@pytest.mark.parametrize("kind", BROKEN_MODELS)
+def test_models(toy_recipe: Path, tiny_model: Path, tmp_path: Path, kind: str, refused: Command) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
+    break_model(folder, kind)
+    message = refused(
+        "train",
+        str(toy_recipe),
+        f"encoder.model={folder}",
+        "--run",
+        str(tmp_path / "runs" / "toy"),
+        "--until",
+        "tokens",
+    )
+    assert str(folder) in message
+
+
+@pytest.mark.parametrize("kind", ["no checksums", "a missing file", "a cut file", "another version", "empty"])
+def test_checkpoints(toy_recipe: Path, tmp_path: Path, kind: str, refused: Command) -> None:
+    run = tmp_path / "runs" / "toy"
+    run_stages(open_run(toy_recipe, (), run), "train")
+    for path in checkpoint_paths(run / "checkpoints"):
+        damage(path, kind)
+    shutil.rmtree(run / "model")
+    message = refused("train", str(toy_recipe), "--run", str(run), "--until", "train")
+    assert "none of the checkpoints can be used" in message
+    assert "--restart" in message
+    assert checkpoint_paths(run / "checkpoints"), "nothing was removed"
+
+
+def test_runs(toy_recipe: Path, tmp_path: Path, refused: Command) -> None:
+    assert "no recipe.yaml" in refused("run", "status", str(tmp_path))
+    run = tmp_path / "runs" / "toy"
+    run_stages(open_run(toy_recipe, (), run), "plan")
+    (run / "manifest.json").write_text("{")
+    assert "not valid JSON" in refused("run", "status", str(run))
+    (run / "manifest.json").write_text("[]")
+    assert "not one of a run" in refused("train", str(toy_recipe), "--run", str(run))
+    file = tmp_path / "file"
+    file.touch()
+    assert "is a file" in refused("train", str(toy_recipe), "--run", str(file))
+    assert "no stage 'nothing'" in refused("train", str(toy_recipe), "--run", str(tmp_path / "x"), "--until", "nothing")
+    assert "no examples in the split 'dev'" in refused(
+        "plan", str(toy_recipe), "split=dev", "--run", str(tmp_path / "y")
+    )
+
+
+def test_token_caches(toy_recipe: Path, tmp_path: Path, refused: Command) -> None:
+    run = tmp_path / "runs" / "toy"
+    run_stages(open_run(toy_recipe, (), run), "tokens")
+    (cache,) = (tmp_path / "runs" / ".cache" / "tokens").iterdir()
+    (cache / "tokens.json").write_text('{"version": 99}')
+    assert "version 99" in refused("plan", str(toy_recipe), "--run", str(run))
+
+
+def test_arguments(refused: Command) -> None:
+    for arguments in (("nonsense",), ("train",), ("train", "--nonsense"), ("recipe", "check")):
+        with pytest.raises(SystemExit) as stopped:
+            main(list(arguments))
+        assert stopped.value.code == 2
