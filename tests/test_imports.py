@@ -17,7 +17,7 @@ FLOORS = [
     ["api"],
     ["pipeline"],
     ["recipe"],
-    ["report"],
+    ["reporting"],
     ["evaluation"],
     ["training"],
     ["objectives"],

@@ -13,7 +13,7 @@ from nearfield.pipeline import RunResult, open_run, run_stages
 if TYPE_CHECKING:
     from nearfield.data.config import DataConfig
     from nearfield.data.store import Store
-    from nearfield.report import ReportResult
+    from nearfield.reporting import ReportResult
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,6 @@ def train(
 
 def report(run: str | Path, out: str | Path | None = None) -> ReportResult:
     """Write the HTML report of a run."""
-    from nearfield.report import build_report
+    from nearfield.reporting import build_report
 
     return build_report(Path(run), None if out is None else Path(out))

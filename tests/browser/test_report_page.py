@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nearfield.report import build_report
+from nearfield.reporting import build_report
 from tests.browser.chromium import Browser, Page, find_chromium
 from tests.report.hostile import HOSTILE, PWN
 from tests.report.runs import write_run

@@ -143,6 +143,28 @@ def test_every_kind_of_source_is_scored(recipe: Path, open_store: Any, model_fol
     assert len(again.reused) == 4 and again.details == result.details
 
 
+def test_a_result_with_other_clusters_is_not_reused(
+    recipe: Path, model_folder: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("other") / "data.yaml"
+    for file in recipe.parent.glob("*.jsonl"):
+        (other.parent / file.name).symlink_to(file)
+    other.write_text(recipe.read_text().replace("cluster: synset", "cluster: query"))
+
+    def run(path: Path) -> Any:
+        suite = SuiteConfig(name="small", tasks=[settings(path)])
+        return evaluate(
+            str(model_folder),
+            suite,
+            tmp_path / "results",
+            open_store=lambda data: prepare_store(data, tmp_path / "cache"),
+            device="cpu",
+        )
+
+    first, second, third = run(recipe), run(other), run(other)
+    assert first.scores == second.scores and second.reused == () and third.reused == ("Held",)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

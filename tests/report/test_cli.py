@@ -55,7 +55,7 @@ def test_bad_input_is_one_message(
 def test_importing_the_report_is_light() -> None:
     """The package alone brings neither Arrow nor the template engine."""
     code = (
-        "import sys, nearfield.report; print([m for m in ('pyarrow', 'jinja2', 'numpy', 'torch') if m in sys.modules])"
+        "import sys, nearfield.reporting; print([m for m in ('pyarrow', 'jinja2', 'numpy', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -64,7 +64,7 @@ def test_importing_the_report_is_light() -> None:
 def test_reporting_needs_no_torch(whole_run: Path, tmp_path: Path) -> None:
     """A report is written without the libraries that train and evaluate."""
     code = (
-        "import sys, pathlib; from nearfield.report import build_report;"
+        "import sys, pathlib; from nearfield.reporting import build_report;"
         f"build_report(pathlib.Path({str(whole_run)!r}), pathlib.Path({str(tmp_path / 'page.html')!r}));"
         "print([m for m in ('torch', 'transformers', 'mteb', 'sentence_transformers', 'datasets') if m in sys.modules])"
     )

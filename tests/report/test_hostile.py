@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from nearfield.report import build_report
-from nearfield.report.page import content_policy, embedded_json
-from nearfield.report.text import visible
+from nearfield.reporting import build_report
+from nearfield.reporting.page import content_policy, embedded_json
+from nearfield.reporting.text import visible
 from tests.report.hostile import HOSTILE, PWN
 from tests.report.runs import hash_of, write_names, write_run
 
@@ -176,7 +176,7 @@ def test_every_hostile_text_is_harmless_in_every_name(tmp_path: Path) -> None:
 
 def test_every_hostile_text_is_harmless_as_query_and_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All hundred as queries, with all hundred as their documents, shown at once."""
-    monkeypatch.setattr("nearfield.report.queries.EACH", 200)
+    monkeypatch.setattr("nearfield.reporting.queries.EACH", 200)
     supply = itertools.cycle(HOSTILE)
     run = write_run(tmp_path, lambda _: next(supply), len(HOSTILE), (lambda i: 2, lambda i: 1 + 2 * (i % 2)))
     parsed = outline(build_report(run).path.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nearfield.errors import BadInputError
-from nearfield.report import build_report
+from nearfield.reporting import build_report
 from tests.report.runs import QUERIES, STEPS, item, store_of, write_run
 from tests.report.test_hostile import Outline, check_structure, outline
 
@@ -260,6 +260,7 @@ def test_a_run_under_way(run: Path) -> None:
         "was trained on gloss with the objective infonce (temperature 0.05) for 50 of 80 steps of 64 examples" in words
     )
     assert "5 of 50 steps were recorded." in words
+    assert "120, of which the training follows the first 80" in words
     for tile in ("training time", "all stages", " padding"):
         assert tile not in "".join(parsed.words).split("Before and after")[1].split("The whole recipe")[0]
 
@@ -279,7 +280,7 @@ def test_a_long_run_is_thinned(run: Path) -> None:
 
 def test_token_histogram_counts_every_row(run: Path) -> None:
     """The last bin takes what is longer: the bins sum to the rows of the plan."""
-    from nearfield.report.batches import bin_edges
+    from nearfield.reporting.batches import bin_edges
 
     table = pq.read_table(run / "plan" / "epoch-000.parquet")
     tokens = table["query_tokens"].to_numpy() + 0

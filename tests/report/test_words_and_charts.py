@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nearfield.report import text
-from nearfield.report.curves import smooth, thin
-from nearfield.report.svg import (
+from nearfield.reporting import text
+from nearfield.reporting.curves import smooth, thin
+from nearfield.reporting.svg import (
     Histogram,
     LineChart,
     Series,

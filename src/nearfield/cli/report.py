@@ -22,8 +22,8 @@ def report(
     from rich.text import Text
 
     from nearfield.console import stdout_console
-    from nearfield.report import build_report
-    from nearfield.report.text import size
+    from nearfield.reporting import build_report
+    from nearfield.reporting.text import size
 
     result = build_report(run, out)
     console = stdout_console()

@@ -31,11 +31,12 @@ def train(
     An interrupted training goes on from its newest checkpoint.
     """
     from nearfield.cli.compare import show_comparison
-    from nearfield.cli.printing import announce_stage
+    from nearfield.cli.printing import announce_stage, quiet_libraries
     from nearfield.console import stdout_console
     from nearfield.evaluation import Comparison
     from nearfield.pipeline import open_run, run_stages
 
+    quiet_libraries()
     opened = open_run(recipe, overrides or (), run)
     result = run_stages(opened, until, restart=restart, on_stage=announce_stage)
     console = stdout_console()

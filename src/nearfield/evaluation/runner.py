@@ -155,14 +155,15 @@ class _Run:
             self._aggregate(suite_task)
             return
         started = time.monotonic()
-        known = None if self.overwrite else self._present(suite_task)
+        mark = self._fingerprint(suite_task)
+        known = None if self.overwrite else self._present(suite_task, mark)
         if known is not None:
             self.scores[suite_task.name], self.details[suite_task.name] = known
             self.reused.append(suite_task.name)
             logger.info("%s: present, not scored again", suite_task.name)
             return
         try:
-            self._score(suite_task)
+            self._score(suite_task, mark)
         except NearfieldError as error:
             self.failures[suite_task.name] = str(error)
         except Exception as error:  # a broken task must not take the others with it
@@ -192,12 +193,16 @@ class _Run:
         self.scores[suite_task.name] = mean_over_splits(main_scores)
 
     def _fingerprint(self, suite_task: SuiteTask) -> str:
+        """What a result must have been made of to be reused; taken before the data are loaded."""
         task, encoder = suite_task.task, self.scored.encoder
         prompts = {} if encoder is None else {str(r): encoder.prompt_for(task.metadata, r) for r in roles_of(task)}
         parts = [VERSION, task.metadata.name, task.metadata.type, task.metadata.main_score, task.metadata.revision]
-        return fingerprint([*parts, list(task.eval_splits), list(task.hf_subsets), prompts])
+        clusters = [[*key, sorted(of.items())] for key, of in sorted(suite_task.clusters.items())]
+        return fingerprint(
+            [*parts, list(task.eval_splits), list(task.hf_subsets), prompts, clusters, suite_task.details]
+        )
 
-    def _present(self, suite_task: SuiteTask) -> tuple[dict[str, float], dict[str, Any]] | None:
+    def _present(self, suite_task: SuiteTask, mark: str) -> tuple[dict[str, float], dict[str, Any]] | None:
         path = self.cache.get_task_result_path(suite_task.name, self.scored.wrapper.mteb_model_meta)
         if not path.is_file():
             return None
@@ -207,12 +212,12 @@ class _Run:
         except (NearfieldError, ValueError, KeyError) as error:
             logger.warning("%s: the present result cannot be used and is scored anew (%s)", suite_task.name, error)
             return None
-        if metadata.get("fingerprint") != self._fingerprint(suite_task):
+        if metadata.get("fingerprint") != mark:
             logger.info("%s: the present result is of other data or settings; scored anew", suite_task.name)
             return None
         return mean_over_splits(metadata["main_scores"]), metadata["details"]
 
-    def _score(self, suite_task: SuiteTask) -> None:
+    def _score(self, suite_task: SuiteTask, mark: str) -> None:
         task, wrapper = suite_task.task, self.scored.wrapper
         task.load_data()
         recorder = Recorder(suite_task)
@@ -238,7 +243,7 @@ class _Run:
         }
         metadata = {
             "version": VERSION,
-            "fingerprint": self._fingerprint(suite_task),
+            "fingerprint": mark,
             "task": suite_task.name,
             "task_type": task.metadata.type,
             "main_score": task.metadata.main_score,

@@ -416,7 +416,7 @@ class Stages:
 
     def report(self) -> dict[str, Any]:
         """Write the HTML report."""
-        from nearfield.report import build_report
+        from nearfield.reporting import build_report
 
         result = build_report(self.run.folder)
         return {"bytes": result.size}

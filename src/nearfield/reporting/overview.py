@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nearfield.report import text
-from nearfield.report.curves import Curves
-from nearfield.report.run import (
+from nearfield.reporting import text
+from nearfield.reporting.curves import Curves
+from nearfield.reporting.run import (
     AbsentError,
     Json,
     Missing,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from nearfield.report import text
-from nearfield.report.run import AbsentError, Json, listing, load_object, mapping, real, string
-from nearfield.report.svg import Whisker, interval_plot
+from nearfield.reporting import text
+from nearfield.reporting.run import AbsentError, Json, listing, load_object, mapping, real, string
+from nearfield.reporting.svg import Whisker, interval_plot
 
 STYLES = {"before": "s2", "after": "s1"}
 VERDICTS = 3

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nearfield.report import text
-from nearfield.report.run import AbsentError, Json, Missing, listing, load_object, mapping, part, real, string, total
+from nearfield.reporting import text
+from nearfield.reporting.run import AbsentError, Json, Missing, listing, load_object, mapping, part, real, string, total
 
 EXAMPLES = 10
 """Quarantined rows and conflicts that are shown, at most."""

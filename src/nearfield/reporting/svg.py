@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from nearfield.report import text
+from nearfield.reporting import text
 
 WIDTH, HEIGHT = 460, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 14, 40

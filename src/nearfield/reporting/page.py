@@ -18,12 +18,12 @@ from markupsafe import Markup
 
 from nearfield.errors import BadInputError
 from nearfield.files import write_text
-from nearfield.report import ReportResult, text
-from nearfield.report.batches import build_batches
-from nearfield.report.comparison import Comparison, Finding, build_comparison
-from nearfield.report.curves import Curves, build_curves
-from nearfield.report.dataset import build_data
-from nearfield.report.overview import (
+from nearfield.reporting import ReportResult, text
+from nearfield.reporting.batches import build_batches
+from nearfield.reporting.comparison import Comparison, Finding, build_comparison
+from nearfield.reporting.curves import Curves, build_curves
+from nearfield.reporting.dataset import build_data
+from nearfield.reporting.overview import (
     build_manifest,
     build_overview,
     read_manifest,
@@ -31,8 +31,8 @@ from nearfield.report.overview import (
     sources_of,
     store_folder,
 )
-from nearfield.report.queries import Queries, build_queries
-from nearfield.report.run import Missing, part, string
+from nearfield.reporting.queries import Queries, build_queries
+from nearfield.reporting.run import Missing, mapping, part, real, string
 
 FORMAT = 1
 """The version of the JSON that the page carries."""
@@ -76,7 +76,7 @@ class Page:
 
 
 def write_page(run: Path, out: Path | None) -> ReportResult:
-    """Read the run, render the page and write it aside and renamed; see :func:`nearfield.report.build_report`."""
+    """Read the run, render the page and write it aside and renamed; see :func:`nearfield.reporting.build_report`."""
     if not run.is_dir():
         raise BadInputError("this run folder does not exist", where=str(run), hint="Name a folder such as runs/NAME.")
     if not any((run / name).exists() for name in KNOWN_FILES):
@@ -112,6 +112,8 @@ def read_page(run: Path) -> tuple[Page, dict[str, object]]:
     store = None if isinstance(found, Missing) else found
     listed = part("the store's sources", lambda: sources_of(store))
     sources = [] if isinstance(listed, Missing) else listed
+    training = {} if isinstance(recipe, Missing) else mapping(recipe.values.get("training"))
+    limit = real(training.get("max_steps"))
     comparison = part("comparison.json", lambda: build_comparison(run))
     queries = part("the queries", lambda: build_queries(run, manifest, store))
     overview = part("the overview", lambda: build_overview(run, recipe, manifest, curves, sources))
@@ -121,7 +123,9 @@ def read_page(run: Path) -> tuple[Page, dict[str, object]]:
         Section("comparison", "Before and after", "Before and after", comparison),
         Section("queries", "Queries", "Ten queries, before and after", queries),
         Section("curves", "Curves", "Training curves", curves),
-        Section("batches", "Batches", "Which examples met", part("the plan", lambda: build_batches(run, sources))),
+        Section(
+            "batches", "Batches", "Which examples met", part("the plan", lambda: build_batches(run, sources, limit))
+        ),
         Section("data", "Data", "The data", part("the data", lambda: build_data(store))),
         Section("manifest", "Manifest", "Where everything came from", made),
     ]

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nearfield.report import text
-from nearfield.report.comparison import metric_words
-from nearfield.report.run import AbsentError, Json, Missing, logger, mapping, string
+from nearfield.reporting import text
+from nearfield.reporting.comparison import metric_words
+from nearfield.reporting.run import AbsentError, Json, Missing, logger, mapping, string
 
 if TYPE_CHECKING:
     from nearfield.data.store import Store

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from nearfield.report import text
-from nearfield.report.run import AbsentError, Json, Missing, first, listing, load_object, mapping, part, real, string
-from nearfield.report.svg import Histogram, Series, histogram, ticks
+from nearfield.reporting import text
+from nearfield.reporting.run import AbsentError, Json, Missing, first, listing, load_object, mapping, part, real, string
+from nearfield.reporting.svg import Histogram, Series, histogram, ticks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,8 +52,11 @@ class Lengths:
     by_source: list[tuple[str, str, str]]
 
 
-def build_batches(run: Path, names: Sequence[str]) -> Batches:
-    """The section of a run folder; ``names`` are the store's sources in order, for plans that give numbers."""
+def build_batches(run: Path, names: Sequence[str], max_steps: float | None = None) -> Batches:
+    """The section of a run folder; ``names`` are the store's sources in order, for plans that give numbers.
+
+    ``max_steps`` is where the recipe ends the training, perhaps before the plan does.
+    """
     summary = load_object(run / "plan" / "summary.json", "No plan/summary.json: no batches were planned.")
     epochs = [_epoch(mapping(one), number) for number, one in enumerate(listing(summary.get("epochs")))]
     by_source: dict[str, float] = {}
@@ -74,12 +77,18 @@ def build_batches(run: Path, names: Sequence[str]) -> Batches:
     if epochs:
         facts += [
             ("epochs", text.count(len(epochs))),
-            ("batches", text.count(sum(epoch.batches for epoch in epochs))),
+            ("batches", _followed(sum(epoch.batches for epoch in epochs), max_steps)),
             ("examples", text.count(sum(epoch.rows for epoch in epochs))),
             ("tokens", text.count(sum(epoch.tokens for epoch in epochs))),
             ("left out", text.count(sum(number for epoch in epochs for _, number in epoch.dropped))),
         ]
     return Batches(facts, epochs, sources, part("the plan", lambda: _lengths(run, names)))
+
+
+def _followed(batches: float, max_steps: float | None) -> str:
+    if max_steps is None or max_steps >= batches:
+        return text.count(batches)
+    return f"{text.count(batches)}, of which the training follows the first {text.count(max_steps)}"
 
 
 def source_name(source: str, names: Sequence[str]) -> str:

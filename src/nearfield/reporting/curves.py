@@ -11,9 +11,9 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from nearfield.report import text
-from nearfield.report.run import AbsentError, real
-from nearfield.report.svg import LineChart, Series, line_chart
+from nearfield.reporting import text
+from nearfield.reporting.run import AbsentError, real
+from nearfield.reporting.svg import LineChart, Series, line_chart
 
 POINTS = 400
 """Points of a curve at most; longer runs are cut into so many stretches of steps, each drawn by its mean."""

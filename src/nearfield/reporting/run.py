@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-logger = logging.getLogger("nearfield.report")
+logger = logging.getLogger("nearfield.reporting")
 T = TypeVar("T")
 Json = Mapping[str, object]
 
