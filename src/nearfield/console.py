@@ -34,11 +34,17 @@ def stdout_console() -> Console:
 
 
 def set_up_logging(level: str = "INFO") -> None:
-    """Send nearfield's log records to standard error through rich. Called by the command line only."""
-    from rich.logging import RichHandler
+    """Send nearfield's log records to standard error, through rich on a terminal. Called by the command line only."""
+    console = stderr_console()
+    handler: logging.Handler
+    if console.is_terminal:
+        from rich.logging import RichHandler
 
-    handler = RichHandler(console=stderr_console(), show_path=False, markup=False, log_time_format="[%H:%M:%S]")
-    handler.setFormatter(logging.Formatter("%(message)s"))
+        handler = RichHandler(console=console, show_path=False, markup=False, log_time_format="[%H:%M:%S]")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False

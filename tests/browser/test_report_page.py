@@ -11,8 +11,8 @@ import pytest
 
 from nearfield.reporting import build_report
 from tests.browser.chromium import Browser, Page, find_chromium
-from tests.report.hostile import HOSTILE, PWN
-from tests.report.runs import write_run
+from tests.reporting.hostile import HOSTILE, PWN
+from tests.reporting.runs import write_run
 
 pytestmark = pytest.mark.browser
 

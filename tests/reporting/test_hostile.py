@@ -15,8 +15,8 @@ import pytest
 from nearfield.reporting import build_report
 from nearfield.reporting.page import content_policy, embedded_json
 from nearfield.reporting.text import visible
-from tests.report.hostile import HOSTILE, PWN
-from tests.report.runs import hash_of, write_names, write_run
+from tests.reporting.hostile import HOSTILE, PWN
+from tests.reporting.runs import hash_of, write_names, write_run
 
 ATTRIBUTES = {
     "html": {"lang"}, "meta": {"charset", "http-equiv", "content", "name"}, "a": {"class", "href"}, "p": {"class", "id", "role"},

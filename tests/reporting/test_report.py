@@ -16,8 +16,8 @@ import pytest
 
 from nearfield.errors import BadInputError
 from nearfield.reporting import build_report
-from tests.report.runs import QUERIES, STEPS, item, store_of, write_run
-from tests.report.test_hostile import Outline, check_structure, outline
+from tests.reporting.runs import QUERIES, STEPS, item, store_of, write_run
+from tests.reporting.test_hostile import Outline, check_structure, outline
 
 SECTIONS = ["trained", "comparison", "queries", "curves", "batches", "data", "manifest"]
 

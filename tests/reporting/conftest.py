@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.report.runs import write_run
+from tests.reporting.runs import write_run
 
 
 @pytest.fixture(scope="session")
