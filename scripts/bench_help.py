@@ -12,7 +12,10 @@ import sys
 import time
 
 EMPTY = "import typer\napp = typer.Typer()\n@app.command()\ndef main() -> None: ...\napp(['--help'])"
-COMMANDS = {"empty typer app": [sys.executable, "-c", EMPTY], "nearfield": [sys.executable, "-m", "nearfield", "--help"]}
+COMMANDS = {
+    "empty typer app": [sys.executable, "-c", EMPTY],
+    "nearfield": [sys.executable, "-m", "nearfield", "--help"],
+}
 
 
 def seconds(command: list[str]) -> float:

@@ -91,7 +91,12 @@ def main() -> int:
             weights, metrics = outcome(run)
             same = {"weights_identical": weights == expected[0], "metrics_identical": metrics == expected[1]}
             failures += not all(same.values())
-            figures = {"kill": kill, "second": round(moment, 2), "killed_in_step": len(lines) + 1, "resumed_from": resumed}
+            figures = {
+                "kill": kill,
+                "second": round(moment, 2),
+                "killed_in_step": len(lines) + 1,
+                "resumed_from": resumed,
+            }
             print(json.dumps({**figures, **same}), flush=True)
             shutil.rmtree(run)
     finally:

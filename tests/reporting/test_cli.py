@@ -54,9 +54,7 @@ def test_bad_input_is_one_message(
 
 def test_importing_the_report_is_light() -> None:
     """The package alone brings neither Arrow nor the template engine."""
-    code = (
-        "import sys, nearfield.reporting; print([m for m in ('pyarrow', 'jinja2', 'numpy', 'torch') if m in sys.modules])"
-    )
+    code = "import sys, nearfield.reporting; print([m for m in ('pyarrow', 'jinja2', 'numpy', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -79,7 +79,11 @@ class TokenCache:
         rows = np.load(stem.with_suffix(".rows.npy"), mmap_mode="r", allow_pickle=False)
         offsets = np.load(stem.with_suffix(".offsets.npy"), mmap_mode="r", allow_pickle=False)
         count = int(offsets[-1])
-        ids = np.memmap(stem.with_suffix(".ids.bin"), dtype=np.int32, mode="r", shape=(count,)) if count else np.empty(0, np.int32)
+        ids = (
+            np.memmap(stem.with_suffix(".ids.bin"), dtype=np.int32, mode="r", shape=(count,))
+            if count
+            else np.empty(0, np.int32)
+        )
         return TokenTable(str(entry["prompt"]), int(str(entry["prompt_length"])), rows, offsets, ids)
 
     def number(self, prompt: str) -> int:
