@@ -132,12 +132,12 @@ class Watcher:
 class LineWatcher(Watcher):
     """Also notes which lines each test runs."""
 
-    def __init__(self, note: Path, files: Sequence[str]) -> None:
+    def __init__(self, folder: Path, files: Sequence[str]) -> None:
         import coverage
 
-        super().__init__(None, note)
-        self.files = files
-        self.coverage = coverage.Coverage(data_file=None, include=list(files), config_file=False)
+        super().__init__(None, folder / "note")
+        self.files = {file: str(folder / file) for file in files}
+        self.coverage = coverage.Coverage(data_file=None, include=list(self.files.values()), config_file=False)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.coverage.switch_context(nodeid)
@@ -145,8 +145,8 @@ class LineWatcher(Watcher):
     def lines(self) -> dict[str, dict[str, list[str]]]:
         data = self.coverage.get_data()
         return {
-            file: {str(line): [n for n in names if n] for line, names in data.contexts_by_lineno(str(file)).items()}
-            for file in self.files
+            file: {str(line): [name for name in names if name] for line, names in data.contexts_by_lineno(path).items()}
+            for file, path in self.files.items()
         }
 
 
@@ -187,6 +187,7 @@ def fork(folder: Path, work: object) -> int:
     code = 99
     try:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(folder)
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
@@ -304,7 +305,7 @@ def measure(folder: Path) -> Baseline:
     result = folder / "baseline.json"
 
     def work() -> int:
-        plugin = LineWatcher(folder / "note", mutated_files())
+        plugin = LineWatcher(folder, mutated_files())
         plugin.coverage.start()
         code = run_pytest(folder, plugin, stop_at_first=True)
         plugin.coverage.stop()
@@ -438,6 +439,8 @@ def main() -> int:
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONDONTWRITEBYTECODE="1")
     sys.dont_write_bytecode = True
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # Being stopped must end the forked processes and remove the copies.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"stopped by {signal.SIGTERM.name}"))
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
         folders = [Path(temporary).resolve() / str(number) for number in range(max(1, options.max_children))]

@@ -36,13 +36,9 @@ def evaluate_command(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the suite file: key.path=value.")] = None,
 ) -> None:
     """Score a model on a suite; results are filed in mteb's format, with the score of every query beside them."""
-    import os
+    from nearfield.cli.printing import quiet_libraries
 
-    # mteb and bm25s draw bars of their own, whatever they are told; ours replace them.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    import logging
-    import warnings
-
+    quiet_libraries()
     from nearfield.evaluation import SuiteConfig, evaluate
     from nearfield.files import write_json
 
