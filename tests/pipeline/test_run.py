@@ -93,6 +93,11 @@ def test_model_loads_in_plain_sentence_transformers(toy_recipe: Path, tmp_path: 
     assert np.abs(plain - untrained).max() > 1e-3
     contract = json.loads((folder / "model" / "prompt_contract.json").read_text())
     assert contract["prompts"] == {"query": [""], "document": [""]}
+    card = (folder / "model" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: sentence-transformers\n")
+    assert "# toy\n" in card
+    assert "- steps: 12\n" in card
+    assert "- pairs: query none, document none\n" in card
     for file in (folder / "model").rglob("*"):
         if file.suffix in (".json", ".md"):
             assert str(tmp_path) not in file.read_text(), f"{file.name} holds a path of this machine"

@@ -42,9 +42,6 @@ def evaluate_command(
     from nearfield.evaluation import SuiteConfig, evaluate
     from nearfield.files import write_json
 
-    warnings.simplefilter("ignore")
-    for noisy in ("mteb", "huggingface_hub"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     config: SuiteConfig | Path = suite
     if overrides:
         if not suite.is_file():

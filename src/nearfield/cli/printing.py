@@ -21,4 +21,5 @@ def quiet_libraries() -> None:
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
-    logging.getLogger("mteb").setLevel(logging.ERROR)
+    for name in ("mteb", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)

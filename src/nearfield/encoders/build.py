@@ -132,10 +132,13 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def save_encoder(model: SentenceTransformer, folder: Path, *, card: bool = True) -> None:
-    """Save in sentence-transformers' format, so that plain ``SentenceTransformer(folder)`` loads it."""
+def save_encoder(model: SentenceTransformer, folder: Path) -> None:
+    """Save in sentence-transformers' format, so that plain ``SentenceTransformer(folder)`` loads it.
+
+    Without a card: sentence-transformers would repeat the base model's.
+    """
     with _quiet_transformers():
-        model.save_pretrained(str(folder), create_model_card=card)
+        model.save_pretrained(str(folder), create_model_card=False)
 
 
 def _load_error(name: str, folder: Path, error: Exception) -> BadInputError:

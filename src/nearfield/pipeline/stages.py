@@ -16,17 +16,18 @@ import numpy as np
 
 from nearfield.batching.plan import VERSION as PLAN_VERSION
 from nearfield.data.tokens import VERSION as TOKENS_VERSION
-from nearfield.encoders.build import ModelSource, build_encoder, folder_revision, locate, save_encoder
+from nearfield.encoders.build import LoadedEncoder, ModelSource, build_encoder, folder_revision, locate, save_encoder
 from nearfield.encoders.prompts import PromptContract, base_prompts, make_contract
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import HeldOutTask
-from nearfield.files import atomic_path, fingerprint, hash_file, write_json
+from nearfield.files import atomic_path, fingerprint, hash_file, write_json, write_text
 from nearfield.pipeline.run import Run, StageStatus
 
 if TYPE_CHECKING:
     from nearfield.batching.plan import Plan
     from nearfield.data.store import Store
     from nearfield.data.tokens import Rows, TokenCache
+    from nearfield.training.loop import TrainingResult
 
 logger = logging.getLogger("nearfield.pipeline")
 
@@ -329,6 +330,7 @@ class Stages:
         with atomic_path(folder / "model") as aside:
             save_encoder(encoder.model, aside)
             self.contract.save(aside)
+            write_text(aside / "README.md", self._card(encoder, result))
         return {
             "steps": result.steps,
             "examples": result.examples,
@@ -339,6 +341,21 @@ class Stages:
             "precision": result.precision,
             "base_model": [encoder.name, encoder.revision],
         }
+
+    def _card(self, encoder: LoadedEncoder, result: TrainingResult) -> str:
+        from nearfield.encoders.card import model_card
+
+        recipe = self.recipe
+        facts = {
+            "data": f"{self.run.checked.data.name} ({', '.join(self.contract.sources)}; split {recipe.split})",
+            "objective": f"{recipe.objective.kind}, temperature {recipe.objective.temperature:g}",
+            "batches": f"{recipe.batches.kind}, {recipe.batches.batch_size} examples",
+            "steps": result.steps,
+            "learning rate": f"{recipe.training.learning_rate:g}, {recipe.training.schedule.kind}",
+            "precision": result.precision,
+            "seed": recipe.seed,
+        }
+        return model_card(recipe.name, (encoder.name, encoder.revision), self.contract.sources, facts)
 
     def _set_aside_stale_checkpoints(self) -> None:
         """Checkpoints of another recipe are kept under another name, so that nothing is lost and nothing mixed."""
@@ -398,7 +415,7 @@ class Stages:
 
         path = self.run.folder / "untrained"
         with atomic_path(path) as aside:
-            save_encoder(build_encoder(encoder, "cpu").model, aside, card=False)
+            save_encoder(build_encoder(encoder, "cpu").model, aside)
         return str(path)
 
     def compare(self) -> dict[str, Any]:

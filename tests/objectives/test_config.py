@@ -1,0 +1,37 @@
+"""The defaults that a recipe without settings gets, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import nearfield.objectives
+from nearfield.objectives import InfoNCEConfig
+
+
+def test_defaults() -> None:
+    assert InfoNCEConfig().model_dump() == {
+        "kind": "infonce",
+        "temperature": 0.05,
+        "similarity": "cosine",
+        "in_batch_negatives": True,
+        "several_positives": "mean_log",
+        "both_directions": False,
+        "mask_known_positives": True,
+    }
+    assert InfoNCEConfig.example_kind == "retrieval"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {"similarity": "euclid"}, {"several_positives": "max"}, {"kind": "x"}], ids=str
+)
+def test_out_of_bounds(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        InfoNCEConfig.model_validate(settings)
+
+
+def test_what_is_exported_is_there() -> None:
+    assert nearfield.objectives.__all__ == ["InfoNCEConfig", "ObjectiveConfig"]
+    assert all(hasattr(nearfield.objectives, name) for name in nearfield.objectives.__all__)

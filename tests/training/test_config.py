@@ -1,0 +1,89 @@
+"""The defaults that a recipe without settings gets, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import nearfield.training
+from nearfield.training import CheckpointConfig, ScheduleConfig, TrainingConfig
+
+
+def test_defaults() -> None:
+    assert TrainingConfig().model_dump() == {
+        "epochs": 1,
+        "max_steps": None,
+        "learning_rate": 2e-5,
+        "weight_decay": 0.01,
+        "betas": (0.9, 0.999),
+        "epsilon": 1e-8,
+        "schedule": {"kind": "cosine", "warmup": 0.1, "final": 0.0},
+        "max_gradient_norm": 1.0,
+        "precision": "auto",
+        "device": "auto",
+        "chunk_tokens": None,
+        "gradient_cache": "auto",
+        "graph_tokens": 65536,
+        "dropout": True,
+        "checkpoints": {"every_steps": 500, "keep_last": 2},
+        "log_every": 1,
+        "tensorboard": True,
+    }
+    assert TrainingConfig().schedule == ScheduleConfig()
+    assert TrainingConfig().checkpoints == CheckpointConfig()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": 0},
+        {"learning_rate": -1.0},
+        {"epsilon": 0},
+        {"max_gradient_norm": 0},
+        {"weight_decay": -0.1},
+        {"betas": (1.0, 0.5)},
+        {"betas": (0.5, -0.1)},
+        {"schedule": {"final": 1.0}},
+        {"schedule": {"final": -0.1}},
+        {"schedule": {"warmup": -1}},
+        {"epochs": 0},
+        {"max_steps": 0},
+        {"chunk_tokens": 15},
+        {"graph_tokens": 15},
+        {"log_every": 0},
+        {"checkpoints": {"every_steps": 0}},
+        {"checkpoints": {"keep_last": 0}},
+        {"precision": "fp16"},
+    ],
+    ids=str,
+)
+def test_out_of_bounds(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        TrainingConfig.model_validate(settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": 0.5, "epsilon": 0.5, "max_gradient_norm": 0.5},
+        {"betas": (0.0, 0.999), "schedule": {"final": 0.999, "warmup": 0}},
+        {"max_steps": 1, "schedule": {"warmup": 0.5}},
+        {"max_steps": 8, "schedule": {"warmup": 7}},
+    ],
+    ids=str,
+)
+def test_within_bounds(settings: dict[str, Any]) -> None:
+    TrainingConfig.model_validate(settings)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(8, 8), (1, 1), (8, 9)])
+def test_a_warmup_needs_steps_after_it(steps: int, warmup: int) -> None:
+    with pytest.raises(ValidationError, match=f"a warm-up of {warmup} steps leaves nothing of max_steps {steps}"):
+        TrainingConfig.model_validate({"max_steps": steps, "schedule": {"warmup": warmup}})
+
+
+def test_what_is_exported_is_there() -> None:
+    assert nearfield.training.__all__ == ["CheckpointConfig", "ScheduleConfig", "TrainingConfig"]
+    assert all(hasattr(nearfield.training, name) for name in nearfield.training.__all__)

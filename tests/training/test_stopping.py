@@ -1,0 +1,51 @@
+"""The first signal asks, the second acts."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from nearfield.training.stopping import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_acts(number: signal.Signals) -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    seen: list[int] = []
+    previous = signal.signal(number, lambda n, frame: seen.append(n))
+    ours = signal.getsignal(number)
+    try:
+        with StopRequest() as stop:
+            assert stop.received is None
+            assert signal.getsignal(number) is not ours
+            signal.raise_signal(number)
+            assert stop.received == number.name
+            assert seen == []
+            signal.raise_signal(number)
+            assert seen == [number]
+        assert signal.getsignal(number) is ours
+    finally:
+        signal.signal(number, previous)
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_handlers_are_put_back_without_a_signal() -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    with StopRequest() as stop:
+        assert {signal.getsignal(n) for n in before} == {stop._receive}
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_other_threads_cannot_take_signals_and_do_not_try() -> None:
+    received: list[object] = []
+
+    def work() -> None:
+        with StopRequest() as stop:
+            received.append(stop.received)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert received == [None]
