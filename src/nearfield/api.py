@@ -13,6 +13,7 @@ from nearfield.pipeline import RunResult, open_run, run_stages
 if TYPE_CHECKING:
     from nearfield.data.config import DataConfig
     from nearfield.data.store import Store
+    from nearfield.recipe import Recipe
     from nearfield.reporting import ReportResult
 
 
@@ -38,7 +39,7 @@ def build_data(
     return prepare_store(data, Path(cache), overrides)
 
 
-def plan(recipe: str | Path, overrides: Sequence[str] = (), run: str | Path | None = None) -> PlanResult:
+def plan(recipe: str | Path | Recipe, overrides: Sequence[str] = (), run: str | Path | None = None) -> PlanResult:
     """Write which examples meet in which step of a recipe's run."""
     folder = run_stages(open_run(recipe, overrides, run), "plan").folder / "plan"
     summary = read_json(folder / "summary.json", "plan summary")
@@ -52,7 +53,7 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), run: str | Path | No
 
 
 def train(
-    recipe: str | Path,
+    recipe: str | Path | Recipe,
     overrides: Sequence[str] = (),
     run: str | Path | None = None,
     *,

@@ -54,7 +54,10 @@ def test_python_api(toy_recipe: Path, toy_data: Path, tmp_path: Path) -> None:
     planned = nearfield.plan(toy_recipe, ["seed=1"], tmp_path / "runs" / "toy")
     assert planned.batch_size == 16
     assert planned.steps > 0
-    result = nearfield.train(toy_recipe, ["seed=1"], tmp_path / "runs" / "toy", until="train")
+    assert nearfield.plan(recipe, run=tmp_path / "runs" / "toy") == planned
+    with pytest.raises(nearfield.BadInputError, match="overrides go with a recipe file"):
+        nearfield.train(recipe, ["seed=2"])
+    result = nearfield.train(recipe, run=tmp_path / "runs" / "toy", until="train")
     assert result.ran == ("train",)
     assert nearfield.report(tmp_path / "runs" / "toy", tmp_path / "out.html").path == tmp_path / "out.html"
     with pytest.raises(AttributeError, match="nonsense"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,3 +48,20 @@ def test_pool_holds_each_text_once() -> None:
     assert [pairs[i] for i in pool.documents] == [(7, 1), (9, 1), (8, 1), (1, 1), (8, 1), (7, 1)]
     assert pool.owner.tolist() == [0, 0, 0, 1, 1, 1]
     assert pool.is_positive.tolist() == [True, False, False, True, True, False]
+
+
+def test_longest_first_and_ties_in_their_order() -> None:
+    lengths = np.array([3, 9, 3, 9, 5, 3])
+    chunks = cut_chunks(lengths, 18)
+    assert [chunk.tolist() for chunk in chunks] == [[1, 3], [4, 0, 2], [5]]
+    assert all(chunk.dtype == np.int64 for chunk in chunks)
+    assert padded_tokens(lengths, chunks) == 18 + 15 + 3
+    assert cut_chunks(np.zeros(0, np.int64), 18) == []
+    grouped = cut_chunks(lengths, 18, np.array([1, 0, 0, 1, 0, 0]))
+    assert [chunk.tolist() for chunk in grouped] == [[1], [4, 2, 5], [3, 0]]
+
+
+def test_lists_of_different_lengths_are_a_fault() -> None:
+    rows = np.arange(2)
+    with pytest.raises(ValueError, match="shorter"):
+        pool_batch(Batch(rows, rows, [rows, rows], [rows], rows, rows, 0))

@@ -151,12 +151,16 @@ def device() -> dict[str, Any]:
     return found
 
 
-def open_run(recipe: str | Path, overrides: Sequence[str] = (), folder: str | Path | None = None) -> Run:
+def open_run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), folder: str | Path | None = None) -> Run:
     """The run of a recipe file; its folder is ``runs/NAME`` under the current directory unless another is given.
 
     ``recipe`` may also be a run's folder: then the recipe that the run was made with is read again, from where it was
-    or, if that file is gone, from the copy in the run.
+    or, if that file is gone, from the copy in the run. A :class:`Recipe` that was made in Python takes no overrides.
     """
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise BadInputError("overrides go with a recipe file, not with a Recipe", hint="Make the Recipe as wanted.")
+        return _run(Loaded(recipe, Path("Recipe made in Python")), folder, ())
     recipe = Path(recipe)
     if recipe.is_dir():
         if not (recipe / "recipe.yaml").is_file():
@@ -168,9 +172,12 @@ def open_run(recipe: str | Path, overrides: Sequence[str] = (), folder: str | Pa
             recipe, overrides = original, [*source.get("overrides", []), *overrides]
         else:
             recipe = recipe / "recipe.yaml"
-    loaded = load_recipe(recipe, overrides)
+    return _run(load_recipe(recipe, overrides), folder, tuple(overrides))
+
+
+def _run(loaded: Loaded[Recipe], folder: str | Path | None, overrides: tuple[str, ...]) -> Run:
     checked = check_recipe(loaded)
     folder = Path(folder) if folder is not None else Path("runs") / loaded.config.name
     if folder.is_file():
         raise BadInputError("the run's folder is a file", where=str(folder))
-    return Run(loaded, checked, folder.resolve(), tuple(overrides))
+    return Run(loaded, checked, folder.resolve(), overrides)
