@@ -64,3 +64,12 @@ def test_contract_file_and_base_prompts(tmp_path: Path) -> None:
     assert base_prompts(str(tmp_path)) == {}
     write_json(tmp_path / "config_sentence_transformers.json", {"prompts": {"query": "q: ", "document": ""}})
     assert base_prompts(str(tmp_path)) == {"query": "q: "}
+
+
+def test_a_stated_fallback_is_listed_and_silence_is_not() -> None:
+    sources = [Source("a", prompts=RolePrompts(query="a: ", document="d: "))]
+    silent = make_contract(sources, PromptConfig(), {})
+    assert silent.to_json()["prompts"] == {"query": ["a: "], "document": ["d: "]}
+    assert silent.model_prompts["query"] == ""
+    stated = make_contract(sources, PromptConfig(fallback=RolePrompts(query="")), {})
+    assert stated.to_json()["prompts"] == {"query": ["", "a: "], "document": ["d: "]}

@@ -44,9 +44,13 @@ class PromptContract:
     model_prompts: dict[str, str]
     """The model's ``prompts``: mteb's key -> text."""
 
+    stated: dict[str, set[str]]
+    """Role -> prompts that the recipe names for evaluation: its fallback and those of ``prompts.types``."""
+
     def to_json(self) -> dict[str, Any]:
-        """What ``prompt_contract.json`` holds."""
-        trained = {role: sorted({prompts[role] for prompts in self.sources.values()}) for role in ROLES}
+        """What ``prompt_contract.json`` holds; its ``prompts`` are those that an evaluation may use."""
+        listed = {role: {prompts[role] for prompts in self.sources.values()} | self.stated[role] for role in ROLES}
+        trained = {role: sorted(prompts) for role, prompts in listed.items()}
         tasks = {name: {"task_type": self.task_types[name], **prompts} for name, prompts in self.sources.items()}
         return {"version": CONTRACT_VERSION, "prompts": trained, "fallback": self.fallback, "tasks": tasks}
 
@@ -86,7 +90,10 @@ def make_contract(
                 )
             for text in texts:
                 model_prompts[f"{task_type}-{role}"] = text
-    return PromptContract(trained, {source.name: source.task_type for source in sources}, fallback, model_prompts)
+    named = [config.fallback, *config.types.values()]
+    stated_texts = {role: {text for of in named if (text := getattr(of, role)) is not None} for role in ROLES}
+    task_types = {source.name: source.task_type for source in sources}
+    return PromptContract(trained, task_types, fallback, model_prompts, stated_texts)
 
 
 def _first(*candidates: str | None) -> str:
