@@ -123,6 +123,9 @@ class Watcher:
         if report.failed:
             self._failed(report.nodeid)
 
+    def pytest_keyboard_interrupt(self, excinfo: object) -> None:
+        self._failed("an interrupt that no test caught")
+
     def pytest_runtest_logreport(self, report) -> None:  # type: ignore[no-untyped-def]
         self.seconds[report.nodeid] += report.duration
         if report.failed:
@@ -357,10 +360,17 @@ class Trial:
                 os.waitpid(self.pid, 0)
                 status = "timeout"
             else:
-                exit_code = os.waitstatus_to_exitcode(code)
-                status = {0: "survived", NO_TESTS_COLLECTED: "no tests"}.get(exit_code, "killed")
+                status = self._status(os.waitstatus_to_exitcode(code))
             kill(self.pid)
         return self._outcome(status)
+
+    def _status(self, exit_code: int) -> str:
+        if exit_code in (0, NO_TESTS_COLLECTED):
+            return "survived" if exit_code == 0 else "no tests"
+        if exit_code > 0 and not self.note.exists():
+            # No test failed: the fault is here, and must not pass for a kill.
+            sys.exit(f"{self.mutant.name}: the tests could not be run:\n{(self.folder / 'log').read_text()[-3000:]}")
+        return "killed"
 
     def _outcome(self, status: str) -> Outcome:
         (self.folder / self.mutant.file).write_bytes(self.original)

@@ -58,7 +58,7 @@ def test_longest_first_and_ties_in_their_order() -> None:
     assert padded_tokens(lengths, chunks) == 18 + 15 + 3
     assert cut_chunks(np.zeros(0, np.int64), 18) == []
     grouped = cut_chunks(lengths, 18, np.array([1, 0, 0, 1, 0, 0]))
-    assert [chunk.tolist() for chunk in grouped] == [[1], [4, 2, 5], [3, 0]]
+    assert [chunk.tolist() for chunk in grouped] == [[1, 4], [2, 5], [3, 0]]
 
 
 def test_lists_of_different_lengths_are_a_fault() -> None:

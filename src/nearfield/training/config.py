@@ -48,7 +48,7 @@ class TrainingConfig(Config):
     compute in it natively (CUDA from Ampere on), float32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     chunk_tokens: Annotated[int, Field(ge=16)] | None = None
-    """Padded tokens encoded at a time; null takes 256 on a CPU, where small chunks cost little and pad little, and 16,384
+    """Padded tokens encoded at a time; null takes 512 on a CPU, where small chunks cost little and pad little, and 16,384
     on a GPU. A resumed run keeps the number that it began with, since dropout is drawn chunk by chunk."""
     gradient_cache: Literal["auto", "always", "never"] = "auto"
     """``never`` keeps the graph of the whole batch; ``always`` encodes twice and keeps one chunk's (GradCache, arXiv

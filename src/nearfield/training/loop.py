@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nearfield.training")
 
-DEFAULT_CHUNK_TOKENS = {"cpu": 256, "cuda": 16_384}
+DEFAULT_CHUNK_TOKENS = {"cpu": 512, "cuda": 16_384}
 
 Objective = Callable[[ContrastiveBatch], LossSum]
 
