@@ -20,6 +20,7 @@ def quiet_libraries() -> None:
     To be called before these are imported.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore")
     for name in ("mteb", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
