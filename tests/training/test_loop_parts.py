@@ -68,7 +68,7 @@ def test_devices_that_are_not_here_and_launchers(monkeypatch: pytest.MonkeyPatch
 
 
 def test_default_chunks() -> None:
-    assert loop.DEFAULT_CHUNK_TOKENS == {"cpu": 256, "cuda": 16_384}
+    assert loop.DEFAULT_CHUNK_TOKENS == {"cpu": 512, "cuda": 16_384}
 
 
 def test_optimizer_settings() -> None:

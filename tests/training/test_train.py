@@ -101,7 +101,7 @@ def test_what_a_run_leaves_behind(go: Go, inputs: TrainingInputs, tmp_path: Path
             "fingerprint": "f",
             "plans": ["a", "b"],
             "seed": 5,
-            "chunk_tokens": 256,
+            "chunk_tokens": 512,
         }
     assert AcceleratorState._shared_state == {}
     assert PartialState._shared_state == {}

@@ -30,13 +30,14 @@ def train(
 
     An interrupted training goes on from its newest checkpoint.
     """
-    from nearfield.cli.compare import show_comparison
     from nearfield.cli.printing import announce_stage, quiet_libraries
+
+    quiet_libraries()
+    from nearfield.cli.compare import show_comparison
     from nearfield.console import stdout_console
     from nearfield.evaluation import Comparison
     from nearfield.pipeline import open_run, run_stages
 
-    quiet_libraries()
     opened = open_run(recipe, overrides or (), run)
     result = run_stages(opened, until, restart=restart, on_stage=announce_stage)
     console = stdout_console()
