@@ -158,6 +158,17 @@ class LineWatcher(Watcher):
         }
 
 
+def find_packages(folder: Path) -> None:
+    """Let imports, those of started processes too, find the copy in ``folder`` first."""
+    sys.path[:0] = [str(folder), str(folder / "src")]
+    os.environ["PYTHONPATH"] = str(folder / "src")
+
+
+def module_name(file: str) -> str:
+    """src/nearfield/a/b.py -> nearfield.a.b"""
+    return file.removeprefix("src/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 def run_pytest(folder: Path, plugin: Watcher, *, stop_at_first: bool) -> int:
     """Run the selected tests on the copy in ``folder``, in this process, which ends soon."""
     import hypothesis
@@ -173,8 +184,6 @@ def run_pytest(folder: Path, plugin: Watcher, *, stop_at_first: bool) -> int:
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     hypothesis.settings.load_profile("mutants")
-    sys.path[:0] = [str(folder), str(folder / "src")]
-    os.environ["PYTHONPATH"] = f"{folder / 'src'}"
     arguments = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--basetemp={folder / 'tmp'}"]
     arguments += ["-x"] if stop_at_first else []
     arguments += [*config().pytest_add_cli_args, *config().pytest_add_cli_args_test_selection]
@@ -254,7 +263,7 @@ def draw(names: Sequence[str], count: int, seed: int) -> tuple[list[Mutant], int
 
     modules, all_names = {}, []
     for file in mutated_files():
-        dotted = file.removeprefix("src/").removesuffix(".py").replace("/", ".")
+        dotted = module_name(file)
         module, mutations, _, _ = create_mutations(file, Path(file).read_text(encoding="utf-8"))
         modules[dotted] = (file, module, mutations)
         all_names += [f"{dotted}#{number:04d}" for number in range(len(mutations))]
@@ -315,6 +324,7 @@ def measure(folder: Path) -> Baseline:
 
     def work() -> int:
         plugin = LineWatcher(folder, mutated_files())
+        find_packages(folder)
         plugin.coverage.start()
         code = run_pytest(folder, plugin, stop_at_first=True)
         plugin.coverage.stop()
@@ -353,6 +363,13 @@ class Trial:
         self.pid = fork(folder, self._work) if self.tests else None
 
     def _work(self) -> int:
+        find_packages(self.folder)
+        try:
+            importlib.import_module(module_name(self.mutant.file))
+        except Exception as error:
+            # A conftest.py may be the first to import it, which pytest would take for wrong usage.
+            self.note.write_text(f"the import: {error!r}")
+            return 1
         return run_pytest(self.folder, Watcher(self.tests, self.note), stop_at_first=True)
 
     def poll(self) -> Outcome | None:
