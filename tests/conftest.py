@@ -86,14 +86,23 @@ training:
     return recipe
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many tests were skipped and why, at the very end."""
+_OUTCOMES = pytest.StashKey[tuple[int, "Counter[str]"]]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Count the skips and their reasons."""
     reasons: Counter[str] = Counter()
     for report in terminalreporter.stats.get("skipped", []):
         longrepr = report.longrepr
         reason = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
         reasons[reason.removeprefix("Skipped: ")] += 1
-    passed = len(terminalreporter.stats.get("passed", []))
-    terminalreporter.write_line(f"{passed} tests passed, {sum(reasons.values())} skipped")
-    for reason, count in reasons.most_common():
-        terminalreporter.write_line(f"  {count} skipped: {reason}")
+    config.stash[_OUTCOMES] = (len(terminalreporter.stats.get("passed", [])), reasons)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Say them in the very last lines, below the coverage."""
+    passed, reasons = config.stash.get(_OUTCOMES, (0, Counter()))
+    if passed or reasons:
+        print(f"{passed} tests passed, {sum(reasons.values())} skipped")
+        for reason, count in reasons.most_common():
+            print(f"  {count} skipped: {reason}")

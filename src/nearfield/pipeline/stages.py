@@ -18,7 +18,7 @@ from nearfield.batching.plan import VERSION as PLAN_VERSION
 from nearfield.data.tokens import VERSION as TOKENS_VERSION
 from nearfield.encoders.build import LoadedEncoder, ModelSource, build_encoder, folder_revision, locate, save_encoder
 from nearfield.encoders.prompts import PromptContract, base_prompts, make_contract
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, NearfieldError
 from nearfield.evaluation.config import HeldOutTask
 from nearfield.files import atomic_path, fingerprint, hash_file, write_json, write_text
 from nearfield.pipeline.run import Run, StageStatus
@@ -404,7 +404,7 @@ class Stages:
             lines = [
                 f"{label}: {task}: {reason}" for label, tasks in failures.items() for task, reason in tasks.items()
             ]
-            raise BadInputError("some tasks failed:\n" + "\n".join(lines), where=str(self.run.folder / "results"))
+            raise NearfieldError("some tasks failed:\n" + "\n".join(lines), where=str(self.run.folder / "results"))
         return {"results": folders}
 
     def _untrained(self) -> str:
