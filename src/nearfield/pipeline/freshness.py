@@ -1,0 +1,180 @@
+"""Which stages a run has, what each depends on, and whether it is done: fingerprints, never time stamps."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nearfield.batching.plan import VERSION as PLAN_VERSION
+from nearfield.data.tokens import VERSION as TOKENS_VERSION
+from nearfield.encoders.build import ModelSource, locate
+from nearfield.encoders.prompts import PromptContract, base_prompts, make_contract
+from nearfield.errors import BadInputError
+from nearfield.evaluation.config import HeldOutTask
+from nearfield.files import fingerprint, hash_file
+from nearfield.pipeline.run import Run, StageStatus
+
+STAGES = ("data", "tokens", "plan", "train", "evaluate", "compare", "report")
+TRAIN_VERSION = 1
+EVALUATE_VERSION = 1
+
+# What decides how a training runs but not what comes out of it.
+_NOT_IN_TRAINING_FINGERPRINT = {
+    "device",
+    "chunk_tokens",
+    "gradient_cache",
+    "graph_tokens",
+    "checkpoints",
+    "log_every",
+    "tensorboard",
+}
+
+
+class Freshness:
+    """What the stages of one run depend on and leave behind, found once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.recipe = run.recipe
+
+    # Fingerprints: each is made of settings, file contents and the fingerprints of earlier stages.
+
+    @cached_property
+    def base(self) -> ModelSource:
+        """The base model's place, found without loading it."""
+        return locate(self.recipe.encoder.model, self.recipe.encoder.revision)
+
+    @cached_property
+    def contract(self) -> PromptContract:
+        """Which prompts this run trains with."""
+        return make_contract(self.run.checked.sources, self.recipe.prompts, base_prompts(self.base.path))
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint that each stage of this recipe should have."""
+        from nearfield.data.build import data_fingerprint
+
+        recipe = self.recipe
+        found = {"data": data_fingerprint(self.run.checked.data)}
+        encoder = recipe.encoder.model_dump(mode="json", exclude={"model", "revision"})
+        found["tokens"] = fingerprint(
+            {
+                "version": TOKENS_VERSION,
+                "data": found["data"],
+                "tokenizer": [self.base.name, self.base.revision, recipe.encoder.max_length],
+                "prompts": self.contract.sources,
+                "split": recipe.split,
+            }
+        )
+        found["plan"] = fingerprint(
+            {
+                "version": PLAN_VERSION,
+                "tokens": found["tokens"],
+                "batches": recipe.batches.model_dump(mode="json"),
+                "seed": recipe.seed,
+                "length": [recipe.training.epochs, recipe.training.max_steps],
+            }
+        )
+        found["train"] = fingerprint(
+            {
+                "version": TRAIN_VERSION,
+                "plan": found["plan"],
+                "encoder": encoder,
+                "prompts": self.contract.model_prompts,
+                "objective": recipe.objective.model_dump(mode="json"),
+                "training": recipe.training.model_dump(mode="json", exclude=_NOT_IN_TRAINING_FINGERPRINT),
+            }
+        )
+        found["evaluate"] = fingerprint(
+            {"version": EVALUATE_VERSION, "train": found["train"], "suite": self._suite_inputs()}
+        )
+        found["compare"] = fingerprint({"evaluate": found["evaluate"]})
+        found["report"] = fingerprint({"compare": found["compare"]})
+        return found
+
+    def _suite_inputs(self) -> Any:
+        from nearfield.data.build import data_fingerprint
+        from nearfield.data.config import DataConfig
+
+        evaluation = self.recipe.evaluation
+        if evaluation is None:
+            return None
+        inputs: list[Any] = [evaluation.model_dump(mode="json", exclude={"suite"})]
+        suite = self.run.checked.suite
+        if suite is None:
+            return [*inputs, _folder_hash(evaluation.suite)]
+        for task in suite.tasks:
+            inputs.append(task.model_dump(mode="json", exclude={"data", "path"}))
+            if isinstance(task, HeldOutTask):
+                inputs.append(
+                    _folder_hash(task.data) if task.data.is_dir() else data_fingerprint(DataConfig.load(task.data))
+                )
+            elif task.kind == "folder":
+                inputs.append(_folder_hash(task.path))
+        return inputs
+
+    # Where the outputs are.
+
+    @property
+    def store_path(self) -> Path:
+        """The store of items and examples."""
+        return self.run.cache / "data" / self.fingerprints["data"]
+
+    @property
+    def tokens_path(self) -> Path:
+        """The token cache."""
+        return self.run.cache / "tokens" / self.fingerprints["tokens"]
+
+    def output(self, stage: str) -> Path:
+        """The file or folder whose presence a finished stage promises."""
+        folder = self.run.folder
+        return {
+            "data": self.store_path,
+            "tokens": self.tokens_path,
+            "plan": folder / "plan" / "summary.json",
+            "train": folder / "model",
+            "evaluate": folder / "results",
+            "compare": folder / "comparison.json",
+            "report": folder / "report.html",
+        }[stage]
+
+    def status(self, stage: str) -> StageStatus:
+        """Whether a stage is done with the recipe as it is now."""
+        from nearfield.training.checkpoint import checkpoint_paths
+
+        record = self.run.record(stage)
+        path = self.output(stage)
+        fresh = record.get("fingerprint") == self.fingerprints[stage]
+        if stage in ("data", "tokens"):
+            state = "done" if path.is_dir() else "missing"
+            return StageStatus(
+                stage, state, "in the shared cache" if state == "done" else "", str(path), record.get("seconds")
+            )
+        if fresh and path.exists():
+            return StageStatus(stage, "done", "", str(path), record.get("seconds"))
+        if stage == "train" and not fresh and checkpoint_paths(self.run.folder / "checkpoints"):
+            last = checkpoint_paths(self.run.folder / "checkpoints")[-1]
+            state = "stale" if record else "partial"
+            return StageStatus(stage, state, f"newest checkpoint: {last.name}", str(path))
+        if record and path.exists():
+            return StageStatus(stage, "stale", "its settings or inputs changed", str(path))
+        return StageStatus(stage, "missing", "", str(path))
+
+    def wanted(self, until: str | None) -> list[str]:
+        """The stages of this recipe up to ``until``, in order."""
+        evaluation = self.recipe.evaluation
+        models = 0 if evaluation is None else 1 + evaluation.before + len(evaluation.baselines)
+        left_out = {"evaluate"} if models == 0 else set()
+        left_out |= {"compare"} if models < 2 else set()
+        stages = [stage for stage in STAGES if stage not in left_out]
+        if until is None:
+            return stages
+        if until not in stages:
+            raise BadInputError(f"this recipe has no stage {until!r}", hint=f"Stages: {', '.join(stages)}.")
+        return stages[: stages.index(until) + 1]
+
+
+def _folder_hash(folder: Path) -> str:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return fingerprint([[str(file.relative_to(folder)), hash_file(file)] for file in files])
