@@ -13,7 +13,7 @@ Left out of the tests: what ``[tool.mutmut]`` deselects, the tests that start pr
 
 Controls come first: the unchanged code must pass, in this order of the tests too, and an objective that cannot be called
 must be noticed. A mutant has three times the time that its tests take on the unchanged code, and 30 s; 200 mutants take
-about 15 minutes one at a time. With ``--json OUT`` the figures are written after each mutant, and a run that was stopped
+5 to 10 minutes one at a time. With ``--json OUT`` the figures are written after each mutant, and a run that was stopped
 goes on from there when code and tests are the same.
 
 Leaves with 1 if less than 80 % of the mutants are killed. A mutant that runs out of time is killed; one that no test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import signal
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from nearfield.training import TrainingConfig, loop
 from nearfield.training.checkpoint import checkpoint_paths
 from nearfield.training.loop import TrainingInputs, TrainingResult, train
 from nearfield.training.metrics import read_metrics
+from nearfield.training.step import Padding
 from tests.training.making import SIZES, make_plan
 
 NAN = float("nan")
@@ -183,7 +185,10 @@ def test_padding_is_the_tokenizers(
     model.tokenizer.padding_side = side
     model.tokenizer.pad_token_id = token
     calls = spy_on_steps(monkeypatch)
+    asked: list[Padding] = []
+    monkeypatch.setattr(loop, "Padding", lambda *settings: asked.append(Padding(*settings)) or asked[-1])
     go(model=model, max_steps=1)
+    assert asked == [Padding(token or 0, side, torch.device("cpu"))]
     features = calls[0].features[0]
     padding = features["attention_mask"] == 0
     assert padding.any()
@@ -228,7 +233,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     spy_on_steps(monkeypatch, ask)
 
 
-def test_a_stop_says_where_it_goes_on(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_says_where_it_goes_on(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="nearfield")
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         with pytest.raises(StoppedError) as error:
@@ -237,6 +245,7 @@ def test_a_stop_says_where_it_goes_on(go: Go, tmp_path: Path, monkeypatch: pytes
     assert error.value.where == str(tmp_path / "run" / "checkpoints" / "step-00000002")
     assert error.value.hint == "The same command goes on from this checkpoint."
     result = go()
+    assert "Resuming from step 2 of 6 (step-00000002)" in caplog.messages
     assert (result.steps, result.resumed_from, result.examples) == (6, 2, 16)
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     again = go()
