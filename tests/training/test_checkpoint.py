@@ -50,6 +50,17 @@ def test_keeps_the_last(tmp_path: Path) -> None:
     assert [path.name for path in checkpoint_paths(tmp_path)] == ["step-00000003", "step-00000004"]
 
 
+def test_a_newer_damaged_one_does_not_push_out_the_good(tmp_path: Path) -> None:
+    model, optimizer = make()
+    for step in (8, 12):
+        save_checkpoint(tmp_path, step, model, optimizer, {}, keep_last=2)
+    damage(tmp_path / "step-00000012", "a cut file")
+    save_checkpoint(tmp_path, 10, model, optimizer, {}, keep_last=1)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 10
+
+
 def test_a_crash_inside_the_writing_leaves_nothing_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = make()
     save_checkpoint(tmp_path, 1, model, optimizer, {}, keep_last=2)

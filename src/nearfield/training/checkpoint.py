@@ -70,7 +70,7 @@ def save_checkpoint(
     state: dict[str, Any],
     keep_last: int,
 ) -> Path:
-    """Write ``folder/step-XXXXXXXX`` aside, rename it, then remove the oldest beyond ``keep_last``."""
+    """Write ``folder/step-XXXXXXXX`` aside, rename it, then remove the oldest beyond ``keep_last``, this one counted."""
     path = folder / f"step-{step:08d}"
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     try:
@@ -87,7 +87,8 @@ def save_checkpoint(
             where=str(path),
             hint="Earlier checkpoints are untouched. Make room, then run the same command again.",
         ) from error
-    for old in checkpoint_paths(folder)[:-keep_last]:
+    # A newer one than this is damaged, or the run would have begun there: it must not count among the last.
+    for old in [found for found in checkpoint_paths(folder) if found.name <= path.name][:-keep_last]:
         shutil.rmtree(old)
     return path
 
