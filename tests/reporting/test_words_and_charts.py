@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nearfield.reporting import text
-from nearfield.reporting.curves import smooth, thin
+from nearfield.reporting.curves import build_curves, smooth, thin
 from nearfield.reporting.svg import (
     Histogram,
     LineChart,
@@ -138,3 +140,12 @@ def test_thin_keeps_short_runs_as_they_are() -> None:
     assert thin([1, 2, 3], [4, 5, 6], 3) == ([1, 2, 3], [4, 5, 6])
     xs, ys = thin(list(range(10)), [float(i) for i in range(10)], 5)
     assert xs == ys == [0.5, 2.5, 4.5, 6.5, 8.5]
+
+
+def test_the_loss_is_told_as_means_of_the_first_and_last_tenth(tmp_path: Path) -> None:
+    """One step's loss is an easy or a hard batch."""
+    lines = [{"step": step, "loss": 10.0 if step % 2 else 20.0 - step / 10} for step in range(1, 101)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = build_curves(tmp_path)
+    assert curves.first_loss == pytest.approx(sum(line["loss"] for line in lines[:10]) / 10)
+    assert curves.last_loss == pytest.approx(sum(line["loss"] for line in lines[90:]) / 10)

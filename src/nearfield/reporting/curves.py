@@ -69,7 +69,9 @@ class Curves:
     padded: float
     seconds: float
     first_loss: float
+    """Mean of the first tenth of the steps."""
     last_loss: float
+    """Mean of the last tenth."""
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -251,6 +253,8 @@ def build_curves(run: Path) -> Curves:
     picked = sorted({round(index * last / 11) for index in range(12)})
     rows = [[text.count(metrics.steps[i]), *(_cell(metrics.column(name)[i]) for name, _ in known)] for i in picked]
     losses = _finite(metrics.column("loss"))
+    # A single step says little: a batch is easy or hard. The first and last tenths are compared.
+    tenth = max(1, len(losses) // 10)
     return Curves(
         charts=charts,
         heads=["step", *(label for _, label in known)],
@@ -262,8 +266,8 @@ def build_curves(run: Path) -> Curves:
         tokens=math.fsum(_finite(metrics.column("tokens"))),
         padded=math.fsum(_finite(metrics.column("padded_tokens"))),
         seconds=math.fsum(_finite(metrics.column("seconds"))),
-        first_loss=losses[0] if losses else NAN,
-        last_loss=losses[-1] if losses else NAN,
+        first_loss=math.fsum(losses[:tenth]) / tenth if losses else NAN,
+        last_loss=math.fsum(losses[-tenth:]) / tenth if losses else NAN,
     )
 
 

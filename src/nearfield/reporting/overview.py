@@ -189,7 +189,7 @@ def build_overview(
             (
                 "steps",
                 text.count(curves.steps),
-                f"loss {text.number(curves.first_loss, 3)} → {text.number(curves.last_loss, 3)}",
+                f"mean loss of the first and last tenth: {text.number(curves.first_loss, 3)} → {text.number(curves.last_loss, 3)}",
             )
         )
         if curves.rows_seen and curves.every_step:
