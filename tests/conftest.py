@@ -11,11 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tests.models import WORDS, save_tiny_bert
+
+# A test never compares times: a busy machine must not fail one.
+settings.register_profile("nearfield", deadline=None)
+settings.load_profile("nearfield")
 
 
 @pytest.fixture(autouse=True)
