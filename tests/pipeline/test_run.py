@@ -54,6 +54,17 @@ def test_a_changed_setting_makes_stale_what_depends_on_it(toy_recipe: Path, tmp_
     assert set(states(folder, folder).values()) == {"done"}
 
 
+def test_the_manifest_names_the_artifact_that_is_used(toy_recipe: Path, tmp_path: Path) -> None:
+    """Also where the artifact was in the shared cache already."""
+    folder, settings = tmp_path / "runs" / "toy", ["encoder.max_length=8"]
+    run_stages(open_run(toy_recipe, settings, tmp_path / "runs" / "other"), "tokens")
+    paths = []
+    for overrides in ((), settings):
+        run_stages(open_run(toy_recipe, overrides, folder), "tokens")
+        paths.append(json.loads((folder / "manifest.json").read_text())["stages"]["tokens"]["path"])
+    assert paths[0] != paths[1]
+
+
 def test_until_and_restart(toy_recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "toy"
     assert run_stages(open_run(toy_recipe, (), folder), "plan").ran == ("data", "tokens", "plan")

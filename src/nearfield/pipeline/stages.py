@@ -347,7 +347,8 @@ def run_stages(
             fresh = stages.status(name).state == "done" and not (restart and name == "train")
             if on_stage is not None:
                 on_stage(name, "done" if fresh else "running")
-            if fresh and run.record(name):
+            # An artifact that another run left in the shared cache is done, but this run's manifest must name it.
+            if fresh and run.record(name).get("fingerprint") == stages.fingerprints[name]:
                 continue
             began = time.monotonic()
             details = {} if fresh else getattr(stages, name)()
