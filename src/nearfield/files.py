@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,12 @@ def hash_file(path: Path, algorithm: str = "blake2b") -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def hash_folder(folder: Path, keep: Callable[[Path], bool] = lambda file: True) -> str:
+    """32 hex digits of the names and contents of the files below a folder, whatever its own name."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and keep(file))
+    return fingerprint([[str(file.relative_to(folder)), hash_file(file)] for file in files])
 
 
 def fsync_path(path: Path) -> None:

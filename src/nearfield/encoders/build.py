@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from nearfield.encoders.config import EncoderConfig
 from nearfield.encoders.offline import find_offline, offline_package
+from nearfield.encoders.prompts import CONTRACT_FILE
 from nearfield.errors import BadInputError
-from nearfield.files import fingerprint, hash_file
+from nearfield.files import hash_folder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -23,7 +24,7 @@ logger = logging.getLogger("nearfield.encoders")
 
 _IDENTITY_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".bin", ".gguf")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "whitespacetokenizer_config.json")
-_IGNORED_FILES = ("prompt_contract.json", "data_config.json")
+_IGNORED_FILES = (CONTRACT_FILE, "data_config.json")
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,7 @@ class LoadedEncoder:
 
 def folder_revision(folder: Path) -> str:
     """32 hex digits of the content of a model folder (weights, configs, tokenizer), whatever its name."""
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and file.suffix in _IDENTITY_SUFFIXES and file.name not in _IGNORED_FILES
-    )
-    return fingerprint([[str(file.relative_to(folder)), hash_file(file)] for file in files])
+    return hash_folder(folder, lambda file: file.suffix in _IDENTITY_SUFFIXES and file.name not in _IGNORED_FILES)
 
 
 def locate(name_or_path: str, revision: str | None = None) -> ModelSource:

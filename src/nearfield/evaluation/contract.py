@@ -9,11 +9,10 @@ from typing import Any
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.types import PromptType
 
+from nearfield.encoders.prompts import CONTRACT_FILE, CONTRACT_VERSION
 from nearfield.errors import BadInputError
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.files import read_json
-
-CONTRACT_FILE = "prompt_contract.json"
 
 
 def roles_of(task: Any) -> tuple[PromptType | None, ...]:
@@ -31,9 +30,11 @@ def read_contract(folder: Path) -> dict[str, list[str]] | None:
     if not file.is_file():
         return None
     data = read_json(file, "prompt contract")
-    if not isinstance(data, dict) or data.get("version") != 1:
+    if not isinstance(data, dict) or data.get("version") != CONTRACT_VERSION:
         version = data.get("version") if isinstance(data, dict) else None
-        raise BadInputError(f"this prompt contract has version {version!r}; version 1 is known", where=str(file))
+        raise BadInputError(
+            f"this prompt contract has version {version!r}; version {CONTRACT_VERSION} is known", where=str(file)
+        )
     prompts = data.get("prompts")
     if not isinstance(prompts, dict) or not all(
         isinstance(texts, list) and all(text is None or isinstance(text, str) for text in texts)

@@ -12,7 +12,7 @@ from nearfield.encoders.build import ModelSource, locate
 from nearfield.encoders.prompts import PromptContract, base_prompts, make_contract
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import HeldOutTask
-from nearfield.files import fingerprint, hash_file
+from nearfield.files import fingerprint, hash_folder
 from nearfield.pipeline.run import Run, StageStatus
 
 STAGES = ("data", "tokens", "plan", "train", "evaluate", "compare", "report")
@@ -103,15 +103,15 @@ class Freshness:
         inputs: list[Any] = [evaluation.model_dump(mode="json", exclude={"suite"})]
         suite = self.run.checked.suite
         if suite is None:
-            return [*inputs, _folder_hash(evaluation.suite)]
+            return [*inputs, hash_folder(evaluation.suite)]
         for task in suite.tasks:
             inputs.append(task.model_dump(mode="json", exclude={"data", "path"}))
             if isinstance(task, HeldOutTask):
                 inputs.append(
-                    _folder_hash(task.data) if task.data.is_dir() else data_fingerprint(DataConfig.load(task.data))
+                    hash_folder(task.data) if task.data.is_dir() else data_fingerprint(DataConfig.load(task.data))
                 )
             elif task.kind == "folder":
-                inputs.append(_folder_hash(task.path))
+                inputs.append(hash_folder(task.path))
         return inputs
 
     # Where the outputs are.
@@ -173,8 +173,3 @@ class Freshness:
         if until not in stages:
             raise BadInputError(f"this recipe has no stage {until!r}", hint=f"Stages: {', '.join(stages)}.")
         return stages[: stages.index(until) + 1]
-
-
-def _folder_hash(folder: Path) -> str:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return fingerprint([[str(file.relative_to(folder)), hash_file(file)] for file in files])
