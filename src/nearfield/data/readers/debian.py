@@ -8,13 +8,10 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from nearfield.data.readers.base import Row, hash_files
-from nearfield.data.readers.jsonl import read_jsonl
-from nearfield.data.readers.on_demand import cache_folder, kept_file
+from nearfield.data.readers.on_demand import OnDemand, cache_folder, kept_file
 from nearfield.errors import BadInputError
 
 MIN_WORDS = 4
@@ -25,21 +22,14 @@ Stanza = Mapping[str, str]
 logger = logging.getLogger("nearfield.data")
 
 
-class DebianDescriptions:
+class DebianDescriptions(OnDemand):
     """Rows with ``short``, ``long``, ``source`` (package), ``package`` and ``section``, one a source package."""
 
     def __init__(self, max_repeats: int = 50, cache: Path | None = None) -> None:
         self._max_repeats = max_repeats
         self._cache = cache
 
-    def inputs(self) -> dict[str, str]:
-        return hash_files([self._file])
-
-    def rows(self, columns: Sequence[str]) -> Iterator[Row]:
-        yield from read_jsonl(self._file)
-
-    @cached_property
-    def _file(self) -> Path:
+    def find(self) -> Path:
         path = cache_folder(self._cache) / f"debian-descriptions-{self._max_repeats}.jsonl.gz"
         return kept_file(path, lambda: build_rows(self._max_repeats))
 

@@ -9,14 +9,11 @@ import logging
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 from nearfield.console import track
-from nearfield.data.readers.base import Row, hash_files
-from nearfield.data.readers.jsonl import read_jsonl
-from nearfield.data.readers.on_demand import cache_folder, kept_file
+from nearfield.data.readers.on_demand import OnDemand, cache_folder, kept_file
 from nearfield.errors import BadInputError
 from nearfield.files import fingerprint
 
@@ -30,7 +27,7 @@ logger = logging.getLogger("nearfield.data")
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-class Docstrings:
+class Docstrings(OnDemand):
     """Rows with ``docstring``, ``code``, ``name`` (of the function) and ``package`` (of the distribution)."""
 
     def __init__(self, packages: Sequence[str] | None = None, max_lines: int = 100, cache: Path | None = None) -> None:
@@ -38,14 +35,7 @@ class Docstrings:
         self._max_lines = max_lines
         self._cache = cache
 
-    def inputs(self) -> dict[str, str]:
-        return hash_files([self._file])
-
-    def rows(self, columns: Sequence[str]) -> Iterator[Row]:
-        yield from read_jsonl(self._file)
-
-    @cached_property
-    def _file(self) -> Path:
+    def find(self) -> Path:
         chosen = installed(self._packages)
         versions = [(name, package.version) for name, package in chosen]
         mark = fingerprint({"version": VERSION, "packages": versions, "max_lines": self._max_lines})

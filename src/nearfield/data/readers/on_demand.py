@@ -6,12 +6,34 @@ import gzip
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
+from nearfield.data.readers.base import Row, hash_files
+from nearfield.data.readers.jsonl import read_jsonl
 from nearfield.files import atomic_path
 
 logger = logging.getLogger("nearfield.data")
+
+
+class OnDemand(ABC):
+    """A reader of a file that is built when it is first asked for."""
+
+    @abstractmethod
+    def find(self) -> Path:
+        """The packed JSONL file, built if it is missing."""
+
+    @cached_property
+    def _file(self) -> Path:
+        return self.find()
+
+    def inputs(self) -> dict[str, str]:
+        return hash_files([self._file])
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Row]:
+        yield from read_jsonl(self._file)
 
 
 def cache_folder(chosen: Path | None = None) -> Path:
