@@ -42,7 +42,7 @@ def test_every_value_knows_where_it_came_from(toy_recipe: Path) -> None:
     assert origins["objective.temperature"] == f"{toy_recipe}:4"
     assert origins["training.max_steps"] == f"{toy_recipe}:8"
     assert origins["training.learning_rate"] == "override training.learning_rate=0.5"
-    assert origins["training.weight_decay"] == "default"
+    assert origins["training.optimizer.weight_decay"] == "default"
     assert (values["training.learning_rate"], values["seed"]) == (0.5, 3)
 
 
@@ -170,10 +170,13 @@ def test_bad_overrides(toy_recipe: Path, override: str, words: str) -> None:
 
 def test_overrides_reach_into_lists_and_defaults(toy_recipe: Path) -> None:
     toy_recipe.write_text(toy_recipe.read_text() + "sources: [pairs]\n")
-    recipe = Recipe.load(toy_recipe, ["sources.0=other", "prompts.fallback.query=q", "training.betas=[0.8, 0.9]"])
+    recipe = Recipe.load(
+        toy_recipe,
+        ["sources.0=other", "prompts.fallback.query=q", "training.optimizer={kind: adamw, betas: [0.8, 0.9]}"],
+    )
     assert recipe.sources == ("other",)
     assert recipe.prompts.fallback.query == "q"
-    assert recipe.training.betas == (0.8, 0.9)
+    assert recipe.training.optimizer.betas == (0.8, 0.9)
 
 
 def test_what_a_recipe_names_must_fit(toy_recipe: Path, tmp_path: Path, toy_data: Path) -> None:

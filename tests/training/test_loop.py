@@ -19,14 +19,17 @@ from nearfield.errors import BadInputError, NonFiniteError
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training import TrainingConfig, loop
 from nearfield.training.chunks import Pool
-from nearfield.training.loop import make_optimizer, watch
+from nearfield.training.loop import watch
 from nearfield.training.metrics import read_metrics
+from nearfield.training.optimizer_configs import AdamWConfig
+from nearfield.training.optimizers import make_optimizer
 from nearfield.training.step import StepResult
 
 
 def test_optimizer_groups(tiny_model: Path) -> None:
     model = load_encoder(str(tiny_model), device="cpu").model
-    optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.3), torch.device("cpu"))
+    config = TrainingConfig(optimizer=AdamWConfig(weight_decay=0.3))
+    optimizer = make_optimizer(model.named_parameters(), config, torch.device("cpu"))
     decayed, plain = optimizer.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     assert all(p.ndim == 2 for p in decayed["params"])

@@ -16,6 +16,8 @@ from nearfield.errors import BadInputError, NonFiniteError
 from nearfield.objectives.infonce import LossSum
 from nearfield.training import TrainingConfig, loop
 from nearfield.training.loop import TrainingInputs
+from nearfield.training.optimizer_configs import AdamWConfig
+from nearfield.training.optimizers import make_optimizer
 from nearfield.training.step import StepResult
 from tests.training.making import SIZES, make_tokens
 
@@ -72,17 +74,19 @@ def test_default_chunks() -> None:
 
 
 def test_optimizer_settings() -> None:
-    config = TrainingConfig(learning_rate=0.5, betas=(0.7, 0.8), epsilon=1e-4, weight_decay=0.25)
+    adamw = AdamWConfig(betas=(0.7, 0.8), epsilon=1e-4, weight_decay=0.25)
+    config = TrainingConfig(learning_rate=0.5, optimizer=adamw)
     model = torch.nn.Linear(3, 2)
     model.frozen = torch.nn.Parameter(torch.zeros(2, 2), requires_grad=False)
-    matrices, vectors = loop.make_optimizer(model, config, torch.device("cpu")).param_groups
+    matrices, vectors = make_optimizer(model.named_parameters(), config, torch.device("cpu")).param_groups
     assert [len(group["params"]) for group in (matrices, vectors)] == [1, 1]
     assert matrices["params"][0] is model.weight
     assert vectors["params"][0] is model.bias
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.25, 0.0)
     for group in (matrices, vectors):
         assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (0.5, (0.7, 0.8), 1e-4, True)
-    assert not loop.make_optimizer(model, config, torch.device("meta")).param_groups[0]["fused"]
+    other = make_optimizer(model.named_parameters(), config, torch.device("meta"))
+    assert not other.param_groups[0]["fused"]
 
 
 def test_steps_run_through_the_epochs(inputs: TrainingInputs) -> None:

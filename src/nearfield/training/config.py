@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from nearfield.config import Config
+from nearfield.training.optimizer_configs import AdamWConfig, OptimizerConfig
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -30,16 +31,19 @@ class CheckpointConfig(Config):
 
 
 class TrainingConfig(Config):
-    """Length of the run, optimiser (AdamW), schedule, precision, memory, checkpoints."""
+    """Length of the run, optimiser, schedule, precision, memory, checkpoints."""
 
     epochs: Annotated[int, Field(ge=1)] = 1
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many steps; null runs all epochs."""
     learning_rate: Positive = 2e-5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Not applied to biases and norms."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    epsilon: Positive = 1e-8
+    optimizer: OptimizerConfig = AdamWConfig()
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The learning rate of a layer is this times that of the layer above it; embeddings lie below the first. 1 gives all
+    the same."""
+    freeze: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Parameters that are not trained: patterns with ``*`` for the names of the model's parameters, such as
+    ``*.embeddings.*`` or ``*.layer.0.*``."""
     schedule: ScheduleConfig = ScheduleConfig()
     max_gradient_norm: Positive | None = 1.0
     """Clip the global norm of the gradient; null does not."""
@@ -54,6 +58,11 @@ class TrainingConfig(Config):
     """``never`` keeps the graph of the whole batch; ``always`` encodes twice and keeps one chunk's (GradCache, arXiv
     2101.06983); ``auto`` keeps the graph of batches up to ``graph_tokens``. The gradient is the same."""
     graph_tokens: Annotated[int, Field(ge=16)] = 65_536
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer and compute the layer again in the backward pass: less memory, about a third more
+    time, the same gradient."""
+    compile: bool = False
+    """Compile the transformer with torch.compile, for any length. Worth it on a GPU and a long run only."""
     dropout: bool = True
     """Whether the model's own dropout is on."""
     checkpoints: CheckpointConfig = CheckpointConfig()

@@ -25,6 +25,7 @@ from nearfield.training.checkpoint import Checkpoint, load_checkpoint, newest_ch
 from nearfield.training.chunks import cut_chunks, padded_tokens, pool_batch
 from nearfield.training.config import TrainingConfig
 from nearfield.training.metrics import MetricsLog, TrainingProgress
+from nearfield.training.optimizers import make_optimizer
 from nearfield.training.schedule import rate_factor
 from nearfield.training.step import Features, Padding, StepResult, chunk_features, run_step
 from nearfield.training.stopping import StopRequest
@@ -114,7 +115,7 @@ def _train(
     device = accelerator.device
     model.to(device)
     model.train(config.dropout)
-    optimizer = make_optimizer(model, config, device)
+    optimizer = make_optimizer(model.named_parameters(), config, device)
     checkpoints = run / "checkpoints"
     identity = {"fingerprint": fingerprint, "plans": list(inputs.plan_hashes), "seed": seed}
     checkpoint = newest_checkpoint(checkpoints, lambda found: _check_identity(found, identity))
@@ -151,7 +152,7 @@ def _train(
                 padded = padded_tokens(lengths, chunks)
                 rate = config.learning_rate * rate_factor(config.schedule, step, steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["factor"]
                 optimizer.zero_grad(set_to_none=True)
                 result = run_step(
                     encode,
@@ -220,17 +221,6 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
             hint="Start it with `nearfield train RECIPE`.",
         )
     return accelerator
-
-
-def make_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW, fused where the device has it; biases and norms (tensors of one dimension) are not decayed."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=fused)
 
 
 def _check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
