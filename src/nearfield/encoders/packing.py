@@ -1,0 +1,297 @@
+"""Texts as tokens -> what an encoder takes -> one vector a text, padded or without padding.
+
+Two ways without padding: ``varlen`` lays a chunk's texts end to end in one row and lets each attend to itself alone;
+``block`` lays them into rows of about one width and masks the attention across texts. Which of them a model supports
+is found by trial (:func:`packing_kind`); one that gives other numbers than padding does is padded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from nearfield.encoders.attention import Segments, has_flash_attn, set_attention, unmasked
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger("nearfield.encoders")
+
+Tokens = npt.NDArray[np.int32]
+Features = dict[str, Any]
+"""What :func:`embed` takes for n texts."""
+PackingKind = Literal["block", "varlen"]
+
+ROW_TOKENS = {"cpu": 128, "cuda": 512}
+"""Width of packed rows: on a CPU attention across texts, which the mask throws away, soon costs more than padding."""
+
+# Sliding windows too long to try out are trusted only where the layers that have one are known to be read rightly.
+_KNOWN_WINDOWS = ("mistral", "modernbert", "qwen2", "qwen3")
+_TRIAL_LENGTHS = (7, 1, 40, 2, 1, 33, 16, 1)
+_LONGEST_TRIAL = 512
+
+
+def padded_features(
+    rows: Sequence[Tokens], *, pad_token: int, side: str, device: torch.device, prompt_length: int
+) -> Features:
+    """The padded token ids and the attention mask of n texts, (n, longest) int64 each, and their prompt's length.
+
+    The length is of use to poolings that leave the prompt out; these need texts of one prompt.
+    """
+    ids, mask = _rectangle(rows, pad_token, side)
+    return {
+        "input_ids": torch.from_numpy(ids).to(device),
+        "attention_mask": torch.from_numpy(mask).to(device),
+        "prompt_length": prompt_length,
+    }
+
+
+def _rectangle(
+    rows: Sequence[npt.NDArray[Any]], fill: int, side: str = "right"
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    width = max(len(row) for row in rows)
+    values = np.full((len(rows), width), fill, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for line, row in enumerate(rows):
+        span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        values[line, span] = row
+        mask[line, span] = 1
+    return values, mask
+
+
+def pack_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Bin texts into rows of at most ``width`` tokens (or the longest text's): first fit, longest first.
+
+    Returns the texts of each row. The same lengths always give the same rows.
+    """
+    width = max(width, *lengths)
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((number for number, left in enumerate(room) if lengths[index] <= left), None)
+        if place is None:
+            bins.append([index])
+            room.append(width - lengths[index])
+        else:
+            bins[place].append(index)
+            room[place] -= lengths[index]
+    return bins
+
+
+def packed_features(
+    rows: Sequence[Tokens],
+    *,
+    kind: PackingKind,
+    device: torch.device,
+    prompt_length: int,
+    width: int | None = None,
+    pad_token: int = 0,
+) -> Features:
+    """What :func:`embed` takes for n texts without padding.
+
+    ``width`` is that of ``block`` rows, by default the device's. ``attention_mask`` (n, longest) says where the tokens
+    of each text belong; ``token_targets`` (tokens,) where in that rectangle each token goes, ``token_sources`` where in
+    the packed rows it comes from.
+    """
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    features: Features = {"prompt_length": prompt_length}
+    if kind == "varlen":
+        packed = [list(range(len(rows)))]
+        features["segments"] = Segments(tuple(lengths), device)
+    else:
+        packed = pack_rows(lengths, ROW_TOKENS.get(device.type, 512) if width is None else width)
+    ids, real = _rectangle([np.concatenate([rows[i] for i in texts]) for texts in packed], pad_token)
+    positions, _ = _rectangle([np.concatenate([np.arange(lengths[i]) for i in texts]) for texts in packed], 0)
+    order = [i for texts in packed for i in texts]
+    targets = np.concatenate([i * longest + np.arange(lengths[i]) for i in order])
+    mask = np.arange(longest)[None, :] < np.asarray(lengths)[:, None]
+    arrays = {"input_ids": ids, "position_ids": positions, "attention_mask": mask.astype(np.int64)}
+    if kind == "block":
+        # Padding at a row's end has a segment of its own, so that no query is without a key.
+        arrays["text_ids"], _ = _rectangle([np.repeat(texts, [lengths[i] for i in texts]) for texts in packed], -1)
+        arrays["token_sources"] = np.flatnonzero(real)
+    arrays["token_targets"] = targets
+    features |= {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return features
+
+
+def packed_tokens(features: Features) -> tuple[int, int]:
+    """The real tokens of a chunk, and those that are computed, padding included."""
+    return int(features["attention_mask"].sum()), features["input_ids"].numel()
+
+
+def embed(model: SentenceTransformer, features: Features) -> Tensor:
+    """(n, d) embeddings of n texts, in their order, from padded or packed features."""
+    if "token_targets" not in features:
+        embeddings: Tensor = model(dict(features))["sentence_embedding"]
+        return embeddings
+    transformer = model[0].auto_model
+    mask = unmasked(features["input_ids"].device) if "segments" in features else _block_masks(transformer, features)
+    extra = {"segments": features["segments"]} if "segments" in features else {}
+    hidden: Tensor = transformer(
+        input_ids=features["input_ids"],
+        position_ids=features["position_ids"] + _first_position(transformer),
+        attention_mask=mask,
+        return_dict=True,
+        **extra,
+    ).last_hidden_state
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if "token_sources" in features:
+        flat = flat.index_select(0, features["token_sources"])
+    count, longest = features["attention_mask"].shape
+    spread = flat.new_zeros((count * longest, flat.shape[1])).index_copy(0, features["token_targets"], flat)
+    pooled: Features = {
+        "token_embeddings": spread.view(count, longest, -1),
+        "attention_mask": features["attention_mask"],
+        "prompt_length": features["prompt_length"],
+    }
+    for module in list(model)[1:]:
+        pooled = module(pooled)
+    result: Tensor = pooled["sentence_embedding"]
+    return result
+
+
+def _first_position(transformer: nn.Module) -> int:
+    """The position of a text's first token: RoBERTa's kin count from behind the padding token's number."""
+    embeddings = getattr(transformer, "embeddings", None)
+    if hasattr(embeddings, "create_position_ids_from_input_ids"):
+        return int(embeddings.padding_idx) + 1  # type: ignore[union-attr]
+    return 0
+
+
+def _block_masks(transformer: nn.Module, features: Features) -> Tensor | dict[str, Tensor]:
+    """(rows, 1, width, width) bool: which keys each query sees; one mask a kind of layer where the model has several."""
+    config: Any = transformer.config
+    texts, positions = features["text_ids"], features["position_ids"]
+    full: Tensor = texts[:, :, None] == texts[:, None, :]
+    made_causal = _made_causal(transformer)
+    causal = getattr(config, "is_causal", made_causal)
+    if causal:
+        width = texts.shape[1]
+        full &= torch.ones((width, width), dtype=torch.bool, device=texts.device).tril()
+    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if window is None or (types is not None and "sliding_attention" not in types):
+        return full[:, None]
+    # Causal windows count the token itself, others do not.
+    radius = window - 1 if causal else window
+    distance = (positions[:, :, None] - positions[:, None, :]).abs()
+    sliding: Tensor = full & (distance <= radius)
+    if types is None:
+        return sliding[:, None]
+    return {"full_attention": full[:, None], "sliding_attention": sliding[:, None]}
+
+
+def _made_causal(transformer: nn.Module) -> bool:
+    """Whether the model's attention was made to look back only."""
+    return any(bool(getattr(module, "is_causal", False)) for module in transformer.modules())
+
+
+def packing_kind(model: SentenceTransformer, device: torch.device, *, bf16: bool = False) -> PackingKind | None:
+    """How this model can be fed without padding: found by comparing it, on a few texts, with padding; else None.
+
+    Call it with the model on its device, before it is wrapped for several devices; ``bf16`` says that it will run under
+    autocast. A model that supports ``varlen`` is left with :mod:`nearfield.encoders.attention` in place, which treats
+    padded calls as before and leaves no trace in saved files.
+    """
+    transformer = getattr(model[0], "auto_model", None)
+    reads = (getattr(model[0], "modality_config", None) or {}).get("text", {})
+    plain = reads.get("method") == "forward" and reads.get("method_output_name") in (
+        "last_hidden_state",
+        ("last_hidden_state",),
+        ["last_hidden_state"],
+    )
+    if transformer is None or not plain or not _windows_known(model, transformer):
+        return None
+    half = bf16 or next(transformer.parameters()).dtype in (torch.float16, torch.bfloat16)
+    kinds: list[PackingKind] = ["block"]
+    if device.type == "cpu" or (half and (has_flash_attn() or not _attention_dropout(transformer.config))):
+        kinds.insert(0, "varlen")
+    for kind in kinds:
+        before = transformer.config._attn_implementation
+        try:
+            if kind == "varlen":
+                set_attention(transformer)
+            agrees = _agrees(model, device, kind, bf16)
+        except Exception as error:  # a model that was not made for this may fail anyhow; it is then padded
+            logger.debug("%s packing failed: %s", kind, error)
+            agrees = False
+        if agrees:
+            return kind
+        if transformer.config._attn_implementation != before:
+            transformer.set_attn_implementation(before)
+    logger.info("This model's texts are padded: packed they do not give the same embeddings.")
+    return None
+
+
+def _attention_dropout(config: Any) -> float:
+    names = ("attention_probs_dropout_prob", "attention_dropout")
+    return max(float(getattr(config, name, 0.0) or 0.0) for name in names)
+
+
+def _windows_known(model: SentenceTransformer, transformer: nn.Module) -> bool:
+    config: Any = transformer.config
+    window = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None)
+    longest = model.max_seq_length or getattr(config, "max_position_embeddings", None) or 0
+    return window is None or window >= longest or window + 2 <= _LONGEST_TRIAL or config.model_type in _KNOWN_WINDOWS
+
+
+def _trial_texts(model: SentenceTransformer, transformer: nn.Module) -> list[Tokens]:
+    config: Any = transformer.config
+    limits = [model.max_seq_length, getattr(config, "max_position_embeddings", None), _LONGEST_TRIAL]
+    # Positions of RoBERTa's kin begin behind the padding token.
+    longest = min(int(limit) for limit in limits if limit) - _first_position(transformer)
+    window = getattr(config, "sliding_window", None) or 0
+    lengths = [min(length, longest) for length in (*_TRIAL_LENGTHS, *([window + 2] if window else []))]
+    tokens = np.random.default_rng(0)
+    size = int(transformer.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    pad = getattr(config, "pad_token_id", None)
+    ids = np.array([token for token in range(min(size, 5000)) if token != pad], dtype=np.int32)
+    return [tokens.choice(ids, length) for length in lengths]
+
+
+def _agrees(model: SentenceTransformer, device: torch.device, kind: PackingKind, bf16: bool) -> bool:
+    """Whether packed embeddings equal those of each text alone, as nearly as padded ones do."""
+    texts = _trial_texts(model, model[0].auto_model)
+    tokenizer = model.tokenizer
+    pad, side = getattr(tokenizer, "pad_token_id", None) or 0, getattr(tokenizer, "padding_side", "right")
+    prompt = 3
+
+    def padded(rows: Sequence[Tokens]) -> Tensor:
+        return embed(model, padded_features(rows, pad_token=pad, side=side, device=device, prompt_length=prompt))
+
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+    with torch.no_grad(), torch.random.fork_rng(), evaluating(model), autocast:
+        alone = torch.cat([padded([text]) for text in texts]).double()
+        together = padded(texts).double()
+        features = packed_features(texts, kind=kind, device=device, prompt_length=prompt, pad_token=pad)
+        packed = embed(model, features).double()
+    finite = alone.isfinite() & together.isfinite()
+    if not torch.equal(packed.isfinite(), finite):
+        return False
+    alone, together, packed = (torch.where(finite, tensor, 0.0) for tensor in (alone, together, packed))
+    scale = float(alone.abs().max())
+    noise = float((together - alone).abs().max())
+    half = bf16 or next(model[0].auto_model.parameters()).dtype in (torch.float16, torch.bfloat16)
+    if noise > scale * (0.05 if half else 1e-4):
+        return False
+    return float((packed - alone).abs().max()) <= max(3 * noise, scale * 1e-4)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and afterwards each in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
