@@ -52,7 +52,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def command(recipe: Path, run: Path) -> list[str]:
-    return [sys.executable, "-m", "nearfield", "-q", "train", str(recipe), "--run", str(run), "--until", "train"]
+    return [sys.executable, "-m", "nearfield", "-q", "train", str(recipe), "--run-folder", str(run), "--until", "train"]
 
 
 def outcome(run: Path) -> tuple[str, list[dict[str, float]]]:

@@ -16,7 +16,7 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from tests.models import WORDS, save_tiny_bert
+from nearfield.conformance.tiny import WORDS, save_tiny_bert
 
 # A test never compares times: a busy machine must not fail one.
 settings.register_profile("nearfield", deadline=None)

@@ -10,6 +10,8 @@ EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 3
 EXIT_NON_FINITE = 4
+EXIT_OUT_OF_MEMORY = 75
+"""As ``EX_TEMPFAIL``: the same command may succeed."""
 
 
 class NearfieldError(Exception):
@@ -50,3 +52,9 @@ class NonFiniteError(NearfieldError):
     """The loss or a gradient is not a finite number; the last good state is in a checkpoint."""
 
     exit_code = EXIT_NON_FINITE
+
+
+class OutOfMemoryStopError(NearfieldError):
+    """Memory ran out on a backend that cannot repeat a step; the last checkpoint holds a smaller budget to go on with."""
+
+    exit_code = EXIT_OUT_OF_MEMORY

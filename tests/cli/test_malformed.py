@@ -41,7 +41,7 @@ def test_models(toy_recipe: Path, tiny_model: Path, tmp_path: Path, kind: str, r
         "train",
         str(toy_recipe),
         f"encoder.model={folder}",
-        "--run",
+        "--run-folder",
         str(tmp_path / "runs" / "toy"),
         "--until",
         "tokens",
@@ -56,7 +56,7 @@ def test_checkpoints(toy_recipe: Path, tmp_path: Path, kind: str, refused: Comma
     for path in checkpoint_paths(run / "checkpoints"):
         damage(path, kind)
     shutil.rmtree(run / "model")
-    message = refused("train", str(toy_recipe), "--run", str(run), "--until", "train")
+    message = refused("train", str(toy_recipe), "--run-folder", str(run), "--until", "train")
     assert "none of the checkpoints can be used" in message
     assert "--restart" in message
     assert checkpoint_paths(run / "checkpoints"), "nothing was removed"
@@ -69,13 +69,13 @@ def test_runs(toy_recipe: Path, tmp_path: Path, refused: Command) -> None:
     (run / "manifest.json").write_text("{")
     assert "not valid JSON" in refused("run", "status", str(run))
     (run / "manifest.json").write_text("[]")
-    assert "not one of a run" in refused("train", str(toy_recipe), "--run", str(run))
+    assert "not one of a run" in refused("train", str(toy_recipe), "--run-folder", str(run))
     file = tmp_path / "file"
     file.touch()
-    assert "is a file" in refused("train", str(toy_recipe), "--run", str(file))
-    assert "no stage 'nothing'" in refused("train", str(toy_recipe), "--run", str(tmp_path / "x"), "--until", "nothing")
+    assert "is a file" in refused("train", str(toy_recipe), "--run-folder", str(file))
+    assert "no stage 'nothing'" in refused("train", str(toy_recipe), "--run-folder", str(tmp_path / "x"), "--until", "nothing")
     assert "no examples in the split 'dev'" in refused(
-        "plan", str(toy_recipe), "split=dev", "--run", str(tmp_path / "y")
+        "plan", str(toy_recipe), "split=dev", "--run-folder", str(tmp_path / "y")
     )
 
 
@@ -84,7 +84,7 @@ def test_token_caches(toy_recipe: Path, tmp_path: Path, refused: Command) -> Non
     run_stages(open_run(toy_recipe, (), run), "tokens")
     (cache,) = (tmp_path / "runs" / ".cache" / "tokens").iterdir()
     (cache / "tokens.json").write_text('{"version": 99}')
-    assert "version 99" in refused("plan", str(toy_recipe), "--run", str(run))
+    assert "version 99" in refused("plan", str(toy_recipe), "--run-folder", str(run))
 
 
 def test_arguments(refused: Command) -> None:

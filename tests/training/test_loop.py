@@ -170,7 +170,7 @@ def test_a_signal_ends_the_command_with_its_own_code(toy_recipe: Path, tmp_path:
         "batches.batch_size=4",
         "--until",
         "train",
-        "--run",
+        "--run-folder",
         str(run),
         "training.checkpoints.every_steps=100000",
     ]

@@ -9,7 +9,8 @@ import typer
 
 from nearfield.cli.recipe import Overrides, RecipeFile
 
-RunFolder = Annotated[Path | None, typer.Option("--run", help="The run's folder; runs/NAME by default.")]
+# Not `--run`: torchrun would take that for a beginning of its own `--run-path`.
+RunFolder = Annotated[Path | None, typer.Option("--run-folder", help="The run's folder; runs/NAME by default.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -25,10 +26,14 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Train from the start; old checkpoints are kept aside.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint; an error if there is none.")
+    ] = False,
 ) -> None:
     """Build, plan, train, evaluate, compare and report: whatever of it is missing or stale.
 
-    An interrupted training goes on from its newest checkpoint.
+    An interrupted training goes on from its newest checkpoint. Under `torchrun`, `accelerate launch` or `deepspeed` all
+    processes train together; the first does the rest.
     """
     from nearfield.cli.printing import announce_stage, quiet_libraries
 
@@ -37,9 +42,12 @@ def train(
     from nearfield.console import stdout_console
     from nearfield.evaluation import Comparison
     from nearfield.pipeline import open_run, run_stages
+    from nearfield.training.launch import Launch
 
     opened = open_run(recipe, overrides or (), run)
-    result = run_stages(opened, until, restart=restart, on_stage=announce_stage)
+    result = run_stages(opened, until, restart=restart, resume=resume, on_stage=announce_stage)
+    if not Launch.from_environment().is_main:
+        return
     console = stdout_console()
     comparison = result.folder / "comparison.json"
     if comparison.is_file() and until is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,6 +115,9 @@ def _quiet_transformers() -> Iterator[None]:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    if not torch.cuda.is_available():
+        # Saving imports DeepSpeed where it is installed, which would look for devices and tell of it.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

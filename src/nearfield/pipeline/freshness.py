@@ -22,7 +22,12 @@ EVALUATE_VERSION = 1
 # What decides how a training runs but not what comes out of it.
 _NOT_IN_TRAINING_FINGERPRINT = {
     "device",
-    "chunk_tokens",
+    "backend",
+    "collective_timeout",
+    "micro_batch_tokens",
+    "packing",
+    "compile",
+    "gradient_checkpointing",
     "gradient_cache",
     "graph_tokens",
     "checkpoints",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import logging
 import shutil
 import time
@@ -15,9 +17,10 @@ import numpy as np
 
 from nearfield.encoders.build import LoadedEncoder, build_encoder, save_encoder
 from nearfield.errors import BadInputError, NearfieldError
-from nearfield.files import atomic_path, hash_file, write_json, write_text
+from nearfield.files import atomic_path, hash_file, hash_folder, write_json, write_text
 from nearfield.pipeline.freshness import Freshness
 from nearfield.pipeline.run import Run, StageStatus
+from nearfield.training.launch import Launch
 
 if TYPE_CHECKING:
     from nearfield.batching.plan import Plan
@@ -41,6 +44,10 @@ class RunResult:
 
 class Stages(Freshness):
     """The work of each stage of a run."""
+
+    def __init__(self, run: Run, launch: Launch) -> None:
+        super().__init__(run)
+        self.launch = launch
 
     def data(self) -> dict[str, Any]:
         """Read the sources into a store of items and examples."""
@@ -141,11 +148,13 @@ class Stages(Freshness):
 
     def train(self) -> dict[str, Any]:
         """Train from the newest checkpoint on and save the model."""
+        from nearfield.training.engine import pick_device, pick_precision
         from nearfield.training.loop import TrainingInputs, train
 
         store, folder = self._store(), self.run.folder
         plans, hashes = self._plans()
-        self._set_aside_stale_checkpoints()
+        if self.launch.is_main:
+            self._set_aside_stale_checkpoints()
         known = store.known_positives()
         ids = store.items["id"]
         inputs = TrainingInputs(
@@ -155,21 +164,23 @@ class Stages(Freshness):
             known_positives=known.of,
             item_ids=lambda rows: [ids[int(row)].as_py().hex() for row in rows],
         )
+        config = self.recipe.training
+        device = pick_device(config, self.launch)
+        dtype = "bfloat16" if pick_precision(config, device) == "bf16-pure" else "float32"
         encoder = build_encoder(self.recipe.encoder, "cpu")
         result = train(
-            self.recipe.training,
+            config,
             self.recipe.objective.build(),
             encoder.model,
             inputs,
             folder,
             seed=self.recipe.seed,
             fingerprint=self.fingerprints["train"],
+            launch=self.launch,
         )
-        encoder.model.prompts = dict(self.contract.model_prompts)
-        with atomic_path(folder / "model") as aside:
-            save_encoder(encoder.model, aside)
-            self.contract.save(aside)
-            write_text(aside / "README.md", self._card(encoder, result))
+        if not self.launch.is_main:
+            return {}
+        self._export(result, dtype)
         return {
             "steps": result.steps,
             "examples": result.examples,
@@ -178,8 +189,53 @@ class Stages(Freshness):
             "training_seconds": round(result.seconds, 1),
             "device": result.device,
             "precision": result.precision,
+            "backend": result.backend,
+            "world_size": result.world_size,
             "base_model": [encoder.name, encoder.revision],
         }
+
+    def _export(self, result: TrainingResult, dtype: str) -> None:
+        """Save the model of the run's last checkpoint: complete and of one format, whatever it was trained on."""
+        from nearfield.training.checkpoint import load_into, open_checkpoint
+        from nearfield.training.engine import EmbeddingModule
+
+        encoder = build_encoder(self.recipe.encoder, "cpu")
+        load_into(EmbeddingModule(encoder.model, self.recipe.objective.build()), open_checkpoint(result.checkpoint))
+        encoder.model.prompts = dict(self.contract.model_prompts)
+        with atomic_path(self.run.folder / "model") as aside:
+            save_encoder(encoder.model, aside)
+            self.contract.save(aside)
+            write_text(aside / "README.md", self._card(encoder, result))
+
+    def check_resumable(self) -> None:
+        """Refuse to go on from nothing."""
+        from nearfield.training.checkpoint import checkpoint_paths
+
+        if self.status("train").state != "done" and not checkpoint_paths(self.run.folder / "checkpoints"):
+            raise BadInputError(
+                "there is no checkpoint to resume from",
+                where=str(self.run.folder / "checkpoints"),
+                hint="Leave out --resume to train from the start.",
+            )
+
+    def artifacts(self) -> dict[str, str]:
+        """What training reads, by path, with a hash of each: all nodes must hold the same."""
+        paths = [self.store_path, self.tokens_path, self.run.folder / "plan"]
+        return {str(path): hash_folder(path) for path in paths}
+
+    def check_artifacts(self, wanted: dict[str, str]) -> None:
+        """Refuse to train on files that differ from rank 0's, as on a node without the shared file system."""
+        for path, digest in wanted.items():
+            folder = Path(path)
+            if not folder.is_dir() or hash_folder(folder) != digest:
+                raise BadInputError(
+                    "this node does not hold what rank 0 prepared"
+                    if not folder.is_dir()
+                    else "this differs from rank 0's",
+                    where=f"{path} (rank {self.launch.rank})",
+                    hint="Put the run's folder on a file system that all nodes share, or make it on this node: "
+                    f"nearfield train {self.run.loaded.path} --until plan",
+                )
 
     def _card(self, encoder: LoadedEncoder, result: TrainingResult) -> str:
         from nearfield.encoders.card import model_card
@@ -320,7 +376,7 @@ def set_aside(path: Path, name: str) -> None:
 
 def status(run: Run) -> list[StageStatus]:
     """The state of each stage of a run."""
-    stages = Stages(run)
+    stages = Freshness(run)
     return [stages.status(stage) for stage in stages.wanted(None)]
 
 
@@ -329,29 +385,36 @@ def run_stages(
     until: str | None = None,
     *,
     restart: bool = False,
+    resume: bool = False,
     on_stage: Callable[[str, str], None] | None = None,
 ) -> RunResult:
     """Run the stages that are missing or stale, in order; once one ran, those after it are looked at anew.
 
-    ``restart`` keeps old checkpoints aside and trains from the start. ``on_stage`` is told each stage and ``done`` or
-    ``running``.
+    ``restart`` keeps old checkpoints aside and trains from the start; ``resume`` demands that there is one to go on from.
+    ``on_stage`` is told each stage and ``done`` or ``running``.
+
+    Under a launcher all ranks call this. Rank 0 runs the stages before training while the others wait, all train, and
+    rank 0 does the rest.
     """
-    stages = Stages(run)
+    launch = Launch.from_environment()
+    stages = Stages(run, launch)
     wanted = stages.wanted(until)
+    before = wanted[: wanted.index("train")] if "train" in wanted else wanted
     ran: list[str] = []
-    with run.lock():
-        run.begin()
-        if restart and (run.folder / "checkpoints").is_dir():
-            set_aside(run.folder / "checkpoints", "checkpoints-before-restart")
-        for name in wanted:
+
+    def work(names: list[str], tell: Callable[[str], None]) -> None:
+        for name in names:
             fresh = stages.status(name).state == "done" and not (restart and name == "train")
-            if on_stage is not None:
+            tell(name)
+            if on_stage is not None and launch.is_main:
                 on_stage(name, "done" if fresh else "running")
             # An artifact that another run left in the shared cache is done, but this run's manifest must name it.
             if fresh and run.record(name).get("fingerprint") == stages.fingerprints[name]:
                 continue
             began = time.monotonic()
             details = {} if fresh else getattr(stages, name)()
+            if not launch.is_main:
+                continue
             seconds = round(time.monotonic() - began, 1)
             entry = {
                 "fingerprint": stages.fingerprints[name],
@@ -362,5 +425,32 @@ def run_stages(
             run.finish(name, entry)
             if not fresh:
                 ran.append(name)
+
+    def prepare(tell: Callable[[str], None]) -> str:
+        run.begin()
+        if restart and (run.folder / "checkpoints").is_dir():
+            set_aside(run.folder / "checkpoints", "checkpoints-before-restart")
+        elif resume:
+            stages.check_resumable()
+        work(before, tell)
+        trains = "train" in wanted and (restart or stages.status("train").state != "done")
+        return json.dumps({"trains": trains, "artifacts": stages.artifacts() if trains else {}})
+
+    trains = True
+
+    def verify(word: str) -> None:
+        nonlocal trains
+        said = json.loads(word)
+        trains = said["trains"]
+        stages.check_artifacts(said["artifacts"])
+
+    with run.lock() if launch.is_main else contextlib.nullcontext():
+        launch.prepare(prepare, verify)
+        if "train" in wanted:
+            rest = wanted[wanted.index("train") :]
+            if launch.is_main:
+                work(rest, lambda text: None)
+            elif trains:
+                stages.train()
     model, report = run.folder / "model", run.folder / "report.html"
     return RunResult(run.folder, tuple(ran), model if model.is_dir() else None, report if report.is_file() else None)

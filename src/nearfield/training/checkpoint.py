@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, hash_file, read_json, write_json
 
 logger = logging.getLogger("nearfield.training")
 
-VERSION = 1
+VERSION = 2
 _NAME = re.compile(r"step-(\d{8})")
 _TENSORS = ("model.safetensors", "optimizer.safetensors")
 
@@ -35,62 +37,124 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def model_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the parameters and buffers that the model needs; tensors that share memory are written once each."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+class CheckpointWriter:
+    """Copies tensors to main memory at once and writes them to the disk while training goes on.
+
+    One checkpoint is written at a time. A failure is raised by the next call.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, *, background: bool, writes: bool) -> None:
+        """``writes``: whether this process writes files; the others only take part in gathering tensors."""
+        self.folder = folder
+        self.keep_last = keep_last
+        self.background = background
+        self.writes = writes
+        self.protected: set[int] = set()
+        """Steps whose checkpoints are never removed."""
+        self._thread: threading.Thread | None = None
+        self._error: NearfieldError | None = None
+
+    def save(
+        self,
+        step: int,
+        model: Iterable[tuple[str, Tensor]],
+        optimizer: Iterable[tuple[str, Tensor]],
+        state: dict[str, Any],
+    ) -> Path:
+        """Write ``step-XXXXXXXX`` aside, rename it, then remove the oldest beyond ``keep_last``; collective."""
+        copies = [_copies(tensors, keep=self.writes) for tensors in (model, optimizer)]
+        path = self.folder / f"step-{step:08d}"
+        self.wait()
+        if self.writes:
+            work = threading.Thread(target=self._write, args=(path, step, *copies, state), name="nearfield-checkpoint")
+            work.start()
+            self._thread = work
+            if not self.background:
+                self.wait()
+        return path
+
+    def wait(self) -> None:
+        """Wait until nothing is being written; raise what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def check(self) -> None:
+        """Raise what went wrong so far, without waiting."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def _write(
+        self, path: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
+    ) -> None:
+        try:
+            write_checkpoint(path, step, model, optimizer, state)
+            prune(self.folder, path.name, self.keep_last, self.protected)
+        except NearfieldError as error:
+            self._error = error
+        except Exception as error:
+            self._error = NearfieldError(f"a checkpoint could not be written: {error!r}", where=str(path))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
-    """The optimiser's state as ``<parameter>/<key>`` tensors; ``names`` maps id(parameter) to its name."""
-    tensors = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-            tensors[f"{names[id(parameter)]}/{key}"] = tensor.detach().cpu().contiguous().clone()
-    return tensors
+def _copies(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Copies in main memory, so that training may change the originals; every rank goes through them, some keep none."""
+    copies = {}
+    for name, tensor in tensors:
+        if keep:
+            copies[name] = tensor.to("cpu", copy=True).contiguous()
+    return copies
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+def write_checkpoint(
+    path: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
-    """Put saved state back; a parameter that had none when it was saved has none again."""
-    optimizer.state.clear()
-    for name, tensor in tensors.items():
-        parameter_name, _, key = name.rpartition("/")
-        parameter = parameters[parameter_name]
-        # AdamW keeps its step counter on the CPU or, fused, on the parameter's device; moments are always beside it.
-        optimizer.state[parameter][key] = tensor.to(parameter.device)
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep_last: int,
-) -> Path:
-    """Write ``folder/step-XXXXXXXX`` aside, rename it, then remove the oldest beyond ``keep_last``, this one counted."""
-    path = folder / f"step-{step:08d}"
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    """Write a checkpoint aside, flush it to the disk and rename it."""
+    size = sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values())
     try:
         with atomic_path(path) as aside:
             aside.mkdir()
-            save_file(model_tensors(module), aside / "model.safetensors")
-            save_file(optimizer_tensors(optimizer, names), aside / "optimizer.safetensors")
+            save_file(model, aside / "model.safetensors")
+            save_file(optimizer, aside / "optimizer.safetensors")
             write_json(aside / "state.json", {"version": VERSION, "step": step, **state})
-            sums = {file.name: hash_file(file) for file in sorted(aside.iterdir())}
+            sums = {file.name: [hash_file(file)] for file in sorted(aside.iterdir())}
             write_json(aside / "checksums.json", sums)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        try:
+            free = shutil.disk_usage(path.parent).free
+        except OSError:
+            free = 0
         raise BadInputError(
             f"the checkpoint of step {step} could not be written: {error}",
             where=str(path),
-            hint="Earlier checkpoints are untouched. Make room, then run the same command again.",
+            hint=f"It takes {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free. Earlier checkpoints are untouched: "
+            "make room, then run the same command again.",
         ) from error
+
+
+def prune(folder: Path, newest: str, keep_last: int, protected: AbstractSet[int] = frozenset()) -> None:
+    """Remove the oldest checkpoints beyond ``keep_last``, ``newest`` counted."""
     # A newer one than this is damaged, or the run would have begun there: it must not count among the last.
-    for old in [found for found in checkpoint_paths(folder) if found.name <= path.name][:-keep_last]:
-        shutil.rmtree(old)
-    return path
+    known = [found for found in checkpoint_paths(folder) if found.name <= newest]
+    for old in known[:-keep_last]:
+        if int(old.name.removeprefix("step-")) not in protected:
+            shutil.rmtree(old)
+
+
+def amend_state(checkpoint: Path, changes: Mapping[str, Any]) -> None:
+    """Change entries of a checkpoint's state in place, so that a kill at any moment leaves a whole checkpoint.
+
+    First both the old and the new text are declared valid, then the new one replaces the old.
+    """
+    state = {**read_json(checkpoint / "state.json", "checkpoint state"), **changes}
+    text = json.dumps(state, indent=2, ensure_ascii=False, default=str) + "\n"
+    sums = read_json(checkpoint / "checksums.json", "list of checksums")
+    with atomic_path(checkpoint / "state.json") as aside:
+        aside.write_text(text, encoding="utf-8")
+        sums["state.json"] = [*sums["state.json"], hash_file(aside)]
+        write_json(checkpoint / "checksums.json", sums)
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
@@ -100,13 +164,14 @@ def checkpoint_paths(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
 
 
-def _verify(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint, if it is whole."""
     sums = read_json(path / "checksums.json", "list of checksums")
     for name in (*_TENSORS, "state.json"):
         file = path / name
         if not file.is_file():
             raise BadInputError("this file of the checkpoint is missing", where=str(file))
-        if not isinstance(sums, dict) or sums.get(name) != hash_file(file):
+        if not isinstance(sums, dict) or hash_file(file) not in sums.get(name, []):
             raise BadInputError("this file of the checkpoint does not have its checksum", where=str(file))
     state = read_json(path / "state.json", "checkpoint state")
     if state.get("version") != VERSION:
@@ -124,7 +189,7 @@ def newest_checkpoint(folder: Path, accept: Callable[[Checkpoint], None] | None 
     paths = checkpoint_paths(folder)
     for path in reversed(paths):
         try:
-            checkpoint = _verify(path)
+            checkpoint = open_checkpoint(path)
             if accept is not None:
                 accept(checkpoint)
             return checkpoint
@@ -140,13 +205,19 @@ def newest_checkpoint(folder: Path, accept: Callable[[Checkpoint], None] | None 
     return None
 
 
-def load_checkpoint(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors into the model and the optimiser."""
+def read_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the model and of the optimiser."""
     try:
-        tensors = load_file(checkpoint.path / "model.safetensors")
-        module.load_state_dict(tensors)
-        saved = load_file(checkpoint.path / "optimizer.safetensors")
-        load_optimizer(optimizer, dict(module.named_parameters()), saved)
-    except (SafetensorError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInputError(f"this checkpoint does not fit the model: {reason}", where=str(checkpoint.path)) from error
+        return load_file(checkpoint.path / _TENSORS[0]), load_file(checkpoint.path / _TENSORS[1])
+    except (SafetensorError, OSError) as error:
+        raise BadInputError(f"this checkpoint cannot be read: {error}", where=str(checkpoint.path)) from error
+
+
+def load_into(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's parameters and buffers into a whole module; those that were not trained stay as they are."""
+    tensors = read_tensors(checkpoint)[0]
+    known = module.state_dict(keep_vars=True)
+    unknown = [name for name, tensor in tensors.items() if name not in known or known[name].shape != tensor.shape]
+    if unknown:
+        raise BadInputError(f"this checkpoint does not fit the model: {unknown[0]!r}", where=str(checkpoint.path))
+    module.load_state_dict(tensors, strict=False)

@@ -28,6 +28,8 @@ class CheckpointConfig(Config):
 
     every_steps: Annotated[int, Field(ge=1)] = 500
     keep_last: Annotated[int, Field(ge=1)] = 2
+    background: bool = True
+    """Write files while training goes on; only the copy to main memory waits."""
 
 
 class TrainingConfig(Config):
@@ -47,17 +49,29 @@ class TrainingConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     max_gradient_norm: Positive | None = 1.0
     """Clip the global norm of the gradient; null does not."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """``bf16`` is autocast with float32 weights, loss and gathered embeddings; ``auto`` takes it on devices that
-    compute in it natively (CUDA from Ampere on), float32 elsewhere."""
+    precision: Literal["auto", "fp32", "bf16-mixed", "bf16-pure"] = "auto"
+    """``bf16-mixed`` computes in bfloat16 with float32 weights; ``bf16-pure`` holds the weights in bfloat16 too (adapters
+    stay in float32). The loss and the gathered embeddings are in float32 always. ``auto`` takes bf16-mixed on devices
+    that compute in it natively (CUDA from Ampere on), fp32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    chunk_tokens: Annotated[int, Field(ge=16)] | None = None
-    """Padded tokens encoded at a time; null takes 512 on a CPU, where small chunks cost little and pad little, and 16,384
-    on a GPU. A resumed run keeps the number that it began with, since dropout is drawn chunk by chunk."""
+    backend: Literal["auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
+    """How several processes share the work; ``auto`` follows the launcher's configuration, else ddp for several."""
+    collective_timeout: Annotated[float, Field(gt=0)] = 1800
+    """Seconds after which a collective that some rank never joins is an error."""
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
+    """Tokens encoded at a time, on each rank. ``auto`` takes what is fast on the device and, where memory may not
+    suffice, measures it on the longest batch of the plan. A resumed run keeps the number that it went on with, since
+    dropout is drawn chunk by chunk."""
+    packing: Literal["auto", "never"] = "auto"
+    """``auto`` encodes texts end to end without padding where that was verified to give the same embeddings."""
     gradient_cache: Literal["auto", "always", "never"] = "auto"
     """``never`` keeps the graph of the whole batch; ``always`` encodes twice and keeps one chunk's (GradCache, arXiv
-    2101.06983); ``auto`` keeps the graph of batches up to ``graph_tokens``. The gradient is the same."""
-    graph_tokens: Annotated[int, Field(ge=16)] = 65_536
+    2101.06983); ``auto`` keeps the graph of batches that fit. The gradient is the same."""
+    graph_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
+    """The most tokens of a rank's share whose graph ``gradient_cache: auto`` keeps; ``auto`` measures memory."""
+    averaged_batches: Annotated[int, Field(ge=1)] = 1
+    """Cut each planned batch into so many smaller ones and average their losses, as plain gradient accumulation does:
+    each then sees fewer negatives. A batch that does not fit needs none of it, it is computed whole in chunks."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer and compute the layer again in the backward pass: less memory, about a third more
     time, the same gradient."""

@@ -1,8 +1,9 @@
-"""The training loop, to be read from top to bottom."""
+"""The training loop, to be read from top to bottom. Every rank runs it."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,23 +12,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from nearfield.batching.plan import Batch, Plan, total_steps
 from nearfield.batching.planner import Rows
 from nearfield.data.tokens import TokenCache
-from nearfield.errors import BadInputError, NonFiniteError, StoppedError
+from nearfield.errors import BadInputError, NonFiniteError, OutOfMemoryStopError, StoppedError
 from nearfield.files import write_json
-from nearfield.objectives.infonce import ContrastiveBatch, LossSum
-from nearfield.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from nearfield.training.chunks import cut_chunks, padded_tokens, pool_batch
+from nearfield.objectives.infonce import ContrastiveBatch
+from nearfield.training.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    amend_state,
+    checkpoint_paths,
+    newest_checkpoint,
+    read_tensors,
+)
+from nearfield.training.communication import broadcast_json
 from nearfield.training.config import TrainingConfig
+from nearfield.training.engine import Engine, build_engine, pick_device, pick_precision
+from nearfield.training.launch import Launch, RankDiedError
+from nearfield.training.memory import Budget, choose_budget
 from nearfield.training.metrics import MetricsLog, TrainingProgress
 from nearfield.training.optimizers import make_optimizer
 from nearfield.training.schedule import rate_factor
-from nearfield.training.step import Features, Padding, StepResult, chunk_features, run_step
+from nearfield.training.step import StepResult, is_out_of_memory, run_step
 from nearfield.training.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -35,9 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nearfield.training")
 
-DEFAULT_CHUNK_TOKENS = {"cpu": 512, "cuda": 16_384}
-
-Objective = Callable[[ContrastiveBatch], LossSum]
+_WATCHED_QUERIES = 512
 
 
 @dataclass(frozen=True)
@@ -67,116 +74,113 @@ class TrainingResult:
     """Seconds of the steps that this call ran."""
     device: str
     precision: str
+    backend: str
+    world_size: int
+    checkpoint: Path
+    """The checkpoint that the model is to be made of."""
 
 
 def train(
     config: TrainingConfig,
-    objective: Objective,
+    objective: nn.Module,
     model: SentenceTransformer,
     inputs: TrainingInputs,
     run: Path,
     *,
     seed: int,
     fingerprint: str,
+    launch: Launch | None = None,
 ) -> TrainingResult:
-    """Train ``model`` in place on the plans, from the newest checkpoint in ``run/checkpoints`` if there is one.
+    """Train ``model`` on the plans, from the newest checkpoint in ``run/checkpoints`` if there is one.
 
-    The steps, and on a CPU every bit of the weights, are those of a run that was never interrupted.
+    The steps, and on a CPU with the same number of ranks every bit of the weights, are those of a run that was never
+    interrupted. The outcome is the last checkpoint: a sharded model is whole nowhere else.
 
-    Raises :class:`StoppedError` after a checkpoint when a signal asks to stop, and :class:`NonFiniteError` after a
-    checkpoint of the last good state when a loss or gradient is not finite.
+    Raises :class:`StoppedError` after a checkpoint when a signal asks any rank to stop, :class:`NonFiniteError` after a
+    checkpoint of the last good state when a loss or gradient is not finite, and :class:`OutOfMemoryStopError` where the
+    ranks must start anew with the smaller budget that the last checkpoint now holds.
     """
+    launch = launch or Launch()
     steps = total_steps(inputs.plans, config.max_steps)
     if steps == 0:
         raise BadInputError(
             "the plan has no steps", where=str(run / "plan"), hint="Is batch_size larger than the data?"
         )
-    accelerator = _accelerator(config)
-    try:
-        with torch.random.fork_rng(), StopRequest() as stop:
-            return _train(config, objective, model, inputs, run, seed, fingerprint, steps, accelerator, stop)
-    finally:
-        # Accelerate keeps its state for the whole process, so a second run with another precision would be refused.
-        AcceleratorState._reset_state(reset_partial_state=True)
+    device = pick_device(config, launch)
+    shrink = _ShrinkBudget(run / "checkpoints", writes=launch.is_main)
+    with StopRequest() as stop, torch.random.fork_rng():
+        try:
+            with launch.process_group(device, config.collective_timeout, on_dead=shrink.when_dead):
+                return _train(config, objective, model, inputs, run, seed, fingerprint, steps, device, launch, stop)
+        except OutOfMemoryStopError:
+            shrink()
+            raise
+        except RankDiedError as error:
+            shrink.when_dead(error.exit_code)
+            raise
 
 
 def _train(
     config: TrainingConfig,
-    objective: Objective,
+    objective: nn.Module,
     model: SentenceTransformer,
     inputs: TrainingInputs,
     run: Path,
     seed: int,
     fingerprint: str,
     steps: int,
-    accelerator: Accelerator,
+    device: torch.device,
+    launch: Launch,
     stop: StopRequest,
 ) -> TrainingResult:
-    device = accelerator.device
-    model.to(device)
-    model.train(config.dropout)
-    optimizer = make_optimizer(model.named_parameters(), config, device)
     checkpoints = run / "checkpoints"
     identity = {"fingerprint": fingerprint, "plans": list(inputs.plan_hashes), "seed": seed}
-    checkpoint = newest_checkpoint(checkpoints, lambda found: _check_identity(found, identity))
-    first = checkpoint.step if checkpoint else 0
-    budget = config.chunk_tokens or DEFAULT_CHUNK_TOKENS[device.type]
-    if checkpoint:
-        load_checkpoint(checkpoint, model, optimizer)
-        budget = int(checkpoint.state["chunk_tokens"])
-        logger.info("Resuming from step %d of %d (%s)", first, steps, checkpoint.path.name)
-    forward: Callable[[Features], dict[str, Tensor]] = accelerator.prepare(model)
 
-    def encode(features: Features) -> Tensor:
-        with accelerator.autocast():
-            # sentence-transformers writes its results into the features; a second encoding needs them clean.
-            return forward(dict(features))["sentence_embedding"]
+    def optimizer_of(parameters: Any) -> torch.optim.Optimizer:
+        return make_optimizer(parameters, config, device)
+
+    engine = build_engine(config, model, objective, optimizer_of, inputs.tokens, device, launch)
+    backend = engine.backend
+    first, kept_budget = _resume(engine, checkpoints, identity, steps)
+    budget = kept_budget or choose_budget(config, engine, inputs.plans, inputs.known_positives)
+    writer = CheckpointWriter(
+        checkpoints, config.checkpoints.keep_last, background=config.checkpoints.background, writes=launch.is_main
+    )
 
     def save(step: int) -> Path:
-        state = {**identity, "chunk_tokens": budget}
-        return save_checkpoint(checkpoints, step, model, optimizer, state, config.checkpoints.keep_last)
+        state = {**identity, "world_size": launch.world_size, "backend": backend.name, **budget.to_json()}
+        return writer.save(step, backend.model_tensors(), backend.optimizer_tensors(), state)
 
-    tokenizer = model.tokenizer
-    padding = Padding(tokenizer.pad_token_id or 0, tokenizer.padding_side, device)
-    by_prompt = leaves_prompt_out(model)
+    if not backend.retries_in_place and not checkpoint_paths(checkpoints):
+        # Memory that runs out ends the ranks: the smaller budget needs a checkpoint to live in.
+        save(first)
+    factors = [group.get("factor", 1.0) for group in backend.optimizer.param_groups]
     examples, loss_value, start = 0, None, time.monotonic()
-    log = MetricsLog(run, first, config.tensorboard)
+    log = MetricsLog(run, first, config.tensorboard) if launch.is_main else None
     try:
         with TrainingProgress(first, steps) as progress:
             for step in range(first, steps):
                 began = time.monotonic()
                 epoch, batch = batch_of_step(inputs.plans, step)
-                pool = pool_batch(batch)
-                lengths = _pool_lengths(inputs.tokens, pool.items, pool.prompts)
-                chunks = cut_chunks(lengths, budget, pool.prompts if by_prompt else None)
-                padded = padded_tokens(lengths, chunks)
                 rate = config.learning_rate * rate_factor(config.schedule, step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["factor"]
-                optimizer.zero_grad(set_to_none=True)
-                result = run_step(
-                    encode,
-                    objective,
-                    accelerator.backward,
-                    pool,
-                    [chunk_features(pool, chunk, inputs.tokens, padding) for chunk in chunks],
-                    chunks,
-                    [inputs.known_positives(int(query)) for query in batch.query],
-                    seed=seed,
-                    step=step,
-                    keep_graph=config.gradient_cache == "never"
-                    or (config.gradient_cache == "auto" and padded <= config.graph_tokens),
-                )
-                loss_value = float(result.loss.total.detach()) / result.loss.denominator
-                norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm or float("inf")))
-                if not (np.isfinite(loss_value) and np.isfinite(norm)):
+                while True:
+                    result, tokens, padded = _gradient(
+                        engine, config, budget, batch, inputs, seed=seed, step=step, stop=stop
+                    )
+                    if not result.word.out_of_memory:
+                        break
+                    budget = _halve(budget, step)
+                norm = math.nan
+                if math.isfinite(result.loss):
+                    norm = backend.update([rate * f for f in factors], config.max_gradient_norm, result.word.used)
+                if not math.isfinite(norm):
                     save(step)
-                    _stop_non_finite(run, step, batch, result, inputs, loss_value, norm)
-                optimizer.step()
+                    writer.wait()
+                    raise _non_finite(run, step, batch, result, inputs, objective, norm, writes=launch.is_main)
+                loss_value = result.loss
                 done = step + 1
                 examples += len(batch.query)
-                if done % config.log_every == 0 or done == steps:
-                    similarities = watch(result, pool.owner, pool.is_positive)
+                if log is not None and (done % config.log_every == 0 or done == steps):
                     log.write(
                         {
                             "step": done,
@@ -185,42 +189,153 @@ def _train(
                             "learning_rate": rate,
                             "gradient_norm": norm,
                             "rows": len(batch.query),
-                            "tokens": int(lengths.sum()),
+                            "tokens": tokens,
                             "padded_tokens": padded,
                             "seconds": round(time.monotonic() - began, 4),
-                            **similarities,
+                            **watch(result.batch),
                         }
                     )
                 progress.update(done, loss_value, len(batch.query))
-                if stop.received and done < steps:
+                if result.word.stop and done < steps:
                     path = save(done)
+                    writer.wait()
                     raise StoppedError(
-                        f"stopped by {stop.received} after step {done} of {steps}",
+                        f"stopped by {stop.received or 'another rank'} after step {done} of {steps}",
                         where=str(path),
                         hint="The same command goes on from this checkpoint.",
                     )
                 if done % config.checkpoints.every_steps == 0 or done == steps:
                     save(done)
+                writer.check()
+        seconds = time.monotonic() - start
+        writer.wait()
     finally:
-        log.close()
-    model.eval()
-    precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-    return TrainingResult(steps, first, examples, loss_value, time.monotonic() - start, str(device), precision)
+        if log is not None:
+            log.close()
+    return TrainingResult(
+        steps,
+        first,
+        examples,
+        loss_value,
+        seconds,
+        str(device),
+        pick_precision(config, device),
+        backend.name,
+        launch.world_size,
+        checkpoints / f"step-{steps:08d}",
+    )
 
 
-def _accelerator(config: TrainingConfig) -> Accelerator:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise BadInputError("training.device is cuda, but no CUDA device is here", hint="Use training.device=auto.")
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    native_bf16 = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and native_bf16)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if bf16 else "no")
-    if accelerator.num_processes > 1:
-        raise BadInputError(
-            f"training runs in one process, and the launcher started {accelerator.num_processes}",
-            hint="Start it with `nearfield train RECIPE`.",
+def _gradient(
+    engine: Engine,
+    config: TrainingConfig,
+    budget: Budget,
+    batch: Batch,
+    inputs: TrainingInputs,
+    *,
+    seed: int,
+    step: int,
+    stop: StopRequest,
+) -> tuple[StepResult, int, int]:
+    """Leave the gradient of a planned batch in the backend; the tokens of the batch, real and as encoded."""
+    engine.backend.begin()
+    work, lengths = engine.work(batch, inputs.known_positives, budget.micro_batch_tokens)
+    keep_graph = config.gradient_cache == "never" or (
+        config.gradient_cache == "auto" and work.heaviest <= budget.graph_tokens
+    )
+    try:
+        result = run_step(
+            engine.backend,
+            engine.objective,
+            work,
+            engine.make_features(work.pool),
+            dimension=engine.dimension,
+            seed=seed,
+            step=step,
+            keep_graph=keep_graph,
+            stop=lambda: stop.received is not None,
+            catch_out_of_memory=engine.backend.retries_in_place,
         )
-    return accelerator
+    except Exception as error:
+        # Where chunks hold collectives, the other ranks wait in one that this rank will never join.
+        if engine.backend.retries_in_place or not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryStopError(
+            f"memory ran out in step {step + 1} with {budget.micro_batch_tokens} tokens at a time",
+            hint="`nearfield train --resume` with the same launcher goes on with half as many.",
+        ) from error
+    return result, int(lengths.sum()), sum(work.tokens)
+
+
+def _halve(budget: Budget, step: int) -> Budget:
+    smaller = budget.halved()
+    if smaller is None:
+        raise BadInputError(
+            f"memory ran out in step {step + 1} with {budget.micro_batch_tokens} tokens at a time, and less is no use",
+            where="encoder.max_length",
+            hint="Lower encoder.max_length, use gradient checkpointing, an adapter, or more devices with fsdp2 or zero3.",
+        )
+    logger.warning(
+        "Memory ran out in step %d: %d tokens at a time from now on (was %d)",
+        step + 1,
+        smaller.micro_batch_tokens,
+        budget.micro_batch_tokens,
+    )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return smaller
+
+
+class _ShrinkBudget:
+    """Halves the budget in the last checkpoint, once, where memory ran out on a backend that cannot repeat the step."""
+
+    def __init__(self, checkpoints: Path, writes: bool) -> None:
+        self.checkpoints = checkpoints
+        self.writes = writes
+
+    def when_dead(self, exit_code: int) -> None:
+        """Act if a rank left because memory ran out."""
+        if exit_code == OutOfMemoryStopError.exit_code:
+            self()
+
+    def __call__(self) -> None:
+        paths = checkpoint_paths(self.checkpoints)
+        if not self.writes or not paths:
+            return
+        self.writes = False
+        path = newest_checkpoint(self.checkpoints)
+        assert path is not None
+        smaller = Budget.from_json(path.state).halved()
+        if smaller is not None:
+            amend_state(path.path, smaller.to_json())
+            logger.warning("The budget in %s is now %d tokens at a time", path.path.name, smaller.micro_batch_tokens)
+
+
+def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], steps: int) -> tuple[int, Budget | None]:
+    """The step to go on from and the budget in force there; rank 0 reads, the others receive."""
+    launch, device = engine.launch, engine.backend.device
+    checkpoint: Checkpoint | None = None
+    if launch.is_main:
+        checkpoint = newest_checkpoint(checkpoints, lambda found: _check_identity(found, identity))
+    state = broadcast_json(None if checkpoint is None else checkpoint.state, device)
+    if state is None:
+        return 0, None
+    tensors = read_tensors(checkpoint) if checkpoint is not None else (None, None)
+    try:
+        engine.backend.load(*tensors)
+    except (RuntimeError, KeyError) as error:
+        where = str(checkpoint.path) if checkpoint is not None else str(checkpoints)
+        reason = str(error).strip().splitlines()[0]
+        raise BadInputError(f"this checkpoint does not fit the model: {reason}", where=where) from error
+    if launch.is_main:
+        logger.info("Resuming from step %d of %d", state["step"], steps)
+        if state.get("world_size") != launch.world_size:
+            logger.info(
+                "The checkpoint was written by %s ranks, now there are %d: the batches and dropout masks are the same",
+                state.get("world_size"),
+                launch.world_size,
+            )
+    return int(state["step"]), Budget.from_json(state)
 
 
 def _check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
@@ -238,50 +353,51 @@ def batch_of_step(plans: Sequence[Plan], step: int) -> tuple[int, Batch]:
     raise IndexError("the plans have fewer steps")
 
 
-def _pool_lengths(tokens: TokenCache, items: Rows, prompts: Rows) -> Rows:
-    lengths = np.zeros(len(items), dtype=np.int64)
-    for prompt in np.unique(prompts):
-        mine = prompts == prompt
-        lengths[mine] = tokens.tables[int(prompt)].lengths(items[mine])
-    return lengths
-
-
-def leaves_prompt_out(model: nn.Module) -> bool:
-    """Whether a pooling of the model skips the prompt's tokens, so that a chunk must have one prompt."""
-    return any(getattr(module, "include_prompt", True) is False for module in model.modules())
-
-
-def watch(result: StepResult, owner: Rows, is_positive: np.ndarray[Any, np.dtype[np.bool_]]) -> dict[str, float]:
-    """Mean cosine of queries with their positives, and with the hardest other document of the batch."""
-    queries = nn.functional.normalize(result.queries, dim=-1)
-    documents = nn.functional.normalize(result.documents, dim=-1)
-    similarity = (queries @ documents.T).cpu().numpy()
-    own = owner[None, :] == np.arange(len(queries))[:, None]
-    positive = own & is_positive[None, :]
+def watch(batch: ContrastiveBatch | None) -> dict[str, float]:
+    """Mean cosine of queries with their positives, and with the hardest other document; of at most 512 queries."""
+    assert batch is not None
+    rows = torch.linspace(0, len(batch.queries) - 1, min(_WATCHED_QUERIES, len(batch.queries))).round().long()
+    rows = rows.to(batch.queries.device)
+    queries = nn.functional.normalize(batch.queries[rows], dim=-1)
+    documents = nn.functional.normalize(batch.documents, dim=-1)
+    similarity = queries @ documents.T
+    positive = (batch.owner[None, :] == rows[:, None]) & batch.is_positive[None, :]
+    hardest: Tensor = similarity.masked_fill(positive, -1.0).max(dim=1).values
     return {
         "positive_similarity": float(similarity[positive].mean()),
-        "hardest_negative_similarity": float(np.where(positive, -1.0, similarity).max(axis=1).mean()),
+        "hardest_negative_similarity": float(hardest.mean()),
     }
 
 
-def _stop_non_finite(
-    run: Path, step: int, batch: Batch, result: StepResult, inputs: TrainingInputs, loss: float, norm: float
-) -> None:
-    """Name the examples and stop; those whose own loss is not finite if there are some, else the whole batch."""
-    bad = np.flatnonzero(~torch.isfinite(result.loss.rows).cpu().numpy())
+def _non_finite(
+    run: Path,
+    step: int,
+    batch: Batch,
+    result: StepResult,
+    inputs: TrainingInputs,
+    objective: nn.Module,
+    norm: float,
+    writes: bool,
+) -> NonFiniteError:
+    """Name the examples: those whose own loss is not finite if there are some, else the whole batch."""
+    assert result.batch is not None
+    with torch.no_grad():
+        rows = objective(result.batch).rows
+    bad = np.flatnonzero(~torch.isfinite(rows).cpu().numpy())
     slots = bad if len(bad) else np.arange(len(batch.query))
     ids = inputs.item_ids(batch.query[slots])
-    report = {
-        "step": step + 1,
-        "loss": str(loss),
-        "gradient_norm": str(norm),
-        "examples": batch.example[slots].tolist(),
-        "queries": ids,
-    }
-    write_json(run / "non_finite.json", report)
-    what = "the loss" if not np.isfinite(loss) else "the gradient"
+    if writes:
+        report = {
+            "step": step + 1,
+            "loss": str(result.loss),
+            "gradient_norm": str(norm),
+            "examples": batch.example[slots].tolist(),
+            "queries": ids,
+        }
+        write_json(run / "non_finite.json", report)
+    what = "the loss" if not math.isfinite(result.loss) else "the gradient"
     shown = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
-    raise NonFiniteError(
+    return NonFiniteError(
         f"{what} of step {step + 1} is not finite; queries {shown}",
         where=str(run / "non_finite.json"),
         hint=f"The state before that step is in checkpoints/step-{step:08d}. Lower the learning rate, or look at these examples.",

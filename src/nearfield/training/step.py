@@ -1,69 +1,106 @@
 """One training step: encode the batch in chunks, take the loss on all embeddings at once, push its gradient back.
 
-The gradient is that of the whole batch, however it is cut: the loss sees embeddings that are cut from their graph, and
-its gradient with respect to them is pushed back chunk by chunk (GradCache, arXiv 2101.06983), either through graphs
-that were kept or by encoding each chunk a second time. Each chunk draws its dropout from a generator seeded by (seed,
-step, chunk), so that the second time needs no saved random state.
+The gradient is that of the whole batch, however it is cut and over however many ranks it is spread: the loss sees
+embeddings that are cut from their graph, and its gradient with respect to them is pushed back chunk by chunk (GradCache,
+arXiv 2101.06983), either through graphs that were kept or by encoding each chunk a second time. Each chunk draws its
+dropout from a generator seeded by (seed, step, chunk), where chunks are numbered over all ranks, so that the second time
+needs no saved random state and the masks do not depend on the number of ranks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nearfield.batching.planner import Rows
-from nearfield.data.tokens import TokenCache
+from nearfield.encoders.packing import Features
 from nearfield.objectives.infonce import ContrastiveBatch, LossSum
 from nearfield.randomness import derive_seed
-from nearfield.training.chunks import Pool
+from nearfield.training.backends.base import Backend
+from nearfield.training.chunks import Pool, chunk_tokens, cut_chunks, deal_chunks, split_rows
+from nearfield.training.communication import (
+    ControlWord,
+    Shares,
+    exchange_control,
+    gather_embeddings,
+    reduce_gradient,
+)
 
-Features = dict[str, Any]
-Encode = Callable[[Features], Tensor]
-"""Features of a chunk of n texts -> (n, d) embeddings."""
+MakeFeatures = Callable[[Rows], Features]
+"""Pool rows of a chunk of n texts -> what the encoder takes."""
 
 
 @dataclass(frozen=True)
-class Padding:
-    """How rows of tokens become a rectangle."""
+class Work:
+    """A global batch cut into chunks and dealt to ranks: the same on every rank but for ``rank``."""
 
-    token: int
-    side: str
-    device: torch.device
+    pool: Pool
+    chunks: list[Rows]
+    """Pool rows of each chunk of the global batch, in the order that numbers them."""
+    tokens: list[int]
+    """Tokens that each chunk takes."""
+    shares: list[list[int]]
+    """For each rank, the numbers of its chunks."""
+    rank: int
+    known_positives: Sequence[Rows]
+    """Item rows of all known positives of each query."""
+
+    @property
+    def own(self) -> list[int]:
+        """The numbers of this rank's chunks."""
+        return self.shares[self.rank]
+
+    @property
+    def rounds(self) -> int:
+        """The most chunks that a rank has."""
+        return max(len(share) for share in self.shares)
+
+    @property
+    def heaviest(self) -> int:
+        """The most tokens that a rank has."""
+        return max(sum(self.tokens[number] for number in share) for share in self.shares)
+
+    def pool_shares(self) -> Shares:
+        """The pool rows of each rank."""
+        none = np.zeros(0, dtype=np.int64)
+        return Shares([np.concatenate([none, *(self.chunks[n] for n in share)]) for share in self.shares], self.rank)
+
+
+def cut_work(
+    pool: Pool,
+    lengths: Rows,
+    known_positives: Sequence[Rows],
+    *,
+    budget: int,
+    padded: bool,
+    by_prompt: bool,
+    rank: int,
+    world_size: int,
+) -> Work:
+    """Cut a batch whose texts have ``lengths`` (n,) into chunks of ``budget`` tokens and deal these to ranks."""
+    chunks = cut_chunks(lengths, budget, pool.prompts if by_prompt else None, padded=padded)
+    tokens = [chunk_tokens(lengths, chunk, padded=padded) for chunk in chunks]
+    return Work(pool, chunks, tokens, deal_chunks(tokens, world_size), rank, known_positives)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found out; the gradient is in the parameters."""
+    """What a step found out; the gradient is in the backend, not yet summed over ranks."""
 
-    loss: LossSum
-    queries: Tensor
-    documents: Tensor
-    """(Q, d) and (D, d), detached: the embeddings that the loss saw."""
+    word: ControlWord
+    denominator: float
+    batch: ContrastiveBatch | None
+    """The detached embeddings that the loss saw; none where memory ran out before."""
 
-
-def chunk_features(pool: Pool, chunk: Rows, tokens: TokenCache, padding: Padding) -> Features:
-    """The padded token ids and the attention mask of a chunk, (n, longest) int64 each, and its prompt's length.
-
-    The length is of use to poolings that leave the prompt out; these need chunks of one prompt each.
-    """
-    rows = [tokens.tables[int(pool.prompts[i])].tokens(int(pool.items[i])) for i in chunk]
-    width = max(len(row) for row in rows)
-    ids = np.full((len(rows), width), padding.token, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for line, row in enumerate(rows):
-        span = slice(width - len(row), width) if padding.side == "left" else slice(0, len(row))
-        ids[line, span] = row
-        mask[line, span] = 1
-    return {
-        "input_ids": torch.from_numpy(ids).to(padding.device),
-        "attention_mask": torch.from_numpy(mask).to(padding.device),
-        "prompt_length": tokens.tables[int(pool.prompts[chunk[0]])].prompt_length,
-    }
+    @property
+    def loss(self) -> float:
+        """The mean loss of the global batch."""
+        return self.word.loss / self.denominator
 
 
 def seed_chunk(seed: int, step: int, chunk: int) -> None:
@@ -71,13 +108,15 @@ def seed_chunk(seed: int, step: int, chunk: int) -> None:
     torch.manual_seed(derive_seed(seed, "dropout", step, chunk))
 
 
-def contrastive_batch(pool: Pool, embeddings: Tensor, known_positives: Sequence[Rows]) -> ContrastiveBatch:
+def contrastive_batch(
+    pool: Pool, embeddings: Tensor, known_positives: Sequence[Rows], rows: Rows | None = None
+) -> ContrastiveBatch:
     """The objective's view of a pool's (n, d) embeddings; ``known_positives`` are item rows, one array a query."""
     device = embeddings.device
     width = max((len(known) for known in known_positives), default=0)
     known = np.full((len(known_positives), max(1, width)), -1, dtype=np.int64)
-    for line, rows in enumerate(known_positives):
-        known[line, : len(rows)] = rows
+    for line, items in enumerate(known_positives):
+        known[line, : len(items)] = items
     return ContrastiveBatch(
         queries=embeddings[torch.from_numpy(pool.queries).to(device)],
         documents=embeddings[torch.from_numpy(pool.documents).to(device)],
@@ -85,46 +124,130 @@ def contrastive_batch(pool: Pool, embeddings: Tensor, known_positives: Sequence[
         is_positive=torch.from_numpy(pool.is_positive).to(device),
         document_ids=torch.from_numpy(pool.items[pool.documents]).to(device),
         known_positives=torch.from_numpy(known).to(device),
+        rows=None if rows is None else torch.from_numpy(rows).to(device),
     )
 
 
+def encode_chunk(backend: Backend, features: Features) -> Tensor:
+    """(n, d) embeddings in float32 at least: the loss and the wire are never in half precision."""
+    with backend.autocast():
+        embeddings: Tensor = backend.module(features)
+    return embeddings.float() if embeddings.dtype in (torch.bfloat16, torch.float16) else embeddings
+
+
+class _Guard:
+    """Runs this rank's own part of a step; once memory ran out, the rest is left out and only told.
+
+    The rank still takes part in every collective, so that all ranks learn of it in the control word and none waits for
+    ever.
+    """
+
+    def __init__(self, catch: bool) -> None:
+        self.catch = catch
+        self.out_of_memory = False
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if error is None or not is_out_of_memory(error) or not self.catch:
+            return False
+        self.out_of_memory = True
+        return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or in torch's CPU allocator."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 def run_step(
-    encode: Encode,
-    objective: Callable[[ContrastiveBatch], LossSum],
-    backward: Callable[[Tensor], None],
-    pool: Pool,
-    features: Sequence[Features],
-    chunks: Sequence[Rows],
-    known_positives: Sequence[Rows],
+    backend: Backend,
+    objective: nn.Module,
+    work: Work,
+    make_features: MakeFeatures,
     *,
+    dimension: int,
     seed: int,
     step: int,
     keep_graph: bool,
+    stop: Callable[[], bool] = lambda: False,
+    catch_out_of_memory: bool = True,
 ) -> StepResult:
-    """Leave the gradient of the mean loss of the batch in the parameters (added to what is there).
+    """Leave this rank's part of the gradient of the batch's mean loss in the backend.
 
-    ``backward`` is called with scalars, once a chunk, or once in all when the graph is kept. A loss that is not finite
-    is returned before anything is pushed back.
+    ``dimension`` is the width of embeddings. With ``keep_graph`` one backward goes through the graphs of all chunks,
+    else each chunk is encoded a second time and only its own graph is in memory. A backend whose forwards are collective
+    has every rank run as many chunks as the rank with the most; the missing ones are copies whose gradient is zero.
+
+    The caller must look at the control word before it calls ``update``: the gradient is of use only if memory
+    sufficed everywhere and the loss is finite.
     """
+    guard = _Guard(catch_out_of_memory)
+    shares = work.pool_shares()
+    turns: list[int | None] = list(work.own)
+    if backend.same_chunk_count:
+        turns += [None] * (work.rounds - len(turns))
+
+    def encode(turn: int | None) -> Tensor:
+        number = 0 if turn is None else turn
+        seed_chunk(seed, step, number)
+        return encode_chunk(backend, make_features(work.chunks[number]))
+
+    def real(parts: list[Tensor]) -> Tensor:
+        kept = [part for turn, part in zip(turns, parts, strict=True) if turn is not None]
+        return torch.cat(kept) if kept else torch.zeros((0, dimension), device=backend.device)
+
     parts: list[Tensor] = []
-    for number, feature in enumerate(features):
-        seed_chunk(seed, step, number)
-        with torch.set_grad_enabled(keep_graph):
-            parts.append(encode(feature).float())
-    order = torch.from_numpy(np.argsort(np.concatenate(chunks), kind="stable"))
-    joined = torch.cat(parts)
-    leaf = joined.detach()[order.to(joined.device)].requires_grad_()
-    batch = contrastive_batch(pool, leaf, known_positives)
-    loss = objective(batch)
-    result = StepResult(loss, batch.queries.detach(), batch.documents.detach())
-    if not bool(torch.isfinite(loss.total)):
-        return result
-    (gradient,) = torch.autograd.grad(loss.total / loss.denominator, leaf)
-    gradients = [gradient[torch.from_numpy(chunk).to(gradient.device)] for chunk in chunks]
-    if keep_graph:
-        backward((joined * torch.cat(gradients)).sum())
-        return result
-    for number, (feature, part) in enumerate(zip(features, gradients, strict=True)):
-        seed_chunk(seed, step, number)
-        backward((encode(feature).float() * part).sum())
-    return result
+    joined = torch.zeros((len(shares.own), dimension), device=backend.device)
+    with guard:
+        for turn in turns:
+            with torch.set_grad_enabled(keep_graph):
+                parts.append(encode(turn))
+        joined = real(parts)
+    leaf = gather_embeddings(joined, shares).requires_grad_()
+    rows = split_rows(len(work.pool.queries), len(work.shares), work.rank) if len(work.shares) > 1 else None
+    batch = contrastive_batch(work.pool, leaf, work.known_positives, rows)
+    learnt = [p for p in objective.parameters() if p.requires_grad]
+    total, gradient = math.nan, torch.zeros_like(leaf)
+    learnt_gradients: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in learnt]
+    with backend.whole(learnt):
+        with guard:
+            if not guard.out_of_memory:
+                # Not by calling the module: ZeRO 3 would take its parameters away again behind the call.
+                loss: LossSum = objective.forward(batch)
+                gradient, *learnt_gradients = torch.autograd.grad(loss.total / loss.denominator, [leaf, *learnt])
+                total = float(loss.total.detach())
+        own = reduce_gradient(gradient, shares)
+        with guard:
+            if not guard.out_of_memory:
+                # What the objective learns rides on the last backward, so that every backend sums it as it sums the rest.
+                extra = [(p * g).sum() for p, g in zip(learnt, learnt_gradients, strict=True)]
+                if keep_graph:
+                    unused = [part.sum() * 0 for turn, part in zip(turns, parts, strict=True) if turn is None]
+                    pieces = [*extra, *unused] if not work.own else [(joined * own).sum(), *extra, *unused]
+                    _push(backend, pieces, last=True)
+                else:
+                    position = 0
+                    for index, turn in enumerate(turns):
+                        part = encode(turn)
+                        piece = part.sum() * 0
+                        if turn is not None:
+                            piece = (part * own[position : position + len(part)]).sum()
+                            position += len(part)
+                        last = index == len(turns) - 1
+                        _push(backend, [piece, *extra] if last else [piece], last=last)
+                    if not turns:
+                        _push(backend, extra, last=True)
+    word = exchange_control(
+        total, guard.out_of_memory, stop(), backend.used(), ranks=len(work.shares), device=backend.device
+    )
+    seen = None if word.out_of_memory else contrastive_batch(work.pool, leaf.detach(), work.known_positives)
+    return StepResult(word, float(len(work.pool.queries)), seen)
+
+
+def _push(backend: Backend, pieces: Sequence[Tensor], last: bool) -> None:
+    if pieces:
+        backend.backward(torch.stack([piece.reshape(()) for piece in pieces]).sum(), last)

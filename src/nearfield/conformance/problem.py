@@ -1,0 +1,186 @@
+"""A small problem with all that makes batches hard: ragged texts, several positives, explicit negatives, shared texts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nearfield.batching.plan import Batch
+from nearfield.batching.planner import Rows
+from nearfield.conformance.tiny import save_tiny_bert
+from nearfield.data.tokens import TokenCache, TokenTable
+from nearfield.encoders.build import load_encoder
+from nearfield.objectives.config import InfoNCEConfig
+from nearfield.training.backends.replicated import ReplicatedBackend
+from nearfield.training.config import TrainingConfig
+from nearfield.training.engine import EmbeddingModule, Engine, build_engine
+from nearfield.training.launch import Launch
+from nearfield.training.step import StepResult, Work, contrastive_batch, run_step
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+CPU = torch.device("cpu")
+TEXTS = 60
+LONGEST = 20
+
+
+def memory_tokens(ids: list[np.ndarray[tuple[int], np.dtype[np.int32]]]) -> TokenCache:
+    """A token cache of one prompt that lives in memory."""
+    sizes = np.asarray([len(row) for row in ids])
+    cache = object.__new__(TokenCache)
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    cache.tables = [TokenTable("", 0, np.arange(len(ids)), offsets, np.concatenate(ids))]
+    return cache
+
+
+def random_tokens(seed: int = 0) -> TokenCache:
+    """``TEXTS`` texts of 3 to ``LONGEST`` random tokens."""
+    random = np.random.default_rng(seed)
+    sizes = random.integers(3, LONGEST + 1, size=TEXTS)
+    return memory_tokens([np.r_[2, random.integers(5, 200, size=size - 2), 3].astype(np.int32) for size in sizes])
+
+
+def random_batch(queries: int, seed: int = 0) -> tuple[Batch, dict[int, Rows]]:
+    """A batch of ``queries`` (at most 12) with one or two positives and up to two negatives each, and all known positives.
+
+    The first query's text is the last one's positive as well, and a negative of another is known as a positive of it.
+    """
+    random = np.random.default_rng(seed)
+    documents = iter(random.permutation(np.arange(queries, TEXTS)))
+    positives = [np.array([next(documents) for _ in range(1 + row % 2)]) for row in range(queries)]
+    negatives = [np.array([next(documents) for _ in range(row % 3)], dtype=np.int64) for row in range(queries)]
+    if queries > 3:
+        positives[-1] = np.array([0])
+    zeros = np.zeros(queries, dtype=np.int64)
+    known = {row: positives[row] for row in range(queries)}
+    if queries > 5:
+        known[0] = np.r_[positives[0], negatives[5][:1]]
+    batch = Batch(np.arange(queries), np.arange(queries), positives, negatives, zeros, zeros, 0)
+    return batch, known
+
+
+@dataclass
+class Problem:
+    """A tiny encoder, an objective, and a batch."""
+
+    model_folder: Path
+    objective: InfoNCEConfig
+    batch: Batch
+    known: dict[int, Rows]
+    tokens: TokenCache
+    dtype: torch.dtype = torch.float64
+
+    @classmethod
+    def make(
+        cls, objective: InfoNCEConfig, queries: int = 8, folder: Path | None = None, dtype: torch.dtype = torch.float64
+    ) -> Problem:
+        """The problem with a tiny BERT that has dropout, saved to ``folder`` or to a temporary one."""
+        folder = folder or save_tiny_bert(Path(tempfile.mkdtemp(prefix="nearfield-conformance-")) / "model")
+        batch, known = random_batch(queries)
+        return cls(folder, objective, batch, known, random_tokens(), dtype)
+
+    def encoder(self) -> SentenceTransformer:
+        """The encoder, new."""
+        return load_encoder(str(self.model_folder), device="cpu").model.to(self.dtype)
+
+    def engine(
+        self,
+        launch: Launch,
+        backend: str,
+        *,
+        dropout: bool,
+        packing: str = "never",
+        rate: float = 1.0,
+        max_norm: float | None = None,
+    ) -> Engine:
+        """A new engine with plain SGD, so that a step shows the gradient."""
+        config = TrainingConfig.model_validate(
+            {
+                "backend": backend,
+                "dropout": dropout,
+                "packing": packing,
+                "precision": "fp32",
+                "device": "cpu",
+                "max_gradient_norm": max_norm,
+            }
+        )
+        objective = self.objective.build().to(self.dtype)
+        return build_engine(config, self.encoder(), objective, lambda named: sgd(named, rate), self.tokens, CPU, launch)
+
+    def work(self, engine: Engine, budget: int) -> Work:
+        """The batch cut and dealt."""
+        return engine.work(self.batch, self.known.__getitem__, budget)[0]
+
+    def gradient(
+        self, engine: Engine, work: Work, *, keep_graph: bool, seed: int = 5, step: int = 3
+    ) -> tuple[StepResult, dict[str, Tensor]]:
+        """One step's loss and its gradient, summed over ranks."""
+        engine.backend.begin()
+        result = run_step(
+            engine.backend,
+            engine.objective,
+            work,
+            engine.make_features(work.pool),
+            dimension=engine.dimension,
+            seed=seed,
+            step=step,
+            keep_graph=keep_graph,
+        )
+        return result, engine.backend.gradients()
+
+    def reference(self) -> tuple[float, dict[str, Tensor]]:
+        """Mean loss and gradient of one padded forward over the whole pool and one backward: no chunk, no rank."""
+        encoder = self.encoder().eval()
+        objective = self.objective.build().to(self.dtype)
+        module = EmbeddingModule(encoder, objective)
+        engine = Engine(
+            ReplicatedBackend(module, lambda named: sgd(named, 1.0), CPU, 1, False),
+            encoder,
+            objective,
+            Launch(),
+            self.tokens,
+            None,
+            False,
+            encoder.get_embedding_dimension(),
+        )
+        work = self.work(engine, 10**9)
+        whole = np.arange(len(work.pool.items))
+        embeddings = encoder(dict(engine.make_features(work.pool)(whole)))["sentence_embedding"]
+        loss = objective(contrastive_batch(work.pool, embeddings, work.known_positives))
+        mean = loss.total / loss.denominator
+        mean.backward()
+        gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+        return float(mean.detach()), gradients
+
+
+def sgd(named: Iterable[tuple[str, nn.Parameter]], rate: float) -> torch.optim.Optimizer:
+    """Plain SGD: a step of rate 1 subtracts the gradient."""
+    return torch.optim.SGD([parameter for _, parameter in named], lr=rate)
+
+
+def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest absolute difference of two gradients, relative to the largest entry; infinite if names differ.
+
+    A parameter that has no gradient on one side counts as zero there.
+    """
+    scale = max(float(gradient.abs().max()) for gradient in theirs.values())
+    worst = 0.0
+    for name in ours.keys() | theirs.keys():
+        a, b = ours.get(name), theirs.get(name)
+        if a is None or b is None:
+            there = a if a is not None else b
+            assert there is not None
+            worst = max(worst, float(there.abs().max()))
+        elif a.shape != b.shape:
+            return float("inf")
+        else:
+            worst = max(worst, float((a.double() - b.double()).abs().max()))
+    return worst / scale

@@ -1,0 +1,259 @@
+"""ZeRO 1, 2 and 3 by DeepSpeed.
+
+The engine is driven by hand: a backward a chunk, one step. With ``managed_gradient_accumulation`` off, stage 1 adds up
+gradients locally and reduces them once, in the step. Stages 2 and 3 keep only a rank's part of the gradient, so they
+reduce in every chunk's backward: bytes grow with the number of chunks, by design.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nearfield.errors import BadInputError, NearfieldError
+from nearfield.files import read_json
+from nearfield.shipped import shipped_root
+from nearfield.training.backends.common import MakeOptimizer, saved_buffers, set_rates, trainable
+from nearfield.training.communication import broadcast_tensors
+from nearfield.training.launch import BackendName
+
+_STAGES: dict[str, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
+_OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+
+
+def deepspeed_config(name: BackendName, bf16: bool, world_size: int, max_norm: float | None) -> dict[str, Any]:
+    """DeepSpeed's settings: the launcher's file or the shipped one of the stage, with what the recipe decides."""
+    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    path = Path(named) if named and named != "none" else shipped_root() / "training" / "deepspeed" / f"{name}.json"
+    config = read_json(path, "DeepSpeed configuration")
+    if not isinstance(config, dict):
+        raise BadInputError("this DeepSpeed configuration is not an object", where=str(path))
+    zero = config.setdefault("zero_optimization", {})
+    if zero.get("stage") != _STAGES[name]:
+        raise BadInputError(
+            f"this DeepSpeed configuration has stage {zero.get('stage')}, and {name} was asked for", where=str(path)
+        )
+    for key in ("optimizer", "scheduler", "fp16"):
+        if key in config:
+            raise BadInputError(
+                f"this DeepSpeed configuration sets {key!r}, which is the recipe's to say",
+                where=str(path),
+                hint=f"Remove {key!r} from it.",
+            )
+    for key in _OURS:
+        if config.get(key) not in (None, "auto"):
+            raise BadInputError(
+                f"this DeepSpeed configuration sets {key!r}, which the recipe and the plan decide",
+                where=str(path),
+                hint=f'Remove {key!r}, or set it to "auto".',
+            )
+    for part in ("optimizer", "param"):
+        device = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
+        if device != "none":
+            zero.setdefault(f"offload_{part}", {"device": device})
+    config["train_micro_batch_size_per_gpu"] = 1
+    config["train_batch_size"] = world_size
+    config["gradient_accumulation_steps"] = 1
+    config["gradient_clipping"] = max_norm or 0.0
+    config["managed_gradient_accumulation"] = False
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False
+    # A gradient that is not finite must not reach the parameters; in bfloat16 DeepSpeed looks only if told to.
+    config["bf16"] = {"enabled": bf16, "check_grad_overflow": True} if bf16 else {"enabled": False}
+    return config
+
+
+class ZeroBackend:
+    """A DeepSpeed engine around the module."""
+
+    retries_in_place = False
+
+    def __init__(
+        self,
+        name: BackendName,
+        module: nn.Module,
+        make_optimizer: MakeOptimizer,
+        device: torch.device,
+        world_size: int,
+        bf16: bool,
+        max_norm: float | None,
+    ) -> None:
+        self.name = name
+        self.stage = _STAGES[name]
+        self.device = device
+        self.world_size = world_size
+        # Stage 3 gathers parameters in every forward and backward, stage 2 reduces in every backward.
+        self.same_chunk_count = self.stage >= 2
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        deepspeed = _import_deepspeed()
+        self._deepspeed = deepspeed
+        optimizer = make_optimizer(trainable(module).items())
+        self.engine, self._zero, _, _ = deepspeed.initialize(
+            model=module.to(device),
+            optimizer=optimizer,
+            config=deepspeed_config(name, bf16, world_size, max_norm),
+            dist_init_required=False,
+        )
+        self.module: nn.Module = self.engine
+        self.optimizer: torch.optim.Optimizer = self._zero.optimizer
+        self.parameters = trainable(self.engine.module)
+        self._bf16 = bf16
+
+    def begin(self) -> None:
+        """The engine forgets its gradient after each step."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Nothing: the engine casts parameters, the embedding's output is cast back."""
+        return nullcontext()
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Stage 3 gathers them; outside of a forward it would hand out an empty tensor, without a word."""
+        if self.stage < 3 or not parameters:
+            return nullcontext()
+        gathered: AbstractContextManager[Any] = self._deepspeed.zero.GatheredParameters(list(parameters))
+        return gathered
+
+    def backward(self, scalar: Tensor, last: bool) -> None:
+        """The engine divides the sum by the number of ranks."""
+        self.engine.backward(scalar * self.world_size)
+
+    def used(self) -> list[bool]:
+        """Nothing to agree on: the engine counts a missing gradient as zero."""
+        return []
+
+    def update(self, rates: Sequence[float], max_norm: float | None, used: Sequence[bool]) -> float:
+        """The engine sums, clips and steps, unless the gradient is not finite."""
+        set_rates(self.optimizer, rates)
+        self.engine.step()
+        if self._zero.overflow:
+            return math.inf
+        return float(self.engine.get_global_grad_norm())
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The summed gradient of each parameter, whole: in stage 1 this also takes the sum."""
+        from deepspeed.utils import safe_get_full_grad
+
+        if self.stage == 1:
+            self.engine._running_engine_step = True
+            self.engine.allreduce_gradients()
+            self.engine._running_engine_step = False
+        else:
+            self._zero.finalize_gradient_accumulation_boundary()
+        found = {name: safe_get_full_grad(parameter) for name, parameter in self.parameters.items()}
+        return {name: gradient.detach().clone() for name, gradient in found.items() if gradient is not None}
+
+    def model_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Trainable parameters in float32, and buffers, whole."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.parameters.items():
+            yield name, safe_get_full_fp32_param(parameter).detach()
+        for name, buffer in saved_buffers(self.engine.module).items():
+            yield name, buffer.detach()
+
+    def _flat(self) -> list[tuple[Tensor, list[str]]]:
+        """Each flat float32 partition of the optimiser, and the names of the parameters in it."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        if self.stage == 3:
+            partitions, groups = self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups
+        else:
+            partitions, groups = self._zero.single_partition_of_fp32_groups, self._zero.bit16_groups
+        return [(flat, [names[id(p)] for p in group]) for flat, group in zip(partitions, groups, strict=True)]
+
+    def _link_state(self) -> None:
+        """Let parameters find their part of the optimiser's state.
+
+        DeepSpeed links all groups of parameters after the first group's first step, when the others have no state yet.
+        """
+        if self.stage < 3:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimiser's state, whole; numbers that the engine keeps once a partition are given to each parameter."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self.optimizer.state:
+            self._link_state()
+        for flat, names in self._flat():
+            state = self.optimizer.state.get(flat, {})
+            for name in names:
+                for key in sorted(state):
+                    value = state[key]
+                    if isinstance(value, Tensor) and value.shape == flat.shape:
+                        yield f"{name}/{key}", safe_get_full_optimizer_state(self.parameters[name], key).detach()
+                    else:
+                        yield f"{name}/{key}", value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+
+    def load(self, model: dict[str, Tensor] | None, optimizer: dict[str, Tensor] | None) -> None:
+        """Set the float32 partitions, the parameters made of them, and the optimiser's state."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        buffers = saved_buffers(self.engine.module)
+        with torch.no_grad():
+            for name, tensor in broadcast_tensors(model, self.device):
+                if name in buffers:
+                    buffers[name].copy_(tensor)
+                    continue
+                parameter = self.parameters[name]
+                if self.stage == 3:
+                    with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                        parameter.data.copy_(tensor)
+                else:
+                    parameter.data.copy_(tensor)
+                safe_set_full_fp32_param(parameter, tensor.float())
+        state: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in broadcast_tensors(optimizer, self.device):
+            parameter_name, _, key = name.rpartition("/")
+            state.setdefault(parameter_name, {})[key] = tensor
+        self.optimizer.state.clear()
+        partitions = self._flat()
+        for flat, names in partitions:
+            saved = next((state[name] for name in names if name in state), {})
+            for key, tensor in saved.items():
+                per_parameter = tensor.shape == self._shape(names, state, key)
+                self.optimizer.state[flat][key] = torch.zeros_like(flat) if per_parameter else tensor.clone()
+        if state:
+            self._link_state()
+        for flat, names in partitions:
+            for name in names:
+                for key, tensor in state.get(name, {}).items():
+                    kept = self.optimizer.state[flat][key]
+                    if kept.shape == flat.shape:
+                        safe_set_full_optimizer_state(self.parameters[name], tensor.float(), key)
+
+    def _shape(self, names: Sequence[str], state: dict[str, dict[str, Tensor]], key: str) -> torch.Size:
+        """The shape that a per-parameter entry of the first saved parameter of a partition has."""
+        name = next(name for name in names if name in state)
+        parameter = self.parameters[name]
+        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+    def verify(self) -> None:
+        """A DeepSpeed engine of the wanted stage is really in effect, on all ranks."""
+        if type(self.engine).__name__ != "DeepSpeedEngine" or self.engine.zero_optimization_stage() != self.stage:
+            raise NearfieldError(
+                f"{self.name} was asked for, but no DeepSpeed engine of stage {self.stage} is in effect"
+            )
+        if dist.get_world_size() != self.world_size:
+            raise NearfieldError(f"{self.world_size} processes were started, and the group has {dist.get_world_size()}")
+
+
+def _import_deepspeed() -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise BadInputError(
+            "DeepSpeed is not installed", where="training.backend", hint="pip install 'nearfield[deepspeed]'"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed

@@ -1,0 +1,209 @@
+"""What a step runs on: the model and its objective on the devices at hand, and how texts become what it takes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nearfield.batching.plan import Batch
+from nearfield.batching.planner import Rows
+from nearfield.data.tokens import TokenCache
+from nearfield.encoders.packing import Features, PackingKind, embed, packed_features, packing_kind, padded_features
+from nearfield.errors import BadInputError
+from nearfield.training.backends.base import Backend
+from nearfield.training.backends.common import MakeOptimizer
+from nearfield.training.chunks import Pool, pool_batch
+from nearfield.training.config import TrainingConfig
+from nearfield.training.launch import BackendName, Launch, asked_backend
+from nearfield.training.model_options import (
+    compile_transformer,
+    enable_checkpointing,
+    freeze_parameters,
+    set_training_mode,
+)
+from nearfield.training.optimizer_configs import check_sharded
+from nearfield.training.step import MakeFeatures, Work, cut_work
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger("nearfield.training")
+
+
+class EmbeddingModule(nn.Module):
+    """The encoder and what the objective learns, in one module, so that all parameters are treated alike."""
+
+    def __init__(self, encoder: SentenceTransformer, objective: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.objective = objective
+
+    def forward(self, features: Features) -> Tensor:
+        """Features of n texts, padded or packed -> (n, d) embeddings."""
+        embeddings: Tensor = embed(self.encoder, features)
+        return embeddings
+
+
+@dataclass
+class Engine:
+    """A backend with what it takes to feed it."""
+
+    backend: Backend
+    encoder: SentenceTransformer
+    objective: nn.Module
+    launch: Launch
+    tokens: TokenCache
+    packing: PackingKind | None
+    """How texts are packed, none where they are padded."""
+    by_prompt: bool
+    """Whether a chunk must have one prompt, since the pooling leaves it out."""
+    dimension: int
+
+    @property
+    def padded(self) -> bool:
+        """Whether chunks are padded rectangles."""
+        return self.packing is None
+
+    def lengths(self, pool: Pool) -> Rows:
+        """(n,) tokens of the pool's texts."""
+        lengths = np.zeros(len(pool.items), dtype=np.int64)
+        for prompt in np.unique(pool.prompts):
+            mine = pool.prompts == prompt
+            lengths[mine] = self.tokens.tables[int(prompt)].lengths(pool.items[mine])
+        return lengths
+
+    def work(self, batch: Batch, known_positives: Callable[[int], Rows], budget: int) -> tuple[Work, Rows]:
+        """A planned batch cut into chunks and dealt to ranks, and the tokens of its texts."""
+        pool = pool_batch(batch)
+        lengths = self.lengths(pool)
+        known = [known_positives(int(query)) for query in batch.query]
+        work = cut_work(
+            pool,
+            lengths,
+            known,
+            budget=budget,
+            padded=self.padded,
+            by_prompt=self.by_prompt,
+            rank=self.launch.rank,
+            world_size=self.launch.world_size,
+        )
+        return work, lengths
+
+    def make_features(self, pool: Pool) -> MakeFeatures:
+        """The function that turns a chunk of a pool into features."""
+
+        def features(chunk: Rows) -> Features:
+            rows = [self.tokens.tables[int(pool.prompts[i])].tokens(int(pool.items[i])) for i in chunk]
+            return self.features(rows, self.tokens.tables[int(pool.prompts[chunk[0]])].prompt_length)
+
+        return features
+
+    def features(self, rows: list[np.ndarray[tuple[int], np.dtype[np.int32]]], prompt_length: int) -> Features:
+        """Token ids of texts -> what the encoder takes."""
+        device = self.backend.device
+        if self.packing is not None:
+            return packed_features(rows, kind=self.packing, device=device, prompt_length=prompt_length)
+        tokenizer = self.encoder.tokenizer
+        return padded_features(
+            rows,
+            pad_token=tokenizer.pad_token_id or 0,
+            side=tokenizer.padding_side,
+            device=device,
+            prompt_length=prompt_length,
+        )
+
+
+def pick_device(config: TrainingConfig, launch: Launch) -> torch.device:
+    """The device of this rank."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise BadInputError("training.device is cuda, but no CUDA device is here", hint="Use training.device=auto.")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if launch.local_rank >= torch.cuda.device_count():
+        raise BadInputError(
+            f"local rank {launch.local_rank} has no GPU: {torch.cuda.device_count()} are here",
+            hint="Start one process a GPU.",
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
+def pick_precision(config: TrainingConfig, device: torch.device) -> str:
+    """``fp32``, ``bf16-mixed`` or ``bf16-pure``."""
+    if config.precision != "auto":
+        return config.precision
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if native else "fp32"
+
+
+def leaves_prompt_out(model: nn.Module) -> bool:
+    """Whether a pooling of the model skips the prompt's tokens, so that a chunk must have one prompt."""
+    return any(getattr(module, "include_prompt", True) is False for module in model.modules())
+
+
+def build_engine(
+    config: TrainingConfig,
+    encoder: SentenceTransformer,
+    objective: nn.Module,
+    make_optimizer: MakeOptimizer,
+    tokens: TokenCache,
+    device: torch.device,
+    launch: Launch,
+) -> Engine:
+    """Put the model on its devices; the process group of several ranks must exist."""
+    name = asked_backend(config.backend, launch.world_size)
+    check_sharded(config.optimizer, name)
+    freeze_parameters(encoder.named_parameters(), config.freeze)
+    if config.gradient_checkpointing:
+        enable_checkpointing(encoder)
+    packing = None
+    if config.packing == "auto":
+        packing = packing_kind(encoder.to(device), device, bf16=pick_precision(config, device) == "bf16-mixed")
+    set_training_mode(encoder, dropout=config.dropout)
+    if config.compile:
+        compile_transformer(encoder)
+    module = EmbeddingModule(encoder, objective)
+    dimension = encoder.get_embedding_dimension()
+    if dimension is None:
+        raise BadInputError("this model does not say how wide its embeddings are", where="encoder.model")
+    backend = open_backend(name, config, module, make_optimizer, device, launch)
+    backend.verify()
+    return Engine(backend, encoder, objective, launch, tokens, packing, leaves_prompt_out(encoder), dimension)
+
+
+def open_backend(
+    name: BackendName,
+    config: TrainingConfig,
+    module: EmbeddingModule,
+    make_optimizer: MakeOptimizer,
+    device: torch.device,
+    launch: Launch,
+) -> Backend:
+    """The backend of a name."""
+    precision = pick_precision(config, device)
+    mixed = precision == "bf16-mixed"
+    world = launch.world_size
+    if name in ("single", "ddp"):
+        from nearfield.training.backends.replicated import ReplicatedBackend
+
+        return ReplicatedBackend(module, make_optimizer, device, world, mixed)
+    if world == 1:
+        raise BadInputError(
+            f"{name} spreads a model over several processes, and there is one",
+            where="training.backend",
+            hint="Start with `accelerate launch --config_file training/accelerate/"
+            f"{name}.yaml -m nearfield train RECIPE`.",
+        )
+    if name == "fsdp2":
+        from nearfield.training.backends.fsdp2 import Fsdp2Backend
+
+        return Fsdp2Backend(module, list(module.objective.parameters()), make_optimizer, device, world, mixed)
+    from nearfield.training.backends.zero import ZeroBackend
+
+    bf16 = precision.startswith("bf16")
+    return ZeroBackend(name, module, make_optimizer, device, world, bf16, config.max_gradient_norm)
