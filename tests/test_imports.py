@@ -26,7 +26,7 @@ FLOORS = [
     ["data"],
     ["config", "shipped"],
     ["console", "randomness"],
-    ["files"],
+    ["files", "optional"],
     ["errors"],
 ]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}

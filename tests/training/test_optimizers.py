@@ -15,8 +15,9 @@ from torch import nn
 
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
+from nearfield.optional import require_bitsandbytes
 from nearfield.training import TrainingConfig
-from nearfield.training.optimizer_configs import check_sharded, require_bitsandbytes
+from nearfield.training.optimizer_configs import check_sharded
 from nearfield.training.optimizers import MuonWithAdamW, layer_factors, make_optimizer
 
 CPU = torch.device("cpu")

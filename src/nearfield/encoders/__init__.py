@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from nearfield.encoders.build import LoadedEncoder, load_encoder
-from nearfield.encoders.config import EncoderConfig, PromptConfig
+from nearfield.encoders.config import EncoderConfig, LoRAConfig, PromptConfig
 
-__all__ = ["EncoderConfig", "LoadedEncoder", "PromptConfig", "load_encoder"]
+__all__ = ["EncoderConfig", "LoRAConfig", "LoadedEncoder", "PromptConfig", "load_encoder"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -10,8 +11,21 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+from nearfield.encoders.adapters import (
+    ADAPTER_CONFIG,
+    AdapterBase,
+    adapter_base,
+    add_lora,
+    has_adapter,
+    joined_with_base,
+    merge_adapter,
+    quantization_settings,
+    record_base,
+    save_adapter,
+    saved_name,
+)
 from nearfield.encoders.config import EncoderConfig
 from nearfield.encoders.offline import find_offline, offline_package
 from nearfield.encoders.prompts import CONTRACT_FILE
@@ -22,6 +36,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger("nearfield.encoders")
+
+Dtype = Literal["float32", "bfloat16"]
 
 _IDENTITY_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".bin", ".gguf")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "whitespacetokenizer_config.json")
@@ -78,35 +94,98 @@ def load_encoder(
     revision: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    *,
+    dtype: Dtype = "float32",
+    base: str | None = None,
+    quantize: str = "none",
 ) -> LoadedEncoder:
-    """Load a model by folder or hub id in float32.
+    """Load a model by folder or hub id.
 
-    Raises :class:`BadInputError` when it is no model, is damaged, or cannot be fetched.
+    The folder of an adapter alone is loaded on its base: ``base`` if given, else the one it names. ``quantize`` holds the
+    transformer in 4 or 8 bits (CUDA). Raises :class:`BadInputError` when it is no model, is damaged, or cannot be
+    fetched.
     """
     source = locate(name_or_path, revision)
     folder = Path(source.path)
+    stands_on, base_path = None, None
     if folder.is_dir():
         _check_folder(folder)
+        stands_on = adapter_base(folder)
+    if stands_on is not None:
+        base_path = _find_base(stands_on, folder, base)
     if source.note:
         logger.info(source.note)
+    kwargs: dict[str, Any] = {"dtype": dtype}
+    if quantize != "none":
+        kwargs |= quantization_settings(quantize, _device_type(device))
     from sentence_transformers import SentenceTransformer
 
     try:
-        with _quiet_transformers():
+        with (
+            _quiet_transformers(),
+            contextlib.nullcontext(source.path) if base_path is None else joined_with_base(folder, base_path) as path,
+        ):
             model = SentenceTransformer(
-                source.path,
+                str(path),
                 revision=None if folder.is_dir() else revision,
                 device=device,
                 trust_remote_code=trust_remote_code,
-                model_kwargs={"dtype": "float32"},
+                model_kwargs=kwargs,
             )
     except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
         raise _load_error(name_or_path, folder, error) from error
+    if stands_on is not None:
+        record_base(model[0].auto_model, stands_on)
     if folder.is_dir():
-        _check_weights(folder, model)
+        _check_weights(folder, model, None if base_path is None else Path(base_path))
         return LoadedEncoder(model, source.name, source.revision, source.path, source.note)
     commit = getattr(model[0].config, "_commit_hash", None) if hasattr(model[0], "config") else None
     return LoadedEncoder(model, source.name, commit or source.revision, source.path, source.note)
+
+
+def _device_type(device: str | None) -> str:
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device).type
+
+
+def _find_base(stands_on: AdapterBase, folder: Path, given: str | None) -> str:
+    """The folder (of a package, of the hub's cache, of the user) with the model that an adapter was trained on."""
+    hint = "Save the model with encoder.adapter.save: merged where it must load by itself."
+    if given is not None or stands_on.is_local:
+        name = stands_on.name.removeprefix("local/")
+        places = [given] if given is not None else [stands_on.name, str(folder.parent / name)]
+        found = next((place for place in map(locate, filter(_is_there, places)) if Path(place.path).is_dir()), None)
+        if found is None:
+            raise BadInputError(
+                f"this folder holds an adapter only, and its base (the folder {name!r}, content {stands_on.revision}) is not here",
+                where=str(folder),
+                hint=f"Put it at {places[-1]}, or name it as the base. {hint}",
+            )
+        if stands_on.revision not in (None, "main", found.revision):
+            raise BadInputError(
+                f"the model at {found.path} is not the base that this adapter was trained on (revision {found.revision}, wanted {stands_on.revision})",
+                where=str(folder),
+                hint=hint,
+            )
+        return found.path
+    source = locate(stands_on.name, None if stands_on.revision == "main" else stands_on.revision)
+    if Path(source.path).is_dir():
+        return source.path
+    # sentence-transformers would take the newest revision of the base.
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        return str(snapshot_download(stands_on.name, revision=stands_on.revision, allow_patterns=patterns))
+    except Exception as error:  # offline, unknown, forbidden: one message
+        raise _load_error(stands_on.name, Path(stands_on.name), error) from error
+
+
+def _is_there(place: str) -> bool:
+    return Path(place).expanduser().is_dir() or find_offline(place, None) is not None
 
 
 @contextlib.contextmanager
@@ -132,13 +211,21 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def save_encoder(model: SentenceTransformer, folder: Path) -> None:
+def save_encoder(model: SentenceTransformer, folder: Path, *, adapter: Literal["merged", "adapter"] = "merged") -> None:
     """Save in sentence-transformers' format, so that plain ``SentenceTransformer(folder)`` loads it.
 
-    Without a card: sentence-transformers would repeat the base model's.
+    ``adapter`` says what becomes of an adapter: ``merged`` saves a copy of the model that has it in its weights, ``adapter``
+    saves it alone, with the name and revision of its base. Without a card: sentence-transformers would repeat the base
+    model's.
     """
+    if has_adapter(model) and adapter == "merged":
+        model = copy.deepcopy(model)
+        merge_adapter(model)
     with _quiet_transformers():
-        model.save_pretrained(str(folder), create_model_card=False)
+        if has_adapter(model):
+            save_adapter(model, folder)
+        else:
+            model.save_pretrained(str(folder), create_model_card=False)
 
 
 def _load_error(name: str, folder: Path, error: Exception) -> BadInputError:
@@ -193,13 +280,20 @@ def _safetensors_names(file: Path) -> list[str]:
     return list(header)
 
 
-def _check_weights(folder: Path, model: SentenceTransformer) -> None:
+def _check_weights(folder: Path, model: SentenceTransformer, base: Path | None) -> None:
     """transformers fills tensors that a file lacks with random numbers and only warns: refuse such a model instead."""
-    names: set[str] = set()
-    for file in folder.rglob("*.safetensors"):
-        names.update(_safetensors_names(file))
-    if not names or any(folder.rglob("adapter_config.json")):
+    stored = {name for file in folder.rglob("*.safetensors") for name in _safetensors_names(file)}
+    if not stored or (base is None and any(folder.rglob(ADAPTER_CONFIG))):
         return
+    if base is None:
+        # An adapter's names for a whole model's weights: transformers would find none of them.
+        names = {name for name in stored if not name.startswith("base_model.model.")}
+    else:
+        names = {saved_name(name.removeprefix("base_model.model.")) for name in stored}
+        of_base = {name for file in base.rglob("*.safetensors") for name in _safetensors_names(file)}
+        if not of_base:
+            return
+        names |= of_base
     tied = (
         set(getattr(model[0].auto_model, "_tied_weights_keys", None) or [])
         if hasattr(model[0], "auto_model")
@@ -207,7 +301,7 @@ def _check_weights(folder: Path, model: SentenceTransformer) -> None:
     )
     missing = []
     for name, _ in model[0].named_parameters():
-        tail = name.removeprefix("model.")
+        tail = saved_name(name.removeprefix("model."))
         # BERT's pooler is never used by an encoder of ours, and checkpoints of encoders often lack it.
         if "pooler" in tail or tail in tied:
             continue
@@ -226,12 +320,22 @@ def _check_weights(folder: Path, model: SentenceTransformer) -> None:
         )
 
 
-def build_encoder(config: EncoderConfig, device: str | None = None) -> LoadedEncoder:
-    """The encoder of a recipe: the model with the recipe's pooling, normalisation and maximum length."""
+def build_encoder(
+    config: EncoderConfig, device: str | None = None, *, dtype: Dtype = "float32", seed: int = 0
+) -> LoadedEncoder:
+    """The encoder of a recipe: the model with the recipe's pooling, normalisation, maximum length and adapter.
+
+    ``dtype`` is that of its weights; those of an adapter are float32, drawn from ``seed``.
+    """
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
-    loaded = load_encoder(config.model, config.revision, device, config.trust_remote_code)
+    quantize = config.adapter.quantize if config.adapter else "none"
+    loaded = load_encoder(
+        config.model, config.revision, device, config.trust_remote_code, dtype=dtype, quantize=quantize
+    )
     model = loaded.model
+    if has_adapter(model):
+        _merge_base_adapter(loaded, config)
     if config.pooling is not None:
         mode = {"mean": "mean", "cls": "cls", "last": "lasttoken"}[config.pooling]
         position = next((i for i, module in enumerate(model) if isinstance(module, Pooling)), None)
@@ -253,4 +357,35 @@ def build_encoder(config: EncoderConfig, device: str | None = None) -> LoadedEnc
                 f"max_length {config.max_length} is more than the model's {limit} positions", where="encoder.max_length"
             )
         model.max_seq_length = config.max_length
+    _freeze_pooler(model)
+    if config.adapter is not None:
+        transformer = getattr(model[0], "auto_model", None)
+        if config.adapter.save == "adapter" and getattr(transformer, "name_or_path", loaded.path) != loaded.path:
+            raise BadInputError(
+                "the transformer of this model lies in a folder below it, where an adapter alone would not find it",
+                where=config.model,
+                hint="Use encoder.adapter.save: merged.",
+            )
+        add_lora(model, config.adapter, AdapterBase(loaded.name, loaded.revision), seed)
     return loaded
+
+
+def _merge_base_adapter(loaded: LoadedEncoder, config: EncoderConfig) -> None:
+    """A base that is itself an adapter on another model becomes one model, all of whose weights can be trained."""
+    if config.adapter is not None and (config.adapter.save == "adapter" or config.adapter.quantize != "none"):
+        raise BadInputError(
+            "this model is an adapter on another model, and an adapter on it cannot be quantised or saved alone",
+            where=config.model,
+            hint="Use encoder.adapter.save: merged and quantize: none, or begin from a merged model.",
+        )
+    merge_adapter(loaded.model)
+
+
+def _freeze_pooler(model: SentenceTransformer) -> None:
+    """BERT's own pooler sees no gradient where embeddings are made of token vectors: it stays as it was loaded."""
+    from torch import nn
+
+    pooler = getattr(getattr(model[0], "auto_model", None), "pooler", None)
+    text = getattr(model[0], "modality_config", {}).get("text", {})
+    if isinstance(pooler, nn.Module) and text.get("method_output_name") == "last_hidden_state":
+        pooler.requires_grad_(False)

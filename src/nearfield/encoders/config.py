@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from nearfield.config import Config
 
@@ -19,6 +19,39 @@ def _resolve_model(model: str, info: ValidationInfo) -> str:
     if model.startswith((".", "/", "~")) and not path.is_dir():
         raise ValueError(f"there is no folder {str(base / path if base else path)!r}")
     return model
+
+
+class LoRAConfig(Config):
+    """Train low-rank matrices beside the transformer's own, which stay as they are (LoRA, arXiv 2106.09685).
+
+    Modules after the transformer (a dense layer, say) are trained whole.
+    """
+
+    kind: Literal["lora"] = "lora"
+    r: Annotated[int, Field(ge=1)] = 16
+    """The rank."""
+    alpha: Annotated[int, Field(ge=1)] = 32
+    """The product of the two low-rank matrices is multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of what enters the low-rank matrices."""
+    targets: Literal["all-linear", "attention", "mlp"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """The matrices of the layers that get one, by role, or a list of module names or their endings."""
+    use_dora: bool = False
+    """Learn the length of each output's weights beside (DoRA, arXiv 2402.09353)."""
+    quantize: Literal["none", "4bit", "8bit"] = "none"
+    """Hold the base in 4 or 8 bits (QLoRA, arXiv 2305.14314): CUDA and the package bitsandbytes."""
+    save: Literal["merged", "adapter"] = "merged"
+    """``merged`` saves a whole model with the adapter added to its weights; ``adapter`` the adapter alone, which loads where
+    its base is found."""
+
+    @model_validator(mode="after")
+    def _quantized_bases_are_not_merged(self) -> LoRAConfig:
+        if self.quantize != "none" and self.save == "merged":
+            raise ValueError(
+                f"an adapter merged into a base in {self.quantize} would be rounded to {self.quantize}; say save: adapter "
+                "(it can be merged into the unrounded base afterwards)"
+            )
+        return self
 
 
 class EncoderConfig(Config):
@@ -35,6 +68,8 @@ class EncoderConfig(Config):
     """Whether embeddings have length 1; null keeps what the model says."""
     max_length: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
     """Longest input in tokens, special tokens and prompt included; null keeps what the model says."""
+    adapter: LoRAConfig | None = None
+    """Train an adapter instead of the transformer's own weights."""
     trust_remote_code: bool = False
     """Run code from the model's folder or repository. Only for models that you trust."""
 

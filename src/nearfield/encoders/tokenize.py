@@ -19,7 +19,9 @@ class Tokenizer:
     """The callable that :func:`nearfield.data.tokens.build_tokens` wants."""
 
     def __init__(self, config: EncoderConfig) -> None:
-        self.model: SentenceTransformer = build_encoder(config, "cpu").model
+        # Adapters change no token, and a quantised base would need a GPU here.
+        plain = config.model_copy(update={"adapter": None})
+        self.model: SentenceTransformer = build_encoder(plain, "cpu").model
 
     def __call__(self, texts: Sequence[str], prompt: str) -> list[npt.NDArray[np.int32]]:
         """The token ids of each text with the prompt before it, cut to the model's maximum length."""

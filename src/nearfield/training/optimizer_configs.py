@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -10,6 +9,7 @@ from pydantic import Field, model_validator
 
 from nearfield.config import Config
 from nearfield.errors import BadInputError
+from nearfield.optional import require_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -172,18 +172,6 @@ class AdamW8bitConfig(_Optimizer):
 OptimizerConfig = Annotated[
     AdamWConfig | AdafactorConfig | MuonConfig | SGDConfig | AdamW8bitConfig, Field(discriminator="kind")
 ]
-
-
-def require_bitsandbytes(what: str, device_type: str, where: str, otherwise: str) -> None:
-    """Raise :class:`BadInputError` unless bitsandbytes is installed and the device is a CUDA one."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise BadInputError(
-            f"{what} needs bitsandbytes, which is not installed",
-            where=where,
-            hint=f"Install it with: pip install bitsandbytes. {otherwise}",
-        )
-    if device_type != "cuda":
-        raise BadInputError(f"{what} needs a CUDA device; this is {device_type}", where=where, hint=otherwise)
 
 
 def check_sharded(config: OptimizerConfig, backend: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from nearfield.encoders.layers import EMBEDDING, LAYER
 from nearfield.errors import BadInputError
 from nearfield.training.config import TrainingConfig
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|resblocks)\.(\d+)(?=\.)")
-_EMBEDDING = re.compile(r"embed|(?:^|\.)(?:wte|wpe|shared)\.|relative_attention_bias")
 
 
 @dataclass
@@ -54,7 +51,7 @@ def make_optimizer(
     groups: dict[tuple[bool, float, bool], ParameterGroup] = {}
     for name, parameter in named:
         decayed = parameter.ndim >= 2 and not spared(name)
-        in_layer = _LAYER.search(name) is not None and _EMBEDDING.search(name) is None
+        in_layer = LAYER.search(name) is not None and EMBEDDING.search(name) is None
         hidden = config.optimizer.by_matrix and decayed and parameter.ndim == 2 and in_layer
         key = (decayed, factors[name], hidden)
         groups.setdefault(key, ParameterGroup(decayed, factors[name], hidden)).parameters.append(parameter)
@@ -73,7 +70,7 @@ def layer_factors(names: Sequence[str], decay: float) -> dict[str, float]:
         return dict.fromkeys(names, 1.0)
     places: dict[str, tuple[str, int]] = {}
     for name in names:
-        if match := _LAYER.search(name):
+        if match := LAYER.search(name):
             places[name] = (name[: match.start()], int(match.group(1)))
     if not places:
         raise BadInputError(
@@ -89,7 +86,7 @@ def layer_factors(names: Sequence[str], decay: float) -> dict[str, float]:
         if name in places:
             tower, layer = places[name]
             factors[name] = decay ** (depths[tower] - 1 - layer)
-        elif _EMBEDDING.search(name):
+        elif EMBEDDING.search(name):
             tower = max(depths, key=lambda tower: _common_prefix(tower, name))
             factors[name] = decay ** depths[tower]
         else:

@@ -1,0 +1,236 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353): put on, merged, saved without their base."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nearfield.encoders.config import LoRAConfig
+from nearfield.encoders.layers import LAYER
+from nearfield.errors import BadInputError
+from nearfield.files import read_json, write_json
+from nearfield.optional import require_bitsandbytes
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from torch import nn
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_MAGNITUDE = ".lora_magnitude_vector"
+_ROUTERS = ("gate", "router")
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """The model that an adapter was trained on: a hub id, or ``local/NAME`` for a folder."""
+
+    name: str
+    revision: str | None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it was a folder, whose revision is the hash of its content."""
+        return self.name.startswith("local/")
+
+
+def lora_targets(transformer: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
+    """The names of the matrices that get an adapter, in the model's order.
+
+    ``attention`` are the linear modules of a layer below one whose name has ``attn`` or ``attention``, ``mlp`` the
+    layer's other ones (not the routers of experts), ``all-linear`` both. Heads and poolers are in no layer. Raises
+    :class:`BadInputError` where nothing matches.
+    """
+    from torch import nn
+
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    if isinstance(targets, tuple):
+        for position, target in enumerate(targets):
+            if not any(name == target or name.endswith(f".{target}") for name in linear):
+                close = difflib.get_close_matches(
+                    target, {name.rpartition(".")[2] for name in linear} | set(linear), 3, 0.0
+                )
+                raise BadInputError(
+                    f"{type(transformer).__name__} has no linear module {target!r}",
+                    where=f"encoder.adapter.targets.{position}",
+                    hint=f"Nearest: {', '.join(close) or 'it has none at all'}.",
+                )
+        return [name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)]
+    found = []
+    for name in linear:
+        layer = LAYER.search(name)
+        if layer is None or name.rpartition(".")[2] in _ROUTERS:
+            continue
+        inside = name[layer.end() :].lower()
+        role = "attention" if "attn" in inside or "attention" in inside else "mlp"
+        if targets in ("all-linear", role):
+            found.append(name)
+    if not found:
+        shown = ", ".join(linear[:3]) or "none"
+        raise BadInputError(
+            f"no module of {type(transformer).__name__} is known as {targets}, so no adapter can be put on",
+            where="encoder.adapter.targets",
+            hint=f"Name the modules in a list. Linear modules: {shown}.",
+        )
+    return found
+
+
+def quantization_settings(quantize: str, device_type: str) -> dict[str, Any]:
+    """What transformers is given to load a base in 4 or 8 bits (QLoRA, arXiv 2305.14314); nothing for ``none``."""
+    if quantize == "none":
+        return {}
+    require_bitsandbytes(f"a base in {quantize}", device_type, "encoder.adapter.quantize", "Use quantize: none.")
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if native else torch.float32,
+    )
+    return {"quantization_config": settings}
+
+
+def add_lora(model: SentenceTransformer, config: LoRAConfig, base: AdapterBase, seed: int) -> None:
+    """Put a fresh adapter on the transformer; its weights are float32, and the transformer's own no longer trained.
+
+    The embeddings are those of the base until the first step.
+    """
+    import torch
+    from peft import LoraConfig
+
+    if not hasattr(model[0], "auto_model"):
+        raise BadInputError(
+            f"adapters need a transformer, and the model's first module is a {type(model[0]).__name__}",
+            where="encoder.adapter",
+        )
+    transformer = model[0].auto_model
+    settings = LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=lora_targets(transformer, config.targets),
+        use_dora=config.use_dora,
+    )
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model.add_adapter(settings)
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        raise BadInputError(
+            f"the installed transformers does not work with the installed peft: {error}",
+            where="encoder.adapter",
+            hint="pip install 'transformers<5.24', or a newer peft.",
+        ) from error
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    record_base(transformer, base)
+
+
+def record_base(transformer: Any, base: AdapterBase) -> None:
+    """Say in the adapter's settings what it was trained on; peft would write the path of this machine."""
+    for settings in transformer.peft_config.values():
+        settings.base_model_name_or_path = base.name
+        settings.revision = base.revision
+
+
+def has_adapter(model: SentenceTransformer) -> bool:
+    """Whether the transformer carries an adapter that is not merged."""
+    return bool(getattr(getattr(model[0], "auto_model", None), "peft_config", None))
+
+
+def merge_adapter(model: SentenceTransformer) -> None:
+    """Add the adapter to the weights it stands on and take it off, in place; the weights can be trained again."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    transformer = model[0].auto_model
+    for name, module in list(transformer.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), child, module.get_base_layer())
+    transformer.requires_grad_(True)
+    transformer._hf_peft_config_loaded = False
+    del transformer.peft_config
+    # A loaded adapter leaves its renamings behind, and saving would give them to all weights; without any, transformers
+    # finds the model's own again.
+    if "base_model.model." in str(getattr(transformer, "_weight_conversions", "")):
+        del transformer._weight_conversions
+
+
+def save_adapter(model: SentenceTransformer, folder: Path) -> None:
+    """Save a model without the weights of its transformer, which its adapter's settings name."""
+    settings = model[0].auto_model.peft_config["default"]
+    base = AdapterBase(settings.base_model_name_or_path, settings.revision)
+    # peft would ask the hub for the base's vocabulary.
+    settings.base_model_name_or_path = None
+    try:
+        model.save_pretrained(str(folder), create_model_card=False)
+    finally:
+        settings.base_model_name_or_path = base.name
+    repair_dora(folder)
+    written = read_json(folder / ADAPTER_CONFIG, "adapter configuration")
+    write_json(folder / ADAPTER_CONFIG, {**written, "base_model_name_or_path": base.name, "revision": base.revision})
+
+
+def repair_dora(folder: Path) -> None:
+    """Name DoRA's magnitudes in a saved adapter so that transformers finds them.
+
+    peft drops their last part ``.weight`` in saving, and transformers then loads an adapter without them and only warns.
+    peft reads both names.
+    """
+    from safetensors.torch import load_file, save_file
+
+    file = folder / ADAPTER_WEIGHTS
+    tensors = load_file(file) if file.is_file() else {}
+    if any(name.endswith(_MAGNITUDE) for name in tensors):
+        renamed = {f"{name}.weight" if name.endswith(_MAGNITUDE) else name: t for name, t in tensors.items()}
+        file.unlink()  # it may be a link
+        save_file(renamed, file, metadata={"format": "pt"})
+
+
+def adapter_base(folder: Path) -> AdapterBase | None:
+    """What the adapter in a model folder was trained on; None for a folder that holds a whole model."""
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file() or (folder / "config.json").is_file():
+        return None
+    settings = read_json(file, "adapter configuration")
+    name = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(name, str) or not name:
+        raise BadInputError("this adapter does not say what it was trained on", where=str(file))
+    return AdapterBase(name, settings.get("revision"))
+
+
+@contextlib.contextmanager
+def joined_with_base(folder: Path, base: str) -> Iterator[Path]:
+    """A folder of links to an adapter's files that names ``base``, a folder of this machine, as what it stands on."""
+    with tempfile.TemporaryDirectory(prefix="nearfield-adapter-") as temporary:
+        joined = Path(temporary)
+        for entry in folder.iterdir():
+            if entry.name != ADAPTER_CONFIG:
+                try:
+                    (joined / entry.name).symlink_to(entry.resolve())
+                except OSError:  # no links on this file system
+                    (shutil.copytree if entry.is_dir() else shutil.copy2)(entry, joined / entry.name)
+        settings = read_json(folder / ADAPTER_CONFIG, "adapter configuration")
+        repair_dora(joined)
+        write_json(joined / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": base, "revision": None})
+        yield joined
+
+
+def saved_name(parameter: str) -> str:
+    """The name that a transformer's parameter has in weights files, whether an adapter or a plain model names it."""
+    return parameter.replace(".base_layer.", ".").replace(".default.", ".").replace(f"{_MAGNITUDE}.weight", _MAGNITUDE)
