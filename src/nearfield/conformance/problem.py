@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +67,11 @@ def random_batch(queries: int, seed: int = 0) -> tuple[Batch, dict[int, Rows]]:
     return batch, known
 
 
+def sgd(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """Plain SGD: a step of rate 1 subtracts the gradient."""
+    return torch.optim.SGD(parameters, lr=rate)
+
+
 @dataclass
 class Problem:
     """A tiny encoder, an objective, and a batch."""
@@ -100,8 +105,9 @@ class Problem:
         packing: str = "never",
         rate: float = 1.0,
         max_norm: float | None = None,
+        optimizer: Callable[[Sequence[nn.Parameter], float], torch.optim.Optimizer] = sgd,
     ) -> Engine:
-        """A new engine with plain SGD, so that a step shows the gradient."""
+        """A new engine; its optimiser is plain SGD, so that a step shows the gradient, unless another is given."""
         config = TrainingConfig.model_validate(
             {
                 "backend": backend,
@@ -113,7 +119,11 @@ class Problem:
             }
         )
         objective = self.objective.build().to(self.dtype)
-        return build_engine(config, self.encoder(), objective, lambda named: sgd(named, rate), self.tokens, CPU, launch)
+
+        def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+            return optimizer([parameter for _, parameter in named], rate)
+
+        return build_engine(config, self.encoder(), objective, make_optimizer, self.tokens, CPU, launch)
 
     def work(self, engine: Engine, budget: int) -> Work:
         """The batch cut and dealt."""
@@ -142,7 +152,7 @@ class Problem:
         objective = self.objective.build().to(self.dtype)
         module = EmbeddingModule(encoder, objective)
         engine = Engine(
-            ReplicatedBackend(module, lambda named: sgd(named, 1.0), CPU, 1, False),
+            ReplicatedBackend(module, lambda named: sgd([p for _, p in named], 1.0), CPU, 1, False),
             encoder,
             objective,
             Launch(),
@@ -159,11 +169,6 @@ class Problem:
         mean.backward()
         gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
         return float(mean.detach()), gradients
-
-
-def sgd(named: Iterable[tuple[str, nn.Parameter]], rate: float) -> torch.optim.Optimizer:
-    """Plain SGD: a step of rate 1 subtracts the gradient."""
-    return torch.optim.SGD([parameter for _, parameter in named], lr=rate)
 
 
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:

@@ -11,7 +11,7 @@ from nearfield.data.tokens import VERSION as TOKENS_VERSION
 from nearfield.encoders.build import ModelSource, locate
 from nearfield.encoders.prompts import PromptContract, base_prompts, make_contract
 from nearfield.errors import BadInputError
-from nearfield.evaluation.config import HeldOutTask
+from nearfield.evaluation.config import HeldOutTask, SuiteConfig
 from nearfield.files import fingerprint, hash_folder
 from nearfield.pipeline.run import Run, StageStatus
 
@@ -32,7 +32,9 @@ _NOT_IN_TRAINING_FINGERPRINT = {
     "graph_tokens",
     "checkpoints",
     "log_every",
-    "tensorboard",
+    "trackers",
+    # What of it decides which model comes out is added by itself.
+    "evaluation",
 }
 
 
@@ -81,16 +83,20 @@ class Freshness:
                 "length": [recipe.training.epochs, recipe.training.max_steps],
             }
         )
-        found["train"] = fingerprint(
-            {
-                "version": TRAIN_VERSION,
-                "plan": found["plan"],
-                "encoder": encoder,
-                "prompts": self.contract.model_prompts,
-                "objective": recipe.objective.model_dump(mode="json"),
-                "training": recipe.training.model_dump(mode="json", exclude=_NOT_IN_TRAINING_FINGERPRINT),
-            }
-        )
+        train = {
+            "version": TRAIN_VERSION,
+            "plan": found["plan"],
+            "encoder": encoder,
+            "prompts": self.contract.model_prompts,
+            "objective": recipe.objective.model_dump(mode="json"),
+            "training": recipe.training.model_dump(mode="json", exclude=_NOT_IN_TRAINING_FINGERPRINT),
+        }
+        during = recipe.training.evaluation
+        if during is not None and during.decides:
+            # Whether the untrained model is scored, and what is asked of prompts, decides nothing.
+            settings = during.model_dump(mode="json", exclude={"suite", "at_start", "prompts"})
+            train["evaluation"] = [settings, *_suite_content(during.suite, self.run.checked.training_suite)]
+        found["train"] = fingerprint(train)
         found["evaluate"] = fingerprint(
             {"version": EVALUATE_VERSION, "train": found["train"], "suite": self._suite_inputs()}
         )
@@ -99,25 +105,11 @@ class Freshness:
         return found
 
     def _suite_inputs(self) -> Any:
-        from nearfield.data.build import data_fingerprint
-        from nearfield.data.config import DataConfig
-
         evaluation = self.recipe.evaluation
         if evaluation is None:
             return None
-        inputs: list[Any] = [evaluation.model_dump(mode="json", exclude={"suite"})]
-        suite = self.run.checked.suite
-        if suite is None:
-            return [*inputs, hash_folder(evaluation.suite)]
-        for task in suite.tasks:
-            inputs.append(task.model_dump(mode="json", exclude={"data", "path"}))
-            if isinstance(task, HeldOutTask):
-                inputs.append(
-                    hash_folder(task.data) if task.data.is_dir() else data_fingerprint(DataConfig.load(task.data))
-                )
-            elif task.kind == "folder":
-                inputs.append(hash_folder(task.path))
-        return inputs
+        settings = evaluation.model_dump(mode="json", exclude={"suite"})
+        return [settings, *_suite_content(evaluation.suite, self.run.checked.suite)]
 
     # Where the outputs are.
 
@@ -178,3 +170,22 @@ class Freshness:
         if until not in stages:
             raise BadInputError(f"this recipe has no stage {until!r}", hint=f"Stages: {', '.join(stages)}.")
         return stages[: stages.index(until) + 1]
+
+
+def _suite_content(path: Path, suite: SuiteConfig | None) -> list[Any]:
+    """What the scores on a suite depend on: its tasks' settings and data; ``suite`` is None for a folder of tasks."""
+    from nearfield.data.build import data_fingerprint
+    from nearfield.data.config import DataConfig
+
+    if suite is None:
+        return [hash_folder(path)]
+    inputs: list[Any] = []
+    for task in suite.tasks:
+        inputs.append(task.model_dump(mode="json", exclude={"data", "path"}))
+        if isinstance(task, HeldOutTask):
+            inputs.append(
+                hash_folder(task.data) if task.data.is_dir() else data_fingerprint(DataConfig.load(task.data))
+            )
+        elif task.kind == "folder":
+            inputs.append(hash_folder(task.path))
+    return inputs

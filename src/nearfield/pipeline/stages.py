@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nearfield.encoders.build import LoadedEncoder, build_encoder, save_encoder
+from nearfield.encoders.build import LoadedEncoder, build_encoder, load_encoder, save_encoder
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, hash_file, hash_folder, write_json, write_text
 from nearfield.pipeline.freshness import Freshness
@@ -23,6 +23,8 @@ from nearfield.pipeline.run import Run, StageStatus
 from nearfield.training.launch import Launch
 
 if TYPE_CHECKING:
+    import torch
+
     from nearfield.batching.plan import Plan
     from nearfield.data.store import Store
     from nearfield.data.tokens import Rows, TokenCache
@@ -148,7 +150,7 @@ class Stages(Freshness):
 
     def train(self) -> dict[str, Any]:
         """Train from the newest checkpoint on and save the model."""
-        from nearfield.training.engine import pick_device, pick_precision
+        from nearfield.training.engine import pick_device
         from nearfield.training.loop import TrainingInputs, train
 
         store, folder = self._store(), self.run.folder
@@ -166,8 +168,7 @@ class Stages(Freshness):
         )
         config = self.recipe.training
         device = pick_device(config, self.launch)
-        dtype = "bfloat16" if pick_precision(config, device) == "bf16-pure" else "float32"
-        encoder = build_encoder(self.recipe.encoder, "cpu")
+        encoder = self._encoder(device)
         result = train(
             config,
             self.recipe.objective.build(),
@@ -180,7 +181,7 @@ class Stages(Freshness):
         )
         if not self.launch.is_main:
             return {}
-        self._export(result, dtype)
+        self._export(result, device)
         return {
             "steps": result.steps,
             "examples": result.examples,
@@ -194,16 +195,31 @@ class Stages(Freshness):
             "base_model": [encoder.name, encoder.revision],
         }
 
-    def _export(self, result: TrainingResult, dtype: str) -> None:
+    def _encoder(self, device: torch.device) -> LoadedEncoder:
+        """The encoder of the recipe in the precision that weights have in training, the same on all ranks."""
+        from nearfield.training.engine import pick_precision
+
+        recipe = self.recipe
+        pure = pick_precision(recipe.training, device) == "bf16-pure"
+        quantized = recipe.encoder.adapter is not None and recipe.encoder.adapter.quantize != "none"
+        return build_encoder(
+            recipe.encoder,
+            str(device) if quantized else "cpu",
+            dtype="bfloat16" if pure else "float32",
+            seed=recipe.seed,
+        )
+
+    def _export(self, result: TrainingResult, device: torch.device) -> None:
         """Save the model of the run's last checkpoint: complete and of one format, whatever it was trained on."""
         from nearfield.training.checkpoint import load_into, open_checkpoint
         from nearfield.training.engine import EmbeddingModule
 
-        encoder = build_encoder(self.recipe.encoder, "cpu")
+        encoder = self._encoder(device)
         load_into(EmbeddingModule(encoder.model, self.recipe.objective.build()), open_checkpoint(result.checkpoint))
         encoder.model.prompts = dict(self.contract.model_prompts)
         with atomic_path(self.run.folder / "model") as aside:
-            save_encoder(encoder.model, aside)
+            adapter = self.recipe.encoder.adapter
+            save_encoder(encoder.model, aside, adapter=adapter.save if adapter else "merged")
             self.contract.save(aside)
             write_text(aside / "README.md", self._card(encoder, result))
 
@@ -277,10 +293,16 @@ class Stages(Freshness):
 
         evaluation = self.recipe.evaluation
         assert evaluation is not None
-        models: dict[str, tuple[str, str | None]] = {name: (name, None) for name in evaluation.baselines}
+        models: dict[str, tuple[str | LoadedEncoder, str | None]] = {
+            name: (name, None) for name in evaluation.baselines
+        }
         if evaluation.before:
             models["before"] = (self._untrained(), None)
-        models["after"] = (str(self.run.folder / "model"), f"nearfield/{self.recipe.name}")
+        trained: str | LoadedEncoder = str(self.run.folder / "model")
+        if self.recipe.encoder.adapter is not None and self.recipe.encoder.adapter.save == "adapter":
+            # The folder names its base, but not where on this machine that lies.
+            trained = load_encoder(str(trained), base=self.recipe.encoder.model)
+        models["after"] = (trained, f"nearfield/{self.recipe.name}")
         folders, failures = {}, {}
         for label, (model, name) in models.items():
             logger.info("Evaluating %s (%s)", label, name or model)
@@ -310,7 +332,8 @@ class Stages(Freshness):
 
         path = self.run.folder / "untrained"
         with atomic_path(path) as aside:
-            save_encoder(build_encoder(encoder, "cpu").model, aside)
+            plain = encoder.model_copy(update={"adapter": None})
+            save_encoder(build_encoder(plain, "cpu").model, aside)
         return str(path)
 
     def compare(self) -> dict[str, Any]:

@@ -70,6 +70,10 @@ class Engine:
         """Whether chunks are padded rectangles."""
         return self.packing is None
 
+    def backend_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained, whole or in the shards that this rank holds."""
+        return [p for p in self.backend.module.parameters() if p.requires_grad]
+
     def lengths(self, pool: Pool) -> Rows:
         """(n,) tokens of the pool's texts."""
         lengths = np.zeros(len(pool.items), dtype=np.int64)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -31,13 +31,15 @@ from nearfield.training.checkpoint import (
 from nearfield.training.communication import broadcast_json
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import Engine, build_engine, pick_device, pick_precision
+from nearfield.training.evaluating import Evaluate, Evaluations, InterruptedEvaluationError
 from nearfield.training.launch import Launch, RankDiedError
 from nearfield.training.memory import Budget, choose_budget
-from nearfield.training.metrics import MetricsLog, TrainingProgress
+from nearfield.training.metrics import TrainingProgress
 from nearfield.training.optimizers import make_optimizer
 from nearfield.training.schedule import rate_factor
 from nearfield.training.step import StepResult, is_out_of_memory, run_step
 from nearfield.training.stopping import StopRequest
+from nearfield.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -59,6 +61,10 @@ class TrainingInputs:
     """Query item row -> its known positive item rows."""
     item_ids: Callable[[Rows], list[str]]
     """Item rows -> their ids in hex, for messages."""
+    evaluate: Evaluate | None = None
+    """What scores the model during the training, where the configuration asks for it."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What trackers show beside the figures: the run's name and settings."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class TrainingResult:
     """How a run went."""
 
     steps: int
+    """Steps done."""
     resumed_from: int
     examples: int
     """Examples of the steps that this call ran."""
@@ -78,6 +85,10 @@ class TrainingResult:
     world_size: int
     checkpoint: Path
     """The checkpoint that the model is to be made of."""
+    stopped_early: bool = False
+    """Whether evaluations without a gain ended the training."""
+    best: tuple[int, float] | None = None
+    """The step and score of the best evaluation."""
 
 
 def train(
@@ -94,7 +105,7 @@ def train(
     """Train ``model`` on the plans, from the newest checkpoint in ``run/checkpoints`` if there is one.
 
     The steps, and on a CPU with the same number of ranks every bit of the weights, are those of a run that was never
-    interrupted. The outcome is the last checkpoint: a sharded model is whole nowhere else.
+    interrupted. The outcome is a checkpoint, the last or the best one: a sharded model is whole nowhere else.
 
     Raises :class:`StoppedError` after a checkpoint when a signal asks any rank to stop, :class:`NonFiniteError` after a
     checkpoint of the last good state when a loss or gradient is not finite, and :class:`OutOfMemoryStopError` where the
@@ -137,83 +148,118 @@ def _train(
     identity = {"fingerprint": fingerprint, "plans": list(inputs.plan_hashes), "seed": seed}
 
     def optimizer_of(parameters: Any) -> torch.optim.Optimizer:
-        return make_optimizer(parameters, config, device)
+        return make_optimizer(parameters, config, device, no_decay=lambda name: name.startswith("objective."))
 
     engine = build_engine(config, model, objective, optimizer_of, inputs.tokens, device, launch)
     backend = engine.backend
-    first, kept_budget = _resume(engine, checkpoints, identity, steps)
-    budget = kept_budget or choose_budget(config, engine, inputs.plans, inputs.known_positives)
+    saved = _resume(engine, checkpoints, identity, steps)
+    first = int(saved["step"]) if saved is not None else 0
+    if saved is not None:
+        budget = Budget.from_json(saved)
+    else:
+        budget = choose_budget(config, engine, inputs.plans, inputs.known_positives)
+    evaluations = Evaluations(
+        config.evaluation,
+        inputs.evaluate,
+        engine,
+        epochs=[len(plan) for plan in inputs.plans],
+        steps=steps,
+        keep_last=config.checkpoints.keep_last,
+        saved=saved,
+    )
     writer = CheckpointWriter(
         checkpoints, config.checkpoints.keep_last, background=config.checkpoints.background, writes=launch.is_main
     )
 
     def save(step: int) -> Path:
         state = {**identity, "world_size": launch.world_size, "backend": backend.name, **budget.to_json()}
+        state |= evaluations.saved()
+        writer.protected = evaluations.protected()
         return writer.save(step, backend.model_tensors(), backend.optimizer_tensors(), state)
+
+    def leave(done: int) -> NoReturn:
+        path = save(done)
+        writer.wait()
+        raise StoppedError(
+            f"stopped by {stop.received or 'another rank'} after step {done} of {steps}",
+            where=str(path),
+            hint="The same command goes on from this checkpoint.",
+        )
+
+    def evaluate(done: int) -> bool:
+        """Whether a checkpoint of this step is wanted; a stop leaves the evaluation to the resumed run."""
+        try:
+            return evaluations.run(done, budget.micro_batch_tokens, trackers, lambda: stop.received is not None)
+        except InterruptedEvaluationError:
+            leave(done)
 
     if not backend.retries_in_place and not checkpoint_paths(checkpoints):
         # Memory that runs out ends the ranks: the smaller budget needs a checkpoint to live in.
         save(first)
     factors = [group.get("factor", 1.0) for group in backend.optimizer.param_groups]
     examples, loss_value, start = 0, None, time.monotonic()
-    log = MetricsLog(run, first, config.tensorboard) if launch.is_main else None
-    try:
-        with TrainingProgress(first, steps) as progress:
-            for step in range(first, steps):
-                began = time.monotonic()
-                epoch, batch = batch_of_step(inputs.plans, step)
-                rate = config.learning_rate * rate_factor(config.schedule, step, steps)
-                while True:
-                    result, tokens, padded = _gradient(
-                        engine, config, budget, batch, inputs, seed=seed, step=step, stop=stop
-                    )
-                    if not result.word.out_of_memory:
-                        break
-                    budget = _halve(budget, step)
-                norm = math.nan
-                if math.isfinite(result.loss):
-                    norm = backend.update([rate * f for f in factors], config.max_gradient_norm, result.word.used)
-                if not math.isfinite(norm):
-                    save(step)
-                    writer.wait()
-                    raise _non_finite(run, step, batch, result, inputs, objective, norm, writes=launch.is_main)
-                loss_value = result.loss
-                done = step + 1
-                examples += len(batch.query)
-                if log is not None and (done % config.log_every == 0 or done == steps):
-                    log.write(
-                        {
-                            "step": done,
-                            "epoch": epoch,
-                            "loss": loss_value,
-                            "learning_rate": rate,
-                            "gradient_norm": norm,
-                            "rows": len(batch.query),
-                            "tokens": tokens,
-                            "padded_tokens": padded,
-                            "seconds": round(time.monotonic() - began, 4),
-                            **watch(result.batch),
-                        }
-                    )
-                progress.update(done, loss_value, len(batch.query))
-                if result.word.stop and done < steps:
-                    path = save(done)
-                    writer.wait()
-                    raise StoppedError(
-                        f"stopped by {stop.received or 'another rank'} after step {done} of {steps}",
-                        where=str(path),
-                        hint="The same command goes on from this checkpoint.",
-                    )
-                if done % config.checkpoints.every_steps == 0 or done == steps:
-                    save(done)
-                writer.check()
-        seconds = time.monotonic() - start
+    trackers = Trackers(
+        config.trackers,
+        run,
+        first,
+        evaluated=evaluations.state.evaluated,
+        about=inputs.about,
+        writes=launch.is_main,
+    )
+    done = first
+    with trackers, TrainingProgress(first, steps) as progress:
+        if evaluations.due(first) and evaluate(first):
+            save(first)
+        for step in range(first, steps):
+            if evaluations.exhausted:
+                break
+            began = time.monotonic()
+            epoch, batch = batch_of_step(inputs.plans, step)
+            rate = config.learning_rate * rate_factor(config.schedule, step, steps)
+            while True:
+                result, tokens, padded = _gradient(
+                    engine, config, budget, batch, inputs, seed=seed, step=step, stop=stop
+                )
+                if not result.word.out_of_memory:
+                    break
+                budget = _halve(budget, step)
+            norm = math.nan
+            if math.isfinite(result.loss):
+                norm = backend.update([rate * f for f in factors], config.max_gradient_norm, result.word.used)
+            if not math.isfinite(norm):
+                save(step)
+                writer.wait()
+                raise _non_finite(run, step, batch, result, inputs, objective, norm, writes=launch.is_main)
+            loss_value = result.loss
+            done = step + 1
+            examples += len(batch.query)
+            if done % config.log_every == 0 or done == steps:
+                trackers.step(
+                    {
+                        "step": done,
+                        "epoch": epoch,
+                        "loss": loss_value,
+                        "learning_rate": rate,
+                        "gradient_norm": norm,
+                        "rows": len(batch.query),
+                        "tokens": tokens,
+                        "padded_tokens": padded,
+                        "seconds": round(time.monotonic() - began, 4),
+                        **watch(result.batch),
+                    }
+                )
+            progress.update(done, loss_value, len(batch.query))
+            if result.word.stop and done < steps:
+                leave(done)
+            wanted = evaluations.due(done) and evaluate(done)
+            if wanted or done % config.checkpoints.every_steps == 0 or done == steps:
+                save(done)
+            writer.check()
+        seconds = time.monotonic() - start - evaluations.seconds
         writer.wait()
-    finally:
-        if log is not None:
-            log.close()
+    best = evaluations.state
     return TrainingResult(
-        steps,
+        done,
         first,
         examples,
         loss_value,
@@ -222,7 +268,9 @@ def _train(
         pick_precision(config, device),
         backend.name,
         launch.world_size,
-        checkpoints / f"step-{steps:08d}",
+        checkpoints / f"step-{done if evaluations.kept_step is None else evaluations.kept_step:08d}",
+        stopped_early=evaluations.exhausted and done < steps,
+        best=None if best.best_step is None or best.best_score is None else (best.best_step, best.best_score),
     )
 
 
@@ -311,15 +359,15 @@ class _ShrinkBudget:
             logger.warning("The budget in %s is now %d tokens at a time", path.path.name, smaller.micro_batch_tokens)
 
 
-def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], steps: int) -> tuple[int, Budget | None]:
-    """The step to go on from and the budget in force there; rank 0 reads, the others receive."""
+def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], steps: int) -> dict[str, Any] | None:
+    """Put the newest checkpoint into the engine and return its state; rank 0 reads, the others receive."""
     launch, device = engine.launch, engine.backend.device
     checkpoint: Checkpoint | None = None
     if launch.is_main:
         checkpoint = newest_checkpoint(checkpoints, lambda found: _check_identity(found, identity))
-    state = broadcast_json(None if checkpoint is None else checkpoint.state, device)
+    state: dict[str, Any] | None = broadcast_json(None if checkpoint is None else checkpoint.state, device)
     if state is None:
-        return 0, None
+        return None
     tensors = read_tensors(checkpoint) if checkpoint is not None else (None, None)
     try:
         engine.backend.load(*tensors)
@@ -335,7 +383,7 @@ def _resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], steps: 
                 state.get("world_size"),
                 launch.world_size,
             )
-    return int(state["step"]), Budget.from_json(state)
+    return state
 
 
 def _check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:

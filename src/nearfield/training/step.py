@@ -191,6 +191,10 @@ def run_step(
     if backend.same_chunk_count:
         turns += [None] * (work.rounds - len(turns))
 
+    # Only checks of equalities run in float64.
+    double = next(backend.module.parameters()).dtype == torch.float64
+    nothing = torch.zeros((0, dimension), dtype=torch.float64 if double else torch.float32, device=backend.device)
+
     def encode(turn: int | None) -> Tensor:
         number = 0 if turn is None else turn
         seed_chunk(seed, step, number)
@@ -198,10 +202,10 @@ def run_step(
 
     def real(parts: list[Tensor]) -> Tensor:
         kept = [part for turn, part in zip(turns, parts, strict=True) if turn is not None]
-        return torch.cat(kept) if kept else torch.zeros((0, dimension), device=backend.device)
+        return torch.cat(kept) if kept else nothing
 
     parts: list[Tensor] = []
-    joined = torch.zeros((len(shares.own), dimension), device=backend.device)
+    joined = nothing.new_zeros((len(shares.own), dimension))
     with guard:
         for turn in turns:
             with torch.set_grad_enabled(keep_graph):

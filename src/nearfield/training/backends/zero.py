@@ -75,6 +75,9 @@ def deepspeed_config(name: BackendName, bf16: bool, world_size: int, max_norm: f
 class ZeroBackend:
     """A DeepSpeed engine around the module."""
 
+    same_chunk_count = True
+    """Stage 3 gathers parameters in every forward and backward, stage 2 reduces in every backward, and stage 1 fails on a
+    rank that had none."""
     retries_in_place = False
 
     def __init__(
@@ -91,8 +94,6 @@ class ZeroBackend:
         self.stage = _STAGES[name]
         self.device = device
         self.world_size = world_size
-        # Stage 3 gathers parameters in every forward and backward, stage 2 reduces in every backward.
-        self.same_chunk_count = self.stage >= 2
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         deepspeed = _import_deepspeed()
@@ -197,8 +198,6 @@ class ZeroBackend:
 
     def load(self, model: dict[str, Tensor] | None, optimizer: dict[str, Tensor] | None) -> None:
         """Set the float32 partitions, the parameters made of them, and the optimiser's state."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         buffers = saved_buffers(self.engine.module)
         with torch.no_grad():
             for name, tensor in broadcast_tensors(model, self.device):
@@ -211,7 +210,7 @@ class ZeroBackend:
                         parameter.data.copy_(tensor)
                 else:
                     parameter.data.copy_(tensor)
-                safe_set_full_fp32_param(parameter, tensor.float())
+                self._set(parameter, tensor, None)
         state: dict[str, dict[str, Tensor]] = {}
         for name, tensor in broadcast_tensors(optimizer, self.device):
             parameter_name, _, key = name.rpartition("/")
@@ -230,7 +229,27 @@ class ZeroBackend:
                 for key, tensor in state.get(name, {}).items():
                     kept = self.optimizer.state[flat][key]
                     if kept.shape == flat.shape:
-                        safe_set_full_optimizer_state(self.parameters[name], tensor.float(), key)
+                        self._set(self.parameters[name], tensor, key)
+
+    def _set(self, parameter: nn.Parameter, tensor: Tensor, key: str | None) -> None:
+        """Set the float32 value (no ``key``) or an entry of the optimiser's state from a whole tensor."""
+        from deepspeed import utils
+
+        value = tensor.float().flatten()
+        if self.stage == 3:
+            # DeepSpeed's own setters of whole tensors fail where a parameter does not divide evenly over ranks.
+            size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+            padded = value.new_zeros(size * self.world_size)
+            padded[: len(value)] = value
+            part = padded[dist.get_rank() * size :][:size]
+            if key is None:
+                utils.safe_set_local_fp32_param(parameter, part)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, part, key)
+        elif key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
 
     def _shape(self, names: Sequence[str], state: dict[str, dict[str, Tensor]], key: str) -> torch.Size:
         """The shape that a per-parameter entry of the first saved parameter of a partition has."""

@@ -1,0 +1,303 @@
+"""The equalities. Each compares with a plain reference and says by how much it is off."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nearfield.conformance.counting import CountTraffic
+from nearfield.conformance.problem import CPU, Problem, difference
+from nearfield.objectives.config import InfoNCEConfig
+from nearfield.training import step as step_module
+from nearfield.training.backends.base import Backend
+from nearfield.training.engine import Engine
+from nearfield.training.launch import Launch
+from nearfield.training.step import Work, run_step
+
+OBJECTIVES = {
+    "infonce": InfoNCEConfig(temperature=0.1),
+    "infonce, both directions": InfoNCEConfig(temperature=0.1, both_directions=True),
+    "infonce, log-sum of positives": InfoNCEConfig(temperature=0.1, several_positives="log_sum"),
+    "infonce, own documents only": InfoNCEConfig(temperature=0.1, in_batch_negatives=False),
+    "infonce, learnt temperature": InfoNCEConfig(temperature=0.1, both_directions=True, learn_temperature=True),
+}
+"""Every shipped objective, with the options that change which cells of the logits count."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    backend: str
+    ranks: int
+    check: str
+    value: float
+    """What was found: a relative difference, or what ``unit`` says."""
+    limit: float
+    at_least: bool = False
+    """Whether the value must be at least the limit: a check that a fault is noticed."""
+    unit: str = "relative difference"
+
+    @property
+    def passed(self) -> bool:
+        """Whether the equality holds."""
+        if math.isnan(self.value):
+            return False
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        """For the table that a worker hands back."""
+        return asdict(self)
+
+
+class Suite:
+    """All checks of one backend; every rank runs it, the lines of rank 0 count."""
+
+    def __init__(self, backend: str, launch: Launch, make: Callable[[InfoNCEConfig, int], Problem]) -> None:
+        self.backend = backend
+        self.launch = launch
+        self.make = make
+        """(objective, queries) -> problem, in the precision of the backend."""
+        self.tolerance = 1e-5 if backend.startswith("zero") else 1e-10
+
+    def line(self, check: str, value: float, limit: float | None = None, **more: Any) -> Line:
+        """A line of this backend."""
+        return Line(
+            self.backend, self.launch.world_size, check, value, self.tolerance if limit is None else limit, **more
+        )
+
+    def run(self) -> Iterator[Line]:
+        """All checks in order."""
+        yield from self.chunks()
+        yield from self.rows()
+        yield self.unequal_shares()
+        yield from self.dropout()
+        yield from self.packing()
+        yield self.clipping()
+        yield from self.resume()
+        if self.launch.world_size > 1:
+            yield self.traffic()
+
+    def _difference(
+        self,
+        problem: Problem,
+        budget: int,
+        *,
+        keep_graph: bool,
+        reference: tuple[float, dict[str, Tensor]] | None = None,
+        deal: Callable[[Work], Work] = lambda work: work,
+        packing: str = "never",
+    ) -> float:
+        """How far a step without dropout is from the reference, in its loss and its gradient."""
+        loss, gradient = reference or problem.reference()
+        engine = problem.engine(self.launch, self.backend, dropout=False, packing=packing)
+        result, ours = problem.gradient(engine, deal(problem.work(engine, budget)), keep_graph=keep_graph)
+        return max(difference(ours, gradient), abs(result.loss - loss) / abs(loss))
+
+    def chunks(self) -> Iterator[Line]:
+        """Any chunks, kept or cached = one padded forward, for every objective."""
+        for name, objective in OBJECTIVES.items():
+            problem = self.make(objective, 8)
+            reference = problem.reference()
+            every = name == "infonce"
+            worst = max(
+                self._difference(problem, budget, keep_graph=keep, reference=reference)
+                for budget in ((16, 60, 10**6) if every else (60,))
+                for keep in (True, False)
+            )
+            which = "chunks of one text, of some, of all" if every else "chunks"
+            yield self.line(f"{which}, kept and cached = one padded forward ({name})", worst)
+
+    def rows(self) -> Iterator[Line]:
+        """Batches that do not divide evenly over ranks."""
+        for queries in (5, 2):
+            problem = self.make(OBJECTIVES["infonce, both directions"], queries)
+            value = self._difference(problem, 40, keep_graph=False)
+            yield self.line(f"a batch of {queries} queries = the same in one process", value)
+
+    def unequal_shares(self) -> Line:
+        """One rank with one chunk, the last with all others."""
+        problem = self.make(OBJECTIVES["infonce"], 8)
+
+        def deal(work: Work) -> Work:
+            shares: list[list[int]] = [[] for _ in work.shares]
+            shares[0] = [0]
+            shares[-1] = sorted({*shares[-1], *range(1, len(work.chunks))})
+            return replace(work, shares=shares)
+
+        worst = max(self._difference(problem, 48, keep_graph=keep, deal=deal) for keep in (True, False))
+        return self.line("ranks with 1 and with all other chunks = one process", worst)
+
+    def dropout(self) -> Iterator[Line]:
+        """Masks depend on (seed, step, chunk) alone."""
+        problem = self.make(OBJECTIVES["infonce"], 8)
+        alone = problem.engine(Launch(), "single", dropout=True)
+        loss, gradient = problem.gradient(alone, problem.work(alone, 60), keep_graph=True)
+        found: dict[bool, dict[str, Tensor]] = {}
+        for keep in (True, False):
+            engine = problem.engine(self.launch, self.backend, dropout=True)
+            result, found[keep] = problem.gradient(engine, problem.work(engine, 60), keep_graph=keep)
+            if keep:
+                value = max(difference(found[keep], gradient), abs(result.loss - loss.loss) / loss.loss)
+                yield self.line("dropout on: any number of ranks = one", value)
+        yield self.line(
+            "dropout on: two passes (cached) = one pass that keeps its graph", difference(found[False], found[True])
+        )
+        without = problem.reference()[1]
+        yield self.line("dropout on differs from off", difference(found[True], without), 1e-3, at_least=True)
+        count = itertools.count()
+        seed_chunk = step_module.seed_chunk
+        step_module.seed_chunk = lambda seed, step, chunk: seed_chunk(seed, 1000 + next(count), chunk)
+        try:
+            engine = problem.engine(self.launch, self.backend, dropout=True)
+            _, broken = problem.gradient(engine, problem.work(engine, 60), keep_graph=False)
+        finally:
+            step_module.seed_chunk = seed_chunk
+        yield self.line("a broken replay of dropout is noticed", difference(broken, found[True]), 1e-3, at_least=True)
+
+    def packing(self) -> Iterator[Line]:
+        """Texts end to end = padded texts."""
+        problem = self.make(OBJECTIVES["infonce"], 8)
+        engine = problem.engine(self.launch, self.backend, dropout=False, packing="auto")
+        if engine.packing is None:
+            raise AssertionError("the tiny BERT must be packed")
+        worst = max(self._difference(problem, 60, keep_graph=keep, packing="auto") for keep in (True, False))
+        yield self.line("packed = padded", worst)
+
+    def clipping(self) -> Line:
+        """A step of plain SGD = the reference gradient clipped by its global norm."""
+        problem = self.make(OBJECTIVES["infonce, learnt temperature"], 8)
+        _, gradient = problem.reference()
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+        limit = norm / 3
+        engine = problem.engine(self.launch, self.backend, dropout=False, max_norm=limit)
+        before = whole(engine.backend.model_tensors())
+        found = one_step(engine, problem, 60, max_norm=limit, step=3)
+        after = whole(engine.backend.model_tensors())
+        moved = {name: before[name] - after[name] for name in gradient}
+        expected = {name: g * (limit / (norm + 1e-6)) for name, g in gradient.items()}
+        return self.line(
+            "clipping by the true global norm",
+            max(difference(moved, expected), abs(found - norm) / norm),
+            max(self.tolerance, 1e-6),
+        )
+
+    def resume(self) -> Iterator[Line]:
+        """Three steps of AdamW = one step, all state through main memory into a new engine, two more."""
+        problem = self.make(OBJECTIVES["infonce, learnt temperature"], 8)
+
+        def adamw(launch: Launch, backend: str) -> Engine:
+            return problem.engine(launch, backend, dropout=True, rate=1e-3, optimizer=decoupled_adam)
+
+        straight = adamw(self.launch, self.backend)
+        for step in range(3):
+            one_step(straight, problem, 60, step=step, rate=1e-3)
+        first = adamw(self.launch, self.backend)
+        one_step(first, problem, 60, step=0, rate=1e-3)
+        state = whole(first.backend.model_tensors()), whole(first.backend.optimizer_tensors())
+        second = adamw(self.launch, self.backend)
+        second.backend.load(*(state if self.launch.is_main else (None, None)))
+        for step in (1, 2):
+            one_step(second, problem, 60, step=step, rate=1e-3)
+        differs = count_differences(straight.backend, second.backend)
+        yield self.line("resumed = uninterrupted, to the bit", differs, 0, unit="tensors that differ")
+        if self.launch.world_size > 1:
+            loss = next_loss(second, problem, step=3)
+            alone = adamw(Launch(), "single")
+            state = whole(second.backend.model_tensors()), whole(second.backend.optimizer_tensors())
+            alone.backend.load(*state)
+            value = abs(next_loss(alone, problem, step=3) - loss) / loss
+            yield self.line("resumed on one rank: the next loss", value, 1e-5)
+
+    def traffic(self) -> Line:
+        """Bytes that gradient reductions move, in units of the trained parameters' bytes."""
+        problem = self.make(OBJECTIVES["infonce"], 8)
+        engine = problem.engine(self.launch, self.backend, dropout=False)
+        work = problem.work(engine, 24)
+        one_step(engine, problem, 24, step=0)
+        with CountTraffic() as count:
+            one_step(engine, problem, 24, step=1)
+        shares = work.pool_shares()
+        embeddings = len(shares.rows) * shares.longest * engine.dimension * torch.finfo(problem.dtype).bits // 8
+        small = 8 * (3 + len(engine.backend.used())) + 64
+        # What is left after the embeddings' gradient (once) and small words (control, norms) is parameter gradient.
+        reductions = sorted(count.traffic.reductions())
+        assert embeddings in reductions, f"no reduction of {embeddings} bytes among {reductions}"
+        reductions.remove(embeddings)
+        gradient = sum(size for size in reductions if size > small or engine.launch.world_size == 1)
+        expected = sum(padded_bytes(engine.backend, p) for p in engine.backend_parameters())
+        # ZeRO 2 and 3 keep a part of the gradient alone, so they reduce in every chunk's backward, by design.
+        rounds = work.rounds if self.backend in ("zero2", "zero3") else 1
+        return self.line(
+            f"gradient bytes reduced a step, in parameter bytes ({work.rounds} chunks a rank)",
+            gradient / expected,
+            rounds * 1.02,
+            unit=f"times the parameters; {rounds} by design",
+        )
+
+
+def padded_bytes(backend: Backend, parameter: nn.Parameter) -> int:
+    """Bytes of a parameter's gradient on the wire: shards of FSDP2 are equal, so rows are padded to the ranks."""
+    rows = parameter.shape[0] if parameter.ndim else 1
+    world = torch.distributed.get_world_size()
+    if backend.name == "fsdp2":
+        rows = -(-rows // world) * world
+    width = math.prod(parameter.shape[1:])
+    return rows * width * parameter.element_size()
+
+
+def whole(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Copies of all tensors."""
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def one_step(
+    engine: Engine, problem: Problem, budget: int, *, step: int, max_norm: float | None = None, rate: float = 1.0
+) -> float:
+    """A step as the loop makes it; returns the gradient's norm."""
+    engine.backend.begin()
+    work = problem.work(engine, budget)
+    result = run_step(
+        engine.backend,
+        engine.objective,
+        work,
+        engine.make_features(work.pool),
+        dimension=engine.dimension,
+        seed=5,
+        step=step,
+        keep_graph=False,
+    )
+    rates = [rate] * len(engine.backend.optimizer.param_groups)
+    return engine.backend.update(rates, max_norm, result.word.used)
+
+
+def next_loss(engine: Engine, problem: Problem, step: int) -> float:
+    """The loss of one more step, without taking it."""
+    return problem.gradient(engine, problem.work(engine, 60), keep_graph=True, step=step)[0].loss
+
+
+def count_differences(one: Backend, other: Backend) -> float:
+    """Tensors of the model and of the optimiser that differ in at least one bit; *collective*."""
+    count = 0
+    for tensors in (Backend.model_tensors, Backend.optimizer_tensors):
+        name = tensors.__name__
+        a, b = whole(getattr(one, name)()), whole(getattr(other, name)())
+        count += len(a.keys() ^ b.keys())
+        count += sum(not torch.equal(a[key], b[key]) for key in a.keys() & b.keys())
+    return float(count)
+
+
+def decoupled_adam(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """AdamW in two groups, as recipes have it."""
+    big = [p for p in parameters if p.ndim >= 2]
+    small = [p for p in parameters if p.ndim < 2]
+    return torch.optim.AdamW([{"params": big, "weight_decay": 0.01}, {"params": small, "weight_decay": 0.0}], lr=rate)
+
+
+__all__ = ["CPU", "OBJECTIVES", "Line", "Suite"]
