@@ -46,7 +46,7 @@ def write_inputs(folder: Path) -> Path:
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         f"name: torture\ndata: data.yaml\nencoder: {{model: model}}\nbatches: {{batch_size: 32}}\n"
-        f"training: {{epochs: 20, max_steps: {STEPS}, checkpoints: {{every_steps: 20}}, tensorboard: false}}\n"
+        f"training: {{epochs: 20, max_steps: {STEPS}, checkpoints: {{every_steps: 20}}, trackers: []}}\n"
     )
     return recipe
 

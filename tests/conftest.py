@@ -85,7 +85,7 @@ training:
   max_steps: 12
   learning_rate: 1.0e-3
   checkpoints: {{every_steps: 4}}
-  tensorboard: false
+  trackers: []
 """
     )
     return recipe

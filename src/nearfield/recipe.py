@@ -17,7 +17,7 @@ from nearfield.encoders.prompts import make_contract
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import HeldOutTask, SuiteConfig
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveConfig
-from nearfield.training.config import TrainingConfig
+from nearfield.training.config import TrainingConfig, TrainingEvaluationConfig
 
 
 class EvaluationConfig(Config):
@@ -62,6 +62,8 @@ class CheckedRecipe:
     """The sources to train on."""
     suite: SuiteConfig | None
     """None where there is no evaluation, or where it is a folder of tasks."""
+    training_suite: SuiteConfig | None
+    """The same for the evaluation during the training."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Loaded[Recipe]:
@@ -74,9 +76,10 @@ def check_recipe(loaded: Loaded[Recipe]) -> CheckedRecipe:
     recipe = loaded.config
     data = DataConfig.load(recipe.data)
     sources = _chosen_sources(loaded, data)
-    suite = _suite(loaded)
+    suite = _suite(recipe.evaluation)
+    training_suite = _suite(recipe.training.evaluation)
     make_contract(sources, recipe.prompts, {})
-    return CheckedRecipe(recipe, data, sources, suite)
+    return CheckedRecipe(recipe, data, sources, suite, training_suite)
 
 
 def _chosen_sources(loaded: Loaded[Recipe], data: DataConfig) -> tuple[SourceConfig, ...]:
@@ -108,8 +111,7 @@ def _chosen_sources(loaded: Loaded[Recipe], data: DataConfig) -> tuple[SourceCon
     return tuple(by_name[name] for name in recipe.sources)
 
 
-def _suite(loaded: Loaded[Recipe]) -> SuiteConfig | None:
-    evaluation = loaded.config.evaluation
+def _suite(evaluation: EvaluationConfig | TrainingEvaluationConfig | None) -> SuiteConfig | None:
     if evaluation is None or evaluation.suite.is_dir():
         return None
     suite = SuiteConfig.load(evaluation.suite)

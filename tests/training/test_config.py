@@ -31,7 +31,8 @@ def test_defaults() -> None:
         "dropout": True,
         "checkpoints": {"every_steps": 500, "keep_last": 2},
         "log_every": 1,
-        "tensorboard": True,
+        "trackers": [{"kind": "tensorboard"}],
+        "evaluation": None,
     }
     assert TrainingConfig().schedule == ScheduleConfig()
     assert TrainingConfig().checkpoints == CheckpointConfig()

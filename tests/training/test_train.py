@@ -37,7 +37,7 @@ def go(tiny_model: Path, inputs: TrainingInputs, tmp_path: Path) -> Callable[...
     def go(
         *, seed: int = 5, fingerprint: str = "f", to: str = "run", model: Any = None, **settings: Any
     ) -> TrainingResult:
-        config = TrainingConfig.model_validate({"tensorboard": False, "device": "cpu", **settings})
+        config = TrainingConfig.model_validate({"trackers": [], "device": "cpu", **settings})
         fresh = load_encoder(str(tiny_model), device="cpu").model if model is None else model
         objective = InfoNCEConfig(temperature=0.1).build()
         return train(config, objective, fresh, inputs, tmp_path / to, seed=seed, fingerprint=fingerprint)

@@ -98,6 +98,15 @@ def exchange_control(
     return ControlWord(values[0], values[1] > 0, values[2] > 0, tuple(value > 0 for value in values[3:]))
 
 
+def any_rank(here: bool, device: torch.device, ranks: int) -> bool:
+    """Whether something is so on any rank; *collective*."""
+    if ranks == 1:
+        return here
+    flag = torch.tensor([float(here)], device=device)
+    dist.all_reduce(flag)
+    return float(flag) > 0
+
+
 def broadcast_json(value: Any, device: torch.device) -> Any:
     """A value of rank 0 -> the same on all ranks."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from nearfield.config import Config
+from nearfield.config import Config, ConfigPath
 from nearfield.training.optimizer_configs import AdamWConfig, OptimizerConfig
+from nearfield.training.tracker_configs import TensorBoardConfig, TrackerConfig
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -30,6 +31,40 @@ class CheckpointConfig(Config):
     keep_last: Annotated[int, Field(ge=1)] = 2
     background: bool = True
     """Write files while training goes on; only the copy to main memory waits."""
+
+
+class TrainingEvaluationConfig(Config):
+    """Scoring the model while it is trained, on a suite small enough to be run often."""
+
+    suite: ConfigPath
+    """A suite file, or a folder of local tasks."""
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    every_epochs: Annotated[int, Field(ge=1)] | None = None
+    """One of the two; the end of the training is always scored."""
+    at_start: bool = True
+    """Score the untrained model too: where the curve begins, and a suite that cannot be run is found out at once."""
+    metric: Annotated[str, Field(min_length=1)] = "mean"
+    """What says which model is better: ``mean`` of the tasks' main scores, a task's name for its main score, or
+    ``<task>.<metric>`` for another of its metrics. Greater is better."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best score, and make the model of it instead of the last one."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many evaluations in a row without a gain; null trains to the end."""
+    minimum_gain: Annotated[float, Field(ge=0)] = 0.0
+    """By how much a score must pass the best before it to count as a gain."""
+    prompts: Literal["contract", "as-is"] = "contract"
+    """``contract`` refuses a task whose prompt is not trained with; ``as-is`` lets it pass."""
+
+    @model_validator(mode="after")
+    def _says_when(self) -> TrainingEvaluationConfig:
+        if (self.every_steps is None) == (self.every_epochs is None):
+            raise ValueError("give either 'every_steps' or 'every_epochs'")
+        return self
+
+    @property
+    def decides(self) -> bool:
+        """Whether the scores decide which model comes out."""
+        return self.keep_best or self.patience is not None
 
 
 class TrainingConfig(Config):
@@ -82,7 +117,17 @@ class TrainingConfig(Config):
     checkpoints: CheckpointConfig = CheckpointConfig()
     log_every: Annotated[int, Field(ge=1)] = 1
     """Steps between lines of metrics."""
-    tensorboard: bool = True
+    trackers: tuple[TrackerConfig, ...] = (TensorBoardConfig(),)
+    """Where figures and scores go besides ``metrics.jsonl`` and ``evaluations.jsonl``."""
+    evaluation: TrainingEvaluationConfig | None = None
+    """Score the model during the training."""
+
+    @model_validator(mode="after")
+    def _trackers_differ(self) -> TrainingConfig:
+        kinds = [tracker.kind for tracker in self.trackers]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("a tracker stands twice")
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> TrainingConfig:

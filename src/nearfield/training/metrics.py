@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics.jsonl, TensorBoard, and a progress display."""
+"""What a run tells of itself while it goes on: the files that others read, and a progress display."""
 
 from __future__ import annotations
 
@@ -7,53 +7,22 @@ import logging
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from nearfield.console import stderr_console
-from nearfield.files import atomic_path
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger("nearfield.training")
 
-_PLOTTED = ("loss", "learning_rate", "gradient_norm", "positive_similarity", "hardest_negative_similarity")
-
-
-class MetricsLog:
-    """Appends a JSON line a step; a resumed run first drops the lines after its checkpoint."""
-
-    def __init__(self, run: Path, first_step: int, tensorboard: bool) -> None:
-        self.path = run / "metrics.jsonl"
-        run.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
-        with atomic_path(self.path) as aside:
-            aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file: IO[str] = self.path.open("a", encoding="utf-8")
-        self._board: SummaryWriter | None = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None)
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Write one step's figures."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name in _PLOTTED:
-                self._board.add_scalar(f"train/{name}", line[name], line["step"])
-
-    def close(self) -> None:
-        """Flush and close all files."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+"""Files in a run's folder: a line a step, and a line an evaluation."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, empty where there is none; a last line that a kill cut off is left out."""
+    """The lines of either file, empty where there is none; a last line that a kill cut off is left out."""
     lines = []
     if path.is_file():
         for text in path.read_text(encoding="utf-8").splitlines():

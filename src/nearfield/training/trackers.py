@@ -1,0 +1,189 @@
+"""Where the figures of a run go: its own JSON lines always, TensorBoard and Weights & Biases where asked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Protocol, Self
+
+from nearfield.errors import BadInputError
+from nearfield.files import atomic_path, read_json, write_json
+from nearfield.training.metrics import EVALUATIONS, METRICS, read_metrics
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from nearfield.training.tracker_configs import TrackerConfig, WandbConfig
+
+logger = logging.getLogger("nearfield.training")
+
+_PLOTTED = ("loss", "learning_rate", "gradient_norm", "positive_similarity", "hardest_negative_similarity")
+WANDB_FILE = "wandb.json"
+
+
+class Tracker(Protocol):
+    """Something that shows figures by step."""
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Take the figures of a step, by name; ``part/name`` groups them."""
+        ...
+
+    def close(self, *, failed: bool) -> None:
+        """Flush and end; ``failed`` says that the run did not come to its end."""
+        ...
+
+
+class JsonLines:
+    """Appends a JSON line a step; lines after ``last_step`` are dropped first, since a resumed run writes them anew."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+        if kept or path.is_file():
+            with atomic_path(path) as aside:
+                aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file: IO[str] | None = None
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line; it is there for others at once."""
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class TensorBoardTracker:
+    """Event files; what a resumed run replays is purged."""
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board: SummaryWriter = SummaryWriter(
+            str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None
+        )
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self, *, failed: bool) -> None:
+        self._board.close()
+
+
+class WandbTracker:
+    """A W&B run. Its id is in the run's folder, so that a resumed training goes on with it.
+
+    Steps are a figure of their own and the axis of all others: W&B's own counter never goes back, and a training that
+    was killed resumes before the last step it told of.
+    """
+
+    def __init__(self, config: WandbConfig, run: Path, first_step: int, about: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise BadInputError(
+                "Weights & Biases is not installed", where="training.trackers", hint="pip install 'nearfield[wandb]'"
+            ) from error
+        file = run / WANDB_FILE
+        known = read_json(file, "record of the W&B run") if file.is_file() and first_step else {}
+        place = {"project": config.project, "entity": config.entity}
+        same = all(known.get(key) == value for key, value in place.items())
+        ident = str(known["id"]) if same and "id" in known else uuid.uuid4().hex[:12]
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                name=config.name or about.get("name"),
+                group=config.group,
+                tags=list(config.tags),
+                mode=config.mode,
+                id=ident,
+                resume="allow",
+                dir=str(run),
+                config=dict(about),
+                # Nothing but figures: no copy of the terminal, of code or of a repository's state leaves the machine.
+                settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
+            )
+        except wandb.Error as error:
+            raise BadInputError(
+                f"Weights & Biases cannot be used: {str(error).splitlines()[0]}",
+                where="training.trackers",
+                hint="Run `wandb login`, or set mode: offline.",
+            ) from error
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        write_json(file, {"id": ident, **place})
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **figures})
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+class Trackers:
+    """All of them; on a process that is not to write they do nothing."""
+
+    def __init__(
+        self,
+        configs: Sequence[TrackerConfig],
+        run: Path,
+        first_step: int,
+        *,
+        evaluated: int,
+        about: Mapping[str, Any],
+        writes: bool,
+    ) -> None:
+        """``first_step`` steps are done, and the evaluations up to step ``evaluated``: what was told later is dropped."""
+        self._writes = writes
+        self._others: list[Tracker] = []
+        if not writes:
+            return
+        self._metrics = JsonLines(run / METRICS, first_step)
+        self._evaluations = JsonLines(run / EVALUATIONS, evaluated)
+        for config in configs:
+            self._others.append(config.build(run, first_step, about))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._writes:
+            return
+        with contextlib.ExitStack() as stack:
+            for tracker in self._others:
+                stack.callback(tracker.close, failed=kind is not None)
+            stack.callback(self._evaluations.close)
+            stack.callback(self._metrics.close)
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """Tell the figures of a step, ``step`` among them."""
+        if self._writes:
+            self._metrics.write(line)
+            self._tell(line["step"], {f"train/{name}": line[name] for name in _PLOTTED if name in line})
+
+    def evaluation(self, line: Mapping[str, Any]) -> None:
+        """Tell the scores of an evaluation after ``step`` steps."""
+        if self._writes:
+            self._evaluations.write(line)
+            self._tell(line["step"], {f"evaluation/{name}": score for name, score in line["scores"].items()})
+
+    def _tell(self, step: int, figures: Mapping[str, float | None]) -> None:
+        known = {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
+        for tracker in self._others:
+            tracker.log(step, known)
