@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,18 @@ def check_contract(encoder: TaskEncoder, folder: Path, tasks: Sequence[Any]) -> 
     contract = read_contract(folder)
     if contract is None:
         return False
+    hint = (
+        "Add the prompt under a key that mteb resolves (query, document, <TaskType>-query, ...) to the model's "
+        "config_sentence_transformers.json, or score the model as it is with --prompts as-is."
+    )
+    check_prompts(encoder, contract, tasks, where=str(folder / CONTRACT_FILE), hint=hint)
+    return True
+
+
+def check_prompts(
+    encoder: TaskEncoder, contract: Mapping[str, Sequence[str]], tasks: Sequence[Any], *, where: str, hint: str
+) -> None:
+    """Raise :class:`BadInputError` if a task would be encoded with a prompt that ``contract`` (role -> prompts) lacks."""
     for task in tasks:
         for role in roles_of(task):
             prompt = encoder.prompt_for(task.metadata, role)
@@ -66,8 +78,6 @@ def check_contract(encoder: TaskEncoder, folder: Path, tasks: Sequence[Any]) -> 
                 raise BadInputError(
                     f"the task {task.metadata.name} ({task.metadata.type}) would put "
                     f"{repr(prompt) if prompt else 'no prompt'} before each {what}, but the model was trained with {known}",
-                    where=str(folder / CONTRACT_FILE),
-                    hint="Add the prompt under a key that mteb resolves (query, document, <TaskType>-query, ...) to the model's "
-                    "config_sentence_transformers.json, or score the model as it is with --prompts as-is.",
+                    where=where,
+                    hint=hint,
                 )
-    return True

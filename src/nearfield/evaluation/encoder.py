@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,15 +95,22 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         missing = [text for text in dict.fromkeys(texts) if text not in kept]
         if sum(map(len, self._kept.values())) + len(missing) > _MAX_KEPT_TEXTS:
             kept = {text: kept[text] for text in texts if text in kept}
+        kept.update(self._embed(missing, task_metadata, prompt_type))
+        self.encoded += len(missing)
+        return np.stack([kept[text] for text in texts])
+
+    def _embed(
+        self, texts: Sequence[str], task_metadata: Any, prompt_type: PromptType | None
+    ) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Each of some distinct texts with its embedding, by sentence-transformers' own functions."""
+        prompt = get_prompt(self.model_prompts, task_metadata, prompt_type)
+        role = None if prompt_type is None else prompt_type.value
         function = {None: self.model.encode, "query": self.model.encode_query, "document": self.model.encode_document}[
             role
         ]
-        chunks = self._chunks(missing)
-        for chunk in track(chunks, f"{task_metadata.name}: encoding {len(missing)} texts"):
+        for chunk in track(self._chunks(texts), f"{task_metadata.name}: encoding {len(texts)} texts"):
             vectors = function(chunk, prompt=prompt, batch_size=len(chunk), show_progress_bar=False)
-            kept.update(zip(chunk, np.asarray(vectors, dtype=np.float32), strict=True))
-        self.encoded += len(missing)
-        return np.stack([kept[text] for text in texts])
+            yield from zip(chunk, np.asarray(vectors, dtype=np.float32), strict=True)
 
     def _chunks(self, texts: Sequence[str]) -> list[list[str]]:
         """Cut texts, longest first, so that rows times the longest row stay within the token budget."""

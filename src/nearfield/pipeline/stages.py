@@ -18,6 +18,7 @@ import numpy as np
 from nearfield.encoders.build import LoadedEncoder, build_encoder, load_encoder, save_encoder
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, hash_file, hash_folder, write_json, write_text
+from nearfield.pipeline.during import evaluation_during_training, prepare_training_suite
 from nearfield.pipeline.freshness import Freshness
 from nearfield.pipeline.run import Run, StageStatus
 from nearfield.training.launch import Launch
@@ -159,16 +160,18 @@ class Stages(Freshness):
             self._set_aside_stale_checkpoints()
         known = store.known_positives()
         ids = store.items["id"]
+        config = self.recipe.training
+        device = pick_device(config, self.launch)
+        encoder = self._encoder(device)
         inputs = TrainingInputs(
             plans=plans,
             plan_hashes=hashes,
             tokens=self._tokens(),
             known_positives=known.of,
             item_ids=lambda rows: [ids[int(row)].as_py().hex() for row in rows],
+            evaluate=evaluation_during_training(self, encoder.model, self._open_store),
+            about=self.recipe.model_dump(mode="json"),
         )
-        config = self.recipe.training
-        device = pick_device(config, self.launch)
-        encoder = self._encoder(device)
         result = train(
             config,
             self.recipe.objective.build(),
@@ -193,6 +196,9 @@ class Stages(Freshness):
             "backend": result.backend,
             "world_size": result.world_size,
             "base_model": [encoder.name, encoder.revision],
+            "stopped_early": result.stopped_early,
+            "checkpoint": result.checkpoint.name,
+            **({} if result.best is None else {"best": {"step": result.best[0], "score": result.best[1]}}),
         }
 
     def _encoder(self, device: torch.device) -> LoadedEncoder:
@@ -257,11 +263,13 @@ class Stages(Freshness):
         from nearfield.encoders.card import model_card
 
         recipe = self.recipe
+        kept, during = int(result.checkpoint.name.removeprefix("step-")), recipe.training.evaluation
+        best = f", the model of step {kept} scored best ({during.metric})" if during and during.keep_best else ""
         facts = {
             "data": f"{self.run.checked.data.name} ({', '.join(self.contract.sources)}; split {recipe.split})",
             "objective": f"{recipe.objective.kind}, temperature {recipe.objective.temperature:g}",
             "batches": f"{recipe.batches.kind}, {recipe.batches.batch_size} examples",
-            "steps": result.steps,
+            "steps": f"{result.steps}{best}",
             "learning rate": f"{recipe.training.learning_rate:g}, {recipe.training.schedule.kind}",
             "precision": result.precision,
             "seed": recipe.seed,
@@ -457,6 +465,9 @@ def run_stages(
             stages.check_resumable()
         work(before, tell)
         trains = "train" in wanted and (restart or stages.status("train").state != "done")
+        if trains:
+            tell("the suite that is scored during the training")
+            prepare_training_suite(stages, stages._open_store)
         return json.dumps({"trains": trains, "artifacts": stages.artifacts() if trains else {}})
 
     trains = True

@@ -114,7 +114,7 @@ class WandbTracker:
                 resume="allow",
                 dir=str(run),
                 config=dict(about),
-                # Nothing but figures: no copy of the terminal, of code or of a repository's state leaves the machine.
+                # Figures and the recipe only: no copy of the terminal, of code or of a repository's state is sent.
                 settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
             )
         except wandb.Error as error:

@@ -1,0 +1,162 @@
+"""Scores of a model while it is trained: mteb's own tasks over an ``encode`` that is handed in, nothing written."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mteb
+import numpy as np
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
+from mteb.results import TaskResult
+from mteb.types import PromptType
+from numpy.typing import NDArray
+
+from nearfield.errors import BadInputError
+from nearfield.evaluation.config import SuiteConfig
+from nearfield.evaluation.contract import check_prompts
+from nearfield.evaluation.encoder import TaskEncoder
+from nearfield.evaluation.heldout import OpenStore
+from nearfield.evaluation.local import parts_of
+from nearfield.evaluation.runner import mean_over_splits
+from nearfield.evaluation.suite import open_suite
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger("nearfield.evaluation")
+
+MEAN = "mean"
+Encode = Callable[[Sequence[str], str], NDArray[np.float32]]
+"""(texts, prompt) -> (n, d) embeddings of the texts with the prompt before each."""
+
+
+class HandedEncoder(TaskEncoder):
+    """A model's prompts and similarity, with embeddings by a function: the model's own weights may lie anywhere."""
+
+    encode_texts: Encode | None = None
+
+    def _embed(
+        self, texts: Sequence[str], task_metadata: Any, prompt_type: PromptType | None
+    ) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        assert self.encode_texts is not None
+        if texts:
+            vectors = self.encode_texts(texts, self.prompt_for(task_metadata, prompt_type))
+            yield from zip(texts, vectors, strict=True)
+
+
+class DuringTraining:
+    """A suite, opened and checked once, that scores a model as often as wanted.
+
+    A call returns the mean of the tasks' main scores under ``mean``, each task's main score under its name, and the
+    ``metric`` if that is another one, as ``<task>.<metric>``. Where a task has several subsets or splits, their mean.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        suite: SuiteConfig | Path,
+        *,
+        name: str,
+        metric: str,
+        contract: Mapping[str, Sequence[str]] | None,
+        open_store: OpenStore | None = None,
+    ) -> None:
+        """``model`` has the prompts that it will be saved with; ``contract`` says which are trained (None: all pass).
+
+        Raises :class:`BadInputError` for a suite that cannot be run on it, and for a metric that no task has.
+        """
+        self.tasks = open_suite(suite, open_store=open_store)
+        self.encoder = HandedEncoder(model, name=name, revision="in-training")
+        parts = [part for task in self.tasks for part in parts_of(task.task)]
+        for part in parts:
+            if "text" not in part.metadata.modalities or len(part.metadata.modalities) > 1:
+                raise BadInputError(
+                    f"the task {part.metadata.name} is not one of text alone",
+                    where="training.evaluation.suite",
+                    hint="Score it after the training, under 'evaluation'.",
+                )
+        if contract is not None:
+            check_prompts(
+                self.encoder,
+                contract,
+                parts,
+                where="training.evaluation.suite",
+                hint="State the prompt under prompts.types, or set training.evaluation.prompts=as-is.",
+            )
+        self.extra = self._find(metric)
+
+    def _find(self, metric: str) -> tuple[str, str] | None:
+        """The task and its metric, if it is not the main score that decides."""
+        names = [task.name for task in self.tasks]
+        if metric == MEAN or metric in names:
+            return None
+        for name in names:
+            if metric.startswith(f"{name}."):
+                return name, metric.removeprefix(f"{name}.")
+        raise BadInputError(
+            f"no task of the suite gives the metric {metric!r}",
+            where="training.evaluation.metric",
+            hint=f"Use 'mean', or one of {', '.join(names)}, or <task>.<metric>.",
+        )
+
+    def __call__(self, encode: Encode) -> dict[str, float]:
+        self.encoder.encode_texts = encode
+        scores, found = {}, {}
+        try:
+            for task in self.tasks:
+                result = self._score(task.task)
+                main = _means(result, "main_score")
+                assert main is not None
+                scores[task.name] = main
+                if self.extra is not None and self.extra[0] == task.name:
+                    found[".".join(self.extra)] = self._extra(result, self.extra[1])
+        finally:
+            self.encoder.encode_texts = None
+        return {MEAN: sum(scores.values()) / len(scores), **scores, **found}
+
+    def _score(self, task: Any) -> TaskResult:
+        if isinstance(task, AbsTaskAggregate):
+            return task.combine_task_results([self._score(part) for part in task.metadata.tasks])
+        # A task draws samples from generators that it made when it was opened: each call must draw the same.
+        task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)
+        try:
+            result = mteb.evaluate(
+                self.encoder,
+                task,
+                cache=None,
+                co2_tracker=False,
+                encode_kwargs={"batch_size": 256, "show_progress_bar": False},
+                show_progress_bar=False,
+            )
+        finally:
+            self.encoder.forget()
+        return result.task_results[0]
+
+    def _extra(self, result: TaskResult, metric: str) -> float:
+        value = _means(result, metric)
+        if value is None:
+            entries = [entry for of_split in result.scores.values() for entry in of_split]
+            known = sorted({k for entry in entries for k, v in entry.items() if isinstance(v, int | float)})
+            raise BadInputError(
+                f"the task {result.task_name} has no metric {metric!r}",
+                where="training.evaluation.metric",
+                hint=f"Metrics: {', '.join(known)}.",
+            )
+        return value
+
+
+def _means(result: TaskResult, metric: str) -> float | None:
+    """A metric's mean over splits, then over subsets."""
+    by_split: dict[str, dict[str, float]] = {}
+    for split, entries in result.scores.items():
+        for entry in entries:
+            value = entry.get(metric)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                return None
+            by_split.setdefault(split, {})[entry["hf_subset"]] = float(value)
+    by_subset = mean_over_splits(by_split)
+    return sum(by_subset.values()) / len(by_subset)
