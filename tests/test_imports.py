@@ -18,7 +18,7 @@ FLOORS = [
     ["pipeline"],
     ["recipe"],
     ["reporting"],
-    ["evaluation"],
+    ["evaluation", "conformance"],
     ["training"],
     ["objectives"],
     ["batching"],

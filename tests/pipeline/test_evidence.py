@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nearfield.conformance.tiny import save_tiny_bert
 from nearfield.errors import NearfieldError
 from nearfield.evaluation import Comparison
 from nearfield.pipeline import open_run, run_stages, status
-from tests.models import save_tiny_bert
 
 
 @pytest.fixture()

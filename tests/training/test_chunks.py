@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise, product
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nearfield.batching.plan import Batch
-from nearfield.training.chunks import cut_chunks, padded_tokens, pool_batch
+from nearfield.training.chunks import chunk_tokens, cut_chunks, deal_chunks, pool_batch, split_rows
+
+TEXTS = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 2)), min_size=1, max_size=80)
 
 
-@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 2)), min_size=1, max_size=80), st.integers(16, 2000))
+@given(TEXTS, st.integers(16, 2000))
 def test_chunks_partition_within_the_budget(texts: list[tuple[int, int]], budget: int) -> None:
     lengths, groups = np.array([t[0] for t in texts]), np.array([t[1] for t in texts])
     chunks = cut_chunks(lengths, budget, groups)
@@ -20,8 +24,75 @@ def test_chunks_partition_within_the_budget(texts: list[tuple[int, int]], budget
         assert len({int(groups[i]) for i in chunk}) == 1
         assert int(lengths[chunk].max()) * len(chunk) <= budget or len(chunk) == 1
         assert lengths[chunk].tolist() == sorted(lengths[chunk].tolist(), reverse=True)
-    assert padded_tokens(lengths, chunks) >= lengths.sum()
-    assert padded_tokens(lengths, chunks) == sum(max(lengths[i] for i in chunk) * len(chunk) for chunk in chunks)
+    assert sum(chunk_tokens(lengths, chunk) for chunk in chunks) >= lengths.sum()
+    for chunk in chunks:
+        assert chunk_tokens(lengths, chunk) == max(lengths[i] for i in chunk) * len(chunk)
+
+
+@given(TEXTS, st.integers(16, 2000))
+def test_chunks_without_padding_are_filled_with_real_tokens(texts: list[tuple[int, int]], budget: int) -> None:
+    lengths, groups = np.array([t[0] for t in texts]), np.array([t[1] for t in texts])
+    chunks = cut_chunks(lengths, budget, groups, padded=False)
+    assert sorted(np.concatenate(chunks).tolist()) == list(range(len(texts)))
+    for chunk in chunks:
+        assert len({int(groups[i]) for i in chunk}) == 1
+        assert int(lengths[chunk].sum()) <= budget or len(chunk) == 1
+        assert lengths[chunk].tolist() == sorted(lengths[chunk].tolist(), reverse=True)
+        assert chunk_tokens(lengths, chunk, padded=False) == sum(int(lengths[i]) for i in chunk)
+    for chunk, after in pairwise(chunks):
+        if groups[chunk[0]] == groups[after[0]]:
+            assert lengths[chunk].sum() + lengths[after[0]] > budget, "the next text would still have fitted"
+    assert len(chunks) <= len(cut_chunks(lengths, budget, groups))
+
+
+def test_where_nothing_is_padded_more_fits() -> None:
+    lengths = np.array([2, 9, 3, 4])
+    assert [chunk.tolist() for chunk in cut_chunks(lengths, 18, padded=False)] == [[1, 3, 2, 0]]
+    assert [chunk.tolist() for chunk in cut_chunks(lengths, 17, padded=False)] == [[1, 3, 2], [0]]
+    assert [chunk.tolist() for chunk in cut_chunks(lengths, 18)] == [[1, 3], [2, 0]]
+
+
+TOKENS = st.lists(st.integers(1, 200), max_size=40)
+
+
+@given(TOKENS, st.integers(1, 6))
+def test_every_chunk_is_dealt_once(tokens: list[int], ranks: int) -> None:
+    shares = deal_chunks(tokens, ranks)
+    assert len(shares) == ranks
+    assert sorted(number for share in shares for number in share) == list(range(len(tokens)))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(tokens[number] for number in share) for share in shares]
+    if tokens:
+        # Each rank was the lightest when it took its last chunk, hence no two are further apart than one chunk.
+        assert max(loads) - min(loads) <= max(tokens)
+        assert (min(map(len, shares)) > 0) == (len(tokens) >= ranks)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=7), st.integers(1, 3))
+def test_the_deal_is_within_four_thirds_of_the_best(tokens: list[int], ranks: int) -> None:
+    """Graham's bound for longest first (1969): 4/3 - 1/(3 ranks), against all deals there are."""
+    best = min(
+        max(sum(size for size, rank in zip(tokens, deal, strict=True) if rank == mine) for mine in range(ranks))
+        for deal in product(range(ranks), repeat=len(tokens))
+    )
+    dealt = max(sum(tokens[number] for number in share) for share in deal_chunks(tokens, ranks))
+    assert best <= dealt <= best * (4 / 3 - 1 / (3 * ranks)) + 1e-9
+
+
+def test_the_deal_by_hand() -> None:
+    assert deal_chunks([5, 9, 5, 1], 2) == [[1, 3], [0, 2]]
+    assert deal_chunks([4, 4, 4], 2) == [[0, 2], [1]]
+    assert deal_chunks([3], 3) == [[0], [], []]
+    assert deal_chunks([], 2) == [[], []]
+    assert deal_chunks([7, 8, 9], 1) == [[0, 1, 2]]
+
+
+@given(st.integers(0, 60), st.integers(1, 8))
+def test_rows_are_split_evenly_and_in_order(count: int, ranks: int) -> None:
+    parts = [split_rows(count, ranks, rank) for rank in range(ranks)]
+    assert np.concatenate(parts).tolist() == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert all(part.dtype == np.int64 for part in parts)
 
 
 def test_without_groups_texts_share_chunks() -> None:
@@ -55,7 +126,7 @@ def test_longest_first_and_ties_in_their_order() -> None:
     chunks = cut_chunks(lengths, 18)
     assert [chunk.tolist() for chunk in chunks] == [[1, 3], [4, 0, 2], [5]]
     assert all(chunk.dtype == np.int64 for chunk in chunks)
-    assert padded_tokens(lengths, chunks) == 18 + 15 + 3
+    assert [chunk_tokens(lengths, chunk) for chunk in chunks] == [18, 15, 3]
     assert cut_chunks(np.zeros(0, np.int64), 18) == []
     grouped = cut_chunks(lengths, 18, np.array([1, 0, 0, 1, 0, 0]))
     assert [chunk.tolist() for chunk in grouped] == [[1, 4], [2, 5], [3, 0]]
