@@ -73,7 +73,9 @@ def test_runs(toy_recipe: Path, tmp_path: Path, refused: Command) -> None:
     file = tmp_path / "file"
     file.touch()
     assert "is a file" in refused("train", str(toy_recipe), "--run-folder", str(file))
-    assert "no stage 'nothing'" in refused("train", str(toy_recipe), "--run-folder", str(tmp_path / "x"), "--until", "nothing")
+    assert "no stage 'nothing'" in refused(
+        "train", str(toy_recipe), "--run-folder", str(tmp_path / "x"), "--until", "nothing"
+    )
     assert "no examples in the split 'dev'" in refused(
         "plan", str(toy_recipe), "split=dev", "--run-folder", str(tmp_path / "y")
     )

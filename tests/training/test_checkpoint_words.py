@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,31 +14,30 @@ from safetensors.torch import load_file, save_file
 from nearfield.errors import BadInputError
 from nearfield.files import hash_file
 from nearfield.training import checkpoint as module
+from nearfield.training.backends.common import named_state
 from nearfield.training.checkpoint import (
     Checkpoint,
     checkpoint_paths,
-    load_checkpoint,
-    load_optimizer,
+    load_into,
     newest_checkpoint,
-    optimizer_tensors,
-    save_checkpoint,
+    read_tensors,
 )
-from tests.training.test_checkpoint import make, work
+from tests.training.test_checkpoint import make, save, work
 
 FILES = ["checksums.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
 
 def saved(folder: Path, step: int = 7) -> Path:
-    model, optimizer = make()
-    work(model, optimizer, 1)
-    return save_checkpoint(folder, step, model, optimizer, {"fingerprint": "f"}, keep_last=2)
+    backend = make()
+    work(backend, 1)
+    return save(folder, step, backend, {"fingerprint": "f"})
 
 
 def rewrite(file: Path, text: str) -> None:
     """Change a file and its checksum."""
     file.write_text(text)
     sums = json.loads((file.parent / "checksums.json").read_text())
-    (file.parent / "checksums.json").write_text(json.dumps({**sums, file.name: hash_file(file)}))
+    (file.parent / "checksums.json").write_text(json.dumps({**sums, file.name: [hash_file(file)]}))
 
 
 def reason(folder: Path) -> str:
@@ -53,8 +54,8 @@ def test_the_folder(tmp_path: Path) -> None:
     path = saved(tmp_path / "checkpoints")
     assert path == tmp_path / "checkpoints" / "step-00000007"
     assert sorted(file.name for file in path.iterdir()) == FILES
-    assert json.loads((path / "state.json").read_text()) == {"version": 1, "step": 7, "fingerprint": "f"}
-    assert json.loads((path / "checksums.json").read_text()) == {name: hash_file(path / name) for name in FILES[1:]}
+    assert json.loads((path / "state.json").read_text()) == {"version": 2, "step": 7, "fingerprint": "f"}
+    assert json.loads((path / "checksums.json").read_text()) == {name: [hash_file(path / name)] for name in FILES[1:]}
     assert sorted(load_file(path / "model.safetensors")) == ["0.bias", "0.weight", "1.bias", "1.weight"]
     assert sorted(load_file(path / "optimizer.safetensors")) == sorted(
         f"{layer}.{name}/{key}"
@@ -63,7 +64,7 @@ def test_the_folder(tmp_path: Path) -> None:
         for key in ("exp_avg", "exp_avg_sq", "step")
     )
     assert newest_checkpoint(tmp_path / "checkpoints") == Checkpoint(
-        path, 7, {"version": 1, "step": 7, "fingerprint": "f"}
+        path, 7, {"version": 2, "step": 7, "fingerprint": "f"}
     )
 
 
@@ -98,9 +99,9 @@ def test_words_for_checksums_that_are_none(tmp_path: Path) -> None:
 def test_words_for_another_version(tmp_path: Path) -> None:
     path = saved(tmp_path)
     rewrite(path / "state.json", '{"version": 99, "step": 7}')
-    assert reason(tmp_path) == f"{path}: this checkpoint has version 99; 1 is wanted"
+    assert reason(tmp_path) == f"{path}: this checkpoint has version 99; 2 is wanted"
     rewrite(path / "state.json", '{"step": 7}')
-    assert reason(tmp_path) == f"{path}: this checkpoint has version None; 1 is wanted"
+    assert reason(tmp_path) == f"{path}: this checkpoint has version None; 2 is wanted"
     rewrite(path / "state.json", "{")
     assert "checkpoint state" in reason(tmp_path)
 
@@ -140,53 +141,76 @@ def test_words_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         saved(tmp_path, 3)
     assert error.value.what == "the checkpoint of step 3 could not be written: [Errno 28] No space left on device"
     assert error.value.where == str(tmp_path / "step-00000003")
-    assert error.value.hint == "Earlier checkpoints are untouched. Make room, then run the same command again."
+    assert error.value.hint is not None
+    assert re.fullmatch(
+        r"It takes 0\.0 MB, and [\d,.]+ MB are free\. Earlier checkpoints are untouched: make room, "
+        r"then run the same command again\.",
+        error.value.hint,
+    )
+
+
+def test_the_size_that_is_told_is_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_234_560_000))
+    big = {"weight": torch.zeros(1_000_000), "half": torch.zeros(1_000_000, dtype=torch.bfloat16)}
+    with pytest.raises(BadInputError) as error:
+        module.write_checkpoint(tmp_path / "step-00000001", 1, big, {"weight/exp_avg": torch.zeros(500_000)}, {})
+    assert error.value.hint is not None
+    assert error.value.hint.startswith("It takes 8.0 MB, and 1,234.6 MB are free. ")
+
+
+def test_tensors_that_cannot_be_read(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    (path / "optimizer.safetensors").write_bytes(b"0" * 20)
+    with pytest.raises(BadInputError, match="this checkpoint cannot be read") as error:
+        read_tensors(found)
+    assert error.value.where == str(path)
 
 
 def test_words_for_another_model(tmp_path: Path) -> None:
     path = saved(tmp_path)
     found = newest_checkpoint(tmp_path)
     assert found is not None
-    other = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 2))
     with pytest.raises(BadInputError) as error:
-        load_checkpoint(found, other, torch.optim.AdamW(other.parameters()))
+        load_into(make(width=5).module, found)
     assert error.value.where == str(path)
-    assert error.value.what == (
-        "this checkpoint does not fit the model: Error(s) in loading state_dict for Sequential:"
-    )
-    model, optimizer = make()
+    assert error.value.what == "this checkpoint does not fit the model: '0.bias'"
+    backend = make()
     save_file({"2.weight/step": torch.tensor(1.0)}, path / "optimizer.safetensors")
-    with pytest.raises(BadInputError, match=r"does not fit the model: '2\.weight'"):
-        load_checkpoint(found, model, optimizer)
-    (path / "optimizer.safetensors").write_bytes(b"0" * 20)
-    with pytest.raises(BadInputError, match="does not fit the model"):
-        load_checkpoint(found, model, optimizer)
+    with pytest.raises(KeyError, match=r"2\.weight"):
+        backend.load(*read_tensors(found))
 
 
 def test_a_state_that_is_a_number_becomes_a_tensor() -> None:
     """Some optimisers count their steps in plain numbers."""
-    model, optimizer = make()
-    weight = model[0].weight  # type: ignore[index]
-    optimizer.state[weight] = {"step": 3.0, "exp_avg": torch.ones(3, 4)}
-    tensors = optimizer_tensors(optimizer, {id(weight): "0.weight"})
-    assert sorted(tensors) == ["0.weight/exp_avg", "0.weight/step"]
+    backend = make()
+    weight = backend.parameters["0.weight"]
+    backend.optimizer.state[weight] = {"step": 3.0, "exp_avg": torch.ones(3, 4)}
+    tensors = dict(named_state(backend.optimizer, {id(weight): "0.weight"}, lambda tensor: tensor.detach()))
+    assert list(tensors) == ["0.weight/exp_avg", "0.weight/step"]
     assert tensors["0.weight/step"].item() == 3.0
-    optimizer.state[weight]["exp_avg"].zero_()
-    assert tensors["0.weight/exp_avg"].sum() == 12, "a copy, not a view"
+    copies = module._copies(backend.optimizer_tensors(), keep=True)
+    backend.optimizer.state[weight]["exp_avg"].zero_()
+    assert copies["0.weight/exp_avg"].sum() == 12, "a copy, not a view"
 
 
 def test_loaded_state_replaces_what_was_there() -> None:
-    model, optimizer = make()
-    work(model, optimizer, 1)
-    weight = model[0].weight  # type: ignore[index]
-    load_optimizer(optimizer, dict(model.named_parameters()), {"0.weight/step": torch.tensor(5.0)})
-    assert list(optimizer.state) == [weight]
-    assert {key: value.item() for key, value in optimizer.state[weight].items()} == {"step": 5.0}
+    backend = make()
+    work(backend, 1)
+    weight = backend.parameters["0.weight"]
+    backend.load(dict(backend.model_tensors()), {"0.weight/step": torch.tensor(5.0)})
+    assert list(backend.optimizer.state) == [weight]
+    assert {key: value.item() for key, value in backend.optimizer.state[weight].items()} == {"step": 5.0}
 
 
 def test_as_many_stay_as_are_wanted(tmp_path: Path) -> None:
-    model, optimizer = make()
+    backend = make()
     for step in (1, 2, 3, 4, 5):
-        save_checkpoint(tmp_path, step, model, optimizer, {}, keep_last=3)
+        save(tmp_path, step, backend, keep_last=3)
         expected = [f"step-{s:08d}" for s in range(max(1, step - 2), step + 1)]
         assert [path.name for path in checkpoint_paths(tmp_path)] == expected

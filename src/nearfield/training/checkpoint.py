@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -40,7 +41,8 @@ class Checkpoint:
 class CheckpointWriter:
     """Copies tensors to main memory at once and writes them to the disk while training goes on.
 
-    One checkpoint is written at a time. A failure is raised by the next call.
+    One checkpoint is written at a time. A failure is raised by the next call. As a context it ends when nothing is being
+    written any more, so that whoever catches an error finds the newest checkpoint in its place.
     """
 
     def __init__(self, folder: Path, keep_last: int, *, background: bool, writes: bool) -> None:
@@ -53,6 +55,20 @@ class CheckpointWriter:
         """Steps whose checkpoints are never removed."""
         self._thread: threading.Thread | None = None
         self._error: NearfieldError | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except NearfieldError as own:
+            if error is None:
+                raise
+            if own is not error:
+                logger.error("%s", own)
 
     def save(
         self,

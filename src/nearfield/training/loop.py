@@ -207,7 +207,7 @@ def _train(
         writes=launch.is_main,
     )
     done = first
-    with trackers, TrainingProgress(first, steps) as progress:
+    with writer, trackers, TrainingProgress(first, steps) as progress:
         if evaluations.due(first) and evaluate(first):
             save(first)
         for step in range(first, steps):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,6 +23,20 @@ def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The buffers that belong to the model's state."""
     state = module.state_dict()
     return {name: buffer for name, buffer in module.named_buffers() if name in state}
+
+
+def check_fit(tensors: Mapping[str, Tensor] | None, targets: Mapping[str, Tensor]) -> None:
+    """Raise unless whole tensors (where this rank has them) are those of a model: one of another shape might broadcast."""
+    if tensors is None:
+        return
+    for name in sorted(targets.keys() | tensors.keys()):
+        if name not in targets:
+            raise RuntimeError(f"the model has no trained parameter {name!r}")
+        if name not in tensors:
+            raise RuntimeError(f"{name!r} is missing")
+        shape = tuple(getattr(targets[name], "ds_shape", targets[name].shape))
+        if tuple(tensors[name].shape) != shape:
+            raise RuntimeError(f"{name!r} has shape {tuple(tensors[name].shape)}, the model's has {shape}")
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.training.backends.common import (
     MakeOptimizer,
+    check_fit,
     clip_,
     named_state,
     saved_buffers,
@@ -130,6 +131,7 @@ class Fsdp2Backend:
     def load(self, model: dict[str, Tensor] | None, optimizer: dict[str, Tensor] | None) -> None:
         """Every rank takes its shards of the whole tensors."""
         targets = {**self.parameters, **saved_buffers(self.module)}
+        check_fit(model, targets)
         with torch.no_grad():
             for name, tensor in broadcast_tensors(model, self.device):
                 targets[name].copy_(_like(tensor, targets[name]))

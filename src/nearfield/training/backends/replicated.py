@@ -21,6 +21,7 @@ from nearfield.errors import NearfieldError
 from nearfield.training.backends.common import (
     MakeOptimizer,
     autocast_context,
+    check_fit,
     clip_,
     named_state,
     saved_buffers,
@@ -118,6 +119,7 @@ class ReplicatedBackend:
     def load(self, model: dict[str, Tensor] | None, optimizer: dict[str, Tensor] | None) -> None:
         """Put tensors back; a parameter that had no optimiser state when it was saved has none again."""
         targets = {**self.parameters, **saved_buffers(self.module)}
+        check_fit(model, targets)
         with torch.no_grad():
             for name, tensor in broadcast_tensors(model, self.device):
                 targets[name].copy_(tensor)

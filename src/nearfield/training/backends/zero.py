@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import read_json
 from nearfield.shipped import shipped_root
-from nearfield.training.backends.common import MakeOptimizer, saved_buffers, set_rates, trainable
+from nearfield.training.backends.common import MakeOptimizer, check_fit, saved_buffers, set_rates, trainable
 from nearfield.training.communication import broadcast_tensors
 from nearfield.training.launch import BackendName
 
@@ -199,6 +199,7 @@ class ZeroBackend:
     def load(self, model: dict[str, Tensor] | None, optimizer: dict[str, Tensor] | None) -> None:
         """Set the float32 partitions, the parameters made of them, and the optimiser's state."""
         buffers = saved_buffers(self.engine.module)
+        check_fit(model, {**self.parameters, **buffers})
         with torch.no_grad():
             for name, tensor in broadcast_tensors(model, self.device):
                 if name in buffers:
