@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from dataclasses import replace
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfield.objectives import InfoNCEConfig
-from nearfield.objectives.infonce import ContrastiveBatch
+from nearfield.objectives.infonce import ContrastiveBatch, InfoNCE
 
 
 def make_batch(
@@ -139,6 +140,89 @@ def test_gradient_identity_of_plain_infonce() -> None:
     expected = (torch.softmax(logits, dim=1) - target) / (0.3 * 6)
     torch.testing.assert_close(gradient.T, expected, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(gradient.sum(dim=0), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-14)
+
+
+def with_gradient(objective: InfoNCE, batch: ContrastiveBatch) -> tuple[float, list[torch.Tensor]]:
+    """The summed loss over the batch's rows, and its gradient for queries, documents and what is learnt."""
+    result = objective(batch)
+    learnt = list(objective.parameters())
+    gradients = torch.autograd.grad(result.total, [batch.queries, batch.documents, *learnt])
+    return float(result.total.detach()), list(gradients)
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [config for config in CONFIGS if config.temperature == 1.0],
+    ids=lambda c: (
+        f"{c.similarity}-{c.in_batch_negatives}-{c.several_positives}-{c.both_directions}-{c.mask_known_positives}"
+    ),
+)
+def test_shares_of_the_rows_add_up_to_the_whole(config: InfoNCEConfig, learnt: bool) -> None:
+    """Each process computes the loss of its rows against all documents; shares may be empty."""
+    objective = config.model_copy(update={"learn_temperature": learnt, "temperature": 0.4}).build().double()
+    batch = make_batch(11, items=12)
+    total, gradients = with_gradient(objective, batch)
+    whole_rows = objective(batch).rows
+    for cuts in ((0, 5), (0, 2, 5), (0, 1, 3, 5), (0, 0, 4, 4, 5)):
+        shares = [replace(batch, rows=torch.arange(start, stop)) for start, stop in pairwise(cuts)]
+        parts = [with_gradient(objective, share) for share in shares]
+        assert sum(part for part, _ in parts) == pytest.approx(total, rel=1e-12, abs=1e-12)
+        for number, whole in enumerate(gradients):
+            summed = torch.stack([part[number] for _, part in parts]).sum(dim=0)
+            torch.testing.assert_close(summed, whole, rtol=1e-12, atol=1e-12)
+        for share, (start, stop) in zip(shares, pairwise(cuts), strict=True):
+            result = objective(share)
+            assert result.denominator == 5, "the denominator is the whole batch's"
+            torch.testing.assert_close(result.rows, whole_rows[start:stop], rtol=1e-12, atol=1e-12)
+
+
+LEARNT = InfoNCEConfig(temperature=0.3, learn_temperature=True, temperature_bounds=(0.1, 0.9))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_learnt_temperature_is_neutral_at_first(both: bool) -> None:
+    fixed = InfoNCEConfig(temperature=0.3, both_directions=both).build()
+    objective = LEARNT.model_copy(update={"both_directions": both}).build().double()
+    assert [name for name, _ in objective.named_parameters()] == ["log_temperature"]
+    assert objective.log_temperature.shape == (1,)
+    objective.log_temperature.data.fill_(math.log(0.3))  # to the last bit of float64
+    assert list(fixed.parameters()) == []
+    batch = make_batch(4, items=12)
+    total, gradients = with_gradient(objective, batch)
+    expected, plain = with_gradient(fixed, batch)
+    assert total == pytest.approx(expected, rel=1e-14)
+    for ours, theirs in zip(gradients[:2], plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("both", "several"), list(product((False, True), ("mean_log", "log_sum"))))
+def test_the_gradient_of_a_learnt_temperature(both: bool, several: str) -> None:
+    objective = LEARNT.model_copy(update={"both_directions": both, "several_positives": several}).build().double()
+    batch = make_batch(6, items=12)
+    slope = with_gradient(objective, batch)[1][2]
+    start, step = float(objective.log_temperature.detach()), 1e-6
+    totals = []
+    for moved in (start + step, start - step):
+        objective.log_temperature.data.fill_(moved)
+        totals.append(float(objective(batch).total.detach()))
+    assert slope.item() == pytest.approx((totals[0] - totals[1]) / (2 * step), rel=1e-7)
+    assert abs(slope.item()) > 0.1
+
+
+@pytest.mark.parametrize(("asked", "used"), [(0.01, 0.1), (5.0, 0.9), (0.1, 0.1), (0.9, 0.9), (0.5, 0.5)])
+def test_a_learnt_temperature_stays_within_its_bounds_and_can_come_back(asked: float, used: float) -> None:
+    objective = LEARNT.build().double()
+    objective.log_temperature.data.fill_(math.log(asked))
+    assert float(objective.temperature.detach()) == pytest.approx(used, rel=1e-14)  # type: ignore[union-attr]
+    batch = make_batch(8, items=12)
+    total, (_, _, slope) = with_gradient(objective, batch)
+    inside = InfoNCEConfig(temperature=used).build()
+    assert total == pytest.approx(float(inside(batch).total.detach()), rel=1e-12)
+    at_bound = LEARNT.build().double()
+    at_bound.log_temperature.data.fill_(math.log(used))
+    assert slope.item() == pytest.approx(with_gradient(at_bound, batch)[1][2].item(), rel=1e-10)
+    assert slope.item() != 0
 
 
 def test_order_of_the_rows_does_not_matter() -> None:
