@@ -1,7 +1,8 @@
-"""``nearfield run status``."""
+"""``nearfield run status`` and ``nearfield run watch``."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Look at runs.", no_args_is_help=True)
     group.callback()(lambda: None)
     group.command()(status)
+    group.command()(watch)
     app.add_typer(group, name="run")
 
 
@@ -42,3 +44,48 @@ def status(
     console.print(f"run:    {opened.folder}", markup=False, highlight=False)
     if following:
         console.print(f"next:   nearfield train {run}", markup=False, highlight=False)
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN")],
+    every: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds between looks; 1 on a terminal, 10 elsewhere.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Show the run as it stands, and end.")] = False,
+) -> None:
+    """Follow a run from another terminal: loss, speed, time left, evaluations. Ends when the run ends."""
+    import time
+
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    from nearfield.console import stdout_console
+    from nearfield.pipeline.watch import Progress, Watcher, facts, one_line
+
+    def table(progress: Progress) -> Table:
+        grid = Table.grid(padding=(0, 2))
+        for name, words in facts(progress):
+            grid.add_row(Text(name, style="dim"), Text(words))
+        return grid
+
+    watcher, console = Watcher(run), stdout_console()
+    progress = watcher.look()
+    if once or progress.state != "running":
+        console.print(table(progress))
+        return
+    pause = every or (1.0 if console.is_terminal else 10.0)
+    with contextlib.suppress(KeyboardInterrupt):
+        if console.is_terminal:
+            with Live(table(progress), console=console, auto_refresh=False) as live:
+                while progress.state == "running":
+                    time.sleep(pause)
+                    progress = watcher.look()
+                    live.update(table(progress), refresh=True)
+            return
+        while True:
+            console.print(Text(one_line(progress)))
+            if progress.state != "running":
+                return
+            time.sleep(pause)
+            progress = watcher.look()

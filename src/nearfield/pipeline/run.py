@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.metadata
+import json
 import logging
 import os
 import platform
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from nearfield.recipe import CheckedRecipe, Recipe, check_recipe, load_recipe
 logger = logging.getLogger("nearfield.pipeline")
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 _PACKAGES = (
     "nearfield",
     "torch",
@@ -114,12 +117,22 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Only one process at a time works on a run."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as file:
+        with (self.folder / LOCK).open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise BadInputError("another process is working on this run", where=str(self.folder)) from error
-            yield
+            self.tell_stage(None)
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+    def tell_stage(self, stage: str | None) -> None:
+        """Say in the lock, which this process must hold, who works on the run and at what: for those who watch."""
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage}
+        # In place: another file of this name would not be locked.
+        (self.folder / LOCK).write_text(json.dumps(owner), encoding="utf-8")
 
 
 def now() -> str:

@@ -437,8 +437,10 @@ def run_stages(
         for name in names:
             fresh = stages.status(name).state == "done" and not (restart and name == "train")
             tell(name)
-            if on_stage is not None and launch.is_main:
-                on_stage(name, "done" if fresh else "running")
+            if launch.is_main:
+                run.tell_stage(None if fresh else name)
+                if on_stage is not None:
+                    on_stage(name, "done" if fresh else "running")
             # An artifact that another run left in the shared cache is done, but this run's manifest must name it.
             if fresh and run.record(name).get("fingerprint") == stages.fingerprints[name]:
                 continue
