@@ -1,4 +1,4 @@
-"""The training curves: ``metrics.jsonl`` as a few charts and one small table."""
+"""The training curves: ``metrics.jsonl`` as a few charts and one small table, ``evaluations.jsonl`` as some more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from nearfield.reporting import text
-from nearfield.reporting.run import AbsentError, real
+from nearfield.reporting.run import AbsentError, load_object, mapping, real, string
 from nearfield.reporting.svg import LineChart, Series, line_chart
 
 POINTS = 400
@@ -233,6 +233,68 @@ def _notes(metrics: Metrics) -> list[str]:
     return notes
 
 
+SCORE_CHARTS = 6
+"""Scores of evaluations that are drawn at most."""
+
+
+def build_scores(run: Path) -> tuple[list[Chart], list[str]]:
+    """A chart a score of the evaluations during the training, and notes; nothing where there were none."""
+    try:
+        lines = (run / "evaluations.jsonl").read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], []
+    by_step: dict[float, dict[str, float]] = {}
+    unreadable = 0
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            record = mapping(json.loads(line))
+        except (ValueError, RecursionError):
+            record = {}
+        step = real(record.get("step"))
+        if step is None or not math.isfinite(step):
+            unreadable += 1
+            continue
+        scores = {name: real(value) for name, value in mapping(record.get("scores")).items()}
+        by_step[step] = {name: NAN if value is None else value for name, value in scores.items()}
+    steps = sorted(by_step)
+    names = list(dict.fromkeys(name for step in steps for name in by_step[step]))
+    if len(names) == 2 and names[0] == "mean":
+        names = names[1:]  # the mean of one task
+    charts = []
+    for number, name in enumerate(names[:SCORE_CHARTS]):
+        xs, ys = thin(steps, [by_step[step].get(name, NAN) for step in steps], POINTS)
+        key, title = f"evaluation-{number}", f"Evaluation: {text.clip(name, 60)}"
+        svg = line_chart(LineChart(key, title, xs, [Series("score", ys)]))
+        if svg:
+            charts.append(Chart(key, title, svg, [round(x, 2) for x in xs], [("score", ys)]))
+    notes = _outcome(run)
+    if unreadable:
+        notes.append(f"{text.count(unreadable)} lines of evaluations.jsonl cannot be read and are left out.")
+    if len(names) > SCORE_CHARTS:
+        notes.append(f"{SCORE_CHARTS} of {text.count(len(names))} scores are drawn; all are in evaluations.jsonl.")
+    return charts, notes
+
+
+def _outcome(run: Path) -> list[str]:
+    """What the evaluations decided, as the manifest says."""
+    try:
+        manifest = load_object(run / "manifest.json", "")
+    except AbsentError:
+        return []
+    trained = mapping(mapping(manifest.get("stages")).get("train"))
+    best, notes = mapping(trained.get("best")), []
+    step, score = real(best.get("step")), real(best.get("score"))
+    if trained.get("stopped_early") is True:
+        notes.append("The training ended early: as many evaluations in a row as its patience brought no gain.")
+    if step is not None and score is not None:
+        kept = string(trained.get("checkpoint")) == f"step-{round(step):08d}"
+        model = "; the model is made of it" if kept else ""
+        notes.append(f"The best evaluation was that after step {text.count(step)}: {text.score(score)}{model}.")
+    return notes
+
+
 def _finite(values: Sequence[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
@@ -248,6 +310,7 @@ def build_curves(run: Path) -> Curves:
         for key, title, columns, smoothed, zero in CHARTS
         if any(full.known(column) for column, _ in columns)
     ]
+    scores, score_notes = build_scores(run)
     known = [(name, label) for name, label in TABLE if metrics.known(name)]
     last = len(metrics.steps) - 1
     picked = sorted({round(index * last / 11) for index in range(12)})
@@ -256,10 +319,10 @@ def build_curves(run: Path) -> Curves:
     # A single step says little: a batch is easy or hard. The first and last tenths are compared.
     tenth = max(1, len(losses) // 10)
     return Curves(
-        charts=charts,
+        charts=[*charts[:1], *scores, *charts[1:]],
         heads=["step", *(label for _, label in known)],
         rows=rows,
-        notes=_notes(metrics),
+        notes=[*_notes(metrics), *score_notes],
         steps=round(metrics.steps[-1]),
         every_step=len(metrics.steps) >= round(metrics.steps[-1]),
         rows_seen=math.fsum(_finite(metrics.column("rows"))),

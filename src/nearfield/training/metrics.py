@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from nearfield.console import stderr_console
 
 if TYPE_CHECKING:
+    import torch
     from rich.progress import Progress
 
 logger = logging.getLogger("nearfield.training")
@@ -31,6 +32,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 break
     return lines
+
+
+def used_memory(device: torch.device) -> dict[str, int]:
+    """The most memory that tensors took on a GPU so far, in bytes; nothing on a CPU, where no one counts it."""
+    if device.type != "cuda":
+        return {}
+    import torch
+
+    return {"memory_bytes": torch.cuda.max_memory_allocated(device)}
 
 
 class TrainingProgress:
