@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nearfield.batching.planner import Rows
 from nearfield.data.tokens import TokenCache, TokenTable
+from nearfield.encoders.packing import Features
 from nearfield.objectives import InfoNCEConfig
 from nearfield.objectives.infonce import ContrastiveBatch, LossSum
+from nearfield.training import step as module
+from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.chunks import Pool
-from nearfield.training.step import Features, Padding, chunk_features, contrastive_batch, run_step, seed_chunk
+from nearfield.training.communication import ControlWord
+from nearfield.training.engine import Engine
+from nearfield.training.launch import Launch
+from nearfield.training.step import (
+    StepResult,
+    Work,
+    contrastive_batch,
+    cut_work,
+    is_out_of_memory,
+    mean_result,
+    run_step,
+    seed_chunk,
+)
 
 CPU = torch.device("cpu")
 
@@ -41,8 +62,15 @@ def pool() -> Pool:
     )
 
 
+def padding_engine(tokens: TokenCache, pad: int | None, side: str) -> Engine:
+    """As much of an engine as turns texts into padded features."""
+    encoder: Any = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=pad, padding_side=side))
+    backend: Any = SimpleNamespace(device=CPU)
+    return Engine(backend, encoder, nn.Module(), Launch(), tokens, None, False, 3)
+
+
 def test_features_are_padded_on_the_right(tokens: TokenCache, pool: Pool) -> None:
-    features = chunk_features(pool, np.array([2, 0, 1]), tokens, Padding(99, "right", CPU))
+    features = padding_engine(tokens, 99, "right").make_features(pool)(np.array([2, 0, 1]))
     assert set(features) == {"input_ids", "attention_mask", "prompt_length"}
     assert features["input_ids"].tolist() == [[30, 31, 32], [10, 99, 99], [20, 21, 99]]
     assert features["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
@@ -51,7 +79,7 @@ def test_features_are_padded_on_the_right(tokens: TokenCache, pool: Pool) -> Non
 
 
 def test_features_are_padded_on_the_left(tokens: TokenCache, pool: Pool) -> None:
-    features = chunk_features(pool, np.array([4, 3]), tokens, Padding(99, "left", CPU))
+    features = padding_engine(tokens, 99, "left").make_features(pool)(np.array([4, 3]))
     assert features["input_ids"].tolist() == [[8, 9, 30, 31], [99, 8, 9, 20]]
     assert features["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
     assert features["prompt_length"] == 2
@@ -67,6 +95,10 @@ def test_the_objective_sees_who_belongs_to_whom(pool: Pool) -> None:
     assert batch.document_ids.tolist() == [1, 2, 0]
     assert batch.known_positives.tolist() == [[1, -1, -1], [0, 7, 9]]
     assert batch.known_positives.dtype == torch.int64
+    assert batch.rows is None
+    mine = contrastive_batch(pool, embeddings, [np.array([1]), np.array([0, 7, 9])], np.array([1]))
+    assert mine.local_rows().tolist() == [1]
+    assert mine.known_positives.tolist() == batch.known_positives.tolist(), "of all queries, not of the share"
 
 
 def test_no_known_positive_masks_nothing(pool: Pool) -> None:
@@ -84,56 +116,109 @@ def test_dropout_is_seeded_by_all_three() -> None:
     assert len(draws) == 4
 
 
-class Table:
-    """An embedding per first token, and a record of how it was asked."""
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_the_work_is_the_same_on_every_rank_but_for_the_rank(tokens: TokenCache, pool: Pool, ranks: int) -> None:
+    lengths = np.array([1, 2, 3, 3, 4])
+    settings: dict[str, Any] = {"budget": 5, "padded": True, "by_prompt": True, "world_size": ranks}
+    alone = cut_work(pool, lengths, [], **{**settings, "world_size": 1}, rank=0)
+    works = [cut_work(pool, lengths, [], **settings, rank=rank) for rank in range(ranks)]
+    assert [work.rank for work in works] == list(range(ranks))
+    for work in works:
+        assert [chunk.tolist() for chunk in work.chunks] == [chunk.tolist() for chunk in alone.chunks]
+        assert work.tokens == alone.tokens
+        assert work.shares == works[0].shares
+        assert work.rounds == max(map(len, work.shares))
+        assert work.heaviest == max(sum(work.tokens[n] for n in share) for share in work.shares)
+        assert work.own == work.shares[work.rank]
+        assert work.pool_shares().own.tolist() == [int(i) for n in work.own for i in work.chunks[n]]
+    owned = [row for work in works for row in work.pool_shares().own.tolist()]
+    assert sorted(owned) == list(range(5)), "each text is encoded on one rank"
+
+
+class Table(nn.Module):
+    """An embedding per first token in bfloat16, and a record of how it was asked."""
 
     def __init__(self) -> None:
+        super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.weight = torch.randn(40, 3, generator=generator, dtype=torch.float64).float().requires_grad_()
+        self.weight = nn.Parameter(torch.randn(40, 3, generator=generator, dtype=torch.float64).float())
         self.grad_enabled: list[bool] = []
         self.draws: list[float] = []
 
-    def __call__(self, features: Features) -> Tensor:
+    def forward(self, features: Features) -> Tensor:
         self.grad_enabled.append(torch.is_grad_enabled())
         self.draws.append(float(torch.rand(())))
         ids, mask = features["input_ids"], features["attention_mask"]
-        return (self.weight[ids] * mask[..., None]).sum(dim=1).bfloat16().to(torch.float64)
+        return (self.weight[ids] * mask[..., None]).sum(dim=1).bfloat16()
 
 
+class Noting(ReplicatedBackend):
+    """Notes what is pushed back."""
+
+    def __init__(self, objective: nn.Module | None = None) -> None:
+        self.table = Table()
+        self.pushed: list[bool] = []
+        whole = nn.ModuleDict({"table": self.table})
+        if objective is not None:
+            whole["objective"] = objective
+        super().__init__(whole, lambda named: torch.optim.SGD([p for _, p in named], lr=1.0), CPU, 1, False)
+        self.module = self.table
+
+    def backward(self, scalar: Tensor, last: bool) -> None:
+        assert scalar.shape == ()
+        self.pushed.append(last)
+        super().backward(scalar, last)
+
+
+CHUNKS = [np.array([4, 3]), np.array([2, 1, 0])]
+KNOWN = [np.array([1]), np.array([0])]
+
+
+def by_hand(pool: Pool, chunks: list[Rows] | None = None, known: list[Rows] | None = None) -> Work:
+    chunks = CHUNKS if chunks is None else chunks
+    return Work(pool, chunks, [8, 9][: len(chunks)], [list(range(len(chunks)))], 0, KNOWN if known is None else known)
+
+
+def take(
+    backend: ReplicatedBackend, objective: nn.Module, tokens: TokenCache, work: Work, **keywords: Any
+) -> StepResult:
+    make = padding_engine(tokens, 0, "right").make_features(work.pool)
+    return run_step(backend, objective, work, make, **{"dimension": 3, "seed": 3, "step": 5, **keywords})
+
+
+@pytest.mark.parametrize("learnt", [True, False])
 @pytest.mark.parametrize("keep_graph", [True, False])
-def test_the_gradient_and_what_the_step_tells(tokens: TokenCache, pool: Pool, keep_graph: bool) -> None:
-    chunks = [np.array([4, 3]), np.array([2, 1, 0])]
-    features = [chunk_features(pool, chunk, tokens, Padding(0, "right", CPU)) for chunk in chunks]
-    known = [np.array([1]), np.array([0])]
-    table, pushed = Table(), []
-    objective = InfoNCEConfig(temperature=0.5).build()
-
-    def backward(loss: Tensor) -> None:
-        assert loss.shape == ()
-        pushed.append(loss)
-        loss.backward()
-
-    result = run_step(table, objective, backward, pool, features, chunks, known, seed=3, step=5, keep_graph=keep_graph)
+def test_the_gradient_and_what_the_step_tells(tokens: TokenCache, pool: Pool, keep_graph: bool, learnt: bool) -> None:
+    objective = InfoNCEConfig(temperature=0.5, learn_temperature=learnt).build()
+    backend = Noting(objective)
+    table = backend.table
+    result = take(backend, objective, tokens, by_hand(pool), keep_graph=keep_graph)
     asked, draws = table.grad_enabled, list(table.draws)
-    whole = [chunk_features(pool, np.array([i]), tokens, Padding(0, "right", CPU)) for i in range(5)]
+    make = padding_engine(tokens, 0, "right").make_features(pool)
     other = Table()
-    embeddings = torch.cat([other(one).float() for one in whole])
-    assert embeddings.dtype == torch.float32
-    expected: LossSum = objective(contrastive_batch(pool, embeddings, known))
+    embeddings = torch.cat([other(make(np.array([i]))).float() for i in range(5)])
+    plain = InfoNCEConfig(temperature=0.5, learn_temperature=learnt).build()
+    expected: LossSum = plain(contrastive_batch(pool, embeddings, KNOWN))
     (expected.total / 2).backward()
-    assert float(result.loss.total.detach()) == pytest.approx(float(expected.total.detach()), rel=1e-6)
-    assert result.loss.denominator == 2
+    assert result.word.loss == pytest.approx(float(expected.total.detach()), rel=1e-6)
+    assert result.denominator == 2
+    assert result.loss == result.word.loss / 2
+    assert not result.word.out_of_memory and not result.word.stop
+    assert result.word.used == (True,) * (1 + learnt)
     assert table.weight.grad is not None and other.weight.grad is not None
     torch.testing.assert_close(table.weight.grad, other.weight.grad)
-    assert torch.equal(result.queries, embeddings[pool.queries].detach())
-    assert torch.equal(result.documents, embeddings[pool.documents].detach())
-    assert result.queries.dtype == torch.float32, "the loss is taken in float32"
-    assert not result.queries.requires_grad and not result.documents.requires_grad
+    for ours, theirs in zip(objective.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert result.batch is not None
+    assert torch.equal(result.batch.queries, embeddings[pool.queries].detach())
+    assert torch.equal(result.batch.documents, embeddings[pool.documents].detach())
+    assert result.batch.queries.dtype == torch.float32, "the loss is taken in float32"
+    assert not result.batch.queries.requires_grad and not result.batch.documents.requires_grad
     if keep_graph:
-        assert len(pushed) == 1
+        assert backend.pushed == [True]
         assert asked == [True, True]
     else:
-        assert len(pushed) == 2, "one graph at a time"
+        assert backend.pushed == [False, True], "one graph at a time"
         assert asked == [False, False, True, True]
         assert draws[:2] == draws[2:], "the second encoding draws what the first drew"
     assert draws[0] != draws[1]
@@ -142,19 +227,144 @@ def test_the_gradient_and_what_the_step_tells(tokens: TokenCache, pool: Pool, ke
         assert float(torch.rand(())) == draw
 
 
-def test_a_loss_that_is_not_finite_is_only_told(tokens: TokenCache, pool: Pool) -> None:
-    chunks = [np.arange(5)]
-    features = [chunk_features(pool, chunks[0], tokens, Padding(0, "right", CPU))]
+def test_a_signal_is_in_the_control_word(tokens: TokenCache, pool: Pool) -> None:
+    backend, objective = Noting(), InfoNCEConfig().build()
+    result = take(backend, objective, tokens, by_hand(pool), keep_graph=True, stop=lambda: True)
+    assert result.word.stop
+    assert math.isfinite(result.loss)
 
-    def objective(batch: ContrastiveBatch) -> LossSum:
-        return LossSum(batch.queries.sum() * float("nan"), 2.0, torch.tensor([float("nan"), 1.0]))
 
-    def backward(loss: Tensor) -> None:
-        raise AssertionError("nothing may be pushed back")
+class Nan(nn.Module):
+    """A loss that is none."""
 
+    def forward(self, batch: ContrastiveBatch) -> LossSum:
+        return LossSum(batch.queries.sum() * math.nan, 2.0, torch.tensor([math.nan, 1.0]))
+
+
+@pytest.mark.parametrize("keep_graph", [True, False])
+def test_a_loss_that_is_not_finite_is_told(tokens: TokenCache, pool: Pool, keep_graph: bool) -> None:
     none = np.zeros(0, dtype=np.int64)
-    result = run_step(
-        Table(), objective, backward, pool, features, chunks, [none, none], seed=0, step=0, keep_graph=True
-    )
-    assert torch.isnan(result.loss.total)
-    assert result.queries.shape == (2, 3)
+    work = by_hand(pool, [np.arange(5)], [none, none])
+    result = take(Noting(), Nan(), tokens, work, keep_graph=keep_graph)
+    assert math.isnan(result.word.loss) and math.isnan(result.loss)
+    assert not result.word.out_of_memory
+    assert result.batch is not None
+    assert result.batch.queries.shape == (2, 3)
+
+
+# Where memory can run out. Each names what fails, and at which of its calls.
+PLACES = [("first pass", 0), ("first pass", 1), ("objective", 0), ("backward", 0), ("second pass", 2), ("backward", 1)]
+ERRORS: list[Callable[[], BaseException]] = [
+    lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    lambda: MemoryError(),
+    lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+]
+
+
+class FailingAt:
+    """A function that raises at one of its calls."""
+
+    def __init__(self, function: Callable[..., Any], call: int, make: Callable[[], BaseException]) -> None:
+        self.function, self.call, self.make = function, call, make
+        self.calls = 0
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        self.calls += 1
+        if self.calls - 1 == self.call:
+            raise self.make()
+        return self.function(*arguments, **keywords)
+
+
+def inject(
+    monkeypatch: pytest.MonkeyPatch, backend: Noting, objective: nn.Module, place: str, failing: int, error: Any
+) -> None:
+    if place == "objective":
+        monkeypatch.setattr(objective, "forward", FailingAt(objective.forward, failing, error))
+    elif place == "backward":
+        monkeypatch.setattr(backend, "backward", FailingAt(backend.backward, failing, error))
+    else:
+        monkeypatch.setattr(module, "encode_chunk", FailingAt(module.encode_chunk, failing, error))
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["torch", "python", "cpu allocator"])
+@pytest.mark.parametrize(("place", "failing"), PLACES, ids=str)
+def test_memory_that_runs_out_is_told_and_the_step_can_be_repeated(
+    tokens: TokenCache,
+    pool: Pool,
+    place: str,
+    failing: int,
+    error: Callable[[], BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objective = InfoNCEConfig(temperature=0.5).build()
+    plain, backend = Noting(), Noting()
+    expected = take(plain, objective, tokens, by_hand(pool), keep_graph=False)
+    with monkeypatch.context() as patch:
+        inject(patch, backend, objective, place, failing, error)
+        result = take(backend, objective, tokens, by_hand(pool), keep_graph=False, stop=lambda: True)
+    assert result.word.out_of_memory
+    assert result.word.stop, "the rest of the word is told all the same"
+    assert result.batch is None
+    backend.begin()
+    again = take(backend, objective, tokens, by_hand(pool), keep_graph=False)
+    assert again.loss == expected.loss
+    assert plain.table.weight.grad is not None
+    assert backend.table.weight.grad is not None
+    assert torch.equal(backend.table.weight.grad, plain.table.weight.grad)
+
+
+@pytest.mark.parametrize(("place", "failing"), PLACES, ids=str)
+def test_memory_that_runs_out_between_collectives_is_an_error(
+    tokens: TokenCache, pool: Pool, place: str, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, objective = Noting(), InfoNCEConfig().build()
+    inject(monkeypatch, backend, objective, place, failing, MemoryError)
+    with pytest.raises(MemoryError):
+        take(backend, objective, tokens, by_hand(pool), keep_graph=False, catch_out_of_memory=False)
+
+
+def test_other_errors_are_not_taken_for_it(tokens: TokenCache, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(KeyError("memory"))
+    backend, objective = Noting(), InfoNCEConfig().build()
+    inject(monkeypatch, backend, objective, "second pass", 2, lambda: RuntimeError("shapes"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        take(backend, objective, tokens, by_hand(pool), keep_graph=False)
+
+
+def test_the_mean_of_several_batches() -> None:
+    def result(loss: float, used: tuple[bool, ...], *, memory: bool = False, stop: bool = False) -> StepResult:
+        batch = ContrastiveBatch(*[torch.tensor([loss])] * 6)
+        return StepResult(ControlWord(loss, memory, stop, used), 4.0, batch)
+
+    one = result(8.0, (True,))
+    assert mean_result([one]) is one
+    two = mean_result([result(8.0, (True, False)), result(2.0, (True, True), stop=True)])
+    assert two.loss == (8.0 / 4 + 2.0 / 4) / 2
+    assert two.word == ControlWord(two.loss, False, True, (True, True))
+    assert two.batch is not None and two.batch.queries.item() == 2.0
+    broken = mean_result([result(math.nan, (True,)), result(2.0, (True,), memory=True)])
+    assert math.isnan(broken.loss)
+    assert broken.word.out_of_memory
+    assert broken.batch is not None and math.isnan(broken.batch.queries.item()), "the one that explains it"
+
+
+@pytest.mark.parametrize("keep_graph", [True, False])
+def test_batches_of_a_step_add_up_with_their_weights(tokens: TokenCache, pool: Pool, keep_graph: bool) -> None:
+    objective = InfoNCEConfig(temperature=0.5).build()
+    backend, once = Noting(), Noting()
+    take(once, objective, tokens, by_hand(pool), keep_graph=keep_graph)
+    for final in (False, True):
+        take(backend, objective, tokens, by_hand(pool), keep_graph=keep_graph, weight=0.5, final=final)
+    assert backend.pushed == ([False, True] if keep_graph else [False, False, False, True])
+    assert backend.table.weight.grad is not None and once.table.weight.grad is not None
+    torch.testing.assert_close(backend.table.weight.grad, once.table.weight.grad)
+
+
+def test_chunks_of_a_step_are_numbered_through(tokens: TokenCache, pool: Pool) -> None:
+    backend, objective = Noting(), InfoNCEConfig().build()
+    work = Work(pool, CHUNKS, [8, 9], [[0, 1]], 0, KNOWN, first_number=7)
+    take(backend, objective, tokens, work, keep_graph=True)
+    for number, draw in zip((7, 8), backend.table.draws, strict=True):
+        seed_chunk(3, 5, number)
+        assert float(torch.rand(())) == draw
