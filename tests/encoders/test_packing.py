@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
-from nearfield.encoders import packing
+from nearfield.encoders import attention, packing
 from nearfield.encoders.attention import ATTENTION, band, set_attention
 from nearfield.encoders.packing import embed, pack_rows, packed_features, packed_tokens, packing_kind, padded_features
 from tests.encoders.tiny import CAUSAL, draw_rows, embeddings_and_gradients, tiny_encoder
@@ -80,12 +80,14 @@ def test_every_pooling_with_a_prompt(
     assert_equal(model, [9, 4, 30, 5, 17], kind, prompt=3)
 
 
+@settings(max_examples=25)
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=12), width=st.integers(1, 64))
 def test_any_lengths(make: Callable[..., SentenceTransformer], lengths: list[int], width: int) -> None:
     for kind in KINDS:
         assert_equal(make("bert"), lengths, kind, width=width)
 
 
+@settings(max_examples=25)
 @given(lengths=st.lists(st.integers(1, 3), min_size=1, max_size=12))
 def test_many_texts_of_one_token(make: Callable[..., SentenceTransformer], lengths: list[int]) -> None:
     """Where segments are told from positions, two texts of one token each look like one of two."""
@@ -183,6 +185,64 @@ def test_dropout_is_drawn_from_torchs_generator(make: Callable[..., SentenceTran
     model.eval()
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+
+
+def plain_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+    longest: int,
+    longest_key: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What torch documents of its kernel: (tokens, heads, d), a window of so many keys to the left and right, -1 for all."""
+    assert query.dtype == torch.bfloat16
+    assert torch.equal(bounds, key_bounds)
+    assert longest == longest_key == int(bounds.diff().max())
+    assert query.is_contiguous() and key.is_contiguous() and value.is_contiguous()
+    outputs = []
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
+        behind = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
+        seen = torch.ones_like(behind, dtype=torch.bool)
+        if window_size[0] >= 0:
+            seen &= behind <= window_size[0]
+        if window_size[1] >= 0:
+            seen &= -behind <= window_size[1]
+        output = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
+        )
+        outputs.append(output.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("architecture", [*ENCODERS, *CAUSAL, *BOTH])
+def test_what_is_handed_to_the_kernel_of_a_gpu(
+    make: Callable[..., SentenceTransformer], architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel itself needs a GPU; here a plain one stands in its place."""
+    model = make(architecture)
+    set_attention(model[0].auto_model)
+    rows = draw_rows(LENGTHS)
+    features = packed_features(rows, kind="varlen", device=CPU, prompt_length=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = embed(model, features).float()
+        monkeypatch.setattr(attention, "_each_text", attention._variable_length)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
+        actual = embed(model, features).float()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.03)
+    # A text too many or too few in view moves some embedding by more.
+    monkeypatch.setattr(
+        "torch.nn.attention.varlen.varlen_attn",
+        lambda *given, window_size, **named: plain_varlen(*given, window_size=(1, window_size[1]), **named),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert float((embed(model, features).float() - expected).detach().abs().max()) > 0.06
 
 
 def test_gradient_checkpointing_keeps_the_borders(tmp_path: Path) -> None:

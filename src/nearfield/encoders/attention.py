@@ -21,6 +21,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
+from nearfield.encoders.dropout import attention_with_dropout
+
 ATTENTION = "nearfield"
 
 
@@ -70,15 +72,18 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Queries, keys and values (batch, heads, tokens, d) -> (batch, tokens, heads, d), as transformers' interface has it."""
+    special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
     if segments is None:
         if attention_mask is not None and attention_mask.numel() == 0:
             raise RuntimeError(
                 "this model does not pass a call's arguments on to its attention, so it cannot be packed"
             )
+        if dropout > 0 and query.device.type == "cpu" and not special:
+            return _dropped(module, query, key, value, attention_mask, dropout, scaling, is_causal), None
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
-    if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None or kwargs.get("s_aux") is not None:
+    if special:
         raise RuntimeError("attention with a soft cap, a position bias or a sink cannot be packed")
     made_causal = bool(getattr(module, "is_causal", True))
     causal = made_causal if is_causal is None else is_causal
@@ -95,6 +100,23 @@ def band(length: int, causal: bool, radius: int, device: torch.device) -> Tensor
     place = torch.arange(length, device=device)
     behind = place[:, None] - place[None, :]
     return (behind <= radius) & (behind >= (0 if causal else -radius))
+
+
+def _dropped(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+) -> Tensor:
+    repeats = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    causal = attention_mask is None and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    output = attention_with_dropout(query, key, value, attention_mask, causal, scaling, dropout)
+    return output.transpose(1, 2).contiguous()
 
 
 def _each_text(
@@ -117,9 +139,12 @@ def _each_text(
         mask = None
         if radius is not None and q.shape[2] > radius + 1:
             mask = band(q.shape[2], causal, radius, q.device)
-        output = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scaling
-        )
+        if dropout > 0:
+            output = attention_with_dropout(q, k, v, mask, causal and mask is None, scaling, dropout)
+        else:
+            output = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scaling
+            )
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
