@@ -1,52 +1,17 @@
-"""metrics.jsonl, TensorBoard and the progress display."""
+"""Reading metrics.jsonl, and the progress display."""
 
 from __future__ import annotations
 
 import io
-import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from nearfield.training import metrics
 from nearfield.training.metrics import TrainingProgress, read_metrics
-from nearfield.training.tracker_configs import TensorBoardConfig
-from nearfield.training.trackers import JsonLines, Trackers
-
-FIGURES = ("loss", "learning_rate", "gradient_norm", "positive_similarity", "hardest_negative_similarity")
-
-
-def line(step: int) -> dict[str, Any]:
-    return {"step": step, **{name: step + number / 10 for number, name in enumerate(FIGURES)}, "rows": 4}
-
-
-def test_lines_are_there_as_soon_as_written(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "new"
-    log = JsonLines(run / "metrics.jsonl", 0)
-    assert not run.exists(), "nothing to say, nothing written"
-    for step in (1, 2):
-        log.write(line(step))
-        assert read_metrics(run / "metrics.jsonl") == [line(s) for s in range(1, step + 1)]
-    log.close()
-    log.close()
-    text = (run / "metrics.jsonl").read_text()
-    assert text == json.dumps(line(1)) + "\n" + json.dumps(line(2)) + "\n"
-    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
-
-
-def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(line(s)) + "\n" for s in range(1, 6)) + '{"step": 6, "lo'
-    )
-    log = JsonLines(tmp_path / "metrics.jsonl", 3)
-    assert [entry["step"] for entry in read_metrics(log.path)] == [1, 2, 3]
-    log.write(line(4))
-    log.close()
-    assert read_metrics(log.path) == [line(s) for s in range(1, 5)]
 
 
 def test_reading_stops_at_a_torn_line(tmp_path: Path) -> None:
@@ -54,34 +19,6 @@ def test_reading_stops_at_a_torn_line(tmp_path: Path) -> None:
     assert read_metrics(path) == []
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n', encoding="utf-8")
     assert read_metrics(path) == [{"step": 1}]
-
-
-def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    return {tag: [(e.step, round(e.value, 4)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def test_tensorboard_shows_the_figures_and_forgets_what_a_resumed_run_replays(tmp_path: Path) -> None:
-    for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        with Trackers((TensorBoardConfig(),), tmp_path, first, evaluated=-1, about={}, writes=True) as trackers:
-            for step in steps:
-                trackers.step(line(step))
-    assert read_metrics(tmp_path / "metrics.jsonl") == [line(step) for step in (1, 2, 3, 4)]
-    shown = scalars(tmp_path)
-    assert set(shown) == {f"train/{name}" for name in FIGURES}
-    for number, name in enumerate(FIGURES):
-        assert shown[f"train/{name}"] == [(step, pytest.approx(step + number / 10)) for step in (1, 2, 3, 4)]
-
-
-def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with Trackers((TensorBoardConfig(),), run, 0, evaluated=-1, about={}, writes=False) as trackers:
-        trackers.step(line(1))
-        trackers.evaluation({"step": 1, "scores": {"mean": 0.5}})
-    assert not run.exists()
 
 
 @pytest.fixture()

@@ -1,0 +1,142 @@
+"""metrics.jsonl, evaluations.jsonl, TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nearfield.errors import BadInputError
+from nearfield.training.metrics import read_metrics
+from nearfield.training.tracker_configs import TensorBoardConfig, TrackerConfig, WandbConfig
+from nearfield.training.trackers import JsonLines, Trackers
+
+FIGURES = ("loss", "learning_rate", "gradient_norm", "positive_similarity", "hardest_negative_similarity")
+
+
+def line(step: int) -> dict[str, Any]:
+    return {"step": step, **{name: step + number / 10 for number, name in enumerate(FIGURES)}, "rows": 4}
+
+
+def scored(step: int, score: float | None = 0.5) -> dict[str, Any]:
+    return {"step": step, "scores": {"mean": score, "Task": 0.25}, "seconds": 1.0}
+
+
+def open_trackers(
+    run: Path, *configs: TrackerConfig, first: int = 0, evaluated: int = -1, writes: bool = True, **about: Any
+) -> Trackers:
+    return Trackers(configs, run, first, evaluated=evaluated, about=about, writes=writes)
+
+
+def test_lines_are_there_as_soon_as_written(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "new"
+    with open_trackers(run) as trackers:
+        for step in (1, 2):
+            trackers.step(line(step))
+            assert read_metrics(run / "metrics.jsonl") == [line(s) for s in range(1, step + 1)]
+        assert [path.name for path in run.iterdir()] == ["metrics.jsonl"], "no evaluations, no file of them"
+        trackers.evaluation(scored(2))
+        assert read_metrics(run / "evaluations.jsonl") == [scored(2)]
+    text = (run / "metrics.jsonl").read_text()
+    assert text == json.dumps(line(1)) + "\n" + json.dumps(line(2)) + "\n"
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    """The evaluation of the checkpoint's own step may not have come to its end; then it is told again."""
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line(s)) + "\n" for s in range(1, 6)) + '{"step": 6, "lo'
+    )
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(scored(s)) + "\n" for s in (0, 3, 5)))
+    with open_trackers(tmp_path, first=3, evaluated=0) as trackers:
+        assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+        assert [entry["step"] for entry in read_metrics(tmp_path / "evaluations.jsonl")] == [0]
+        trackers.step(line(4))
+    assert read_metrics(tmp_path / "metrics.jsonl") == [line(s) for s in range(1, 5)]
+
+
+def test_a_closed_file_is_opened_again_by_the_next_line(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "a.jsonl", 0)
+    lines.close()
+    lines.write(line(1))
+    lines.close()
+    assert read_metrics(tmp_path / "a.jsonl") == [line(1)]
+
+
+def test_only_one_process_writes(tmp_path: Path) -> None:
+    with open_trackers(tmp_path / "run", TensorBoardConfig(), writes=False) as trackers:
+        trackers.step(line(1))
+        trackers.evaluation(scored(1))
+    assert not (tmp_path / "run").exists()
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {tag: [(e.step, round(e.value, 4)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_the_figures_and_forgets_what_a_resumed_run_replays(tmp_path: Path) -> None:
+    for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        with open_trackers(tmp_path, TensorBoardConfig(), first=first, evaluated=first) as trackers:
+            for step in steps:
+                trackers.step(line(step))
+                trackers.evaluation(scored(step, None if step == 4 else step / 8))
+    shown = scalars(tmp_path)
+    assert set(shown) == {f"train/{name}" for name in FIGURES} | {"evaluation/mean", "evaluation/Task"}
+    for number, name in enumerate(FIGURES):
+        assert shown[f"train/{name}"] == [(step, pytest.approx(step + number / 10)) for step in (1, 2, 3, 4)]
+    assert shown["evaluation/mean"] == [(1, 0.125), (2, 0.25), (3, 0.375)], "a score that is no number is not drawn"
+    assert shown["evaluation/Task"] == [(step, 0.25) for step in (1, 2, 3, 4)]
+
+
+def test_wandb_offline_keeps_its_run(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    config = WandbConfig(project="tests", mode="offline", tags=("small",))
+    with open_trackers(tmp_path, config, name="toy", seed=3) as trackers:
+        trackers.step(line(1))
+        trackers.step({**line(2), "gradient_norm": math.nan})
+        trackers.evaluation(scored(2))
+        assert wandb.run is not None
+        assert (wandb.run.name, wandb.run.project, wandb.run.tags) == ("toy", "tests", ("small",))
+        assert wandb.run.config["seed"] == 3
+        summary = dict(wandb.run.summary)
+    assert summary["step"] == 2
+    assert summary["train/loss"] == 2.0
+    assert summary["train/gradient_norm"] == pytest.approx(1.2), "what is no number is not told"
+    assert summary["evaluation/mean"] == 0.5
+    kept = json.loads((tmp_path / "wandb.json").read_text())
+    assert kept["project"] == "tests"
+    with open_trackers(tmp_path, config, first=2, evaluated=2) as trackers:
+        trackers.step(line(3))
+        assert wandb.run is not None
+        assert wandb.run.id == kept["id"], "a resumed training goes on with its W&B run"
+    with open_trackers(tmp_path, config):
+        assert wandb.run is not None
+        assert wandb.run.id != kept["id"], "one that starts anew does not"
+    assert json.loads((tmp_path / "wandb.json").read_text())["id"] != kept["id"]
+    runs = sorted(path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 3
+    assert runs.count(kept["id"]) == 2
+    assert wandb.run is None
+
+
+def test_another_project_is_another_wandb_run(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    ids = []
+    for project in ("one", "two"):
+        with open_trackers(tmp_path, WandbConfig(project=project, mode="disabled"), first=5):
+            ids.append(json.loads((tmp_path / "wandb.json").read_text())["id"])
+    assert ids[0] != ids[1]
+
+
+def test_without_wandb_there_is_one_line_of_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(BadInputError, match="not installed") as error:
+        open_trackers(tmp_path, WandbConfig(project="tests"))
+    assert error.value.hint == "pip install 'nearfield[wandb]'"
