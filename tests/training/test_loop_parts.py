@@ -13,64 +13,95 @@ import torch
 from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows
 from nearfield.errors import BadInputError, NonFiniteError
-from nearfield.objectives.infonce import LossSum
-from nearfield.training import TrainingConfig, loop
+from nearfield.objectives.infonce import ContrastiveBatch, LossSum
+from nearfield.training import TrainingConfig, engine, loop
+from nearfield.training.chunks import Pool
+from nearfield.training.communication import ControlWord
+from nearfield.training.engine import Engine, pick_device, pick_precision
+from nearfield.training.launch import Launch
 from nearfield.training.loop import TrainingInputs
+from nearfield.training.memory import FAST_MICRO_BATCH_TOKENS, Budget
 from nearfield.training.optimizer_configs import AdamWConfig
 from nearfield.training.optimizers import make_optimizer
 from nearfield.training.step import StepResult
 from tests.training.making import SIZES, make_tokens
 
-
-class FakeAccelerator:
-    """Notes how it was asked."""
-
-    num_processes = 1
-
-    def __init__(self, **asked: Any) -> None:
-        self.asked = asked
+NAN = float("nan")
 
 
 @pytest.mark.parametrize(
-    ("settings", "cuda", "native", "expected"),
+    ("settings", "cuda", "native", "device", "precision"),
     [
-        ({}, False, False, {"cpu": True, "mixed_precision": "no"}),
-        ({"precision": "bf16"}, False, False, {"cpu": True, "mixed_precision": "bf16"}),
-        ({}, True, True, {"cpu": False, "mixed_precision": "bf16"}),
-        ({}, True, False, {"cpu": False, "mixed_precision": "no"}),
-        ({"device": "cuda", "precision": "fp32"}, True, True, {"cpu": False, "mixed_precision": "no"}),
-        ({"device": "cpu"}, True, True, {"cpu": True, "mixed_precision": "no"}),
+        ({}, False, False, "cpu", "fp32"),
+        ({"precision": "bf16-mixed"}, False, False, "cpu", "bf16-mixed"),
+        ({"precision": "bf16-pure"}, False, False, "cpu", "bf16-pure"),
+        ({}, True, True, "cuda:0", "bf16-mixed"),
+        ({}, True, False, "cuda:0", "fp32"),
+        ({"device": "cuda", "precision": "fp32"}, True, True, "cuda:0", "fp32"),
+        ({"device": "cpu"}, True, True, "cpu", "fp32"),
     ],
     ids=str,
 )
 def test_device_and_precision(
-    settings: dict[str, str], cuda: bool, native: bool, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, str], cuda: bool, native: bool, device: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def is_bf16_supported(including_emulation: bool = True) -> bool:
         return native or including_emulation
 
-    monkeypatch.setattr(loop, "Accelerator", FakeAccelerator)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    assert loop._accelerator(TrainingConfig.model_validate(settings)).asked == expected  # type: ignore[attr-defined]
+    config = TrainingConfig.model_validate(settings)
+    found = pick_device(config, Launch())
+    assert found == torch.device(device)
+    assert pick_precision(config, found) == precision
 
 
 def test_devices_that_are_not_here_and_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BadInputError) as error:
-        loop._accelerator(TrainingConfig(device="cuda"))
+        pick_device(TrainingConfig(device="cuda"), Launch())
     assert error.value.what == "training.device is cuda, but no CUDA device is here"
     assert error.value.hint == "Use training.device=auto."
-    monkeypatch.setattr(FakeAccelerator, "num_processes", 4)
-    monkeypatch.setattr(loop, "Accelerator", FakeAccelerator)
+    assert pick_device(TrainingConfig(), Launch(3, 4, 3)) == torch.device("cpu"), "several processes share one CPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device(TrainingConfig(), Launch(3, 4, 1)) == torch.device("cuda", 1)
     with pytest.raises(BadInputError) as error:
-        loop._accelerator(TrainingConfig())
-    assert error.value.what == "training runs in one process, and the launcher started 4"
-    assert error.value.hint == "Start it with `nearfield train RECIPE`."
+        pick_device(TrainingConfig(), Launch(2, 4, 2))
+    assert error.value.what == "local rank 2 has no GPU: 2 are here"
+    assert error.value.hint == "Start one process a GPU."
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero1", "zero2", "zero3"])
+def test_one_process_has_nothing_to_spread(name: Any) -> None:
+    module: Any = torch.nn.Linear(2, 2)
+    with pytest.raises(BadInputError) as error:
+        engine.open_backend(name, TrainingConfig(), module, torch.optim.SGD, torch.device("cpu"), Launch())  # type: ignore[arg-type]
+    assert error.value.what == f"{name} spreads a model over several processes, and there is one"
+    assert error.value.where == "training.backend"
+    assert error.value.hint is not None
+    assert f"accelerate launch --config_file training/accelerate/{name}.yaml" in error.value.hint
 
 
 def test_default_chunks() -> None:
-    assert loop.DEFAULT_CHUNK_TOKENS == {"cpu": 512, "cuda": 16_384}
+    assert FAST_MICRO_BATCH_TOKENS == {"cpu": 512, "cuda": 16_384}
+
+
+def test_budgets_are_halved_down_to_the_smallest() -> None:
+    budget = Budget(100, 1001)
+    assert Budget.from_json({**budget.to_json(), "step": 3}) == budget
+    seen = []
+    while budget is not None:
+        seen.append((budget.micro_batch_tokens, budget.graph_tokens))
+        budget = budget.halved()  # type: ignore[assignment]
+    assert seen == [(100, 1001), (50, 500), (25, 250), (16, 125)]
+    with pytest.raises(BadInputError) as error:
+        loop._halve(Budget(16, 125), 4)
+    assert error.value.what == "memory ran out in step 5 with 16 tokens at a time, and less is no use"
+    assert error.value.where == "encoder.max_length"
+    assert error.value.hint is not None
+    assert "Lower encoder.max_length" in error.value.hint
 
 
 def test_optimizer_settings() -> None:
@@ -100,7 +131,10 @@ def test_steps_run_through_the_epochs(inputs: TrainingInputs) -> None:
 
 def test_lengths_are_those_with_the_prompt() -> None:
     items, prompts = np.array([3, 9, 3, 0]), np.array([1, 0, 0, 1])
-    lengths = loop._pool_lengths(make_tokens(), items, prompts)
+    nothing: Any = None
+    part = Engine(nothing, nothing, torch.nn.Module(), Launch(), make_tokens(), None, False, 3)
+    none = np.zeros(0, dtype=np.int64)
+    lengths = part.lengths(Pool(items, prompts, none, none, none, none.astype(bool)))
     assert lengths.tolist() == (SIZES[items] + prompts).tolist()
     assert lengths.dtype == np.int64
 
@@ -109,22 +143,47 @@ def test_similarities_of_queries_and_documents() -> None:
     """Rows of several lengths; the hardest of the first query is its own negative, of the second another's positive."""
     queries = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
     documents = torch.tensor([[0.6, 0.8], [4.0, 3.0], [0.0, -5.0], [-1.0, 0.0]])
-    result = StepResult(None, queries, documents)  # type: ignore[arg-type]
-    figures = loop.watch(result, np.array([0, 0, 1, 1]), np.array([True, False, True, False]))
+    figures = loop.watch(seen(queries, documents))
     assert set(figures) == {"positive_similarity", "hardest_negative_similarity"}
     assert figures["positive_similarity"] == pytest.approx((0.6 - 1.0) / 2)
     assert figures["hardest_negative_similarity"] == pytest.approx((0.8 + 0.8) / 2)
 
 
-def broken(rows: list[float]) -> tuple[Batch, StepResult]:
-    count = len(rows)
+def seen(queries: torch.Tensor, documents: torch.Tensor) -> ContrastiveBatch:
+    """Each query brought a positive and a negative."""
+    owner = torch.arange(len(queries)).repeat_interleave(2)
+    positive = torch.arange(len(documents)) % 2 == 0
+    return ContrastiveBatch(queries, documents, owner, positive, owner, owner[:, None])
+
+
+def test_of_many_queries_some_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first and the last among them; all documents are looked at."""
+    angles = torch.arange(9.0) / 10
+    queries = torch.stack([angles.cos(), angles.sin()], dim=1)
+    documents = torch.eye(2).repeat(9, 1)
+    whole = loop.watch(seen(queries, documents))
+    assert whole["positive_similarity"] == pytest.approx(float(angles.cos().mean()))
+    monkeypatch.setattr(loop, "_WATCHED_QUERIES", 3)
+    part = loop.watch(seen(queries, documents))
+    assert part["positive_similarity"] == pytest.approx(float(angles[[0, 4, 8]].cos().mean()))
+
+
+class Told(torch.nn.Module):
+    """An objective that says what it was told to."""
+
+    def __init__(self, rows: list[float]) -> None:
+        super().__init__()
+        self.rows = torch.tensor(rows)
+
+    def forward(self, batch: ContrastiveBatch) -> LossSum:
+        return LossSum(self.rows.sum(), len(self.rows), self.rows)
+
+
+def broken(count: int, loss: float) -> tuple[Batch, StepResult]:
     numbers: Rows = np.arange(count)
     batch = Batch(numbers + 100, numbers, [], [], numbers, numbers, 0)
-    loss = LossSum(torch.tensor(sum(rows)), count, torch.tensor(rows))
-    return batch, StepResult(loss, torch.zeros(0), torch.zeros(0))
-
-
-NAN = float("nan")
+    word = ControlWord(loss * count, False, False, ())
+    return batch, StepResult(word, count, seen(torch.zeros(count, 2), torch.zeros(2 * count, 2)))
 
 
 @pytest.mark.parametrize(
@@ -139,13 +198,16 @@ NAN = float("nan")
 def test_what_is_not_finite_is_named(
     inputs: TrainingInputs, tmp_path: Path, rows: list[float], loss: float, norm: float, what: str, slots: list[int]
 ) -> None:
-    batch, result = broken(rows)
-    with pytest.raises(NonFiniteError) as error:
-        loop._stop_non_finite(tmp_path, 7, batch, result, inputs, loss, norm)
-    assert error.value.what == what
-    assert error.value.where == str(tmp_path / "non_finite.json")
-    assert error.value.hint is not None
-    assert error.value.hint.startswith("The state before that step is in checkpoints/step-00000007. ")
+    batch, result = broken(len(rows), loss)
+    error = loop._non_finite(tmp_path, 7, batch, result, inputs, Told(rows), norm, writes=False)
+    assert not (tmp_path / "non_finite.json").exists(), "one rank writes it"
+    error = loop._non_finite(tmp_path, 7, batch, result, inputs, Told(rows), norm, writes=True)
+    assert isinstance(error, NonFiniteError)
+    assert error.exit_code == 4
+    assert error.what == what
+    assert error.where == str(tmp_path / "non_finite.json")
+    assert error.hint is not None
+    assert error.hint.startswith("The state before that step is in checkpoints/step-00000007. ")
     assert json.loads((tmp_path / "non_finite.json").read_text()) == {
         "step": 8,
         "loss": str(loss),
