@@ -37,5 +37,5 @@ def options(
     set_up_logging("WARNING" if quiet else "INFO")
 
 
-for module in ("init", "recipe", "data", "plan", "train", "eval", "compare", "report", "run"):
+for module in ("init", "recipe", "data", "plan", "train", "eval", "compare", "report", "run", "doctor"):
     importlib.import_module(f"nearfield.cli.{module}").register(app)

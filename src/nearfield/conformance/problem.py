@@ -16,7 +16,8 @@ from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows
 from nearfield.conformance.tiny import save_tiny_bert
 from nearfield.data.tokens import TokenCache, TokenTable
-from nearfield.encoders.build import load_encoder
+from nearfield.encoders.build import build_encoder
+from nearfield.encoders.config import EncoderConfig
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.config import TrainingConfig
@@ -94,7 +95,7 @@ class Problem:
 
     def encoder(self) -> SentenceTransformer:
         """The encoder, new."""
-        return load_encoder(str(self.model_folder), device="cpu").model.to(self.dtype)
+        return build_encoder(EncoderConfig(model=str(self.model_folder)), "cpu").model.to(self.dtype)
 
     def engine(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,27 @@ def pool_batch(batch: Batch) -> Pool:
     where = where.reshape(-1)
     size = len(batch.query)
     return Pool(pairs[0], pairs[1], where[:size], where[size:], owner, is_positive)
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """Cut a batch into ``parts`` smaller ones (fewer where it has fewer examples) of nearly equal size, in its order."""
+    size = len(batch.query)
+    parts = min(parts, size)
+    if parts == 1:
+        return [batch]
+    edges = [size * part // parts for part in range(parts + 1)]
+    return [
+        Batch(
+            example=batch.example[start:stop],
+            query=batch.query[start:stop],
+            positives=batch.positives[start:stop],
+            negatives=batch.negatives[start:stop],
+            query_prompt=batch.query_prompt[start:stop],
+            document_prompt=batch.document_prompt[start:stop],
+            source=batch.source,
+        )
+        for start, stop in itertools.pairwise(edges)
+    ]
 
 
 def cut_chunks(lengths: Rows, budget: int, groups: Rows | None = None, *, padded: bool = True) -> list[Rows]:

@@ -82,7 +82,9 @@ class Engine:
             lengths[mine] = self.tokens.tables[int(prompt)].lengths(pool.items[mine])
         return lengths
 
-    def work(self, batch: Batch, known_positives: Callable[[int], Rows], budget: int) -> tuple[Work, Rows]:
+    def work(
+        self, batch: Batch, known_positives: Callable[[int], Rows], budget: int, *, first_number: int = 0
+    ) -> tuple[Work, Rows]:
         """A planned batch cut into chunks and dealt to ranks, and the tokens of its texts."""
         pool = pool_batch(batch)
         lengths = self.lengths(pool)
@@ -96,6 +98,7 @@ class Engine:
             by_prompt=self.by_prompt,
             rank=self.launch.rank,
             world_size=self.launch.world_size,
+            first_number=first_number,
         )
         return work, lengths
 

@@ -28,16 +28,17 @@ from nearfield.training.checkpoint import (
     newest_checkpoint,
     read_tensors,
 )
+from nearfield.training.chunks import split_batch
 from nearfield.training.communication import broadcast_json
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import Engine, build_engine, pick_device, pick_precision
 from nearfield.training.evaluating import Evaluate, Evaluations, InterruptedEvaluationError
 from nearfield.training.launch import Launch, RankDiedError
 from nearfield.training.memory import Budget, choose_budget
-from nearfield.training.metrics import TrainingProgress
+from nearfield.training.metrics import TrainingProgress, used_memory
 from nearfield.training.optimizers import make_optimizer
 from nearfield.training.schedule import rate_factor
-from nearfield.training.step import StepResult, is_out_of_memory, run_step
+from nearfield.training.step import StepResult, is_out_of_memory, mean_result, run_step
 from nearfield.training.stopping import StopRequest
 from nearfield.training.trackers import Trackers
 
@@ -246,6 +247,7 @@ def _train(
                         "padded_tokens": padded,
                         "seconds": round(time.monotonic() - began, 4),
                         **watch(result.batch),
+                        **used_memory(device),
                     }
                 )
             progress.update(done, loss_value, len(batch.query))
@@ -287,32 +289,42 @@ def _gradient(
 ) -> tuple[StepResult, int, int]:
     """Leave the gradient of a planned batch in the backend; the tokens of the batch, real and as encoded."""
     engine.backend.begin()
-    work, lengths = engine.work(batch, inputs.known_positives, budget.micro_batch_tokens)
-    keep_graph = config.gradient_cache == "never" or (
-        config.gradient_cache == "auto" and work.heaviest <= budget.graph_tokens
-    )
-    try:
-        result = run_step(
-            engine.backend,
-            engine.objective,
-            work,
-            engine.make_features(work.pool),
-            dimension=engine.dimension,
-            seed=seed,
-            step=step,
-            keep_graph=keep_graph,
-            stop=lambda: stop.received is not None,
-            catch_out_of_memory=engine.backend.retries_in_place,
+    parts = split_batch(batch, config.averaged_batches)
+    results: list[StepResult] = []
+    chunks = tokens = encoded = 0
+    for number, part in enumerate(parts):
+        work, lengths = engine.work(part, inputs.known_positives, budget.micro_batch_tokens, first_number=chunks)
+        chunks, tokens, encoded = chunks + len(work.chunks), tokens + int(lengths.sum()), encoded + sum(work.tokens)
+        keep_graph = config.gradient_cache == "never" or (
+            config.gradient_cache == "auto" and work.heaviest <= budget.graph_tokens
         )
-    except Exception as error:
-        # Where chunks hold collectives, the other ranks wait in one that this rank will never join.
-        if engine.backend.retries_in_place or not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryStopError(
-            f"memory ran out in step {step + 1} with {budget.micro_batch_tokens} tokens at a time",
-            hint="`nearfield train --resume` with the same launcher goes on with half as many.",
-        ) from error
-    return result, int(lengths.sum()), sum(work.tokens)
+        try:
+            result = run_step(
+                engine.backend,
+                engine.objective,
+                work,
+                engine.make_features(work.pool),
+                dimension=engine.dimension,
+                seed=seed,
+                step=step,
+                keep_graph=keep_graph,
+                weight=1 / len(parts),
+                final=number == len(parts) - 1,
+                stop=lambda: stop.received is not None,
+                catch_out_of_memory=engine.backend.retries_in_place,
+            )
+        except Exception as error:
+            # Where chunks hold collectives, the other ranks wait in one that this rank will never join.
+            if engine.backend.retries_in_place or not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryStopError(
+                f"memory ran out in step {step + 1} with {budget.micro_batch_tokens} tokens at a time",
+                hint="`nearfield train --resume` with the same launcher goes on with half as many.",
+            ) from error
+        results.append(result)
+        if result.word.out_of_memory:
+            break
+    return mean_result(results), tokens, encoded
 
 
 def _halve(budget: Budget, step: int) -> Budget:

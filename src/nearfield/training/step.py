@@ -49,6 +49,8 @@ class Work:
     rank: int
     known_positives: Sequence[Rows]
     """Item rows of all known positives of each query."""
+    first_number: int = 0
+    """What the first chunk is numbered with, where a step has several batches."""
 
     @property
     def own(self) -> list[int]:
@@ -81,11 +83,12 @@ def cut_work(
     by_prompt: bool,
     rank: int,
     world_size: int,
+    first_number: int = 0,
 ) -> Work:
     """Cut a batch whose texts have ``lengths`` (n,) into chunks of ``budget`` tokens and deal these to ranks."""
     chunks = cut_chunks(lengths, budget, pool.prompts if by_prompt else None, padded=padded)
     tokens = [chunk_tokens(lengths, chunk, padded=padded) for chunk in chunks]
-    return Work(pool, chunks, tokens, deal_chunks(tokens, world_size), rank, known_positives)
+    return Work(pool, chunks, tokens, deal_chunks(tokens, world_size), rank, known_positives, first_number)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,19 @@ class StepResult:
     def loss(self) -> float:
         """The mean loss of the global batch."""
         return self.word.loss / self.denominator
+
+
+def mean_result(results: Sequence[StepResult]) -> StepResult:
+    """What a step found out that averages the losses of several batches; of one, itself."""
+    if len(results) == 1:
+        return results[0]
+    words = [result.word for result in results]
+    used = tuple(any(marks) for marks in zip(*(word.used for word in words), strict=True))
+    mean = sum(result.loss for result in results) / len(results)
+    word = ControlWord(mean, any(w.out_of_memory for w in words), any(w.stop for w in words), used)
+    # Of the embeddings those are of use that explain a loss that is not finite.
+    shown = next((result for result in results if not math.isfinite(result.loss)), results[-1])
+    return StepResult(word, 1.0, shown.batch)
 
 
 def seed_chunk(seed: int, step: int, chunk: int) -> None:
@@ -173,6 +189,8 @@ def run_step(
     seed: int,
     step: int,
     keep_graph: bool,
+    weight: float = 1.0,
+    final: bool = True,
     stop: Callable[[], bool] = lambda: False,
     catch_out_of_memory: bool = True,
 ) -> StepResult:
@@ -181,6 +199,8 @@ def run_step(
     ``dimension`` is the width of embeddings. With ``keep_graph`` one backward goes through the graphs of all chunks,
     else each chunk is encoded a second time and only its own graph is in memory. A backend whose forwards are collective
     has every rank run as many chunks as the rank with the most; the missing ones are copies whose gradient is zero.
+
+    Where a step averages several batches, each adds ``weight`` times its gradient, and the last of them is ``final``.
 
     The caller must look at the control word before it calls ``update``: the gradient is of use only if memory
     sufficed everywhere and the loss is finite.
@@ -197,7 +217,7 @@ def run_step(
 
     def encode(turn: int | None) -> Tensor:
         number = 0 if turn is None else turn
-        seed_chunk(seed, step, number)
+        seed_chunk(seed, step, work.first_number + number)
         return encode_chunk(backend, make_features(work.chunks[number]))
 
     def real(parts: list[Tensor]) -> Tensor:
@@ -222,17 +242,20 @@ def run_step(
             if not guard.out_of_memory:
                 # Not by calling the module: ZeRO 3 would take its parameters away again behind the call.
                 loss: LossSum = objective.forward(batch)
-                gradient, *learnt_gradients = torch.autograd.grad(loss.total / loss.denominator, [leaf, *learnt])
+                gradient, *learnt_gradients = torch.autograd.grad(
+                    loss.total * (weight / loss.denominator), [leaf, *learnt]
+                )
                 total = float(loss.total.detach())
         own = reduce_gradient(gradient, shares)
         with guard:
             if not guard.out_of_memory:
-                # What the objective learns rides on the last backward, so that every backend sums it as it sums the rest.
+                # What the objective learns rides on the first backward, so that every backend sums it as it sums the rest:
+                # ZeRO 3 adds to what it finds of the last step where a parameter has no gradient in the first.
                 extra = [(p * g).sum() for p, g in zip(learnt, learnt_gradients, strict=True)]
                 if keep_graph:
                     unused = [part.sum() * 0 for turn, part in zip(turns, parts, strict=True) if turn is None]
                     pieces = [*extra, *unused] if not work.own else [(joined * own).sum(), *extra, *unused]
-                    _push(backend, pieces, last=True)
+                    _push(backend, pieces, last=final)
                 else:
                     position = 0
                     for index, turn in enumerate(turns):
@@ -241,10 +264,9 @@ def run_step(
                         if turn is not None:
                             piece = (part * own[position : position + len(part)]).sum()
                             position += len(part)
-                        last = index == len(turns) - 1
-                        _push(backend, [piece, *extra] if last else [piece], last=last)
+                        _push(backend, [piece] if index else [piece, *extra], last=final and index == len(turns) - 1)
                     if not turns:
-                        _push(backend, extra, last=True)
+                        _push(backend, extra, last=final)
     word = exchange_control(
         total, guard.out_of_memory, stop(), backend.used(), ranks=len(work.shares), device=backend.device
     )
