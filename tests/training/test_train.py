@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,19 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 
+from nearfield.batching.plan import Batch
 from nearfield.encoders import load_encoder
-from nearfield.errors import BadInputError, NonFiniteError, StoppedError
+from nearfield.errors import BadInputError, NonFiniteError, OutOfMemoryStopError, StoppedError
 from nearfield.objectives import InfoNCEConfig
-from nearfield.training import TrainingConfig, loop
-from nearfield.training.checkpoint import checkpoint_paths
+from nearfield.training import TrainingConfig, checkpoint, loop
+from nearfield.training import step as step_module
+from nearfield.training.backends.replicated import ReplicatedBackend
+from nearfield.training.checkpoint import checkpoint_paths, newest_checkpoint, read_tensors
 from nearfield.training.loop import TrainingInputs, TrainingResult, train
 from nearfield.training.metrics import read_metrics
-from nearfield.training.step import Padding
 from tests.training.making import SIZES, make_plan
 
 NAN = float("nan")
+
+
+# Token budgets of their own: auto measures memory, which is tested elsewhere.
+DEFAULTS = {"trackers": [], "device": "cpu", "packing": "never", "micro_batch_tokens": 512, "graph_tokens": 65_536}
 
 
 @pytest.fixture()
@@ -37,7 +42,7 @@ def go(tiny_model: Path, inputs: TrainingInputs, tmp_path: Path) -> Callable[...
     def go(
         *, seed: int = 5, fingerprint: str = "f", to: str = "run", model: Any = None, **settings: Any
     ) -> TrainingResult:
-        config = TrainingConfig.model_validate({"trackers": [], "device": "cpu", **settings})
+        config = TrainingConfig.model_validate({**DEFAULTS, **settings})
         fresh = load_encoder(str(tiny_model), device="cpu").model if model is None else model
         objective = InfoNCEConfig(temperature=0.1).build()
         return train(config, objective, fresh, inputs, tmp_path / to, seed=seed, fingerprint=fingerprint)
@@ -49,15 +54,20 @@ Go = Callable[..., TrainingResult]
 
 
 def spy_on_steps(monkeypatch: pytest.MonkeyPatch, before: Callable[[dict[str, Any]], None] | None = None) -> list[Any]:
-    """Every call of ``run_step`` from here on: its features, chunks, known positives and keywords."""
+    """Every call of ``run_step`` from here on: its pool, features, chunks, known positives and keywords."""
     calls: list[Any] = []
     run_step = loop.run_step
 
-    def spy(encode, objective, backward, pool, features, chunks, known, **keywords):  # type: ignore[no-untyped-def]
-        calls.append(SimpleNamespace(pool=pool, features=list(features), chunks=chunks, known=known, **keywords))
+    def spy(backend, objective, work, make_features, **keywords):  # type: ignore[no-untyped-def]
+        features = [make_features(chunk) for chunk in work.chunks]
+        calls.append(
+            SimpleNamespace(
+                pool=work.pool, features=features, chunks=work.chunks, known=work.known_positives, **keywords
+            )
+        )
         if before is not None:
             before(keywords)
-        return run_step(encode, objective, backward, pool, features, chunks, known, **keywords)
+        return run_step(backend, objective, work, make_features, **keywords)
 
     monkeypatch.setattr(loop, "run_step", spy)
     return calls
@@ -69,7 +79,6 @@ def test_what_a_run_leaves_behind(go: Go, inputs: TrainingInputs, tmp_path: Path
     schedule = {"kind": "linear", "warmup": 2}
     result = go(model=model, schedule=schedule, learning_rate=1e-3, log_every=4, checkpoints={"every_steps": 4})
     assert torch.equal(torch.random.get_rng_state(), state), "the process's generator is as it was"
-    assert not model.training
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(line["step"], line["epoch"]) for line in lines] == [(4, 1), (6, 1)], "every fourth, and the last"
     assert list(lines[0]) == [
@@ -85,7 +94,8 @@ def test_what_a_run_leaves_behind(go: Go, inputs: TrainingInputs, tmp_path: Path
         "positive_similarity",
         "hardest_negative_similarity",
     ]
-    assert result == TrainingResult(6, 0, 24, lines[-1]["loss"], result.seconds, "cpu", "fp32")
+    last = tmp_path / "run" / "checkpoints" / "step-00000006"
+    assert result == TrainingResult(6, 0, 24, lines[-1]["loss"], result.seconds, "cpu", "fp32", "single", 1, last)
     assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3 * 3 / 4, 1e-3 / 4])
     assert [line["rows"] for line in lines] == [4, 4]
     plan = inputs.plans[1]
@@ -98,15 +108,23 @@ def test_what_a_run_leaves_behind(go: Go, inputs: TrainingInputs, tmp_path: Path
     for step in (4, 6):
         saved = json.loads((tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
         assert saved == {
-            "version": 1,
+            "version": 2,
             "step": step,
             "fingerprint": "f",
             "plans": ["a", "b"],
             "seed": 5,
-            "chunk_tokens": 512,
+            "world_size": 1,
+            "backend": "single",
+            "micro_batch_tokens": 512,
+            "graph_tokens": 65_536,
         }
-    assert AcceleratorState._shared_state == {}
-    assert PartialState._shared_state == {}
+    assert not torch.distributed.is_initialized()
+    found = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    weights = read_tensors(found)[0]
+    parameters = {f"encoder.{name}": parameter for name, parameter in model.named_parameters()}
+    assert parameters.keys() <= weights.keys()
+    assert all(torch.equal(weights[name], parameter) for name, parameter in parameters.items())
 
 
 def test_seconds_are_those_of_the_steps(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +140,7 @@ def test_a_step_gets_the_batch_of_the_plan(
     go: Go, inputs: TrainingInputs, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
     calls = spy_on_steps(monkeypatch)
-    go(chunk_tokens=40)
+    go(micro_batch_tokens=40)
     assert [call.step for call in calls] == [0, 1, 2, 3, 4, 5]
     assert {call.seed for call in calls} == {5}
     for call in calls:
@@ -185,10 +203,7 @@ def test_padding_is_the_tokenizers(
     model.tokenizer.padding_side = side
     model.tokenizer.pad_token_id = token
     calls = spy_on_steps(monkeypatch)
-    asked: list[Padding] = []
-    monkeypatch.setattr(loop, "Padding", lambda *settings: asked.append(Padding(*settings)) or asked[-1])
     go(model=model, max_steps=1)
-    assert asked == [Padding(token or 0, side, torch.device("cpu"))]
     features = calls[0].features[0]
     padding = features["attention_mask"] == 0
     assert padding.any()
@@ -245,7 +260,7 @@ def test_a_stop_says_where_it_goes_on(
     assert error.value.where == str(tmp_path / "run" / "checkpoints" / "step-00000002")
     assert error.value.hint == "The same command goes on from this checkpoint."
     result = go()
-    assert "Resuming from step 2 of 6 (step-00000002)" in caplog.messages
+    assert "Resuming from step 2 of 6" in caplog.messages
     assert (result.steps, result.resumed_from, result.examples) == (6, 2, 16)
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     again = go()
@@ -261,12 +276,12 @@ def test_a_resumed_run_keeps_its_chunks(go: Go, tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         with pytest.raises(StoppedError):
-            go(chunk_tokens=32)
+            go(micro_batch_tokens=32)
     calls = spy_on_steps(monkeypatch)
-    go(chunk_tokens=400)
+    go(micro_batch_tokens=400)
     assert all(features["input_ids"].numel() <= 32 for call in calls for features in call.features)
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())
-    assert state["chunk_tokens"] == 32
+    assert state["micro_batch_tokens"] == 32
 
 
 @pytest.mark.parametrize(
@@ -294,28 +309,288 @@ def test_a_plan_without_steps(go: Go, inputs: TrainingInputs, tmp_path: Path) ->
 
 
 def test_precisions_of_one_process(go: Go) -> None:
-    """Accelerate would refuse a second precision if its state stayed."""
-    precisions = [go(max_steps=1, to=name, precision=name).precision for name in ("bf16", "fp32", "bf16")]
-    assert precisions == ["bf16", "fp32", "bf16"]
+    precisions = [go(max_steps=1, to=name, precision=name).precision for name in ("bf16-mixed", "fp32")]
+    assert precisions == ["bf16-mixed", "fp32"]
 
 
-@pytest.mark.parametrize(("factor", "what"), [(NAN, "the gradient"), (1.0, "the loss")])
+def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: int = 0) -> None:
+    """Make the loss or the gradient of a step not a number."""
+    run_step, encode_chunk, backward = loop.run_step, step_module.encode_chunk, ReplicatedBackend.backward
+    now: list[int] = []
+
+    def watched(*arguments: Any, **keywords: Any) -> Any:
+        now[:] = [keywords["step"]]
+        return run_step(*arguments, **keywords)
+
+    monkeypatch.setattr(loop, "run_step", watched)
+
+    def encode(*arguments: Any) -> torch.Tensor:
+        embeddings: torch.Tensor = encode_chunk(*arguments)
+        if now != [at]:
+            return embeddings
+        factors = torch.ones(len(embeddings), 1)
+        factors[0] = NAN
+        return embeddings * factors
+
+    def push(self: ReplicatedBackend, scalar: torch.Tensor, last: bool) -> None:
+        backward(self, scalar * NAN if now == [at] else scalar, last)
+
+    if what == "the loss":
+        monkeypatch.setattr(step_module, "encode_chunk", encode)
+    else:
+        monkeypatch.setattr(ReplicatedBackend, "backward", push)
+
+
+@pytest.mark.parametrize("what", ["the gradient", "the loss"])
 def test_a_step_that_is_not_finite_changes_no_weight(
-    go: Go, tmp_path: Path, factor: float, what: str, monkeypatch: pytest.MonkeyPatch
+    go: Go, tmp_path: Path, tiny_model: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_step = loop.run_step
-
-    def sabotaged(encode, objective, backward, *args, **keywords):  # type: ignore[no-untyped-def]
-        result = run_step(encode, objective, lambda loss: backward(loss * factor), *args, **keywords)
-        if factor == 1.0:
-            return replace(result, loss=replace(result.loss, total=result.loss.total * NAN))
-        return result
-
-    monkeypatch.setattr(loop, "run_step", sabotaged)
-    with pytest.raises(NonFiniteError, match=re.escape(f"{what} of step 1 is not finite")):
+    poison(monkeypatch, what)
+    with pytest.raises(NonFiniteError, match=re.escape(f"{what} of step 1 is not finite")) as error:
         go()
+    assert error.value.exit_code == 4
     report = json.loads((tmp_path / "run" / "non_finite.json").read_text())
     assert (report["loss"] == "nan") == (what == "the loss")
-    assert (report["gradient_norm"] == "nan") == (what == "the gradient")
-    assert [path.name for path in checkpoint_paths(tmp_path / "run" / "checkpoints")] == ["step-00000000"]
+    assert report["gradient_norm"] == "nan"
+    assert report["queries"]
+    assert set(report["queries"]) <= {f"id{item}" for item in range(20)}
+    assert report["queries"][0] in error.value.what
+    (path,) = checkpoint_paths(tmp_path / "run" / "checkpoints")
+    assert path.name == "step-00000000"
+    weights, moments = read_tensors(checkpoint.open_checkpoint(path))
+    fresh = load_encoder(str(tiny_model), device="cpu").model
+    assert all(torch.equal(weights[f"encoder.{name}"], parameter) for name, parameter in fresh.named_parameters())
+    assert moments == {}
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("what", ["the gradient", "the loss"])
+def test_after_a_step_that_is_not_finite_the_last_good_state_goes_on(
+    go: Go, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(to="plain")
+    with monkeypatch.context() as patch:
+        poison(patch, what, at=3)
+        with pytest.raises(NonFiniteError, match="step 4"):
+            go()
+    assert [path.name for path in checkpoint_paths(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
+    assert go().resumed_from == 3
+    assert same_tensors(tmp_path / "run", tmp_path / "plain")
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    found = [newest_checkpoint(run / "checkpoints") for run in (one, other)]
+    assert found[0] is not None and found[1] is not None
+    assert found[0].step == found[1].step
+    for ours, theirs in zip(read_tensors(found[0]), read_tensors(found[1]), strict=True):
+        assert ours.keys() == theirs.keys()
+        if not all(torch.equal(ours[name], theirs[name]) for name in ours):
+            return False
+    return True
+
+
+class ShortOfMemory:
+    """Memory that runs out once, at a place of a step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, place: str, at: int, times: int = 1) -> None:
+        self.left, self.at = times, at
+        self.place = place
+        self.now = -1
+        self.pushes = 0
+        self.queries: list[tuple[int, list[int]]] = []
+        self.weights: list[torch.Tensor] = []
+        self.run_step, self.encode_chunk = loop.run_step, step_module.encode_chunk
+        monkeypatch.setattr(loop, "run_step", self.step)
+        monkeypatch.setattr(step_module, "encode_chunk", self.encode)
+
+    def fail(self) -> None:
+        if self.now == self.at and self.left > 0:
+            self.left -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def step(self, backend: Any, objective: Any, work: Any, *arguments: Any, **keywords: Any) -> Any:
+        self.now, self.encoded, self.chunks = keywords["step"], 0, len(work.chunks)
+        self.queries.append((self.now, work.pool.items[work.pool.queries].tolist()))
+        if self.now == self.at:
+            self.weights.append(torch.cat([p.detach().flatten().clone() for p in backend.module.parameters()]))
+        forward = objective.forward
+        if self.place == "objective":
+
+            def failing(batch: Any) -> Any:
+                self.fail()
+                return forward(batch)
+
+            objective.forward = failing
+        try:
+            return self.run_step(backend, objective, work, *arguments, **keywords)
+        finally:
+            if self.place == "objective":
+                del objective.forward
+
+    def encode(self, *arguments: Any) -> Any:
+        self.encoded += 1
+        second = self.encoded > self.chunks
+        if (self.place == "first pass" and not second) or (self.place == "second pass" and second):
+            self.fail()
+        return self.encode_chunk(*arguments)
+
+
+def pairs(run: Path) -> list[tuple[float, float]]:
+    return [(line["loss"], line["gradient_norm"]) for line in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("place", ["first pass", "objective", "second pass"])
+def test_a_step_without_memory_is_repeated_with_half_the_budget(
+    go: Go,
+    inputs: TrainingInputs,
+    tmp_path: Path,
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = {"dropout": False, "gradient_cache": "always", "micro_batch_tokens": 64, "graph_tokens": 1000}
+    go(to="plain", **settings)
+    with monkeypatch.context() as patch:
+        short = ShortOfMemory(patch, place, at=2)
+        calls = spy_on_steps(patch)
+        with pytest.raises(StoppedError):
+            stop_at(patch, 5)
+            go(**settings)
+    assert short.left == 0
+    assert [call.step for call in calls] == [0, 1, 2, 2, 3, 4], "the step was repeated at once"
+    assert [step for step, _ in short.queries] == [0, 1, 2, 2, 3, 4]
+    assert short.queries[2] == short.queries[3], "the same batch"
+    assert torch.equal(*short.weights), "the same parameters"
+    widest = [max(features["input_ids"].numel() for features in call.features) for call in calls]
+    assert all(32 < tokens <= 64 for tokens in widest[:3])
+    assert all(tokens <= 32 for tokens in widest[3:])
+    assert "Memory ran out in step 3: 32 tokens at a time from now on (was 64)" in caplog.messages
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000005" / "state.json").read_text())
+    assert (state["micro_batch_tokens"], state["graph_tokens"]) == (32, 500)
+    # A resumed run cuts with the budget that it was stopped with.
+    calls = spy_on_steps(monkeypatch)
+    go(**settings)
+    assert [call.step for call in calls] == [5]
+    assert max(features["input_ids"].numel() for features in calls[0].features) <= 32
+    expected, found = pairs(tmp_path / "plain"), pairs(tmp_path / "run")
+    assert len(found) == 6
+    for (loss, norm), (plain_loss, plain_norm) in zip(found[:3], expected[:3], strict=True):
+        assert loss == pytest.approx(plain_loss, abs=1e-6)
+        assert norm == pytest.approx(plain_norm, rel=1e-5)
+
+
+def test_memory_may_run_out_again(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ShortOfMemory(monkeypatch, "first pass", at=1, times=2)
+    go(max_steps=3, micro_batch_tokens=100)
+    assert [step for step, _ in short.queries] == [0, 1, 1, 1, 2]
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").read_text())
+    assert state["micro_batch_tokens"] == 25
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_with_the_smallest_budget_there_is_nothing_to_halve(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    ShortOfMemory(monkeypatch, "first pass", at=1, times=10)
+    with pytest.raises(BadInputError) as error:
+        go(max_steps=3, micro_batch_tokens=40)
+    assert error.value.what == "memory ran out in step 2 with 16 tokens at a time, and less is no use"
+    assert error.value.exit_code == 2
+
+
+def test_where_a_step_cannot_be_repeated_the_last_checkpoint_gets_half_the_budget(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on backends whose chunks hold collectives."""
+    settings = {"micro_batch_tokens": 100, "graph_tokens": 1000, "checkpoints": {"every_steps": 2}}
+    with monkeypatch.context() as patch:
+        patch.setattr(ReplicatedBackend, "retries_in_place", False)
+        ShortOfMemory(patch, "second pass", at=4)
+        with pytest.raises(OutOfMemoryStopError) as error:
+            go(gradient_cache="always", **settings)
+    assert error.value.exit_code == 75
+    assert error.value.what == "memory ran out in step 5 with 100 tokens at a time"
+    assert error.value.hint is not None and "nearfield train --resume" in error.value.hint
+    found = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert (found.step, found.state["micro_batch_tokens"], found.state["graph_tokens"]) == (4, 50, 500)
+    calls = spy_on_steps(monkeypatch)
+    assert go(gradient_cache="always", **settings).resumed_from == 4
+    assert all(features["input_ids"].numel() <= 50 for call in calls for features in call.features)
+
+
+def test_memory_that_runs_out_in_the_first_step_finds_a_checkpoint(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ReplicatedBackend, "retries_in_place", False)
+        for left in (50, 25):
+            ShortOfMemory(patch, "first pass", at=0)
+            with pytest.raises(OutOfMemoryStopError):
+                go(micro_batch_tokens=100)
+            found = newest_checkpoint(tmp_path / "run" / "checkpoints")
+            assert found is not None
+            assert (found.step, found.state["micro_batch_tokens"]) == (0, left)
+
+
+def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(to="plain", checkpoints={"every_steps": 1})
+    write, seen = checkpoint.save_file, []
+
+    def full(tensors: Any, path: Path) -> None:
+        seen.append(path)
+        if len(seen) > 5:
+            raise OSError(28, "No space left on device")
+        write(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(BadInputError) as error:
+            go(checkpoints={"every_steps": 1})
+    assert error.value.what == "the checkpoint of step 3 could not be written: [Errno 28] No space left on device"
+    assert error.value.hint is not None
+    size = re.match(r"It takes ([\d.]+) MB, and [\d,.]+ MB are free", error.value.hint)
+    assert size is not None
+    written = tmp_path / "plain" / "checkpoints" / "step-00000006"
+    bytes_written = sum((written / name).stat().st_size for name in ("model.safetensors", "optimizer.safetensors"))
+    assert float(size[1]) == pytest.approx(bytes_written / 1e6, abs=0.06)
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert sorted(names) == ["step-00000001", "step-00000002"]
+    assert go(checkpoints={"every_steps": 1}).resumed_from == 2
+    assert same_tensors(tmp_path / "run", tmp_path / "plain")
+
+
+def test_several_batches_of_a_step_are_averaged(go: Go, inputs: TrainingInputs, tmp_path: Path) -> None:
+    """Each is a batch of its own: its loss is that of a plan with the smaller batches, by hand."""
+    result = go(max_steps=1, dropout=False, averaged_batches=2, max_gradient_norm=None, to="halves")
+    line = read_metrics(tmp_path / "halves" / "metrics.jsonl")[0]
+    assert (result.steps, result.examples, line["rows"]) == (1, 4, 4)
+    losses = []
+    for part in range(2):
+        whole = inputs.plans[0].batch(0)
+        rows = slice(2 * part, 2 * part + 2)
+
+        class Half:
+            """A plan of one step."""
+
+            def __len__(self) -> int:
+                return 1
+
+            def batch(self, step: int, whole: Batch = whole, rows: slice = rows) -> Batch:
+                return Batch(
+                    whole.example[rows],
+                    whole.query[rows],
+                    whole.positives[rows],
+                    whole.negatives[rows],
+                    whole.query_prompt[rows],
+                    whole.document_prompt[rows],
+                    0,
+                )
+
+        plans = inputs.plans
+        object.__setattr__(inputs, "plans", [Half()])
+        go(max_steps=1, dropout=False, to=f"half-{part}")
+        object.__setattr__(inputs, "plans", plans)
+        losses.append(read_metrics(tmp_path / f"half-{part}" / "metrics.jsonl")[0]["loss"])
+    assert line["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert math.isfinite(line["gradient_norm"])
