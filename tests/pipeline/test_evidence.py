@@ -89,11 +89,11 @@ def test_a_suite_may_be_a_folder_and_its_content_counts(recipe: Path, tmp_path: 
     tasks.mkdir()
     (tasks / "file").write_text("one")
     settings = [f"evaluation.suite={tasks}"]
-    from nearfield.pipeline.stages import Stages
+    from nearfield.pipeline.freshness import Freshness
 
-    first = Stages(open_run(recipe, settings, tmp_path / "run")).fingerprints["evaluate"]
+    first = Freshness(open_run(recipe, settings, tmp_path / "run")).fingerprints["evaluate"]
     (tasks / "file").write_text("two")
-    assert Stages(open_run(recipe, settings, tmp_path / "run")).fingerprints["evaluate"] != first
+    assert Freshness(open_run(recipe, settings, tmp_path / "run")).fingerprints["evaluate"] != first
 
 
 def test_training_is_reproducible_from_a_copy_of_the_model(recipe: Path, tmp_path: Path, tiny_model: Path) -> None:

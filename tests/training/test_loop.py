@@ -10,20 +10,19 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, NonFiniteError
+from nearfield.objectives.infonce import ContrastiveBatch
 from nearfield.pipeline import open_run, run_stages
-from nearfield.training import TrainingConfig, loop
-from nearfield.training.chunks import Pool
+from nearfield.training import TrainingConfig
 from nearfield.training.loop import watch
 from nearfield.training.metrics import read_metrics
 from nearfield.training.optimizer_configs import AdamWConfig
 from nearfield.training.optimizers import make_optimizer
-from nearfield.training.step import StepResult
+from tests.training.test_train import poison
 
 
 def test_optimizer_groups(tiny_model: Path) -> None:
@@ -97,31 +96,15 @@ def test_non_finite_stops_with_names(
     toy_recipe: Path, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "runs" / "toy"
-    run_step = loop.run_step
-
-    def sabotaged(encode, objective, backward, pool: Pool, *args, **kwargs):  # type: ignore[no-untyped-def]
-        if kwargs["step"] != 6:
-            return run_step(encode, objective, backward, pool, *args, **kwargs)
-        if broken == "gradient":
-            return run_step(encode, objective, lambda loss: backward(loss * float("nan")), pool, *args, **kwargs)
-
-        def poisoned(features):  # type: ignore[no-untyped-def]
-            return encode(features) * torch.where(features["input_ids"][:, 1:2] == 42, float("nan"), 1.0)
-
-        first = kwargs.pop("keep_graph")
-        features = args[0]
-        features[0]["input_ids"][0, 1] = 42
-        return run_step(poisoned, objective, backward, pool, *args, keep_graph=first, **kwargs)
-
-    monkeypatch.setattr(loop, "run_step", sabotaged)
-    with pytest.raises(NonFiniteError, match="step 7 is not finite") as error:
-        run_stages(open_run(toy_recipe, (), run), "train")
+    with monkeypatch.context() as patch:
+        poison(patch, f"the {broken}", at=6)
+        with pytest.raises(NonFiniteError, match="step 7 is not finite") as error:
+            run_stages(open_run(toy_recipe, (), run), "train")
     assert error.value.exit_code == 4
     report = json.loads((run / "non_finite.json").read_text())
     assert report["step"] == 7
     assert report["queries"][0] in str(error.value)
     assert (run / "checkpoints" / "step-00000006").is_dir()
-    monkeypatch.setattr(loop, "run_step", run_step)
     run_stages(open_run(toy_recipe, (), run), "train")
     assert json.loads((run / "manifest.json").read_text())["stages"]["train"]["resumed_from"] == 6
 
@@ -129,8 +112,8 @@ def test_non_finite_stops_with_names(
 def test_watch_knows_the_hardest_negative() -> None:
     queries = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     documents = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 3.0], [-1.0, 0.0]])
-    result = StepResult(None, queries, documents)  # type: ignore[arg-type]
-    figures = watch(result, np.array([0, 0, 1, 1]), np.array([True, False, True, False]))
+    owner, positive = torch.tensor([0, 0, 1, 1]), torch.tensor([True, False, True, False])
+    figures = watch(ContrastiveBatch(queries, documents, owner, positive, owner, owner[:, None]))
     assert figures["positive_similarity"] == pytest.approx(1.0)
     assert figures["hardest_negative_similarity"] == pytest.approx((0.6 + 0.8) / 2)
 
@@ -149,8 +132,8 @@ def test_bf16_trains_with_float32_weights(toy_recipe: Path, tmp_path: Path) -> N
     from safetensors.numpy import load_file
 
     run = tmp_path / "runs" / "toy"
-    run_stages(open_run(toy_recipe, ["training.precision=bf16", "training.max_steps=2"], run), "train")
-    assert json.loads((run / "manifest.json").read_text())["stages"]["train"]["precision"] == "bf16"
+    run_stages(open_run(toy_recipe, ["training.precision=bf16-mixed", "training.max_steps=2"], run), "train")
+    assert json.loads((run / "manifest.json").read_text())["stages"]["train"]["precision"] == "bf16-mixed"
     assert {str(t.dtype) for t in load_file(run / "model" / "model.safetensors").values()} == {"float32"}
 
 
