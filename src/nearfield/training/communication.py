@@ -145,3 +145,12 @@ def all_equal(number: float, device: torch.device) -> bool:
     dist.all_reduce(pair, op=dist.ReduceOp.MAX)
     greatest, least = pair.tolist()
     return bool(greatest == -least)
+
+
+def min_over_ranks(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The least of each number over all ranks; *collective*."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return list(numbers)
+    least = torch.tensor(list(numbers), dtype=torch.float64, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return [float(number) for number in least.tolist()]

@@ -33,8 +33,9 @@ from nearfield.training.communication import broadcast_json
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import Engine, build_engine, pick_device, pick_precision
 from nearfield.training.evaluating import Evaluate, Evaluations, InterruptedEvaluationError
+from nearfield.training.forecast import begin_forecast, end_forecast
 from nearfield.training.launch import Launch, RankDiedError
-from nearfield.training.memory import Budget, choose_budget
+from nearfield.training.memory import Budget, keeps_graph
 from nearfield.training.metrics import TrainingProgress, used_memory
 from nearfield.training.optimizers import make_optimizer
 from nearfield.training.schedule import rate_factor
@@ -155,10 +156,10 @@ def _train(
     backend = engine.backend
     saved = _resume(engine, checkpoints, identity, steps)
     first = int(saved["step"]) if saved is not None else 0
-    if saved is not None:
-        budget = Budget.from_json(saved)
-    else:
-        budget = choose_budget(config, engine, inputs.plans, inputs.known_positives)
+    kept = None if saved is None else Budget.from_json(saved)
+    budget, forecast = begin_forecast(
+        config, engine, inputs.plans, inputs.known_positives, run, fingerprint=fingerprint, budget=kept
+    )
     evaluations = Evaluations(
         config.evaluation,
         inputs.evaluate,
@@ -259,6 +260,7 @@ def _train(
             writer.check()
         seconds = time.monotonic() - start - evaluations.seconds
         writer.wait()
+    end_forecast(forecast, engine, run, first=first, steps=done, seconds=seconds)
     best = evaluations.state
     return TrainingResult(
         done,
@@ -295,9 +297,6 @@ def _gradient(
     for number, part in enumerate(parts):
         work, lengths = engine.work(part, inputs.known_positives, budget.micro_batch_tokens, first_number=chunks)
         chunks, tokens, encoded = chunks + len(work.chunks), tokens + int(lengths.sum()), encoded + sum(work.tokens)
-        keep_graph = config.gradient_cache == "never" or (
-            config.gradient_cache == "auto" and work.heaviest <= budget.graph_tokens
-        )
         try:
             result = run_step(
                 engine.backend,
@@ -307,7 +306,7 @@ def _gradient(
                 dimension=engine.dimension,
                 seed=seed,
                 step=step,
-                keep_graph=keep_graph,
+                keep_graph=keeps_graph(config, budget, work),
                 weight=1 / len(parts),
                 final=number == len(parts) - 1,
                 stop=lambda: stop.received is not None,

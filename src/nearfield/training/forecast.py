@@ -1,0 +1,407 @@
+"""What a run will take, said before it is paid for, and how it came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from nearfield.batching.plan import total_steps
+from nearfield.errors import BadInputError
+from nearfield.files import read_json, write_json
+from nearfield.training.chunks import split_batch
+from nearfield.training.communication import broadcast_json, min_over_ranks
+from nearfield.training.machine import peak_resident_bytes, reset_peak_resident, resident_bytes
+from nearfield.training.measure import chunk_size
+from nearfield.training.memory import HEAP, Budget, Profile, choose_budget, keeps_graph, measure_profile, share_costs
+
+if TYPE_CHECKING:
+    from nearfield.batching.plan import Batch, Plan
+    from nearfield.batching.planner import Rows
+    from nearfield.training.config import TrainingConfig
+    from nearfield.training.engine import Engine
+
+logger = logging.getLogger("nearfield.training")
+
+FILE = "forecast.json"
+VERSION = 1
+_SAMPLED_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that the rank with the most holds at its peak, by part."""
+
+    base: int
+    """The process before it trains: Python, libraries, data; on a GPU 0."""
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Of the largest chunk, or of the largest graph that is kept."""
+    loss: int
+    """Embeddings of the whole batch, the matrix of similarities and its gradient."""
+    checkpoint: int
+    """Copies that are written while training goes on; on a GPU they are in main memory and count as 0 here."""
+    workspace: int
+    """What kernels need inside themselves, gradients on their way, and holes in the allocator's memory."""
+
+    @property
+    def peak(self) -> int:
+        """All parts."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take."""
+
+    fingerprint: str
+    steps: int
+    examples: int
+    tokens: int
+    """Real tokens of all steps."""
+    encoded_tokens: int
+    """With padding; the same as ``tokens`` where texts are packed end to end."""
+    sampled: bool
+    """Whether the encoded tokens were counted on a sample of the steps."""
+    packing: str
+    """``varlen``, ``block`` or ``padded``."""
+    kept_graphs: float
+    """The share of steps that keep the graph of all their chunks; the others encode twice."""
+    memory: Memory
+    available: int
+    """Bytes that the rank could have beside what it held when this was made; 0 where the system does not say."""
+    seconds: float
+    """Of the steps; evaluation, export and the last checkpoint's writing come on top."""
+    measured: str
+    """What the time comes from: ``steps`` (a dry run) or ``chunks`` (the start of the run)."""
+    parameters: int
+    trained: int
+    micro_batch_tokens: int
+    graph_tokens: int
+    checkpoint_bytes: int
+    reduced_a_step: int
+    """Bytes of the gradient that a rank sends into the sum, a step: the mean."""
+    reductions: int
+    """The most times that the gradient is reduced in a step: more than one for ZeRO 2 and 3."""
+    device: str
+    backend: str
+    world_size: int
+    threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``forecast.json``."""
+        memory = {**dataclasses.asdict(self.memory), "peak": self.memory.peak}
+        return {"version": VERSION, **dataclasses.asdict(self), "memory": memory}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Forecast:
+        """What :meth:`to_json` gave; :class:`KeyError` and :class:`TypeError` for anything else."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        memory = Memory(**{key: value for key, value in values["memory"].items() if key != "peak"})
+        return cls(**{**{key: value for key, value in values.items() if key in names}, "memory": memory})
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one step of the plan asks of the rank with the most work."""
+
+    tokens: int
+    """Encoded, of all ranks."""
+    real: int
+    examples: int
+    keeps: bool
+    kept: float
+    """Bytes of the graphs of all chunks of a rank."""
+    chunk: float
+    """The most bytes that one chunk takes."""
+    chunks: int
+    """Of the rank with the most."""
+    loss: float
+    """Bytes of the loss of a rank and of the embeddings."""
+    seconds: float
+    """By the profile."""
+
+
+def step_cost(
+    engine: Engine, config: TrainingConfig, budget: Budget, profile: Profile, batch: Batch, known: Callable[[int], Rows]
+) -> StepCost:
+    """Cut a batch as the loop will, and add up its chunks."""
+    parts = [
+        _part_cost(engine, config, budget, profile, part, known) for part in split_batch(batch, config.averaged_batches)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return StepCost(
+        tokens=sum(part.tokens for part in parts),
+        real=sum(part.real for part in parts),
+        examples=sum(part.examples for part in parts),
+        keeps=all(part.keeps for part in parts),
+        kept=max(part.kept for part in parts),
+        chunk=max(part.chunk for part in parts),
+        chunks=sum(part.chunks for part in parts),
+        loss=max(part.loss for part in parts),
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+def _part_cost(
+    engine: Engine, config: TrainingConfig, budget: Budget, profile: Profile, batch: Batch, known: Callable[[int], Rows]
+) -> StepCost:
+    work, lengths = engine.work(batch, known, budget.micro_batch_tokens)
+    keeps = keeps_graph(config, budget, work)
+    shares = share_costs(work, lengths, profile.kept, padded=engine.padded)
+    sizes = [chunk_size(lengths[chunk], padded=engine.padded) for chunk in work.chunks]
+    cells = len(work.pool.queries) * len(work.pool.documents) / engine.launch.world_size
+    each = profile.seconds + (0.0 if keeps else profile.forward_seconds)
+    return StepCost(
+        tokens=sum(work.tokens),
+        real=int(lengths.sum()),
+        examples=len(batch.query),
+        keeps=keeps,
+        kept=max(kept for _, kept in shares),
+        chunk=max(profile.peak(*size) for size in sizes),
+        chunks=work.rounds,
+        loss=profile.loss_cell * cells + 4.0 * 4 * len(work.pool.items) * engine.dimension,
+        seconds=work.heaviest * each,
+    )
+
+
+def sampled_steps(plans: Sequence[Plan], max_steps: int | None) -> list[tuple[Plan, int]]:
+    """All steps of a run, or as many as are looked at, spread evenly."""
+    total = total_steps(plans, max_steps)
+    steps = [(plan, step) for plan in plans for step in range(len(plan))][:total]
+    if total <= _SAMPLED_STEPS:
+        return steps
+    return [steps[i] for i in np.linspace(0, total - 1, _SAMPLED_STEPS).round().astype(int)]
+
+
+def predict(
+    config: TrainingConfig,
+    engine: Engine,
+    plans: Sequence[Plan],
+    known_positives: Callable[[int], Rows],
+    budget: Budget,
+    profile: Profile,
+    *,
+    fingerprint: str,
+    held: int,
+) -> Forecast:
+    """The forecast from the cost of chunks; ``held`` bytes are in use now, weights included. *Collective*."""
+    total = total_steps(plans, config.max_steps)
+    chosen = sampled_steps(plans, config.max_steps)
+    costs = [step_cost(engine, config, budget, profile, plan.batch(step), known_positives) for plan, step in chosen]
+    scale = total / max(1, len(costs))
+    real = np.concatenate([plan.tokens() for plan in plans])[:total]
+    state, device = profile.state, engine.backend.device
+    memory = _memory(config, engine, profile, costs, held, total)
+    update = update_seconds(engine)
+    by_chunk = engine.backend.name in ("zero2", "zero3")
+    reductions = max(cost.chunks for cost in costs) if by_chunk else 1
+    mean_chunks = float(np.mean([cost.chunks for cost in costs])) if by_chunk else 1.0
+    several = engine.launch.world_size > 1
+    return Forecast(
+        fingerprint=fingerprint,
+        steps=total,
+        examples=round(sum(cost.examples for cost in costs) * scale),
+        tokens=int(real.sum()),
+        encoded_tokens=round(sum(c.tokens for c in costs) / max(1, sum(c.real for c in costs)) * float(real.sum())),
+        sampled=len(chosen) < total,
+        packing=engine.packing or "padded",
+        kept_graphs=float(np.mean([cost.keeps for cost in costs])),
+        memory=memory,
+        available=profile.available,
+        seconds=slowest([(sum(cost.seconds for cost in costs) * scale + update * total)], device)[0],
+        measured="chunks",
+        parameters=state.parameters,
+        trained=state.trained,
+        micro_batch_tokens=budget.micro_batch_tokens,
+        graph_tokens=budget.graph_tokens,
+        checkpoint_bytes=state.checkpoint,
+        reduced_a_step=round(state.trained_bytes * mean_chunks) if several else 0,
+        reductions=reductions if several else 0,
+        device=str(device),
+        backend=engine.backend.name,
+        world_size=engine.launch.world_size,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _memory(
+    config: TrainingConfig, engine: Engine, profile: Profile, costs: Sequence[StepCost], held: int, steps: int
+) -> Memory:
+    state, device = profile.state, engine.backend.device
+    kept = max((cost.kept for cost in costs if cost.keeps), default=0.0)
+    chunk = max(cost.chunk for cost in costs)
+    # The graphs of chunks each bring the gradient of the largest parameter, which are added up as they come.
+    passing = 3.0 * state.largest if kept else 0.0
+    activations = max(kept, chunk)
+    weights = min(state.weights, held)
+    loss = max(cost.loss for cost in costs)
+    parts = Memory(
+        base=held - weights if device.type == "cpu" else 0,
+        weights=weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        activations=int(activations),
+        loss=int(loss),
+        checkpoint=0,
+        workspace=int(passing + (HEAP[device.type] - 1) * (activations + loss)),
+    )
+    return dataclasses.replace(parts, checkpoint=checkpoint_room(config, engine, profile, parts, steps))
+
+
+def checkpoint_room(config: TrainingConfig, engine: Engine, profile: Profile, parts: Memory, steps: int) -> int:
+    """Main memory that checkpoints add to the peak of rank 0, if that is where training happens.
+
+    Copies that are written while the next steps run come on top of all; those of the last step, or of one that waits
+    for the writing, take the room that activations left.
+    """
+    if engine.backend.device.type != "cpu":
+        return 0
+    if config.checkpoints.background and steps > config.checkpoints.every_steps:
+        return profile.state.checkpoint
+    return max(0, profile.state.checkpoint - parts.activations - parts.loss - parts.workspace)
+
+
+def slowest(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The most of each number over all ranks; *collective*."""
+    return [-number for number in min_over_ranks([-number for number in numbers], device)]
+
+
+def update_seconds(engine: Engine) -> float:
+    """About how long clipping and the optimiser take: eight times as long as reading all trained parameters once."""
+    parameters = [p.detach() for p in engine.backend.module.parameters() if p.requires_grad]
+    if engine.backend.name not in ("single", "ddp"):
+        return 0.0
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        norms = torch._foreach_norm(parameters)
+        float(norms[0])
+        times.append(time.perf_counter() - began)
+    return 8 * min(times)
+
+
+# What a run does with it.
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory in use on the device that trains: of this process on a CPU, of tensors on a GPU."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident_bytes()
+
+
+def begin_forecast(
+    config: TrainingConfig,
+    engine: Engine,
+    plans: Sequence[Plan],
+    known_positives: Callable[[int], Rows],
+    run: Path,
+    *,
+    fingerprint: str,
+    budget: Budget | None,
+) -> tuple[Budget, Forecast | None]:
+    """The budget and the forecast of a run; ``budget`` is that of the checkpoint it goes on from. *Collective*.
+
+    A few chunks are measured where the run begins; their time gives way to that of a dry run of the same training.
+    """
+    device = engine.backend.device
+    reset_peak(device)
+    held = held_bytes(device)
+    if budget is not None:
+        return budget, read_forecast(run, engine)
+    profile = measure_profile(config, engine, plans, known_positives, timed=True)
+    budget = choose_budget(config, engine, plans, known_positives, profile)
+    forecast = predict(config, engine, plans, known_positives, budget, profile, fingerprint=fingerprint, held=held)
+    earlier = read_forecast(run, engine)
+    if earlier is not None and _comparable(earlier, forecast):
+        base = forecast.memory.base
+        forecast = dataclasses.replace(earlier, memory=dataclasses.replace(earlier.memory, base=base))
+    if engine.launch.is_main:
+        write_json(run / FILE, forecast.to_json())
+    return budget, forecast
+
+
+def _comparable(earlier: Forecast, now: Forecast) -> bool:
+    names = (
+        "fingerprint",
+        "device",
+        "backend",
+        "world_size",
+        "threads",
+        "packing",
+        "kept_graphs",
+        "micro_batch_tokens",
+        "graph_tokens",
+    )
+    # What the fingerprint leaves out (gradient checkpointing, precision) shows in the activations.
+    alike = abs(earlier.memory.activations - now.memory.activations) <= 0.1 * now.memory.activations
+    return alike and earlier.measured == "steps" and all(getattr(earlier, n) == getattr(now, n) for n in names)
+
+
+def read_forecast(run: Path, engine: Engine) -> Forecast | None:
+    """The forecast in a run's folder, if there is one that can be read; *collective*: rank 0 reads."""
+    values: Any = None
+    if engine.launch.is_main and (run / FILE).is_file():
+        try:
+            values = read_json(run / FILE, "forecast")
+        except BadInputError:
+            values = None
+    values = broadcast_json(values, engine.backend.device)
+    try:
+        return Forecast.from_json(values) if isinstance(values, dict) and values.get("version") == VERSION else None
+    except (KeyError, TypeError):
+        return None
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let the peak of memory begin anew."""
+    reset_peak_resident()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory since :func:`reset_peak`."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident_bytes()
+
+
+def end_forecast(
+    forecast: Forecast | None, engine: Engine, run: Path, *, first: int, steps: int, seconds: float
+) -> None:
+    """Log and note how the steps from ``first`` on came out; *collective*."""
+    device = engine.backend.device
+    peak = int(slowest([float(peak_bytes(device))], device)[0])
+    if forecast is None or not engine.launch.is_main or steps <= first:
+        return
+    expected = forecast.seconds * (steps - first) / max(1, forecast.steps)
+    logger.info(
+        "Predicted %s, %s; actual %s, %s%s",
+        say_bytes(forecast.memory.peak),
+        say_seconds(expected),
+        say_bytes(peak),
+        say_seconds(seconds),
+        f" (steps {first + 1} to {steps})" if first else "",
+    )
+    actual = {"peak": peak, "seconds": round(seconds, 3), "predicted_seconds": round(expected, 3), "first": first}
+    write_json(run / FILE, {**forecast.to_json(), "actual": {**actual, "steps": steps}})
+
+
+def say_bytes(count: float) -> str:
+    """In MB, or GB from one on (powers of ten)."""
+    return f"{count / 1e9:,.2f} GB" if abs(count) >= 1e9 else f"{count / 1e6:,.0f} MB"
+
+
+def say_seconds(seconds: float) -> str:
+    """In seconds, minutes or hours."""
+    if seconds < 600:
+        return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

@@ -1,0 +1,105 @@
+"""Bytes of what a rank holds throughout a run: weights, their gradient, the optimiser's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from nearfield.training.backends.common import saved_buffers, trainable
+from nearfield.training.optimizers import make_optimizer
+
+if TYPE_CHECKING:
+    from nearfield.training.config import TrainingConfig
+    from nearfield.training.engine import Engine
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """Bytes a rank, and counts of the whole model."""
+
+    parameters: int
+    trained: int
+    weights: int
+    gradients: int
+    """The most that is held of the gradient in a step."""
+    optimizer: int
+    """With the float32 copy of half-precision weights where the backend keeps one."""
+    checkpoint: int
+    """Of a checkpoint: its files on the disk, and its copies in rank 0's main memory while they are written."""
+    largest: int
+    """The gradient of the largest trained parameter."""
+    trained_bytes: int
+    """The gradient of all trained parameters, whole."""
+
+
+def state_size(engine: Engine, config: TrainingConfig) -> StateSize:
+    """Count it for the backend in effect; nothing is allocated."""
+    backend = engine.backend
+    world = engine.launch.world_size
+    module = backend.module
+    everything = {id(p): p for p in module.parameters()}
+    trained = trainable(module)
+    buffers = sum(buffer.nbytes for buffer in module.buffers())
+    whole = sum(_count(p) * p.element_size() for p in trained.values())
+    state = optimizer_bytes(trained, config)
+    sharded = backend.name in ("fsdp2", "zero3")
+    weights = sum(_count(p) * p.element_size() for p in everything.values()) // (world if sharded else 1) + buffers
+    gradients, optimizer = whole, state
+    if backend.name == "ddp":
+        gradients += min(whole, 64 << 20)  # the buffer that is sent
+    elif backend.name == "fsdp2":
+        gradients += whole // world  # whole until the last chunk, then the shard beside it
+        optimizer //= world
+    elif backend.name.startswith("zero"):
+        if backend.name != "zero1":
+            gradients = whole // world
+        masters = sum(_count(p) * 4 for p in trained.values())
+        optimizer = (state + masters) // world
+    files = sum(
+        _count(p) * 4 if backend.name.startswith("zero") else _count(p) * p.element_size() for p in trained.values()
+    )
+    return StateSize(
+        parameters=sum(_count(p) for p in everything.values()),
+        trained=sum(_count(p) for p in trained.values()),
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        checkpoint=files + sum(buffer.nbytes for buffer in saved_buffers(module).values()) + state,
+        largest=max(_count(p) * p.element_size() for p in trained.values()),
+        trained_bytes=whole,
+    )
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Entries of a whole parameter: ZeRO 3 leaves an empty tensor in its place."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def optimizer_bytes(parameters: dict[str, nn.Parameter], config: TrainingConfig) -> int:
+    """Bytes of the optimiser's state for whole parameters: found by a step on tensors that have no memory.
+
+    8 bytes an entry, AdamW's, where an optimiser cannot step such tensors.
+    """
+    meta = torch.device("meta")
+    named = []
+    for name, parameter in parameters.items():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        copy = nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=meta))
+        copy.grad = torch.empty_like(copy)
+        named.append((name, copy))
+    try:
+        optimizer = make_optimizer(named, config, meta)
+        optimizer.step()
+    except Exception:  # looks at values (Adafactor that scales its rate), or has kernels for one device only
+        if config.optimizer.kind == "adafactor":
+            plain = config.model_copy(
+                update={"optimizer": config.optimizer.model_copy(update={"scale_parameter": False})}
+            )
+            return optimizer_bytes(parameters, plain) if plain != config else 8 * sum(p.numel() for _, p in named)
+        each = 2 if config.optimizer.kind == "adamw_8bit" else 8
+        return each * sum(copy.numel() for _, copy in named)
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
