@@ -1,0 +1,440 @@
+"""A training step of nearfield beside one of sentence-transformers: same model, texts, batch, optimiser; A B A B.
+
+    python scripts/bench_step.py --json step.json
+    python scripts/bench_step.py --dropout off
+    python scripts/bench_step.py --cached --batch 512
+
+The peer is MultipleNegativesRankingLoss (with --cached its cached form) as its trainer runs it: each column padded to
+its longest text, loss, backward, clipping to 1, AdamW. The losses of both are compared first, without dropout. Time is
+CPU seconds; tokenising is left out on both sides, making batches of token ids is not. Between the runs the machine's peak
+is measured on GEMMs of the model's own shapes. Leaves with 1 if a check fails, or the ratio is below --floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+PACKAGES = ("transformers", "torch", "scipy", "pandas", "scikit-learn")
+MAX_LENGTH = 256
+TEMPERATURE = 0.05
+RATE = 2e-5
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Side:
+    """One of the two that are compared."""
+
+    name: str
+    step: Callable[[int], float]
+    """Does one training step on a numbered batch and returns its loss."""
+    loss: Callable[[int], float]
+    """The loss of a batch without dropout; nothing is trained."""
+    rows: Callable[[int], int]
+    tokens: Callable[[int], tuple[int, int]]
+    """Real tokens of a batch, and those that are computed."""
+    dropout: Callable[[], list[float]]
+
+
+def make_texts(folder: Path, count: int) -> list[tuple[str, str]]:
+    """Pairs from the functions of installed packages: docstring and first half of the code, second half of the code."""
+    from nearfield.data.readers.docstrings import Docstrings
+
+    pairs = []
+    for row in Docstrings(PACKAGES, cache=folder).rows(["docstring", "code"]):
+        assert row.values is not None
+        lines = str(row.values["code"]).split("\n")
+        if len(lines) >= 8:
+            half = len(lines) // 2
+            pairs.append((f"{row.values['docstring']}\n" + "\n".join(lines[:half]), "\n".join(lines[half:])))
+    texts = {text for pair in pairs for text in pair}
+    order = np.random.default_rng(0).permutation(len(pairs))
+    chosen = []
+    for index in order:
+        # A text twice in a batch would be masked on one side only.
+        if pairs[index][0] in texts and pairs[index][1] in texts and pairs[index][0] != pairs[index][1]:
+            chosen.append(pairs[index])
+            texts -= set(pairs[index])
+        if len(chosen) == count:
+            return chosen
+    raise SystemExit(f"only {len(chosen)} pairs of distinct texts were found, {count} are needed")
+
+
+def load_model() -> Any:
+    from nearfield.encoders.build import load_encoder
+
+    model = load_encoder(MODEL, device="cpu").model
+    model.max_seq_length = MAX_LENGTH
+    return model
+
+
+def make_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    from nearfield.training import optimizers
+    from nearfield.training.config import TrainingConfig
+
+    return optimizers.make_optimizer(parameters, TrainingConfig(learning_rate=RATE), CPU)
+
+
+def rates(model: nn.Module) -> list[float]:
+    """The dropout rates of layers and attention that are in effect."""
+    found = {float(module.p) for module in model.modules() if isinstance(module, nn.Dropout) and module.training}
+    return sorted(found)
+
+
+class Recorder:
+    """The tokens that an encoder was given, per batch."""
+
+    def __init__(self) -> None:
+        self.real = 0
+        self.computed = 0
+
+    def reset(self) -> None:
+        self.real = self.computed = 0
+
+
+def nearfield_side(batches: Sequence[Sequence[tuple[str, str]]], options: argparse.Namespace) -> Side:
+    """Nearfield's step through its own ``run_step``."""
+    from nearfield.encoders.dropout import use_fast_dropout
+    from nearfield.encoders.packing import Features, packed_features, packed_tokens, packing_kind
+    from nearfield.encoders.sparse import sparse_embedding_gradients
+    from nearfield.objectives.config import InfoNCEConfig
+    from nearfield.objectives.infonce import InfoNCE
+    from nearfield.training.backends.replicated import ReplicatedBackend
+    from nearfield.training.chunks import Pool
+    from nearfield.training.engine import EmbeddingModule
+    from nearfield.training.step import cut_work, run_step
+
+    model = load_model()
+    kind = packing_kind(model, CPU)
+    assert kind is not None
+    use_fast_dropout(model)
+    sparse_embedding_gradients(model)
+    model.train(options.dropout == "on")
+    tokens = [_tokenise(model, batch) for batch in batches]
+    objective = InfoNCE(InfoNCEConfig(temperature=TEMPERATURE, similarity="cosine"))
+    backend = ReplicatedBackend(EmbeddingModule(model, objective), make_optimizer, CPU, 1, False)
+    dimension = int(model.get_embedding_dimension())
+    recorder = Recorder()
+
+    def run(number: int) -> Any:
+        rows = tokens[number]
+        count = len(rows) // 2
+        here = np.arange(count)
+        pool = Pool(np.arange(2 * count), np.zeros(2 * count, dtype=np.int64), here, here + count, here, here >= 0)
+        lengths = np.array([len(row) for row in rows])
+        work = cut_work(
+            pool,
+            lengths,
+            [np.array([count + i]) for i in range(count)],
+            budget=options.chunk_tokens,
+            padded=False,
+            by_prompt=False,
+            rank=0,
+            world_size=1,
+        )
+
+        def features(chunk: np.ndarray[Any, Any]) -> Features:
+            made = packed_features([rows[i] for i in chunk], kind=kind, device=CPU, prompt_length=0)
+            real, computed = packed_tokens(made)
+            recorder.real += real
+            recorder.computed += computed
+            return made
+
+        recorder.reset()
+        backend.begin()
+        return run_step(
+            backend, objective, work, features, dimension=dimension, seed=0, step=number, keep_graph=not options.cached
+        )
+
+    def step(number: int) -> float:
+        result = run(number)
+        backend.update([RATE for _ in backend.optimizer.param_groups], 1.0, result.word.used)
+        return float(result.loss)
+
+    def loss(number: int) -> float:
+        return _without_dropout(model, lambda: float(run(number).loss))
+
+    def counted(number: int) -> tuple[int, int]:
+        passes = 2 if options.cached else 1
+        return recorder.real // passes, recorder.computed // passes
+
+    return Side("nearfield", step, loss, lambda n: len(tokens[n]) // 2, counted, lambda: rates(model))
+
+
+def peer_side(batches: Sequence[Sequence[tuple[str, str]]], options: argparse.Namespace) -> Side:
+    """sentence-transformers' loss on batches as its collator makes them."""
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+        MultipleNegativesRankingLoss,
+    )
+
+    model = load_model()
+    model.train(options.dropout == "on")
+    tokens = [_tokenise(model, batch) for batch in batches]
+    scale = 1 / TEMPERATURE
+    loss_module: nn.Module = (
+        CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=options.mini_batch)
+        if options.cached
+        else MultipleNegativesRankingLoss(model, scale=scale)
+    )
+    optimizer = make_optimizer(model.named_parameters())
+    pad = int(model.tokenizer.pad_token_id)
+    recorder = Recorder()
+    model[0].register_forward_pre_hook(lambda _, given: _record(recorder, given[0]["attention_mask"]))
+
+    def columns(number: int) -> list[dict[str, Tensor]]:
+        rows = tokens[number]
+        count = len(rows) // 2
+        result = []
+        for part in (rows[:count], rows[count:]):
+            width = max(len(row) for row in part)
+            ids = torch.full((count, width), pad)
+            for line, row in enumerate(part):
+                ids[line, : len(row)] = torch.from_numpy(row.astype(np.int64))
+            result.append({"input_ids": ids, "attention_mask": (torch.arange(width) < _lengths(part)[:, None]).long()})
+        return result
+
+    def run(number: int) -> Tensor:
+        recorder.reset()
+        optimizer.zero_grad()
+        loss: Tensor = loss_module(columns(number), torch.empty(0))
+        loss.backward()
+        return loss.detach()
+
+    def step(number: int) -> float:
+        value = run(number)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return value.item()
+
+    def loss(number: int) -> float:
+        return _without_dropout(model, lambda: run(number).item())
+
+    def counted(number: int) -> tuple[int, int]:
+        passes = 2 if options.cached else 1
+        return recorder.real // passes, recorder.computed // passes
+
+    return Side("sentence-transformers", step, loss, lambda n: len(tokens[n]) // 2, counted, lambda: rates(model))
+
+
+def _record(recorder: Recorder, mask: Tensor) -> None:
+    recorder.real += int(mask.sum())
+    recorder.computed += mask.numel()
+
+
+def _lengths(rows: Sequence[Any]) -> Tensor:
+    return torch.tensor([len(row) for row in rows])
+
+
+def _tokenise(model: Any, batch: Sequence[tuple[str, str]]) -> list[Any]:
+    texts = [query for query, _ in batch] + [document for _, document in batch]
+    ids = model.tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+    return [np.asarray(row, dtype=np.int32) for row in ids]
+
+
+def _without_dropout(model: nn.Module, run: Callable[[], float]) -> float:
+    training = model.training
+    model.eval()
+    value = run()
+    model.train(training)
+    return value
+
+
+def measure_peak(config: Any, rows: int) -> float:
+    """FLOP a CPU second of the matrix products of one layer's forward and backward, each shape by its median of five."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    total = seconds = 0.0
+    for inner, outer, times in ((hidden, hidden, 4), (hidden, wide, 1), (wide, hidden, 1)):
+        values, weight, gradient = torch.randn(rows, inner), torch.randn(outer, inner), torch.randn(rows, outer)
+        for product in (
+            lambda v=values, w=weight: v @ w.T,
+            lambda g=gradient, w=weight: g @ w,
+            lambda g=gradient, v=values: g.T @ v,
+        ):
+            product()
+            samples = []
+            for _ in range(5):
+                start = time.process_time()
+                product()
+                samples.append(time.process_time() - start)
+            seconds += times * statistics.median(samples)
+            total += times * 2 * rows * inner * outer
+    return total / seconds
+
+
+def model_flop(config: Any, lengths: Sequence[int]) -> float:
+    """Forward and backward of all layers on texts of these lengths, without padding and without anything done twice."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    size = np.asarray(lengths, dtype=np.float64)
+    forward = (8 * hidden * hidden + 4 * hidden * wide) * size + 4 * hidden * size**2
+    return float(3 * config.num_hidden_layers * forward.sum())
+
+
+def peak_memory(side: str, arguments: Sequence[str]) -> int:
+    """Bytes that a process of its own holds at most in one step, the libraries and the model included."""
+    command = [sys.executable, __file__, *arguments, "--only", side]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.strip().splitlines()[-1])
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dropout", choices=("on", "off"), default="on", help="the model's own 0.1, or none")
+    parser.add_argument("--batch", type=int, default=64, help="pairs a batch")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=5, help="how often both sides are run, each time on another batch")
+    parser.add_argument("--cached", action="store_true", help="gradient caching on both sides")
+    parser.add_argument("--mini-batch", type=int, default=32, help="texts a mini-batch of the peer's cached loss")
+    parser.add_argument("--chunk-tokens", type=int, help="tokens a chunk of ours; the default is the loop's")
+    parser.add_argument("--floor", type=float, help="leave with 1 if the ratio is below")
+    parser.add_argument("--texts", type=Path, default=Path(tempfile.gettempdir()) / "nearfield-bench")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", choices=("nearfield", "peer"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.pairs < 5:
+        parser.error("--pairs must be at least 5")
+    if options.chunk_tokens is None:
+        from nearfield.training.memory import FAST_MICRO_BATCH_TOKENS
+
+        options.chunk_tokens = FAST_MICRO_BATCH_TOKENS["cpu"]
+    return options
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    texts = make_texts(options.texts, options.batch * (options.pairs + 1))
+    batches = [texts[i : i + options.batch] for i in range(0, len(texts), options.batch)]
+    if options.only:
+        make = nearfield_side if options.only == "nearfield" else peer_side
+        side = make(batches[:1], options)
+        side.step(0)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return 0
+    memory = {name: peak_memory(name, arguments) for name in ("nearfield", "peer")}
+    config = load_model()[0].auto_model.config
+    ours, peer = nearfield_side(batches, options), peer_side(batches, options)
+    losses = {side.name: side.loss(0) for side in (ours, peer)}
+    checks: dict[str, Any] = {
+        "loss": losses,
+        "loss_difference": abs(losses[ours.name] - losses[peer.name]),
+        "rows": {side.name: side.rows(0) for side in (ours, peer)},
+        "real_tokens": {side.name: side.tokens(0)[0] for side in (ours, peer)},
+        "dropout": {side.name: side.dropout() for side in (ours, peer)},
+        "attention_dropout": config.attention_probs_dropout_prob if options.dropout == "on" else 0.0,
+        "threads": torch.get_num_threads(),
+    }
+    failed = [name for name in ("rows", "real_tokens", "dropout") if len({str(v) for v in checks[name].values()}) > 1]
+    if not checks["loss_difference"] <= 1e-5:
+        failed.append("loss_difference")
+    samples: list[dict[str, Any]] = []
+    print(f"{'':24}{'CPU s':>8}{'pairs/s':>9}{'real tok/s':>12}{'all tok/s':>11}{'GEMM peak':>12}{'share':>7}")
+    for number in range(1, options.pairs + 1):
+        for side in (ours, peer):
+            gc.collect()
+            before = measure_peak(config, options.chunk_tokens)
+            wall, start = time.perf_counter(), time.process_time()
+            loss = side.step(number)
+            seconds, wall = time.process_time() - start, time.perf_counter() - wall
+            peak = statistics.mean((before, measure_peak(config, options.chunk_tokens)))
+            real, computed = side.tokens(number)
+            flop = model_flop(config, [len(row) for row in _tokenise_once(batches[number])])
+            sample = {"side": side.name, "batch": number, "cpu_seconds": seconds, "wall_seconds": wall, "loss": loss}
+            sample |= {"real_tokens": real, "computed_tokens": computed, "peak_flops": peak}
+            sample["share_of_peak"] = flop / seconds / peak
+            sample["pairs_per_cpu_second"] = side.rows(number) / seconds
+            samples.append(sample)
+            print(
+                f"{side.name:24}{seconds:8.2f}{sample['pairs_per_cpu_second']:9.2f}{real / seconds:12.0f}"
+                f"{computed / seconds:11.0f}{peak / 1e9:6.1f} GF/s{sample['share_of_peak']:7.1%}",
+                flush=True,
+            )
+    report(options, checks, failed, samples, memory, (ours.name, peer.name))
+    return 1 if failed else 0
+
+
+_TOKENISER: list[Any] = []
+
+
+def _tokenise_once(batch: Sequence[tuple[str, str]]) -> list[Any]:
+    if not _TOKENISER:
+        _TOKENISER.append(load_model())
+    return _tokenise(_TOKENISER[0], batch)
+
+
+def report(
+    options: argparse.Namespace,
+    checks: dict[str, Any],
+    failed: list[str],
+    samples: list[dict[str, Any]],
+    memory: dict[str, int],
+    names: tuple[str, str],
+) -> None:
+    """Print what was found, and write it."""
+    by_side = {name: [sample for sample in samples if sample["side"] == name] for name in names}
+    speeds = {name: [sample["pairs_per_cpu_second"] for sample in found] for name, found in by_side.items()}
+    ratios = [mine / theirs for mine, theirs in zip(speeds[names[0]], speeds[names[1]], strict=True)]
+    shares = {name: statistics.median(s["share_of_peak"] for s in found) for name, found in by_side.items()}
+    ratio = statistics.median(ratios)
+    if options.floor is not None and ratio < options.floor:
+        failed.append("floor")
+    lengths = statistics.mean(s["real_tokens"] for s in by_side[names[0]]) / (2 * options.batch)
+    result = {
+        "ratio": ratio,
+        "spread": [min(ratios), max(ratios)],
+        "pairs": len(ratios),
+        "ours": statistics.median(speeds[names[0]]),
+        "peer": statistics.median(speeds[names[1]]),
+        "unit": "pairs a CPU second",
+        "checks": checks,
+        "failed": failed,
+        "share_of_gemm_peak": shares,
+        "gemm_peak_flops": statistics.median(s["peak_flops"] for s in samples),
+        "peak_memory_bytes": memory,
+        "mean_text_tokens": lengths,
+        "settings": {
+            "model": MODEL,
+            "batch": options.batch,
+            "max_length": MAX_LENGTH,
+            "dropout": options.dropout,
+            "cached": options.cached,
+            "chunk_tokens": options.chunk_tokens,
+            "threads": options.threads,
+            "dtype": "float32",
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+        },
+        "samples": samples,
+    }
+    print(f"loss of one batch without dropout: {checks['loss']}, difference {checks['loss_difference']:.1e}")
+    print(f"mean text {lengths:.0f} tokens, dropout {options.dropout}, {options.threads} thread(s)")
+    print(f"share of the GEMM peak, real tokens only: {', '.join(f'{n} {v:.1%}' for n, v in shares.items())}")
+    print(f"peak memory: {', '.join(f'{name} {size / 2**30:.2f} GiB' for name, size in memory.items())}")
+    print(f"ratio {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs), pairs a CPU second")
+    if failed:
+        print(f"FAILED: {', '.join(failed)}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
