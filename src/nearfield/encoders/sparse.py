@@ -20,7 +20,7 @@ def sparse_embedding_gradients(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.num_embeddings >= _MANY_ROWS and not module.sparse:
             module.sparse = True
-            module.weight.register_post_accumulate_grad_hook(_densify)
+            module.weight.register_post_accumulate_grad_hook(_densify)  # type: ignore[no-untyped-call]
 
 
 def _densify(parameter: Tensor) -> None:
