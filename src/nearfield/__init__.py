@@ -9,14 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nearfield.api import build_data, plan, report, train
+    from nearfield.api import build_data, dry_run, plan, report, train
     from nearfield.errors import BadInputError, NearfieldError
     from nearfield.evaluation import compare, evaluate
     from nearfield.recipe import Recipe
 
     __version__: str
 
-__all__ = ["BadInputError", "NearfieldError", "Recipe", "build_data", "compare", "evaluate", "plan", "report", "train"]
+__all__ = [
+    "BadInputError",
+    "NearfieldError",
+    "Recipe",
+    "build_data",
+    "compare",
+    "dry_run",
+    "evaluate",
+    "plan",
+    "report",
+    "train",
+]
 
 _HOMES = {
     "BadInputError": "nearfield.errors",
@@ -25,6 +36,7 @@ _HOMES = {
     "build_data": "nearfield.api",
     "plan": "nearfield.api",
     "train": "nearfield.api",
+    "dry_run": "nearfield.api",
     "evaluate": "nearfield.evaluation",
     "compare": "nearfield.evaluation",
     "report": "nearfield.api",

@@ -13,6 +13,7 @@ from nearfield.pipeline import RunResult, open_run, run_stages
 if TYPE_CHECKING:
     from nearfield.data.config import DataConfig
     from nearfield.data.store import Store
+    from nearfield.pipeline.dry_run import DryRun
     from nearfield.recipe import Recipe
     from nearfield.reporting import ReportResult
 
@@ -62,6 +63,17 @@ def train(
 ) -> RunResult:
     """Run all stages of a recipe that are missing or stale, up to ``until``."""
     return run_stages(open_run(recipe, overrides, run), until, restart=restart)
+
+
+def dry_run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), run: str | Path | None = None) -> DryRun | None:
+    """Say what a recipe's run will take and what is wrong with it; train nothing.
+
+    Data, tokens and plan are built if they are missing. Under a launcher all ranks call this, and the first alone gets
+    the result.
+    """
+    from nearfield.pipeline.dry_run import dry_run as run_dry
+
+    return run_dry(open_run(recipe, overrides, run))
 
 
 def report(run: str | Path, out: str | Path | None = None) -> ReportResult:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nearfield.cli.recipe import Overrides, RecipeFile
+from nearfield.errors import EXIT_BAD_INPUT, BadInputError
 
 # Not `--run`: torchrun would take that for a beginning of its own `--run-path`.
 RunFolder = Annotated[Path | None, typer.Option("--run-folder", help="The run's folder; runs/NAME by default.")]
@@ -29,6 +30,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint; an error if there is none.")
     ] = False,
+    dry: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what the run will take and what is wrong with it; train nothing."),
+    ] = False,
 ) -> None:
     """Build, plan, train, evaluate, compare and report: whatever of it is missing or stale.
 
@@ -40,17 +45,31 @@ def train(
     quiet_libraries()
     from nearfield.cli.compare import show_comparison
     from nearfield.console import stdout_console
-    from nearfield.evaluation import Comparison
     from nearfield.pipeline import open_run, run_stages
     from nearfield.training.launch import Launch
 
     opened = open_run(recipe, overrides or (), run)
+    if dry:
+        from nearfield.cli.dry_run import show_dry_run
+        from nearfield.pipeline.dry_run import dry_run
+
+        if until is not None or restart or resume:
+            raise BadInputError("--dry-run goes with none of --until, --restart, --resume")
+        found = dry_run(opened, on_stage=announce_stage)
+        if found is not None:
+            show_dry_run(found)
+            if not found.would_start:
+                raise typer.Exit(EXIT_BAD_INPUT)
+        return
     result = run_stages(opened, until, restart=restart, resume=resume, on_stage=announce_stage)
     if not Launch.from_environment().is_main:
         return
     console = stdout_console()
     comparison = result.folder / "comparison.json"
     if comparison.is_file() and until is None:
+        # Brings mteb, which takes seconds to import and which the training itself can do without.
+        from nearfield.evaluation import Comparison
+
         show_comparison(Comparison.from_json(comparison))
     for name, path in (("run", result.folder), ("model", result.model), ("report", result.report)):
         if path is not None:

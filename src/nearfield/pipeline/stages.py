@@ -418,6 +418,7 @@ def run_stages(
     restart: bool = False,
     resume: bool = False,
     on_stage: Callable[[str, str], None] | None = None,
+    launch: Launch | None = None,
 ) -> RunResult:
     """Run the stages that are missing or stale, in order; once one ran, those after it are looked at anew.
 
@@ -425,9 +426,9 @@ def run_stages(
     ``on_stage`` is told each stage and ``done`` or ``running``.
 
     Under a launcher all ranks call this. Rank 0 runs the stages before training while the others wait, all train, and
-    rank 0 does the rest.
+    rank 0 does the rest. ``launch`` stands in for what the launcher's environment says.
     """
-    launch = Launch.from_environment()
+    launch = launch or Launch.from_environment()
     stages = Stages(run, launch)
     wanted = stages.wanted(until)
     before = wanted[: wanted.index("train")] if "train" in wanted else wanted

@@ -16,14 +16,13 @@ import torch
 from nearfield.batching.plan import total_steps
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json
-from nearfield.training.chunks import split_batch
 from nearfield.training.communication import broadcast_json, min_over_ranks
+from nearfield.training.costs import PlanCosts, StepCost, plan_costs
 from nearfield.training.machine import peak_resident_bytes, reset_peak_resident, resident_bytes
-from nearfield.training.measure import chunk_size
-from nearfield.training.memory import HEAP, Budget, Profile, choose_budget, keeps_graph, measure_profile, share_costs
+from nearfield.training.memory import HEAP, Budget, Profile, choose_budget, measure_profile
 
 if TYPE_CHECKING:
-    from nearfield.batching.plan import Batch, Plan
+    from nearfield.batching.plan import Plan
     from nearfield.batching.planner import Rows
     from nearfield.training.config import TrainingConfig
     from nearfield.training.engine import Engine
@@ -32,7 +31,6 @@ logger = logging.getLogger("nearfield.training")
 
 FILE = "forecast.json"
 VERSION = 1
-_SAMPLED_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -110,85 +108,11 @@ class Forecast:
         return cls(**{**{key: value for key, value in values.items() if key in names}, "memory": memory})
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """What one step of the plan asks of the rank with the most work."""
-
-    tokens: int
-    """Encoded, of all ranks."""
-    real: int
-    examples: int
-    keeps: bool
-    kept: float
-    """Bytes of the graphs of all chunks of a rank."""
-    chunk: float
-    """The most bytes that one chunk takes."""
-    chunks: int
-    """Of the rank with the most."""
-    loss: float
-    """Bytes of the loss of a rank and of the embeddings."""
-    seconds: float
-    """By the profile."""
-
-
-def step_cost(
-    engine: Engine, config: TrainingConfig, budget: Budget, profile: Profile, batch: Batch, known: Callable[[int], Rows]
-) -> StepCost:
-    """Cut a batch as the loop will, and add up its chunks."""
-    parts = [
-        _part_cost(engine, config, budget, profile, part, known) for part in split_batch(batch, config.averaged_batches)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return StepCost(
-        tokens=sum(part.tokens for part in parts),
-        real=sum(part.real for part in parts),
-        examples=sum(part.examples for part in parts),
-        keeps=all(part.keeps for part in parts),
-        kept=max(part.kept for part in parts),
-        chunk=max(part.chunk for part in parts),
-        chunks=sum(part.chunks for part in parts),
-        loss=max(part.loss for part in parts),
-        seconds=sum(part.seconds for part in parts),
-    )
-
-
-def _part_cost(
-    engine: Engine, config: TrainingConfig, budget: Budget, profile: Profile, batch: Batch, known: Callable[[int], Rows]
-) -> StepCost:
-    work, lengths = engine.work(batch, known, budget.micro_batch_tokens)
-    keeps = keeps_graph(config, budget, work)
-    shares = share_costs(work, lengths, profile.kept, padded=engine.padded)
-    sizes = [chunk_size(lengths[chunk], padded=engine.padded) for chunk in work.chunks]
-    cells = len(work.pool.queries) * len(work.pool.documents) / engine.launch.world_size
-    each = profile.seconds + (0.0 if keeps else profile.forward_seconds)
-    return StepCost(
-        tokens=sum(work.tokens),
-        real=int(lengths.sum()),
-        examples=len(batch.query),
-        keeps=keeps,
-        kept=max(kept for _, kept in shares),
-        chunk=max(profile.peak(*size) for size in sizes),
-        chunks=work.rounds,
-        loss=profile.loss_cell * cells + 4.0 * 4 * len(work.pool.items) * engine.dimension,
-        seconds=work.heaviest * each,
-    )
-
-
-def sampled_steps(plans: Sequence[Plan], max_steps: int | None) -> list[tuple[Plan, int]]:
-    """All steps of a run, or as many as are looked at, spread evenly."""
-    total = total_steps(plans, max_steps)
-    steps = [(plan, step) for plan in plans for step in range(len(plan))][:total]
-    if total <= _SAMPLED_STEPS:
-        return steps
-    return [steps[i] for i in np.linspace(0, total - 1, _SAMPLED_STEPS).round().astype(int)]
-
-
 def predict(
     config: TrainingConfig,
     engine: Engine,
     plans: Sequence[Plan],
-    known_positives: Callable[[int], Rows],
+    planned: PlanCosts,
     budget: Budget,
     profile: Profile,
     *,
@@ -197,12 +121,11 @@ def predict(
 ) -> Forecast:
     """The forecast from the cost of chunks; ``held`` bytes are in use now, weights included. *Collective*."""
     total = total_steps(plans, config.max_steps)
-    chosen = sampled_steps(plans, config.max_steps)
-    costs = [step_cost(engine, config, budget, profile, plan.batch(step), known_positives) for plan, step in chosen]
+    costs = planned.costs
     scale = total / max(1, len(costs))
     real = np.concatenate([plan.tokens() for plan in plans])[:total]
     state, device = profile.state, engine.backend.device
-    memory = _memory(config, engine, profile, costs, held, total)
+    memory = _memory(config, engine, profile, [*costs, *planned.heavy], held, total)
     update = update_seconds(engine)
     by_chunk = engine.backend.name in ("zero2", "zero3")
     reductions = max(cost.chunks for cost in costs) if by_chunk else 1
@@ -214,7 +137,7 @@ def predict(
         examples=round(sum(cost.examples for cost in costs) * scale),
         tokens=int(real.sum()),
         encoded_tokens=round(sum(c.tokens for c in costs) / max(1, sum(c.real for c in costs)) * float(real.sum())),
-        sampled=len(chosen) < total,
+        sampled=len(planned.steps) < total,
         packing=engine.packing or "padded",
         kept_graphs=float(np.mean([cost.keeps for cost in costs])),
         memory=memory,
@@ -320,7 +243,8 @@ def begin_forecast(
         return budget, read_forecast(run, engine)
     profile = measure_profile(config, engine, plans, known_positives, timed=True)
     budget = choose_budget(config, engine, plans, known_positives, profile)
-    forecast = predict(config, engine, plans, known_positives, budget, profile, fingerprint=fingerprint, held=held)
+    costs = plan_costs(engine, config, budget, profile, plans, known_positives)
+    forecast = predict(config, engine, plans, costs, budget, profile, fingerprint=fingerprint, held=held)
     earlier = read_forecast(run, engine)
     if earlier is not None and _comparable(earlier, forecast):
         base = forecast.memory.base

@@ -121,7 +121,7 @@ def train(
         )
     device = pick_device(config, launch)
     shrink = _ShrinkBudget(run / "checkpoints", writes=launch.is_main)
-    with StopRequest() as stop, torch.random.fork_rng():
+    with StopRequest(launched=launch.world_size > 1) as stop, torch.random.fork_rng():
         try:
             with launch.process_group(device, config.collective_timeout, on_dead=shrink.when_dead):
                 return _train(config, objective, model, inputs, run, seed, fingerprint, steps, device, launch, stop)
@@ -219,7 +219,7 @@ def _train(
             epoch, batch = batch_of_step(inputs.plans, step)
             rate = config.learning_rate * rate_factor(config.schedule, step, steps)
             while True:
-                result, tokens, padded = _gradient(
+                result, tokens, padded = batch_gradient(
                     engine, config, budget, batch, inputs, seed=seed, step=step, stop=stop
                 )
                 if not result.word.out_of_memory:
@@ -278,7 +278,7 @@ def _train(
     )
 
 
-def _gradient(
+def batch_gradient(
     engine: Engine,
     config: TrainingConfig,
     budget: Budget,

@@ -226,13 +226,12 @@ def fit_line(points: Sequence[tuple[float, float, float]]) -> Line:
     if not known:
         return Line(0.0, 0.0, 0.0)
     tokens, squares, values = (np.asarray(column, dtype=float) for column in zip(*known, strict=True))
-    # One point says nothing of its parts: then all is per token.
-    columns = [np.ones_like(tokens), tokens, squares] if len(known) > 2 else [tokens]
-    scales = [float(column.max()) for column in columns]
+    # One or two points say nothing of their parts: then all is per token.
+    columns = [np.ones_like(tokens), tokens, squares] if len(known) > 2 else [0 * tokens, tokens, 0 * squares]
+    scales = [float(column.max()) or 1.0 for column in columns]
     design = np.stack([column / scale for column, scale in zip(columns, scales, strict=True)], axis=1)
     found, _ = nnls(design / values[:, None], np.ones_like(values))
-    parts = [float(part / scale) for part, scale in zip(found, scales, strict=True)]
-    line = Line(*parts) if len(parts) == 3 else Line(0.0, parts[0], 0.0)
+    line = Line(*(float(part / scale) for part, scale in zip(found, scales, strict=True)))
     worst = max(value / max(line(t, s), 1e-12) for t, s, value in known)
     factor = max(1.0, worst)
     return Line(line.fixed * factor, line.per_token * factor, line.per_square * factor)

@@ -110,7 +110,8 @@ def choose_budget(
         # Ranks may have measured differently, and must cut alike.
         micro = int(min_over_ranks([float(micro)], device)[0])
     if graph == "auto":
-        graph = int(min_over_ranks([_graph_tokens(engine, plans, known_positives, profile, micro)], device)[0])
+        batches = heavy_batches(plans, config.max_steps)
+        graph = int(min_over_ranks([_graph_tokens(engine, batches, known_positives, profile, micro)], device)[0])
     return Budget(micro, graph)
 
 
@@ -128,19 +129,19 @@ def share_costs(work: Work, lengths: Rows, line: Line, *, padded: bool) -> list[
 
 
 def _graph_tokens(
-    engine: Engine, plans: Sequence[Plan], known_positives: Callable[[int], Rows], profile: Profile, micro: int
+    engine: Engine, batches: Sequence[Batch], known_positives: Callable[[int], Rows], profile: Profile, micro: int
 ) -> int:
     """Tokens of a rank's share whose graph fits, by the densest of the plan's heaviest batches.
 
     Where all of them fit it is a round number above the heaviest, so that it does not depend on how much memory is free.
     """
     heaviest, density = 1, 0.0
-    for batch in heavy_batches(plans):
+    for batch in batches:
         work, lengths = engine.work(batch, known_positives, micro)
         for tokens, kept in share_costs(work, lengths, profile.kept, padded=engine.padded):
             heaviest, density = max(heaviest, tokens), max(density, kept / max(1, tokens))
     spare = profile.peak(micro, micro * profile.longest) - profile.kept(micro, micro * profile.longest)
-    room = profile.room - max(spare, 2.0 * profile.state.largest)
+    room = profile.room - max(spare, 3.0 * profile.state.largest)
     fits = int(max(0.0, room) / density) if density > 0 else 2**60
     wanted = _round(heaviest, up=True)
     return max(SMALLEST_MICRO_BATCH_TOKENS, wanted if fits >= wanted else _round(max(1, fits), up=False))
@@ -152,20 +153,25 @@ def _round(value: int, *, up: bool) -> int:
     return -(-value // unit) * unit if up else value // unit * unit
 
 
-def heavy_batches(plans: Sequence[Plan], count: int = 4) -> list[Batch]:
-    """The batches of all epochs with the most tokens, and those that hold the examples with the most."""
-    found: list[tuple[int, int, int]] = []
+def heavy_batches(plans: Sequence[Plan], max_steps: int | None = None, count: int = 4) -> list[Batch]:
+    """The batches of a run with the most tokens, the heaviest first, then those that hold the examples with the most."""
+    heavy: list[tuple[int, int, int]] = []
+    wide: list[tuple[int, int, int]] = []
+    left = sum(len(plan) for plan in plans) if max_steps is None else max_steps
     for number, plan in enumerate(plans):
-        if not len(plan):
+        length = min(len(plan), left)
+        left -= length
+        if length == 0:
             continue
         steps = plan.table["step"].to_numpy()
         rows = plan.table["query_tokens"].to_numpy().astype(np.int64) + plan.table["document_tokens"].to_numpy()
-        totals = plan.tokens()
-        found += [(-int(totals[step]), number, int(step)) for step in np.argsort(-totals, kind="stable")[:count]]
-        widest = steps[np.argsort(-rows, kind="stable")[:count]]
-        found += [(-int(totals[step]), number, int(step)) for step in dict.fromkeys(widest.tolist())]
-    heavy = sorted(set(found))
-    return [plans[number].batch(step) for _, number, step in [*heavy[:count], *heavy[count:][-count:]]]
+        rows = np.where(steps < length, rows, 0)
+        totals = plan.tokens()[:length]
+        heavy += [(-int(totals[step]), number, int(step)) for step in np.argsort(-totals, kind="stable")[:count]]
+        widest = np.argsort(-rows, kind="stable")[:count]
+        wide += [(-int(rows[row]), number, int(steps[row])) for row in widest if steps[row] < length]
+    chosen = [key[1:] for key in sorted(heavy)[:count]] + [key[1:] for key in sorted(wide)[:count]]
+    return [plans[number].batch(step) for number, step in dict.fromkeys(chosen)]
 
 
 def measure_profile(
@@ -178,7 +184,7 @@ def measure_profile(
 ) -> Profile:
     """Run a few chunks of the plan's heaviest batches, from small to large; *collective*, and leaves no trace."""
     state, device = state_size(engine, config), engine.backend.device
-    batches = heavy_batches(plans)
+    batches = heavy_batches(plans, config.max_steps)
     pools = [(engine.work(batch, known_positives, SMALLEST_MICRO_BATCH_TOKENS)[0].pool, batch) for batch in batches]
     longest = [int(engine.lengths(pool).max()) for pool, _ in pools]
     pool, batch = pools[int(np.argmax(longest))]

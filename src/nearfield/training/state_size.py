@@ -30,7 +30,7 @@ class StateSize:
     checkpoint: int
     """Of a checkpoint: its files on the disk, and its copies in rank 0's main memory while they are written."""
     largest: int
-    """The gradient of the largest trained parameter."""
+    """The gradient of the largest trained parameter that is passed on whole: not of tables that pass on looked-up rows."""
     trained_bytes: int
     """The gradient of all trained parameters, whole."""
 
@@ -42,6 +42,7 @@ def state_size(engine: Engine, config: TrainingConfig) -> StateSize:
     module = backend.module
     everything = {id(p): p for p in module.parameters()}
     trained = trainable(module)
+    by_row = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding) and part.sparse}
     buffers = sum(buffer.nbytes for buffer in module.buffers())
     whole = sum(_count(p) * p.element_size() for p in trained.values())
     state = optimizer_bytes(trained, config)
@@ -68,7 +69,7 @@ def state_size(engine: Engine, config: TrainingConfig) -> StateSize:
         gradients=gradients,
         optimizer=optimizer,
         checkpoint=files + sum(buffer.nbytes for buffer in saved_buffers(module).values()) + state,
-        largest=max(_count(p) * p.element_size() for p in trained.values()),
+        largest=max((_count(p) * p.element_size() for p in trained.values() if id(p) not in by_row), default=0),
         trained_bytes=whole,
     )
 

@@ -1,0 +1,214 @@
+"""Plan before you pay: what a run will take, and all that is wrong with it, without training."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nearfield.errors import BadInputError
+from nearfield.files import write_json
+from nearfield.pipeline.complaints import (
+    Complaint,
+    batch_complaints,
+    data_complaints,
+    forecast_complaints,
+    prompt_complaints,
+    setting_complaints,
+    suite_complaints,
+    token_complaints,
+)
+from nearfield.pipeline.run import Run
+from nearfield.pipeline.stages import Stages, run_stages
+from nearfield.training.launch import Launch
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from nearfield.training.forecast import Forecast
+    from nearfield.training.loop import TrainingInputs
+
+logger = logging.getLogger("nearfield.pipeline")
+
+TRIAL_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run will take, as far as could be found out, and what is wrong with it."""
+
+    folder: Path
+    built: tuple[str, ...]
+    """Stages that were missing or stale and were run: data, tokens, plan."""
+    forecast: Forecast | None
+    """None where the run would not start."""
+    trial_steps: int
+    devices: tuple[str, ...]
+    checkpoints: int
+    """The most checkpoints that are on the disk at a time."""
+    disk_needed: int
+    """Bytes of these and of the saved model."""
+    disk_free: int
+    complaints: tuple[Complaint, ...]
+    """What blocks first."""
+
+    @property
+    def would_start(self) -> bool:
+        """Whether nothing blocks the run."""
+        return not any(complaint.blocks for complaint in self.complaints)
+
+
+def dry_run(
+    run: Run, *, on_stage: Callable[[str, str], None] | None = None, trial_seconds: float = TRIAL_SECONDS
+) -> DryRun | None:
+    """Build data, tokens and plan if they are missing, measure a few steps on them, and look for all that is wrong.
+
+    Nothing is trained: weights that steps were measured on are thrown away. The forecast is kept in the run's folder,
+    where the run compares it with what it really takes. Under a launcher all ranks call this, and rank 0 alone gets the
+    result.
+    """
+    launch = Launch.from_environment()
+    blocked: list[Complaint] = []
+    built: list[str] = []
+    reached = True
+
+    def prepare(tell: Callable[[str], None]) -> str:
+        tell("the plan")
+        try:
+            built.extend(run_stages(run, "plan", on_stage=on_stage, launch=Launch()).ran)
+        except BadInputError as error:
+            blocked.append(Complaint.of(error))
+        return json.dumps(not blocked)
+
+    def verify(word: str) -> None:
+        nonlocal reached
+        reached = json.loads(word)
+
+    launch.prepare(prepare, verify)
+    reached = reached and not blocked
+    stages = Stages(run, launch)
+    forecast, steps, limit = None, 0, None
+    if reached:
+        try:
+            forecast, steps, limit, found = _measure(stages, trial_seconds)
+            blocked += found
+        except BadInputError as error:
+            if not launch.is_main:
+                return None
+            blocked.append(Complaint.of(error))
+    if not launch.is_main:
+        return None
+    return _result(stages, built, forecast, steps, limit, blocked, reached)
+
+
+def _measure(stages: Stages, trial_seconds: float) -> tuple[Forecast, int, int | None, list[Complaint]]:
+    """The forecast, the steps it rests on, the maximum length, and what blocks; *collective*."""
+    import torch
+
+    from nearfield.training.engine import pick_device
+    from nearfield.training.loop import TrainingInputs
+
+    recipe, launch = stages.recipe, stages.launch
+    device = pick_device(recipe.training, launch)
+    encoder = stages._encoder(device)
+    known = stages._store().known_positives()
+    plans, hashes = stages._plans()
+    inputs = TrainingInputs(plans, hashes, stages._tokens(), known.of, lambda rows: [str(row) for row in rows])
+    with torch.random.fork_rng(), launch.process_group(device, recipe.training.collective_timeout):
+        forecast, steps, found = _try_out(stages, encoder.model, inputs, device, trial_seconds)
+    return forecast, steps, encoder.model.max_seq_length, found
+
+
+def _try_out(
+    stages: Stages, model: SentenceTransformer, inputs: TrainingInputs, device: Any, trial_seconds: float
+) -> tuple[Forecast, int, list[Complaint]]:
+    from nearfield.training.costs import plan_costs
+    from nearfield.training.engine import build_engine
+    from nearfield.training.forecast import FILE, held_bytes, predict
+    from nearfield.training.memory import choose_budget, measure_profile
+    from nearfield.training.optimizers import make_optimizer
+    from nearfield.training.trial import run_trial
+
+    recipe, launch = stages.recipe, stages.launch
+    config, plans, known = recipe.training, inputs.plans, inputs.known_positives
+
+    def optimizer_of(parameters: Any) -> Any:
+        return make_optimizer(parameters, config, device, no_decay=lambda name: name.startswith("objective."))
+
+    engine = build_engine(config, model, recipe.objective.build(), optimizer_of, inputs.tokens, device, launch)
+    held = held_bytes(device)
+    profile = measure_profile(config, engine, plans, known, timed=True)
+    budget = choose_budget(config, engine, plans, known, profile)
+    planned = plan_costs(engine, config, budget, profile, plans, known)
+    fingerprint = stages.fingerprints["train"]
+    forecast = predict(config, engine, plans, planned, budget, profile, fingerprint=fingerprint, held=held)
+    growth = forecast.memory.peak - held
+    found: list[Complaint] = []
+    if forecast.available and growth > forecast.available:
+        return forecast, 0, found  # trying it would end this process, perhaps others too
+    trial = run_trial(
+        config,
+        engine,
+        inputs,
+        planned,
+        budget,
+        profile,
+        forecast,
+        held=held,
+        seed=recipe.seed,
+        limit_seconds=trial_seconds,
+    )
+    if trial.out_of_memory:
+        found.append(Complaint("a step ran out of memory; the run would go on with fewer tokens at a time"))
+    if not trial.finite:
+        found.append(Complaint("a loss or gradient of a trial step is not a finite number", blocks=True))
+    if trial.forecast.measured != "steps":
+        found.append(Complaint(f"the time is that of single chunks: whole steps would take over {trial_seconds:.0f} s"))
+    if launch.is_main:
+        write_json(stages.run.folder / FILE, trial.forecast.to_json())
+    return trial.forecast, trial.steps, found
+
+
+def _result(
+    stages: Stages,
+    built: list[str],
+    forecast: Forecast | None,
+    steps: int,
+    limit: int | None,
+    blocked: list[Complaint],
+    reached: bool,
+) -> DryRun:
+    import torch
+
+    from nearfield.training.checkpoint import checkpoint_paths
+    from nearfield.training.machine import free_disk, local_processes
+
+    training = stages.recipe.training
+    complaints = list(blocked)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kept = training.checkpoints.keep_last + 1 + int(training.evaluation is not None)
+    needed, free = 0, free_disk(stages.run.folder)
+    if reached:
+        plans, _ = stages._plans()
+        complaints += [*data_complaints(stages), *prompt_complaints(stages), *token_complaints(stages, limit)]
+        complaints += batch_complaints(stages, plans)
+        complaints += setting_complaints(stages, min(sum(map(len, plans)), training.max_steps or 2**62))
+    if forecast is not None:
+        count = min(kept, -(-forecast.steps // training.checkpoints.every_steps) + 1)
+        needed = forecast.checkpoint_bytes * count + forecast.parameters * 4
+        there = checkpoint_paths(stages.run.folder / "checkpoints")
+        if there:
+            complaints.append(Complaint(f"a training is under way here: it would go on from {there[-1].name}"))
+        facts = {"disk_needed": needed, "disk_free": free, "gpus": gpus, "local_processes": local_processes()}
+        complaints += forecast_complaints(forecast, facts)
+        kept = count
+    complaints += suite_complaints(stages)
+    names = [torch.cuda.get_device_name(i) for i in range(gpus)]
+    devices = [f"CPU, {torch.get_num_threads()} threads a process", *names]
+    complaints.sort(key=lambda complaint: not complaint.blocks)
+    return DryRun(
+        stages.run.folder, tuple(built), forecast, steps, tuple(devices), kept, needed, free, tuple(complaints)
+    )

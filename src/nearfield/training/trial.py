@@ -1,0 +1,131 @@
+"""A few real steps that change nothing: how long they take, and how much memory they leave in use."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nearfield.console import track
+from nearfield.training.costs import PlanCosts, StepCost
+from nearfield.training.forecast import Forecast, Memory, checkpoint_room, peak_bytes, reset_peak, slowest
+from nearfield.training.loop import TrainingInputs, batch_gradient, watch
+from nearfield.training.measure import Line, fit_line
+from nearfield.training.memory import Budget, Profile
+from nearfield.training.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nearfield.batching.plan import Batch
+    from nearfield.training.config import TrainingConfig
+    from nearfield.training.engine import Engine
+
+logger = logging.getLogger("nearfield.training")
+
+DRIFT = 1.03
+"""A long run finds the allocator's memory more torn than a few steps do."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Steps that were run for a forecast."""
+
+    forecast: Forecast
+    """With the time, and on a CPU the memory, that the steps took."""
+    steps: int
+    out_of_memory: bool
+    finite: bool
+    """Whether all losses and gradients were finite numbers."""
+
+
+def run_trial(
+    config: TrainingConfig,
+    engine: Engine,
+    inputs: TrainingInputs,
+    planned: PlanCosts,
+    budget: Budget,
+    profile: Profile,
+    forecast: Forecast,
+    *,
+    held: int,
+    seed: int,
+    limit_seconds: float,
+) -> Trial:
+    """Run the heaviest, the lightest and a few steps between with a learning rate of zero; *collective*.
+
+    The weights stay as they are; the optimiser's state does not, so the engine is of no further use. No step begins
+    that by the forecast would pass ``limit_seconds`` in all. ``held`` is what was in use when the engine was built.
+    """
+    device, factors = engine.backend.device, engine.backend.optimizer.param_groups
+    reset_peak(device)
+    began = time.monotonic()
+    done: list[tuple[StepCost, float]] = []
+    finite, ran = True, 0
+    whole = False
+    for batch, cost in track(_chosen(planned), "Trial steps"):
+        # The first one finds nothing warm; then the heaviest, which memory is about.
+        spent = slowest([time.monotonic() - began], device)[0]
+        if ran and spent + slowest([cost.seconds], device)[0] > limit_seconds:
+            break
+        start = time.perf_counter()
+        result, _, _ = batch_gradient(engine, config, budget, batch, inputs, seed=seed, step=0, stop=StopRequest())
+        if result.word.out_of_memory:
+            return Trial(forecast, ran, out_of_memory=True, finite=finite)
+        norm = engine.backend.update([0.0] * len(factors), config.max_gradient_norm, result.word.used)
+        watch(result.batch)
+        seconds = time.perf_counter() - start
+        finite = finite and math.isfinite(result.loss) and math.isfinite(norm)
+        if ran:
+            done.append((cost, seconds))
+        ran += 1
+        whole = whole or batch is planned.heavy_batches[0]
+    if len(done) < 3:
+        return Trial(forecast, ran, out_of_memory=False, finite=finite)
+    # Seconds by the chunks' profile -> seconds as measured.
+    points = [(cost.seconds, 0.0, slowest([seconds], device)[0]) for cost, seconds in done]
+    line = _through(points)
+    scale = forecast.steps / len(planned.costs)
+    total = sum(line(cost.seconds, 0.0) for cost in planned.costs) * scale
+    found = dataclasses.replace(forecast, seconds=slowest([total], device)[0], measured="steps")
+    if whole:
+        growth = slowest([float(peak_bytes(device) - held)], device)[0]
+        found = dataclasses.replace(found, memory=_measured(config, engine, profile, forecast, growth))
+    return Trial(found, ran, out_of_memory=False, finite=finite)
+
+
+def _chosen(planned: PlanCosts) -> list[tuple[Batch, StepCost]]:
+    """The median step, the heaviest, the lightest, the one with the longest examples, and a few between."""
+    order = sorted(range(len(planned.steps)), key=lambda i: planned.costs[i].tokens)
+
+    def at(share: float) -> tuple[Batch, StepCost]:
+        index = order[round(share * (len(order) - 1))]
+        plan, step = planned.steps[index]
+        return plan.batch(step), planned.costs[index]
+
+    heavy = list(zip(planned.heavy_batches, planned.heavy, strict=True))
+    return [at(0.5), heavy[0], at(0.0), heavy[-1], at(0.5), at(0.75), at(0.25), heavy[0]]
+
+
+def _through(points: Sequence[tuple[float, float, float]]) -> Line:
+    """The line through the measured seconds, in the middle of them: what is fixed, and what grows with the work."""
+    raised = fit_line(points)
+    factors = [value / max(raised(*point[:2]), 1e-12) for *point, value in points]
+    middle = float(np.median(factors))
+    return Line(raised.fixed * middle, raised.per_token * middle, 0.0)
+
+
+def _measured(config: TrainingConfig, engine: Engine, profile: Profile, forecast: Forecast, growth: float) -> Memory:
+    """The parts of memory so that they add up to what was measured above what was held."""
+    parts = forecast.memory
+    known = parts.gradients + parts.optimizer + parts.activations + parts.loss
+    rest = int(growth * DRIFT) - known
+    parts = dataclasses.replace(
+        parts, workspace=max(0, rest), activations=max(0, parts.activations + min(0, rest)), checkpoint=0
+    )
+    return dataclasses.replace(parts, checkpoint=checkpoint_room(config, engine, profile, parts, forecast.steps))
