@@ -157,7 +157,7 @@ def _train(
     saved = _resume(engine, checkpoints, identity, steps)
     first = int(saved["step"]) if saved is not None else 0
     kept = None if saved is None else Budget.from_json(saved)
-    budget, forecast = begin_forecast(
+    budget, outlook = begin_forecast(
         config, engine, inputs.plans, inputs.known_positives, run, fingerprint=fingerprint, budget=kept
     )
     evaluations = Evaluations(
@@ -260,7 +260,7 @@ def _train(
             writer.check()
         seconds = time.monotonic() - start - evaluations.seconds
         writer.wait()
-    end_forecast(forecast, engine, run, first=first, steps=done, seconds=seconds)
+    end_forecast(outlook, engine, run, first=first, steps=done, seconds=seconds)
     best = evaluations.state
     return TrainingResult(
         done,

@@ -9,9 +9,14 @@ from typing import Any, Self
 
 
 class StopRequest:
-    """Inside the ``with`` block a first signal sets ``received``; a second one acts as it would outside."""
+    """Inside the ``with`` block a first signal sets ``received``; a second one acts as it would outside.
 
-    def __init__(self) -> None:
+    A launcher of several ranks sends SIGTERM on its own, also again, once a rank has ended: with ``launched`` a rank that
+    is about to end for a reason of its own says that reason by its exit code.
+    """
+
+    def __init__(self, launched: bool = False) -> None:
+        self.launched = launched
         self.received: str | None = None
         self._previous: dict[int, Any] = {}
 
@@ -23,10 +28,12 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-        signal.signal(number, self._previous[number])
+        if not (self.launched and number == signal.SIGTERM):
+            signal.signal(number, self._previous[number])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, previous in self._previous.items():
-            signal.signal(number, previous)
+            ending = self.launched and error is not None and number == signal.SIGTERM
+            signal.signal(number, signal.SIG_IGN if ending else previous)

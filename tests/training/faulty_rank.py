@@ -1,0 +1,36 @@
+"""``nearfield`` with memory that runs out on one rank: ``torchrun ... faulty_rank.py RANK STEP train RECIPE ...``.
+
+From step STEP on (counted from 1) that rank fails to encode a chunk of more than 100 tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from nearfield.cli import main
+from nearfield.training import step as step_module
+from nearfield.training.launch import Launch
+
+
+def install(rank: int, step: int) -> None:
+    """Let memory run out on one rank, from one step on."""
+    encode_chunk, seed_chunk = step_module.encode_chunk, step_module.seed_chunk
+    now = {"step": 0}
+
+    def seed(seed: int, step: int, chunk: int) -> None:
+        now["step"] = step + 1
+        seed_chunk(seed, step, chunk)
+
+    def encode(backend, features):  # type: ignore[no-untyped-def]
+        if Launch.from_environment().rank == rank and now["step"] >= step and int(features["attention_mask"].sum()) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return encode_chunk(backend, features)
+
+    step_module.seed_chunk, step_module.encode_chunk = seed, encode
+
+
+if __name__ == "__main__":
+    install(int(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[3:])
