@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Annotated
 
 import typer
@@ -30,11 +31,15 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
+    # The launcher `deepspeed` gives it to all programs; the environment says the same.
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """What every command shares."""
     from nearfield.console import set_up_logging
 
-    set_up_logging("WARNING" if quiet else "INFO")
+    # Under a launcher the first rank tells how it goes; the others speak when something is wrong.
+    first = os.environ.get("RANK", "0") == "0"
+    set_up_logging("INFO" if first and not quiet else "WARNING")
 
 
 for module in ("init", "recipe", "data", "plan", "train", "eval", "compare", "report", "run", "doctor"):

@@ -275,5 +275,9 @@ def _import_deepspeed() -> Any:
         raise BadInputError(
             "DeepSpeed is not installed", where="training.backend", hint="pip install 'nearfield[deepspeed]'"
         ) from error
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It warns of any optimiser but its own.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On CPUs DeepSpeed would compile its own collectives, for minutes at the first run, and spin in them for ever where a
+    # rank died; gloo's fail.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
