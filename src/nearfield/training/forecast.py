@@ -79,6 +79,8 @@ class Forecast:
     """Bytes that the rank could have beside what it held when this was made; 0 where the system does not say."""
     seconds: float
     """Of the steps; evaluation, export and the last checkpoint's writing come on top."""
+    cpu_seconds: float
+    """The same in seconds of the process's CPUs; 0 where no whole steps were measured."""
     measured: str
     """What the time comes from: ``steps`` (a dry run) or ``chunks`` (the start of the run)."""
     parameters: int
@@ -143,6 +145,7 @@ def predict(
         memory=memory,
         available=profile.available,
         seconds=slowest([(sum(cost.seconds for cost in costs) * scale + update * total)], device)[0],
+        cpu_seconds=0.0,
         measured="chunks",
         parameters=state.parameters,
         trained=state.trained,
@@ -222,6 +225,16 @@ def held_bytes(device: torch.device) -> int:
     return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident_bytes()
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What a run expects when it begins."""
+
+    forecast: Forecast | None
+    """That of a dry run if there was one, else that made at the start; none where a run goes on that has none."""
+    at_start: Forecast | None
+    cpu_began: float
+
+
 def begin_forecast(
     config: TrainingConfig,
     engine: Engine,
@@ -231,7 +244,7 @@ def begin_forecast(
     *,
     fingerprint: str,
     budget: Budget | None,
-) -> tuple[Budget, Forecast | None]:
+) -> tuple[Budget, Outlook]:
     """The budget and the forecast of a run; ``budget`` is that of the checkpoint it goes on from. *Collective*.
 
     A few chunks are measured where the run begins; their time gives way to that of a dry run of the same training.
@@ -240,18 +253,18 @@ def begin_forecast(
     reset_peak(device)
     held = held_bytes(device)
     if budget is not None:
-        return budget, read_forecast(run, engine)
+        return budget, Outlook(read_forecast(run, engine), None, time.process_time())
     profile = measure_profile(config, engine, plans, known_positives, timed=True)
     budget = choose_budget(config, engine, plans, known_positives, profile)
     costs = plan_costs(engine, config, budget, profile, plans, known_positives)
     forecast = predict(config, engine, plans, costs, budget, profile, fingerprint=fingerprint, held=held)
-    earlier = read_forecast(run, engine)
+    earlier, at_start = read_forecast(run, engine), forecast
     if earlier is not None and _comparable(earlier, forecast):
         base = forecast.memory.base
         forecast = dataclasses.replace(earlier, memory=dataclasses.replace(earlier.memory, base=base))
     if engine.launch.is_main:
         write_json(run / FILE, forecast.to_json())
-    return budget, forecast
+    return budget, Outlook(forecast, at_start, time.process_time())
 
 
 def _comparable(earlier: Forecast, now: Forecast) -> bool:
@@ -298,25 +311,27 @@ def peak_bytes(device: torch.device) -> int:
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident_bytes()
 
 
-def end_forecast(
-    forecast: Forecast | None, engine: Engine, run: Path, *, first: int, steps: int, seconds: float
-) -> None:
+def end_forecast(outlook: Outlook, engine: Engine, run: Path, *, first: int, steps: int, seconds: float) -> None:
     """Log and note how the steps from ``first`` on came out; *collective*."""
-    device = engine.backend.device
+    device, forecast = engine.backend.device, outlook.forecast
+    cpu = time.process_time() - outlook.cpu_began
     peak = int(slowest([float(peak_bytes(device))], device)[0])
     if forecast is None or not engine.launch.is_main or steps <= first:
         return
-    expected = forecast.seconds * (steps - first) / max(1, forecast.steps)
+    share = (steps - first) / max(1, forecast.steps)
     logger.info(
         "Predicted %s, %s; actual %s, %s%s",
         say_bytes(forecast.memory.peak),
-        say_seconds(expected),
+        say_seconds(forecast.seconds * share),
         say_bytes(peak),
         say_seconds(seconds),
         f" (steps {first + 1} to {steps})" if first else "",
     )
-    actual = {"peak": peak, "seconds": round(seconds, 3), "predicted_seconds": round(expected, 3), "first": first}
-    write_json(run / FILE, {**forecast.to_json(), "actual": {**actual, "steps": steps}})
+    found = {"first": first, "steps": steps, "peak": peak, "seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
+    found["predicted_seconds"] = round(forecast.seconds * share, 3)
+    start = outlook.at_start
+    early = None if start is None else {"peak": start.memory.peak, "seconds": round(start.seconds, 3)}
+    write_json(run / FILE, {**forecast.to_json(), "at_start": early, "actual": found})
 
 
 def say_bytes(count: float) -> str:

@@ -65,7 +65,7 @@ def run_trial(
     device, factors = engine.backend.device, engine.backend.optimizer.param_groups
     reset_peak(device)
     began = time.monotonic()
-    done: list[tuple[StepCost, float]] = []
+    done: list[tuple[StepCost, float, float]] = []
     finite, ran = True, 0
     whole = False
     for batch, cost in track(_chosen(planned), "Trial steps"):
@@ -73,26 +73,30 @@ def run_trial(
         spent = slowest([time.monotonic() - began], device)[0]
         if ran and spent + slowest([cost.seconds], device)[0] > limit_seconds:
             break
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         result, _, _ = batch_gradient(engine, config, budget, batch, inputs, seed=seed, step=0, stop=StopRequest())
         if result.word.out_of_memory:
             return Trial(forecast, ran, out_of_memory=True, finite=finite)
         norm = engine.backend.update([0.0] * len(factors), config.max_gradient_norm, result.word.used)
         watch(result.batch)
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
         finite = finite and math.isfinite(result.loss) and math.isfinite(norm)
         if ran:
-            done.append((cost, seconds))
+            done.append((cost, seconds, cpu))
         ran += 1
         whole = whole or batch is planned.heavy_batches[0]
     if len(done) < 3:
         return Trial(forecast, ran, out_of_memory=False, finite=finite)
     # Seconds by the chunks' profile -> seconds as measured.
-    points = [(cost.seconds, 0.0, slowest([seconds], device)[0]) for cost, seconds in done]
-    line = _through(points)
     scale = forecast.steps / len(planned.costs)
-    total = sum(line(cost.seconds, 0.0) for cost in planned.costs) * scale
-    found = dataclasses.replace(forecast, seconds=slowest([total], device)[0], measured="steps")
+
+    def total(points: list[tuple[float, float, float]]) -> float:
+        line = _through(points)
+        return slowest([sum(line(cost.seconds, 0.0) for cost in planned.costs) * scale], device)[0]
+
+    seconds = total([(cost.seconds, 0.0, slowest([each], device)[0]) for cost, each, _ in done])
+    cpu = total([(cost.seconds, 0.0, each) for cost, _, each in done])
+    found = dataclasses.replace(forecast, seconds=seconds, cpu_seconds=cpu, measured="steps")
     if whole:
         growth = slowest([float(peak_bytes(device) - held)], device)[0]
         found = dataclasses.replace(found, memory=_measured(config, engine, profile, forecast, growth))
