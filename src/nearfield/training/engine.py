@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows
 from nearfield.data.tokens import TokenCache
+from nearfield.encoders.dropout import use_fast_dropout
 from nearfield.encoders.packing import Features, PackingKind, embed, packed_features, packing_kind, padded_features
+from nearfield.encoders.sparse import sparse_embedding_gradients
 from nearfield.errors import BadInputError
 from nearfield.training.backends.base import Backend
 from nearfield.training.backends.common import MakeOptimizer
@@ -171,6 +173,9 @@ def build_engine(
     packing = None
     if config.packing == "auto":
         packing = packing_kind(encoder.to(device), device, bf16=pick_precision(config, device) == "bf16-mixed")
+    use_fast_dropout(encoder)
+    if name in ("single", "ddp"):
+        sparse_embedding_gradients(encoder)
     set_training_mode(encoder, dropout=config.dropout)
     if config.compile:
         compile_transformer(encoder)
