@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nearfield.batching.plan import Batch
-from nearfield.training.chunks import chunk_tokens, cut_chunks, deal_chunks, pool_batch, split_rows
+from nearfield.training.chunks import chunk_tokens, cut_chunks, deal_chunks, pool_batch, split_batch, split_rows
 
 TEXTS = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 2)), min_size=1, max_size=80)
 
@@ -136,3 +136,20 @@ def test_lists_of_different_lengths_are_a_fault() -> None:
     rows = np.arange(2)
     with pytest.raises(ValueError, match="shorter"):
         pool_batch(Batch(rows, rows, [rows, rows], [rows], rows, rows, 0))
+
+
+@given(st.integers(1, 9), st.integers(1, 12))
+def test_parts_of_a_batch_are_the_batch(size: int, parts: int) -> None:
+    rows = np.arange(size)
+    singles = [rows[i : i + 1] + 20 for i in range(size)]
+    batch = Batch(rows + 100, rows, singles, [s + 20 for s in singles], rows * 2, rows * 3, 7)
+    found = split_batch(batch, parts)
+    assert len(found) == min(parts, size)
+    sizes = [len(part.query) for part in found]
+    assert max(sizes) - min(sizes) <= 1
+    for name in ("example", "query", "query_prompt", "document_prompt"):
+        assert np.concatenate([getattr(part, name) for part in found]).tolist() == getattr(batch, name).tolist()
+    for name in ("positives", "negatives"):
+        lists = [row.tolist() for part in found for row in getattr(part, name)]
+        assert lists == [row.tolist() for row in getattr(batch, name)]
+    assert {part.source for part in found} == {7}

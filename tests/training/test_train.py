@@ -8,6 +8,7 @@ import math
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-from nearfield.batching.plan import Batch
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, NonFiniteError, OutOfMemoryStopError, StoppedError
 from nearfield.objectives import InfoNCEConfig
@@ -561,36 +561,41 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(
 
 
 def test_several_batches_of_a_step_are_averaged(go: Go, inputs: TrainingInputs, tmp_path: Path) -> None:
-    """Each is a batch of its own: its loss is that of a plan with the smaller batches, by hand."""
-    result = go(max_steps=1, dropout=False, averaged_batches=2, max_gradient_norm=None, to="halves")
+    """Each is a batch of its own: its loss is that of a plan whose batches are half as large."""
+    settings = {"dropout": False, "max_gradient_norm": None}
+    result = go(max_steps=1, averaged_batches=2, to="halves", **settings)
     line = read_metrics(tmp_path / "halves" / "metrics.jsonl")[0]
     assert (result.steps, result.examples, line["rows"]) == (1, 4, 4)
-    losses = []
-    for part in range(2):
-        whole = inputs.plans[0].batch(0)
-        rows = slice(2 * part, 2 * part + 2)
-
-        class Half:
-            """A plan of one step."""
-
-            def __len__(self) -> int:
-                return 1
-
-            def batch(self, step: int, whole: Batch = whole, rows: slice = rows) -> Batch:
-                return Batch(
-                    whole.example[rows],
-                    whole.query[rows],
-                    whole.positives[rows],
-                    whole.negatives[rows],
-                    whole.query_prompt[rows],
-                    whole.document_prompt[rows],
-                    0,
-                )
-
-        plans = inputs.plans
-        object.__setattr__(inputs, "plans", [Half()])
-        go(max_steps=1, dropout=False, to=f"half-{part}")
-        object.__setattr__(inputs, "plans", plans)
-        losses.append(read_metrics(tmp_path / f"half-{part}" / "metrics.jsonl")[0]["loss"])
+    small = make_plan(tmp_path / "small.parquet", 0, steps=2, size=2)
+    both = np.concatenate([small.batch(0).query, small.batch(1).query])
+    assert both.tolist() == inputs.plans[0].batch(0).query.tolist()
+    object.__setattr__(inputs, "plans", [small])
+    go(to="small", learning_rate=1e-12, **settings)
+    losses = [entry["loss"] for entry in read_metrics(tmp_path / "small" / "metrics.jsonl")]
+    assert len(losses) == 2
     assert line["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
     assert math.isfinite(line["gradient_norm"])
+
+
+def test_of_several_batches_the_one_that_is_not_finite_is_named(
+    go: Go, inputs: TrainingInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two: its queries, not those that stand at the same places of the first."""
+    run_step = loop.run_step
+    calls: list[None] = []
+
+    def second(backend: Any, objective: Any, *arguments: Any, **keywords: Any) -> Any:
+        calls.append(None)
+        result = run_step(backend, objective, *arguments, **keywords)
+        if len(calls) != 2:
+            return result
+        broken = replace(result.batch, queries=result.batch.queries * torch.tensor([[1.0], [NAN]]))
+        return replace(result, word=replace(result.word, loss=NAN), batch=broken)
+
+    monkeypatch.setattr(loop, "run_step", second)
+    with pytest.raises(NonFiniteError):
+        go(averaged_batches=2)
+    report = json.loads((tmp_path / "run" / "non_finite.json").read_text())
+    batch = inputs.plans[0].batch(0)
+    assert report["examples"] == [int(batch.example[3])]
+    assert report["queries"] == [f"id{batch.query[3]}"]

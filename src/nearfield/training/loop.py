@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -320,7 +320,7 @@ def batch_gradient(
                 f"memory ran out in step {step + 1} with {budget.micro_batch_tokens} tokens at a time",
                 hint="`nearfield train --resume` with the same launcher goes on with half as many.",
             ) from error
-        results.append(result)
+        results.append(replace(result, first_query=sum(len(before.query) for before in parts[:number])))
         if result.word.out_of_memory:
             break
     return mean_result(results), tokens, encoded
@@ -442,7 +442,7 @@ def _non_finite(
     assert result.batch is not None
     with torch.no_grad():
         rows = objective(result.batch).rows
-    bad = np.flatnonzero(~torch.isfinite(rows).cpu().numpy())
+    bad = np.flatnonzero(~torch.isfinite(rows).cpu().numpy()) + result.first_query
     slots = bad if len(bad) else np.arange(len(batch.query))
     ids = inputs.item_ids(batch.query[slots])
     if writes:

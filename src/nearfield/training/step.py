@@ -99,6 +99,8 @@ class StepResult:
     denominator: float
     batch: ContrastiveBatch | None
     """The detached embeddings that the loss saw; none where memory ran out before."""
+    first_query: int = 0
+    """Where its queries begin in the planned batch, where a step averages several."""
 
     @property
     def loss(self) -> float:
@@ -116,7 +118,7 @@ def mean_result(results: Sequence[StepResult]) -> StepResult:
     word = ControlWord(mean, any(w.out_of_memory for w in words), any(w.stop for w in words), used)
     # Of the embeddings those are of use that explain a loss that is not finite.
     shown = next((result for result in results if not math.isfinite(result.loss)), results[-1])
-    return StepResult(word, 1.0, shown.batch)
+    return StepResult(word, 1.0, shown.batch, shown.first_query)
 
 
 def seed_chunk(seed: int, step: int, chunk: int) -> None:
