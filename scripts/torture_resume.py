@@ -12,6 +12,7 @@ was never killed. Leaves with 1 if one differs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -102,10 +103,8 @@ def kill(process: subprocess.Popen[bytes], kind: str, draw: random.Random) -> No
     ranks = [pid for pid in everyone[1:] if is_rank(pid)] or [process.pid]
     targets = [draw.choice(ranks)] if kind == "one rank" else everyone
     for pid in targets:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     try:
         process.wait(timeout=60)
     except subprocess.TimeoutExpired as error:

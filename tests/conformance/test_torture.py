@@ -1,4 +1,4 @@
-"""Ten kills with SIGKILL at random moments; minutes, so not part of `make test`."""
+"""A chain of kills with SIGKILL on one run of two ranks; minutes, so not part of `make test`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "torture_resume.py"
 
 
 @pytest.mark.slow
-def test_ten_kills() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--kills", "10", "--seed", "1"], capture_output=True, text=True)
+@pytest.mark.parametrize("backend", ["single", "ddp", "zero3"])
+def test_a_chain_of_kills(backend: str) -> None:
+    command = [sys.executable, str(SCRIPT), "--kills", "4", "--seed", "1", "--backend", backend]
+    done = subprocess.run(command, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0, done.stdout + done.stderr
-    assert lines[-1] == {"kills": 10, "seed": 1, "failures": 0}
-    assert all(line["weights_identical"] for line in lines[:-1])
+    assert len(lines) == 5
+    assert lines[-1]["weights_identical"] and lines[-1]["metrics_identical"]

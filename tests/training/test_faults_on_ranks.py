@@ -44,7 +44,7 @@ def test_sharded_ranks_stop_and_go_on(toy_recipe: Path, tmp_path: Path, backend:
     codes = [int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", stopped.stderr)]
     assert codes and set(codes) == {75}, stopped.stderr
     assert "memory ran out in step 6 with 160 tokens at a time" in stopped.stderr
-    assert "Traceback (most recent call last):\n  File \"" + str(FAULTY) not in stopped.stderr
+    assert 'Traceback (most recent call last):\n  File "' + str(FAULTY) not in stopped.stderr
     last = open_checkpoint(checkpoint_paths(run / "checkpoints")[-1])
     assert (last.step, last.state["micro_batch_tokens"]) == (4, 80)
     # The fault is still there: without the smaller budget the resumed run would stop again.
