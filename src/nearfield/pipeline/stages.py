@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -229,6 +230,12 @@ class Stages(Freshness):
             self.contract.save(aside)
             write_text(aside / "README.md", self._card(encoder, result))
 
+    def check_can_train(self) -> None:
+        """Refuse what this rank could never train with its launcher, devices and libraries."""
+        from nearfield.training.engine import check_can_train
+
+        check_can_train(self.recipe.training, self.launch, adapter=self.recipe.encoder.adapter is not None)
+
     def check_resumable(self) -> None:
         """Refuse to go on from nothing."""
         from nearfield.training.checkpoint import checkpoint_paths
@@ -241,23 +248,25 @@ class Stages(Freshness):
             )
 
     def artifacts(self) -> dict[str, str]:
-        """What training reads, by path, with a hash of each: all nodes must hold the same."""
-        paths = [self.store_path, self.tokens_path, self.run.folder / "plan"]
-        return {str(path): hash_folder(path) for path in paths}
+        """A hash of each thing that training reads: all nodes must hold the same."""
+        return {name: hash_folder(path) for name, path in self._artifact_paths().items()}
 
     def check_artifacts(self, wanted: dict[str, str]) -> None:
         """Refuse to train on files that differ from rank 0's, as on a node without the shared file system."""
-        for path, digest in wanted.items():
-            folder = Path(path)
-            if not folder.is_dir() or hash_folder(folder) != digest:
-                raise BadInputError(
-                    "this node does not hold what rank 0 prepared"
-                    if not folder.is_dir()
-                    else "this differs from rank 0's",
-                    where=f"{path} (rank {self.launch.rank})",
-                    hint="Put the run's folder on a file system that all nodes share, or make it on this node: "
-                    f"nearfield train {self.run.loaded.path} --until plan",
-                )
+        for name, path in self._artifact_paths().items():
+            if path.is_dir() and hash_folder(path) == wanted[name]:
+                continue
+            raise BadInputError(
+                f"the {name} of this node differ from rank 0's"
+                if path.is_dir()
+                else f"this node does not hold the {name} that rank 0 prepared",
+                where=f"{path} (on {socket.gethostname()})",
+                hint="Put the run's folder on a file system that all nodes share, or make it on this node first: "
+                f"nearfield train {self.run.loaded.path} --until plan --run-folder {self.run.folder}",
+            )
+
+    def _artifact_paths(self) -> dict[str, Path]:
+        return {"data": self.store_path, "tokens": self.tokens_path, "batches": self.run.folder / "plan"}
 
     def _card(self, encoder: LoadedEncoder, result: TrainingResult) -> str:
         from nearfield.encoders.card import model_card
@@ -461,13 +470,16 @@ def run_stages(
                 ran.append(name)
 
     def prepare(tell: Callable[[str], None]) -> str:
+        held.enter_context(run.lock())
+        trains = "train" in wanted and (restart or stages.status("train").state != "done")
+        if trains:
+            stages.check_can_train()
         run.begin()
         if restart and (run.folder / "checkpoints").is_dir():
             set_aside(run.folder / "checkpoints", "checkpoints-before-restart")
         elif resume:
             stages.check_resumable()
         work(before, tell)
-        trains = "train" in wanted and (restart or stages.status("train").state != "done")
         if trains:
             tell("the suite that is scored during the training")
             prepare_training_suite(stages, stages._open_store)
@@ -479,15 +491,18 @@ def run_stages(
         nonlocal trains
         said = json.loads(word)
         trains = said["trains"]
-        stages.check_artifacts(said["artifacts"])
+        if trains:
+            stages.check_can_train()
+            stages.check_artifacts(said["artifacts"])
 
-    with run.lock() if launch.is_main else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
         launch.prepare(prepare, verify)
         if "train" in wanted:
             rest = wanted[wanted.index("train") :]
-            if launch.is_main:
-                work(rest, lambda text: None)
-            elif trains:
-                stages.train()
+            with launch.together() if trains else contextlib.nullcontext():
+                if launch.is_main:
+                    work(rest, lambda text: None)
+                elif trains:
+                    stages.train()
     model, report = run.folder / "model", run.folder / "report.html"
     return RunResult(run.folder, tuple(ran), model if model.is_dir() else None, report if report.is_file() else None)

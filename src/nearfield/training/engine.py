@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from nearfield.training.backends.base import Backend
 from nearfield.training.backends.common import MakeOptimizer
 from nearfield.training.chunks import Pool, pool_batch
 from nearfield.training.config import TrainingConfig
-from nearfield.training.launch import BackendName, Launch, asked_backend
+from nearfield.training.launch import BackendName, Launch, asked_backend, check_launch, wants_several
 from nearfield.training.model_options import (
     compile_transformer,
     enable_checkpointing,
@@ -128,11 +129,29 @@ class Engine:
         )
 
 
+def check_can_train(config: TrainingConfig, launch: Launch, *, adapter: bool) -> None:
+    """Refuse, before any data is built, what this rank could never train; ``adapter``: the encoder has one."""
+    name = check_launch(config.backend, launch)
+    device = pick_device(config, launch)
+    check_sharded(config.optimizer, name)
+    if name == "fsdp2" and adapter and pick_precision(config, device) == "bf16-pure":
+        raise BadInputError(
+            "FSDP2 shards parameters of one type; bf16-pure holds the base in bfloat16 and the adapter in float32",
+            where="training.precision",
+            hint="Use training.precision=bf16-mixed, or another backend.",
+        )
+    if name.startswith("zero"):
+        from nearfield.training.backends.zero import check_deepspeed
+
+        check_deepspeed(name, launch.world_size)
+
+
 def pick_device(config: TrainingConfig, launch: Launch) -> torch.device:
-    """The device of this rank."""
+    """The device of this rank; ``auto`` follows accelerate's ``use_cpu``."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise BadInputError("training.device is cuda, but no CUDA device is here", hint="Use training.device=auto.")
-    if config.device == "cpu" or not torch.cuda.is_available():
+    unwanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    if config.device == "cpu" or not torch.cuda.is_available() or (config.device == "auto" and unwanted):
         return torch.device("cpu")
     if launch.local_rank >= torch.cuda.device_count():
         raise BadInputError(
@@ -205,12 +224,7 @@ def open_backend(
 
         return ReplicatedBackend(module, make_optimizer, device, world, mixed)
     if world == 1:
-        raise BadInputError(
-            f"{name} spreads a model over several processes, and there is one",
-            where="training.backend",
-            hint="Start with `accelerate launch --config_file training/accelerate/"
-            f"{name}.yaml -m nearfield train RECIPE`.",
-        )
+        raise wants_several(name)
     if name == "fsdp2":
         from nearfield.training.backends.fsdp2 import Fsdp2Backend
 

@@ -11,28 +11,30 @@ import contextlib
 import json
 import logging
 import os
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nearfield.errors import EXIT_FAULT, BadInputError, NearfieldError
+from nearfield.training.heartbeat import DeadRank, Heartbeat, RankDiedError
 
 if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import Store
 
+__all__ = ["BackendName", "DeadRank", "Heartbeat", "Launch", "RankDiedError", "asked_backend", "check_launch"]
+
 logger = logging.getLogger("nearfield.training")
 
 BackendName = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
-_BEAT_SECONDS = 3.0
-_DEAD_SECONDS = 30.0
 _STORE_TIMEOUT = timedelta(days=30)
+_SAY_SECONDS = 10.0
+_HEAR_SECONDS = 3.0
+_SPEAK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -82,44 +84,94 @@ class Launch:
     def prepare(self, work: Callable[[Callable[[str], None]], str], verify: Callable[[str], None]) -> None:
         """Rank 0 does ``work`` while the others wait for it, however long it takes; then these ``verify`` what it made.
 
-        ``work`` is handed a function that tells the others what goes on, and returns a word for ``verify``. If it fails,
-        the others leave with the same message. No process group may exist yet, so that none can time out.
+        ``work`` is handed a function that tells the others what goes on, and returns a word for ``verify``. If one of
+        them fails, all leave, with the same exit code. No process group may exist yet, so that none can time out.
         """
         if self.world_size == 1:
             work(lambda text: None)
             return
         store = self.store
-        if self.is_main:
-            try:
-                word = work(lambda text: store.set("doing", text))
-            except BaseException as error:
-                store.set("failed", f"{type(error).__name__}: {error}")
-                raise
-            store.set("ready", word)
-        else:
-            verify(self._wait("ready"))
+        try:
+            if self.is_main:
+                store.set("ready", work(lambda text: store.set("doing", text)))
+                for rank in range(1, self.world_size):
+                    self._wait(f"verified/{rank}", rank)
+                store.set("go", "")
+            else:
+                verify(self._wait("ready", 0))
+                store.set(f"verified/{self.rank}", "")
+                self._wait("go", 0)
+        except PreparationFailedError:
+            raise
+        except BaseException as error:
+            self._tell_failure(error)
+            raise
 
-    def _wait(self, key: str) -> str:
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what ends in a process group: a rank that fails before it is made ends those that wait for it there."""
+        try:
+            yield
+        except PreparationFailedError:
+            raise
+        except BaseException as error:
+            if self.world_size > 1:
+                with contextlib.suppress(Exception):
+                    if not self.store.check([f"joined/{rank}" for rank in range(self.world_size)]):
+                        self._tell_failure(error)
+            raise
+
+    def _meet(self) -> None:
+        """Wait until all ranks are here. Not in the process group's own making, which would wait in silence."""
+        self.store.set(f"joined/{self.rank}", "")
+        for rank in range(self.world_size):
+            self._wait(f"joined/{rank}", rank)
+
+    def let_speak(self, rank: int = 0) -> None:
+        """Wait before this rank ends because of what ``rank`` has found too.
+
+        A launcher ends all ranks of its node when it sees the first end: the one that says why should be that one. Later
+        the others say it as well.
+        """
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        time.sleep(_SPEAK_SECONDS * (5 if rank // per_node == self.rank // per_node or self.local_rank else 1))
+
+    def _tell_failure(self, error: BaseException) -> None:
+        """Let the others leave too, and give them a moment to hear of it where this process keeps their store."""
+        code = error.exit_code if isinstance(error, NearfieldError) else EXIT_FAULT
+        what = str(error) if isinstance(error, NearfieldError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):
+            self.store.set("failed", json.dumps({"rank": self.rank, "what": what, "exit_code": code}))
+            others = [f"heard/{rank}" for rank in range(self.world_size) if rank != self.rank]
+            deadline = time.monotonic() + _HEAR_SECONDS
+            while self.is_main and time.monotonic() < deadline and not self.store.check(others):
+                time.sleep(0.05)
+
+    def _wait(self, key: str, rank: int) -> str:
+        """The value of a key that ``rank`` sets, whenever that is."""
         began = shown = time.monotonic()
         pause = 0.05
         while True:
             try:
                 if self.store.check(["failed"]):
-                    reason = self.store.get("failed").decode()
-                    raise NearfieldError(f"rank 0 could not prepare the run: {reason}", where=f"rank {self.rank}")
+                    self.store.set(f"heard/{self.rank}", "")
+                    error = PreparationFailedError(json.loads(self.store.get("failed")), self.rank)
+                    self.let_speak(error.rank)
+                    raise error
                 if self.store.check([key]):
                     return self.store.get(key).decode()
-                doing = self.store.get("doing").decode() if self.store.check(["doing"]) else "the run"
-            except RuntimeError as error:  # the store went away: so did rank 0, or the launcher
-                if isinstance(error, NearfieldError):
-                    raise
+                doing = self.store.get("doing").decode() if self.store.check(["doing"]) else "it has not begun"
+            except NearfieldError:
+                raise
+            except RuntimeError as lost:  # the store went away: so did rank 0, or the launcher
                 raise NearfieldError(
                     "rank 0 died while it prepared the run", where=f"rank {self.rank} of {self.world_size}"
-                ) from error
+                ) from lost
             now = time.monotonic()
-            if now - shown >= 10:
+            if now - shown >= _SAY_SECONDS:
                 shown = now
-                logger.warning("Rank %d waits for rank 0 (%s), %.0f s so far", self.rank, doing, now - began)
+                what = f" ({doing})" if key == "ready" else ""
+                logger.warning("Rank %d waits for rank %d%s, %.0f s so far", self.rank, rank, what, now - began)
             time.sleep(pause)
             pause = min(1.0, pause * 1.5)
 
@@ -140,6 +192,7 @@ class Launch:
 
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        self._meet()
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore("group", self.store),
@@ -147,7 +200,8 @@ class Launch:
             world_size=self.world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-        heartbeat = Heartbeat(self, on_dead)
+        # A connection of its own: a store's client serves one call at a time.
+        heartbeat = Heartbeat(self.store.clone(), self.rank, self.world_size, on_dead)  # type: ignore[attr-defined]
         heartbeat.start()
         try:
             yield heartbeat
@@ -157,35 +211,25 @@ class Launch:
         except BaseException as error:
             if isinstance(error, Exception):
                 # A collective fails on all ranks when one dies: the one that died is what the user wants to know.
-                dead = heartbeat.find_dead(_DEAD_SECONDS + 3 * _BEAT_SECONDS if _looks_lost(error) else 0)
+                dead = heartbeat.find_dead(patiently=_looks_lost(error))
                 if dead is not None:
                     raise RankDiedError(dead, self.rank) from error
             heartbeat.say_failed(f"{type(error).__name__}: {error}", EXIT_FAULT)
             raise
         finally:
-            heartbeat.stop()
+            # In this order: should the group's end hang on a dead rank, the heartbeat ends this one.
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
+            heartbeat.stop()
 
 
-class RankDiedError(NearfieldError):
-    """Another rank is gone; this one ends too."""
+class PreparationFailedError(NearfieldError):
+    """Another rank could not prepare the run, or did not hold what rank 0 prepared; this one ends too."""
 
-    def __init__(self, dead: DeadRank, rank: int) -> None:
-        super().__init__(
-            f"{dead.text}; the other ranks end too",
-            where=f"rank {rank}",
-            hint="Look at that rank's own output. The same command goes on from the newest checkpoint.",
-        )
-        self.exit_code = dead.exit_code
-
-
-@dataclass(frozen=True)
-class DeadRank:
-    """A rank that is gone: what to say of it, and the exit code that its end asks for."""
-
-    text: str
-    exit_code: int = EXIT_FAULT
+    def __init__(self, failure: dict[str, Any], here: int) -> None:
+        self.rank: int = failure["rank"]
+        super().__init__(f"rank {self.rank} could not prepare the run: {failure['what']}", where=f"rank {here}")
+        self.exit_code = failure["exit_code"]
 
 
 def _looks_lost(error: Exception) -> bool:
@@ -193,101 +237,24 @@ def _looks_lost(error: Exception) -> bool:
     return any(word in text for word in ("connection", "peer", "timed out", "timeout", "nccl", "gloo", "socket"))
 
 
-class Heartbeat:
-    """Each rank counts up a number in the store; one that stops counting, or says that it failed, is dead.
+def check_launch(configured: str, launch: Launch) -> BackendName:
+    """Refuse, before any work, what can never train: a launcher and a recipe that contradict each other."""
+    name = asked_backend(configured, launch.world_size)
+    if launch.world_size == 1 and name != "single":
+        raise wants_several(name)
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launch.is_main and mixed not in ("no", ""):
+        logger.warning("The launcher's mixed precision (%s) is not used: training.precision says what is", mixed)
+    return name
 
-    A thread watches, since the main thread may sit in a collective that will never end: when a rank has been silent
-    for 30 seconds and this one could not end by itself, the thread ends the process.
-    """
 
-    def __init__(self, launch: Launch, on_dead: Callable[[int], None]) -> None:
-        self.launch = launch
-        self.on_dead = on_dead
-        # A connection of its own: a store's client serves one call at a time.
-        self._store: Store = launch.store.clone()  # type: ignore[attr-defined]
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nearfield-heartbeat", daemon=True)
-        self._seen: dict[int, tuple[bytes, float]] = {}
-        self._lock = threading.Lock()
-        self.dead: DeadRank | None = None
-
-    def start(self) -> None:
-        """Begin to beat and to watch."""
-        self._store.set(f"host/{self.launch.rank}", socket.gethostname())
-        self._beat(0)
-        self._thread.start()
-
-    def _beat(self, count: int) -> None:
-        self._store.set(f"beat/{self.launch.rank}", str(count))
-
-    def say_failed(self, reason: str, exit_code: int) -> None:
-        """Tell the others why this rank ends."""
-        text = json.dumps({"reason": (reason.splitlines() or [""])[0], "exit_code": exit_code})
-        with self._lock, contextlib.suppress(Exception):
-            self._store.set(f"left/{self.launch.rank}", text)
-
-    def stop(self) -> None:
-        """Stop beating and watching; a rank that did not say that it failed has left in peace."""
-        self._stop.set()
-        with self._lock, contextlib.suppress(Exception):
-            key = f"left/{self.launch.rank}"
-            if not self._store.check([key]):
-                self._store.set(key, "{}")
-
-    def _look(self) -> DeadRank | None:
-        now = time.monotonic()
-        for rank in range(self.launch.world_size):
-            if rank == self.launch.rank:
-                continue
-            left = f"left/{rank}"
-            if self._store.check([left]):
-                how = json.loads(self._store.get(left))
-                if how:
-                    return DeadRank(f"{self._name(rank)} failed: {how['reason']}", how["exit_code"])
-                continue
-            beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
-            old = self._seen.get(rank)
-            if old is None or old[0] != beat:
-                self._seen[rank] = (beat, now)
-            elif now - old[1] > _DEAD_SECONDS:
-                return DeadRank(f"{self._name(rank)} has been silent for {now - old[1]:.0f} s")
-        return None
-
-    def _name(self, rank: int) -> str:
-        key = f"host/{rank}"
-        host = self._store.get(key).decode() if self._store.check([key]) else "an unknown host"
-        return f"rank {rank} of {self.launch.world_size} (on {host})"
-
-    def find_dead(self, patience: float) -> DeadRank | None:
-        """The rank that died, looked for during at most ``patience`` seconds."""
-        deadline = time.monotonic() + patience
-        while True:
-            with self._lock, contextlib.suppress(Exception):
-                self.dead = self.dead or self._look()
-            if self.dead is not None or time.monotonic() >= deadline:
-                return self.dead
-            time.sleep(0.5)
-
-    def _run(self) -> None:
-        count = 0
-        died_at: float | None = None
-        while not self._stop.wait(_BEAT_SECONDS):
-            count += 1
-            try:
-                with self._lock:
-                    self._beat(count)
-                    self.dead = self.dead or self._look()
-            except Exception:
-                self.dead = self.dead or DeadRank("rank 0 or the launcher, which keep the ranks' store, died")
-            if self.dead is not None:
-                died_at = died_at or time.monotonic()
-                # The main thread gets the failed collective first; if it cannot, nothing else will end this process.
-                if time.monotonic() - died_at > 15:
-                    logger.error("nearfield: rank %d: %s; this rank ends too", self.launch.rank, self.dead.text)
-                    with contextlib.suppress(Exception):
-                        self.on_dead(self.dead.exit_code)
-                    logging.shutdown()
-                    os._exit(self.dead.exit_code)
+def wants_several(name: BackendName) -> BadInputError:
+    """What to say of a backend that was asked for in one process."""
+    return BadInputError(
+        f"{name} spreads a {'batch' if name == 'ddp' else 'model'} over several processes, and there is one",
+        where="training.backend",
+        hint=f"Start with `accelerate launch --config_file training/accelerate/{name}.yaml -m nearfield train RECIPE`.",
+    )
 
 
 def asked_backend(configured: str, world_size: int) -> BackendName:
@@ -337,6 +304,13 @@ def _deepspeed_stage() -> BackendName:
     if file and file != "none":
         from pathlib import Path
 
+        if not Path(file).is_file():
+            raise BadInputError(
+                "this DeepSpeed configuration does not exist",
+                where=file,
+                hint=f"deepspeed_config_file counts from the folder that the command is started in, now {Path.cwd()}. "
+                "Start in the project's folder, or give the whole path.",
+            )
         stage = read_json(Path(file), "DeepSpeed configuration").get("zero_optimization", {}).get("stage", 0)
     stages: dict[str, BackendName] = {"1": "zero1", "2": "zero2", "3": "zero3"}
     if str(stage) not in stages:

@@ -7,6 +7,7 @@ reduce in every chunk's backward: bytes grow with the number of chunks, by desig
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import os
@@ -70,6 +71,13 @@ def deepspeed_config(name: BackendName, bf16: bool, world_size: int, max_norm: f
     # A gradient that is not finite must not reach the parameters; in bfloat16 DeepSpeed looks only if told to.
     config["bf16"] = {"enabled": bf16, "check_grad_overflow": True} if bf16 else {"enabled": False}
     return config
+
+
+def check_deepspeed(name: BackendName, world_size: int) -> None:
+    """Refuse settings that DeepSpeed would not run with, and its absence, without importing it."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise _not_installed()
+    deepspeed_config(name, False, world_size, None)
 
 
 class ZeroBackend:
@@ -272,12 +280,16 @@ def _import_deepspeed() -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        raise BadInputError(
-            "DeepSpeed is not installed", where="training.backend", hint="pip install 'nearfield[deepspeed]'"
-        ) from error
+        raise _not_installed() from error
     # It warns of any optimiser but its own.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # On CPUs DeepSpeed would compile its own collectives, for minutes at the first run, and spin in them for ever where a
     # rank died; gloo's fail.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _not_installed() -> BadInputError:
+    return BadInputError(
+        "DeepSpeed is not installed", where="training.backend", hint="pip install 'nearfield[deepspeed]'"
+    )
