@@ -127,7 +127,7 @@ def _try_out(
 ) -> tuple[Forecast, int, list[Complaint]]:
     from nearfield.training.costs import plan_costs
     from nearfield.training.engine import build_engine
-    from nearfield.training.forecast import FILE, held_bytes, predict
+    from nearfield.training.forecast import FILE, held_bytes, load_trackers, predict
     from nearfield.training.memory import choose_budget, measure_profile
     from nearfield.training.optimizers import make_optimizer
     from nearfield.training.trial import run_trial
@@ -139,6 +139,8 @@ def _try_out(
         return make_optimizer(parameters, config, device, no_decay=lambda name: name.startswith("objective."))
 
     engine = build_engine(config, model, recipe.objective.build(), optimizer_of, inputs.tokens, device, launch)
+    if launch.is_main:
+        load_trackers(config)
     held = held_bytes(device)
     profile = measure_profile(config, engine, plans, known, timed=True)
     budget = choose_budget(config, engine, plans, known, profile)

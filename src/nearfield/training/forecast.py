@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ logger = logging.getLogger("nearfield.training")
 
 FILE = "forecast.json"
 VERSION = 1
+_LIBRARIES = {"cpu": 24 << 20, "cuda": 0}
+"""What a process takes for its libraries' own buffers, files read and threads once it trains."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Forecast:
     kept_graphs: float
     """The share of steps that keep the graph of all their chunks; the others encode twice."""
     memory: Memory
+    chunk_activations: int
+    """Bytes of activations by the measured chunks, also where ``memory`` is that of whole steps."""
     available: int
     """Bytes that the rank could have beside what it held when this was made; 0 where the system does not say."""
     seconds: float
@@ -143,6 +148,7 @@ def predict(
         packing=engine.packing or "padded",
         kept_graphs=float(np.mean([cost.keeps for cost in costs])),
         memory=memory,
+        chunk_activations=memory.activations,
         available=profile.available,
         seconds=slowest([(sum(cost.seconds for cost in costs) * scale + update * total)], device)[0],
         cpu_seconds=0.0,
@@ -180,22 +186,28 @@ def _memory(
         activations=int(activations),
         loss=int(loss),
         checkpoint=0,
-        workspace=int(passing + (HEAP[device.type] - 1) * (activations + loss)),
+        workspace=int(_LIBRARIES[device.type] + passing + (HEAP[device.type] - 1) * (activations + loss)),
     )
-    return dataclasses.replace(parts, checkpoint=checkpoint_room(config, engine, profile, parts, steps))
+    return dataclasses.replace(parts, checkpoint=_checkpoint_room(config, engine, profile, parts, steps))
 
 
-def checkpoint_room(config: TrainingConfig, engine: Engine, profile: Profile, parts: Memory, steps: int) -> int:
+def overlaps(config: TrainingConfig, steps: int) -> bool:
+    """Whether checkpoints are written while later steps run."""
+    return config.checkpoints.background and steps > config.checkpoints.every_steps
+
+
+def _checkpoint_room(config: TrainingConfig, engine: Engine, profile: Profile, parts: Memory, steps: int) -> int:
     """Main memory that checkpoints add to the peak of rank 0, if that is where training happens.
 
     Copies that are written while the next steps run come on top of all; those of the last step, or of one that waits
-    for the writing, take the room that activations left.
+    for the writing, take the room that activations left, but for the large ones.
     """
     if engine.backend.device.type != "cpu":
         return 0
-    if config.checkpoints.background and steps > config.checkpoints.every_steps:
+    if overlaps(config, steps):
         return profile.state.checkpoint
-    return max(0, profile.state.checkpoint - parts.activations - parts.loss - parts.workspace)
+    left = parts.activations + parts.loss + parts.workspace
+    return max(profile.state.checkpoint_large, profile.state.checkpoint - left)
 
 
 def slowest(numbers: Sequence[float], device: torch.device) -> list[float]:
@@ -235,6 +247,12 @@ class Outlook:
     cpu_began: float
 
 
+def load_trackers(config: TrainingConfig) -> None:
+    """Import what trackers will, so that it counts as the process before it trains."""
+    if any(tracker.kind == "tensorboard" for tracker in config.trackers):
+        importlib.import_module("torch.utils.tensorboard")
+
+
 def begin_forecast(
     config: TrainingConfig,
     engine: Engine,
@@ -250,6 +268,8 @@ def begin_forecast(
     A few chunks are measured where the run begins; their time gives way to that of a dry run of the same training.
     """
     device = engine.backend.device
+    if engine.launch.is_main:
+        load_trackers(config)
     reset_peak(device)
     held = held_bytes(device)
     if budget is not None:
@@ -280,7 +300,7 @@ def _comparable(earlier: Forecast, now: Forecast) -> bool:
         "graph_tokens",
     )
     # What the fingerprint leaves out (gradient checkpointing, precision) shows in the activations.
-    alike = abs(earlier.memory.activations - now.memory.activations) <= 0.1 * now.memory.activations
+    alike = abs(earlier.chunk_activations - now.chunk_activations) <= 0.1 * now.chunk_activations
     return alike and earlier.measured == "steps" and all(getattr(earlier, n) == getattr(now, n) for n in names)
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from nearfield.training.config import TrainingConfig
     from nearfield.training.engine import Engine
 
+_LARGE = 32 << 20
+
 
 @dataclass(frozen=True)
 class StateSize:
@@ -29,6 +31,8 @@ class StateSize:
     """With the float32 copy of half-precision weights where the backend keeps one."""
     checkpoint: int
     """Of a checkpoint: its files on the disk, and its copies in rank 0's main memory while they are written."""
+    checkpoint_large: int
+    """Those of its copies that are so large that glibc gives them memory of their own, not what was freed before."""
     largest: int
     """The gradient of the largest trained parameter that is passed on whole: not of tables that pass on looked-up rows."""
     trained_bytes: int
@@ -62,6 +66,7 @@ def state_size(engine: Engine, config: TrainingConfig) -> StateSize:
     files = sum(
         _count(p) * 4 if backend.name.startswith("zero") else _count(p) * p.element_size() for p in trained.values()
     )
+    large = sum(_count(p) * p.element_size() for p in trained.values() if _count(p) * p.element_size() >= _LARGE)
     return StateSize(
         parameters=sum(_count(p) for p in everything.values()),
         trained=sum(_count(p) for p in trained.values()),
@@ -69,6 +74,7 @@ def state_size(engine: Engine, config: TrainingConfig) -> StateSize:
         gradients=gradients,
         optimizer=optimizer,
         checkpoint=files + sum(buffer.nbytes for buffer in saved_buffers(module).values()) + state,
+        checkpoint_large=large + int(large / max(1, whole) * state),
         largest=max((_count(p) * p.element_size() for p in trained.values() if id(p) not in by_row), default=0),
         trained_bytes=whole,
     )

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from nearfield.console import track
 from nearfield.training.costs import PlanCosts, StepCost
-from nearfield.training.forecast import Forecast, Memory, checkpoint_room, peak_bytes, reset_peak, slowest
+from nearfield.training.forecast import Forecast, Memory, overlaps, peak_bytes, reset_peak, slowest
 from nearfield.training.loop import TrainingInputs, batch_gradient, watch
 from nearfield.training.measure import Line, fit_line
 from nearfield.training.memory import Budget, Profile
@@ -68,6 +69,7 @@ def run_trial(
     done: list[tuple[StepCost, float, float]] = []
     finite, ran = True, 0
     whole = False
+    early, copies = overlaps(config, forecast.steps), list[Tensor]()
     for batch, cost in track(_chosen(planned), "Trial steps"):
         # The first one finds nothing warm; then the heaviest, which memory is about.
         spent = slowest([time.monotonic() - began], device)[0]
@@ -85,6 +87,11 @@ def run_trial(
             done.append((cost, seconds, cpu))
         ran += 1
         whole = whole or batch is planned.heavy_batches[0]
+        if early and ran == 4:
+            copies = _checkpoint(engine)
+    if not copies:
+        copies = _checkpoint(engine)
+    del copies
     if len(done) < 3:
         return Trial(forecast, ran, out_of_memory=False, finite=finite)
     # Seconds by the chunks' profile -> seconds as measured.
@@ -99,7 +106,8 @@ def run_trial(
     found = dataclasses.replace(forecast, seconds=seconds, cpu_seconds=cpu, measured="steps")
     if whole:
         growth = slowest([float(peak_bytes(device) - held)], device)[0]
-        found = dataclasses.replace(found, memory=_measured(config, engine, profile, forecast, growth))
+        beside = profile.state.checkpoint if early and device.type == "cpu" else 0
+        found = dataclasses.replace(found, memory=_measured(forecast.memory, growth, beside))
     return Trial(found, ran, out_of_memory=False, finite=finite)
 
 
@@ -124,12 +132,24 @@ def _through(points: Sequence[tuple[float, float, float]]) -> Line:
     return Line(raised.fixed * middle, raised.per_token * middle, 0.0)
 
 
-def _measured(config: TrainingConfig, engine: Engine, profile: Profile, forecast: Forecast, growth: float) -> Memory:
+def _checkpoint(engine: Engine) -> list[Tensor]:
+    """The copies that a checkpoint makes, on rank 0; *collective*."""
+    kept = []
+    for tensors in (engine.backend.model_tensors(), engine.backend.optimizer_tensors()):
+        for _, tensor in tensors:
+            if engine.launch.is_main:
+                kept.append(tensor.to("cpu", copy=True))
+    return kept
+
+
+def _measured(parts: Memory, growth: float, checkpoint: int) -> Memory:
     """The parts of memory so that they add up to what was measured above what was held."""
-    parts = forecast.memory
     known = parts.gradients + parts.optimizer + parts.activations + parts.loss
     rest = int(growth * DRIFT) - known
-    parts = dataclasses.replace(
-        parts, workspace=max(0, rest), activations=max(0, parts.activations + min(0, rest)), checkpoint=0
+    copies = min(checkpoint, max(0, rest))
+    return dataclasses.replace(
+        parts,
+        checkpoint=copies,
+        workspace=max(0, rest - copies),
+        activations=max(0, parts.activations + min(0, rest)),
     )
-    return dataclasses.replace(parts, checkpoint=checkpoint_room(config, engine, profile, parts, forecast.steps))
