@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,3 +50,24 @@ def test_other_threads_cannot_take_signals_and_do_not_try() -> None:
     thread.start()
     thread.join()
     assert received == [None]
+
+
+@pytest.mark.parametrize(
+    ("number", "later", "acts"), [("SIGINT", 0.1, False), ("SIGINT", 3, True), ("SIGTERM", 3, False)]
+)
+def test_a_launcher_hands_signals_on_a_second_time(
+    number: str, later: float, acts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    wanted = signal.Signals[number]
+    previous = signal.signal(wanted, lambda n, frame: seen.append(n))
+    try:
+        with StopRequest(launched=True) as stop:
+            clock = iter([100.0, 100.0 + later])
+            monkeypatch.setattr("nearfield.training.stopping.time", SimpleNamespace(monotonic=lambda: next(clock)))
+            signal.raise_signal(wanted)
+            assert (stop.received, seen) == (number, [])
+            signal.raise_signal(wanted)
+            assert seen == ([wanted] if acts else [])
+    finally:
+        signal.signal(wanted, previous)

@@ -29,7 +29,7 @@ from nearfield.training.checkpoint import (
     read_tensors,
 )
 from nearfield.training.chunks import split_batch
-from nearfield.training.communication import broadcast_json
+from nearfield.training.communication import any_rank, broadcast_json
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import Engine, build_engine, pick_device, pick_precision
 from nearfield.training.evaluating import Evaluate, Evaluations, InterruptedEvaluationError
@@ -179,9 +179,15 @@ def _train(
         writer.protected = evaluations.protected()
         return writer.save(step, backend.model_tensors(), backend.optimizer_tensors(), state)
 
-    def leave(done: int) -> NoReturn:
-        path = save(done)
+    def save_and_wait(step: int) -> Path:
+        """A checkpoint that is on the disk before any rank leaves: launchers end all ranks soon after the first."""
+        path = save(step)
         writer.wait()
+        any_rank(False, device, launch.world_size)
+        return path
+
+    def leave(done: int) -> NoReturn:
+        path = save_and_wait(done)
         raise StoppedError(
             f"stopped by {stop.received or 'another rank'} after step {done} of {steps}",
             where=str(path),
@@ -229,8 +235,7 @@ def _train(
             if math.isfinite(result.loss):
                 norm = backend.update([rate * f for f in factors], config.max_gradient_norm, result.word.used)
             if not math.isfinite(norm):
-                save(step)
-                writer.wait()
+                save_and_wait(step)
                 raise _non_finite(run, step, batch, result, inputs, objective, norm, writes=launch.is_main)
             loss_value = result.loss
             done = step + 1
