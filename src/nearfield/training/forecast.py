@@ -135,8 +135,8 @@ def predict(
     memory = _memory(config, engine, profile, [*costs, *planned.heavy], held, total)
     update = update_seconds(engine)
     by_chunk = engine.backend.name in ("zero2", "zero3")
-    reductions = max(cost.chunks for cost in costs) if by_chunk else 1
-    mean_chunks = float(np.mean([cost.chunks for cost in costs])) if by_chunk else 1.0
+    # A graph that is kept is gone through once.
+    passes = [cost.chunks if by_chunk and not cost.keeps else 1 for cost in costs]
     several = engine.launch.world_size > 1
     return Forecast(
         fingerprint=fingerprint,
@@ -158,8 +158,8 @@ def predict(
         micro_batch_tokens=budget.micro_batch_tokens,
         graph_tokens=budget.graph_tokens,
         checkpoint_bytes=state.checkpoint,
-        reduced_a_step=round(state.trained_bytes * mean_chunks) if several else 0,
-        reductions=reductions if several else 0,
+        reduced_a_step=round(state.trained_bytes * float(np.mean(passes))) if several else 0,
+        reductions=max(passes) if several else 0,
         device=str(device),
         backend=engine.backend.name,
         world_size=engine.launch.world_size,

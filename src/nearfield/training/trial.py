@@ -69,7 +69,8 @@ def run_trial(
     done: list[tuple[StepCost, float, float]] = []
     finite, ran = True, 0
     whole = False
-    early, copies = overlaps(config, forecast.steps), list[Tensor]()
+    early = overlaps(config, forecast.steps)
+    copies: list[Tensor] | None = None
     for batch, cost in track(_chosen(planned), "Trial steps"):
         # The first one finds nothing warm; then the heaviest, which memory is about.
         spent = slowest([time.monotonic() - began], device)[0]
@@ -89,7 +90,7 @@ def run_trial(
         whole = whole or batch is planned.heavy_batches[0]
         if early and ran == 4:
             copies = _checkpoint(engine)
-    if not copies:
+    if copies is None:
         copies = _checkpoint(engine)
     del copies
     if len(done) < 3:
