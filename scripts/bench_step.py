@@ -13,6 +13,7 @@ is measured on GEMMs of the model's own shapes. Leaves with 1 if a check fails, 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import platform
@@ -31,9 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-PACKAGES = ("transformers", "torch", "scipy", "pandas", "scikit-learn")
-MAX_LENGTH = 256
+from bench_parts import MAX_LENGTH, MODEL, load_model, make_texts, measure_peak, model_flop, tokenise
+
 TEMPERATURE = 0.05
 RATE = 2e-5
 CPU = torch.device("cpu")
@@ -52,38 +52,6 @@ class Side:
     tokens: Callable[[int], tuple[int, int]]
     """Real tokens of a batch, and those that are computed."""
     dropout: Callable[[], list[float]]
-
-
-def make_texts(folder: Path, count: int) -> list[tuple[str, str]]:
-    """Pairs from the functions of installed packages: docstring and first half of the code, second half of the code."""
-    from nearfield.data.readers.docstrings import Docstrings
-
-    pairs = []
-    for row in Docstrings(PACKAGES, cache=folder).rows(["docstring", "code"]):
-        assert row.values is not None
-        lines = str(row.values["code"]).split("\n")
-        if len(lines) >= 8:
-            half = len(lines) // 2
-            pairs.append((f"{row.values['docstring']}\n" + "\n".join(lines[:half]), "\n".join(lines[half:])))
-    texts = {text for pair in pairs for text in pair}
-    order = np.random.default_rng(0).permutation(len(pairs))
-    chosen = []
-    for index in order:
-        # A text twice in a batch would be masked on one side only.
-        if pairs[index][0] in texts and pairs[index][1] in texts and pairs[index][0] != pairs[index][1]:
-            chosen.append(pairs[index])
-            texts -= set(pairs[index])
-        if len(chosen) == count:
-            return chosen
-    raise SystemExit(f"only {len(chosen)} pairs of distinct texts were found, {count} are needed")
-
-
-def load_model() -> Any:
-    from nearfield.encoders.build import load_encoder
-
-    model = load_encoder(MODEL, device="cpu").model
-    model.max_seq_length = MAX_LENGTH
-    return model
 
 
 def make_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -113,14 +81,21 @@ class Recorder:
 def nearfield_side(batches: Sequence[Sequence[tuple[str, str]]], options: argparse.Namespace) -> Side:
     """Nearfield's step through its own ``run_step``."""
     from nearfield.encoders.dropout import use_fast_dropout
-    from nearfield.encoders.packing import Features, packed_features, packed_tokens, packing_kind
+    from nearfield.encoders.packing import Features, embed, packed_features, packed_tokens, packing_kind
     from nearfield.encoders.sparse import sparse_embedding_gradients
     from nearfield.objectives.config import InfoNCEConfig
     from nearfield.objectives.infonce import InfoNCE
     from nearfield.training.backends.replicated import ReplicatedBackend
     from nearfield.training.chunks import Pool
-    from nearfield.training.engine import EmbeddingModule
     from nearfield.training.step import cut_work, run_step
+
+    class Encoder(nn.Module):
+        def __init__(self, encoder: Any, objective: nn.Module) -> None:
+            super().__init__()
+            self.encoder, self.objective = encoder, objective
+
+        def forward(self, features: Features) -> Tensor:
+            return embed(self.encoder, features)
 
     model = load_model()
     kind = packing_kind(model, CPU)
@@ -128,9 +103,9 @@ def nearfield_side(batches: Sequence[Sequence[tuple[str, str]]], options: argpar
     use_fast_dropout(model)
     sparse_embedding_gradients(model)
     model.train(options.dropout == "on")
-    tokens = [_tokenise(model, batch) for batch in batches]
+    tokens = [tokenise(model, batch) for batch in batches]
     objective = InfoNCE(InfoNCEConfig(temperature=TEMPERATURE, similarity="cosine"))
-    backend = ReplicatedBackend(EmbeddingModule(model, objective), make_optimizer, CPU, 1, False)
+    backend = ReplicatedBackend(Encoder(model, objective), make_optimizer, CPU, 1, False)
     dimension = int(model.get_embedding_dimension())
     recorder = Recorder()
 
@@ -188,7 +163,7 @@ def peer_side(batches: Sequence[Sequence[tuple[str, str]]], options: argparse.Na
 
     model = load_model()
     model.train(options.dropout == "on")
-    tokens = [_tokenise(model, batch) for batch in batches]
+    tokens = [tokenise(model, batch) for batch in batches]
     scale = 1 / TEMPERATURE
     loss_module: nn.Module = (
         CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=options.mini_batch)
@@ -244,12 +219,6 @@ def _lengths(rows: Sequence[Any]) -> Tensor:
     return torch.tensor([len(row) for row in rows])
 
 
-def _tokenise(model: Any, batch: Sequence[tuple[str, str]]) -> list[Any]:
-    texts = [query for query, _ in batch] + [document for _, document in batch]
-    ids = model.tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
-    return [np.asarray(row, dtype=np.int32) for row in ids]
-
-
 def _without_dropout(model: nn.Module, run: Callable[[], float]) -> float:
     training = model.training
     model.eval()
@@ -258,34 +227,11 @@ def _without_dropout(model: nn.Module, run: Callable[[], float]) -> float:
     return value
 
 
-def measure_peak(config: Any, rows: int) -> float:
-    """FLOP a CPU second of the matrix products of one layer's forward and backward, each shape by its median of five."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    total = seconds = 0.0
-    for inner, outer, times in ((hidden, hidden, 4), (hidden, wide, 1), (wide, hidden, 1)):
-        values, weight, gradient = torch.randn(rows, inner), torch.randn(outer, inner), torch.randn(rows, outer)
-        for product in (
-            lambda v=values, w=weight: v @ w.T,
-            lambda g=gradient, w=weight: g @ w,
-            lambda g=gradient, v=values: g.T @ v,
-        ):
-            product()
-            samples = []
-            for _ in range(5):
-                start = time.process_time()
-                product()
-                samples.append(time.process_time() - start)
-            seconds += times * statistics.median(samples)
-            total += times * 2 * rows * inner * outer
-    return total / seconds
-
-
-def model_flop(config: Any, lengths: Sequence[int]) -> float:
-    """Forward and backward of all layers on texts of these lengths, without padding and without anything done twice."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    size = np.asarray(lengths, dtype=np.float64)
-    forward = (8 * hidden * hidden + 4 * hidden * wide) * size + 4 * hidden * size**2
-    return float(3 * config.num_hidden_layers * forward.sum())
+def free_memory() -> None:
+    """Hand the memory of the other side's step back to the system, where the C library keeps it."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def peak_memory(side: str, arguments: Sequence[str]) -> int:
@@ -331,9 +277,16 @@ def main(arguments: Sequence[str]) -> int:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return 0
     memory = {name: peak_memory(name, arguments) for name in ("nearfield", "peer")}
-    config = load_model()[0].auto_model.config
+    print(
+        f"peak memory of a process that does one step: {', '.join(f'{n} {b / 2**30:.2f} GiB' for n, b in memory.items())}"
+    )
+    plain = load_model()
+    config = plain[0].auto_model.config
     ours, peer = nearfield_side(batches, options), peer_side(batches, options)
-    losses = {side.name: side.loss(0) for side in (ours, peer)}
+    losses = {}
+    for side in (ours, peer):
+        losses[side.name] = side.loss(0)
+        free_memory()
     checks: dict[str, Any] = {
         "loss": losses,
         "loss_difference": abs(losses[ours.name] - losses[peer.name]),
@@ -350,14 +303,14 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{'':24}{'CPU s':>8}{'pairs/s':>9}{'real tok/s':>12}{'all tok/s':>11}{'GEMM peak':>12}{'share':>7}")
     for number in range(1, options.pairs + 1):
         for side in (ours, peer):
-            gc.collect()
+            free_memory()
             before = measure_peak(config, options.chunk_tokens)
             wall, start = time.perf_counter(), time.process_time()
             loss = side.step(number)
             seconds, wall = time.process_time() - start, time.perf_counter() - wall
             peak = statistics.mean((before, measure_peak(config, options.chunk_tokens)))
             real, computed = side.tokens(number)
-            flop = model_flop(config, [len(row) for row in _tokenise_once(batches[number])])
+            flop = model_flop(config, [len(row) for row in tokenise(plain, batches[number])])
             sample = {"side": side.name, "batch": number, "cpu_seconds": seconds, "wall_seconds": wall, "loss": loss}
             sample |= {"real_tokens": real, "computed_tokens": computed, "peak_flops": peak}
             sample["share_of_peak"] = flop / seconds / peak
@@ -370,15 +323,6 @@ def main(arguments: Sequence[str]) -> int:
             )
     report(options, checks, failed, samples, memory, (ours.name, peer.name))
     return 1 if failed else 0
-
-
-_TOKENISER: list[Any] = []
-
-
-def _tokenise_once(batch: Sequence[tuple[str, str]]) -> list[Any]:
-    if not _TOKENISER:
-        _TOKENISER.append(load_model())
-    return _tokenise(_TOKENISER[0], batch)
 
 
 def report(
@@ -428,7 +372,6 @@ def report(
     print(f"loss of one batch without dropout: {checks['loss']}, difference {checks['loss_difference']:.1e}")
     print(f"mean text {lengths:.0f} tokens, dropout {options.dropout}, {options.threads} thread(s)")
     print(f"share of the GEMM peak, real tokens only: {', '.join(f'{n} {v:.1%}' for n, v in shares.items())}")
-    print(f"peak memory: {', '.join(f'{name} {size / 2**30:.2f} GiB' for name, size in memory.items())}")
     print(f"ratio {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs), pairs a CPU second")
     if failed:
         print(f"FAILED: {', '.join(failed)}")
