@@ -60,7 +60,7 @@ def test_stopped_by_a_signal(
 
 @pytest.mark.parametrize(
     "settings",
-    [["training.gradient_cache=always", "training.chunk_tokens=40"], ["training.chunk_tokens=40"]],
+    [["training.gradient_cache=always", "training.micro_batch_tokens=40"], ["training.micro_batch_tokens=40"]],
     ids=["cached", "small chunks"],
 )
 def test_crash_between_checkpoints(
