@@ -188,7 +188,9 @@ def _memory(
         checkpoint=0,
         workspace=int(_LIBRARIES[device.type] + passing + (HEAP[device.type] - 1) * (activations + loss)),
     )
-    return dataclasses.replace(parts, checkpoint=_checkpoint_room(config, engine, profile, parts, steps))
+    # What chunks gave back one by one is too torn to take copies in.
+    left = parts.activations + parts.loss + parts.workspace if kept else 0
+    return dataclasses.replace(parts, checkpoint=_checkpoint_room(config, engine, profile, left, steps))
 
 
 def overlaps(config: TrainingConfig, steps: int) -> bool:
@@ -196,17 +198,16 @@ def overlaps(config: TrainingConfig, steps: int) -> bool:
     return config.checkpoints.background and steps > config.checkpoints.every_steps
 
 
-def _checkpoint_room(config: TrainingConfig, engine: Engine, profile: Profile, parts: Memory, steps: int) -> int:
+def _checkpoint_room(config: TrainingConfig, engine: Engine, profile: Profile, left: int, steps: int) -> int:
     """Main memory that checkpoints add to the peak of rank 0, if that is where training happens.
 
     Copies that are written while the next steps run come on top of all; those of the last step, or of one that waits
-    for the writing, take the room that activations left, but for the large ones.
+    for the writing, take the bytes that are ``left`` from activations, but for the large ones.
     """
     if engine.backend.device.type != "cpu":
         return 0
     if overlaps(config, steps):
         return profile.state.checkpoint
-    left = parts.activations + parts.loss + parts.workspace
     return max(profile.state.checkpoint_large, profile.state.checkpoint - left)
 
 
