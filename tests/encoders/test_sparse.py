@@ -62,3 +62,10 @@ def test_the_same_bits_each_time() -> None:
         gradients.append(model.words.weight.grad)
     assert gradients[0] is not None and gradients[1] is not None
     assert torch.equal(gradients[0], gradients[1])
+
+
+def test_a_frozen_table_is_left_as_it_is() -> None:
+    model = nn.Sequential(nn.Embedding(5000, 4))
+    model[0].weight.requires_grad_(False)
+    sparse_embedding_gradients(model)
+    assert not model[0].sparse

@@ -18,7 +18,9 @@ def sparse_embedding_gradients(model: nn.Module) -> None:
     backends hook into gradients themselves.
     """
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.num_embeddings >= _MANY_ROWS and not module.sparse:
+        large = isinstance(module, nn.Embedding) and module.num_embeddings >= _MANY_ROWS
+        # A frozen table has no gradient, and takes no hook.
+        if large and module.weight.requires_grad and not module.sparse:
             module.sparse = True
             module.weight.register_post_accumulate_grad_hook(_densify)  # type: ignore[no-untyped-call]
 
