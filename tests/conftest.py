@@ -72,12 +72,17 @@ sources:
 @pytest.fixture()
 def toy_recipe(tmp_path: Path, tiny_model: Path, toy_data: Path) -> Path:
     """A recipe that trains the tiny model on the toy data for a few steps, without evaluation."""
-    recipe = tmp_path / "toy.yaml"
+    return write_toy_recipe(tmp_path, tiny_model, toy_data)
+
+
+def write_toy_recipe(folder: Path, model: Path, data: Path) -> Path:
+    """The recipe of :func:`toy_recipe`, in a folder of any scope."""
+    recipe = folder / "toy.yaml"
     recipe.write_text(
         f"""\
 name: toy
-data: {toy_data}
-encoder: {{model: {tiny_model}}}
+data: {data}
+encoder: {{model: {model}}}
 objective: {{kind: infonce, temperature: 0.1}}
 batches: {{kind: single_source, batch_size: 16}}
 training:

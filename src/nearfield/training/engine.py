@@ -204,6 +204,9 @@ def build_engine(
         raise BadInputError("this model does not say how wide its embeddings are", where="encoder.model")
     backend = open_backend(name, config, module, make_optimizer, device, launch)
     backend.verify()
+    if launch.is_main:
+        precision = pick_precision(config, device)
+        logger.info("Backend %s in effect on %d process(es), %s, %s", name, launch.world_size, device.type, precision)
     return Engine(backend, encoder, objective, launch, tokens, packing, leaves_prompt_out(encoder), dimension)
 
 

@@ -1,0 +1,122 @@
+"""Ranks that die, hang or are asked to stop in the middle of a training, under torchrun itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from nearfield.training.checkpoint import checkpoint_paths
+from tests.conftest import write_toy_recipe
+from tests.training.launching import ROOT, TORCHRUN, environment, launch, rank_processes, wait_for_steps
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, toy_data: Path) -> Path:
+    """A folder with the toy recipe; its runs share their data."""
+    folder = tmp_path_factory.mktemp("ending")
+    write_toy_recipe(folder, tiny_model, toy_data)
+    return folder
+
+
+def start_long(folder: Path, name: str, *settings: str, script: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """A training of many steps on two ranks; standard error of both in a pipe."""
+    shutil.rmtree(folder / "runs" / name, ignore_errors=True)
+    target = script or ("-m", "nearfield")
+    long = ["training.epochs=60", "training.max_steps=500", "training.checkpoints.every_steps=5", *settings]
+    command = [*TORCHRUN, *target, "train", str(folder / "toy.yaml"), *long, "--until", "train"]
+    command += ["--run-folder", str(folder / "runs" / name)]
+    return subprocess.Popen(
+        command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=folder
+    )
+
+
+def exit_codes(errors: str) -> list[int]:
+    """The codes that torchrun says its ranks ended with."""
+    return [int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", errors)]
+
+
+@pytest.mark.parametrize(
+    ("rank", "settings"),
+    [
+        (1, ()),
+        pytest.param(0, ("training.backend=fsdp2",), marks=pytest.mark.slow),
+        pytest.param(1, ("training.backend=zero3",), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_killed_rank_ends_the_others_by_name(folder: Path, rank: int, settings: tuple[str, ...]) -> None:
+    process = start_long(folder, "killed", *settings)
+    wait_for_steps(process, folder / "runs" / "killed", 6)
+    victim = rank_processes(process.pid)[rank]
+    began = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    errors = process.communicate(timeout=60)[1]
+    assert time.monotonic() - began < 60
+    assert process.returncode != 0
+    name = f"rank {rank} of 2 (on {os.uname().nodename}, process {victim})"
+    assert f"nearfield: rank {1 - rank}: {name} was killed: its process is gone; the other ranks end too" in errors
+    assert sorted(exit_codes(errors)) == [-9, 1]
+    assert 'File "' + str(ROOT / "src") not in errors, "no traceback of ours"
+    assert checkpoint_paths(folder / "runs" / "killed" / "checkpoints")
+
+
+@pytest.mark.slow
+def test_a_rank_that_leaves_without_a_word(folder: Path) -> None:
+    """``os._exit``, as a library may do: no exception, no clean-up, code 0."""
+    script = (str(Path(__file__).with_name("vanishing_rank.py")), "1", "6")
+    process = start_long(folder, "vanished", script=script)
+    errors = process.communicate(timeout=200)[1]
+    assert "rank 1 of 2" in errors and "its process is gone; the other ranks end too" in errors
+    assert process.returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "zero2"])
+def test_a_rank_that_hangs_is_found_by_its_silence(folder: Path, backend: str) -> None:
+    """A stopped process answers nothing and closes nothing: the others would wait in a collective for ever."""
+    process = start_long(folder, "hanging", f"training.backend={backend}")
+    wait_for_steps(process, folder / "runs" / "hanging", 6)
+    ranks = rank_processes(process.pid)
+    os.kill(ranks[1], signal.SIGSTOP)
+    began = time.monotonic()
+    while Path(f"/proc/{ranks[0]}").exists() and time.monotonic() - began < 90:
+        time.sleep(0.2)
+    survived = time.monotonic() - began
+    errors = process.communicate(timeout=60)[1]
+    assert survived < 60
+    assert f"rank 1 of 2 (on {os.uname().nodename}, process {ranks[1]}) has been silent for 3" in errors
+    assert 'File "' + str(ROOT / "src") not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["rank 0", "rank 1", "launcher", "Ctrl-C"])
+def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_goes_on(folder: Path, who: str) -> None:
+    name = f"asked-{who.replace(' ', '-')}"
+    run = folder / "runs" / name
+    process = start_long(folder, name, "training.backend=fsdp2")
+    wait_for_steps(process, run, 6)
+    ranks = rank_processes(process.pid)
+    if who == "Ctrl-C":
+        # A terminal sends it to all of its processes; the launcher hands it on as well.
+        for pid in (*ranks.values(), process.pid):
+            os.kill(pid, signal.SIGINT)
+    else:
+        os.kill(process.pid if who == "launcher" else ranks[int(who[-1])], signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    last = checkpoint_paths(run / "checkpoints")[-1]
+    assert len(re.findall(rf"nearfield: {re.escape(str(last))}: stopped by .* of 500", errors)) == 2, errors
+    if who.startswith("rank"):
+        assert exit_codes(errors) == [3, 3]
+    step = int(last.name.removeprefix("step-"))
+    settings = [f"training.max_steps={step + 2}", "training.epochs=60"]
+    command = [*TORCHRUN, "-m", "nearfield", "train", str(folder / "toy.yaml"), *settings, "training.backend=fsdp2"]
+    command += ["training.checkpoints.every_steps=5", "--run-folder", str(run), "--until", "train"]
+    done = launch(command)
+    assert done.returncode == 0, done.stderr
