@@ -24,7 +24,11 @@ def install(rank: int, step: int) -> None:
         seed_chunk(seed, step, chunk)
 
     def encode(backend, features):  # type: ignore[no-untyped-def]
-        if Launch.from_environment().rank == rank and now["step"] >= step and int(features["attention_mask"].sum()) > 100:
+        if (
+            Launch.from_environment().rank == rank
+            and now["step"] >= step
+            and int(features["attention_mask"].sum()) > 100
+        ):
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         return encode_chunk(backend, features)
 

@@ -18,9 +18,10 @@ def sparse_embedding_gradients(model: nn.Module) -> None:
     backends hook into gradients themselves.
     """
     for module in model.modules():
-        large = isinstance(module, nn.Embedding) and module.num_embeddings >= _MANY_ROWS
+        if not isinstance(module, nn.Embedding) or module.num_embeddings < _MANY_ROWS or module.sparse:
+            continue
         # A frozen table has no gradient, and takes no hook.
-        if large and module.weight.requires_grad and not module.sparse:
+        if module.weight.requires_grad:
             module.sparse = True
             module.weight.register_post_accumulate_grad_hook(_densify)  # type: ignore[no-untyped-call]
 
