@@ -39,7 +39,7 @@ def start_long(folder: Path, name: str, *settings: str, script: tuple[str, ...] 
 
 def exit_codes(errors: str) -> list[int]:
     """The codes that torchrun says its ranks ended with."""
-    return [int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", errors)]
+    return [int(code) for code in re.findall(r"exitcode\s+: (-?\d+)", errors)]
 
 
 @pytest.mark.parametrize(
