@@ -1,4 +1,4 @@
-"""The built wheel, installed alone outside the repository, trains the quickstart's recipe."""
+"""The built wheel, installed alone outside the repository, trains the quickstart's recipe, on one process and on two."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def test_the_wheel_alone_trains(tmp_path: Path) -> None:
     subprocess.run([nearfield, "init", "project"], cwd=tmp_path, check=True, env=environment)
     command = [nearfield, "train", "training/recipes/wordnet.yaml", "training.max_steps=3", "--until", "train"]
     subprocess.run(command, cwd=tmp_path / "project", check=True, env=environment)
+    launch = [str(tmp_path / "env" / "bin" / "accelerate"), "launch", "--config_file", "training/accelerate/fsdp2.yaml"]
+    launch += ["-m", "nearfield", *command[1:3], "training.max_steps=2", "name=launched", "--until", "train"]
+    two = {**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(launch, cwd=tmp_path / "project", check=True, env=two, capture_output=True, text=True)
+    assert "Backend fsdp2 in effect on 2 process(es)" in done.stderr, "the files of the wheel launch two ranks"
     model = tmp_path / "project" / "runs" / "wordnet" / "model"
     code = f"from sentence_transformers import SentenceTransformer as S; print(S({str(model)!r}, device='cpu').encode('a word').shape)"
     done = subprocess.run(

@@ -88,11 +88,11 @@ def test_a_batch_job(toy_recipe: Path, tmp_path: Path, name: str) -> None:
     run = tmp_path / "runs" / "job"
 
     def job(*settings: str) -> subprocess.Popen[str]:
-        command = ["bash", str(SBATCH[name]), str(toy_recipe), "training.epochs=60", *settings, "--until", "train"]
+        command = ["bash", str(SBATCH[name]), str(toy_recipe), "training.epochs=20", *settings, "--until", "train"]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=variables, stderr=pipe, stdout=pipe, text=True, cwd=tmp_path)
 
-    long = ["training.max_steps=480", "training.checkpoints.every_steps=100", "training.backend=fsdp2"]
+    long = ["training.max_steps=140", "training.checkpoints.every_steps=100", "training.backend=fsdp2"]
     first = job(*long)
     wait_for_steps(first, run, 5)
     first.send_signal(signal.SIGUSR1)
@@ -100,10 +100,10 @@ def test_a_batch_job(toy_recipe: Path, tmp_path: Path, name: str) -> None:
     assert "stopped by SIGTERM" in errors or "stopped by another rank" in errors, errors
     assert (tmp_path / "scontrol.log").read_text() == "requeue 4711\n", errors
     (last,) = checkpoint_paths(run / "checkpoints")[-1:]
-    assert 5 <= int(last.name.removeprefix("step-")) < 480
+    assert 5 <= int(last.name.removeprefix("step-")) < 140
     second = job(*long)
     errors = second.communicate(timeout=400)[1]
     assert second.returncode == 0, errors
     manifest = json.loads((run / "manifest.json").read_text())["stages"]["train"]
-    assert (manifest["steps"], manifest["world_size"]) == (480, 2)
+    assert (manifest["steps"], manifest["world_size"]) == (140, 2)
     assert manifest["resumed_from"] == int(last.name.removeprefix("step-"))

@@ -14,7 +14,7 @@ import pytest
 
 from nearfield.training.checkpoint import checkpoint_paths
 from tests.conftest import write_toy_recipe
-from tests.training.launching import ROOT, TORCHRUN, environment, launch, rank_processes, wait_for_steps
+from tests.training.launching import ROOT, TORCHRUN, environment, rank_processes, train_record, wait_for_steps
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, toy_data:
     return folder
 
 
-def start_long(folder: Path, name: str, *settings: str, script: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start_long(
+    folder: Path, name: str, *settings: str, script: tuple[str, ...] = (), anew: bool = True
+) -> subprocess.Popen[str]:
     """A training of many steps on two ranks; standard error of both in a pipe."""
-    shutil.rmtree(folder / "runs" / name, ignore_errors=True)
+    if anew:
+        shutil.rmtree(folder / "runs" / name, ignore_errors=True)
     target = script or ("-m", "nearfield")
     long = ["training.epochs=60", "training.max_steps=500", "training.checkpoints.every_steps=5", *settings]
     command = [*TORCHRUN, *target, "train", str(folder / "toy.yaml"), *long, "--until", "train"]
@@ -100,7 +103,9 @@ def test_a_rank_that_hangs_is_found_by_its_silence(folder: Path, backend: str) -
 def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_goes_on(folder: Path, who: str) -> None:
     name = f"asked-{who.replace(' ', '-')}"
     run = folder / "runs" / name
-    process = start_long(folder, name, "training.backend=fsdp2")
+    # Seven steps an epoch.
+    settings = ("training.backend=fsdp2", "training.epochs=20")
+    process = start_long(folder, name, *settings)
     wait_for_steps(process, run, 6)
     ranks = rank_processes(process.pid)
     if who == "Ctrl-C":
@@ -111,12 +116,11 @@ def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_goes_on(folder: Pat
         os.kill(process.pid if who == "launcher" else ranks[int(who[-1])], signal.SIGTERM)
     errors = process.communicate(timeout=60)[1]
     last = checkpoint_paths(run / "checkpoints")[-1]
-    assert len(re.findall(rf"nearfield: {re.escape(str(last))}: stopped by .* of 500", errors)) == 2, errors
+    assert len(re.findall(rf"nearfield: {re.escape(str(last))}: stopped by .* of 140", errors)) == 2, errors
     if who.startswith("rank"):
         assert exit_codes(errors) == [3, 3]
-    step = int(last.name.removeprefix("step-"))
-    settings = [f"training.max_steps={step + 2}", "training.epochs=60"]
-    command = [*TORCHRUN, "-m", "nearfield", "train", str(folder / "toy.yaml"), *settings, "training.backend=fsdp2"]
-    command += ["training.checkpoints.every_steps=5", "--run-folder", str(run), "--until", "train"]
-    done = launch(command)
-    assert done.returncode == 0, done.stderr
+    resumed = start_long(folder, name, *settings, anew=False)
+    errors = resumed.communicate(timeout=300)[1]
+    assert resumed.returncode == 0, errors
+    record = train_record(run)
+    assert (record["steps"], record["resumed_from"]) == (140, int(last.name.removeprefix("step-")))
