@@ -58,7 +58,9 @@ def scenarios(folder: Path) -> Iterator[dict[str, Any]]:
         return {"name": name, "arguments": ["train", str(folder / "toy.yaml"), *SGD, *budget, *settings, *run], **more}
 
     for backend in BACKENDS:
-        yield scenario(backend, f"training.backend={backend}")
+        # One of them as accelerate asks for it.
+        asked = {"environment": FSDP} if backend == "fsdp2" else {}
+        yield scenario(backend, f"training.backend={'auto' if asked else backend}", **asked)
     for backend, precision in PRECISIONS:
         yield scenario(f"{backend}-{precision}", f"training.backend={backend}", f"training.precision={precision}")
     for backend, precision in ADAPTERS:
@@ -286,7 +288,7 @@ def accelerate(backend: str, recipe: Path, run: Path) -> list[str]:
     "backend",
     [
         pytest.param("ddp", marks=pytest.mark.slow),
-        "fsdp2",
+        pytest.param("fsdp2", marks=pytest.mark.slow),
         pytest.param("zero1", marks=pytest.mark.slow),
         "zero2",
         pytest.param("zero3", marks=pytest.mark.slow),

@@ -1,0 +1,46 @@
+"""The artifacts of a run, opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nearfield.files import hash_file
+from nearfield.pipeline.freshness import Freshness
+from nearfield.pipeline.run import Run
+from nearfield.training.launch import Launch
+
+if TYPE_CHECKING:
+    from nearfield.batching.plan import Plan
+    from nearfield.data.store import Store
+    from nearfield.data.tokens import TokenCache
+
+
+class Artifacts(Freshness):
+    """What the stages of one run read from each other."""
+
+    def __init__(self, run: Run, launch: Launch) -> None:
+        super().__init__(run)
+        self.launch = launch
+
+    def _store(self) -> Store:
+        from nearfield.data.store import Store
+
+        return Store.open(self.store_path)
+
+    def _open_store(self, path: Path) -> Store:
+        from nearfield.data import prepare_store
+        from nearfield.data.store import Store
+
+        return Store.open(path) if path.is_dir() else prepare_store(path, self.run.cache)
+
+    def _tokens(self) -> TokenCache:
+        from nearfield.data.tokens import TokenCache
+
+        return TokenCache(self.tokens_path)
+
+    def _plans(self) -> tuple[list[Plan], list[str]]:
+        from nearfield.batching.plan import Plan
+
+        paths = sorted((self.run.folder / "plan").glob("epoch-*.parquet"))
+        return [Plan(path) for path in paths], [hash_file(path) for path in paths]

@@ -1,0 +1,188 @@
+"""The stage that trains, what must hold before it, and the model that it leaves."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nearfield.encoders.build import LoadedEncoder, build_encoder, save_encoder
+from nearfield.errors import BadInputError
+from nearfield.files import atomic_path, hash_folder, write_text
+from nearfield.pipeline.artifacts import Artifacts
+from nearfield.pipeline.during import evaluation_during_training
+
+if TYPE_CHECKING:
+    import torch
+
+    from nearfield.training.loop import TrainingResult
+
+logger = logging.getLogger("nearfield.pipeline")
+
+
+class TrainingStage(Artifacts):
+    """What all ranks do."""
+
+    def train(self) -> dict[str, Any]:
+        """Train from the newest checkpoint on and save the model."""
+        from nearfield.training.engine import pick_device
+        from nearfield.training.loop import TrainingInputs, train
+
+        store, folder = self._store(), self.run.folder
+        plans, hashes = self._plans()
+        if self.launch.is_main:
+            self._set_aside_stale_checkpoints()
+        known = store.known_positives()
+        ids = store.items["id"]
+        config = self.recipe.training
+        device = pick_device(config, self.launch)
+        encoder = self._encoder(device)
+        inputs = TrainingInputs(
+            plans=plans,
+            plan_hashes=hashes,
+            tokens=self._tokens(),
+            known_positives=known.of,
+            item_ids=lambda rows: [ids[int(row)].as_py().hex() for row in rows],
+            evaluate=evaluation_during_training(self, encoder.model, self._open_store),
+            about=self.recipe.model_dump(mode="json"),
+        )
+        result = train(
+            config,
+            self.recipe.objective.build(),
+            encoder.model,
+            inputs,
+            folder,
+            seed=self.recipe.seed,
+            fingerprint=self.fingerprints["train"],
+            launch=self.launch,
+        )
+        if not self.launch.is_main:
+            return {}
+        self._export(result, device)
+        return {
+            "steps": result.steps,
+            "examples": result.examples,
+            "resumed_from": result.resumed_from,
+            "last_loss": result.last_loss,
+            "training_seconds": round(result.seconds, 1),
+            "device": result.device,
+            "precision": result.precision,
+            "backend": result.backend,
+            "world_size": result.world_size,
+            "base_model": [encoder.name, encoder.revision],
+            "stopped_early": result.stopped_early,
+            "checkpoint": result.checkpoint.name,
+            **({} if result.best is None else {"best": {"step": result.best[0], "score": result.best[1]}}),
+        }
+
+    def _encoder(self, device: torch.device) -> LoadedEncoder:
+        """The encoder of the recipe in the precision that weights have in training, the same on all ranks."""
+        from nearfield.training.engine import pick_precision
+
+        recipe = self.recipe
+        pure = pick_precision(recipe.training, device) == "bf16-pure"
+        quantized = recipe.encoder.adapter is not None and recipe.encoder.adapter.quantize != "none"
+        return build_encoder(
+            recipe.encoder,
+            str(device) if quantized else "cpu",
+            dtype="bfloat16" if pure else "float32",
+            seed=recipe.seed,
+        )
+
+    def _export(self, result: TrainingResult, device: torch.device) -> None:
+        """Save the model of the run's last checkpoint: complete and of one format, whatever it was trained on."""
+        from nearfield.training.checkpoint import load_into, open_checkpoint
+        from nearfield.training.engine import EmbeddingModule
+
+        encoder = self._encoder(device)
+        load_into(EmbeddingModule(encoder.model, self.recipe.objective.build()), open_checkpoint(result.checkpoint))
+        encoder.model.prompts = dict(self.contract.model_prompts)
+        with atomic_path(self.run.folder / "model") as aside:
+            adapter = self.recipe.encoder.adapter
+            save_encoder(encoder.model, aside, adapter=adapter.save if adapter else "merged")
+            self.contract.save(aside)
+            write_text(aside / "README.md", self._card(encoder, result))
+
+    def _card(self, encoder: LoadedEncoder, result: TrainingResult) -> str:
+        from nearfield.encoders.card import model_card
+
+        recipe = self.recipe
+        kept, during = int(result.checkpoint.name.removeprefix("step-")), recipe.training.evaluation
+        best = f", the model of step {kept} scored best ({during.metric})" if during and during.keep_best else ""
+        facts = {
+            "data": f"{self.run.checked.data.name} ({', '.join(self.contract.sources)}; split {recipe.split})",
+            "objective": f"{recipe.objective.kind}, temperature {recipe.objective.temperature:g}",
+            "batches": f"{recipe.batches.kind}, {recipe.batches.batch_size} examples",
+            "steps": f"{result.steps}{best}",
+            "learning rate": f"{recipe.training.learning_rate:g}, {recipe.training.schedule.kind}",
+            "precision": result.precision,
+            "seed": recipe.seed,
+        }
+        return model_card(recipe.name, (encoder.name, encoder.revision), self.contract.sources, facts)
+
+    def check_can_train(self) -> None:
+        """Refuse what this rank could never train with its launcher, devices and libraries."""
+        from nearfield.training.engine import check_can_train
+
+        check_can_train(self.recipe.training, self.launch, adapter=self.recipe.encoder.adapter is not None)
+
+    def check_resumable(self) -> None:
+        """Refuse to go on from nothing."""
+        from nearfield.training.checkpoint import checkpoint_paths
+
+        if self.status("train").state != "done" and not checkpoint_paths(self.run.folder / "checkpoints"):
+            raise BadInputError(
+                "there is no checkpoint to resume from",
+                where=str(self.run.folder / "checkpoints"),
+                hint="Leave out --resume to train from the start.",
+            )
+
+    def artifacts(self) -> dict[str, str]:
+        """A hash of each thing that training reads: all nodes must hold the same."""
+        return {name: hash_folder(path) for name, path in self._artifact_paths().items()}
+
+    def check_artifacts(self, wanted: dict[str, str]) -> None:
+        """Refuse to train on files that differ from rank 0's, as on a node without the shared file system."""
+        for name, path in self._artifact_paths().items():
+            if path.is_dir() and hash_folder(path) == wanted[name]:
+                continue
+            raise BadInputError(
+                f"the {name} of this node differ from rank 0's"
+                if path.is_dir()
+                else f"this node does not hold the {name} that rank 0 prepared",
+                where=f"{path} (on {socket.gethostname()})",
+                hint="Put the run's folder on a file system that all nodes share, or make it on this node first: "
+                f"nearfield train {self.run.loaded.path} --until plan --run-folder {self.run.folder}",
+            )
+
+    def _artifact_paths(self) -> dict[str, Path]:
+        return {"data": self.store_path, "tokens": self.tokens_path, "batches": self.run.folder / "plan"}
+
+    def _set_aside_stale_checkpoints(self) -> None:
+        """Checkpoints of another recipe are kept under another name, so that nothing is lost and nothing mixed."""
+        from nearfield.files import read_json
+        from nearfield.training.checkpoint import checkpoint_paths
+
+        folder = self.run.folder / "checkpoints"
+        paths = checkpoint_paths(folder)
+        if not paths or not (paths[-1] / "state.json").is_file():
+            return
+        try:
+            old = read_json(paths[-1] / "state.json", "checkpoint state").get("fingerprint")
+        except BadInputError:
+            return
+        if isinstance(old, str) and old != self.fingerprints["train"]:
+            set_aside(folder, f"checkpoints-{old[:8]}")
+            logger.warning(
+                "The recipe changed: training starts anew; the old checkpoints are in checkpoints-%s", old[:8]
+            )
+
+
+def set_aside(path: Path, name: str) -> None:
+    """Rename a folder to ``name`` beside it, replacing what an earlier call left there."""
+    target = path.with_name(name)
+    if target.exists():
+        shutil.rmtree(target)
+    path.rename(target)
