@@ -22,6 +22,7 @@ FLOORS = [
     ["training"],
     ["objectives"],
     ["batching"],
+    ["mining"],
     ["encoders"],
     ["data"],
     ["config", "shipped"],

@@ -1,0 +1,364 @@
+"""Exact top-k by inner product, in blocks, within a memory bound, the same whatever the blocks.
+
+A block of scores is made by one matrix product. Of each run of 64 scores only the largest is compared with what its query
+must at least reach; runs that reach it are looked at score by score, and what passes goes into the query's buffer. A full
+buffer is cut to its best, which raises the bar. So no top-k is made of a block, and nearly all time goes to the products.
+
+A product in float32 errs by at most g = d u |q| |x| (u = 2^-24; Higham, Accuracy and Stability, 3.1). The bar lies so far
+below the k-th best that nothing of the true top k is missed; at the end the few that are left are scored again by
+:func:`~nearfield.mining.documents.pair_scores` and ordered by (score falling, row rising). So the result is a function of
+the vectors alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from nearfield.console import track
+from nearfield.errors import BadInputError
+from nearfield.mining.documents import Documents, RowLists, Rows, Vectors, as_documents, check_vectors
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("nearfield.mining")
+
+DEFAULT_MEMORY = 1 << 30
+RUN = 64
+_BLOCK = {"cpu": (1_024, 1_024), "cuda": (4_096, 16_384)}
+_SLACK = 16
+_LISTED = 2
+"""Scores of a block are listed one by one where at most one run in so many has one; else the block is sorted whole."""
+_PAIR_BYTES = 40
+_UNIT = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The best documents of each query."""
+
+    rows: Rows
+    """[n, k] document rows, best first; -1 where a query has fewer documents than k."""
+    scores: Vectors
+    """[n, k], -inf where there is none."""
+
+    def counts(self) -> Rows:
+        """How many each query has."""
+        counts: Rows = (self.rows >= 0).sum(axis=1)
+        return counts
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How a search is cut, and what it holds in memory beside the vectors that it was given."""
+
+    queries: int
+    """Queries held at a time: the documents are walked through once for each such part."""
+    query_block: int
+    document_block: int
+    kept: int
+    """Candidates that a buffer keeps when it is cut."""
+    buffer: int
+    """Candidates that a buffer holds."""
+    passes: int
+    bytes: int
+    """At most held at a time, results included."""
+
+
+def plan_search(
+    count: int, dimension: int, depth: int, memory: int = DEFAULT_MEMORY, device: str = "cpu", streamed: bool = False
+) -> SearchPlan:
+    """How to search for ``count`` queries within ``memory`` bytes; raise :class:`BadInputError` where that is too little."""
+    query_block, document_block = _BLOCK["cpu" if device == "cpu" else "cuda"]
+    kept = depth + _SLACK
+    buffer = kept + max(depth, RUN)
+    results = count * depth * 12
+    row = buffer * 12 + 48
+
+    def fixed(block_rows: int, block_columns: int) -> int:
+        cells = block_rows * block_columns
+        scores = cells * 4 + cells // RUN * 24 + cells // _LISTED * (4 + 1 + 32)
+        # Sorting a block whole: scores and rows beside the buffer's, and what topk returns.
+        whole = block_rows * (block_columns + buffer) * 13 + block_rows * kept * 12
+        vectors = (block_columns + block_rows) * dimension * 8
+        finish = 0 if streamed else block_rows * kept * _PAIR_BYTES * 2
+        return scores + whole + vectors + finish + 4_096 * dimension * 4 + 512 * dimension * 24
+
+    while True:
+        base = fixed(query_block, document_block) + results
+        row_bytes = row + (buffer * _PAIR_BYTES if streamed else 0)
+        held = min(count, max(0, memory - base) // row_bytes)
+        if held >= min(count, query_block) or query_block <= 16:
+            break
+        query_block, document_block = query_block // 2, max(RUN, document_block // 2)
+    if count and held < 1:
+        least = base + row_bytes
+        raise BadInputError(
+            f"a search for the best {depth:,} of {count:,} queries needs at least {least / 2**20:,.0f} MiB beside the vectors "
+            f"({results / 2**20:,.0f} of them for the result); {memory / 2**20:,.0f} MiB are allowed",
+            hint="Allow more memory, or search less deep.",
+        )
+    query_block = max(1, min(query_block, held))
+    passes = math.ceil(count / held) if held else 0
+    return SearchPlan(held, query_block, document_block, kept, buffer, passes, base + held * row_bytes)
+
+
+def search(
+    queries: Vectors,
+    documents: Documents | Vectors,
+    depth: int,
+    *,
+    excluded: RowLists | None = None,
+    memory: int = DEFAULT_MEMORY,
+    device: str = "cpu",
+    plan: SearchPlan | None = None,
+) -> Neighbours:
+    """The ``depth`` documents with the largest inner product of each query [n, d], ties by the smaller row.
+
+    ``excluded`` lists, for each query, document rows that are passed over (its known positives, itself). At most
+    ``memory`` bytes are held beside what was given, which is logged first. The result does not depend on ``memory``, the
+    blocks or the device.
+    """
+    import torch
+
+    check_vectors(queries, "the queries")
+    if depth < 1:
+        raise BadInputError(f"a search for the best {depth} finds nothing", hint="Ask for at least 1.")
+    if excluded is not None and len(excluded) != len(queries):
+        raise BadInputError(f"{len(excluded)} lists of excluded documents for {len(queries)} queries")
+    documents = as_documents(documents)
+    count, dimension = queries.shape
+    streamed = not isinstance(getattr(documents, "vectors", None), np.ndarray)
+    plan = plan or plan_search(count, dimension, depth, memory, torch.device(device).type, streamed)
+    logger.info(
+        "Exact search for the best %d of %d queries: at most %.0f MiB beside the vectors (%d walks through the documents, "
+        "blocks of %d x %d)",
+        depth,
+        count,
+        plan.bytes / 2**20,
+        plan.passes,
+        plan.query_block,
+        plan.document_block,
+    )
+    rows = np.full((count, depth), -1, dtype=np.int64)
+    scores = np.full((count, depth), -np.inf, dtype=np.float32)
+    with _full_precision(), torch.inference_mode():
+        for start in range(0, count, max(plan.queries, 1)):
+            stop = min(start + plan.queries, count)
+            part = None if excluded is None else excluded.slice(start, stop)
+            walk = _Walk(queries[start:stop], documents, depth, part, torch.device(device), plan)
+            walk.run(f"Searching for queries {start:,} to {stop:,}" if plan.passes > 1 else "Searching")
+            step = stop - start if streamed else plan.query_block
+            for low in range(0, stop - start, step):
+                high = min(low + step, stop - start)
+                best, values = walk.finish(low, high)
+                rows[start + low : start + high], scores[start + low : start + high] = best, values
+    return Neighbours(rows, scores)
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products in whole float32: TF32 or bfloat16 would err by more than the bar allows for."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _Walk:
+    """One walk through the documents with some queries, their buffers and bars."""
+
+    def __init__(
+        self,
+        queries: Vectors,
+        documents: Documents,
+        depth: int,
+        excluded: RowLists | None,
+        device: torch.device,
+        plan: SearchPlan,
+    ) -> None:
+        import torch
+
+        self.queries, self.documents, self.depth, self.plan, self.device = queries, documents, depth, plan, device
+        count, dimension = queries.shape
+        self.values = torch.full((count, plan.buffer), -torch.inf, device=device)
+        self.rows = torch.full((count, plan.buffer), -1, dtype=torch.int64, device=device)
+        self.filled = torch.zeros(count, dtype=torch.int64, device=device)
+        # The k-th best score is at least this, in exact numbers.
+        self.least = torch.full((count,), -torch.inf, device=device)
+        norms = np.linalg.norm(queries, axis=1)
+        # 1.05: float32 rounds the bar itself, and the norms.
+        self.error = torch.from_numpy((1.05 * _UNIT * (dimension + 16) * norms).astype(np.float32)).to(device)
+        self.longest = 0.0
+        self.excluded = None if excluded is None or not len(excluded.rows) else _by_block(excluded, plan)
+
+    def run(self, description: str) -> None:
+        """Walk through all documents."""
+        import torch
+
+        plan = self.plan
+        for start, block in track(self.documents.blocks(plan.document_block), description):
+            check_vectors(block, "the documents", start)
+            if block.shape[1] != self.queries.shape[1]:
+                raise BadInputError(
+                    f"the documents have {block.shape[1]} dimensions and the queries {self.queries.shape[1]}"
+                )
+            norm = float(np.linalg.norm(block, axis=1).max(initial=0.0))
+            self.longest = max(self.longest, norm)
+            there = _tensor(block, self.device)
+            for number, low in enumerate(range(0, len(self.queries), plan.query_block)):
+                high = min(low + plan.query_block, len(self.queries))
+                scores = torch.mm(_tensor(self.queries[low:high], self.device), there.T)
+                if self.excluded is not None:
+                    owners, hidden = _between(self.excluded[number], start, start + len(block))
+                    if len(hidden):
+                        scores[torch.from_numpy(owners), torch.from_numpy(hidden - start)] = -torch.inf
+                self._take(low, high, scores, start, norm)
+
+    def _take(self, low: int, high: int, scores: torch.Tensor, start: int, norm: float) -> None:
+        """Put what may belong to the best of the queries ``low`` to ``high`` into their buffers."""
+        import torch
+        from torch.nn.functional import pad
+
+        bar = self.least[low:high] - self.error[low:high] * norm
+        if scores.shape[1] % RUN:
+            scores = pad(scores, (0, -scores.shape[1] % RUN), value=-torch.inf)
+        runs = scores.view(high - low, -1, RUN)
+        reached = runs.amax(dim=2) >= bar[:, None]
+        # A bar of -inf is reached by excluded and padded scores too; the whole block drops them.
+        if int(reached.count_nonzero()) * _LISTED > reached.numel() or bool(torch.isneginf(bar).any()):
+            self._take_block(low, high, scores, start)
+            return
+        owner, run = reached.nonzero(as_tuple=True)
+        if not len(owner):
+            return
+        some = runs[owner, run]
+        passed, place = (some >= bar[owner][:, None]).nonzero(as_tuple=True)
+        self._insert(low, high, owner[passed], start + run[passed] * RUN + place, some[passed, place], norm)
+
+    def _insert(
+        self, low: int, high: int, owner: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, norm: float
+    ) -> None:
+        """Append candidates, grouped by query; whenever buffers are full, cut them and drop what no longer passes."""
+        import torch
+
+        while len(owner):
+            counts = torch.bincount(owner, minlength=high - low)
+            first = torch.cumsum(counts, 0) - counts
+            filled = self.filled[low:high]
+            place = filled[owner] + torch.arange(len(owner), device=self.device) - first[owner]
+            fits = place < self.plan.buffer
+            where = (owner[fits] + low, place[fits])
+            self.values[where], self.rows[where] = values[fits], rows[fits]
+            self.filled[low:high] = (filled + counts).clamp_(max=self.plan.buffer)
+            if bool(fits.all()):
+                return
+            self._cut(low, high, self.values[low:high], self.rows[low:high])
+            bar = self.least[low:high] - self.error[low:high] * norm
+            left = ~fits & (values >= bar[owner])
+            owner, rows, values = owner[left], rows[left], values[left]
+
+    def _take_block(self, low: int, high: int, scores: torch.Tensor, start: int) -> None:
+        """The same for a block in which much passes: buffers and block are cut together."""
+        import torch
+
+        numbers = torch.arange(start, start + scores.shape[1], device=self.device).expand(high - low, -1)
+        used = int(self.filled[low:high].max())
+        values = torch.cat([self.values[low:high, :used], scores], dim=1)
+        rows = torch.cat([self.rows[low:high, :used], numbers], dim=1)
+        self._cut(low, high, values, rows)
+
+    def _cut(self, low: int, high: int, values: torch.Tensor, rows: torch.Tensor) -> None:
+        """Leave the best of these candidates [queries, any] in the buffers of the queries, and raise their bars."""
+        import torch
+
+        kept = min(self.plan.kept, values.shape[1])
+        best, place = torch.topk(values, kept, dim=1)
+        best_rows = rows.gather(1, place)
+        error = self.error[low:high] * self.longest
+        if kept >= self.depth:
+            self.least[low:high] = torch.maximum(self.least[low:high], best[:, self.depth - 1] - error)
+        bar = self.least[low:high] - error
+        # Candidates so near to each other that float32 cannot tell which are the best: exact scores decide.
+        near = (values >= bar[:, None]) & ~torch.isneginf(values)
+        unsure = (near.sum(dim=1) > kept).nonzero()[:, 0].tolist()
+        # Taken out now: these candidates may lie in the buffers themselves.
+        candidates = [rows[number][near[number]].cpu().numpy() for number in unsure]
+        keep = (best >= bar[:, None]) & ~torch.isneginf(best)
+        self.values[low:high, :kept] = best.masked_fill_(~keep, -torch.inf)
+        self.values[low:high, kept:] = -torch.inf
+        self.rows[low:high, :kept] = best_rows.masked_fill_(~keep, -1)
+        self.rows[low:high, kept:] = -1
+        self.filled[low:high] = keep.sum(dim=1)
+        for number, found in zip(unsure, candidates, strict=True):
+            exact = self.documents.pairs(self.queries, np.full(len(found), low + number), found)
+            order = np.lexsort((found, -exact))[: self.depth]
+            size = len(order)
+            self.values[low + number] = -torch.inf
+            self.values[low + number, :size] = torch.from_numpy(exact[order])
+            self.rows[low + number] = -1
+            self.rows[low + number, :size] = torch.from_numpy(found[order])
+            self.filled[low + number] = size
+            self.least[low + number] = float(exact[order[-1]])
+
+    def finish(self, low: int, high: int) -> tuple[Rows, Vectors]:
+        """The result of the queries ``low`` to ``high``, by exact scores."""
+        self._cut(low, high, self.values[low:high].clone(), self.rows[low:high].clone())
+        rows = self.rows[low:high].cpu().numpy()
+        owner, place = np.nonzero(rows >= 0)
+        exact = np.full(rows.shape, -np.inf, dtype=np.float32)
+        exact[owner, place] = self.documents.pairs(self.queries, owner + low, rows[owner, place])
+        return ordered(rows, exact, self.depth)
+
+
+def ordered(rows: Rows, scores: Vectors, depth: int) -> tuple[Rows, Vectors]:
+    """Candidates [n, any] in any order (row -1 and score -inf: none) -> the best [n, depth], ties by the smaller row."""
+    by_row = np.argsort(rows, axis=1)
+    rows, scores = np.take_along_axis(rows, by_row, 1), np.take_along_axis(scores, by_row, 1)
+    # Stable: of equal scores the smaller row stays before. Rows of -1 have -inf and go last.
+    by_score = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+    best, values = np.take_along_axis(rows, by_score, 1), np.take_along_axis(scores, by_score, 1)
+    missing = ((0, 0), (0, depth - best.shape[1]))
+    return np.pad(best, missing, constant_values=-1), np.pad(values, missing, constant_values=-np.inf)
+
+
+_Hidden = tuple[Rows, Rows]
+
+
+def _by_block(excluded: RowLists, plan: SearchPlan) -> list[_Hidden]:
+    """(query within its block, document row), sorted by document row, for each block of queries."""
+    blocks = []
+    for start in range(0, len(excluded), plan.query_block):
+        part = excluded.slice(start, min(start + plan.query_block, len(excluded)))
+        order = np.argsort(part.rows, kind="stable")
+        blocks.append((part.owners()[order], part.rows[order]))
+    return blocks
+
+
+def _between(hidden: _Hidden, start: int, stop: int) -> _Hidden:
+    owners, rows = hidden
+    low, high = np.searchsorted(rows, [start, stop])
+    return owners[low:high], rows[low:high]
+
+
+def _tensor(block: npt.NDArray[np.float32], device: torch.device) -> torch.Tensor:
+    """The block on the device; without a copy on a CPU, where read-only memory is fine as nothing is written to it."""
+    import warnings
+
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(np.ascontiguousarray(block)).to(device)
