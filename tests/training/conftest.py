@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nearfield.training.loop import TrainingInputs
+from nearfield.training.inputs import TrainingInputs
 from tests.training.making import make_plan, make_tokens
 
 

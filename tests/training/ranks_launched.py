@@ -26,7 +26,7 @@ import torch
 from nearfield.cli import main
 from nearfield.errors import BadInputError
 from nearfield.pipeline.stages import Stages
-from nearfield.training import launch, loop
+from nearfield.training import gradient, launch, loop
 from nearfield.training import step as step_module
 
 
@@ -61,7 +61,7 @@ def unready() -> Any:
 
 def terminated(step: int) -> Any:
     """This rank gets SIGTERM twice in a step, as from Slurm and then from the launcher."""
-    run_step = loop.run_step
+    run_step = gradient.run_step
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if kwargs["step"] == step - 1:
@@ -69,7 +69,7 @@ def terminated(step: int) -> Any:
             signal.raise_signal(signal.SIGTERM)
         return run_step(*args, **kwargs)
 
-    return mock.patch.object(loop, "run_step", run)
+    return mock.patch.object(gradient, "run_step", run)
 
 
 FAULTS: dict[str, Callable[..., Any]] = {

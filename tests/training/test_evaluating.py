@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, StoppedError
 from nearfield.objectives import InfoNCEConfig
-from nearfield.training import TrainingConfig, evaluating, loop
+from nearfield.training import TrainingConfig, evaluating, gradient
 from nearfield.training.checkpoint import checkpoint_paths, open_checkpoint
 from nearfield.training.engine import Engine, build_engine
 from nearfield.training.evaluating import EncodeTexts, EvaluationState, encode_texts, undisturbed
+from nearfield.training.inputs import TrainingInputs
 from nearfield.training.launch import Launch
-from nearfield.training.loop import TrainingInputs, TrainingResult, train
+from nearfield.training.loop import TrainingResult, train
 from nearfield.training.metrics import read_metrics
 from nearfield.training.optimizers import make_optimizer
 from tests.training.making import make_tokens
@@ -239,14 +240,14 @@ def test_patience(go: Go, tmp_path: Path, tiny_model: Path) -> None:
 
 
 def signalled(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    run_step = loop.run_step
+    run_step = gradient.run_step
 
     def interrupted(*args: Any, **keywords: Any) -> Any:
         if keywords["step"] == step - 1:
             signal.raise_signal(signal.SIGTERM)
         return run_step(*args, **keywords)
 
-    monkeypatch.setattr(loop, "run_step", interrupted)
+    monkeypatch.setattr(gradient, "run_step", interrupted)
 
 
 @pytest.mark.conformance
@@ -280,7 +281,7 @@ def test_a_crash_between_checkpoints_loses_no_evaluation(
     settings = {"evaluation": {"keep_best": True}, "checkpoints": {"every_steps": 100}, "every": 1}
     rising = [0.1, 0.5, 0.2, 0.3, 0.2, 0.1, 0.1]
     go(unruly(rising), to="whole", **settings)
-    run_step = loop.run_step
+    run_step = gradient.run_step
 
     def crashing(*args: Any, **keywords: Any) -> Any:
         if keywords["step"] == 4:
@@ -288,7 +289,7 @@ def test_a_crash_between_checkpoints_loses_no_evaluation(
         return run_step(*args, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "run_step", crashing)
+        patch.setattr(gradient, "run_step", crashing)
         with pytest.raises(KeyError):
             go(unruly(rising), to="crashed", **settings)
     assert [step for step, _ in evaluations(tmp_path / "crashed")] == [0, 1, 2, 3, 4]

@@ -21,8 +21,8 @@ from nearfield.training.config import TrainingConfig
 from nearfield.training.costs import plan_costs, sampled_steps
 from nearfield.training.engine import Engine
 from nearfield.training.forecast import FILE, Forecast, Memory, predict, say_bytes, say_seconds
+from nearfield.training.inputs import TrainingInputs
 from nearfield.training.launch import Launch
-from nearfield.training.loop import TrainingInputs
 from nearfield.training.memory import Budget, choose_budget, measure_profile
 from nearfield.training.trial import run_trial
 

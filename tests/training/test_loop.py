@@ -18,7 +18,7 @@ from nearfield.errors import BadInputError, NonFiniteError
 from nearfield.objectives.infonce import ContrastiveBatch
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training import TrainingConfig
-from nearfield.training.loop import watch
+from nearfield.training.gradient import watch
 from nearfield.training.metrics import read_metrics
 from nearfield.training.optimizer_configs import AdamWConfig
 from nearfield.training.optimizers import make_optimizer

@@ -14,15 +14,17 @@ from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows
 from nearfield.errors import BadInputError, NonFiniteError
 from nearfield.objectives.infonce import ContrastiveBatch, LossSum
-from nearfield.training import TrainingConfig, engine, loop
+from nearfield.training import TrainingConfig, engine, gradient
 from nearfield.training.chunks import Pool
 from nearfield.training.communication import ControlWord
 from nearfield.training.engine import Engine, pick_device, pick_precision
+from nearfield.training.inputs import TrainingInputs, batch_of_step
 from nearfield.training.launch import Launch
-from nearfield.training.loop import TrainingInputs
 from nearfield.training.memory import FAST_MICRO_BATCH_TOKENS, Budget
+from nearfield.training.non_finite import non_finite_error
 from nearfield.training.optimizer_configs import AdamWConfig
 from nearfield.training.optimizers import make_optimizer
+from nearfield.training.out_of_memory import halve_budget
 from nearfield.training.step import StepResult
 from tests.training.making import SIZES, make_tokens
 
@@ -97,7 +99,7 @@ def test_budgets_are_halved_down_to_the_smallest() -> None:
         budget = budget.halved()  # type: ignore[assignment]
     assert seen == [(100, 1001), (50, 500), (25, 250), (16, 125)]
     with pytest.raises(BadInputError) as error:
-        loop._halve(Budget(16, 125), 4)
+        halve_budget(Budget(16, 125), 4)
     assert error.value.what == "memory ran out in step 5 with 16 tokens at a time, and less is no use"
     assert error.value.where == "encoder.max_length"
     assert error.value.hint is not None
@@ -122,11 +124,11 @@ def test_optimizer_settings() -> None:
 
 def test_steps_run_through_the_epochs(inputs: TrainingInputs) -> None:
     for step, (epoch, inner) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]):
-        found, batch = loop.batch_of_step(inputs.plans, step)
+        found, batch = batch_of_step(inputs.plans, step)
         assert found == epoch
         assert batch.query.tolist() == inputs.plans[epoch].batch(inner).query.tolist()
     with pytest.raises(IndexError, match="the plans have fewer steps"):
-        loop.batch_of_step(inputs.plans, 6)
+        batch_of_step(inputs.plans, 6)
 
 
 def test_lengths_are_those_with_the_prompt() -> None:
@@ -143,7 +145,7 @@ def test_similarities_of_queries_and_documents() -> None:
     """Rows of several lengths; the hardest of the first query is its own negative, of the second another's positive."""
     queries = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
     documents = torch.tensor([[0.6, 0.8], [4.0, 3.0], [0.0, -5.0], [-1.0, 0.0]])
-    figures = loop.watch(seen(queries, documents))
+    figures = gradient.watch(seen(queries, documents))
     assert set(figures) == {"positive_similarity", "hardest_negative_similarity"}
     assert figures["positive_similarity"] == pytest.approx((0.6 - 1.0) / 2)
     assert figures["hardest_negative_similarity"] == pytest.approx((0.8 + 0.8) / 2)
@@ -161,10 +163,10 @@ def test_of_many_queries_some_are_watched(monkeypatch: pytest.MonkeyPatch) -> No
     angles = torch.arange(9.0) / 10
     queries = torch.stack([angles.cos(), angles.sin()], dim=1)
     documents = torch.eye(2).repeat(9, 1)
-    whole = loop.watch(seen(queries, documents))
+    whole = gradient.watch(seen(queries, documents))
     assert whole["positive_similarity"] == pytest.approx(float(angles.cos().mean()))
-    monkeypatch.setattr(loop, "_WATCHED_QUERIES", 3)
-    part = loop.watch(seen(queries, documents))
+    monkeypatch.setattr(gradient, "_WATCHED_QUERIES", 3)
+    part = gradient.watch(seen(queries, documents))
     assert part["positive_similarity"] == pytest.approx(float(angles[[0, 4, 8]].cos().mean()))
 
 
@@ -199,9 +201,9 @@ def test_what_is_not_finite_is_named(
     inputs: TrainingInputs, tmp_path: Path, rows: list[float], loss: float, norm: float, what: str, slots: list[int]
 ) -> None:
     batch, result = broken(len(rows), loss)
-    error = loop._non_finite(tmp_path, 7, batch, result, inputs, Told(rows), norm, writes=False)
+    error = non_finite_error(tmp_path, 7, batch, result, inputs, Told(rows), norm, writes=False)
     assert not (tmp_path / "non_finite.json").exists(), "one rank writes it"
-    error = loop._non_finite(tmp_path, 7, batch, result, inputs, Told(rows), norm, writes=True)
+    error = non_finite_error(tmp_path, 7, batch, result, inputs, Told(rows), norm, writes=True)
     assert isinstance(error, NonFiniteError)
     assert error.exit_code == 4
     assert error.what == what

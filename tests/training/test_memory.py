@@ -14,8 +14,8 @@ from nearfield.objectives.config import InfoNCEConfig
 from nearfield.training import memory
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import Engine
+from nearfield.training.inputs import TrainingInputs
 from nearfield.training.launch import Launch
-from nearfield.training.loop import TrainingInputs
 from nearfield.training.machine import available_main_memory, peak_resident_bytes, resident_bytes
 from nearfield.training.measure import AllocationTracker, Line, fit_line, measure_chunk, no_trace, run_chunk
 from nearfield.training.memory import (

@@ -20,11 +20,13 @@ import torch
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, NonFiniteError, OutOfMemoryStopError, StoppedError
 from nearfield.objectives import InfoNCEConfig
-from nearfield.training import TrainingConfig, checkpoint, loop
+from nearfield.training import TrainingConfig, checkpoint, gradient, loop
 from nearfield.training import step as step_module
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.checkpoint import checkpoint_paths, newest_checkpoint, read_tensors
-from nearfield.training.loop import TrainingInputs, TrainingResult, train
+from nearfield.training.evaluating import Evaluations
+from nearfield.training.inputs import TrainingInputs
+from nearfield.training.loop import TrainingResult, train
 from nearfield.training.metrics import read_metrics
 from tests.training.making import SIZES, make_plan
 
@@ -56,7 +58,7 @@ Go = Callable[..., TrainingResult]
 def spy_on_steps(monkeypatch: pytest.MonkeyPatch, before: Callable[[dict[str, Any]], None] | None = None) -> list[Any]:
     """Every call of ``run_step`` from here on: its pool, features, chunks, known positives and keywords."""
     calls: list[Any] = []
-    run_step = loop.run_step
+    run_step = gradient.run_step
 
     def spy(backend, objective, work, make_features, **keywords):  # type: ignore[no-untyped-def]
         features = [make_features(chunk) for chunk in work.chunks]
@@ -69,7 +71,7 @@ def spy_on_steps(monkeypatch: pytest.MonkeyPatch, before: Callable[[dict[str, An
             before(keywords)
         return run_step(backend, objective, work, make_features, **keywords)
 
-    monkeypatch.setattr(loop, "run_step", spy)
+    monkeypatch.setattr(gradient, "run_step", spy)
     return calls
 
 
@@ -315,14 +317,14 @@ def test_precisions_of_one_process(go: Go) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: int = 0) -> None:
     """Make the loss or the gradient of a step not a number."""
-    run_step, encode_chunk, backward = loop.run_step, step_module.encode_chunk, ReplicatedBackend.backward
+    run_step, encode_chunk, backward = gradient.run_step, step_module.encode_chunk, ReplicatedBackend.backward
     now: list[int] = []
 
     def watched(*arguments: Any, **keywords: Any) -> Any:
         now[:] = [keywords["step"]]
         return run_step(*arguments, **keywords)
 
-    monkeypatch.setattr(loop, "run_step", watched)
+    monkeypatch.setattr(gradient, "run_step", watched)
 
     def encode(*arguments: Any) -> torch.Tensor:
         embeddings: torch.Tensor = encode_chunk(*arguments)
@@ -378,6 +380,26 @@ def test_after_a_step_that_is_not_finite_the_last_good_state_goes_on(
     assert same_tensors(tmp_path / "run", tmp_path / "plain")
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_checkpoint_of_the_last_good_state_is_not_written_again(
+    go: Go, tmp_path: Path, resumed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "step-00000003"
+    settings = {"checkpoints": {"every_steps": 3}}
+    if resumed:
+        with monkeypatch.context() as patch, pytest.raises(StoppedError):
+            stop_at(patch, 3)
+            go(**settings)
+    written: list[Path] = []
+    write = checkpoint.write_checkpoint
+    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda path, *rest: (written.append(path), write(path, *rest)))
+    poison(monkeypatch, "the loss", at=3)
+    with pytest.raises(NonFiniteError, match="step 4"):
+        go(**settings)
+    assert written == ([] if resumed else [folder])
+    assert checkpoint.open_checkpoint(folder).step == 3
+
+
 def same_tensors(one: Path, other: Path) -> bool:
     found = [newest_checkpoint(run / "checkpoints") for run in (one, other)]
     assert found[0] is not None and found[1] is not None
@@ -399,8 +421,8 @@ class ShortOfMemory:
         self.pushes = 0
         self.queries: list[tuple[int, list[int]]] = []
         self.weights: list[torch.Tensor] = []
-        self.run_step, self.encode_chunk = loop.run_step, step_module.encode_chunk
-        monkeypatch.setattr(loop, "run_step", self.step)
+        self.run_step, self.encode_chunk = gradient.run_step, step_module.encode_chunk
+        monkeypatch.setattr(gradient, "run_step", self.step)
         monkeypatch.setattr(step_module, "encode_chunk", self.encode)
 
     def fail(self) -> None:
@@ -517,6 +539,39 @@ def test_where_a_step_cannot_be_repeated_the_last_checkpoint_gets_half_the_budge
     assert all(features["input_ids"].numel() <= 50 for call in calls for features in call.features)
 
 
+@pytest.mark.parametrize("place", ["update", "evaluation"])
+def test_memory_that_runs_out_beside_the_step_ends_the_run_with_half_the_budget(
+    go: Go, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, updates = ReplicatedBackend.update, 0
+
+    def short(self: ReplicatedBackend, *arguments: Any) -> Any:
+        nonlocal updates
+        updates += 1
+        if updates == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return update(self, *arguments)
+
+    def scores(encode: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    settings: dict[str, Any] = {"micro_batch_tokens": 100, "graph_tokens": 1000, "checkpoints": {"every_steps": 3}}
+    with monkeypatch.context() as patch:
+        if place == "update":
+            patch.setattr(ReplicatedBackend, "update", short)
+        else:
+            patch.setattr(Evaluations, "due", lambda self, done: done == 4)
+            patch.setattr(Evaluations, "run", lambda self, *rest: scores(None))
+        with pytest.raises(OutOfMemoryStopError) as error:
+            go(**settings)
+    where = {"update": "the update of step 4", "evaluation": "the evaluation after step 4"}[place]
+    assert error.value.what == f"memory ran out in {where} with 100 tokens at a time"
+    found = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert (found.step, found.state["micro_batch_tokens"], found.state["graph_tokens"]) == (3, 50, 500)
+    assert go(**settings).resumed_from == 3
+
+
 def test_memory_that_runs_out_in_the_first_step_finds_a_checkpoint(
     go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -581,7 +636,7 @@ def test_of_several_batches_the_one_that_is_not_finite_is_named(
     go: Go, inputs: TrainingInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of two: its queries, not those that stand at the same places of the first."""
-    run_step = loop.run_step
+    run_step = gradient.run_step
     calls: list[None] = []
 
     def second(backend: Any, objective: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -592,7 +647,7 @@ def test_of_several_batches_the_one_that_is_not_finite_is_named(
         broken = replace(result.batch, queries=result.batch.queries * torch.tensor([[1.0], [NAN]]))
         return replace(result, word=replace(result.word, loss=NAN), batch=broken)
 
-    monkeypatch.setattr(loop, "run_step", second)
+    monkeypatch.setattr(gradient, "run_step", second)
     with pytest.raises(NonFiniteError):
         go(averaged_batches=2)
     report = json.loads((tmp_path / "run" / "non_finite.json").read_text())

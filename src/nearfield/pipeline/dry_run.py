@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from nearfield.training.forecast import Forecast
-    from nearfield.training.loop import TrainingInputs
+    from nearfield.training.inputs import TrainingInputs
 
 logger = logging.getLogger("nearfield.pipeline")
 
@@ -109,7 +109,7 @@ def _measure(stages: Stages, trial_seconds: float) -> tuple[Forecast, int, int |
     import torch
 
     from nearfield.training.engine import pick_device
-    from nearfield.training.loop import TrainingInputs
+    from nearfield.training.inputs import TrainingInputs
 
     recipe, launch = stages.recipe, stages.launch
     device = pick_device(recipe.training, launch)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nearfield.pipeline.during import prepare_training_suite
-from nearfield.pipeline.training import TrainingStage, set_aside
 from nearfield.pipeline.freshness import Freshness
 from nearfield.pipeline.preparing import PreparingStages
 from nearfield.pipeline.run import Run, StageStatus
 from nearfield.pipeline.scoring import ScoringStages
+from nearfield.pipeline.training import TrainingStage, set_aside
 from nearfield.training.launch import Launch
 
 

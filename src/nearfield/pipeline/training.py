@@ -28,7 +28,8 @@ class TrainingStage(Artifacts):
     def train(self) -> dict[str, Any]:
         """Train from the newest checkpoint on and save the model."""
         from nearfield.training.engine import pick_device
-        from nearfield.training.loop import TrainingInputs, train
+        from nearfield.training.inputs import TrainingInputs
+        from nearfield.training.loop import train
 
         store, folder = self._store(), self.run.folder
         plans, hashes = self._plans()

@@ -53,6 +53,8 @@ class CheckpointWriter:
         self.writes = writes
         self.protected: set[int] = set()
         """Steps whose checkpoints are never removed."""
+        self.newest: int | None = None
+        """The step of the last checkpoint."""
         self._thread: threading.Thread | None = None
         self._error: NearfieldError | None = None
 
@@ -79,8 +81,9 @@ class CheckpointWriter:
     ) -> Path:
         """Write ``step-XXXXXXXX`` aside, rename it, then remove the oldest beyond ``keep_last``; collective."""
         copies = [_copies(tensors, keep=self.writes) for tensors in (model, optimizer)]
-        path = self.folder / f"step-{step:08d}"
+        path = self.path(step)
         self.wait()
+        self.newest = step
         if self.writes:
             work = threading.Thread(target=self._write, args=(path, step, *copies, state), name="nearfield-checkpoint")
             work.start()
@@ -88,6 +91,10 @@ class CheckpointWriter:
             if not self.background:
                 self.wait()
         return path
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.folder / f"step-{step:08d}"
 
     def wait(self) -> None:
         """Wait until nothing is being written; raise what went wrong."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from nearfield.console import track
 from nearfield.training.costs import PlanCosts, StepCost
 from nearfield.training.forecast import Forecast, Memory, overlaps, peak_bytes, reset_peak, slowest
-from nearfield.training.loop import TrainingInputs, batch_gradient, watch
+from nearfield.training.gradient import batch_gradient, watch
+from nearfield.training.inputs import TrainingInputs
 from nearfield.training.measure import Line, fit_line
 from nearfield.training.memory import Budget, Profile
 from nearfield.training.stopping import StopRequest

@@ -1,0 +1,39 @@
+"""What the training loop follows and feeds on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nearfield.batching.plan import Batch, Plan
+from nearfield.batching.planner import Rows
+from nearfield.data.tokens import TokenCache
+from nearfield.training.evaluating import Evaluate
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What the loop follows and feeds on."""
+
+    plans: Sequence[Plan]
+    """One an epoch."""
+    plan_hashes: Sequence[str]
+    tokens: TokenCache
+    known_positives: Callable[[int], Rows]
+    """Query item row -> its known positive item rows."""
+    item_ids: Callable[[Rows], list[str]]
+    """Item rows -> their ids in hex, for messages."""
+    evaluate: Evaluate | None = None
+    """What scores the model during the training, where the configuration asks for it."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What trackers show beside the figures: the run's name and settings."""
+
+
+def batch_of_step(plans: Sequence[Plan], step: int) -> tuple[int, Batch]:
+    """The epoch and the batch of a step of the whole run."""
+    for epoch, plan in enumerate(plans):
+        if step < len(plan):
+            return epoch, plan.batch(step)
+        step -= len(plan)
+    raise IndexError("the plans have fewer steps")
