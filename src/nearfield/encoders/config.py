@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 from nearfield.config import Config
 
 
-def _resolve_model(model: str, info: ValidationInfo) -> str:
+def resolve_model(model: str, info: ValidationInfo) -> str:
     """A folder beside the recipe becomes its absolute path; anything else is a hub id and stays as it is."""
     base = (info.context or {}).get("base")
     path = Path(model).expanduser()
@@ -58,7 +58,7 @@ class EncoderConfig(Config):
     """A sentence-transformers model, or a plain transformers encoder, by folder or hub id."""
 
     kind: Literal["sentence_transformer"] = "sentence_transformer"
-    model: Annotated[str, AfterValidator(_resolve_model)] = "sentence-transformers/all-MiniLM-L6-v2"
+    model: Annotated[str, AfterValidator(resolve_model)] = "sentence-transformers/all-MiniLM-L6-v2"
     """A folder (relative to the recipe) or a hub id."""
     revision: str | None = None
     """The commit of the hub model; null takes the newest, or the pinned one of the offline package."""

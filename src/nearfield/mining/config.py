@@ -1,0 +1,379 @@
+"""Settings of mining: who scores (teachers), how the corpus is searched, which candidates become negatives (rules)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from nearfield.config import Config, ConfigPath
+from nearfield.encoders.config import RolePrompts, resolve_model
+
+if TYPE_CHECKING:
+    from nearfield.mining.rules import Rule
+
+ModelName = Annotated[str, AfterValidator(resolve_model)]
+Positive = Annotated[int, Field(ge=1)]
+
+# Teachers
+
+
+class SentenceTransformerTeacher(Config):
+    """An embedding model by folder (a run's ``model`` too) or hub id; scores are cosines."""
+
+    kind: Literal["sentence_transformer"] = "sentence_transformer"
+    model: ModelName | None = None
+    """Null takes the model that the recipe trains from, as it is before training."""
+    revision: str | None = None
+    max_length: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
+    prompts: RolePrompts = RolePrompts()
+    """Put before texts; null takes the model's own prompt of the role."""
+    trust_remote_code: bool = False
+
+
+class VectorsTeacher(Config):
+    """Vectors from files, made by any program; scores are cosines.
+
+    Parquet files have the columns ``id`` (an item's id: 16 bytes, or 32 hex digits) and ``vector``. A ``.npy`` file is float
+    [n, d] with the ids beside it in ``NAME.ids.txt``, a line each.
+    """
+
+    kind: Literal["vectors"] = "vectors"
+    documents: ConfigPath
+    queries: ConfigPath | None = None
+    """Null looks queries up in the file of documents."""
+
+
+class BM25Teacher(Config):
+    """Words in common (BM25, by bm25s). A document that shares no word with the query is no candidate."""
+
+    kind: Literal["bm25"] = "bm25"
+    k1: Annotated[float, Field(gt=0)] = 1.5
+    b: Annotated[float, Field(ge=0, le=1)] = 0.75
+    language: str | None = "english"
+    """Of the Snowball stemmer and, for English, the stop words; null takes words as they are."""
+
+
+Retriever = Annotated[SentenceTransformerTeacher | VectorsTeacher | BM25Teacher, Field(discriminator="kind")]
+
+
+class CrossEncoderTeacher(Config):
+    """A cross-encoder scores the candidates that another teacher finds."""
+
+    kind: Literal["cross_encoder"] = "cross_encoder"
+    model: ModelName
+    revision: str | None = None
+    retrieve: Retriever = SentenceTransformerTeacher()
+    """Who finds the candidates."""
+    scale: Literal["sigmoid", "none"] = "sigmoid"
+    """``sigmoid`` brings logits to 0 to 1, where margins mean something; ``none`` takes the model's raw numbers."""
+    max_length: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
+    trust_remote_code: bool = False
+
+
+Member = Annotated[
+    SentenceTransformerTeacher | VectorsTeacher | BM25Teacher | CrossEncoderTeacher, Field(discriminator="kind")
+]
+
+
+class EnsembleTeacher(Config):
+    """Several teachers: each finds candidates, all score all of them."""
+
+    kind: Literal["ensemble"] = "ensemble"
+    members: Annotated[tuple[Member, ...], Field(min_length=2)]
+    fusion: Literal["rank", "score"] = "rank"
+    """``rank`` sums weight / (60 + rank) over the members, ranks counted among the query's candidates and positives
+    (reciprocal rank fusion); ``score`` takes the weighted mean of the members' scores, which must be on one scale."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """One a member; null weighs all alike."""
+
+    @model_validator(mode="after")
+    def _one_weight_a_member(self) -> Self:
+        if self.weights is not None and len(self.weights) != len(self.members):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.members)} members")
+        return self
+
+
+TeacherConfig = Annotated[
+    SentenceTransformerTeacher | VectorsTeacher | BM25Teacher | CrossEncoderTeacher | EnsembleTeacher,
+    Field(discriminator="kind"),
+]
+DenseTeacher = SentenceTransformerTeacher | VectorsTeacher
+
+
+def dense_teachers(teacher: Any) -> list[DenseTeacher]:
+    """The teachers in a teacher that make vectors, each once."""
+    if isinstance(teacher, SentenceTransformerTeacher | VectorsTeacher):
+        return [teacher]
+    parts = teacher.members if isinstance(teacher, EnsembleTeacher) else ()
+    parts = (teacher.retrieve,) if isinstance(teacher, CrossEncoderTeacher) else parts
+    found: list[DenseTeacher] = []
+    for part in parts:
+        found += [dense for dense in dense_teachers(part) if dense not in found]
+    return found
+
+
+# Search
+
+
+class ExactSearch(Config):
+    """All documents are compared: the true best."""
+
+    kind: Literal["exact"] = "exact"
+
+
+class IVFSearch(Config):
+    """FAISS inverted lists: only the lists nearest to the query are compared."""
+
+    kind: Literal["ivf"] = "ivf"
+    lists: Positive | None = None
+    """Null takes 4 times the square root of the number of documents."""
+    probes: Positive = 32
+    """Lists looked at for a query."""
+    sample: Positive = 1_000
+    """Queries that the recall is measured on."""
+
+
+class HNSWSearch(Config):
+    """FAISS navigable small-world graph."""
+
+    kind: Literal["hnsw"] = "hnsw"
+    links: Annotated[int, Field(ge=2, le=512)] = 32
+    build_width: Positive = 200
+    width: Positive = 256
+    """Candidates held while a query is searched; more finds more."""
+    sample: Positive = 1_000
+    """Queries that the recall is measured on."""
+
+
+SearchConfig = Annotated[ExactSearch | IVFSearch | HNSWSearch, Field(discriminator="kind")]
+
+# Rules
+
+
+class RuleConfig(Config):
+    """What every rule's settings have."""
+
+    chooses: ClassVar[bool] = False
+    """Whether the rule draws the negatives itself, instead of leaving the best of what is kept."""
+
+    def needs(self) -> int:
+        """Candidates that a query must at least have been searched for."""
+        return 0
+
+    def build(self) -> Rule:
+        """The rule."""
+        raise NotImplementedError
+
+
+class NaiveRule(RuleConfig):
+    """Keeps all: the best candidates become negatives, false ones too."""
+
+    kind: Literal["naive"] = "naive"
+
+    def build(self) -> Rule:
+        """The rule."""
+        from nearfield.mining.rules import Naive
+
+        return Naive()
+
+
+class ShiftedRule(RuleConfig):
+    """Passes over the first ranks (NV-Retriever, arXiv 2407.15831: top-k shifted by N)."""
+
+    kind: Literal["shifted"] = "shifted"
+    skip: Positive = 10
+
+    def needs(self) -> int:
+        """The ranks passed over."""
+        return self.skip
+
+    def build(self) -> Rule:
+        """The rule."""
+        from nearfield.mining.rules import Shifted
+
+        return Shifted(self.skip)
+
+
+class AbsoluteRule(RuleConfig):
+    """Keeps candidates that score below a fixed number (NV-Retriever: TopK-Abs)."""
+
+    kind: Literal["absolute"] = "absolute"
+    below: float = 0.7
+
+    def build(self) -> Rule:
+        """The rule."""
+        from nearfield.mining.rules import Absolute
+
+        return Absolute(self.below)
+
+
+class MarginToPositiveRule(RuleConfig):
+    """Keeps candidates that score below the positive's score less a margin (NV-Retriever: TopK-MarginPos)."""
+
+    kind: Literal["margin_to_positive"] = "margin_to_positive"
+    margin: Annotated[float, Field(ge=0)] = 0.05
+
+    def build(self) -> Rule:
+        """The rule."""
+        from nearfield.mining.rules import MarginToPositive
+
+        return MarginToPositive(self.margin)
+
+
+class PercentOfPositiveRule(RuleConfig):
+    """Keeps candidates that score below a share of the positive's score (NV-Retriever: TopK-PercPos).
+
+    The bar lies (1 - share) of the score's size below it, also where the score is negative.
+    """
+
+    kind: Literal["percent_of_positive"] = "percent_of_positive"
+    share: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+    def build(self) -> Rule:
+        """The rule."""
+        from nearfield.mining.rules import PercentOfPositive
+
+        return PercentOfPositive(self.share)
+
+
+class AdaptiveMarginRule(RuleConfig):
+    """Keeps candidates below the positive's score less a margin that moves with that score (after LG-ANNA, arXiv 2506.07438).
+
+    The paper's constants are unknown; these are ours: the margin goes in a straight line from ``at_zero`` to ``at_one``, as
+    the positive's score goes from 0 to 1. A pair that the teacher doubts needs the wider gap.
+    """
+
+    kind: Literal["adaptive_margin"] = "adaptive_margin"
+    at_zero: Annotated[float, Field(ge=0)] = 0.1
+    at_one: Annotated[float, Field(ge=0)] = 0.05
+
+    def build(self) -> Rule:
+        """The rule."""
+        from nearfield.mining.rules import AdaptiveMargin
+
+        return AdaptiveMargin(self.at_zero, self.at_one)
+
+
+class RankWindowRule(RuleConfig):
+    """Draws negatives evenly from a window of ranks, counted from 0 (KaLM-Embedding-V2, arXiv 2506.20923: 50 to 100)."""
+
+    chooses: ClassVar[bool] = True
+
+    kind: Literal["rank_window"] = "rank_window"
+    start: Annotated[int, Field(ge=0)] = 50
+    stop: Positive = 100
+
+    def needs(self) -> int:
+        """The end of the window."""
+        return self.stop
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.start >= self.stop:
+            raise ValueError(f"the window from {self.start} to {self.stop} is empty")
+        return self
+
+    def build(self) -> Rule:
+        """The rule."""
+        from nearfield.mining.rules import RankWindow
+
+        return RankWindow(self.start, self.stop)
+
+
+class SampledTopKRule(RuleConfig):
+    """Draws negatives among the best ``k`` kept, likelier the higher they score (NV-Retriever: sampled top-k)."""
+
+    chooses: ClassVar[bool] = True
+
+    kind: Literal["sampled_top_k"] = "sampled_top_k"
+    k: Positive = 10
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Of the softmax over scores; large draws evenly."""
+    keep_first: bool = False
+    """Always take the best one and draw the rest."""
+
+    def needs(self) -> int:
+        """Those drawn from."""
+        return self.k
+
+    def build(self) -> Rule:
+        """The rule."""
+        from nearfield.mining.rules import SampledTopK
+
+        return SampledTopK(self.k, self.temperature, self.keep_first)
+
+
+class ConsistencyRule(RuleConfig):
+    """Keeps an example only if its best positive is among the first ``top`` of the corpus (E5, arXiv 2212.03533: 2; KaLM: 51).
+
+    Documents that score exactly as much as the positive do not count against it.
+    """
+
+    kind: Literal["consistency"] = "consistency"
+    top: Positive = 2
+
+    def needs(self) -> int:
+        """The ranks looked at."""
+        return self.top
+
+    def build(self) -> Rule:
+        """The rule."""
+        from nearfield.mining.rules import Consistency
+
+        return Consistency(self.top)
+
+
+AnyRule = Annotated[
+    NaiveRule
+    | ShiftedRule
+    | AbsoluteRule
+    | MarginToPositiveRule
+    | PercentOfPositiveRule
+    | AdaptiveMarginRule
+    | RankWindowRule
+    | SampledTopKRule
+    | ConsistencyRule,
+    Field(discriminator="kind"),
+]
+
+
+class MiningConfig(Config):
+    """Hard negatives for the examples of the training split."""
+
+    teacher: TeacherConfig | None = None
+    """Null takes the recipe's ``teacher``."""
+    rules: tuple[AnyRule, ...] = (PercentOfPositiveRule(),)
+    """Applied one after another."""
+    negatives: Positive = 4
+    """Negatives an example; one that is left with fewer has fewer, and is listed."""
+    depth: Positive | None = None
+    """Candidates that the rules see; null takes 100, or more where a rule needs it."""
+    corpus: Literal["source", "sources"] = "source"
+    """Where negatives come from: the documents of the example's own source, or of all sources that are trained on."""
+    explicit: Literal["keep", "replace"] = "keep"
+    """Whether negatives that the data brings stay beside the mined ones."""
+    search: SearchConfig = ExactSearch()
+    memory_mib: Annotated[int, Field(ge=16)] = 1_024
+    """Memory that an exact search may hold beside the vectors."""
+
+    @property
+    def searched(self) -> int:
+        """Candidates that the rules see."""
+        return self.depth or max(100, self.least)
+
+    @property
+    def least(self) -> int:
+        """Candidates that the rules at least need."""
+        return max([self.negatives, *(rule.needs() for rule in self.rules)])
+
+    @model_validator(mode="after")
+    def _rules_fit(self) -> Self:
+        choosing = [rule for rule in self.rules if rule.chooses]
+        if len(choosing) > 1:
+            raise ValueError(f"only one rule can draw the negatives; {' and '.join(r.kind for r in choosing)} both do")
+        if choosing and self.rules[-1] is not choosing[0]:
+            raise ValueError(f"the rule {choosing[0].kind} draws the negatives, so it must be the last")
+        if self.depth is not None and self.depth < self.least:
+            raise ValueError(f"depth {self.depth} is less than the {self.least} candidates that the rules need")
+        return self
