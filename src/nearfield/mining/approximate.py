@@ -114,7 +114,6 @@ def _build(documents: Vectors, config: IVFSearch | HNSWSearch, seed: int) -> Any
         lists = min(lists, max(1, len(documents)))
         quantizer = faiss.IndexFlatIP(dimension)
         index = faiss.IndexIVFFlat(quantizer, dimension, lists, faiss.METRIC_INNER_PRODUCT)
-        index.quantizer_of_ours = quantizer
         index.cp.seed = derive_seed(seed, "mine", "ivf") % (1 << 31)
         index.cp.min_points_per_centroid = 1
         index.cp.max_points_per_centroid = _TRAIN_A_LIST
