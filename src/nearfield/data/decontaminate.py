@@ -1,0 +1,382 @@
+"""Training texts against the texts of benchmarks.
+
+The training side is indexed once, the texts of each task stream by. Held in memory: for each training text its words as
+hashes (8 bytes a word), the word sequences (16 bytes each), 700 bytes of MinHash and, with an encoder, its vector.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from nearfield.console import track
+from nearfield.data.contamination import (
+    KINDS,
+    ROLES,
+    TRAINING_ROLES,
+    ContaminationReport,
+    MatchExample,
+    Removal,
+    TaskContamination,
+)
+from nearfield.data.decontamination_config import DecontaminationConfig
+from nearfield.data.items import canonical_text
+from nearfield.data.near import Encode, NearIndex, TextSets, Vectors, near_vectors, normal_keys, unit
+from nearfield.data.normal import WordHashes, hash64
+from nearfield.data.readers.base import excerpt
+from nearfield.data.shingles import Ragged, Rows, concatenate, hash_words, starts
+from nearfield.errors import BadInputError
+
+if TYPE_CHECKING:
+    from nearfield.data.store import Store
+
+VERSION = 1
+"""Raised when the same texts give another report."""
+
+_BLOCK = 8192
+_BLOCK_CHARACTERS = 16 << 20
+_PIECE = 8_000_000
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkText:
+    """A text of a task; a query or document that has several forms comes several times in a row."""
+
+    id: str
+    role: str
+    """One of :data:`nearfield.data.contamination.ROLES`."""
+    text: str
+
+
+@dataclass(frozen=True)
+class BenchmarkTask:
+    """A task's name and its texts, which are read when they are asked for. Reading may raise BadInputError."""
+
+    name: str
+    texts: Callable[[], Iterable[BenchmarkText]]
+
+
+@dataclass
+class _Found:
+    """Matches of a block: pairs (training text, benchmark text) with their similarity, for one kind."""
+
+    pairs: Rows
+    similarity: npt.NDArray[np.float64]
+
+
+class TrainingTexts:
+    """The different texts of a store's training examples, and what they are there."""
+
+    def __init__(self, store: Store, sources: Sequence[str], split: str) -> None:
+        self.store = store
+        roles = np.zeros((len(TRAINING_ROLES), store.items.num_rows), dtype=np.bool_)
+        for name in sources:
+            part = store.examples.take(store.select(name, split))
+            roles[0, part["query"].to_numpy()] = True
+            for number, column in ((1, "positives"), (2, "negatives")):
+                roles[number, part[column].combine_chunks().flatten().to_numpy()] = True
+        self.items: Rows = np.flatnonzero(roles.any(axis=0)).astype(np.int64)
+        self.roles = roles[:, self.items]
+
+    def batches(self) -> Iterator[list[str]]:
+        """The texts in the order of ``items``."""
+        for start in range(0, len(self.items), _BLOCK):
+            yield self.store.texts(self.items[start : start + _BLOCK])
+
+
+class TrainingIndex:
+    """Everything that benchmark texts are compared with."""
+
+    def __init__(
+        self, batches: Iterable[Sequence[str]], config: DecontaminationConfig, encode: Encode | None = None
+    ) -> None:
+        self.config = config
+        self.encode = encode
+        self.known = WordHashes()
+        sets, grams, exact, normal = [], [], [], []
+        vectors: list[Vectors] = []
+        for texts in batches:
+            split = hash_words(texts, self.known)
+            sets.append(TextSets.of(texts, self.known, split))
+            grams.append(split.sequences(config.ngram).distinct())
+            exact.append(_exact_keys(texts))
+            normal.append(normal_keys(texts))
+            if encode is not None:
+                vectors.append(unit(encode(texts)))
+        self.near = NearIndex(TextSets.join(sets), config.rule())
+        self.exact = _Keys(exact)
+        forms = np.concatenate([np.empty(0, dtype=np.uint64), *normal])
+        some = np.flatnonzero(forms)
+        # A text of signs alone has no normal form; equal ones are exact matches.
+        self.normal = _Keys([forms[some]], some)
+        every = concatenate(grams)
+        self.gram_sizes = every.sizes
+        self.grams = _Keys([every.values], every.owners)
+        self.vectors = np.concatenate(vectors) if vectors else None
+        self.long = (self.near.sets.split.sizes >= config.min_words) & (self.near.sets.letters >= config.min_characters)
+
+    def __len__(self) -> int:
+        return len(self.gram_sizes)
+
+    def matches(self, texts: Sequence[str]) -> tuple[dict[str, _Found], Rows]:
+        """Matches of benchmark texts by kind, and the training texts that share any word sequence with one."""
+        split = hash_words(texts, self.known)
+        sets = TextSets.of(texts, self.known, split)
+        found = {
+            "exact": _ones(self.exact.pairs(_exact_keys(texts))),
+            "normalised": _ones(self.normal.pairs(normal_keys(texts))),
+        }
+        found["ngram"], some = self._sequences(split.sequences(self.config.ngram).distinct())
+        found["minhash"] = _Found(*self.near.matches(sets))
+        if self.encode is not None and self.vectors is not None:
+            found["embedding"] = self._vectors(texts, sets)
+        return found, some
+
+    def _sequences(self, grams: Ragged) -> tuple[_Found, Rows]:
+        """Pairs by the share of the word sequences of the text with fewer."""
+        owners, sizes = grams.owners, grams.sizes
+        width = len(grams)
+        pieces = self.grams.pieces(grams.values, self.config.common)
+        parts = [pairs[:, 0] * width + owners[pairs[:, 1]] for pairs in pieces]
+        keys, times = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *parts]), return_counts=True)
+        pairs = np.stack([keys // max(width, 1), keys % max(width, 1)], axis=1)
+        share = times / np.maximum(np.minimum(self.gram_sizes[pairs[:, 0]], sizes[pairs[:, 1]]), 1)
+        kept = share >= self.config.ngram_share
+        return _Found(pairs[kept], share[kept]), np.unique(pairs[:, 0])
+
+    def _vectors(self, texts: Sequence[str], sets: TextSets) -> _Found:
+        assert self.encode is not None and self.vectors is not None
+        mine = np.flatnonzero(self.long)
+        config = self.config
+        theirs = np.flatnonzero((sets.split.sizes >= config.min_words) & (sets.letters >= config.min_characters))
+        pairs, cosines = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.float64)]
+        if len(theirs) and len(mine):
+            vectors = unit(self.encode([texts[place] for place in theirs.tolist()]))
+            for part, cosine in near_vectors(self.vectors[mine], vectors, config.cosine):
+                pairs.append(np.stack([mine[part[:, 0]], theirs[part[:, 1]]], axis=1))
+                cosines.append(cosine.astype(np.float64))
+        return _Found(np.concatenate(pairs), np.concatenate(cosines))
+
+
+class _Keys:
+    """Hashes of training texts, sorted, with the text of each."""
+
+    def __init__(self, parts: Sequence[npt.NDArray[np.uint64]], owners: Rows | None = None) -> None:
+        keys = np.concatenate([np.empty(0, dtype=np.uint64), *parts])
+        order = np.argsort(keys, kind="stable")
+        self._sorted = keys[order]
+        self._owners = order.astype(np.int64) if owners is None else owners[order]
+
+    def pairs(self, queries: npt.NDArray[np.uint64]) -> Rows:
+        """Pairs (training text, query) of equal hashes, [p, 2]."""
+        return np.concatenate([np.empty((0, 2), dtype=np.int64), *self.pieces(queries)])
+
+    def pieces(self, queries: npt.NDArray[np.uint64], most: int | None = None) -> Iterator[Rows]:
+        """The same in pieces of bounded size; a hash of more than ``most`` training texts is passed over."""
+        low = np.searchsorted(self._sorted, queries, "left")
+        counts = np.searchsorted(self._sorted, queries, "right") - low
+        if most is not None:
+            counts[counts > most] = 0
+        total = starts(counts)
+        begin = 0
+        while begin < len(queries):
+            end = max(int(np.searchsorted(total, total[begin] + _PIECE, "right")) - 1, begin + 1)
+            part = counts[begin:end]
+            offsets = starts(part)
+            places = np.arange(offsets[-1]) + np.repeat(low[begin:end] - offsets[:-1], part)
+            yield np.stack([self._owners[places], np.repeat(np.arange(begin, end), part)], axis=1)
+            begin = end
+
+
+def _exact_keys(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
+    return np.fromiter((hash64(canonical_text(text)) for text in texts), dtype=np.uint64, count=len(texts))
+
+
+def _ones(pairs: Rows) -> _Found:
+    return _Found(pairs, np.ones(len(pairs)))
+
+
+class _Tally:
+    """The matches of one task, added up block by block."""
+
+    def __init__(self, training: TrainingTexts) -> None:
+        self.training = training
+        count = len(training.items)
+        none = len(KINDS)
+        self.best = np.full((len(ROLES), count), none, dtype=np.uint8)
+        """[roles, n]: the strongest kind of each training text against texts of a role."""
+        self.texts: Counter[str] = Counter()
+        self.matched: dict[tuple[str, str], int] = {}
+        self.any_ngram = np.zeros(count, dtype=np.bool_)
+        self.examples: dict[int, list[MatchExample]] = {}
+        self._last: tuple[str, str] | None = None
+
+    def add(self, texts: Sequence[BenchmarkText], found: dict[str, _Found], some: Rows) -> None:
+        """Take in the matches of a block."""
+        for text in texts:
+            if (text.role, text.id) != self._last:
+                self._last = (text.role, text.id)
+                self.texts[text.role] += 1
+        self.any_ngram[some] = True
+        roles = np.fromiter((ROLES.index(text.role) for text in texts), dtype=np.int64, count=len(texts))
+        for kind, name in enumerate(KINDS):
+            if name not in found:
+                continue
+            pairs = found[name].pairs
+            np.minimum.at(self.best, (roles[pairs[:, 1]], pairs[:, 0]), kind)
+            for place in np.unique(pairs[:, 1]).tolist():
+                key = (texts[place].role, texts[place].id)
+                self.matched[key] = min(self.matched.get(key, kind), kind)
+            self._show(kind, texts, found[name], roles)
+
+    def _show(self, kind: int, texts: Sequence[BenchmarkText], found: _Found, roles: Rows) -> None:
+        shown = self.examples.setdefault(kind, [])
+        if len(shown) >= _SHOWN or not len(found.pairs):
+            return
+        distractor = ROLES.index("distractor")
+        for pair, similarity in zip(found.pairs.tolist(), found.similarity.tolist(), strict=True):
+            first, second = pair
+            # A pair that a stronger kind found says nothing new; neither does a distractor.
+            if roles[second] == distractor or self.best[roles[second], first] < kind:
+                continue
+            own = np.flatnonzero(self.training.roles[:, first])[0]
+            text = texts[second]
+            training = self.training.store.texts([self.training.items[first]])[0]
+            shown.append(
+                MatchExample(
+                    KINDS[kind],
+                    round(float(similarity), 4),
+                    excerpt(training),
+                    TRAINING_ROLES[own],
+                    excerpt(text.text),
+                    text.role,
+                    text.id[:200],
+                )
+            )
+            if len(shown) == _SHOWN:
+                return
+
+    def result(self, name: str) -> TaskContamination:
+        """What the task's matches add up to."""
+        strongest = self.best.min(axis=0)
+        matched: dict[str, Counter[str]] = {}
+        for (role, _), kind in self.matched.items():
+            matched.setdefault(role, Counter())[KINDS[kind]] += 1
+        sides = {
+            f"{mine}/{theirs}": int(np.count_nonzero(self.training.roles[i] & (self.best[j] < len(KINDS))))
+            for i, mine in enumerate(TRAINING_ROLES)
+            for j, theirs in enumerate(ROLES)
+        }
+        return TaskContamination(
+            task=name,
+            benchmark={role: self.texts[role] for role in ROLES if self.texts[role]},
+            training=_in_order({kind: int(np.count_nonzero(strongest == i)) for i, kind in enumerate(KINDS)}, KINDS),
+            matched={role: _in_order(matched[role], KINDS) for role in ROLES if role in matched},
+            sides={side: count for side, count in sides.items() if count},
+            any_ngram=int(np.count_nonzero(self.any_ngram)),
+            examples=tuple(example for kind in sorted(self.examples) for example in self.examples[kind]),
+        )
+
+
+def _in_order(counts: dict[str, int] | Counter[str], names: Sequence[str]) -> dict[str, int]:
+    return {name: counts[name] for name in names if counts.get(name)}
+
+
+def decontaminate(
+    store: Store,
+    tasks: Iterable[BenchmarkTask],
+    config: DecontaminationConfig | None = None,
+    *,
+    suite: str = "",
+    suite_fingerprint: str = "",
+    sources: Sequence[str] | None = None,
+    split: str = "train",
+    encode: Encode | None = None,
+    encoder: str | None = None,
+) -> ContaminationReport:
+    """Compare the training texts of a store with the texts of tasks.
+
+    Queries, positives and negatives of the ``split`` of the ``sources`` (null takes all) are compared with every text of
+    every task, whatever the sides: equal, equal after normalisation, by shared word sequences, by near-duplicates of words
+    (MinHash) and, with ``encode``, of vectors. Raises BadInputError where no example is in the split.
+    """
+    config = config or DecontaminationConfig()
+    names = tuple(source.name for source in store.sources) if sources is None else tuple(sources)
+    training = TrainingTexts(store, names, split)
+    if not len(training.items):
+        raise BadInputError(f"no example of {', '.join(names)} is in the split {split!r}", where=str(store.path))
+    index = TrainingIndex(track(training.batches(), "Indexing the training texts"), config, encode)
+    results, why = [], _Removals(training)
+    for task in tasks:
+        tally = _Tally(training)
+        try:
+            for block in _blocks(track(task.texts(), f"Comparing with {task.name}")):
+                tally.add(block, *index.matches([text.text for text in block]))
+        except BadInputError as error:
+            results.append(TaskContamination(task.name, {}, problem=str(error)))
+            continue
+        results.append(tally.result(task.name))
+        why.add(task.name, tally.best)
+    removals = why.result()
+    return ContaminationReport(
+        data=store.fingerprint,
+        suite=suite,
+        suite_fingerprint=suite_fingerprint,
+        sources=names,
+        split=split,
+        settings=config.model_dump(mode="json"),
+        encoder=encoder,
+        training={role: int(n) for role, n in zip(TRAINING_ROLES, training.roles.sum(axis=1).tolist(), strict=True)},
+        texts=len(training.items),
+        tasks=tuple(results),
+        contaminated=len(removals),
+        removals=removals,
+    )
+
+
+class _Removals:
+    """The strongest match of each training text over all tasks, distractors left out."""
+
+    def __init__(self, training: TrainingTexts) -> None:
+        self.training = training
+        self.found: dict[int, tuple[int, str, str]] = {}
+
+    def add(self, task: str, best: npt.NDArray[np.uint8]) -> None:
+        """Take in the matches of a task, [roles, n]."""
+        for number, role in enumerate(ROLES):
+            if role == "distractor":
+                continue
+            for place in np.flatnonzero(best[number] < len(KINDS)).tolist():
+                kind = int(best[number, place])
+                if place not in self.found or kind < self.found[place][0]:
+                    self.found[place] = (kind, task, role)
+
+    def result(self) -> tuple[Removal, ...]:
+        """In the order of the store's items."""
+        places = sorted(self.found)
+        rows = self.training.items[np.asarray(places, dtype=np.int64)]
+        ids = self.training.store.items["id"].take(rows).to_pylist()
+        texts = self.training.store.texts(rows)
+        return tuple(
+            Removal(identity.hex(), KINDS[self.found[place][0]], *self.found[place][1:], excerpt(text))
+            for place, identity, text in zip(places, ids, texts, strict=True)
+        )
+
+
+def _blocks(texts: Iterable[BenchmarkText]) -> Iterator[list[BenchmarkText]]:
+    block: list[BenchmarkText] = []
+    characters = 0
+    for text in texts:
+        block.append(text)
+        characters += len(text.text)
+        if len(block) >= _BLOCK or characters >= _BLOCK_CHARACTERS:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
