@@ -1,0 +1,375 @@
+"""Communities of examples that are good negatives of one another: B3's batch mining (arXiv 2505.11293)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from nearfield.batching.kmeans import Vectors
+from nearfield.batching.neighbours import Excluded, Found, Method, Rows, hide, listed, nearest, top_columns
+from nearfield.errors import BadInputError
+from nearfield.randomness import derive_seed, generator
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+LABEL_BLOCK = 10_000
+"""Examples that the label variant links among each other at a time, as in the authors' code."""
+LABEL_SHARE = 0.3
+"""Share of the labels that an example is linked to, the nearest ones."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A graph cut into groups of one size."""
+
+    groups: Rows
+    """Rows of the nodes, shape (g, size), rising within a group."""
+    unplaced: Rows
+    """Nodes in no group: all without an edge, and fewer than ``size`` others."""
+    isolated: int
+    """Nodes without an edge."""
+    moved: int
+    """Nodes that METIS had put elsewhere and that were moved to make the sizes exact."""
+
+
+@dataclass(frozen=True)
+class Communities:
+    """Groups of exactly ``size`` examples; every example is in one group or left over."""
+
+    groups: Rows
+    """Rows of the examples, shape (g, size)."""
+    left: Rows
+    """Examples in no group, fewer than ``size``."""
+    cut: float
+    """Share of the edges whose two ends are not in one group; 0 where there are no edges."""
+    edges: int
+    """Undirected (mutual) edges."""
+    recall: float | None
+    """Recall of the search at min(rank_to, 30); None: exact."""
+    seconds: dict[str, float]
+    """Wall time of each phase: neighbours, graph, cut."""
+    neighbours: Found
+    """The rank window of each query, shape (n, rank_to - rank_from); -1 where it has fewer."""
+    first: Found
+    """The ranks before the window, shape (n, rank_from)."""
+    isolated: int
+    """Examples without a mutual edge. They fill groups of their own, beside others that point at the same group."""
+    moved: int
+    """Examples moved to make the sizes exact."""
+    recall_all: float | None = None
+    """Recall of the search at rank_to."""
+
+    def completed(self) -> Rows:
+        """The groups, and one more of what is left over, completed by members of other groups that are near to it."""
+        size = self.groups.shape[1]
+        if not len(self.left) or len(self.groups) == 0:
+            return self.groups
+        near = self.neighbours[self.left].T.ravel()
+        candidates = np.concatenate([near[near >= 0], self.groups.ravel()])
+        candidates = candidates[~np.isin(candidates, self.left)]
+        _, first = np.unique(candidates, return_index=True)
+        extra = candidates[np.sort(first)][: size - len(self.left)]
+        return np.concatenate([self.groups, np.concatenate([self.left, extra])[None]])
+
+
+def find_communities(
+    queries: Vectors,
+    documents: Vectors,
+    *,
+    size: int,
+    rank_from: int,
+    rank_to: int,
+    seed: int,
+    method: Method,
+    excluded: Excluded | None = None,
+    labels: npt.NDArray[np.int64] | None = None,
+) -> Communities:
+    """Put n examples into groups of ``size`` that are strong negatives of one another (B3, steps 1 to 5).
+
+    ``queries`` and ``documents`` (n, d) are the teacher's unit vectors of each example's query and positive. Every query
+    ranks all documents but its ``excluded`` ones (its own takes a rank, as in the paper). Ranks before ``rank_from`` are
+    likely false negatives; those in [rank_from, rank_to) become edges where both examples have the other there. METIS
+    cuts the graph into parts, which are then made exactly equal.
+
+    With ``labels`` (n,) the variant for classification: in random blocks of 10,000 an example is linked to all examples
+    of the 30 % of labels, other than its own, that come first in its ranking. ``rank_from`` has no meaning there, and
+    ``neighbours`` holds the nearest rank_to - rank_from documents of these labels in the block.
+    """
+    if len(queries) != len(documents):
+        raise BadInputError(f"{len(queries)} queries and {len(documents)} documents: an example has one of each")
+    if size < 2:
+        raise BadInputError(f"a group of {size} has no negatives", hint="Ask for groups of at least 2.")
+    if not 0 <= rank_from < rank_to:
+        raise BadInputError(f"the rank window [{rank_from}, {rank_to}) is empty")
+    if labels is not None:
+        return _label_communities(queries, documents, labels, size, rank_to - rank_from, seed, excluded)
+    seconds: dict[str, float] = {}
+    begun = time.perf_counter()
+    found = nearest(queries, documents, rank_to, method=method, seed=seed, excluded=excluded)
+    first, window = found.rows[:, :rank_from].copy(), found.rows[:, rank_from:].copy()
+    recalls = found.recall, found.recall_all
+    del found  # its scores are as large as the graph that comes next
+    begun = _lap(seconds, "neighbours", begun)
+    graph = mutual_edges(window)
+    begun = _lap(seconds, "graph", begun)
+    part = partition(graph, size, seed)
+    groups, left = _gather(part.groups, part.unplaced, window, size)
+    edges, cut = graph.nnz // 2, cut_edges(graph, groups)
+    _lap(seconds, "cut", begun)
+    share = cut / edges if edges else 0.0
+    return Communities(
+        groups, left, share, edges, recalls[0], seconds, window, first, part.isolated, part.moved, recalls[1]
+    )
+
+
+def mutual_edges(neighbours: Found) -> csr_array:
+    """The graph (n, n) of the pairs that have one another among their neighbours (n, w); -1 and oneself are no neighbours.
+
+    Mutual edges only: one-sided ones would draw clusters around hubs.
+    """
+    from scipy.sparse import csr_array
+
+    count = len(neighbours)
+    ordered = np.sort(neighbours, axis=1)
+    real = (ordered >= 0) & (ordered != np.arange(count)[:, None])
+    ends = np.concatenate([[0], np.cumsum(np.count_nonzero(real, axis=1))])
+    columns = ordered[real]
+    del ordered, real
+    small = np.int32 if len(columns) < 2**31 else np.int64
+    directed = csr_array(
+        (np.ones(len(columns), np.int8), columns.astype(small), ends.astype(small)), shape=(count, count)
+    )
+    directed.has_canonical_format = True
+    return directed.multiply(directed.T.tocsr()).tocsr()
+
+
+def partition(graph: csr_array, size: int, seed: int) -> Partition:
+    """Cut a symmetric graph into groups of exactly ``size`` nodes: METIS, then moves that cost the fewest edges.
+
+    Nodes without an edge take no part: METIS would strew them over the groups to balance these.
+    """
+    degrees = np.diff(graph.indptr)
+    linked = np.flatnonzero(degrees > 0)
+    isolated = np.flatnonzero(degrees == 0)
+    count = len(linked) // size
+    if count == 0:
+        return Partition(np.empty((0, size), np.int64), np.arange(len(degrees)), len(isolated), 0)
+    inner = graph if len(isolated) == 0 else graph[linked][:, linked]
+    parts = _metis(inner, count, seed)
+    before = parts.copy()
+    _make_exact(inner, parts, count, size)
+    placed = np.flatnonzero(parts >= 0)
+    moved = int(np.count_nonzero((parts != before) & (parts >= 0)))
+    groups = linked[placed[np.argsort(parts[placed], kind="stable")]].reshape(count, size)
+    return Partition(groups, np.sort(np.concatenate([linked[parts < 0], isolated])), len(isolated), moved)
+
+
+def cut_edges(graph: csr_array, groups: Rows) -> int:
+    """How many undirected edges do not have both ends in one group."""
+    group_of = _group_of(groups, graph.shape[0])
+    kept = 0
+    for start in range(0, graph.shape[0], 1 << 16):
+        stop = min(start + (1 << 16), graph.shape[0])
+        ends = graph.indptr[start : stop + 1]
+        there = group_of[graph.indices[ends[0] : ends[-1]]]
+        kept += int(np.count_nonzero((there >= 0) & (there == np.repeat(group_of[start:stop], np.diff(ends)))))
+    return (int(graph.nnz) - kept) // 2
+
+
+def _lap(seconds: dict[str, float], phase: str, begun: float) -> float:
+    now = time.perf_counter()
+    seconds[phase] = seconds.get(phase, 0.0) + now - begun
+    return now
+
+
+def _group_of(groups: Rows, count: int) -> Found:
+    """The group of each of ``count`` nodes, -1 without one."""
+    group_of = np.full(count, -1, dtype=np.int32)
+    group_of[groups.ravel()] = np.repeat(np.arange(len(groups), dtype=np.int32), groups.shape[1])
+    return group_of
+
+
+def _metis(graph: csr_array, count: int, seed: int) -> Found:
+    """The part of each node, (n,); parts are only roughly equal."""
+    import pymetis
+
+    width = pymetis.zero_copy_dtype()
+    adjacency = pymetis.CSRAdjacency(graph.indptr.astype(width), graph.indices.astype(width))
+    options = pymetis.Options(seed=derive_seed(seed, "communities") % 2**31, ufactor=1)
+    found = pymetis.part_graph(count, adjacency, options=options)
+    return np.asarray(found.vertex_part, dtype=np.int32)
+
+
+def _make_exact(graph: csr_array, parts: Found, count: int, size: int) -> None:
+    """Bring every part to exactly ``size`` nodes, in place; nodes without a place get -1.
+
+    Too large parts lose the nodes with the fewest edges inside, the lowest row of equal ones. Too small parts take of
+    these the ones with the most edges into them; places that no edge speaks for are filled in order of rows.
+    """
+    sizes = np.bincount(parts, minlength=count)
+    members = np.flatnonzero(sizes[parts] > size)
+    inside = _edges_into(graph, members, parts, parts[members])
+    order = members[np.lexsort((members, inside, parts[members]))]
+    place = np.arange(len(order)) - np.searchsorted(parts[order], parts[order])
+    pool = np.sort(order[place < (sizes - size)[parts[order]]])
+    parts[pool] = -1
+    room = size - np.bincount(parts[parts >= 0], minlength=count)
+    sub = graph[pool]
+    there = parts[sub.indices]
+    node = np.repeat(np.arange(len(pool)), np.diff(sub.indptr))
+    wanted = (there >= 0) & (room[there] > 0)
+    pairs, links = np.unique(node[wanted] * np.int64(count) + there[wanted], return_counts=True)
+    for pair in pairs[np.argsort(-links, kind="stable")].tolist():
+        number, part = divmod(pair, count)
+        if room[part] and parts[pool[number]] < 0:
+            parts[pool[number]] = part
+            room[part] -= 1
+    rest = pool[parts[pool] < 0]
+    slots = np.repeat(np.arange(count), room)
+    parts[rest[: len(slots)]] = slots[: len(rest)]
+
+
+def _edges_into(graph: csr_array, nodes: Rows, parts: Found, wanted: Found) -> Rows:
+    """How many edges each node has into its wanted part."""
+    sub = graph[nodes]
+    owner = np.repeat(np.arange(len(nodes)), np.diff(sub.indptr))
+    return np.bincount(owner[parts[sub.indices] == wanted[owner]], minlength=len(nodes)).astype(np.int64)
+
+
+def _gather(groups: Rows, unplaced: Rows, neighbours: Found, size: int) -> tuple[Rows, Rows]:
+    """Make groups of the unplaced too: those whose first placed neighbour lies in one group come together."""
+    near = neighbours[unplaced]
+    group_of = _group_of(groups, len(neighbours))
+    towards = np.where(near >= 0, group_of[near], -1)
+    known = (towards >= 0).argmax(axis=1)[:, None]
+    order = unplaced[np.lexsort((unplaced, np.take_along_axis(towards, known, axis=1)[:, 0]))]
+    whole = len(order) // size * size
+    more = np.sort(order[:whole].reshape(-1, size), axis=1)
+    return np.concatenate([groups, more]), np.sort(order[whole:])
+
+
+def _label_communities(
+    queries: Vectors,
+    documents: Vectors,
+    labels: npt.NDArray[np.int64],
+    size: int,
+    width: int,
+    seed: int,
+    excluded: Excluded | None,
+) -> Communities:
+    if len(labels) != len(queries):
+        raise BadInputError(f"{len(labels)} labels for {len(queries)} examples")
+    count = len(queries)
+    wanted = int(np.ceil(LABEL_SHARE * len(np.unique(labels))))
+    neighbours = np.full((count, width), -1, dtype=np.int32)
+    groups: list[Rows] = [np.empty((0, size), dtype=np.int64)]
+    unplaced: list[Rows] = []
+    seconds: dict[str, float] = {}
+    edges = kept = isolated = moved = 0
+    shuffled = generator(seed, "communities", "blocks").permutation(count)
+    for block in np.array_split(shuffled, max(1, -(-count // LABEL_BLOCK))):
+        rows = np.sort(block)
+        begun = time.perf_counter()
+        codes = np.unique(labels[rows], return_inverse=True)[1]
+        linked, neighbours[rows] = _label_ranking(queries, documents, rows, codes, wanted, width, excluded)
+        begun = _lap(seconds, "neighbours", begun)
+        graph = _label_graph(linked, codes)
+        begun = _lap(seconds, "graph", begun)
+        part = partition(graph, size, seed)
+        _lap(seconds, "cut", begun)
+        groups.append(rows[part.groups])
+        unplaced.append(rows[part.unplaced])
+        edges += graph.nnz // 2
+        kept += graph.nnz // 2 - cut_edges(graph, part.groups)
+        isolated += part.isolated
+        moved += part.moved
+    made, left = _gather(np.concatenate(groups), np.sort(np.concatenate(unplaced)), neighbours, size)
+    share = 1 - kept / edges if edges else 0.0
+    first = np.empty((count, 0), dtype=np.int32)
+    return Communities(made, left, share, edges, None, seconds, neighbours, first, isolated, moved)
+
+
+def _label_ranking(
+    queries: Vectors,
+    documents: Vectors,
+    rows: Rows,
+    codes: Rows,
+    wanted: int,
+    width: int,
+    excluded: Excluded | None,
+) -> tuple[npt.NDArray[np.bool_], Found]:
+    """For each example of a block: which labels its ranking links it to, (b, labels), and their nearest documents.
+
+    The order of labels in a ranking is that of their best documents, so a maximum over each label's documents will do.
+    """
+    by_label = np.argsort(codes, kind="stable")
+    starts = np.searchsorted(codes[by_label], np.arange(codes.max(initial=-1) + 1))
+    linked = np.zeros((len(rows), len(starts)), dtype=bool)
+    found = np.full((len(rows), width), -1, dtype=np.int32)
+    among = np.asarray(documents[rows])
+    for start in range(0, len(rows), 1024):
+        part = slice(start, min(start + 1024, len(rows)))
+        here = np.arange(part.start, part.stop)
+        scores = queries[rows[part]] @ among.T
+        if excluded is not None:
+            hide(scores, rows[part], rows, excluded)
+        best = np.maximum.reduceat(scores[:, by_label], starts, axis=1)
+        best[here - start, codes[part]] = -np.inf
+        columns, values = top_columns(best, wanted)
+        near = ~np.isneginf(values)
+        linked[np.broadcast_to(here[:, None], columns.shape)[near], columns[near]] = True
+        scores[~linked[part][:, codes]] = -np.inf
+        columns, values = top_columns(scores, width)
+        found[part, : columns.shape[1]] = np.where(np.isneginf(values), -1, rows[columns])
+    return linked, found
+
+
+def _label_graph(linked: npt.NDArray[np.bool_], codes: Rows) -> csr_array:
+    """The graph of a block: an edge where each of two examples is linked to the other's label."""
+    from scipy.sparse import csr_array
+
+    to = linked[:, codes]
+    return csr_array((to & to.T).astype(np.int8))
+
+
+def community_negatives(
+    communities: Communities, count: int, *, seed: int, excluded: Excluded | None = None
+) -> tuple[Found, int]:
+    """B3++: explicit negatives drawn from one distribution a group, shape (g, size, count); -1 where there are too few.
+
+    A document weighs as often as it stands in the rankings of the group's members up to ``rank_to``, less two for each
+    time that it stands before the window; the members' own documents and those ``excluded`` for a member weigh nothing.
+    size * count documents are drawn without replacement and dealt to the members. Also gives how many are missing.
+    """
+    if count < 1:
+        raise BadInputError(f"{count} negatives a query are none")
+    groups = communities.groups
+    size = groups.shape[1]
+    drawn = np.full((len(groups), size * count), -1, dtype=np.int32)
+    random = generator(seed, "communities", "negatives")
+    for number, members in enumerate(groups):
+        candidates, weights = negative_weights(communities, members, excluded)
+        # The smallest of exponential draws over weights are a weighted draw without replacement.
+        keys = random.exponential(size=len(candidates)) / weights
+        picked = candidates[np.argsort(keys, kind="stable")[: size * count]]
+        drawn[number, : len(picked)] = picked
+    # Dealt in turn, so that where documents are missing no member lacks more than one more than another.
+    return drawn.reshape(len(groups), count, size).swapaxes(1, 2), int(np.count_nonzero(drawn < 0))
+
+
+def negative_weights(communities: Communities, members: Rows, excluded: Excluded | None = None) -> tuple[Found, Rows]:
+    """Documents (rising rows) of positive weight for a group, and the weights (see :func:`community_negatives`)."""
+    before, window = communities.first[members].ravel(), communities.neighbours[members].ravel()
+    candidates, where = np.unique(np.concatenate([before, window]), return_inverse=True)
+    # Before the window a document counts once and costs two.
+    steps = np.concatenate([np.full(len(before), -1), np.ones(len(window), dtype=np.int64)])
+    weights = np.bincount(where, weights=steps, minlength=len(candidates)).astype(np.int64)
+    weights[(candidates < 0) | np.isin(candidates, members)] = 0
+    if excluded is not None:
+        weights[np.isin(candidates, listed(excluded, members)[1])] = 0
+    return candidates[weights > 0].astype(np.int32), weights[weights > 0]
