@@ -15,8 +15,6 @@ Vectors = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int32]
 Similarities = npt.NDArray[np.float64]
 
-SAMPLE_PER_CLUSTER = 256
-"""Vectors a cluster that the iterations see when no sample is given; more hardly moves a centroid."""
 _BLOCK_BYTES = 64 << 20
 _TIE = 1e-6
 """Similarities in float32 that lie closer than this are compared again in float64: GEMMs round by thread count."""
@@ -42,10 +40,10 @@ def spherical_kmeans(
 ) -> KMeans:
     """Cluster unit vectors (n, d) by cosine: Lloyd's iterations with centroids scaled to length 1.
 
-    The iterations see ``sample`` vectors drawn by the seed (by default 256 a cluster and at least 65,536; all, where
-    there are no more), then all vectors are assigned. They begin with k-means++ and end early where nothing moves. A
-    cluster that lost its members gets the vector that its own centroid fits worst. Needs about 100 MB above the
-    sample; ``vectors`` may be a memory map.
+     The iterations see ``sample`` vectors drawn by the seed (None: all), then all vectors are assigned; 256 vectors a
+     cluster hardly place a centroid worse than more. They begin with k-means++ and end early where nothing moves. A
+     cluster that lost its members gets the vector that its own centroid fits worst. Needs some hundred MB above the sample
+    ; ``vectors`` may be a memory map.
     """
     check_unit_rows(vectors, "vectors")
     if not 1 <= clusters <= len(vectors):
@@ -53,7 +51,7 @@ def spherical_kmeans(
     if iterations < 1:
         raise BadInputError(f"k-means needs at least one iteration, not {iterations}")
     random = generator(seed, "kmeans")
-    wanted = max(SAMPLE_PER_CLUSTER * clusters, 1 << 16) if sample is None else max(sample, clusters)
+    wanted = len(vectors) if sample is None else max(sample, clusters)
     whole = wanted >= len(vectors)
     points = vectors if whole else vectors[np.sort(random.choice(len(vectors), size=wanted, replace=False))]
     centroids = _first_centroids(points, clusters, random)
