@@ -99,6 +99,7 @@ TeacherConfig = Annotated[
     Field(discriminator="kind"),
 ]
 DenseTeacher = SentenceTransformerTeacher | VectorsTeacher
+PairTeacher = DenseTeacher | BM25Teacher | CrossEncoderTeacher
 
 
 def dense_teachers(teacher: Any) -> list[DenseTeacher]:

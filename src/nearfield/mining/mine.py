@@ -45,6 +45,8 @@ class MinedNegatives:
     """[n] the smallest score of the query's positives, which the rules compared with."""
     best_positive: Vectors
     """[n] the largest."""
+    positive_scores: Vectors
+    """Of every positive, in the order of the lists of positives that were given."""
     kept: Mask
     """[n] false where a rule dropped the example."""
     wanted: int
@@ -131,6 +133,7 @@ def select(
         ranks=rank.astype(np.int64),
         positive=smallest,
         best_positive=largest,
+        positive_scores=positive_scores,
         kept=examples,
         wanted=negatives,
         candidates=total,

@@ -1,0 +1,180 @@
+"""A teacher's vectors of a store's items, on disk, memory-mapped: float32 rows of length 1, by role and item row.
+
+The vectors come from a callable that is handed in, so that this module needs no model. They are made in shards, each a file:
+a build that was stopped goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nearfield.console import track
+from nearfield.errors import BadInputError
+from nearfield.files import atomic_path, read_json, write_json
+
+Rows = npt.NDArray[np.int64]
+Vectors = npt.NDArray[np.float32]
+EncodeItems = Callable[[str, Rows], npt.NDArray[Any]]
+"""(role, item rows) -> vectors [n, d] of any length."""
+
+VERSION = 1
+ROLES = ("query", "document")
+SHARD = 8_192
+
+
+@dataclass(frozen=True)
+class VectorTable:
+    """The vectors of the items of some roles."""
+
+    rows: Rows
+    """Item rows, rising."""
+    vectors: Vectors
+    """[n, d], mapped."""
+
+    def positions(self, rows: Rows) -> Rows:
+        """Where items stand in this table; an item that is not there is an error of the caller."""
+        rows = np.asarray(rows, dtype=np.int64)
+        positions = np.searchsorted(self.rows, rows)
+        if len(rows) and (positions.max() >= len(self.rows) or not np.array_equal(self.rows[positions], rows)):
+            raise KeyError("items that were not encoded in this role")
+        return positions.astype(np.int64)
+
+
+class ItemVectors:
+    """Opened vectors."""
+
+    def __init__(self, path: Path, meta: Mapping[str, Any], tables: Mapping[str, VectorTable]) -> None:
+        self.path = path
+        self.fingerprint: str = meta["fingerprint"]
+        self.dimension: int = meta["dimension"]
+        self.about: dict[str, Any] = meta["about"]
+        self.tables = dict(tables)
+
+    @classmethod
+    def open(cls, path: str | Path) -> ItemVectors:
+        """Open a folder of vectors; raise :class:`BadInputError` where there is none or it is of another version."""
+        path = Path(path)
+        meta = read_json(path / "meta.json", "folder of vectors")
+        version = meta.get("version") if isinstance(meta, dict) else None
+        if version != VERSION:
+            raise BadInputError(
+                f"these vectors have version {version}; {VERSION} is wanted", where=str(path), hint="Delete the folder."
+            )
+        tables: dict[str, VectorTable] = {}
+        for number, roles in enumerate(meta["tables"]):
+            try:
+                rows = np.load(path / f"table-{number}.rows.npy", mmap_mode="r", allow_pickle=False)
+                vectors = np.load(path / f"table-{number}.vectors.npy", mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise BadInputError(
+                    f"these vectors cannot be read ({error})", where=str(path), hint="Delete the folder."
+                ) from error
+            tables |= {role: VectorTable(rows, vectors) for role in roles}
+        return cls(path, meta, tables)
+
+    def table(self, role: str) -> VectorTable:
+        """The table of a role."""
+        if role not in self.tables:
+            raise KeyError(f"no vectors of the role {role!r}; there are {', '.join(self.tables)}")
+        return self.tables[role]
+
+    def of(self, role: str, item_rows: Rows) -> Vectors:
+        """The unit vectors [n, d] of items in a role, in the order asked for.
+
+        A view of the map where the items lie side by side in it, else a copy.
+        """
+        table = self.table(role)
+        positions = table.positions(item_rows)
+        if len(positions) and (np.diff(positions) == 1).all():
+            return table.vectors[positions[0] : positions[-1] + 1]
+        return np.asarray(table.vectors[positions], dtype=np.float32).reshape(len(positions), self.dimension)
+
+
+def build_vectors(
+    wanted: Mapping[str, Rows],
+    encode: EncodeItems,
+    out: Path,
+    fingerprint: str,
+    about: Mapping[str, Any] | None = None,
+    *,
+    shared: bool = False,
+    shard: int = SHARD,
+) -> ItemVectors:
+    """Encode the wanted item rows of each role into the folder ``out``.
+
+    ``shared`` says that a vector does not depend on the role: then each item is encoded once. ``about`` is kept in
+    ``meta.json``. Vectors are brought to length 1; one that is not finite or is zero is an error that names its item.
+    """
+    tables: list[tuple[Sequence[str], Rows]] = [((role,), np.unique(rows)) for role, rows in sorted(wanted.items())]
+    if shared:
+        tables = [(sorted(wanted), np.unique(np.concatenate(list(wanted.values()))))]
+    parts = out.with_name(f"{out.name}.parts")
+    plan = {"version": VERSION, "fingerprint": fingerprint, "shard": shard, "items": [len(rows) for _, rows in tables]}
+    if not (parts / "plan.json").is_file() or read_json(parts / "plan.json") != plan:
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+        write_json(parts / "plan.json", plan)
+    pieces = [(n, start) for n, (_, rows) in enumerate(tables) for start in range(0, len(rows), shard)]
+    total = sum(len(rows) for _, rows in tables)
+    for number, start in track(pieces, f"Encoding {total:,} items in shards of {shard:,}"):
+        roles, rows = tables[number]
+        file = parts / f"{number}-{start}.npy"
+        if file.is_file():
+            continue
+        chosen = rows[start : start + shard]
+        vectors = unit(np.asarray(encode(roles[0], chosen)), chosen)
+        with atomic_path(file) as aside, aside.open("wb") as stream:
+            np.save(stream, vectors)
+    dimension = 0
+    with atomic_path(out) as aside:
+        aside.mkdir()
+        for number, (_, rows) in enumerate(tables):
+            files = [parts / f"{number}-{start}.npy" for start in range(0, len(rows), shard)]
+            shards = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+            widths = {part.shape[1] for part in shards} | ({dimension} if dimension else set())
+            if len(widths) > 1:
+                raise BadInputError(f"the teacher gave vectors of {sorted(widths)} dimensions")
+            dimension = widths.pop() if widths else dimension
+            np.save(aside / f"table-{number}.rows.npy", rows)
+            target = aside / f"table-{number}.vectors.npy"
+            if not len(rows):
+                np.save(target, np.empty((0, dimension), dtype=np.float32))
+                continue
+            written = np.lib.format.open_memmap(target, mode="w+", dtype=np.float32, shape=(len(rows), dimension))
+            for start, part in zip(range(0, len(rows), shard), shards, strict=True):
+                written[start : start + shard] = part
+            written.flush()
+        meta = {
+            "version": VERSION,
+            "fingerprint": fingerprint,
+            "dimension": dimension,
+            "tables": [list(roles) for roles, _ in tables],
+            "items": [len(rows) for _, rows in tables],
+            "about": dict(about or {}),
+        }
+        write_json(aside / "meta.json", meta)
+    shutil.rmtree(parts, ignore_errors=True)
+    return ItemVectors.open(out)
+
+
+def unit(vectors: npt.NDArray[Any], item_rows: Rows) -> Vectors:
+    """Vectors [n, d] brought to length 1, as float32; raise :class:`BadInputError` where one has no direction."""
+    if vectors.ndim != 2 or len(vectors) != len(item_rows):
+        raise BadInputError(f"the teacher gave an array of shape {vectors.shape} for {len(item_rows):,} items")
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    wrong = ~np.isfinite(lengths) | (lengths == 0)
+    if wrong.any():
+        row = int(item_rows[np.flatnonzero(wrong)[0]])
+        raise BadInputError(
+            f"the teacher's vector of item {row} is zero or not finite",
+            hint="`nearfield data show` prints the item's text; is the teacher in order?",
+        )
+    scaled: Vectors = (vectors / lengths[:, None]).astype(np.float32)
+    return scaled

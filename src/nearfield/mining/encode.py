@@ -1,0 +1,92 @@
+"""Texts -> vectors by a sentence-transformers model: length-sorted chunks without padding where the model allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from nearfield.encoders.build import load_encoder
+from nearfield.encoders.packing import embed, evaluating, packed_features, packing_kind, padded_features
+from nearfield.encoders.tokenize import prompt_tokens, token_ids
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from nearfield.encoders.packing import Features
+    from nearfield.mining.documents import Vectors
+
+CHUNK_TOKENS = {"cpu": 512, "cuda": 16_384}
+
+
+class TextEncoder:
+    """Encodes texts with a model; what a text becomes depends on the texts that are encoded in the same call.
+
+    (Chunks are cut by length, and sums in another order differ in float32's last digits: the same calls give the same
+    vectors on one machine.)
+    """
+
+    def __init__(self, model: SentenceTransformer, chunk_tokens: int | None = None) -> None:
+        self.model = model
+        device = model.device
+        self.chunk_tokens = chunk_tokens or CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cuda"])
+        self.packing = packing_kind(model, device)
+        tokenizer = model.tokenizer
+        self.pad = getattr(tokenizer, "pad_token_id", None) or 0
+        self.side = getattr(tokenizer, "padding_side", "right")
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        revision: str | None = None,
+        *,
+        device: str | None = None,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> TextEncoder:
+        """Of a folder or a hub id."""
+        loaded = load_encoder(model, revision, device, trust_remote_code).model
+        if max_length is not None:
+            loaded.max_seq_length = max_length
+        return cls(loaded)
+
+    def __call__(self, texts: Sequence[str], prompt: str = "") -> Vectors:
+        """The model's vectors [n, d] of texts with a prompt before each; float32."""
+        import torch
+
+        rows = token_ids(self.model, texts, prompt)
+        length = prompt_tokens(self.model, prompt)
+        found: list[npt.NDArray[np.float32]] = []
+        chunks = self._chunks([len(row) for row in rows])
+        with torch.inference_mode(), evaluating(self.model):
+            for chunk in chunks:
+                vectors = embed(self.model, self._features([rows[i] for i in chunk], length))
+                found.append(vectors.float().cpu().numpy())
+        if not found:
+            return np.empty((0, int(self.model.get_embedding_dimension() or 0)), dtype=np.float32)
+        result = np.empty((len(rows), found[0].shape[1]), dtype=np.float32)
+        result[np.concatenate(chunks)] = np.concatenate(found)
+        return result
+
+    def _chunks(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Texts, longest first, cut where a chunk would pass the token budget (with padding, where there is any)."""
+        chunks: list[list[int]] = []
+        used = longest = 0
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            cost = longest if self.packing is None else lengths[i]
+            if not chunks or used + cost > self.chunk_tokens:
+                chunks.append([])
+                used, longest = 0, lengths[i]
+                cost = lengths[i]
+            chunks[-1].append(i)
+            used += cost
+        return chunks
+
+    def _features(self, rows: list[npt.NDArray[np.int32]], prompt_length: int) -> Features:
+        device = self.model.device
+        if self.packing is None:
+            return padded_features(rows, pad_token=self.pad, side=self.side, device=device, prompt_length=prompt_length)
+        return packed_features(rows, kind=self.packing, device=device, prompt_length=prompt_length)

@@ -1,0 +1,298 @@
+"""Teachers at work: each finds the best documents of a pool for each query, and scores any pair of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from nearfield.console import track
+from nearfield.data.vectors import unit
+from nearfield.errors import BadInputError
+from nearfield.mining.approximate import Recall, approximate_search
+from nearfield.mining.config import (
+    BM25Teacher,
+    CrossEncoderTeacher,
+    DenseTeacher,
+    EnsembleTeacher,
+    ExactSearch,
+    PairTeacher,
+    SearchConfig,
+    TeacherConfig,
+)
+from nearfield.mining.documents import ArrayDocuments, Documents, RowLists, Rows, Vectors
+from nearfield.mining.search import DEFAULT_MEMORY, Neighbours, ordered, search
+
+TextsOf = Callable[[str, Rows], list[str]]
+"""(role, rows of the pool) -> texts."""
+Encode = Callable[[Sequence[str], str], Any]
+"""(texts, role) -> vectors [n, d]."""
+
+_RANK_OFFSET = 60
+
+
+@dataclass(frozen=True)
+class Searching:
+    """How vectors are searched."""
+
+    method: SearchConfig = field(default_factory=ExactSearch)
+    memory: int = DEFAULT_MEMORY
+    """Bytes beside the vectors."""
+    device: str | None = None
+    seed: int = 0
+
+
+class Scorer(Protocol):
+    """A teacher before a pool of queries and documents, both numbered from 0."""
+
+    def find(self, depth: int, positives: RowLists, excluded: RowLists) -> tuple[Neighbours, Vectors]:
+        """The best ``depth`` documents of each query, and the scores of ``positives.rows``, on one scale.
+
+        Neither positives nor excluded documents are among those found; ties go by the smaller row.
+        """
+        ...
+
+
+class PairScorer:
+    """A teacher that can score any pair by itself."""
+
+    def search(self, depth: int, excluded: RowLists) -> Neighbours:
+        """The best ``depth`` documents of each query but the excluded ones, ties by the smaller row."""
+        raise NotImplementedError
+
+    def score(self, query_rows: Rows, document_rows: Rows) -> Vectors:
+        """The score of each pair."""
+        raise NotImplementedError
+
+    def find(self, depth: int, positives: RowLists, excluded: RowLists) -> tuple[Neighbours, Vectors]:
+        """By the two above."""
+        found = self.search(depth, positives.merged(excluded))
+        return found, self.score(positives.owners(), positives.rows)
+
+
+@dataclass
+class DenseScorer(PairScorer):
+    """Inner products of vectors."""
+
+    queries: Vectors
+    documents: Documents
+    searching: Searching = field(default_factory=Searching)
+    recall: Recall | None = field(default=None, init=False)
+    """Of the last search, where it was an approximate one."""
+
+    def search(self, depth: int, excluded: RowLists) -> Neighbours:
+        """By the method of the settings."""
+        how = self.searching
+        if isinstance(how.method, ExactSearch):
+            device = how.device or "cpu"
+            return search(self.queries, self.documents, depth, excluded=excluded, memory=how.memory, device=device)
+        if not isinstance(self.documents, ArrayDocuments):
+            raise BadInputError(f"the search {how.method.kind} needs the documents' vectors as one array")
+        vectors = self.documents.vectors
+        found, self.recall = approximate_search(
+            self.queries, vectors, depth, how.method, excluded=excluded, seed=how.seed, memory=how.memory
+        )
+        return found
+
+    def score(self, query_rows: Rows, document_rows: Rows) -> Vectors:
+        """By :func:`~nearfield.mining.documents.pair_scores`."""
+        return self.documents.pairs(self.queries, query_rows, document_rows)
+
+
+class BM25Scorer(PairScorer):
+    """Words in common, by bm25s; a document without a common word is not found."""
+
+    def __init__(self, config: BM25Teacher, queries: Sequence[str], documents: Sequence[str]) -> None:
+        import bm25s
+
+        stemmer = None
+        if config.language is not None:
+            stemming = importlib.import_module("Stemmer")
+            if config.language not in stemming.algorithms():
+                known = ", ".join(stemming.algorithms())
+                raise BadInputError(f"there is no stemmer for {config.language!r}", hint=f"Languages: {known}.")
+            stemmer = stemming.Stemmer(config.language)
+        stopwords = "en" if config.language == "english" else []
+        settings = {"stopwords": stopwords, "stemmer": stemmer, "show_progress": False}
+        tokens = bm25s.tokenize(list(documents), **settings)
+        self.count = len(documents)
+        self.queries: list[list[str]] = bm25s.tokenize(list(queries), return_ids=False, **settings)
+        self.index: Any = None
+        # Without one word in all documents there is nothing to index, and nothing is found.
+        if any(len(ids) for ids in tokens.ids):
+            self.index = bm25s.BM25(k1=config.k1, b=config.b)
+            self.index.index(tokens, show_progress=False)
+
+    def _scores(self, query: int) -> Vectors:
+        words = self.queries[query]
+        if self.index is None or not words:
+            return np.zeros(self.count, dtype=np.float32)
+        return np.asarray(self.index.get_scores(words), dtype=np.float32)
+
+    def search(self, depth: int, excluded: RowLists) -> Neighbours:
+        """All documents are scored, a query at a time."""
+        rows = np.full((len(self.queries), depth), -1, dtype=np.int64)
+        scores = np.full(rows.shape, -np.inf, dtype=np.float32)
+        for query in track(range(len(self.queries)), "BM25"):
+            line = self._scores(query)
+            line[excluded[query]] = 0
+            found = np.flatnonzero(line > 0)
+            if len(found) > depth:
+                # The least score that is needed; ties with it are sorted out below.
+                found = found[line[found] >= np.partition(line[found], -depth)[-depth]]
+            order = np.lexsort((found, -line[found]))[:depth]
+            rows[query, : len(order)], scores[query, : len(order)] = found[order], line[found[order]]
+        return Neighbours(rows, scores)
+
+    def score(self, query_rows: Rows, document_rows: Rows) -> Vectors:
+        """0 where there is no common word."""
+        scores = np.zeros(len(query_rows), dtype=np.float32)
+        order = np.argsort(query_rows, kind="stable")
+        bounds = np.searchsorted(query_rows[order], np.arange(len(self.queries) + 1))
+        for query in np.unique(query_rows).tolist():
+            places = order[bounds[query] : bounds[query + 1]]
+            scores[places] = self._scores(query)[document_rows[places]]
+        return scores
+
+
+class CrossEncoderScorer(PairScorer):
+    """A cross-encoder scores what another teacher found."""
+
+    def __init__(self, config: CrossEncoderTeacher, retriever: PairScorer, texts: TextsOf, device: str | None) -> None:
+        from sentence_transformers import CrossEncoder
+        from torch import nn
+
+        self.retriever, self.texts = retriever, texts
+        try:
+            self.model = CrossEncoder(
+                config.model,
+                revision=config.revision,
+                device=device,
+                max_length=config.max_length,
+                trust_remote_code=config.trust_remote_code,
+            )
+        except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise BadInputError(f"the cross-encoder cannot be loaded: {reason}", where=config.model) from error
+        if self.model.num_labels != 1:
+            raise BadInputError(
+                f"this cross-encoder gives {self.model.num_labels} numbers a pair; one is wanted", where=config.model
+            )
+        self.activation = nn.Sigmoid() if config.scale == "sigmoid" else nn.Identity()
+
+    def search(self, depth: int, excluded: RowLists) -> Neighbours:
+        """The retriever's best ``depth``, in the order of the cross-encoder's scores."""
+        return rescored(self.retriever.search(depth, excluded), self.score, depth)
+
+    def score(self, query_rows: Rows, document_rows: Rows) -> Vectors:
+        """Each distinct pair once, the longest texts first."""
+        scores = np.empty(len(query_rows), dtype=np.float32)
+        block = 65_536
+        for start in track(range(0, len(query_rows), block), "Cross-encoder"):
+            part = slice(start, start + block)
+            queries, where_query = np.unique(query_rows[part], return_inverse=True)
+            documents, where_document = np.unique(document_rows[part], return_inverse=True)
+            left, right = self.texts("query", queries), self.texts("document", documents)
+            pairs = [(left[q], right[d]) for q, d in zip(where_query.tolist(), where_document.tolist(), strict=True)]
+            scores[part] = self.model.predict(
+                pairs, activation_fn=self.activation, show_progress_bar=False, convert_to_numpy=True
+            )
+        return scores
+
+
+@dataclass(frozen=True)
+class EnsembleScorer:
+    """Several teachers together."""
+
+    members: Sequence[PairScorer]
+    weights: Sequence[float]
+    fusion: str
+
+    def find(self, depth: int, positives: RowLists, excluded: RowLists) -> tuple[Neighbours, Vectors]:
+        """The union of what the members find, in the order of the fused scores."""
+        owners, rows = [], []
+        hidden = positives.merged(excluded)
+        for member in self.members:
+            part = member.search(depth, hidden)
+            owner, place = np.nonzero(part.rows >= 0)
+            owners.append(owner)
+            rows.append(part.rows[owner, place])
+        union = RowLists.from_pairs(np.concatenate(owners), np.concatenate(rows), len(positives))
+        owner = union.owners()
+        fused = self._fused(np.concatenate([owner, positives.owners()]), np.concatenate([union.rows, positives.rows]))
+        width = int(np.diff(union.offsets).max(initial=0))
+        matrix = np.full((len(union), width), -1, dtype=np.int64)
+        scores = np.full(matrix.shape, -np.inf, dtype=np.float32)
+        place = np.arange(len(owner)) - union.offsets[owner]
+        matrix[owner, place], scores[owner, place] = union.rows, fused[: len(owner)]
+        return Neighbours(*ordered(matrix, scores, depth)), fused[len(owner) :]
+
+    def _fused(self, owners: Rows, rows: Rows) -> Vectors:
+        """The fused score of each pair; ranks are counted among the pairs of a query, equal scores by the smaller row."""
+        total = np.zeros(len(rows))
+        for member, weight in zip(self.members, self.weights, strict=True):
+            scores = member.score(owners, rows)
+            if self.fusion == "score":
+                total += weight * scores.astype(np.float64) / sum(self.weights)
+                continue
+            order = np.lexsort((rows, -scores, owners))
+            ranks = np.empty(len(rows), dtype=np.int64)
+            ranks[order] = np.arange(len(rows)) - np.searchsorted(owners[order], owners[order]) + 1
+            total += weight / (_RANK_OFFSET + ranks)
+        return total.astype(np.float32)
+
+
+def rescored(found: Neighbours, score: Callable[[Rows, Rows], Vectors], depth: int) -> Neighbours:
+    """The same documents with other scores, in their order."""
+    owner, place = np.nonzero(found.rows >= 0)
+    scores = np.full(found.rows.shape, -np.inf, dtype=np.float32)
+    scores[owner, place] = score(owner, found.rows[owner, place])
+    return Neighbours(*ordered(found.rows, scores, depth))
+
+
+VectorsOfPool = Callable[[DenseTeacher], tuple[Vectors, Documents]]
+"""A teacher that makes vectors -> those of a pool's queries and documents."""
+
+
+def make_scorer(
+    teacher: TeacherConfig,
+    counts: tuple[int, int],
+    texts: TextsOf,
+    vectors: VectorsOfPool,
+    searching: Searching | None = None,
+) -> Scorer:
+    """The teacher of these settings before a pool of so many queries and documents."""
+    if isinstance(teacher, EnsembleTeacher):
+        members = [make_pair_scorer(member, counts, texts, vectors, searching) for member in teacher.members]
+        return EnsembleScorer(members, teacher.weights or (1.0,) * len(members), teacher.fusion)
+    return make_pair_scorer(teacher, counts, texts, vectors, searching)
+
+
+def make_pair_scorer(
+    teacher: PairTeacher,
+    counts: tuple[int, int],
+    texts: TextsOf,
+    vectors: VectorsOfPool,
+    searching: Searching | None = None,
+) -> PairScorer:
+    """As :func:`make_scorer`, for a teacher that scores pairs by itself."""
+    searching = searching or Searching()
+    if isinstance(teacher, BM25Teacher):
+        queries, documents = (np.arange(count, dtype=np.int64) for count in counts)
+        return BM25Scorer(teacher, texts("query", queries), texts("document", documents))
+    if isinstance(teacher, CrossEncoderTeacher):
+        retriever = make_pair_scorer(teacher.retrieve, counts, texts, vectors, searching)
+        return CrossEncoderScorer(teacher, retriever, texts, searching.device)
+    return DenseScorer(*vectors(teacher), searching)
+
+
+def encoded(encode: Encode, queries: Sequence[str], documents: Sequence[str]) -> DenseScorer:
+    """A teacher from any function ``(texts, role) -> vectors``; vectors are brought to length 1."""
+    made = [
+        unit(np.asarray(encode(texts, role)), np.arange(len(texts)))
+        for role, texts in (("query", queries), ("document", documents))
+    ]
+    return DenseScorer(made[0], ArrayDocuments(made[1]))

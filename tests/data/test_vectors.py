@@ -1,0 +1,108 @@
+"""Vectors on disk: by role and item row, length 1, resumable by shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nearfield.data.vectors import ItemVectors, build_vectors
+from nearfield.errors import BadInputError
+
+
+def encode(role: str, rows: Any) -> Any:
+    base = np.random.default_rng(0).standard_normal((500, 6)) * 3
+    return base[rows] + (1 if role == "query" else 0)
+
+
+def true(role: str, rows: Any) -> Any:
+    vectors = encode(role, np.asarray(rows))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+WANTED = {"query": np.array([7, 3, 3, 100]), "document": np.arange(2, 60)}
+
+
+def test_vectors_are_found_by_role_and_row(tmp_path: Path) -> None:
+    vectors = build_vectors(WANTED, encode, tmp_path / "v", "print", {"teacher": "t"}, shard=10)
+    assert (vectors.fingerprint, vectors.dimension, vectors.about) == ("print", 6, {"teacher": "t"})
+    np.testing.assert_array_equal(vectors.of("query", np.array([100, 3, 100])), true("query", [100, 3, 100]))
+    np.testing.assert_array_equal(vectors.of("document", np.arange(5, 20)), true("document", range(5, 20)))
+    assert isinstance(vectors.of("document", np.arange(5, 20)), np.memmap)
+    assert vectors.of("document", np.empty(0, np.int64)).shape == (0, 6)
+    np.testing.assert_allclose(np.linalg.norm(vectors.table("query").vectors, axis=1), 1, atol=1e-6)
+    with pytest.raises(KeyError):
+        vectors.of("query", np.array([5]))
+    assert not (tmp_path / "v.parts").exists()
+
+
+def test_roles_share_a_table_where_the_teacher_has_no_prompts(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def counting(role: str, rows: Any) -> Any:
+        asked.extend(rows.tolist())
+        return encode("document", rows)
+
+    vectors = build_vectors(WANTED, counting, tmp_path / "v", "p", shared=True)
+    assert sorted(asked) == sorted({100, *range(2, 60)})
+    np.testing.assert_array_equal(vectors.of("query", np.array([3])), vectors.of("document", np.array([3])))
+
+
+def test_a_build_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def failing(role: str, rows: Any) -> Any:
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(len(rows))
+        return encode(role, rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_vectors(WANTED, failing, tmp_path / "v", "p", shard=10)
+    assert not (tmp_path / "v").exists()
+    asked = []
+    later = build_vectors(WANTED, lambda r, i: asked.append(len(i)) or encode(r, i), tmp_path / "v", "p", shard=10)  # type: ignore[func-returns-value]
+    assert len(asked) == 4  # of 6 shards of documents and one of queries, 3 were there
+    once = build_vectors(WANTED, encode, tmp_path / "w", "p", shard=10)
+    for role in WANTED:
+        np.testing.assert_array_equal(later.table(role).vectors, once.table(role).vectors)
+
+
+def test_shards_of_another_build_are_not_used(tmp_path: Path) -> None:
+    def stopped(role: str, rows: Any) -> Any:
+        if role == "query":
+            raise KeyboardInterrupt
+        return encode(role, rows) + 5
+
+    with pytest.raises(KeyboardInterrupt):
+        build_vectors(WANTED, stopped, tmp_path / "v", "old")
+    vectors = build_vectors(WANTED, encode, tmp_path / "v", "new")
+    np.testing.assert_array_equal(vectors.of("document", np.array([9])), true("document", [9]))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "words"),
+    [
+        (lambda role, rows: np.zeros((len(rows), 3)), "item 2 is zero or not finite"),
+        (lambda role, rows: np.full((len(rows), 3), np.nan), "not finite"),
+        (lambda role, rows: np.ones((1, 3)), r"shape \(1, 3\) for 58 items"),
+        (lambda role, rows: np.ones((len(rows), len(role))), "dimensions"),
+    ],
+)
+def test_bad_teachers(encoder: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=words):
+        build_vectors(WANTED, encoder, tmp_path / "v", "p")
+
+
+def test_a_folder_that_is_no_vectors(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="does not exist"):
+        ItemVectors.open(tmp_path)
+    build_vectors(WANTED, encode, tmp_path / "v", "p")
+    (tmp_path / "v" / "table-0.vectors.npy").write_bytes(b"x")
+    with pytest.raises(BadInputError, match="cannot be read"):
+        ItemVectors.open(tmp_path / "v")
+    (tmp_path / "v" / "meta.json").write_text('{"version": 0}')
+    with pytest.raises(BadInputError, match="version 0"):
+        ItemVectors.open(tmp_path / "v")
