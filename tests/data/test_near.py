@@ -165,7 +165,7 @@ def similar_texts(count: int, longest: int, seed: int) -> list[str]:
 
 @pytest.mark.parametrize("longest", [12, 30])
 def test_near_duplicates_are_those_of_a_double_loop(longest: int) -> None:
-    first, second = similar_texts(250, longest, 1), similar_texts(250, longest, 1)[::-1] + ["", "!", "one"]
+    first, second = similar_texts(250, longest, 1), [*similar_texts(250, longest, 1)[::-1], "", "!", "one"]
     known = WordHashes()
     pairs, similarity = NearIndex(TextSets.of(first, known), RULE).matches(TextSets.of(second, known))
     wanted = {(i, j): s for i, a in enumerate(first) for j, b in enumerate(second) if (s := brute_near(a, b))}

@@ -23,10 +23,13 @@ StoreOrRecipe = Annotated[Path, typer.Argument(help="A built store (folder) or a
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the tree."""
-    data = typer.Typer(help="Build data stores and look into them.", no_args_is_help=True)
+    from nearfield.cli.decontaminate import decontaminate
+
+    data = typer.Typer(help="Build data stores, look into them, check them against benchmarks.", no_args_is_help=True)
     data.command("build")(build)
     data.command("stats")(stats)
     data.command("sample")(sample)
+    data.command("decontaminate")(decontaminate)
     app.add_typer(data, name="data")
 
 
@@ -80,7 +83,7 @@ def sample(
         print_example(example)
 
 
-def open_store(path: Path, overrides: list[str] | None = None) -> Store:
+def open_store(path: Path, overrides: list[str] | None = None, cache: Path = CACHE) -> Store:
     """The store in a folder, or of a recipe (built if it is missing)."""
     from nearfield.data.build import prepare_store
     from nearfield.data.store import Store
@@ -89,7 +92,7 @@ def open_store(path: Path, overrides: list[str] | None = None) -> Store:
         if overrides:
             raise BadInputError("overrides go with a recipe, not with a built store", where=str(path))
         return Store.open(path)
-    return prepare_store(path, CACHE, overrides or ())
+    return prepare_store(path, cache, overrides or ())
 
 
 def _token_counter(name: str) -> CountTokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import yaml
 
@@ -13,11 +13,13 @@ def model_card(
     base: tuple[str, str],
     prompts: Mapping[str, Mapping[str, str]],
     facts: Mapping[str, object],
+    contamination: Sequence[str] = (),
 ) -> str:
     """Markdown with the front matter that the hub reads.
 
     ``base`` is the base model's name and revision; one that starts with ``local/`` is named in the text only, since the hub
-    does not know it. ``prompts`` are source -> role -> text, ``facts`` short statements of the training.
+    does not know it. ``prompts`` are source -> role -> text, ``facts`` short statements of the training, ``contamination``
+    lines that say what the training texts share with benchmarks.
     """
     front: dict[str, object] = {
         "library_name": "sentence-transformers",
@@ -50,6 +52,7 @@ def model_card(
         "",
         *(f"- {key}: {value}" for key, value in facts.items()),
         "",
+        *(("## Benchmark texts in the training data", "", *contamination, "") if contamination else ()),
         "## Prompts",
         "",
         "The text put before queries and documents in training, by source. The model holds them under the keys that mteb",

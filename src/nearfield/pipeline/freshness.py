@@ -95,7 +95,7 @@ class Freshness:
         if during is not None and during.decides:
             # Whether the untrained model is scored, and what is asked of prompts, decides nothing.
             settings = during.model_dump(mode="json", exclude={"suite", "at_start", "prompts"})
-            train["evaluation"] = [settings, *_suite_content(during.suite, self.run.checked.training_suite)]
+            train["evaluation"] = [settings, *suite_content(during.suite, self.run.checked.training_suite)]
         found["train"] = fingerprint(train)
         found["evaluate"] = fingerprint(
             {"version": EVALUATE_VERSION, "train": found["train"], "suite": self._suite_inputs()}
@@ -109,7 +109,7 @@ class Freshness:
         if evaluation is None:
             return None
         settings = evaluation.model_dump(mode="json", exclude={"suite"})
-        return [settings, *_suite_content(evaluation.suite, self.run.checked.suite)]
+        return [settings, *suite_content(evaluation.suite, self.run.checked.suite)]
 
     # Where the outputs are.
 
@@ -172,7 +172,7 @@ class Freshness:
         return stages[: stages.index(until) + 1]
 
 
-def _suite_content(path: Path, suite: SuiteConfig | None) -> list[Any]:
+def suite_content(path: Path, suite: SuiteConfig | None) -> list[Any]:
     """What the scores on a suite depend on: its tasks' settings and data; ``suite`` is None for a folder of tasks."""
     from nearfield.data.build import data_fingerprint
     from nearfield.data.config import DataConfig

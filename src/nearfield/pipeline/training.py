@@ -12,6 +12,7 @@ from nearfield.encoders.build import LoadedEncoder, build_encoder, save_encoder
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_folder, write_text
 from nearfield.pipeline.artifacts import Artifacts
+from nearfield.pipeline.decontamination import contamination_entry, contamination_lines
 from nearfield.pipeline.during import evaluation_during_training
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class TrainingStage(Artifacts):
             "world_size": result.world_size,
             "base_model": [encoder.name, encoder.revision],
             "stopped_early": result.stopped_early,
+            "contamination": contamination_entry(self),
             "checkpoint": result.checkpoint.name,
             **({} if result.best is None else {"best": {"step": result.best[0], "score": result.best[1]}}),
         }
@@ -121,7 +123,9 @@ class TrainingStage(Artifacts):
             "precision": result.precision,
             "seed": recipe.seed,
         }
-        return model_card(recipe.name, (encoder.name, encoder.revision), self.contract.sources, facts)
+        return model_card(
+            recipe.name, (encoder.name, encoder.revision), self.contract.sources, facts, contamination_lines(self)
+        )
 
     def check_can_train(self) -> None:
         """Refuse what this rank could never train with its launcher, devices and libraries."""

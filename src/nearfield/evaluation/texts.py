@@ -1,0 +1,117 @@
+"""The texts that a suite scores: every query and document, every pair and item of the evaluated splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mteb.abstasks import AbsTaskRetrieval
+
+from nearfield.data.decontaminate import BenchmarkTask, BenchmarkText
+from nearfield.errors import BadInputError
+from nearfield.evaluation.local import SuiteTask, parts_of
+
+_NO_TEXT = {"id", "_id", "idx", "lang", "language", "cluster", "query-id", "corpus-id", "image", "modality"}
+
+
+def benchmark_tasks(tasks: Sequence[SuiteTask]) -> Iterator[BenchmarkTask]:
+    """The tasks of a suite with their texts, which are loaded when they are asked for and given back after it."""
+    for suite_task in tasks:
+        for task in parts_of(suite_task.task):
+            yield BenchmarkTask(str(task.metadata.name), _reader(task))
+
+
+def _reader(task: Any) -> Any:
+    return lambda: task_texts(task)
+
+
+def task_texts(task: Any) -> Iterator[BenchmarkText]:
+    """The texts of the splits and subsets that an mteb task scores.
+
+    Raises :class:`BadInputError` where its data cannot be loaded, as of a hub task on a machine without a network.
+    """
+    was_loaded = task.data_loaded
+    try:
+        task.load_data()
+    except BadInputError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadInputError(
+            f"the data of this task cannot be loaded ({reason[0][:200]})",
+            where=str(task.metadata.name),
+            hint="Fetch them on a machine with a network, or leave the task out of the suite.",
+        ) from error
+    try:
+        if isinstance(task, AbsTaskRetrieval):
+            task.convert_v1_dataset_format_to_v2(num_proc=None)
+            for place, split in _splits(task):
+                yield from _retrieval_texts(place, split)
+        else:
+            label = getattr(task, "label_column_name", None)
+            for place, split in _splits(task):
+                yield from _column_texts(place, split, {label, *_NO_TEXT})
+    finally:
+        if not was_loaded and task.data_loaded:
+            task.unload_data()
+
+
+def _splits(task: Any) -> Iterator[tuple[str, Any]]:
+    """``subset/split`` and the data of each split that is scored."""
+    wanted = list(task.eval_splits)
+    for key, value in task.dataset.items():
+        if key in wanted and not (isinstance(value, Mapping) and set(wanted) & set(value)):
+            yield f"default/{key}", value
+        elif isinstance(value, Mapping) and key in task.hf_subsets:
+            for split in wanted:
+                if split in value:
+                    yield f"{key}/{split}", value[split]
+
+
+def _retrieval_texts(place: str, split: Mapping[str, Any]) -> Iterator[BenchmarkText]:
+    relevant = {
+        document for documents in split["relevant_docs"].values() for document, score in documents.items() if score > 0
+    }
+    for row in split["queries"]:
+        for text in _forms(row):
+            yield BenchmarkText(f"{place}/{row['id']}", "query", text)
+    for row in split["corpus"]:
+        role = "document" if row["id"] in relevant else "distractor"
+        for text in _forms(row):
+            yield BenchmarkText(f"{place}/{row['id']}", role, text)
+
+
+def _forms(row: Mapping[str, Any]) -> list[str]:
+    """A document with a title as mteb encodes it, title first, and its body alone."""
+    bodies = list(_strings(row.get("text")))
+    title = row.get("title")
+    if isinstance(title, str) and title.strip():
+        return list(dict.fromkeys([f"{title} {body}".strip() for body in bodies] + bodies))
+    return bodies
+
+
+def _column_texts(place: str, rows: Iterable[Mapping[str, Any]], left_out: set[str | None]) -> Iterator[BenchmarkText]:
+    features = getattr(rows, "features", None)
+    if features is not None:
+        # Pictures and sound would be decoded row by row.
+        texts = [name for name, feature in features.items() if "string" in repr(feature) and name not in left_out]
+        rows = rows.select_columns(texts)  # type: ignore[attr-defined]
+    for number, row in enumerate(rows):
+        for column, value in row.items():
+            if column in left_out:
+                continue
+            for part, text in enumerate(_strings(value)):
+                yield BenchmarkText(f"{place}/{number}/{column}/{part}", "text", text)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The strings in a cell, however deep in lists; labels and numbers are none."""
+    if isinstance(value, str):
+        if value and not value.isspace():
+            yield value
+    elif isinstance(value, list | tuple):
+        for member in value:
+            yield from _strings(member)
+    elif isinstance(value, Mapping):
+        for member in value.values():
+            yield from _strings(member)

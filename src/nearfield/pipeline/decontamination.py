@@ -1,0 +1,135 @@
+"""A data recipe against a suite: the stored report that a training picks up for its manifest and its model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nearfield.files import fingerprint
+from nearfield.pipeline.freshness import Freshness, suite_content
+
+if TYPE_CHECKING:
+    from nearfield.data.contamination import ContaminationReport
+    from nearfield.data.decontamination_config import DecontaminationConfig
+    from nearfield.data.store import Store
+    from nearfield.evaluation.config import SuiteConfig
+
+
+@dataclass(frozen=True)
+class StoredReport:
+    """A report and the file that keeps it."""
+
+    path: Path
+    report: ContaminationReport
+
+
+def suite_fingerprint(path: Path, suite: SuiteConfig | None) -> str:
+    """32 hex digits over a suite's settings and the content of its local data."""
+    return fingerprint(suite_content(path, suite))
+
+
+def report_path(cache: Path, data: str, suite: str) -> Path:
+    """Where the report of a store against a suite is kept, by their fingerprints."""
+    return cache / "decontamination" / f"{data}-{suite}.json"
+
+
+def decontaminate_store(
+    store: Store,
+    suite: Path,
+    cache: Path,
+    config: DecontaminationConfig | None = None,
+    *,
+    sources: Sequence[str] | None = None,
+    split: str = "train",
+    encoder: str | None = None,
+) -> StoredReport:
+    """Compare a store's training texts with a suite (a YAML file or a folder of tasks); the report is kept in ``cache``.
+
+    ``encoder`` names a model whose embeddings find near-duplicates, too; it encodes all texts of both sides.
+    """
+    from nearfield.data import prepare_store
+    from nearfield.data.decontaminate import decontaminate
+    from nearfield.data.store import Store
+    from nearfield.encoders.encode import text_encoder
+    from nearfield.evaluation import SuiteConfig
+    from nearfield.evaluation.suite import open_suite
+    from nearfield.evaluation.texts import benchmark_tasks
+
+    loaded = None if suite.is_dir() else SuiteConfig.load(suite)
+
+    def open_store(path: Path) -> Store:
+        return Store.open(path) if path.is_dir() else prepare_store(path, cache)
+
+    tasks = open_suite(loaded or suite, open_store=open_store)
+    mark = suite_fingerprint(suite, loaded)
+    report = decontaminate(
+        store,
+        benchmark_tasks(tasks),
+        config,
+        suite=suite.resolve().name if loaded is None else loaded.name,
+        suite_fingerprint=mark,
+        sources=sources,
+        split=split,
+        encode=None if encoder is None else text_encoder(encoder),
+        encoder=encoder,
+    )
+    path = report_path(cache, store.fingerprint, mark)
+    report.save(path)
+    return StoredReport(path, report)
+
+
+def stored_report(cache: Path, data: str, suite: str, sources: Sequence[str], split: str) -> StoredReport | None:
+    """The kept report of a store against a suite, if there is one and it looked at these sources and this split."""
+    from nearfield.data.contamination import read_report
+
+    path = report_path(cache, data, suite)
+    if not path.is_file():
+        return None
+    report = read_report(path)
+    if report.split != split or not set(sources) <= set(report.sources):
+        return None
+    return StoredReport(path, report)
+
+
+def report_of(run: Freshness) -> StoredReport | None:
+    """The kept report of a run's data against the suite that it is scored on, if there is one that fits both."""
+    evaluation = run.recipe.evaluation
+    if evaluation is None:
+        return None
+    mark = suite_fingerprint(evaluation.suite, run.run.checked.suite)
+    sources = [source.name for source in run.run.checked.sources]
+    return stored_report(run.run.cache, run.fingerprints["data"], mark, sources, run.recipe.split)
+
+
+def contamination_entry(run: Freshness) -> dict[str, Any] | None:
+    """What the manifest says of it: where the report is, and for each task the benchmark texts that training holds."""
+    stored = report_of(run)
+    if stored is None:
+        return None
+    report = stored.report
+    return {
+        "report": str(stored.path),
+        "suite": report.suite,
+        "suite_fingerprint": report.suite_fingerprint,
+        "data": report.data,
+        "training_texts": report.texts,
+        "contaminated": report.contaminated,
+        "tasks": {
+            task.task: {"problem": task.problem}
+            if task.problem is not None
+            else {"texts": task.texts, "matched": {role: dict(kinds) for role, kinds in task.matched.items()}}
+            for task in report.tasks
+        },
+    }
+
+
+def contamination_lines(run: Freshness) -> list[str]:
+    """What the model card says of it."""
+    stored = report_of(run)
+    if stored is not None:
+        return stored.report.lines()
+    if run.recipe.evaluation is None:
+        return []
+    return ["The training texts were not compared with the texts of the suite (`nearfield data decontaminate`)."]
