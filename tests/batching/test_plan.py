@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +12,7 @@ from nearfield.batching import SingleSourceConfig
 from nearfield.batching.plan import Plan, total_steps, write_plan
 from nearfield.batching.planner import Rows
 from nearfield.errors import BadInputError
-from tests.batching.test_single_source import make_source
+from tests.batching.making import make_source
 
 
 def lengths(prompt: int, items: Rows) -> Rows:
@@ -26,25 +25,22 @@ def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "epoch-000.parquet"
     summary = write_plan(path, epoch, {0: (0, 1), 1: (2, 2)}, lengths, {"seed": 0, "epoch": 0, "data": "abc"})
     plan = Plan(path)
-    assert len(plan) == len(epoch.batches) == summary["batches"]
+    assert len(plan) == len(epoch) == summary["batches"]
     assert plan.metadata["data"] == "abc"
     tokens = []
-    for step, rows in enumerate(epoch.batches):
-        batch = plan.batch(step)
-        assert batch.example.tolist() == [row.example for row in rows]
-        assert batch.query.tolist() == [row.query for row in rows]
-        assert [p.tolist() for p in batch.positives] == [row.positives.tolist() for row in rows]
-        assert [n.tolist() for n in batch.negatives] == [row.negatives.tolist() for row in rows]
-        assert batch.source == rows[0].source
+    for step in range(len(epoch)):
+        batch, rows = plan.batch(step), epoch.batch(step)
+        assert batch.example.tolist() == rows.example.tolist()
+        assert batch.query.tolist() == rows.query.tolist()
+        assert [p.tolist() for p in batch.positives] == [rows.positives[row].tolist() for row in range(len(rows))]
+        assert [n.tolist() for n in batch.negatives] == [rows.negatives[row].tolist() for row in range(len(rows))]
+        assert batch.source == rows.source[0]
+        assert batch.score is None and batch.label is None
         query_prompt, document_prompt = {0: (0, 1), 1: (2, 2)}[batch.source]
         assert set(batch.query_prompt.tolist()) == {query_prompt}
         assert set(batch.document_prompt.tolist()) == {document_prompt}
         tokens.append(
-            sum(
-                int(lengths(query_prompt, np.array([row.query])).sum())
-                + int(lengths(document_prompt, np.concatenate([row.positives, row.negatives])).sum())
-                for row in rows
-            )
+            int(lengths(query_prompt, rows.query).sum()) + int(lengths(document_prompt, rows.documents().values).sum())
         )
     assert plan.tokens().tolist() == tokens
     assert summary["tokens"] == sum(tokens)
@@ -69,7 +65,7 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, kind: str) -> None:
     elif kind == "other parquet":
         pq.write_table(pa.table({"a": [1]}), path)
     elif kind in ("other version", "disorder"):
-        write_plan(path, epoch, {0: (0, 0)}, lengths, {"version": 99 if kind == "other version" else 1})
+        write_plan(path, epoch, {0: (0, 0)}, lengths, {"version": 99 if kind == "other version" else 2})
         table = pq.read_table(path)
         if kind == "disorder":
             pq.write_table(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +15,20 @@ import pytest
 
 import nearfield.batching
 from nearfield.batching import SingleSourceConfig
-from nearfield.batching.plan import SCHEMA, Plan, total_steps, write_plan
-from nearfield.batching.planner import EpochBatches, PlannedRow, Rows, SourceExamples
+from nearfield.batching.plan import SCHEMA, SEVERAL_SOURCES, Plan, total_steps, write_plan
+from nearfield.batching.planner import EpochBatches
+from nearfield.batching.rows import Lists, PlannedRows, Rows, SourceExamples
 from nearfield.errors import BadInputError
 from nearfield.files import hash_file
+from tests.batching.making import batches_of, items_of
 
 PROMPTS = {0: (0, 1), 1: (5, 5), 2: (2, 3)}
 """Source 1 has no batch in the epoch below."""
 
 # Batches of three, two epochs, of the two sources below.
-GOLDEN_EXAMPLES = [[6, 1, 2], [1000, 1007, 1003], [1006, 1005], [4, 0], [5, 7, 3], [1004, 1002, 1001]]
-GOLDEN_ITEMS = [[6, 160, 162, 560], [1, 111, 112, 510], [2, 121, 122, 520]]
-GOLDEN_NEXT_EPOCH = [[7, 2, 1], [4, 3], [6, 5, 0], [1002, 1007, 1000], [1006, 1001], [1004, 1005, 1003]]
+GOLDEN_EXAMPLES = [[1006, 1004], [1001, 1007, 1000], [5, 3, 2], [1005, 1003, 1002], [7, 0, 4], [6, 1]]
+GOLDEN_ITEMS = [[6, 161, 162, 561], [4, 140, 141, 540]]
+GOLDEN_NEXT_EPOCH = [[1000, 1004, 1006], [1, 7, 2], [1005, 1007, 1003], [1002, 1001], [5, 3, 6], [4, 0]]
 
 
 def rows(*numbers: int) -> Rows:
@@ -33,14 +37,15 @@ def rows(*numbers: int) -> Rows:
 
 def epoch() -> EpochBatches:
     """Two batches of source 2, one of source 0; the last row of all has no document."""
-    return EpochBatches(
-        [
-            [PlannedRow(2, 20, 1, rows(10, 11), rows(12)), PlannedRow(2, 21, 2, rows(13), rows(), stratum=4)],
-            [PlannedRow(0, 3, 7, rows(14), rows(15, 16))],
-            [PlannedRow(2, 22, 3, rows(17), rows()), PlannedRow(2, 23, 4, rows(), rows())],
-        ],
-        Counter({"z": 2, "a": 1}),
+    made = PlannedRows.of(
+        [2, 2, 0, 2, 2],
+        [20, 21, 3, 22, 23],
+        [1, 2, 7, 3, 4],
+        Lists.of([[10, 11], [13], [14], [17], []]),
+        Lists.of([[12], [], [15, 16], [], []]),
+        stratum=rows(-1, 4, -1, -1, -1),
     )
+    return EpochBatches(made, rows(0, 2, 3, 5), Counter({"z": 2, "a": 1}), {"moved": 1})
 
 
 def lengths(prompt: int, items: Rows) -> Rows:
@@ -86,7 +91,10 @@ def test_the_file_holds_the_epoch(path: Path) -> None:
         "source": [2, 2, 0, 2, 2],
         "stratum": [-1, 4, -1, -1, -1],
     }
-    assert table.schema.metadata == {b"nearfield.plan": b'{"epoch": 7, "seed": 3, "version": 1}'}
+    metadata = json.loads(table.schema.metadata[b"nearfield.plan"])
+    assert set(table.schema.metadata) == {b"nearfield.plan"}
+    assert {name: metadata[name] for name in ("epoch", "seed", "version")} == {"epoch": 7, "seed": 3, "version": 2}
+    assert metadata["summary"]["rows"] == 5
     assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
 
 
@@ -100,13 +108,60 @@ def test_the_summary(tmp_path: Path) -> None:
         "rows": 5,
         "tokens": 403 + 933 + 313 + 7 + 345 + 407 + 317,
         "batches_by_source": {"0": 1, "2": 2},
+        "rows_by_source": {"0": 1, "2": 4},
+        "tokens_by_source": {"0": 7 + 345, "2": 403 + 933 + 313 + 407 + 317},
+        "batch_sizes": {"1": 1, "2": 2},
         "dropped": {"a": 1, "z": 2},
+        "planner": {"moved": 1},
     }
+    assert "summary" in Plan(path).metadata
+
+
+def test_names_and_measurements_are_in_the_summary_and_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.parquet"
+    summary = write_plan(
+        path, epoch(), PROMPTS, lengths, {}, names={0: "zero", 2: "two"}, measured={"hardness": {"pairs": 3}}
+    )
+    assert summary["batches_by_source"] == {"zero": 1, "two": 2}
+    assert summary["hardness"] == {"pairs": 3}
+    inside = Plan(path).metadata["summary"]
+    assert inside == {name: value for name, value in summary.items() if name not in ("epoch", "file", "hash")}
+
+
+def test_a_batch_of_several_sources(tmp_path: Path) -> None:
+    made = epoch()
+    mixed = EpochBatches(made.rows, rows(0, 3, 5))
+    summary = write_plan(tmp_path / "plan", mixed, PROMPTS, lengths, {})
+    assert summary["batches_by_source"] == {"2": 1, "several sources": 1}
+    batch = Plan(tmp_path / "plan").batch(0)
+    assert batch.source == SEVERAL_SOURCES
+    assert batch.query_prompt.tolist() == [2, 2, 0]
+    assert batch.document_prompt.tolist() == [3, 3, 1]
+
+
+def test_scores_and_labels_are_columns_where_there_are_any(tmp_path: Path) -> None:
+    made = epoch()
+    scored = replace(made.rows, score=np.array([0.5, np.nan, 1.0, 0.0, 0.25]), label=rows(-1, 7, 8, -1, 7))
+    write_plan(tmp_path / "plan", EpochBatches(scored, made.offsets), PROMPTS, lengths, {})
+    table = pq.read_table(tmp_path / "plan")
+    assert table.schema.names[-2:] == ["score", "label"]
+    assert table["score"].to_pylist() == [0.5, None, 1.0, 0.0, 0.25]
+    assert table["label"].to_pylist() == [None, 7, 8, None, 7]
+    batch = Plan(tmp_path / "plan").batch(2)
+    assert batch.score is not None and batch.score.tolist() == [0.0, 0.25]
+    assert batch.label is not None and batch.label.tolist() == [-1, 7]
+    first = Plan(tmp_path / "plan").batch(0)
+    assert first.score is not None and first.score[0] == 0.5 and np.isnan(first.score[1])
+    again = Plan(tmp_path / "plan").epoch()
+    assert again.rows.positives.values.tolist() == scored.positives.values.tolist()
+    assert again.rows.label.tolist() == scored.label.tolist()
+    assert again.offsets.tolist() == made.offsets.tolist()
 
 
 def test_the_opened_plan(path: Path) -> None:
     plan = Plan(path)
-    assert (plan.path, len(plan), plan.metadata) == (path, 3, {"version": 1, "seed": 3, "epoch": 7})
+    assert (plan.path, len(plan)) == (path, 3)
+    assert (plan.metadata["version"], plan.metadata["seed"], plan.metadata["epoch"]) == (2, 3, 7)
     assert plan.tokens().tolist() == [403 + 933 + 313, 7 + 345, 407 + 317]
     batch = plan.batch(2)
     assert batch.source == 2
@@ -125,7 +180,7 @@ def test_the_opened_plan(path: Path) -> None:
 
 def test_an_epoch_without_batches(tmp_path: Path) -> None:
     path = tmp_path / "plan.parquet"
-    summary = write_plan(path, EpochBatches([]), PROMPTS, lengths, {})
+    summary = write_plan(path, EpochBatches.of([]), PROMPTS, lengths, {})
     assert (summary["rows"], summary["tokens"], summary["epoch"]) == (0, 0, None)
     plan = Plan(path)
     assert len(plan) == 0
@@ -168,7 +223,7 @@ def test_words_of_the_refusals(tmp_path: Path, path: Path) -> None:
     pq.write_table(table.replace_schema_metadata(None), other)
     assert refusal(other).what == "this Parquet file is not a plan: its metadata is missing"
     pq.write_table(table.replace_schema_metadata({b"nearfield.plan": b'{"version": 99}'}), other)
-    assert refusal(other).what == "this plan has version 99; 1 is wanted"
+    assert refusal(other).what == "this plan has version 99; 2 is wanted"
     assert refusal(other).hint == "Plan again: `nearfield plan RECIPE`."
     pq.write_table(pa.concat_tables([table.slice(3), table.slice(0, 3)]), other)
     assert refusal(other).what == "the steps of this plan are not in order"
@@ -180,8 +235,15 @@ def test_defaults_and_bounds() -> None:
         "batch_size": 64,
         "positives": 1,
         "negatives": 1,
+        "negative_choice": "uniform",
+        "margin_bins": 10,
         "duplicates": "forbid",
+        "known_positives": "forbid",
+        "same_label": "allow",
         "drop_last": True,
+        "sampling": {"kind": "proportional"},
+        "pools": {},
+        "homogeneous": 1.0,
     }
     for wrong in ({"batch_size": 1}, {"positives": 0}, {"negatives": -1}, {"duplicates": "x"}):
         with pytest.raises(ValueError, match=re.escape(next(iter(wrong)))):
@@ -195,36 +257,37 @@ def source(number: int, name: str, count: int = 8) -> SourceExamples:
         name,
         np.arange(count) + 1000 * number,
         np.arange(count),
-        [rows(*(100 + 10 * i + np.arange(3))) for i in range(count)],
-        [rows(*(500 + 10 * i + np.arange(2))) for i in range(count)],
+        Lists.of([100 + 10 * i + np.arange(3) for i in range(count)]),
+        Lists.of([500 + 10 * i + np.arange(2) for i in range(count)]),
     )
 
 
 def test_a_seed_gives_the_plan_that_it_always_gave() -> None:
     """Written down once: if this changes, plans of old runs cannot be made again, and VERSION of the plan must rise."""
     plan = SingleSourceConfig(batch_size=3, positives=2, drop_last=False).build()
-    batches = plan.plan([source(0, "first"), source(1, "second")], 11, 2).batches
-    assert [[row.example for row in batch] for batch in batches] == GOLDEN_EXAMPLES
-    assert [row.items() for row in batches[0]] == GOLDEN_ITEMS
-    other = plan.plan([source(0, "first"), source(1, "second")], 11, 3).batches
-    assert [[row.example for row in batch] for batch in other] == GOLDEN_NEXT_EPOCH
+    epoch = plan.plan([source(0, "first"), source(1, "second")], 11, 2)
+    assert batches_of(epoch) == GOLDEN_EXAMPLES
+    assert items_of(epoch)[0] == GOLDEN_ITEMS
+    assert batches_of(plan.plan([source(0, "first"), source(1, "second")], 11, 3)) == GOLDEN_NEXT_EPOCH
+    refreshed = plan.plan([source(0, "first"), source(1, "second")], 11, 2, generation=1)
+    assert batches_of(refreshed) != GOLDEN_EXAMPLES
 
 
 def test_a_batch_of_one_is_never_kept() -> None:
     """A softmax over one query's own documents alone is no batch; two are."""
     for count, kept in ((4, [3]), (5, [3, 2])):
         plan = SingleSourceConfig(batch_size=3, drop_last=False).build().plan([source(0, "a", count)], 0, 0)
-        assert sorted((len(batch) for batch in plan.batches), reverse=True) == kept
+        assert sorted(plan.sizes.tolist(), reverse=True) == kept
         assert plan.dropped == Counter({"in a batch that did not fill": count - sum(kept)})
 
 
 def test_what_repeats_itself_is_counted() -> None:
-    examples = SourceExamples(0, "a", rows(0, 1, 2), rows(5, 6, 7), [rows(5), rows(8), rows(9)], [rows()] * 3)
+    examples = SourceExamples(0, "a", rows(0, 1, 2), rows(5, 6, 7), Lists.of([[5], [8], [9]]), Lists.empty(3))
     plan = SingleSourceConfig(batch_size=2).build().plan([examples], 0, 0)
     assert plan.dropped == Counter({"repeats an item in itself": 1})
-    assert sorted(row.example for row in plan.batches[0]) == [1, 2]
+    assert sorted(batches_of(plan)[0]) == [1, 2]
 
 
 def test_what_is_exported_is_there() -> None:
-    assert nearfield.batching.__all__ == ["BatchConfig", "SingleSourceConfig"]
+    assert "SingleSourceConfig" in nearfield.batching.__all__
     assert all(hasattr(nearfield.batching, name) for name in nearfield.batching.__all__)

@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
-from nearfield.batching.config import BatchConfig, SingleSourceConfig
+from nearfield.batching.config import (
+    BatchConfig,
+    CommunitiesConfig,
+    KMeansStrataConfig,
+    MixedConfig,
+    MixedPart,
+    ShuffledConfig,
+    SingleSourceConfig,
+)
 
-__all__ = ["BatchConfig", "SingleSourceConfig"]
+__all__ = [
+    "BatchConfig",
+    "CommunitiesConfig",
+    "KMeansStrataConfig",
+    "MixedConfig",
+    "MixedPart",
+    "ShuffledConfig",
+    "SingleSourceConfig",
+]

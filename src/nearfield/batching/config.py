@@ -2,30 +2,127 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from nearfield.config import Config
 
 if TYPE_CHECKING:
     from nearfield.batching.planner import Planner
 
+Share = Annotated[float, Field(gt=0)]
 
-class SingleSourceConfig(Config):
-    """Shuffled global batches of one source each, no item twice in a batch."""
 
-    kind: Literal["single_source"] = "single_source"
+class ProportionalSampling(Config):
+    """All batches of all sources, so that each source comes in proportion to its size."""
+
+    kind: Literal["proportional"] = "proportional"
+
+
+class _UnequalSampling(Config):
+    exhausted: Literal["stop", "repeat"] = "stop"
+    """Where a source has fewer examples than its share asks for: ``stop`` ends the epoch with it and leaves the rest of
+    the others for another epoch, ``repeat`` begins it anew. Both are counted in the summary."""
+
+
+class TemperatureSampling(_UnequalSampling):
+    """Sources in proportion to size ** alpha: 1 is proportional, 0 gives all sources the same share."""
+
+    kind: Literal["temperature"] = "temperature"
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class RoundRobinSampling(_UnequalSampling):
+    """Sources take turns, a batch each, in the order of the data recipe."""
+
+    kind: Literal["round_robin"] = "round_robin"
+
+
+class SharesSampling(_UnequalSampling):
+    """Sources (or pools) in proportion to given weights."""
+
+    kind: Literal["shares"] = "shares"
+    shares: Annotated[dict[str, Share], Field(min_length=1)]
+
+
+SamplingConfig = Annotated[
+    ProportionalSampling | TemperatureSampling | RoundRobinSampling | SharesSampling, Field(discriminator="kind")
+]
+
+
+class CommonConfig(Config):
+    """What all planners share."""
+
+    needs_vectors: ClassVar[bool] = False
+    """Whether the planner cannot do without a teacher's vectors."""
+
     batch_size: Annotated[int, Field(ge=2)] = 64
     """Examples a step, over all devices."""
     positives: Annotated[int, Field(ge=1)] = 1
     """Positives of an example that are used in an epoch, drawn anew each epoch; fewer where it has fewer."""
     negatives: Annotated[int, Field(ge=0)] = 1
     """Explicit negatives of an example that are used in an epoch, likewise."""
+    negative_choice: Literal["uniform", "balanced_margins"] = "uniform"
+    """``balanced_margins`` cuts the margins (the teacher's score of the positive less that of the negative) of a query into
+    bins, and draws a bin, then a negative in it."""
+    margin_bins: Annotated[int, Field(ge=1, le=1000)] = 10
     duplicates: Literal["forbid", "allow"] = "forbid"
     """Whether an item may stand twice in a batch."""
+    known_positives: Literal["forbid", "allow"] = "forbid"
+    """Whether an item may be in a batch with a query that has it as a positive elsewhere in the data."""
+    same_label: Literal["forbid", "allow"] = "allow"
+    """Whether two labelled examples of one label may be in a batch."""
     drop_last: bool = True
     """Leave out batches that stay smaller than ``batch_size``; the summary counts what is left out."""
+    sampling: SamplingConfig = ProportionalSampling()
+    """How often each source comes."""
+    pools: dict[str, tuple[str, ...]] = {}
+    """Sources to be treated as one, under a name for them."""
+
+    @field_validator("pools")
+    @classmethod
+    def _pools_are_apart(cls, pools: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        seen: dict[str, str] = {}
+        for pool, members in pools.items():
+            if not members:
+                raise ValueError(f"the pool {pool!r} is empty")
+            for member in members:
+                if member in seen:
+                    raise ValueError(f"the source {member!r} is twice in pools ({seen[member]!r} and {pool!r})")
+                seen[member] = pool
+        return pools
+
+    @model_validator(mode="after")
+    def _labels_are_items(self) -> Self:
+        if self.same_label == "forbid" and self.duplicates == "allow":
+            raise ValueError("same_label: forbid needs duplicates: forbid")
+        return self
+
+
+class ShuffledConfig(CommonConfig):
+    """Shuffled batches that mix the examples of all sources: the classic way, to compare the others with."""
+
+    kind: Literal["shuffled"] = "shuffled"
+
+    def build(self) -> Planner:
+        """The planner."""
+        from nearfield.batching.shuffled import ShuffledPlanner
+
+        return ShuffledPlanner(self)
+
+
+class SeparatedConfig(CommonConfig):
+    """What the planners share whose batches have one source each."""
+
+    homogeneous: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """The share of examples whose batches are of this kind; the others are mixed over all sources."""
+
+
+class SingleSourceConfig(SeparatedConfig):
+    """Shuffled global batches of one source each, no item twice in a batch."""
+
+    kind: Literal["single_source"] = "single_source"
 
     def build(self) -> Planner:
         """The planner."""
@@ -34,5 +131,125 @@ class SingleSourceConfig(Config):
         return SingleSourcePlanner(self)
 
 
-BatchConfig = SingleSourceConfig
+class KMeansStrataConfig(SeparatedConfig):
+    """Batches of one cluster of one source each: spherical k-means on a teacher's vectors (arXiv 2407.18887)."""
+
+    needs_vectors: ClassVar[bool] = True
+
+    kind: Literal["kmeans_strata"] = "kmeans_strata"
+    side: Literal["query", "document"] = "query"
+    """What is clustered."""
+    clusters: Annotated[int, Field(ge=1)] = 10
+    """Clusters a source; fewer where it has not ``batch_size`` examples for each."""
+    iterations: Annotated[int, Field(ge=1)] = 20
+    sample: Annotated[int, Field(ge=1)] | None = None
+    """Fit the centroids on so many examples, drawn at random; null takes all."""
+    small: Literal["merge", "drop"] = "merge"
+    """A cluster with fewer than ``batch_size`` examples joins the nearest, or is left out."""
+
+    def build(self) -> Planner:
+        """The planner."""
+        from nearfield.batching.kmeans_strata import KMeansStrataPlanner
+
+        return KMeansStrataPlanner(self)
+
+
+class CommunitiesConfig(SeparatedConfig):
+    """Batches that are unions of communities: small groups of examples that are hard for one another (B3, arXiv 2505.11293)."""
+
+    needs_vectors: ClassVar[bool] = True
+
+    kind: Literal["communities"] = "communities"
+    community_size: Annotated[int, Field(ge=2)] = 32
+    """Examples a community (K); ``batch_size`` is a multiple of it."""
+    rank_from: Annotated[int, Field(ge=0)] = 30
+    """The first so many ranks of a query are no edges: they are likely to be positives (p)."""
+    rank_to: Annotated[int, Field(ge=1)] = 130
+    """The rank that edges end before (p + m)."""
+    search: Literal["exact", "ivf"] = "exact"
+    """``ivf`` is approximate and faster on millions of examples; its recall is in the summary."""
+    cluster_negatives: Annotated[int, Field(ge=0)] = 0
+    """Negatives an example that are drawn for its whole community (B3++), behind its own explicit ones."""
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.batch_size % self.community_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of community_size {self.community_size}: "
+                "a batch is a union of whole communities"
+            )
+        if self.rank_to <= self.rank_from:
+            raise ValueError(f"rank_to {self.rank_to} must be above rank_from {self.rank_from}")
+        return self
+
+    def build(self) -> Planner:
+        """The planner."""
+        from nearfield.batching.community_batches import CommunityPlanner
+
+        return CommunityPlanner(self)
+
+
+PureConfig = Annotated[
+    ShuffledConfig | SingleSourceConfig | KMeansStrataConfig | CommunitiesConfig, Field(discriminator="kind")
+]
+
+
+class MixedPart(Config):
+    """One kind of a mixture."""
+
+    weight: Share = 1.0
+    planner: PureConfig
+    """Its settings; those that all planners share are set on the mixture."""
+
+    @field_validator("planner")
+    @classmethod
+    def _shared_settings_stand_above(cls, planner: CommonConfig) -> CommonConfig:
+        twice = sorted(planner.model_fields_set & set(CommonConfig.model_fields))
+        if twice and twice != ["batch_size"]:
+            raise ValueError(f"{', '.join(twice)} must be set on the mixture, not on a part of it")
+        return planner
+
+
+class MixedConfig(CommonConfig):
+    """A mixture: examples are dealt to planners of other kinds by weight, anew each epoch."""
+
+    kind: Literal["mixed"] = "mixed"
+    parts: Annotated[tuple[MixedPart, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _one_batch_size(self) -> Self:
+        for part in self.parts:
+            if "batch_size" in part.planner.model_fields_set and part.planner.batch_size != self.batch_size:
+                raise ValueError(
+                    f"a part has batch_size {part.planner.batch_size}, the mixture {self.batch_size}: leave it out of the part"
+                )
+        assert self.part_configs  # they must be possible with the mixture's settings
+        return self
+
+    @property
+    def part_configs(self) -> tuple[ShuffledConfig | SingleSourceConfig | KMeansStrataConfig | CommunitiesConfig, ...]:
+        """The settings of the parts, with those of the mixture that all planners share."""
+        shared = {name: getattr(self, name) for name in CommonConfig.model_fields}
+        kinds = (
+            type(part.planner)(**{**part.planner.model_dump(exclude=set(shared)), **shared}) for part in self.parts
+        )
+        return tuple(kinds)
+
+    def build(self) -> Planner:
+        """The planner."""
+        from nearfield.batching.mixed import MixedPlanner
+
+        return MixedPlanner(self)
+
+
+BatchConfig = Annotated[
+    ShuffledConfig | SingleSourceConfig | KMeansStrataConfig | CommunitiesConfig | MixedConfig,
+    Field(discriminator="kind"),
+]
 """The union of all planners' settings, discriminated by ``kind``."""
+
+
+def needs_vectors(config: CommonConfig) -> bool:
+    """Whether a planner, or a part of it, cannot do without a teacher's vectors."""
+    parts = config.part_configs if isinstance(config, MixedConfig) else (config,)
+    return any(part.needs_vectors for part in parts)

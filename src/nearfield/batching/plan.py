@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nearfield.batching.planner import EpochBatches, Rows
+from nearfield.batching.planner import EpochBatches
+from nearfield.batching.rows import Floats, Lists, PlannedRows, Rows
+from nearfield.batching.summary import summarise
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_file
 
-VERSION = 1
+VERSION = 2
 _METADATA_KEY = b"nearfield.plan"
 
 SCHEMA = pa.schema(
@@ -36,6 +38,11 @@ SCHEMA = pa.schema(
         ("stratum", pa.int32()),
     ]
 )
+OPTIONAL = pa.schema([("score", pa.float64()), ("label", pa.int32())])
+"""Columns of plans whose examples have a score or a label; null where an example of such a plan has none."""
+
+SEVERAL_SOURCES = -1
+"""The source of a batch that has examples of several."""
 
 Lengths = Callable[[int, Rows], Rows]
 """(prompt number, item rows) -> tokens of each."""
@@ -52,66 +59,91 @@ class Batch:
     query_prompt: Rows
     document_prompt: Rows
     source: int
+    """``SEVERAL_SOURCES`` where the examples have not one source; prompts are by row."""
+    score: Floats | None = None
+    """(B,) of graded pairs; not a number where an example has none. None where no example of the plan has one."""
+    label: Rows | None = None
+    """(B,) of labelled examples, -1 where an example has none: the same number is the same label of the same source."""
 
 
 def write_plan(
     path: Path,
     epoch: EpochBatches,
-    prompts: dict[int, tuple[int, int]],
+    prompts: Mapping[int, tuple[int, int]],
     lengths: Lengths,
     metadata: dict[str, Any],
+    *,
+    names: Mapping[int, str] | None = None,
+    measured: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write an epoch's plan and return its summary: batches, rows, tokens, batches a source, what was dropped and why.
+    """Write an epoch's plan and return its summary: see :func:`nearfield.batching.summary.summarise`.
 
-    ``prompts`` gives each source's (query, document) prompt numbers; ``metadata`` names the inputs (seed, epoch,
-    fingerprints) and is kept in the file.
+    ``prompts`` gives each source's (query, document) prompt numbers, ``names`` their names; ``metadata`` names the inputs
+    (seed, epoch, fingerprints); ``measured`` is what was found out about the batches beside. Both, and the summary, are
+    kept in the file.
     """
-    rows = [row for batch in epoch.batches for row in batch]
-    steps = [step for step, batch in enumerate(epoch.batches) for _ in batch]
-    slots = [slot for batch in epoch.batches for slot in range(len(batch))]
-    query_tokens = np.zeros(len(rows), dtype=np.int64)
-    document_tokens = np.zeros(len(rows), dtype=np.int64)
-    for source, (query_prompt, document_prompt) in prompts.items():
-        mine = [i for i, row in enumerate(rows) if row.source == source]
-        if not mine:
-            continue
-        query_tokens[mine] = lengths(query_prompt, np.asarray([rows[i].query for i in mine], dtype=np.int64))
-        documents = [np.concatenate([rows[i].positives, rows[i].negatives]) for i in mine]
-        flat = lengths(document_prompt, np.concatenate(documents).astype(np.int64))
-        owner = np.repeat(np.arange(len(mine)), [len(part) for part in documents])
-        document_tokens[mine] = np.bincount(owner, weights=flat, minlength=len(mine)).astype(np.int64)
-    table = pa.table(
-        {
-            "step": steps,
-            "slot": slots,
-            "example": [row.example for row in rows],
-            "query": [row.query for row in rows],
-            "positives": [row.positives for row in rows],
-            "negatives": [row.negatives for row in rows],
-            "query_prompt": [prompts[row.source][0] for row in rows],
-            "document_prompt": [prompts[row.source][1] for row in rows],
-            "query_tokens": query_tokens,
-            "document_tokens": document_tokens,
-            "source": [row.source for row in rows],
-            "stratum": [row.stratum for row in rows],
-        },
-        schema=SCHEMA,
-    )
-    metadata = {"version": VERSION, **metadata}
+    rows = epoch.rows
+    query_prompt, document_prompt = (_of_source(rows.source, prompts, side) for side in (0, 1))
+    query_tokens, document_tokens = count_tokens(rows, query_prompt, document_prompt, lengths)
+    step = epoch.batch_of_rows()
+    columns: dict[str, Any] = {
+        "step": step,
+        "slot": np.arange(len(rows)) - epoch.offsets[step],
+        "example": rows.example,
+        "query": rows.query,
+        "positives": _list_array(rows.positives),
+        "negatives": _list_array(rows.negatives),
+        "query_prompt": query_prompt,
+        "document_prompt": document_prompt,
+        "query_tokens": query_tokens,
+        "document_tokens": document_tokens,
+        "source": rows.source,
+        "stratum": rows.stratum,
+    }
+    schema = SCHEMA
+    if np.isfinite(rows.score).any():
+        columns["score"] = pa.array(rows.score, pa.float64(), from_pandas=True)
+        schema = schema.append(OPTIONAL.field("score"))
+    if (rows.label >= 0).any():
+        columns["label"] = pa.array(rows.label, pa.int32(), mask=rows.label < 0)
+        schema = schema.append(OPTIONAL.field("label"))
+    summary = summarise(epoch, query_tokens + document_tokens, names or {}) | (measured or {})
+    metadata = {"version": VERSION, **metadata, "summary": summary}
+    table = pa.table({name: _narrow(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
     table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
     with atomic_path(path) as aside:
         pq.write_table(table, aside, compression="zstd")
-    sources = Counter(batch[0].source for batch in epoch.batches)
-    return {
-        "epoch": metadata.get("epoch"),
-        "file": path.name,
-        "hash": hash_file(path),
-        "batches": len(epoch.batches),
-        "rows": len(rows),
-        "tokens": int(query_tokens.sum() + document_tokens.sum()),
-        "batches_by_source": {str(source): count for source, count in sorted(sources.items())},
-        "dropped": dict(sorted(epoch.dropped.items())),
-    }
+    return {"epoch": metadata.get("epoch"), "file": path.name, "hash": hash_file(path), **summary}
+
+
+def _of_source(source: Rows, prompts: Mapping[int, tuple[int, int]], side: int) -> Rows:
+    table = np.full(max([*prompts, int(source.max(initial=-1))], default=-1) + 1, -1, dtype=np.int64)
+    for number, pair in prompts.items():
+        table[number] = pair[side]
+    return table[source]
+
+
+def _list_array(lists: Lists) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(lists.offsets, pa.int32()), pa.array(lists.values, pa.int64()))
+
+
+def _narrow(values: Any, kind: pa.DataType) -> pa.Array:
+    return values if isinstance(values, pa.Array) else pa.array(values.astype(kind.to_pandas_dtype(), copy=False))
+
+
+def count_tokens(rows: PlannedRows, query_prompt: Rows, document_prompt: Rows, lengths: Lengths) -> tuple[Rows, Rows]:
+    """Tokens of each row's query, and of all its documents together."""
+    queries, documents = np.zeros(len(rows), dtype=np.int64), rows.documents()
+    for prompt in np.unique(query_prompt).tolist():
+        mine = query_prompt == prompt
+        queries[mine] = lengths(prompt, rows.query[mine])
+    each = np.zeros(len(documents.values), dtype=np.int64)
+    prompt_of = np.repeat(document_prompt, documents.lengths)
+    for prompt in np.unique(prompt_of).tolist():
+        mine = prompt_of == prompt
+        each[mine] = lengths(prompt, documents.values[mine])
+    running = np.concatenate([[0], np.cumsum(each)])
+    return queries, running[documents.offsets[1:]] - running[documents.offsets[:-1]]
 
 
 class Plan:
@@ -120,15 +152,15 @@ class Plan:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.table = pq.read_table(path, memory_map=True)
+            table = pq.read_table(path, memory_map=True)
         except FileNotFoundError as error:
             raise BadInputError(
                 "this plan does not exist", where=str(path), hint="Run `nearfield plan RECIPE`."
             ) from error
         except (pa.ArrowException, OSError) as error:
             raise BadInputError(f"this is not a readable plan: {error}", where=str(path)) from error
-        raw = (self.table.schema.metadata or {}).get(_METADATA_KEY)
-        missing = [name for name in SCHEMA.names if name not in self.table.schema.names]
+        raw = (table.schema.metadata or {}).get(_METADATA_KEY)
+        missing = [name for name in SCHEMA.names if name not in table.schema.names]
         if raw is None or missing:
             detail = f"the columns {', '.join(missing)} are missing" if missing else "its metadata is missing"
             raise BadInputError(f"this Parquet file is not a plan: {detail}", where=str(path))
@@ -139,27 +171,51 @@ class Plan:
                 where=str(path),
                 hint="Plan again: `nearfield plan RECIPE`.",
             )
+        # One chunk a column, so that a batch is a slice of an array wherever it is.
+        self.table = table.combine_chunks()
         steps = self.table["step"].to_numpy()
         if len(steps) and (np.diff(steps) < 0).any():
             raise BadInputError("the steps of this plan are not in order", where=str(path))
         self._starts = np.searchsorted(steps, np.arange(int(steps[-1]) + 2)) if len(steps) else np.zeros(1, np.int64)
+        self._columns: dict[str, Any] = {}
 
     def __len__(self) -> int:
         """The number of steps."""
         return len(self._starts) - 1
 
+    def column(self, name: str) -> Rows:
+        """A column of numbers as an array, shape (rows,)."""
+        if name not in self._columns:
+            values = self.table[name]
+            if name == "label":
+                values = values.fill_null(-1)
+            kind = np.float64 if name == "score" else np.int64
+            self._columns[name] = values.to_numpy().astype(kind)
+        found: Rows = self._columns[name]
+        return found
+
+    def lists(self, name: str) -> Lists:
+        """The column ``positives`` or ``negatives``."""
+        if name not in self._columns:
+            values = self.table[name]
+            parts = [Lists(_from_zero(part.offsets.to_numpy()), part.flatten().to_numpy()) for part in values.chunks]
+            self._columns[name] = parts[0] if parts else Lists.empty(0)
+        found: Lists = self._columns[name]
+        return found
+
     def batch(self, step: int) -> Batch:
         """The batch of one step, in time that does not depend on the step."""
         start, stop = int(self._starts[step]), int(self._starts[step + 1])
-        part = self.table.slice(start, stop - start)
 
         def column(name: str) -> Rows:
-            values: Rows = part[name].to_numpy().astype(np.int64)
-            return values
+            return self.column(name)[start:stop]
 
         def lists(name: str) -> list[Rows]:
-            return [np.asarray(value, dtype=np.int64) for value in part[name].to_pylist()]
+            found = self.lists(name)
+            return [found[row] for row in range(start, stop)]
 
+        source = column("source")
+        has = self.table.schema.names
         return Batch(
             example=column("example"),
             query=column("query"),
@@ -167,14 +223,36 @@ class Plan:
             negatives=lists("negatives"),
             query_prompt=column("query_prompt"),
             document_prompt=column("document_prompt"),
-            source=int(part["source"][0].as_py()),
+            source=int(source[0]) if (source == source[0]).all() else SEVERAL_SOURCES,
+            score=self.column("score").astype(np.float64)[start:stop] if "score" in has else None,
+            label=column("label") if "label" in has else None,
         )
+
+    def epoch(self) -> EpochBatches:
+        """The rows of the plan as a planner made them."""
+        has = self.table.schema.names
+        rows = PlannedRows.of(
+            self.column("source"),
+            self.column("example"),
+            self.column("query"),
+            self.lists("positives"),
+            self.lists("negatives"),
+            stratum=self.column("stratum"),
+            score=self.column("score").astype(np.float64) if "score" in has else None,
+            label=self.column("label") if "label" in has else None,
+        )
+        return EpochBatches(rows, self._starts.astype(np.int64))
 
     def tokens(self) -> Rows:
         """Real tokens of each step, shape (steps,)."""
-        total = self.table["query_tokens"].to_numpy().astype(np.int64) + self.table["document_tokens"].to_numpy()
+        total = self.column("query_tokens") + self.column("document_tokens")
         sums: Rows = np.add.reduceat(total, self._starts[:-1]) if len(self) else np.zeros(0, np.int64)
         return sums
+
+
+def _from_zero(offsets: npt.NDArray[np.int32]) -> Rows:
+    found: Rows = offsets.astype(np.int64) - int(offsets[0])
+    return found
 
 
 def total_steps(plans: Sequence[Plan], max_steps: int | None) -> int:

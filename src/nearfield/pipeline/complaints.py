@@ -110,7 +110,7 @@ def batch_complaints(stages: Freshness, plans: list[Plan]) -> Iterator[Complaint
         share = count / max(1, kept + sum(dropped.values()))
         hint = "Lower batches.batch_size, or set batches.drop_last=false." if reason.startswith("in a batch") else None
         yield Complaint(f"{count:,} examples of all epochs ({share:.1%}) are left out: {reason}", hint)
-    names = {name for epoch in summary["epochs"] for name in epoch["batches_by_source"]}
+    names = {name for epoch in summary["epochs"] for name in epoch["rows_by_source"]}
     for source in stages.run.checked.sources:
         if source.name not in names:
             yield Complaint(f"{source.name}: not one batch is made of it", "Is batch_size larger than the source?")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nearfield.errors import BadInputError
-from nearfield.files import atomic_path, write_json
+from nearfield.files import atomic_path
 from nearfield.pipeline.artifacts import Artifacts
 
 if TYPE_CHECKING:
+    from nearfield.batching.plan import Lengths
     from nearfield.data.tokens import Rows
 
 
@@ -59,66 +59,32 @@ class PreparingStages(Artifacts):
 
     def plan(self) -> dict[str, Any]:
         """Write the batches of all epochs."""
-        from nearfield.batching.plan import Lengths, write_plan
-        from nearfield.batching.planner import SourceExamples
+        from nearfield.pipeline.planning import PlanInputs, read_examples, write_plans
 
         store, tokens, recipe = self._store(), self._tokens(), self.recipe
-        sources, prompts = [], {}
-        for source in self.run.checked.sources:
-            rows = store.select(source.name, recipe.split)
-            part, number = store.examples.take(rows), store.source_number(source.name)
-            sources.append(
-                SourceExamples(
-                    number,
-                    source.name,
-                    rows,
-                    part["query"].to_numpy(),
-                    _lists(part["positives"]),
-                    _lists(part["negatives"]),
-                )
-            )
-            texts = self.contract.sources[source.name]
-            prompts[number] = (tokens.number(texts["query"]), tokens.number(texts["document"]))
+        names = [source.name for source in self.run.checked.sources]
+        sources, labels = read_examples(store, names, recipe.split)
+        texts = {store.source_number(name): self.contract.sources[name] for name in names}
+        prompts = {
+            number: (tokens.number(text["query"]), tokens.number(text["document"])) for number, text in texts.items()
+        }
         lengths: Lengths = lambda prompt, items: tokens.tables[prompt].lengths(items)  # noqa: E731
-        planner, steps, summaries = recipe.batches.build(), 0, []
-        names = {str(source.source): source.name for source in sources}
+        inputs = PlanInputs(sources, labels, prompts, lengths, store)
         with atomic_path(self.run.folder / "plan") as aside:
             aside.mkdir()
-            for epoch in range(recipe.training.epochs):
-                if recipe.training.max_steps is not None and steps >= recipe.training.max_steps:
-                    break
-                batches = planner.plan(sources, recipe.seed, epoch)
-                metadata = {
-                    "seed": recipe.seed,
-                    "epoch": epoch,
-                    "data": self.fingerprints["data"],
-                    "tokens": self.fingerprints["tokens"],
-                    "batches": recipe.batches.model_dump(mode="json"),
-                    "sources": names,
-                }
-                summary = write_plan(aside / f"epoch-{epoch:03d}.parquet", batches, prompts, lengths, metadata)
-                summary["batches_by_source"] = {names[k]: n for k, n in summary["batches_by_source"].items()}
-                summaries.append(summary)
-                steps += summary["batches"]
-            if steps == 0:
+            summary = write_plans(
+                aside,
+                recipe.batches,
+                inputs,
+                seed=recipe.seed,
+                epochs=recipe.training.epochs,
+                max_steps=recipe.training.max_steps,
+                metadata={"data": self.fingerprints["data"], "tokens": self.fingerprints["tokens"]},
+            )
+            if summary["steps"] == 0:
                 raise BadInputError(
-                    f"not one batch of {recipe.batches.batch_size} can be made: {summaries[0]['dropped']}",
+                    f"not one batch of {recipe.batches.batch_size} can be made: {summary['epochs'][0]['dropped']}",
                     where=self.run.loaded.where(("batches", "batch_size")),
                     hint="Lower batches.batch_size, or set batches.drop_last=false.",
                 )
-            whole = {
-                "kind": recipe.batches.kind,
-                "batch_size": recipe.batches.batch_size,
-                "steps": steps,
-                "epochs": summaries,
-            }
-            write_json(aside / "summary.json", whole)
-        return {"steps": steps}
-
-
-def _lists(column: Any) -> list[Rows]:
-    """An Arrow column of integer lists as arrays, views of one."""
-    array = column.combine_chunks()
-    offsets = array.offsets.to_numpy()
-    values = array.values.to_numpy(zero_copy_only=False)
-    return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
+        return {"steps": summary["steps"]}

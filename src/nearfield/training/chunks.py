@@ -61,6 +61,8 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
             query_prompt=batch.query_prompt[start:stop],
             document_prompt=batch.document_prompt[start:stop],
             source=batch.source,
+            score=None if batch.score is None else batch.score[start:stop],
+            label=None if batch.label is None else batch.label[start:stop],
         )
         for start, stop in itertools.pairwise(edges)
     ]

@@ -1,0 +1,134 @@
+"""From a store to plan files: examples as columns, one plan an epoch, the summary of all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from nearfield.batching.config import BatchConfig
+from nearfield.batching.plan import Lengths, write_plan
+from nearfield.batching.planner import VectorsOf
+from nearfield.batching.rows import Floats, Lists, SourceExamples
+from nearfield.batching.summary import count_exceptions, measure_hardness
+from nearfield.data.store import Store
+from nearfield.files import write_json
+
+logger = logging.getLogger("nearfield.pipeline")
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """Negatives that stand in for a source's own: a list for each of its examples, with a teacher's scores if known."""
+
+    items: Lists
+    scores: Floats | None = None
+    positive_scores: Floats | None = None
+    """A teacher's score of each positive of the store, example after example."""
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """What the plans of a run are made from."""
+
+    sources: Sequence[SourceExamples]
+    labels: Sequence[tuple[str, str]]
+    """(source, label) of each label number."""
+    prompts: Mapping[int, tuple[int, int]]
+    """The (query, document) prompt numbers of each source."""
+    lengths: Lengths
+    store: Store
+    vectors: VectorsOf | None = None
+    generation: int = 0
+    """The number of the pool of negatives."""
+
+
+def read_examples(
+    store: Store, names: Sequence[str], split: str, negatives: Mapping[str, Negatives] | None = None
+) -> tuple[list[SourceExamples], list[tuple[str, str]]]:
+    """The examples of sources as columns, and the (source, label) that each label number means."""
+    sources: list[SourceExamples] = []
+    labels: list[tuple[str, str]] = []
+    for name in names:
+        rows = store.select(name, split)
+        part = store.examples.take(rows)
+        mined = (negatives or {}).get(name)
+        codes = None
+        if part["label"].null_count < len(part):
+            column = part["label"].combine_chunks()
+            known = sorted(set(column.drop_null().to_pylist()))
+            place = column.dictionary_encode()
+            rank = {label: number + len(labels) for number, label in enumerate(known)}
+            of_entry = np.asarray([rank[label] for label in place.dictionary.to_pylist()], dtype=np.int64)
+            found = place.indices.fill_null(0).to_numpy()
+            codes = np.where(column.is_null().to_numpy(zero_copy_only=False), -1, of_entry[found])
+            labels += [(name, label) for label in known]
+        scores = part["score"]
+        sources.append(
+            SourceExamples(
+                store.source_number(name),
+                name,
+                rows,
+                part["query"].to_numpy(),
+                arrow_lists(part["positives"]),
+                arrow_lists(part["negatives"]) if mined is None else mined.items,
+                scores=scores.to_numpy() if scores.null_count < len(scores) else None,
+                labels=codes,
+                positive_scores=None if mined is None else mined.positive_scores,
+                negative_scores=None if mined is None else mined.scores,
+            )
+        )
+    return sources, labels
+
+
+def arrow_lists(column: pa.ChunkedArray) -> Lists:
+    """An Arrow column of integer lists."""
+    array = column.combine_chunks()
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    return Lists(offsets - offsets[0], array.flatten().to_numpy())
+
+
+def write_plans(
+    folder: Path,
+    config: BatchConfig,
+    inputs: PlanInputs,
+    *,
+    seed: int,
+    epochs: int,
+    max_steps: int | None,
+    metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write a plan for each epoch that the training will reach, and ``summary.json``; return what that holds."""
+    planner, known = config.build(), inputs.store.known_positives()
+    names = {source.source: source.name for source in inputs.sources}
+    steps, summaries = 0, []
+    for epoch in range(epochs):
+        if max_steps is not None and steps >= max_steps:
+            break
+        batches = planner.plan(
+            inputs.sources, seed, epoch, generation=inputs.generation, known=known, vectors=inputs.vectors
+        )
+        measured: dict[str, Any] = {"exceptions": count_exceptions(batches, known)}
+        if inputs.vectors is not None:
+            measured |= measure_hardness(batches, inputs.vectors, seed)
+        about = {
+            **metadata,
+            "seed": seed,
+            "epoch": epoch,
+            "generation": inputs.generation,
+            "batches": config.model_dump(mode="json"),
+            "sources": {str(number): name for number, name in names.items()},
+            **({"labels": list(inputs.labels)} if inputs.labels else {}),
+        }
+        path = folder / f"epoch-{epoch:03d}.parquet"
+        summary = write_plan(path, batches, inputs.prompts, inputs.lengths, about, names=names, measured=measured)
+        summaries.append(summary)
+        steps += summary["batches"]
+    whole = {"kind": config.kind, "batch_size": config.batch_size, "steps": steps, "epochs": summaries}
+    write_json(folder / "summary.json", whole)
+    return whole
