@@ -69,6 +69,7 @@ def test_all_cells_and_exact_are_brute_force_without_what_is_excluded(
     hidden = random_hidden(queries, documents, most, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "_FEWEST_PROBES", 100)
+        patch.setattr(neighbours, "_MOST_OF_CELLS", 1)
         found = nearest(q, d, k, method=method, seed=seed, excluded=as_excluded(hidden))
     np.testing.assert_array_equal(found.rows, brute_force(q, d, k, hidden))
     assert found.recall == (None if method == "exact" else 1.0)
@@ -77,6 +78,7 @@ def test_all_cells_and_exact_are_brute_force_without_what_is_excluded(
 @pytest.mark.parametrize("method", ["exact", "ivf"])
 def test_equal_scores_by_the_lowest_row(method: neighbours.Method, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "_FEWEST_PROBES", 100)
+    monkeypatch.setattr(neighbours, "_MOST_OF_CELLS", 1)
     documents = np.repeat(random_vectors(6, 16), 10, axis=0)[np.random.default_rng(0).permutation(60)]
     queries = random_vectors(9, 16, seed=1)
     found = nearest(queries, documents, 15, method=method, seed=0)
@@ -123,6 +125,10 @@ def test_probes_are_added_until_the_recall_is_reached(monkeypatch: pytest.Monkey
     """Vectors without any structure are the hardest: a few cells hold few of the neighbours."""
     monkeypatch.setattr(neighbours, "_FEWEST_PROBES", 1)
     queries, documents = random_vectors(1000, 24), random_vectors(2000, 24, seed=1)
+    everything = nearest(queries, documents, 30, method="ivf", seed=0, recall_sample=300)
+    assert everything.probes == everything.cells and everything.recall == 1
+    np.testing.assert_array_equal(everything.rows, nearest(queries, documents, 30, method="exact", seed=0).rows)
+    monkeypatch.setattr(neighbours, "_MOST_OF_CELLS", 1)
     hard = nearest(queries, documents, 30, method="ivf", seed=0, recall_sample=300)
     vectors, _ = planted(50, 60, 24, noise=0.2)
     easy = nearest(vectors[::3], vectors, 30, method="ivf", seed=0, recall_sample=300)

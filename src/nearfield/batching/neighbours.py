@@ -25,6 +25,8 @@ _MARGIN = 0.02
 """Probes are chosen for a recall this much higher: they are chosen on other queries than the recall is measured on."""
 _FEWEST_PROBES = 8
 """Cells are searched at the speed of matrix products: below this, search is cheaper than finding the cells."""
+_MOST_OF_CELLS = 0.5
+"""Where a larger share of the cells is needed the vectors have no cells to speak of: all documents are searched."""
 _CELL_SAMPLE = 64
 _CELL_ITERATIONS = 8
 
@@ -61,8 +63,8 @@ def nearest(
 
     ``exact`` multiplies all with all in blocks. ``ivf`` puts the documents into about 2 sqrt(m) cells by k-means and
     searches, for all queries of a cell at once, the cells that are nearest to those queries on average: as many as give
-    recall@30 >= 0.9 on ``recall_sample`` queries, at least 8. The recall is then measured on as many other queries (on
-    the same where there are too few). ``memory`` bounds the bytes above the vectors and the result; where it is too
+    recall@30 >= 0.9 on ``recall_sample`` queries, at least 8; where that is more than half of the cells, all documents
+    are searched. The recall is then measured on as many other queries (on the same where there are too few). ``memory`` bounds the bytes above the vectors and the result; where it is too
     small for one row's work it is exceeded.
     """
     check_unit_rows(queries, "queries")
@@ -113,6 +115,8 @@ def _search_cells(
     top = min(k, RECALL_AT)
     truth = _exact(queries[tuning], documents, top, _of_queries(excluded, tuning), memory)[0]
     probes = _choose_probes(truth, query_cells[tuning], clusters.labels, order)
+    if probes > _MOST_OF_CELLS * cells:
+        return Neighbours(*_exact(queries, documents, k, excluded, memory), 1.0, 1.0, cells, cells)
     rows = np.empty((len(queries), k), dtype=np.int32)
     scores = np.empty((len(queries), k), dtype=np.float32)
     by_cell = np.argsort(clusters.labels, kind="stable")
