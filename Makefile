@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Test processes side by side, each with one thread. Tests of one file stay together: they share launches and models.
+TEST_PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 .PHONY: help install quickstart quickstart-debian test test-all conformance test-browser mutants lint types check clean
 .DEFAULT_GOAL := help
@@ -26,10 +29,10 @@ quickstart-debian: $(STAMP) ## Train a search model on Debian's package descript
 	$(BIN)/nearfield train training/recipes/debian.yaml
 
 test: $(STAMP) ## Run the tests and show the coverage
-	$(BIN)/python -m pytest -m 'not slow and not browser and not conformance' --cov --cov-report=term
+	$(PYTEST) -m 'not slow and not browser and not conformance' --cov --cov-report=term
 
 test-all: $(STAMP) ## Run all tests, the slow ones too
-	$(BIN)/python -m pytest -m 'not browser' --cov --cov-report=term
+	$(PYTEST) -m 'not browser' --cov --cov-report=term
 
 conformance: $(STAMP) ## Run the equalities that the gradient and the resume must satisfy
 	$(BIN)/python -m pytest -m 'conformance' tests/conformance

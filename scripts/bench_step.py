@@ -5,26 +5,26 @@
     python scripts/bench_step.py --cached --batch 512
 
 The peer is MultipleNegativesRankingLoss (with --cached its cached form) as its trainer runs it: each column padded to
-its longest text, loss, backward, clipping to 1, AdamW. The losses of both are compared first, without dropout. Time is
-CPU seconds; tokenising is left out on both sides, making batches of token ids is not. Between the runs the machine's peak
-is measured on GEMMs of the model's own shapes. Leaves with 1 if a check fails, or the ratio is below --floor.
+its longest text, loss, backward, clipping to 1, AdamW. Each side lives in a process of its own, as in a real training, and they
+take turns. The losses of both are compared first, without dropout. Time is CPU seconds; tokenising is left out on both
+sides, making batches of token ids is not. Around each step the machine's peak is measured on GEMMs of the model's own
+shapes. Leaves with 1 if a check fails, or the ratio is below --floor.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
+import multiprocessing
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -227,18 +227,54 @@ def _without_dropout(model: nn.Module, run: Callable[[], float]) -> float:
     return value
 
 
-def free_memory() -> None:
-    """Hand the memory of the other side's step back to the system, where the C library keeps it."""
-    gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+def serve(pipe: Connection, which: str, options: argparse.Namespace) -> None:
+    """One side in a process of its own: tells of its first batch, then runs the steps that it is asked for."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    batches = make_batches(options)
+    side = (nearfield_side if which == "nearfield" else peer_side)(batches, options)
+    plain = load_model()
+    config = plain[0].auto_model.config
+    loss = side.loss(0)
+    side.step(0)
+    first = {
+        "name": side.name,
+        "loss": loss,
+        "rows": side.rows(0),
+        "real_tokens": side.tokens(0)[0],
+        "dropout": side.dropout(),
+        "attention_dropout": config.attention_probs_dropout_prob if options.dropout == "on" else 0.0,
+        "threads": torch.get_num_threads(),
+    }
+    pipe.send(first)
+    while (number := pipe.recv()) is not None:
+        before = measure_peak(config, options.chunk_tokens)
+        wall, start = time.perf_counter(), time.process_time()
+        loss = side.step(number)
+        seconds, wall = time.process_time() - start, time.perf_counter() - wall
+        peak = statistics.mean((before, measure_peak(config, options.chunk_tokens)))
+        real, computed = side.tokens(number)
+        flop = model_flop(config, [len(row) for row in tokenise(plain, batches[number])])
+        sample = {
+            "side": side.name,
+            "batch": number,
+            "cpu_seconds": seconds,
+            "wall_seconds": wall,
+            "loss": loss,
+            "real_tokens": real,
+            "computed_tokens": computed,
+            "peak_flops": peak,
+            "share_of_peak": flop / seconds / peak,
+            "pairs_per_cpu_second": side.rows(number) / seconds,
+        }
+        pipe.send(sample)
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def peak_memory(side: str, arguments: Sequence[str]) -> int:
-    """Bytes that a process of its own holds at most in one step, the libraries and the model included."""
-    command = [sys.executable, __file__, *arguments, "--only", side]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(done.stdout.strip().splitlines()[-1])
+def make_batches(options: argparse.Namespace) -> list[list[tuple[str, str]]]:
+    """The first batch for the checks, then one a pair of runs."""
+    texts = make_texts(options.texts, options.batch * (options.pairs + 1))
+    return [texts[i : i + options.batch] for i in range(0, len(texts), options.batch)]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -253,7 +289,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--floor", type=float, help="leave with 1 if the ratio is below")
     parser.add_argument("--texts", type=Path, default=Path(tempfile.gettempdir()) / "nearfield-bench")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", choices=("nearfield", "peer"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.pairs < 5:
         parser.error("--pairs must be at least 5")
@@ -266,62 +301,41 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    texts = make_texts(options.texts, options.batch * (options.pairs + 1))
-    batches = [texts[i : i + options.batch] for i in range(0, len(texts), options.batch)]
-    if options.only:
-        make = nearfield_side if options.only == "nearfield" else peer_side
-        side = make(batches[:1], options)
-        side.step(0)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        return 0
-    memory = {name: peak_memory(name, arguments) for name in ("nearfield", "peer")}
-    print(
-        f"peak memory of a process that does one step: {', '.join(f'{n} {b / 2**30:.2f} GiB' for n, b in memory.items())}"
-    )
-    plain = load_model()
-    config = plain[0].auto_model.config
-    ours, peer = nearfield_side(batches, options), peer_side(batches, options)
-    losses = {}
-    for side in (ours, peer):
-        losses[side.name] = side.loss(0)
-        free_memory()
-    checks: dict[str, Any] = {
-        "loss": losses,
-        "loss_difference": abs(losses[ours.name] - losses[peer.name]),
-        "rows": {side.name: side.rows(0) for side in (ours, peer)},
-        "real_tokens": {side.name: side.tokens(0)[0] for side in (ours, peer)},
-        "dropout": {side.name: side.dropout() for side in (ours, peer)},
-        "attention_dropout": config.attention_probs_dropout_prob if options.dropout == "on" else 0.0,
-        "threads": torch.get_num_threads(),
-    }
-    failed = [name for name in ("rows", "real_tokens", "dropout") if len({str(v) for v in checks[name].values()}) > 1]
+    make_batches(options)  # once, before two processes want the same files
+    context = multiprocessing.get_context("spawn")
+    pipes: list[Connection] = []
+    for which in ("nearfield", "peer"):
+        pipe, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, which, options), daemon=True).start()
+        theirs.close()
+        pipes.append(pipe)
+    found = [pipe.recv() for pipe in pipes]
+    names = (found[0]["name"], found[1]["name"])
+    checks: dict[str, Any] = {key: {side["name"]: side[key] for side in found} for key in found[0] if key != "name"}
+    checks["loss_difference"] = abs(found[0]["loss"] - found[1]["loss"])
+    alike = ("rows", "real_tokens", "dropout", "attention_dropout", "threads")
+    failed = [name for name in alike if len({str(value) for value in checks[name].values()}) > 1]
     if not checks["loss_difference"] <= 1e-5:
         failed.append("loss_difference")
     samples: list[dict[str, Any]] = []
     print(f"{'':24}{'CPU s':>8}{'pairs/s':>9}{'real tok/s':>12}{'all tok/s':>11}{'GEMM peak':>12}{'share':>7}")
     for number in range(1, options.pairs + 1):
-        for side in (ours, peer):
-            free_memory()
-            before = measure_peak(config, options.chunk_tokens)
-            wall, start = time.perf_counter(), time.process_time()
-            loss = side.step(number)
-            seconds, wall = time.process_time() - start, time.perf_counter() - wall
-            peak = statistics.mean((before, measure_peak(config, options.chunk_tokens)))
-            real, computed = side.tokens(number)
-            flop = model_flop(config, [len(row) for row in tokenise(plain, batches[number])])
-            sample = {"side": side.name, "batch": number, "cpu_seconds": seconds, "wall_seconds": wall, "loss": loss}
-            sample |= {"real_tokens": real, "computed_tokens": computed, "peak_flops": peak}
-            sample["share_of_peak"] = flop / seconds / peak
-            sample["pairs_per_cpu_second"] = side.rows(number) / seconds
+        for pipe in pipes:
+            pipe.send(number)
+            sample = pipe.recv()
             samples.append(sample)
+            seconds = sample["cpu_seconds"]
             print(
-                f"{side.name:24}{seconds:8.2f}{sample['pairs_per_cpu_second']:9.2f}{real / seconds:12.0f}"
-                f"{computed / seconds:11.0f}{peak / 1e9:6.1f} GF/s{sample['share_of_peak']:7.1%}",
+                f"{sample['side']:24}{seconds:8.2f}{sample['pairs_per_cpu_second']:9.2f}"
+                f"{sample['real_tokens'] / seconds:12.0f}{sample['computed_tokens'] / seconds:11.0f}"
+                f"{sample['peak_flops'] / 1e9:6.1f} GF/s{sample['share_of_peak']:7.1%}",
                 flush=True,
             )
-    report(options, checks, failed, samples, memory, (ours.name, peer.name))
+    memory = {}
+    for name, pipe in zip(names, pipes, strict=True):
+        pipe.send(None)
+        memory[name] = pipe.recv()
+    report(options, checks, failed, samples, memory, names)
     return 1 if failed else 0
 
 
@@ -371,6 +385,7 @@ def report(
     }
     print(f"loss of one batch without dropout: {checks['loss']}, difference {checks['loss_difference']:.1e}")
     print(f"mean text {lengths:.0f} tokens, dropout {options.dropout}, {options.threads} thread(s)")
+    print(f"most memory of a process: {', '.join(f'{n} {b / 2**30:.2f} GiB' for n, b in memory.items())}")
     print(f"share of the GEMM peak, real tokens only: {', '.join(f'{n} {v:.1%}' for n, v in shares.items())}")
     print(f"ratio {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs), pairs a CPU second")
     if failed:
