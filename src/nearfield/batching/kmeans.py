@@ -83,11 +83,16 @@ def assign(vectors: Vectors, centroids: Vectors) -> tuple[Labels, Similarities]:
     for start, stop in _blocks(len(vectors), len(centroids)):
         block = np.asarray(vectors[start:stop])
         scores = block @ centroids.T
+        here = np.arange(len(block))
         best = scores.argmax(axis=1)
-        close = scores >= scores[np.arange(len(block)), best][:, None] - np.float32(_TIE)
-        unsure = np.flatnonzero(close.sum(axis=1) > 1)
+        top = scores[here, best]
+        # The second best says where to look twice; a mask of all near ones would cost more than the product.
+        scores[here, best] = -np.inf
+        unsure = np.flatnonzero(scores.max(axis=1) >= top - np.float32(_TIE))
         if len(unsure):
-            best[unsure] = _settle_ties(block[unsure].astype(np.float64), close[unsure], precise)
+            close = scores[unsure] >= (top[unsure] - np.float32(_TIE))[:, None]
+            close[np.arange(len(unsure)), best[unsure]] = True
+            best[unsure] = _settle_ties(block[unsure].astype(np.float64), close, precise)
         labels[start:stop] = best
         similarities[start:stop] = np.einsum("nd,nd->n", block, precise[best], dtype=np.float64)
     return labels, similarities
