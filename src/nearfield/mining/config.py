@@ -8,6 +8,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from nearfield.config import Config, ConfigPath
 from nearfield.encoders.config import RolePrompts, resolve_model
+from nearfield.mining.during_config import DuringConfig as DuringConfig
+from nearfield.mining.during_config import DynamicNegatives as DynamicNegatives
+from nearfield.mining.during_config import RefreshedNegatives as RefreshedNegatives
+from nearfield.mining.during_config import ScheduledNegatives as ScheduledNegatives
 
 if TYPE_CHECKING:
     from nearfield.mining.rules import Rule
@@ -357,6 +361,8 @@ class MiningConfig(Config):
     search: SearchConfig = ExactSearch()
     memory_mib: Annotated[int, Field(ge=16)] = 1_024
     """Memory that an exact search may hold beside the vectors."""
+    during: DuringConfig | None = None
+    """How negatives change while the model trains; null leaves those of the plan."""
 
     @property
     def searched(self) -> int:

@@ -26,6 +26,8 @@ logger = logging.getLogger("nearfield.training")
 VERSION = 2
 _NAME = re.compile(r"step-(\d{8})")
 _TENSORS = ("model.safetensors", "optimizer.safetensors")
+_EXTRA = "extra.safetensors"
+"""What else a run must remember; not there where that is nothing."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,15 @@ class CheckpointWriter:
         model: Iterable[tuple[str, Tensor]],
         optimizer: Iterable[tuple[str, Tensor]],
         state: dict[str, Any],
+        extra: Iterable[tuple[str, Tensor]] = (),
     ) -> Path:
         """Write ``step-XXXXXXXX`` aside, rename it, then remove the oldest beyond ``keep_last``; collective."""
-        copies = [_copies(tensors, keep=self.writes) for tensors in (model, optimizer)]
+        copies = [_copies(tensors, keep=self.writes) for tensors in (model, optimizer, extra)]
         path = self.path(step)
         self.wait()
         self.newest = step
         if self.writes:
-            work = threading.Thread(target=self._write, args=(path, step, *copies, state), name="nearfield-checkpoint")
+            work = threading.Thread(target=self._write, args=(path, step, state, *copies), name="nearfield-checkpoint")
             work.start()
             self._thread = work
             if not self.background:
@@ -111,10 +114,16 @@ class CheckpointWriter:
             self.wait()
 
     def _write(
-        self, path: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
+        self,
+        path: Path,
+        step: int,
+        state: dict[str, Any],
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        extra: dict[str, Tensor],
     ) -> None:
         try:
-            write_checkpoint(path, step, model, optimizer, state)
+            write_checkpoint(path, step, model, optimizer, state, extra)
             prune(self.folder, path.name, self.keep_last, self.protected)
         except NearfieldError as error:
             self._error = error
@@ -132,15 +141,22 @@ def _copies(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tens
 
 
 def write_checkpoint(
-    path: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
+    path: Path,
+    step: int,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    extra: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint aside, flush it to the disk and rename it."""
-    size = sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values())
+    size = sum(tensor.nbytes for tensors in (model, optimizer, extra or {}) for tensor in tensors.values())
     try:
         with atomic_path(path) as aside:
             aside.mkdir()
             save_file(model, aside / "model.safetensors")
             save_file(optimizer, aside / "optimizer.safetensors")
+            if extra:
+                save_file(extra, aside / _EXTRA)
             write_json(aside / "state.json", {"version": VERSION, "step": step, **state})
             sums = {file.name: [hash_file(file)] for file in sorted(aside.iterdir())}
             write_json(aside / "checksums.json", sums)
@@ -190,7 +206,8 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 def open_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint, if it is whole."""
     sums = read_json(path / "checksums.json", "list of checksums")
-    for name in (*_TENSORS, "state.json"):
+    extra = (_EXTRA,) if isinstance(sums, dict) and _EXTRA in sums else ()
+    for name in (*_TENSORS, *extra, "state.json"):
         file = path / name
         if not file.is_file():
             raise BadInputError("this file of the checkpoint is missing", where=str(file))
@@ -234,6 +251,12 @@ def read_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, T
         return load_file(checkpoint.path / _TENSORS[0]), load_file(checkpoint.path / _TENSORS[1])
     except (SafetensorError, OSError) as error:
         raise BadInputError(f"this checkpoint cannot be read: {error}", where=str(checkpoint.path)) from error
+
+
+def read_extra(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What else the run must remember."""
+    path = checkpoint.path / _EXTRA
+    return load_file(path) if path.is_file() else {}
 
 
 def load_into(module: nn.Module, checkpoint: Checkpoint) -> None:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from nearfield.batching.rows import Rows
 from nearfield.encoders.tokenize import prompt_tokens, token_ids
 from nearfield.errors import BadInputError
 from nearfield.training.chunks import chunk_tokens, cut_chunks, deal_chunks
@@ -53,12 +54,23 @@ def encode_texts(
     Chunks of ``budget`` tokens are cut from all texts, longest first, and dealt to ranks by their tokens, as in a step.
     Raises :class:`InterruptedEvaluationError` on all ranks when ``stop`` is true on any.
     """
-    backend, launch = engine.backend, engine.launch
     tokens = token_ids(engine.encoder, texts, prompt)
-    prompt_length = prompt_tokens(engine.encoder, prompt)
+    return _encode(engine, tokens, prompt_tokens(engine.encoder, prompt), budget, stop)
+
+
+def encode_items(engine: Engine, prompt: int, items: Rows, budget: int, stop: Callable[[], bool]) -> Embeddings:
+    """(n, d) embeddings of items of the token cache with the prompt of this number; else as :func:`encode_texts`."""
+    table = engine.tokens.tables[prompt]
+    return _encode(engine, [table.tokens(int(item)) for item in items], table.prompt_length, budget, stop)
+
+
+def _encode(
+    engine: Engine, tokens: Sequence[Any], prompt_length: int, budget: int, stop: Callable[[], bool]
+) -> Embeddings:
+    backend, launch = engine.backend, engine.launch
     lengths = np.asarray([len(row) for row in tokens], dtype=np.int64)
     chunks = cut_chunks(lengths, budget, padded=engine.padded)
-    found = np.empty((len(texts), engine.dimension), dtype=np.float32)
+    found = np.empty((len(tokens), engine.dimension), dtype=np.float32)
     for start in range(0, len(chunks), _CHUNKS_AT_A_TIME * launch.world_size):
         if any_rank(stop(), backend.device, launch.world_size):
             raise InterruptedEvaluationError

@@ -10,6 +10,7 @@ from nearfield.batching.plan import Batch, Plan
 from nearfield.batching.planner import Rows
 from nearfield.data.tokens import TokenCache
 from nearfield.training.evaluating import Evaluate
+from nearfield.training.negatives import NegativeInputs
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class TrainingInputs:
     """Item rows -> their ids in hex, for messages."""
     evaluate: Evaluate | None = None
     """What scores the model during the training, where the configuration asks for it."""
+    negatives: NegativeInputs | None = None
+    """What changing negatives are made of; None where those of the plans stay."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What trackers show beside the figures: the run's name and settings."""
 

@@ -25,6 +25,7 @@ from nearfield.training.inputs import TrainingInputs, batch_of_step
 from nearfield.training.launch import Launch, RankDiedError
 from nearfield.training.memory import Budget
 from nearfield.training.metrics import TrainingProgress, used_memory
+from nearfield.training.negatives import open_negatives
 from nearfield.training.non_finite import non_finite_error
 from nearfield.training.optimizers import make_optimizer
 from nearfield.training.out_of_memory import ShrinkBudget, halve_budget, stops_for_memory
@@ -124,7 +125,7 @@ def _train(
 
     engine = build_engine(config, model, objective, optimizer_of, inputs.tokens, device, launch)
     backend = engine.backend
-    saved = resume(engine, checkpoints, identity, steps)
+    saved, extra = resume(engine, checkpoints, identity, steps)
     first = int(saved["step"]) if saved is not None else 0
     kept = None if saved is None else Budget.from_json(saved)
     budget, outlook = begin_forecast(
@@ -139,6 +140,19 @@ def _train(
         keep_last=config.checkpoints.keep_last,
         saved=saved,
     )
+    negatives = open_negatives(
+        inputs.negatives,
+        inputs.known_positives,
+        run,
+        seed=seed,
+        steps=steps,
+        epochs=[len(plan) for plan in inputs.plans],
+        averaged_batches=config.averaged_batches,
+        device=device,
+        writes=launch.is_main,
+    )
+    if saved is not None:
+        negatives.load(saved, extra)
     writer = CheckpointWriter(
         checkpoints, config.checkpoints.keep_last, background=config.checkpoints.background, writes=launch.is_main
     )
@@ -146,9 +160,9 @@ def _train(
 
     def save(step: int) -> Path:
         state = {**identity, "world_size": launch.world_size, "backend": backend.name, **budget.to_json()}
-        state |= evaluations.saved()
+        state |= {**evaluations.saved(), **negatives.saved()}
         writer.protected = evaluations.protected()
-        return writer.save(step, backend.model_tensors(), backend.optimizer_tensors(), state)
+        return writer.save(step, backend.model_tensors(), backend.optimizer_tensors(), state, negatives.tensors())
 
     def save_and_wait(step: int) -> Path:
         """A checkpoint that is on the disk before any rank leaves: launchers end all ranks soon after the first."""
@@ -174,6 +188,15 @@ def _train(
         except InterruptedEvaluationError:
             leave(done)
 
+    def refresh(done: int) -> None:
+        """Mine negatives anew where it is time; a stop leaves it to the resumed run."""
+        if negatives.due(done):
+            try:
+                with stops_for_memory(f"mining after step {done}", budget):
+                    negatives.refresh(engine, done, budget.micro_batch_tokens, lambda: stop.received is not None)
+            except InterruptedEvaluationError:
+                leave(done)
+
     if not backend.retries_in_place and not checkpoint_paths(checkpoints):
         # Memory that runs out ends the ranks: the smaller budget needs a checkpoint to live in.
         save(first)
@@ -191,11 +214,13 @@ def _train(
     with writer, trackers, TrainingProgress(first, steps) as progress:
         if evaluations.due(first) and evaluate(first):
             save(first)
+        refresh(first)
         for step in range(first, steps):
             if evaluations.exhausted:
                 break
             began = time.monotonic()
-            epoch, batch = batch_of_step(inputs.plans, step)
+            epoch, planned = batch_of_step(inputs.plans, step)
+            batch, figures = negatives.batch(planned, step)
             rate = config.learning_rate * rate_factor(config.schedule, step, steps)
             while True:
                 result, tokens, padded = batch_gradient(
@@ -211,6 +236,7 @@ def _train(
             if not math.isfinite(norm):
                 save_and_wait(step)
                 raise non_finite_error(run, step, batch, result, inputs, objective, norm, writes=launch.is_main)
+            negatives.observe(batch, step, result)
             loss_value = result.loss
             done = step + 1
             examples += len(batch.query)
@@ -227,6 +253,7 @@ def _train(
                         "padded_tokens": padded,
                         "seconds": round(time.monotonic() - began, 4),
                         **watch(result.batch),
+                        **figures,
                         **used_memory(device),
                     }
                 )
@@ -234,10 +261,11 @@ def _train(
             if result.word.stop and done < steps:
                 leave(done)
             wanted = evaluations.due(done) and evaluate(done)
+            refresh(done)
             if wanted or done % config.checkpoints.every_steps == 0 or done == steps:
                 save(done)
             writer.check()
-        seconds = time.monotonic() - start - evaluations.seconds
+        seconds = time.monotonic() - start - evaluations.seconds - negatives.seconds
         writer.wait()
     end_forecast(outlook, engine, run, first=first, steps=done, seconds=seconds)
     best = evaluations.state

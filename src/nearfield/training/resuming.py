@@ -6,23 +6,30 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nearfield.errors import BadInputError
-from nearfield.training.checkpoint import Checkpoint, newest_checkpoint, read_tensors
-from nearfield.training.communication import broadcast_json
+from nearfield.training.checkpoint import Checkpoint, newest_checkpoint, read_extra, read_tensors
+from nearfield.training.communication import broadcast_json, broadcast_tensors
 from nearfield.training.engine import Engine
 
 logger = logging.getLogger("nearfield.training")
 
 
-def resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], steps: int) -> dict[str, Any] | None:
-    """Put the newest checkpoint into the engine and return its state; rank 0 reads, the others receive."""
+def resume(
+    engine: Engine, checkpoints: Path, identity: dict[str, Any], steps: int
+) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """Put the newest checkpoint into the engine and return its state, and its tensors that are not the engine's.
+
+    Rank 0 reads, the others receive.
+    """
     launch, device = engine.launch, engine.backend.device
     checkpoint: Checkpoint | None = None
     if launch.is_main:
         checkpoint = newest_checkpoint(checkpoints, lambda found: _check_identity(found, identity))
     state: dict[str, Any] | None = broadcast_json(None if checkpoint is None else checkpoint.state, device)
     if state is None:
-        return None
+        return None, {}
     tensors = read_tensors(checkpoint) if checkpoint is not None else (None, None)
     try:
         engine.backend.load(*tensors)
@@ -38,7 +45,7 @@ def resume(engine: Engine, checkpoints: Path, identity: dict[str, Any], steps: i
                 state.get("world_size"),
                 launch.world_size,
             )
-    return state
+    return state, dict(broadcast_tensors(None if checkpoint is None else read_extra(checkpoint), device))
 
 
 def _check_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
