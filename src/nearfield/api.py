@@ -36,8 +36,9 @@ def build_data(
 ) -> Store:
     """The store of a data recipe, built if it is missing."""
     from nearfield.data import prepare_store
+    from nearfield.encoders.encode import text_encoder
 
-    return prepare_store(data, Path(cache), overrides)
+    return prepare_store(data, Path(cache), overrides, encoders=text_encoder)
 
 
 def plan(recipe: str | Path | Recipe, overrides: Sequence[str] = (), run: str | Path | None = None) -> PlanResult:

@@ -43,9 +43,13 @@ def build(
     """Read a data recipe's files into a store: content-hashed items, examples, splits."""
     from nearfield.data.build import ensure_store, ensure_store_at
     from nearfield.data.config import DataConfig
+    from nearfield.encoders.encode import text_encoder
 
     config = DataConfig.load(recipe, overrides or ())
-    print_summary(ensure_store(config, CACHE) if out is None else ensure_store_at(config, out))
+    if out is None:
+        print_summary(ensure_store(config, CACHE, encoders=text_encoder))
+    else:
+        print_summary(ensure_store_at(config, out, encoders=text_encoder))
 
 
 def stats(
@@ -87,12 +91,13 @@ def open_store(path: Path, overrides: list[str] | None = None, cache: Path = CAC
     """The store in a folder, or of a recipe (built if it is missing)."""
     from nearfield.data.build import prepare_store
     from nearfield.data.store import Store
+    from nearfield.encoders.encode import text_encoder
 
     if path.is_dir():
         if overrides:
             raise BadInputError("overrides go with a recipe, not with a built store", where=str(path))
         return Store.open(path)
-    return prepare_store(path, cache, overrides or ())
+    return prepare_store(path, cache, overrides or (), encoders=text_encoder)
 
 
 def _token_counter(name: str) -> CountTokens:
@@ -136,6 +141,7 @@ def print_summary(summary: DataSummary) -> None:
     for source in summary.sources:
         for reason, count in source.quarantined.items():
             console.print(f"  {source.name}: {count:,} rows quarantined: {escape(reason)}")
+    print_steps(summary)
     conflicts = summary.conflicts
     if conflicts.positive_and_negative:
         console.print(
@@ -152,6 +158,33 @@ def print_summary(summary: DataSummary) -> None:
     for splits, count in summary.shared_between_splits.items():
         console.print(f"  {count:,} texts are in examples of both splits {escape(splits.replace('+', ' and '))}")
     console.print(f"Place: {escape(str(summary.path))}")
+
+
+def print_steps(summary: DataSummary) -> None:
+    """What each cleaning step took out, if there is one."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from nearfield.console import stdout_console
+
+    if not summary.steps:
+        return
+    console = stdout_console()
+    table = Table("step", "source", "before", "after", "taken out", "positives", "negatives", "reasons")
+    for step in summary.steps:
+        reasons = "; ".join(f"{reason} {count:,}" for reason, count in list(step.reasons.items())[:5])
+        for place, (name, before) in enumerate(step.before.items()):
+            after = step.after[name]
+            first = place == 0
+            table.add_row(
+                f"{step.number} {step.kind}" if first else "",
+                name,
+                *(f"{count:,}" for count in (before, after, before - after)),
+                *(f"{count:,}" if first else "" for count in (step.positives, step.negatives)),
+                Text(reasons if first else ""),
+            )
+    console.print(table)
+    console.print(f"  What went, and why: {summary.path / 'removed.jsonl'}", markup=False, highlight=False)
 
 
 def print_stats(stats: StoreStats) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from nearfield.config import load_config
+from nearfield.data.cleaning.run import clean, steps_of
+from nearfield.data.cleaning.step import Encoders
 from nearfield.data.collect import Collected, collect
 from nearfield.data.config import DataConfig
 from nearfield.data.readers.base import Reader, excerpt
-from nearfield.data.resolve import Resolved, conflict_rows, first_conflicts, resolve
+from nearfield.data.resolve import Resolved, conflict_rows, first_conflicts, resolve, shared_between_splits
 from nearfield.data.store import FORMAT_VERSION, SourceInfo, Store
-from nearfield.data.summary import Conflicts, DataSummary, SourceSummary, read_summary
+from nearfield.data.summary import Conflicts, DataSummary, SourceSummary, StepSummary, read_summary
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, fingerprint, read_json, write_json
 
@@ -39,21 +41,30 @@ def _fingerprint(config: DataConfig, readers: Sequence[Reader]) -> str:
     for source in settings["sources"]:
         for place in ("path", "cache"):
             source["reader"].pop(place, None)
-    return fingerprint({"version": VERSION, "config": settings, "inputs": [reader.inputs() for reader in readers]})
+    inputs: list[object] = [reader.inputs() for reader in readers]
+    owners = [(settings, config.steps)]
+    owners += [(owner, source.steps) for owner, source in zip(settings["sources"], config.sources, strict=True)]
+    for owner, steps in owners:
+        del owner["steps"]
+        # A recipe without steps has the fingerprint that it had before there were any.
+        if steps:
+            owner["steps"] = [step.model_dump(mode="json", exclude={"path"}) for step in steps]
+            inputs.append([step.inputs() for step in steps])
+    return fingerprint({"version": VERSION, "config": settings, "inputs": inputs})
 
 
-def build_data(config: DataConfig, out: Path) -> DataSummary:
+def build_data(config: DataConfig, out: Path, *, encoders: Encoders | None = None) -> DataSummary:
     """Build the store of a data recipe in the folder ``out``, which is replaced if it exists.
 
-    The folder appears when it is whole. Raises :class:`BadInputError` where a file, a column or too many rows cannot be
+    ``encoders`` turns the name of a model into its ``encode``, for cleaning steps that embed texts. The folder appears when it is whole. Raises :class:`BadInputError` where a file, a column or too many rows cannot be
     used; the quarantined rows are then in ``<out>.quarantine.jsonl``. Texts stream through; see :mod:`.writing` and
     :mod:`.resolve` for the numbers that are held in memory.
     """
     readers = [source.reader.build() for source in config.sources]
-    return _build(config, readers, out, _fingerprint(config, readers))
+    return _build(config, readers, out, _fingerprint(config, readers), encoders)
 
 
-def ensure_store(config: DataConfig, cache: Path) -> DataSummary:
+def ensure_store(config: DataConfig, cache: Path, *, encoders: Encoders | None = None) -> DataSummary:
     """Build the store in ``cache/data/<fingerprint>`` unless it is there; ``.reused`` tells which."""
     readers = [source.reader.build() for source in config.sources]
     mark = _fingerprint(config, readers)
@@ -61,19 +72,25 @@ def ensure_store(config: DataConfig, cache: Path) -> DataSummary:
     if (out / "store.json").is_file():
         logger.debug("The store %s is up to date", out)
         return read_summary(out)
-    return _build(config, readers, out, mark)
+    return _build(config, readers, out, mark, encoders)
 
 
-def ensure_store_at(config: DataConfig, out: Path) -> DataSummary:
+def ensure_store_at(config: DataConfig, out: Path, *, encoders: Encoders | None = None) -> DataSummary:
     """Build the store in the folder ``out`` unless the same one is there; one of another recipe is replaced."""
     readers = [source.reader.build() for source in config.sources]
     mark = _fingerprint(config, readers)
     if (out / "store.json").is_file() and read_json(out / "store.json", "store").get("fingerprint") == mark:
         return read_summary(out)
-    return _build(config, readers, out, mark)
+    return _build(config, readers, out, mark, encoders)
 
 
-def prepare_store(config: DataConfig | Path | str, cache: Path | str, overrides: Sequence[str] = ()) -> Store:
+def prepare_store(
+    config: DataConfig | Path | str,
+    cache: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    encoders: Encoders | None = None,
+) -> Store:
     """The store of a data recipe (a config or the path of its file), built if it is missing.
 
     ``cache`` is a folder for such things, e.g. ``runs/.cache``; the store lies in ``cache/data/<fingerprint>``.
@@ -82,10 +99,12 @@ def prepare_store(config: DataConfig | Path | str, cache: Path | str, overrides:
         config = load_config(DataConfig, config, overrides).config
     elif overrides:
         raise ValueError("overrides go with a file, not with a config that is made already")
-    return Store.open(ensure_store(config, Path(cache)).path)
+    return Store.open(ensure_store(config, Path(cache), encoders=encoders).path)
 
 
-def _build(config: DataConfig, readers: list[Reader], out: Path, mark: str) -> DataSummary:
+def _build(
+    config: DataConfig, readers: list[Reader], out: Path, mark: str, encoders: Encoders | None = None
+) -> DataSummary:
     if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):
         hint = "Choose another folder with --out."
         raise BadInputError("this is there already and is no store; it will not be replaced", where=str(out), hint=hint)
@@ -105,7 +124,13 @@ def _build(config: DataConfig, readers: list[Reader], out: Path, mark: str) -> D
         resolved = resolve(config, collected, raw, aside / "examples.arrow")
         raw.unlink()
         sources = tuple(SourceInfo(s.name, s.examples.kind, s.task_type, s.prompts) for s in config.sources)
-        summary = _summarise(config, collected, resolved, Store(aside, config.name, mark, sources), out)
+        store = Store(aside, config.name, mark, sources)
+        conflicts = _conflicts(resolved, store)
+        steps: tuple[StepSummary, ...] = ()
+        if steps_of(config):
+            steps = clean(config, store, aside / "removed.jsonl", encoders)
+            store = Store(aside, config.name, mark, sources)
+        summary = _summarise(config, collected, resolved, store, out, conflicts, steps)
         write_json(aside / "summary.json", summary.to_json())
         meta = {
             "format_version": FORMAT_VERSION,
@@ -122,11 +147,34 @@ def _build(config: DataConfig, readers: list[Reader], out: Path, mark: str) -> D
     return summary
 
 
-def _summarise(config: DataConfig, collected: Collected, resolved: Resolved, store: Store, out: Path) -> DataSummary:
+def _conflicts(resolved: Resolved, store: Store) -> Conflicts:
+    rows = conflict_rows(resolved)
+    texts = dict(zip(rows.tolist(), map(excerpt, store.texts(rows)), strict=True))
+    return Conflicts(
+        positive_and_negative=len(resolved.clashes),
+        examples_changed=resolved.examples_changed,
+        labels=len(resolved.labels),
+        scores=len(resolved.scores),
+        first=first_conflicts(resolved, texts),
+    )
+
+
+def _summarise(
+    config: DataConfig,
+    collected: Collected,
+    resolved: Resolved,
+    store: Store,
+    out: Path,
+    conflicts: Conflicts,
+    steps: tuple[StepSummary, ...],
+) -> DataSummary:
     examples = store.examples
     summaries = []
     for number, source in enumerate(config.sources):
-        mine = examples.filter(pc.equal(examples.column("source"), number)).select(["group", "cluster"])
+        mine = examples.filter(pc.equal(examples.column("source"), number)).select(["group", "cluster", "split"])
+        splits = resolved.splits[number]
+        if steps:
+            splits = {e["values"]: e["counts"] for e in pc.value_counts(mine.column("split")).to_pylist()}
         summaries.append(
             SourceSummary(
                 name=source.name,
@@ -136,20 +184,11 @@ def _summarise(config: DataConfig, collected: Collected, resolved: Resolved, sto
                 examples=mine.num_rows,
                 duplicates=resolved.duplicates[number],
                 quarantined=dict(collected.bad[number].most_common()),
-                splits=dict(sorted(resolved.splits[number].items())),
+                splits=dict(sorted(splits.items())),
                 groups=pc.count_distinct(mine.column("group")).as_py(),
                 clusters=pc.count_distinct(mine.column("cluster")).as_py(),
             )
         )
-    rows = conflict_rows(resolved)
-    texts = dict(zip(rows.tolist(), map(excerpt, store.texts(rows)), strict=True))
-    conflicts = Conflicts(
-        positive_and_negative=len(resolved.clashes),
-        examples_changed=resolved.examples_changed,
-        labels=len(resolved.labels),
-        scores=len(resolved.scores),
-        first=first_conflicts(resolved, texts),
-    )
     return DataSummary(
         path=out,
         name=config.name,
@@ -158,7 +197,8 @@ def _summarise(config: DataConfig, collected: Collected, resolved: Resolved, sto
         examples=examples.num_rows,
         sources=tuple(summaries),
         conflicts=conflicts,
-        shared_between_splits=resolved.shared,
+        shared_between_splits=shared_between_splits(store) if steps else resolved.shared,
+        steps=steps,
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from nearfield.config import Config, ConfigPath
+from nearfield.data.cleaning_config import StepConfig
 
 if TYPE_CHECKING:
     from nearfield.data.readers.base import Reader
@@ -245,6 +246,8 @@ class SourceConfig(Config):
     cluster: Column | None = None
     """The unit that statistics resample. Without it, the group."""
     split: SplitConfig
+    steps: tuple[StepConfig, ...] = ()
+    """Cleaning steps within this source, in their order, before the common ones."""
 
     def columns(self) -> tuple[str, ...]:
         """The columns that a row of this source must have, in a fixed order, without repetition."""
@@ -280,6 +283,8 @@ class DataConfig(Config):
     max_characters: int = Field(default=1_000_000, ge=1)
     """A longer text is no text but an accident."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    steps: tuple[StepConfig, ...] = ()
+    """Cleaning steps over all sources: near-duplicates are looked for across them."""
 
     @field_validator("sources")
     @classmethod

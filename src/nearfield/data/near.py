@@ -221,22 +221,30 @@ def first_of_each_vector(vectors: Vectors, cosine: float, block: int = 2048) -> 
     return found
 
 
-def representatives(texts: Iterator[Sequence[str]], rule: NearRule) -> Rows:
-    """For each text, given in batches, the first text it is a near-duplicate of or has the normal form of; [n]."""
+def representatives(texts: Iterator[Sequence[str]], rule: NearRule | None, *, normalised: bool = True) -> Rows:
+    """For each text, given in batches, the first text it is a near-duplicate of or has the normal form of; [n].
+
+    Without ``rule`` words are not compared, without ``normalised`` normal forms are not.
+    """
     known = WordHashes()
-    sets, normal = [], [np.empty(0, dtype=np.uint64)]
+    sets, parts = [], [np.empty(0, dtype=np.uint64)]
     for part in texts:
-        split = hash_words(part, known)
-        sets.append(TextSets.of(part, known, split))
-        normal.append(normal_keys(part))
-    keys = np.concatenate(normal)
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    same = np.where(keys == 0, np.arange(len(keys)), first[inverse]).astype(np.int64)
+        if rule is not None:
+            sets.append(TextSets.of(part, known))
+        parts.append(normal_keys(part))
+    keys = np.concatenate(parts)
+    same = np.arange(len(keys), dtype=np.int64)
+    if normalised:
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        same = np.where(keys == 0, same, first[inverse]).astype(np.int64)
+    if rule is None:
+        return same
     leaders = np.flatnonzero(same == np.arange(len(same))).astype(np.int64)
     near_of = first_of_each(lambda part: NearIndex(part, rule), TextSets.join(sets).take(leaders))
     of_leader = np.zeros(len(same), dtype=np.int64)
     of_leader[leaders] = leaders[near_of]
-    return of_leader[same]
+    found: Rows = of_leader[same]
+    return found
 
 
 def normal_keys(texts: Sequence[str]) -> npt.NDArray[np.uint64]:

@@ -54,6 +54,8 @@ def write_project(guess: Guess, folder: Path, force: bool = False) -> Project:
 def data_recipe(guess: Guess, folder: Path) -> dict[str, object]:
     """The data recipe as YAML values; the path of the data is relative where it lies in the project."""
     source = guess.source.model_dump(mode="json", exclude_none=True)
+    if not source["steps"]:
+        del source["steps"]
     project = folder.parent.resolve()
     if guess.path.is_relative_to(project):
         source["reader"]["path"] = Path(os.path.relpath(guess.path, folder.resolve())).as_posix()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from nearfield.data.collect import Collected
 from nearfield.data.config import ColumnSplit, DataConfig, DuplicateGroups, HashSplit, SourceConfig
 from nearfield.data.examples import example_digest
 from nearfield.data.splits import component_keys, split_of
-from nearfield.data.store import EXAMPLES_SCHEMA
+from nearfield.data.store import EXAMPLES_SCHEMA, Store
 from nearfield.data.writing import TableWriter
 from nearfield.errors import BadInputError
 
@@ -179,6 +180,21 @@ class _Resolver:
                 if count:
                     shared[f"{first}+{second}"] = count
         return shared
+
+
+def shared_between_splits(store: Store) -> dict[str, int]:
+    """Items that are query or positive in examples of two splits, by pair of splits; of a store that was cleaned."""
+    of_split: dict[str, Rows] = {}
+    for split in sorted(pc.unique(store.examples["split"]).to_pylist()):
+        part = store.examples.filter(pc.equal(store.examples["split"], split))
+        lists = part["positives"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        of_split[split] = np.unique(np.concatenate([part["query"].to_numpy(), lists]))
+    shared = {}
+    for first, second in itertools.combinations(of_split, 2):
+        count = len(np.intersect1d(of_split[first], of_split[second], assume_unique=True))
+        if count:
+            shared[f"{first}+{second}"] = count
+    return shared
 
 
 def contradictions(keys: Rows, values: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> Rows:

@@ -33,6 +33,25 @@ class SourceSummary:
 
 
 @dataclass(frozen=True)
+class StepSummary:
+    """What a cleaning step took out."""
+
+    number: int
+    """In the order in which steps run, from 1."""
+    kind: str
+    source: str | None
+    """The source whose step it is; None for a step over all sources."""
+    before: Mapping[str, int]
+    """Examples by source, of the sources that the step looks at."""
+    after: Mapping[str, int]
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    """Examples that went, by reason, the most frequent first."""
+    positives: int = 0
+    """Positives taken out of examples that stay."""
+    negatives: int = 0
+
+
+@dataclass(frozen=True)
 class Conflicts:
     """Statements of the data that contradict each other."""
 
@@ -61,6 +80,8 @@ class DataSummary:
     conflicts: Conflicts
     shared_between_splits: Mapping[str, int] = field(default_factory=dict)
     """Items that are in examples of two splits, by pair of splits, e.g. ``test+train``. Negatives do not count."""
+    steps: tuple[StepSummary, ...] = ()
+    """What the cleaning steps took out, in their order."""
     reused: bool = False
     """Whether the store was there already."""
 
@@ -68,6 +89,8 @@ class DataSummary:
         """The content of ``summary.json``: all but where the store lies."""
         values = dataclasses.asdict(self)
         del values["path"], values["reused"]
+        if not self.steps:
+            del values["steps"]
         return values
 
 
@@ -77,4 +100,5 @@ def read_summary(store: Path) -> DataSummary:
     sources = tuple(SourceSummary(**source) for source in values.pop("sources"))
     conflicts = values.pop("conflicts")
     conflicts = Conflicts(**{**conflicts, "first": tuple(conflicts["first"])})
-    return DataSummary(path=store, sources=sources, conflicts=conflicts, reused=True, **values)
+    steps = tuple(StepSummary(**step) for step in values.pop("steps", ()))
+    return DataSummary(path=store, sources=sources, conflicts=conflicts, steps=steps, reused=True, **values)

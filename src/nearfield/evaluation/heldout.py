@@ -36,10 +36,11 @@ Ints = NDArray[np.int64]
 def default_open_store(path: Path) -> Any:
     """Open a store folder, or build a data recipe's store below ``runs/.cache`` unless it is there already."""
     from nearfield import data
+    from nearfield.encoders.encode import text_encoder
 
     if path.is_dir():
         return data.Store.open(path)
-    return data.prepare_store(data.DataConfig.load(path), CACHE)
+    return data.prepare_store(data.DataConfig.load(path), CACHE, encoders=text_encoder)
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,9 @@ class Artifacts(Freshness):
     def _open_store(self, path: Path) -> Store:
         from nearfield.data import prepare_store
         from nearfield.data.store import Store
+        from nearfield.encoders.encode import text_encoder
 
-        return Store.open(path) if path.is_dir() else prepare_store(path, self.run.cache)
+        return Store.open(path) if path.is_dir() else prepare_store(path, self.run.cache, encoders=text_encoder)
 
     def _tokens(self) -> TokenCache:
         from nearfield.data.tokens import TokenCache

@@ -60,7 +60,7 @@ def decontaminate_store(
     loaded = None if suite.is_dir() else SuiteConfig.load(suite)
 
     def open_store(path: Path) -> Store:
-        return Store.open(path) if path.is_dir() else prepare_store(path, cache)
+        return Store.open(path) if path.is_dir() else prepare_store(path, cache, encoders=text_encoder)
 
     tasks = open_suite(loaded or suite, open_store=open_store)
     mark = suite_fingerprint(suite, loaded)

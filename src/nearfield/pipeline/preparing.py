@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path
-from nearfield.pipeline.artifacts import Artifacts
+from nearfield.pipeline.mining import MiningStages
 
 if TYPE_CHECKING:
     from nearfield.batching.plan import Lengths
     from nearfield.data.tokens import Rows
 
 
-class PreparingStages(Artifacts):
+class PreparingStages(MiningStages):
     """What rank 0 does before the others are needed."""
 
     def data(self) -> dict[str, Any]:
         """Read the sources into a store of items and examples."""
         from nearfield.data import prepare_store
+        from nearfield.data.summary import read_summary
+        from nearfield.encoders.encode import text_encoder
 
-        store = prepare_store(self.recipe.data, self.run.cache)
-        return {"items": store.items.num_rows, "examples": store.examples.num_rows}
+        store = prepare_store(self.recipe.data, self.run.cache, encoders=text_encoder)
+        steps = [dataclasses.asdict(step) for step in read_summary(store.path).steps]
+        counts = {"items": store.items.num_rows, "examples": store.examples.num_rows}
+        return {**counts, "steps": steps} if steps else counts
 
     def tokens(self) -> dict[str, Any]:
         """Tokenise the items of the training split with their prompts."""
@@ -46,6 +51,8 @@ class PreparingStages(Artifacts):
             wanted.setdefault(prompts["query"], []).append(part["query"].to_numpy())
             for column in ("positives", "negatives"):
                 wanted.setdefault(prompts["document"], []).append(part[column].combine_chunks().flatten().to_numpy())
+        for name, items in self.mined_items(store).items():
+            wanted[self.contract.sources[name]["document"]].append(items)
         tokenizer = Tokenizer(self.recipe.encoder)
         cache = build_tokens(
             store,
@@ -63,13 +70,13 @@ class PreparingStages(Artifacts):
 
         store, tokens, recipe = self._store(), self._tokens(), self.recipe
         names = [source.name for source in self.run.checked.sources]
-        sources, labels = read_examples(store, names, recipe.split)
+        sources, labels = read_examples(store, names, recipe.split, self.planned_negatives(store))
         texts = {store.source_number(name): self.contract.sources[name] for name in names}
         prompts = {
             number: (tokens.number(text["query"]), tokens.number(text["document"])) for number, text in texts.items()
         }
         lengths: Lengths = lambda prompt, items: tokens.tables[prompt].lengths(items)  # noqa: E731
-        inputs = PlanInputs(sources, labels, prompts, lengths, store)
+        inputs = PlanInputs(sources, labels, prompts, lengths, store, self.planner_vectors())
         with atomic_path(self.run.folder / "plan") as aside:
             aside.mkdir()
             summary = write_plans(
@@ -79,7 +86,11 @@ class PreparingStages(Artifacts):
                 seed=recipe.seed,
                 epochs=recipe.training.epochs,
                 max_steps=recipe.training.max_steps,
-                metadata={"data": self.fingerprints["data"], "tokens": self.fingerprints["tokens"]},
+                metadata={
+                    name: self.fingerprints[name]
+                    for name in ("data", "vectors", "mine", "tokens")
+                    if name in self.fingerprints
+                },
             )
             if summary["steps"] == 0:
                 raise BadInputError(

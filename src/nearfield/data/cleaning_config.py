@@ -1,0 +1,175 @@
+"""Cleaning steps: what is taken out of a store while it is built, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from nearfield.config import Config, ConfigPath
+from nearfield.data.decontamination_config import NearDuplicateConfig
+
+if TYPE_CHECKING:
+    from nearfield.data.cleaning.step import Step
+
+Side = Literal["query", "positives", "negatives"]
+Sides = Annotated[tuple[Side, ...], Field(min_length=1)]
+EVERY_SIDE: tuple[Side, ...] = ("query", "positives", "negatives")
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class LengthStep(Config):
+    """Texts that are too short or too long. Without bounds nothing is."""
+
+    kind: Literal["length"] = "length"
+    unit: Literal["characters", "words"] = "words"
+    """Words are what white space separates."""
+    least: Annotated[int, Field(ge=0)] = 0
+    most: Annotated[int, Field(ge=1)] | None = None
+    on: Sides = EVERY_SIDE
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if self.most is not None and self.most < self.least:
+            raise ValueError("'most' is below 'least': no text would stay")
+        return self
+
+    def inputs(self) -> dict[str, Any]:
+        """The content of files that the step reads."""
+        return {}
+
+    def build(self) -> Step:
+        from nearfield.data.cleaning.texts import LengthFilter
+
+        return LengthFilter(self)
+
+
+class CharactersStep(Config):
+    """Texts with too few letters or printable characters, or too much of URLs or control characters, as shares.
+
+    The defaults take nothing out.
+    """
+
+    kind: Literal["characters"] = "characters"
+    min_letters: Share = 0
+    """Letters, marks and digits among the characters that are no white space."""
+    min_printable: Share = 0
+    """Of all characters; white space is printable here."""
+    max_urls: Share = 1
+    """Characters inside URLs, of all."""
+    max_control: Share = 1
+    """Control and format characters other than tab and line break, unassigned and private ones, and U+FFFD; of all."""
+    on: Sides = EVERY_SIDE
+
+    def inputs(self) -> dict[str, Any]:
+        """The content of files that the step reads."""
+        return {}
+
+    def build(self) -> Step:
+        from nearfield.data.cleaning.texts import CharactersFilter
+
+        return CharactersFilter(self)
+
+
+class LanguageStep(Config):
+    """Texts in none of the languages, by py3langid: offline, 140 languages. Without languages nothing is taken out.
+
+    Only what is surely in another language goes: short texts are hard to tell.
+    """
+
+    kind: Literal["language"] = "language"
+    languages: tuple[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")], ...] = ()
+    """ISO 639-1 codes, e.g. ``en``; ISO 639-2 where a language has none."""
+    confidence: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """A text goes if another language has at least this probability."""
+    min_characters: Annotated[int, Field(ge=1)] = 20
+    """Shorter texts stay."""
+    on: Sides = EVERY_SIDE
+
+    def inputs(self) -> dict[str, Any]:
+        """The content of files that the step reads."""
+        return {}
+
+    def build(self) -> Step:
+        from nearfield.data.cleaning.texts import LanguageFilter
+
+        return LanguageFilter(self)
+
+
+class _Duplicates(Config):
+    compare: Literal["example", "query", "positives"] = "example"
+    """Which texts must be near-duplicates for two examples to be: all but the negatives, or those of one side."""
+    keep: tuple[str, ...] = ()
+    """Splits whose examples stay before those of others, e.g. ``[test, validation]``."""
+
+
+class NearDuplicatesStep(NearDuplicateConfig, _Duplicates):
+    """Examples whose texts are near-duplicates, by their words, of an earlier example's, which stays.
+
+    Found by MinHash and checked by :class:`nearfield.data.near.NearRule`; texts with one normal form are near-duplicates,
+    too. With ``words: false`` and ``normalised: false`` nothing is.
+    """
+
+    kind: Literal["near_duplicates"] = "near_duplicates"
+    words: bool = True
+    normalised: bool = True
+
+    def inputs(self) -> dict[str, Any]:
+        """The content of files that the step reads."""
+        return {}
+
+    def build(self) -> Step:
+        from nearfield.data.cleaning.duplicates import NearDuplicates
+
+        return NearDuplicates(self)
+
+
+class NearVectorsStep(_Duplicates):
+    """The same by embeddings: texts whose vectors have at least this cosine. Null takes nothing out."""
+
+    kind: Literal["near_vectors"] = "near_vectors"
+    model: str
+    """A sentence-transformers model: a hub id, or a folder."""
+    cosine: Annotated[float, Field(gt=0, le=1)] | None = 0.95
+    min_words: Annotated[int, Field(ge=1)] = 4
+    """Shorter texts are no near-duplicates."""
+
+    def inputs(self) -> dict[str, Any]:
+        """The content of files that the step reads."""
+        from nearfield.files import hash_folder
+
+        return {"model": hash_folder(Path(self.model))} if Path(self.model).is_dir() else {}
+
+    def build(self) -> Step:
+        from nearfield.data.cleaning.duplicates import NearVectors
+
+        return NearVectors(self)
+
+
+class RemovalListStep(Config):
+    """Texts named by a file: JSONL with an ``id`` a line, as ``nearfield data decontaminate --remove`` writes it.
+
+    An example goes with its query or its last positive; a negative goes alone.
+    """
+
+    kind: Literal["removal_list"] = "removal_list"
+    path: ConfigPath
+    on: Sides = EVERY_SIDE
+
+    def inputs(self) -> dict[str, Any]:
+        """The content of files that the step reads."""
+        from nearfield.data.readers.base import hash_files
+
+        return {"path": list(hash_files([self.path]).values())}
+
+    def build(self) -> Step:
+        from nearfield.data.cleaning.texts import RemovalList
+
+        return RemovalList(self)
+
+
+StepConfig = Annotated[
+    LengthStep | CharactersStep | LanguageStep | NearDuplicatesStep | NearVectorsStep | RemovalListStep,
+    Field(discriminator="kind"),
+]
