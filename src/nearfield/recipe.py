@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from nearfield.batching.config import BatchConfig, SingleSourceConfig
+from nearfield.batching.config import BatchConfig, SingleSourceConfig, needs_vectors
 from nearfield.config import Config, ConfigPath, KeyPath, Loaded, dotted, load_config
 from nearfield.data.config import DataConfig, SourceConfig
 from nearfield.encoders.config import EncoderConfig, PromptConfig
 from nearfield.encoders.prompts import make_contract
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import HeldOutTask, SuiteConfig
+from nearfield.mining.config import MiningConfig, TeacherConfig, dense_teachers
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveConfig
 from nearfield.training.config import TrainingConfig, TrainingEvaluationConfig
 
@@ -48,6 +49,11 @@ class Recipe(Config):
     prompts: PromptConfig = PromptConfig()
     objective: ObjectiveConfig = InfoNCEConfig()
     batches: BatchConfig = SingleSourceConfig()
+    teacher: TeacherConfig | None = None
+    """Who judges which texts are alike, for mining and for batches that are made of vectors; null takes the model that is
+    trained, as it is before training, where one is needed."""
+    mining: MiningConfig | None = None
+    """Hard negatives by a teacher, beside or instead of the data's own; null mines none."""
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig | None = None
 
@@ -79,7 +85,25 @@ def check_recipe(loaded: Loaded[Recipe]) -> CheckedRecipe:
     suite = _suite(recipe.evaluation)
     training_suite = _suite(recipe.training.evaluation)
     make_contract(sources, recipe.prompts, {})
+    _check_teacher(loaded)
     return CheckedRecipe(recipe, data, sources, suite, training_suite)
+
+
+def _check_teacher(loaded: Loaded[Recipe]) -> None:
+    recipe = loaded.config
+    if recipe.mining is not None and recipe.objective.example_kind != "retrieval":
+        raise BadInputError(
+            f"negatives are mined for queries with positives; the objective {recipe.objective.kind!r} learns from "
+            f"{recipe.objective.example_kind} examples",
+            where=loaded.where(("mining",)),
+            hint="Remove 'mining'.",
+        )
+    if recipe.teacher is not None and needs_vectors(recipe.batches) and not dense_teachers(recipe.teacher):
+        raise BadInputError(
+            f"batches of kind {recipe.batches.kind!r} are made of vectors, and the teacher {recipe.teacher.kind!r} has none",
+            where=loaded.where(("teacher",)),
+            hint="Name one of kind sentence_transformer or vectors here; mining may have its own under mining.teacher.",
+        )
 
 
 def _chosen_sources(loaded: Loaded[Recipe], data: DataConfig) -> tuple[SourceConfig, ...]:

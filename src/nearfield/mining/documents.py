@@ -50,6 +50,23 @@ class ArrayDocuments:
 
 
 @dataclass(frozen=True)
+class IndexedDocuments:
+    """Some rows of a larger array of vectors, in the order of ``places``; copied a block at a time."""
+
+    vectors: Vectors
+    places: Rows
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, Vectors]]:
+        """Copies of the rows."""
+        for start in range(0, len(self.places), rows):
+            yield start, np.asarray(self.vectors[self.places[start : start + rows]])
+
+    def pairs(self, queries: Vectors, query_rows: Rows, document_rows: Rows) -> Vectors:
+        """By :func:`pair_scores`."""
+        return ArrayDocuments(self.vectors).pairs(queries, query_rows, self.places[document_rows])
+
+
+@dataclass(frozen=True)
 class StreamedDocuments:
     """Vectors that come as blocks [any, d], from a callable that begins anew each time it is called."""
 

@@ -13,9 +13,16 @@ from nearfield.encoders.prompts import PromptContract, base_prompts, make_contra
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import HeldOutTask, SuiteConfig
 from nearfield.files import fingerprint, hash_folder
+from nearfield.mining.config import DenseTeacher
 from nearfield.pipeline.run import Run, StageStatus
+from nearfield.pipeline.teaching import (
+    negatives_fingerprint,
+    planning_teacher,
+    teachers_of_vectors,
+    vectors_fingerprint,
+)
 
-STAGES = ("data", "tokens", "plan", "train", "evaluate", "compare", "report")
+STAGES = ("data", "vectors", "mine", "tokens", "plan", "train", "evaluate", "compare", "report")
 TRAIN_VERSION = 1
 EVALUATE_VERSION = 1
 
@@ -60,29 +67,38 @@ class Freshness:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint that each stage of this recipe should have."""
-        from nearfield.data.build import data_fingerprint
-
         recipe = self.recipe
-        found = {"data": data_fingerprint(self.run.checked.data)}
+        found = {"data": self._data_print}
         encoder = recipe.encoder.model_dump(mode="json", exclude={"model", "revision"})
-        found["tokens"] = fingerprint(
-            {
-                "version": TOKENS_VERSION,
-                "data": found["data"],
-                "tokenizer": [self.base.name, self.base.revision, recipe.encoder.max_length],
-                "prompts": self.contract.sources,
-                "split": recipe.split,
-            }
-        )
-        found["plan"] = fingerprint(
-            {
-                "version": PLAN_VERSION,
-                "tokens": found["tokens"],
-                "batches": recipe.batches.model_dump(mode="json"),
-                "seed": recipe.seed,
-                "length": [recipe.training.epochs, recipe.training.max_steps],
-            }
-        )
+        teachers = self._teacher_prints
+        if teachers:
+            found["vectors"] = fingerprint(list(teachers.values()))
+        if recipe.mining is not None:
+            found["mine"] = negatives_fingerprint(recipe, found["data"], self.source_names)
+        tokens = {
+            "version": TOKENS_VERSION,
+            "data": found["data"],
+            "tokenizer": [self.base.name, self.base.revision, recipe.encoder.max_length],
+            "prompts": self.contract.sources,
+            "split": recipe.split,
+        }
+        if recipe.mining is not None and recipe.mining.corpus == "sources":
+            # A mined document of another source is tokenised with a prompt that it had not.
+            tokens["mined"] = found["mine"]
+        found["tokens"] = fingerprint(tokens)
+        plan = {
+            "version": PLAN_VERSION,
+            "tokens": found["tokens"],
+            "batches": recipe.batches.model_dump(mode="json"),
+            "seed": recipe.seed,
+            "length": [recipe.training.epochs, recipe.training.max_steps],
+        }
+        if recipe.mining is not None:
+            plan["mined"] = [found["mine"], recipe.mining.explicit]
+        planning = planning_teacher(recipe)
+        if planning is not None:
+            plan["vectors"] = teachers[planning]
+        found["plan"] = fingerprint(plan)
         train = {
             "version": TRAIN_VERSION,
             "plan": found["plan"],
@@ -104,6 +120,25 @@ class Freshness:
         found["report"] = fingerprint({"compare": found["compare"]})
         return found
 
+    @property
+    def source_names(self) -> list[str]:
+        """The sources that are trained on."""
+        return [source.name for source in self.run.checked.sources]
+
+    @cached_property
+    def _data_print(self) -> str:
+        from nearfield.data.build import data_fingerprint
+
+        return data_fingerprint(self.run.checked.data)
+
+    @cached_property
+    def _teacher_prints(self) -> dict[DenseTeacher, str]:
+        """The fingerprint of the vectors of each teacher that makes some."""
+        return {
+            teacher: vectors_fingerprint(teacher, self.recipe, self._data_print, self.source_names)
+            for teacher in teachers_of_vectors(self.recipe)
+        }
+
     def _suite_inputs(self) -> Any:
         evaluation = self.recipe.evaluation
         if evaluation is None:
@@ -118,6 +153,15 @@ class Freshness:
         """The store of items and examples."""
         return self.run.cache / "data" / self.fingerprints["data"]
 
+    def vectors_path(self, teacher: DenseTeacher) -> Path:
+        """A teacher's vectors."""
+        return self.run.cache / "vectors" / self._teacher_prints[teacher]
+
+    @property
+    def negatives_path(self) -> Path:
+        """The mined negatives."""
+        return self.run.cache / "negatives" / self.fingerprints["mine"]
+
     @property
     def tokens_path(self) -> Path:
         """The token cache."""
@@ -126,6 +170,10 @@ class Freshness:
     def output(self, stage: str) -> Path:
         """The file or folder whose presence a finished stage promises."""
         folder = self.run.folder
+        if stage == "vectors":
+            return self.vectors_path(teachers_of_vectors(self.recipe)[-1])
+        if stage == "mine":
+            return self.negatives_path
         return {
             "data": self.store_path,
             "tokens": self.tokens_path,
@@ -143,8 +191,11 @@ class Freshness:
         record = self.run.record(stage)
         path = self.output(stage)
         fresh = record.get("fingerprint") == self.fingerprints[stage]
-        if stage in ("data", "tokens"):
-            state = "done" if path.is_dir() else "missing"
+        if stage in ("data", "vectors", "mine", "tokens"):
+            paths = (
+                [self.vectors_path(one) for one in teachers_of_vectors(self.recipe)] if stage == "vectors" else [path]
+            )
+            state = "done" if all(one.is_dir() for one in paths) else "missing"
             return StageStatus(
                 stage, state, "in the shared cache" if state == "done" else "", str(path), record.get("seconds")
             )
@@ -164,6 +215,8 @@ class Freshness:
         models = 0 if evaluation is None else 1 + evaluation.before + len(evaluation.baselines)
         left_out = {"evaluate"} if models == 0 else set()
         left_out |= {"compare"} if models < 2 else set()
+        left_out |= {"mine"} if self.recipe.mining is None else set()
+        left_out |= set() if teachers_of_vectors(self.recipe) else {"vectors"}
         stages = [stage for stage in STAGES if stage not in left_out]
         if until is None:
             return stages

@@ -6,18 +6,20 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from nearfield.batching.config import BatchConfig
 from nearfield.batching.plan import Lengths, write_plan
 from nearfield.batching.planner import VectorsOf
-from nearfield.batching.rows import Floats, Lists, SourceExamples
+from nearfield.batching.rows import Floats, Lists, Rows, SourceExamples
 from nearfield.batching.summary import count_exceptions, measure_hardness
 from nearfield.data.store import Store
 from nearfield.files import write_json
+from nearfield.mining.negatives import Negatives as MinedNegatives
 
 logger = logging.getLogger("nearfield.pipeline")
 
@@ -30,6 +32,22 @@ class Negatives:
     scores: Floats | None = None
     positive_scores: Floats | None = None
     """A teacher's score of each positive of the store, example after example."""
+    kept: npt.NDArray[np.bool_] | None = None
+    """(n,) the examples that a filter keeps; the lists above have all n."""
+
+    def of_kept(self, store: Store, examples: Rows) -> Negatives:
+        """The same for the kept examples alone; ``examples`` are the rows of all n."""
+        if self.kept is None:
+            return self
+        kept = np.flatnonzero(self.kept)
+
+        def values(lists: Lists, scores: Floats | None) -> Floats | None:
+            return None if scores is None else scores[lists.positions(kept)]
+
+        positives = arrow_lists(store.examples.take(examples)["positives"])
+        return Negatives(
+            self.items.take(kept), values(self.items, self.scores), values(positives, self.positive_scores)
+        )
 
 
 @dataclass(frozen=True)
@@ -56,8 +74,10 @@ def read_examples(
     labels: list[tuple[str, str]] = []
     for name in names:
         rows = store.select(name, split)
-        part = store.examples.take(rows)
         mined = (negatives or {}).get(name)
+        if mined is not None and mined.kept is not None:
+            rows, mined = rows[mined.kept], mined.of_kept(store, rows)
+        part = store.examples.take(rows)
         codes = None
         if part["label"].null_count < len(part):
             column = part["label"].combine_chunks()
@@ -84,6 +104,39 @@ def read_examples(
             )
         )
     return sources, labels
+
+
+def planned_negatives(
+    store: Store, examples: Rows, mined: MinedNegatives, explicit: Literal["keep", "replace"]
+) -> Negatives:
+    """Mined negatives of some examples as the planner takes them; ``keep`` puts the data's own before them.
+
+    The data's own have no teacher's score (not a number) unless they were mined too.
+    """
+    places = mined.positions(examples)
+    lists = Lists(mined.offsets, mined.rows)
+    items, scores = lists.take(places), mined.scores[lists.positions(places)].astype(np.float64)
+    if explicit == "keep":
+        own = arrow_lists(store.examples.take(examples)["negatives"])
+        owners = np.concatenate([own.owners(), items.owners()])
+        rows = np.concatenate([own.values, items.values])
+        both = np.concatenate([np.full(len(own.values), np.nan), scores])
+        # Of an item that is both, the first place stays and the score of the mined one.
+        order = np.lexsort((np.arange(len(rows)), rows, owners))
+        first = np.ones(len(rows), dtype=bool)
+        first[1:] = (np.diff(owners[order]) != 0) | (np.diff(rows[order]) != 0)
+        twice = np.flatnonzero(~first)
+        both[order[twice - 1]] = both[order[twice]]
+        stay = np.sort(order[first])
+        stay = stay[np.argsort(owners[stay], kind="stable")]
+        counts = np.bincount(owners[stay], minlength=len(examples))
+        items, scores = Lists.from_counts(counts, rows[stay]), both[stay]
+    positives = store.examples.take(mined.examples)["positives"].combine_chunks()
+    offsets = positives.offsets.to_numpy().astype(np.int64)
+    of_positives = Lists(offsets - offsets[0], np.empty(0, dtype=np.int64))
+    positive_scores = mined.positive_scores[of_positives.positions(places)].astype(np.float64)
+    kept = mined.kept(examples)
+    return Negatives(items, scores, positive_scores, None if kept.all() else kept)
 
 
 def arrow_lists(column: pa.ChunkedArray) -> Lists:

@@ -1,0 +1,213 @@
+"""The stages that mine: a teacher's vectors of the items, and the negatives that it finds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nearfield.data.store import Rows, Store
+from nearfield.data.vectors import EncodeItems, ItemVectors, build_vectors
+from nearfield.mining.config import DenseTeacher, SentenceTransformerTeacher
+from nearfield.mining.documents import ArrayDocuments, Documents, IndexedDocuments, Vectors
+from nearfield.pipeline.artifacts import Artifacts
+from nearfield.pipeline.teaching import (
+    identity,
+    located,
+    mining_teacher,
+    planning_teacher,
+    teacher_prompts,
+    teachers_of_vectors,
+)
+
+if TYPE_CHECKING:
+    from nearfield.batching.planner import VectorsOf
+    from nearfield.mining.pool import Pool
+    from nearfield.mining.teachers import PairScorer, Scorer
+    from nearfield.pipeline.planning import Negatives as PlannedNegatives
+
+
+class MiningStages(Artifacts):
+    """What rank 0 does where a recipe mines or its planner wants vectors."""
+
+    def vectors(self) -> dict[str, Any]:
+        """Encode the items of the training split with every teacher that makes vectors."""
+        store = self._store()
+        wanted = items_by_role(store, self.source_names, self.recipe.split)
+        counts = {}
+        for teacher in teachers_of_vectors(self.recipe):
+            path = self.vectors_path(teacher)
+            if path.is_dir():
+                continue
+            found = identity(teacher, self.recipe)
+            made = build_vectors(
+                wanted,
+                self._encode_items(teacher, store),
+                path,
+                path.name,
+                {"teacher": found},
+                shared=self._shares_vectors(teacher),
+            )
+            counts[teacher.kind] = {role: len(table.rows) for role, table in sorted(made.tables.items())}
+        return {"vectors": counts}
+
+    def _shares_vectors(self, teacher: DenseTeacher) -> bool:
+        if isinstance(teacher, SentenceTransformerTeacher):
+            return len(set(teacher_prompts(teacher, self.recipe).values())) == 1
+        return teacher.queries is None
+
+    def _encode_items(self, teacher: DenseTeacher, store: Store) -> EncodeItems:
+        if not isinstance(teacher, SentenceTransformerTeacher):
+            from nearfield.mining.vector_files import read_vectors
+
+            encode: EncodeItems = read_vectors(teacher, store)
+            return encode
+        from nearfield.mining.encode import TextEncoder
+
+        prompts = teacher_prompts(teacher, self.recipe)
+        encoder: TextEncoder | None = None
+        length = teacher.max_length or (self.recipe.encoder.max_length if teacher.model is None else None)
+
+        def encode_texts(role: str, rows: Rows) -> Vectors:
+            nonlocal encoder
+            if encoder is None:
+                encoder = TextEncoder.load(
+                    located(teacher, self.recipe).path if teacher.model is None else teacher.model,
+                    teacher.revision,
+                    max_length=length,
+                    trust_remote_code=teacher.trust_remote_code,
+                )
+            return encoder(store.texts(rows), prompts[role])
+
+        return encode_texts
+
+    def mine(self) -> dict[str, Any]:
+        """Find negatives for the examples of the training split."""
+        from nearfield.mining.negatives import write_negatives
+        from nearfield.mining.pool import mine_pool
+
+        mining, store = self.recipe.mining, self._store()
+        assert mining is not None
+        mined, recalls = [], {}
+        for pool in self._pools(store):
+            scorer = self._scorer(store, pool)
+            mined.append((pool, mine_pool(pool, scorer, mining, seed=self.recipe.seed)))
+            recall = getattr(scorer, "recall", None)
+            if recall is not None:
+                recalls[pool.name] = {"recall": recall.value, "queries": recall.queries, "depth": recall.depth}
+        metadata = {
+            "fingerprint": self.fingerprints["mine"],
+            "generation": 0,
+            "teacher": identity(mining_teacher(self.recipe), self.recipe),
+            "rules": [rule.model_dump(mode="json") for rule in mining.rules],
+            "recall": recalls,
+        }
+        summary = write_negatives(self.negatives_path, store, mined, metadata)
+        return {key: summary[key] for key in ("examples", "short")} | {
+            "negatives": sum(source["negatives"] for source in summary["sources"].values())
+        }
+
+    def _pools(self, store: Store) -> list[Pool]:
+        from nearfield.mining.pool import make_pool
+
+        mining = self.recipe.mining
+        assert mining is not None
+        kinds = {source.name: source.kind for source in store.sources}
+        names = [name for name in self.source_names if kinds[name] == "retrieval"]
+        return [
+            make_pool(store, name, self.recipe.split, names if mining.corpus == "sources" else [name]) for name in names
+        ]
+
+    def _scorer(self, store: Store, pool: Pool) -> Scorer:
+        from nearfield.mining.teachers import Searching, make_scorer
+
+        mining = self.recipe.mining
+        assert mining is not None
+        searching = Searching(mining.search, mining.memory_mib << 20, _device(), self.recipe.seed)
+        return make_scorer(
+            mining_teacher(self.recipe),
+            (len(pool.queries), len(pool.documents)),
+            lambda role, rows: store.texts(pool.items(role, rows)),
+            lambda teacher: self._pool_vectors(teacher, pool),
+            searching,
+        )
+
+    def _pool_vectors(self, teacher: DenseTeacher, pool: Pool) -> tuple[Vectors, Documents]:
+        vectors = ItemVectors.open(self.vectors_path(teacher))
+        table = vectors.table("document")
+        rows = table.positions(pool.documents)
+        if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+            documents: Documents = ArrayDocuments(table.vectors[rows[0] : rows[-1] + 1])
+        elif self.recipe.mining is not None and self.recipe.mining.search.kind != "exact":
+            documents = ArrayDocuments(table.vectors[rows])
+        else:
+            documents = IndexedDocuments(table.vectors, rows)
+        return vectors.of("query", pool.queries), documents
+
+    def second_scorer(self, teacher: Any, store: Store, pool: Pool) -> PairScorer:
+        """Another teacher before a pool, to judge by; its vectors are made here and not kept."""
+        from nearfield.data.vectors import unit
+        from nearfield.mining.teachers import make_pair_scorer
+
+        def vectors(dense: DenseTeacher) -> tuple[Vectors, Documents]:
+            encode = self._encode_items(dense, store)
+            made = [
+                unit(np.asarray(encode(role, rows)), rows)
+                for role, rows in (("query", pool.queries), ("document", pool.documents))
+            ]
+            return made[0], ArrayDocuments(made[1])
+
+        return make_pair_scorer(
+            teacher,
+            (len(pool.queries), len(pool.documents)),
+            lambda role, rows: store.texts(pool.items(role, rows)),
+            vectors,
+        )
+
+    def mined_items(self, store: Store) -> dict[str, Rows]:
+        """Source -> the items that are its mined negatives, to be tokenised with its document prompt."""
+        from nearfield.mining.negatives import Negatives
+
+        if self.recipe.mining is None:
+            return {}
+        negatives = Negatives(self.negatives_path)
+        names = {number: source.name for number, source in enumerate(store.sources)}
+        sources = np.repeat(negatives.table["source"].to_numpy(), np.diff(negatives.offsets))
+        return {names[n]: np.unique(negatives.rows[sources == n]) for n in np.unique(sources).tolist()}
+
+    def planned_negatives(self, store: Store) -> dict[str, PlannedNegatives] | None:
+        """What the planner takes instead of the data's negatives, by source; None where the recipe does not mine."""
+        from nearfield.mining.negatives import Negatives
+        from nearfield.pipeline.planning import planned_negatives
+
+        mining = self.recipe.mining
+        if mining is None:
+            return None
+        mined = Negatives(self.negatives_path)
+        names = [name for name in self.source_names if store.sources[store.source_number(name)].kind == "retrieval"]
+        return {
+            name: planned_negatives(store, store.select(name, self.recipe.split), mined, mining.explicit)
+            for name in names
+        }
+
+    def planner_vectors(self) -> VectorsOf | None:
+        """The vectors that the planner gets, where there are any."""
+        teacher = planning_teacher(self.recipe)
+        return None if teacher is None else ItemVectors.open(self.vectors_path(teacher)).of
+
+
+def items_by_role(store: Store, sources: list[str], split: str) -> dict[str, Rows]:
+    """Role -> the items of all examples of some sources in a split."""
+    found: dict[str, list[Rows]] = {"query": [np.empty(0, np.int64)], "document": [np.empty(0, np.int64)]}
+    for source in sources:
+        part = store.examples.take(store.select(source, split))
+        found["query"].append(part["query"].to_numpy())
+        for column in ("positives", "negatives"):
+            found["document"].append(part[column].combine_chunks().flatten().to_numpy())
+    return {role: np.unique(np.concatenate(rows)).astype(np.int64) for role, rows in found.items()}
+
+
+def _device() -> str | None:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else None
