@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,14 @@ import pytest
 
 from nearfield.errors import BadInputError
 from nearfield.training.backends.zero import deepspeed_config
-from nearfield.training.launch import BackendName, DeadRank, Launch, RankDiedError, asked_backend
+from nearfield.training.launch import (
+    BackendName,
+    DeadRank,
+    Launch,
+    PreparationFailedError,
+    RankDiedError,
+    asked_backend,
+)
 
 VARIABLES = (
     "WORLD_SIZE",
@@ -279,3 +288,94 @@ def test_a_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "none.json"))
     with pytest.raises(BadInputError, match="does not exist"):
         deepspeed_config("zero1", False, 2, None)
+
+
+class SharedStore:
+    """What the ranks' store is asked for here, in one process."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.lock = threading.Lock()
+
+    def set(self, key: str, value: str) -> None:
+        with self.lock:
+            self.values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self.values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def add(self, key: str, amount: int) -> int:
+        with self.lock:
+            total = int(self.values.get(key, b"0")) + amount
+            self.values[key] = str(total).encode()
+        return total
+
+
+def in_ranks(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, run: Callable[[Launch], Any]
+) -> list[tuple[Any, BaseException | None]]:
+    """What ``run`` gives or raises on each rank; the ranks are threads that share a store."""
+    monkeypatch.setattr(Launch, "store", SharedStore())
+    monkeypatch.setattr("nearfield.training.launch._SPEAK_SECONDS", 0.0)
+    outcomes: list[tuple[Any, BaseException | None]] = [(None, None)] * world_size
+    launches = [Launch(rank, world_size, rank) for rank in range(world_size)]
+
+    def of_rank(rank: int) -> None:
+        try:
+            outcomes[rank] = (run(launches[rank]), None)
+        except BaseException as error:
+            outcomes[rank] = (None, error)
+
+    threads = [threading.Thread(target=of_rank, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    return outcomes
+
+
+def test_ranks_that_wait_help_with_what_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: dict[str, list[int]] = {"a": [], "b": []}
+
+    def run(launch: Launch) -> list[str]:
+        told: list[str] = []
+
+        def work(tell: Callable[[str], None]) -> str:
+            for task in done:
+                launch.divide(task, lambda task=task: done[task].append(0))
+                assert sorted(done[task]) == [0, 1, 2], "all parts are done before the work goes on"
+            return "word"
+
+        launch.prepare(work, told.append, lambda task: done[task].append(launch.rank))
+        return told
+
+    assert in_ranks(monkeypatch, 3, run) == [([], None), (["word"], None), (["word"], None)]
+    assert {task: sorted(ranks) for task, ranks in done.items()} == {"a": [0, 1, 2], "b": [0, 1, 2]}
+
+
+def test_one_process_does_all_of_what_is_divided() -> None:
+    done: list[str] = []
+    Launch().prepare(lambda tell: Launch().divide("a", lambda: done.append("a")) or "", print, print)
+    assert done == ["a"]
+
+
+def test_a_rank_that_cannot_help_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(launch: Launch) -> None:
+        def work(tell: Callable[[str], None]) -> str:
+            launch.divide("a", lambda: None)
+            return ""
+
+        def helping(task: str) -> None:
+            raise BadInputError("no teacher here", where="rank 1's disk")
+
+        launch.prepare(work, print, helping)
+
+    (_, main), (_, other) = in_ranks(monkeypatch, 2, run)
+    assert isinstance(other, BadInputError)
+    assert isinstance(main, PreparationFailedError)
+    assert "rank 1 could not prepare the run: rank 1's disk: no teacher here" in str(main)
+    assert main.exit_code == 2

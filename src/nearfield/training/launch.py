@@ -81,11 +81,17 @@ class Launch:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return PrefixStore(f"nearfield/{attempt}", base)
 
-    def prepare(self, work: Callable[[Callable[[str], None]], str], verify: Callable[[str], None]) -> None:
+    def prepare(
+        self,
+        work: Callable[[Callable[[str], None]], str],
+        verify: Callable[[str], None],
+        help: Callable[[str], None] | None = None,
+    ) -> None:
         """Rank 0 does ``work`` while the others wait for it, however long it takes; then these ``verify`` what it made.
 
-        ``work`` is handed a function that tells the others what goes on, and returns a word for ``verify``. If one of
-        them fails, all leave, with the same exit code. No process group may exist yet, so that none can time out.
+        ``work`` is handed a function that tells the others what goes on, and returns a word for ``verify``. While they wait
+        the others do with ``help`` their part of each task that ``work`` divides (:meth:`divide`). If one of them fails, all
+        leave, with the same exit code. No process group may exist yet, so that none can time out.
         """
         if self.world_size == 1:
             work(lambda text: None)
@@ -98,7 +104,7 @@ class Launch:
                     self._wait(f"verified/{rank}", rank)
                 store.set("go", "")
             else:
-                verify(self._wait("ready", 0))
+                verify(self._wait("ready", 0, help))
                 store.set(f"verified/{self.rank}", "")
                 self._wait("go", 0)
         except PreparationFailedError:
@@ -106,6 +112,17 @@ class Launch:
         except BaseException as error:
             self._tell_failure(error)
             raise
+
+    def divide(self, task: str, own: Callable[[], None]) -> None:
+        """Within the work of :meth:`prepare`: rank 0 does its ``own`` part of a task while the others do theirs."""
+        if self.world_size == 1:
+            own()
+            return
+        number = self.store.add("tasks", 1)
+        self.store.set(f"task/{number}", task)
+        own()
+        for rank in range(1, self.world_size):
+            self._wait(f"task/{number}/{rank}", rank)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -147,10 +164,10 @@ class Launch:
             while self.is_main and time.monotonic() < deadline and not self.store.check(others):
                 time.sleep(0.05)
 
-    def _wait(self, key: str, rank: int) -> str:
-        """The value of a key that ``rank`` sets, whenever that is."""
+    def _wait(self, key: str, rank: int, help: Callable[[str], None] | None = None) -> str:
+        """The value of a key that ``rank`` sets, whenever that is; tasks that come meanwhile are helped with."""
         began = shown = time.monotonic()
-        pause = 0.05
+        pause, helped = 0.05, 0
         while True:
             try:
                 if self.store.check(["failed"]):
@@ -160,6 +177,9 @@ class Launch:
                     raise error
                 if self.store.check([key]):
                     return self.store.get(key).decode()
+                task = None
+                if help is not None and self.store.check([f"task/{helped + 1}"]):
+                    task = self.store.get(f"task/{helped + 1}").decode()
                 doing = self.store.get("doing").decode() if self.store.check(["doing"]) else "it has not begun"
             except NearfieldError:
                 raise
@@ -167,6 +187,12 @@ class Launch:
                 raise NearfieldError(
                     "rank 0 died while it prepared the run", where=f"rank {self.rank} of {self.world_size}"
                 ) from lost
+            if help is not None and task is not None:
+                help(task)
+                helped += 1
+                self.store.set(f"task/{helped}/{self.rank}", "")
+                pause = 0.05
+                continue
             now = time.monotonic()
             if now - shown >= _SAY_SECONDS:
                 shown = now
