@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from nearfield.data.config import Prompts
 from nearfield.encoders.config import PromptConfig, RolePrompts
-from nearfield.encoders.prompts import base_prompts, make_contract
+from nearfield.encoders.prompts import add_examples, base_prompts, make_contract
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json
 
@@ -17,7 +18,7 @@ from nearfield.files import read_json, write_json
 class Source:
     name: str
     task_type: str = "Retrieval"
-    prompts: RolePrompts = field(default_factory=RolePrompts)
+    prompts: RolePrompts | Prompts = field(default_factory=RolePrompts)
 
 
 def test_a_prompt_is_the_first_that_is_stated() -> None:
@@ -73,3 +74,38 @@ def test_a_stated_fallback_is_listed_and_silence_is_not() -> None:
     assert silent.model_prompts["query"] == ""
     stated = make_contract(sources, PromptConfig(fallback=RolePrompts(query="")), {})
     assert stated.to_json()["prompts"] == {"query": ["", "a: "], "document": ["d: "]}
+
+
+def test_the_model_keeps_the_first_phrasing_and_the_contract_lists_all() -> None:
+    sources = [Source("a", prompts=Prompts(query=("ask: ", "", "question: "), document="d: ")), Source("b", "STS")]
+    contract = make_contract(sources, PromptConfig(), {})
+    assert contract.sources["a"] == {"query": "ask: ", "document": "d: "}
+    assert contract.model_prompts["Retrieval-query"] == "ask: "
+    assert contract.of("a", "query") == ("ask: ", "", "question: ")
+    assert contract.of("a", "document") == ("d: ",)
+    assert contract.of("b", "query") == ("",)
+    listed = contract.to_json()
+    assert listed["prompts"] == {"query": ["", "ask: ", "question: "], "document": ["", "d: "]}
+    assert listed["tasks"]["a"]["phrasings"] == {"query": ["ask: ", "", "question: "]}
+    assert "phrasings" not in listed["tasks"]["b"]
+    one = make_contract([Source("a", prompts=Prompts(query=("ask: ",)))], PromptConfig(), {})
+    plain = make_contract([Source("a", prompts=Prompts(query="ask: "))], PromptConfig(), {})
+    assert one == plain and one.inputs() == plain.sources and contract.inputs() != contract.sources
+    with pytest.raises(ValueError, match="stands twice"):
+        Prompts(query=("a", "a"))
+
+
+def test_examples_are_more_prompts_of_queries() -> None:
+    sources = [Source("a", prompts=RolePrompts(query="ask: ")), Source("b", "STS")]
+    contract = make_contract(sources, PromptConfig(), {})
+    plain = add_examples(contract, {"a": ["E1 ", "E2 "]}, evaluated=False)
+    assert plain.of("a", "query") == ("ask: ", "E1 ask: ", "E2 ask: ")
+    assert plain.of("a", "document") == ("",) and plain.of("b", "query") == ("",)
+    assert plain.model_prompts == contract.model_prompts
+    kept = add_examples(contract, {"a": ["E1 ", "E2 "]}, evaluated=True)
+    assert kept.model_prompts["Retrieval-query"] == kept.of("a", "query")[0] == "E1 ask: "
+    assert set(kept.to_json()["prompts"]["query"]) == {"", "ask: ", "E1 ask: ", "E2 ask: "}
+    assert add_examples(contract, {}, evaluated=True) == contract
+    twins = make_contract([Source("a"), Source("b")], PromptConfig(), {})
+    with pytest.raises(BadInputError, match="two sources of type Retrieval"):
+        add_examples(twins, {"a": ["E "], "b": ["F "]}, evaluated=True)

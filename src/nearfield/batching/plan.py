@@ -46,6 +46,8 @@ SEVERAL_SOURCES = -1
 
 Lengths = Callable[[int, Rows], Rows]
 """(prompt number, item rows) -> tokens of each."""
+PromptsOf = Callable[[PlannedRows], tuple[Rows, Rows]]
+"""Rows -> the (query, document) prompt numbers of each."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Batch:
 def write_plan(
     path: Path,
     epoch: EpochBatches,
-    prompts: Mapping[int, tuple[int, int]],
+    prompts: Mapping[int, tuple[int, int]] | PromptsOf,
     lengths: Lengths,
     metadata: dict[str, Any],
     *,
@@ -78,12 +80,15 @@ def write_plan(
 ) -> dict[str, Any]:
     """Write an epoch's plan and return its summary: see :func:`nearfield.batching.summary.summarise`.
 
-    ``prompts`` gives each source's (query, document) prompt numbers, ``names`` their names; ``metadata`` names the inputs
-    (seed, epoch, fingerprints); ``measured`` is what was found out about the batches beside. Both, and the summary, are
-    kept in the file.
+    ``prompts`` gives each source's (query, document) prompt numbers, or those of each row; ``names`` the sources' names;
+    ``metadata`` names the inputs (seed, epoch, fingerprints); ``measured`` is what was found out about the batches beside.
+    Both, and the summary, are kept in the file.
     """
     rows = epoch.rows
-    query_prompt, document_prompt = (_of_source(rows.source, prompts, side) for side in (0, 1))
+    if isinstance(prompts, Mapping):
+        query_prompt, document_prompt = (_of_source(rows.source, prompts, side) for side in (0, 1))
+    else:
+        query_prompt, document_prompt = prompts(rows)
     query_tokens, document_tokens = count_tokens(rows, query_prompt, document_prompt, lengths)
     step = epoch.batch_of_rows()
     columns: dict[str, Any] = {

@@ -34,11 +34,24 @@ Column = Annotated[str, Field(min_length=1)]
 Columns = Column | Annotated[tuple[Column, ...], Field(min_length=1)]
 
 
-class Prompts(Config):
-    """Strings put before the text of an item, a role; null is none."""
+Phrasings = Annotated[tuple[str, ...], Field(min_length=1)]
 
-    query: str | None = None
-    document: str | None = None
+
+class Prompts(Config):
+    """Strings put before the text of an item, a role; null is none.
+
+    Several phrasings of one prompt are a list: training draws one for each example and epoch, and the model keeps the first.
+    """
+
+    query: str | Phrasings | None = None
+    document: str | Phrasings | None = None
+
+    @field_validator("query", "document")
+    @classmethod
+    def _different(cls, prompt: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if isinstance(prompt, tuple) and len(set(prompt)) < len(prompt):
+            raise ValueError("a phrasing stands twice")
+        return prompt
 
 
 class JsonlReader(Config):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from nearfield.config import Config
+from nearfield.data.in_context_config import InContextConfig
 
 
 def resolve_model(model: str, info: ValidationInfo) -> str:
@@ -88,3 +89,5 @@ class PromptConfig(Config):
     """For tasks of a type that no training source has; null takes the base model's own prompt of the role."""
     types: dict[str, RolePrompts] = {}
     """For an mteb task type, where the sources of that type do not agree on one prompt."""
+    in_context: InContextConfig | None = None
+    """Examples of the training split before the prompts of queries."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nearfield.encoders.prompts import PromptContract, add_examples
 from nearfield.files import hash_file
 from nearfield.pipeline.freshness import Freshness
 from nearfield.pipeline.run import Run
@@ -12,6 +14,7 @@ from nearfield.training.launch import Launch
 
 if TYPE_CHECKING:
     from nearfield.batching.plan import Plan
+    from nearfield.data.in_context import ExampleSet
     from nearfield.data.store import Store
     from nearfield.data.tokens import TokenCache
 
@@ -27,6 +30,22 @@ class Artifacts(Freshness):
         from nearfield.data.store import Store
 
         return Store.open(self.store_path)
+
+    def _example_sets(self, store: Store) -> dict[str, list[ExampleSet]]:
+        """The in-context examples of each source that gets some: a function of the store, the recipe and its seed."""
+        from nearfield.pipeline.prompting import example_sets
+
+        recipe = self.recipe
+        return example_sets(store, self.source_names, recipe.split, recipe.prompts.in_context, recipe.seed)
+
+    @cached_property
+    def trained_contract(self) -> PromptContract:
+        """The contract with the in-context examples in it; without such the same as ``contract``. Needs the store."""
+        config = self.recipe.prompts.in_context
+        if config is None:
+            return self.contract
+        sets = {name: [one.text for one in found] for name, found in self._example_sets(self._store()).items()}
+        return add_examples(self.contract, sets, config.evaluated == "examples")
 
     def _open_store(self, path: Path) -> Store:
         from nearfield.data import prepare_store

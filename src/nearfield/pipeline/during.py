@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nearfield.pipeline.artifacts import Artifacts
 from nearfield.pipeline.freshness import Freshness
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def evaluation_during_training(
-    stages: Freshness, model: SentenceTransformer, open_store: Callable[[Path], Store]
+    stages: Artifacts, model: SentenceTransformer, open_store: Callable[[Path], Store]
 ) -> Evaluate | None:
     """The function that scores ``model`` on the recipe's small suite; None where none is asked for.
 
@@ -27,13 +28,13 @@ def evaluation_during_training(
         return None
     from nearfield.evaluation.during import DuringTraining
 
-    model.prompts = dict(stages.contract.model_prompts)
+    model.prompts = dict(stages.trained_contract.model_prompts)
     return DuringTraining(
         model,
         stages.run.checked.training_suite or during.suite,
         name=f"nearfield/{stages.recipe.name}",
         metric=during.metric,
-        contract=stages.contract.to_json()["prompts"] if during.prompts == "contract" else None,
+        contract=stages.trained_contract.to_json()["prompts"] if during.prompts == "contract" else None,
         open_store=open_store,
     )
 

@@ -79,9 +79,11 @@ class Freshness:
             "version": TOKENS_VERSION,
             "data": found["data"],
             "tokenizer": [self.base.name, self.base.revision, recipe.encoder.max_length],
-            "prompts": self.contract.sources,
+            "prompts": self.contract.inputs(),
             "split": recipe.split,
         }
+        if recipe.prompts.in_context is not None:
+            tokens["in_context"] = [recipe.prompts.in_context.model_dump(mode="json"), recipe.seed]
         if recipe.mining is not None and recipe.mining.corpus == "sources":
             # A mined document of another source is tokenised with a prompt that it had not.
             tokens["mined"] = found["mine"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +16,21 @@ import pyarrow as pa
 from nearfield.batching.config import BatchConfig
 from nearfield.batching.plan import Lengths, write_plan
 from nearfield.batching.planner import VectorsOf
-from nearfield.batching.rows import Floats, Lists, Rows, SourceExamples
+from nearfield.batching.rows import Floats, Lists, PlannedRows, Rows, SourceExamples
 from nearfield.batching.summary import count_exceptions, measure_hardness
 from nearfield.data.store import Store
 from nearfield.files import write_json
 from nearfield.mining.negatives import Negatives as MinedNegatives
 
 logger = logging.getLogger("nearfield.pipeline")
+
+
+class PromptsOfEpoch(Protocol):
+    """Which prompts rows get."""
+
+    def __call__(self, rows: PlannedRows, epoch: int) -> tuple[Rows, Rows]:
+        """The (query, document) prompt numbers of each row in an epoch."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,8 @@ class PlanInputs:
     sources: Sequence[SourceExamples]
     labels: Sequence[tuple[str, str]]
     """(source, label) of each label number."""
-    prompts: Mapping[int, tuple[int, int]]
-    """The (query, document) prompt numbers of each source."""
+    prompts: Mapping[int, tuple[int, int]] | PromptsOfEpoch
+    """The (query, document) prompt numbers of each source; or (rows, epoch) -> those of each row."""
     lengths: Lengths
     store: Store
     vectors: VectorsOf | None = None
@@ -179,7 +188,8 @@ def write_plans(
             **({"labels": list(inputs.labels)} if inputs.labels else {}),
         }
         path = folder / f"epoch-{epoch:03d}.parquet"
-        summary = write_plan(path, batches, inputs.prompts, inputs.lengths, about, names=names, measured=measured)
+        prompts = inputs.prompts if isinstance(inputs.prompts, Mapping) else partial(inputs.prompts, epoch=epoch)
+        summary = write_plan(path, batches, prompts, inputs.lengths, about, names=names, measured=measured)
         summaries.append(summary)
         steps += summary["batches"]
     whole = {"kind": config.kind, "batch_size": config.batch_size, "steps": steps, "epochs": summaries}

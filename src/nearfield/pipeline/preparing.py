@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,10 +33,13 @@ class PreparingStages(MiningStages):
 
     def tokens(self) -> dict[str, Any]:
         """Tokenise the items of the training split with their prompts."""
+        from nearfield.data.in_context import check_room
         from nearfield.data.tokens import build_tokens
         from nearfield.encoders.tokenize import Tokenizer
+        from nearfield.pipeline.prompting import source_prompts
 
         store = self._store()
+        sets = self._example_sets(store)
         wanted: dict[str, list[Rows]] = {}
         for source in self.run.checked.sources:
             rows = store.select(source.name, self.recipe.split)
@@ -46,14 +50,21 @@ class PreparingStages(MiningStages):
                     where=self.run.loaded.where(("split",)),
                     hint=f"Splits: {', '.join(splits)}.",
                 )
-            prompts = self.contract.sources[source.name]
+            prompts = source_prompts(self.contract, sets, source.name)
             part = store.examples.take(rows)
-            wanted.setdefault(prompts["query"], []).append(part["query"].to_numpy())
-            for column in ("positives", "negatives"):
-                wanted.setdefault(prompts["document"], []).append(part[column].combine_chunks().flatten().to_numpy())
+            for prompt in prompts.queries:
+                wanted.setdefault(prompt, []).append(part["query"].to_numpy())
+            for column, prompt in itertools.product(("positives", "negatives"), prompts.document):
+                wanted.setdefault(prompt, []).append(part[column].combine_chunks().flatten().to_numpy())
         for name, items in self.mined_items(store).items():
-            wanted[self.contract.sources[name]["document"]].append(items)
+            for prompt in self.contract.of(name, "document"):
+                wanted[prompt].append(items)
         tokenizer = Tokenizer(self.recipe.encoder)
+        in_context, limit = self.recipe.prompts.in_context, tokenizer.model.max_seq_length
+        if in_context is not None and limit is not None:
+            for name in sets:
+                queries = source_prompts(self.contract, sets, name).queries
+                check_room(queries, tokenizer.prompt_length, int(limit), in_context.query_tokens, name)
         cache = build_tokens(
             store,
             {prompt: np.concatenate(rows) for prompt, rows in wanted.items()},
@@ -67,14 +78,13 @@ class PreparingStages(MiningStages):
     def plan(self) -> dict[str, Any]:
         """Write the batches of all epochs."""
         from nearfield.pipeline.planning import PlanInputs, read_examples, write_plans
+        from nearfield.pipeline.prompting import row_prompts
 
         store, tokens, recipe = self._store(), self._tokens(), self.recipe
         names = [source.name for source in self.run.checked.sources]
         sources, labels = read_examples(store, names, recipe.split, self.planned_negatives(store))
-        texts = {store.source_number(name): self.contract.sources[name] for name in names}
-        prompts = {
-            number: (tokens.number(text["query"]), tokens.number(text["document"])) for number, text in texts.items()
-        }
+        in_context, sets = recipe.prompts.in_context, self._example_sets(store)
+        prompts = row_prompts(store, self.contract, sets, tokens.number, in_context, recipe.seed)
         lengths: Lengths = lambda prompt, items: tokens.tables[prompt].lengths(items)  # noqa: E731
         inputs = PlanInputs(sources, labels, prompts, lengths, store, self.planner_vectors())
         with atomic_path(self.run.folder / "plan") as aside:

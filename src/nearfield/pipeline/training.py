@@ -101,11 +101,11 @@ class TrainingStage(Artifacts):
 
         encoder = self._encoder(device)
         load_into(EmbeddingModule(encoder.model, self.recipe.objective.build()), open_checkpoint(result.checkpoint))
-        encoder.model.prompts = dict(self.contract.model_prompts)
+        encoder.model.prompts = dict(self.trained_contract.model_prompts)
         with atomic_path(self.run.folder / "model") as aside:
             adapter = self.recipe.encoder.adapter
             save_encoder(encoder.model, aside, adapter=adapter.save if adapter else "merged")
-            self.contract.save(aside)
+            self.trained_contract.save(aside)
             write_text(aside / "README.md", self._card(encoder, result))
 
     def _card(self, encoder: LoadedEncoder, result: TrainingResult) -> str:

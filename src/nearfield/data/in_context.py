@@ -1,0 +1,135 @@
+"""Sets of in-context examples, and which rows may have which prompt.
+
+The pitfalls that LG-ANNA names are met so: examples come from the split that is trained on, a row never sees its own query
+or positives in them, some rows get none, and documents get none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nearfield.data.in_context_config import InContextConfig
+from nearfield.data.store import KnownPositives, Rows, Store
+from nearfield.errors import BadInputError
+from nearfield.randomness import generator
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """Examples in words, and the items that they are made of."""
+
+    text: str
+    """What stands before the prompt."""
+    items: tuple[int, ...]
+    """Rows of the store's items: the queries and documents of the examples."""
+
+
+def draw_example_sets(store: Store, source: str, split: str, config: InContextConfig, seed: int) -> list[ExampleSet]:
+    """The sets of a source: a function of the store, the settings and the seed.
+
+    An example shows the query and the first positive, of labelled examples the item and its label. Raises BadInputError
+    where the split has too few examples that a row could be left without its own.
+    """
+    rows = store.select(source, split)
+    if len(rows) < 2:
+        raise BadInputError(
+            f"the source {source!r} has {len(rows)} examples in the split {split!r}; examples before a query need two",
+            hint="Leave it out of prompts.in_context.sources.",
+        )
+    random = generator(seed, "in-context", source)
+    sets = []
+    for _ in range(config.draws):
+        count = min(int(random.integers(1, config.most + 1)), len(rows) - 1)
+        examples = store.examples.take(random.choice(rows, count, replace=False)).to_pylist()
+        parts, items = [config.head], []
+        for example in examples:
+            firsts = example["positives"][:1]
+            query, *documents = (_cut(text, config.max_words) for text in store.texts([example["query"], *firsts]))
+            document = documents[0] if documents else _cut(example["label"] or "", config.max_words)
+            parts.append(fill(config.example, query, document))
+            items += [example["query"], *firsts]
+        sets.append(ExampleSet("".join(parts), tuple(items)))
+    return sets
+
+
+def fill(template: str, query: str, document: str) -> str:
+    """The template with its two fields; braces in the texts are braces."""
+    values = {"{query}": query, "{document}": document}
+    return re.sub(r"\{query\}|\{document\}", lambda match: values[match.group()], template)
+
+
+def _cut(text: str, most: int) -> str:
+    """White space as single spaces, and at most so many words."""
+    return " ".join(text.split()[:most])
+
+
+def forbidden_queries(examples: ExampleSet, known: KnownPositives) -> Rows:
+    """The query items that must not get this set: those in it, and those with a positive in it; sorted."""
+    items = np.unique(np.asarray(examples.items, dtype=np.int64))
+    hit = np.flatnonzero(np.isin(known.rows, items))
+    owners = np.searchsorted(known.offsets, hit, side="right") - 1
+    return np.unique(np.concatenate([items, owners]))
+
+
+def draw_numbers(count: int, examples: Rows, seed: int, *names: str | int) -> Rows:
+    """A number from 0 to ``count`` - 1 for each example: of the seed, the names and the example's row alone."""
+    if count == 1 or not len(examples):
+        return np.zeros(len(examples), dtype=np.int64)
+    # One number for each row up to the last, so that the order and choice of the examples do not matter.
+    return generator(seed, *names).integers(0, count, int(examples.max()) + 1)[examples]
+
+
+@dataclass(frozen=True)
+class PromptDraw:
+    """The prompt numbers that the rows of a source may have, and how one is drawn for a row."""
+
+    source: str
+    query: Sequence[Sequence[int]]
+    """[phrasings][1 + sets]: the number of each phrasing without examples, then with each set before it."""
+    document: Sequence[int]
+    """The number of each phrasing."""
+    forbidden: Sequence[Rows] = ()
+    """For each set the query items that must not get it."""
+    none: float = 0.0
+    """Share of the rows without examples."""
+
+    def draw(self, examples: Rows, queries: Rows, seed: int, epoch: int) -> tuple[Rows, Rows]:
+        """The (query, document) prompt numbers of rows, each [n]: a function of these arguments, row by row."""
+        names = ("prompts", self.source, epoch)
+        phrasing = draw_numbers(len(self.query), examples, seed, *names, "query")
+        chosen = np.zeros(len(examples), dtype=np.int64)
+        if self.forbidden and len(examples):
+            chosen = self._sets(examples, queries, seed, *names)
+        query = np.asarray(self.query, dtype=np.int64)[phrasing, chosen]
+        document = np.asarray(self.document, dtype=np.int64)
+        return query, document[draw_numbers(len(self.document), examples, seed, *names, "document")]
+
+    def _sets(self, examples: Rows, queries: Rows, seed: int, *names: str | int) -> Rows:
+        """0 for no examples, otherwise 1 + the set: drawn evenly from those that are allowed."""
+        allowed = np.stack([~np.isin(queries, items) for items in self.forbidden], axis=1)
+        order = np.cumsum(allowed, axis=1)
+        count = order[:, -1]
+        draws = generator(seed, *names, "sets").random((int(examples.max()) + 1, 2))[examples]
+        wanted = np.minimum((draws[:, 0] * count).astype(np.int64), np.maximum(count - 1, 0)) + 1
+        picked = 1 + np.argmax(order == wanted[:, None], axis=1)
+        without = (draws[:, 1] < self.none) | (count == 0)
+        return np.where(without, 0, picked)
+
+
+def check_room(prompts: Sequence[str], length: Callable[[str], int], limit: int, room: int, source: str) -> None:
+    """Refuse prompts with examples that would push the query out of the encoder's maximum length.
+
+    ``length`` counts the tokens of a prompt, special tokens before it included.
+    """
+    longest = max((length(prompt) for prompt in prompts), default=0)
+    if longest + room > limit:
+        raise BadInputError(
+            f"the examples before queries of {source!r} take up to {longest} tokens; with {room} for the query that is more "
+            f"than the encoder's {limit}",
+            where="prompts.in_context",
+            hint="Lower prompts.in_context.most or max_words, or raise encoder.max_length.",
+        )
