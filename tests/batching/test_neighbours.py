@@ -93,13 +93,14 @@ def test_top_columns() -> None:
     assert top_columns(scores, 9)[0].tolist() == [[1, 2, 4, 3, 0], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("memory", [1, 1 << 14, 1 << 30])
+@pytest.mark.parametrize("memory", [1, 1 << 11, 1 << 14, 1 << 30])
 def test_memory_does_not_change_the_cells_result(memory: int) -> None:
     queries, documents = random_vectors(300, 16), random_vectors(400, 16, seed=1)
-    everything = nearest(queries, documents, 10, method="ivf", seed=0)
-    cells = neighbours._search(queries, np.arange(300), documents, np.arange(0, 400, 2), 10, None, memory)
-    np.testing.assert_array_equal(cells[0], 2 * brute_force(queries, documents[::2], 10))
-    assert everything.rows.shape == (300, 10)
+    hidden = random_hidden(300, 400, 30)
+    arguments = (np.arange(300), documents, np.arange(0, 400, 2), 10, as_excluded(hidden), memory)
+    found = neighbours._search(queries, *arguments)[0]
+    halves = [{row // 2 for row in rows if row % 2 == 0} for rows in hidden]
+    np.testing.assert_array_equal(found, 2 * brute_force(queries, documents[::2], 10, halves))
 
 
 def test_the_recall_is_that_of_the_result() -> None:

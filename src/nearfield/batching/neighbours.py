@@ -180,22 +180,30 @@ def _search(
     excluded: Excluded | None,
     memory: int,
 ) -> tuple[Found, Vectors]:
-    """The best ``k`` of the candidate documents (rising rows) for these queries, in blocks of queries."""
+    """The best ``k`` of the candidate documents (rising rows) for these queries, in blocks of both."""
     rows = np.full((len(here), k), -1, dtype=np.int32)
     scores = np.full((len(here), k), -np.inf, dtype=np.float32)
-    among = documents[candidates]
-    # Scores, their partitioned copy and the mask are 9 bytes a pair; 4 more are the vectors and what is found.
-    room = max(memory - among.nbytes, 0) // 16
-    height = max(1, min(len(here), 1024, room // max(len(candidates), 1)))
-    for start in range(0, len(here), height):
-        part = here[start : start + height]
-        products = queries[part] @ among.T
-        if excluded is not None:
-            hide(products, part, candidates, excluded)
-        columns, values = top_columns(products, k)
-        found = columns.shape[1]
-        rows[start : start + len(part), :found] = candidates[columns]
-        scores[start : start + len(part), :found] = values
+    width = max(memory // (8 * queries.shape[1]), 1)
+    for first in range(0, len(candidates), width):
+        block = candidates[first : first + width]
+        among = documents[block]
+        # Scores, their partitioned copy and the mask are 9 bytes a pair; the rest is for what is found and the queries.
+        height = max(1, min(len(here), 1024, max(memory - among.nbytes, 0) // 16 // len(block)))
+        for start in range(0, len(here), height):
+            part = slice(start, min(start + height, len(here)))
+            products = queries[here[part]] @ among.T
+            if excluded is not None:
+                hide(products, here[part], block, excluded)
+            columns, values = top_columns(products, k)
+            numbers = block[columns].astype(np.int32)
+            if first:
+                # Earlier blocks have lower rows: with them in front a stable sort keeps ties in order.
+                values = np.concatenate([scores[part], values], axis=1)
+                numbers = np.concatenate([rows[part], numbers], axis=1)
+                best = np.argsort(-values, axis=1, kind="stable")[:, :k]
+                values, numbers = np.take_along_axis(values, best, axis=1), np.take_along_axis(numbers, best, axis=1)
+            rows[part, : values.shape[1]] = numbers
+            scores[part, : values.shape[1]] = values
     rows[np.isneginf(scores)] = -1
     return rows, scores
 
