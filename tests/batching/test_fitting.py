@@ -38,7 +38,7 @@ def make_case(count: int, items: int, skewed: bool, seed: int) -> Case:
     return rows, KnownPositives(known.offsets, known.values)
 
 
-cases = st.builds(make_case, st.integers(1, 60), st.integers(3, 300), st.booleans(), st.integers(0, 10**6))
+cases = st.builds(make_case, st.integers(1, 45), st.integers(3, 200), st.booleans(), st.integers(0, 10**6))
 
 
 def items_of(rows: PlannedRows, row: int) -> set[int]:
@@ -73,7 +73,7 @@ def members(made: Arrangement) -> list[list[int]]:
     keep_small=st.booleans(),
     rule=st.sampled_from(["both", "items", "known", "nothing", "labels"]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_no_batch_has_two_rows_that_clash(case: Case, size: int, keep_small: bool, rule: str) -> None:
     rows, known = case
     distinct, labels = rule in ("both", "items", "labels"), rule == "labels"
@@ -124,8 +124,8 @@ def first_fit(rows: PlannedRows, order: list[int], size: int) -> int:
 
 def test_it_fills_as_many_batches_as_first_fit() -> None:
     ours = plain = 0
-    for seed in range(150):
-        rows, _ = make_case(60, 40 + seed, seed % 2 == 0, seed)
+    for seed in range(60):
+        rows, _ = make_case(60, 40 + 2 * seed, seed % 2 == 0, seed)
         claims = make_claims(rows, distinct=True, known=None)
         order = np.random.default_rng(seed).permutation(60)
         order = order[~repeats_itself(claims)[order]]
@@ -167,7 +167,7 @@ def test_an_item_of_most_rows_ends_soon() -> None:
 
 
 @given(case=cases, size=st.integers(2, 9))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_clashes_are_counted_as_a_loop_counts_them(case: Case, size: int) -> None:
     rows, known = case
     batch = np.arange(len(rows)) // size

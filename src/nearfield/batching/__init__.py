@@ -11,6 +11,7 @@ from nearfield.batching.config import (
     ShuffledConfig,
     SingleSourceConfig,
 )
+from nearfield.batching.sampler import batch_sampler, follow_plans
 
 __all__ = [
     "BatchConfig",
@@ -20,4 +21,6 @@ __all__ = [
     "MixedPart",
     "ShuffledConfig",
     "SingleSourceConfig",
+    "batch_sampler",
+    "follow_plans",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nearfield.batching.claims import Claims, entries_by_batch
-from nearfield.batching.rows import Rows
+from nearfield.batching.rows import Lists, Rows
 
 _PATIENCE = 16
 """Failures in a row after which mending is given up: where an item is in too many examples, none can help."""
@@ -89,6 +89,8 @@ class _Fitter:
     def __init__(self, claims: Claims, size: int, batches: int, out: npt.NDArray[np.bool_]) -> None:
         self.claims, self.size, self.batches, self.out = claims, size, batches, out
         self.count = len(out)
+        self.staying = [of.keep(~out[of.owners()]) for of in self._claims()]
+        """What the rows hold and shun that stay where the order puts them."""
         self.members: dict[int, list[int]] = {}
         """Of the batches that were touched; the others are blocks of the order."""
         self.held: dict[int, tuple[set[int], set[int]]] = {}
@@ -115,13 +117,19 @@ class _Fitter:
     def has(self, number: int) -> tuple[set[int], set[int]]:
         """Items that the members of a batch hold, and that they shun."""
         if number not in self.held:
-            holds: set[int] = set()
-            shuns: set[int] = set()
-            for row in self.rows_of(number):
-                holds.update(self.claims.holds[row].tolist())
-                shuns.update(self.claims.shuns[row].tolist())
+            if number in self.members:
+                rows = self.members[number]
+                holds, shuns = ({item for row in rows for item in of[row].tolist()} for of in self._claims())
+            else:
+                block = self._block(number)
+                holds, shuns = (
+                    set(of.values[of.offsets[block.start] : of.offsets[block.stop]].tolist()) for of in self.staying
+                )
             self.held[number] = holds, shuns
         return self.held[number]
+
+    def _claims(self) -> tuple[Lists, Lists]:
+        return self.claims.holds, self.claims.shuns
 
     def find(self, number: int) -> int:
         """The first batch from this on that has room."""
