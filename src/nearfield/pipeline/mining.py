@@ -8,7 +8,7 @@ import numpy as np
 
 from nearfield.data.store import Rows, Store
 from nearfield.data.vectors import EncodeItems, ItemVectors, build_vectors
-from nearfield.mining.config import DenseTeacher, SentenceTransformerTeacher
+from nearfield.mining.config import DenseTeacher, PairTeacher, SentenceTransformerTeacher
 from nearfield.mining.documents import ArrayDocuments, Documents, IndexedDocuments, Vectors
 from nearfield.pipeline.artifacts import Artifacts
 from nearfield.pipeline.teaching import (
@@ -144,25 +144,20 @@ class MiningStages(Artifacts):
             documents = IndexedDocuments(table.vectors, rows)
         return vectors.of("query", pool.queries), documents
 
-    def second_scorer(self, teacher: Any, store: Store, pool: Pool) -> PairScorer:
-        """Another teacher before a pool, to judge by; its vectors are made here and not kept."""
+    def judge(self, teacher: PairTeacher, store: Store, queries: Rows, documents: Rows) -> PairScorer:
+        """Another teacher before some items; its vectors are made here and not kept."""
         from nearfield.data.vectors import unit
         from nearfield.mining.teachers import make_pair_scorer
 
+        items = {"query": queries, "document": documents}
+
         def vectors(dense: DenseTeacher) -> tuple[Vectors, Documents]:
             encode = self._encode_items(dense, store)
-            made = [
-                unit(np.asarray(encode(role, rows)), rows)
-                for role, rows in (("query", pool.queries), ("document", pool.documents))
-            ]
-            return made[0], ArrayDocuments(made[1])
+            made = {role: unit(np.asarray(encode(role, rows)), rows) for role, rows in items.items()}
+            return made["query"], ArrayDocuments(made["document"])
 
-        return make_pair_scorer(
-            teacher,
-            (len(pool.queries), len(pool.documents)),
-            lambda role, rows: store.texts(pool.items(role, rows)),
-            vectors,
-        )
+        counts = (len(queries), len(documents))
+        return make_pair_scorer(teacher, counts, lambda role, rows: store.texts(items[role][rows]), vectors)
 
     def mined_items(self, store: Store) -> dict[str, Rows]:
         """Source -> the items that are its mined negatives, to be tokenised with its document prompt."""

@@ -1,0 +1,96 @@
+"""Mining alone, and a second look at what was mined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from nearfield.errors import BadInputError
+from nearfield.mining.audit import Audit, audit
+from nearfield.mining.config import (
+    BM25Teacher,
+    CrossEncoderTeacher,
+    PairTeacher,
+    SentenceTransformerTeacher,
+    TeacherConfig,
+)
+from nearfield.mining.documents import Rows, Vectors
+from nearfield.mining.negatives import Negatives
+from nearfield.mining.pool import document_items
+from nearfield.pipeline.run import Run
+from nearfield.pipeline.stages import Stages, run_stages
+from nearfield.pipeline.teaching import mining_teacher
+from nearfield.recipe import Recipe
+from nearfield.training.launch import Launch
+
+
+def mine_run(run: Run, *, on_stage: Callable[[str, str], None] | None = None) -> Negatives:
+    """Run the stages up to mining that are missing or stale, and open what was mined."""
+    _check_mines(run)
+    run_stages(run, "mine", on_stage=on_stage)
+    return Negatives(Stages(run, Launch()).negatives_path)
+
+
+def _check_mines(run: Run) -> None:
+    if run.recipe.mining is None:
+        raise BadInputError(
+            "this recipe mines no negatives",
+            where=str(run.loaded.path),
+            hint="Add the key 'mining', e.g. mining: {negatives: 4}.",
+        )
+
+
+def choose_judge(recipe: Recipe, judge: str | None, cross_encoder: str | None) -> PairTeacher:
+    """The second teacher: as named, else BM25, or the recipe's own model where BM25 mined."""
+    if judge is not None and cross_encoder is not None:
+        raise BadInputError("one second teacher is wanted, not two", hint="Give --judge or --cross-encoder.")
+    for name in (judge, cross_encoder):
+        if name is not None and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+            raise BadInputError("there is no such folder", where=name)
+    if cross_encoder is not None:
+        return CrossEncoderTeacher(model=cross_encoder, retrieve=BM25Teacher())
+    if judge is None:
+        judge = "model" if isinstance(mining_teacher(recipe), BM25Teacher) else "bm25"
+    if judge == "bm25":
+        return BM25Teacher()
+    return SentenceTransformerTeacher(model=None if judge == "model" else judge)
+
+
+def audit_run(run: Run, judge: PairTeacher, *, shown: int = 10, judged: int = 500) -> Audit:
+    """Look at what a run mined, with a second teacher beside; see :func:`nearfield.mining.audit.audit`."""
+    _check_mines(run)
+    stages = Stages(run, Launch())
+    if not stages.negatives_path.is_dir():
+        raise BadInputError(
+            "the negatives of this run are not mined yet, or its recipe changed since",
+            where=str(run.folder),
+            hint=f"nearfield mine {run.loaded.path}",
+        )
+    store = stages._store()
+
+    def scores(source: int, queries: Rows, items: Rows) -> Vectors:
+        # BM25 weighs words by how rare they are in the whole corpus; others need the documents in question only.
+        corpus = document_items(store, stages.source_names, run.recipe.split) if _counts_words(judge) else items
+        asked, where = np.unique(queries, return_inverse=True)
+        documents, place = np.unique(np.concatenate([corpus, items]), return_inverse=True)
+        scorer = stages.judge(judge, store, asked.astype(np.int64), documents.astype(np.int64))
+        return scorer.score(where.astype(np.int64), place[len(corpus) :].astype(np.int64))
+
+    return audit(store, Negatives(stages.negatives_path), scores, judge_words(judge), shown=shown, judged=judged)
+
+
+def _counts_words(judge: TeacherConfig) -> bool:
+    return isinstance(judge, BM25Teacher)
+
+
+def judge_words(judge: PairTeacher) -> str:
+    """The second teacher in words."""
+    if isinstance(judge, BM25Teacher):
+        return "BM25"
+    if isinstance(judge, CrossEncoderTeacher):
+        return f"the cross-encoder {judge.model}"
+    if isinstance(judge, SentenceTransformerTeacher):
+        return judge.model or "the recipe's base model"
+    return f"the vectors of {judge.documents}"
