@@ -27,7 +27,7 @@ class LengthStep(Config):
     """Words are what white space separates."""
     least: Annotated[int, Field(ge=0)] = 0
     most: Annotated[int, Field(ge=1)] | None = None
-    on: Sides = EVERY_SIDE
+    sides: Sides = EVERY_SIDE
 
     @model_validator(mode="after")
     def _rising(self) -> Self:
@@ -60,7 +60,7 @@ class CharactersStep(Config):
     """Characters inside URLs, of all."""
     max_control: Share = 1
     """Control and format characters other than tab and line break, unassigned and private ones, and U+FFFD; of all."""
-    on: Sides = EVERY_SIDE
+    sides: Sides = EVERY_SIDE
 
     def inputs(self) -> dict[str, Any]:
         """The content of files that the step reads."""
@@ -85,7 +85,7 @@ class LanguageStep(Config):
     """A text goes if another language has at least this probability."""
     min_characters: Annotated[int, Field(ge=1)] = 20
     """Shorter texts stay."""
-    on: Sides = EVERY_SIDE
+    sides: Sides = EVERY_SIDE
 
     def inputs(self) -> dict[str, Any]:
         """The content of files that the step reads."""
@@ -155,7 +155,7 @@ class RemovalListStep(Config):
 
     kind: Literal["removal_list"] = "removal_list"
     path: ConfigPath
-    on: Sides = EVERY_SIDE
+    sides: Sides = EVERY_SIDE
 
     def inputs(self) -> dict[str, Any]:
         """The content of files that the step reads."""

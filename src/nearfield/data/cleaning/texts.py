@@ -21,7 +21,7 @@ _URL = re.compile(r"(?:https?://|ftp://|www\.)[^\s<>\"]+", re.IGNORECASE)
 class TextFilter:
     """A step that knows why a text should go, or that it may stay."""
 
-    on: Sequence[str]
+    sides: Sequence[str]
 
     def reason(self, text: str) -> str | None:
         """Why this text goes; None if it stays."""
@@ -37,12 +37,12 @@ class TextFilter:
             return
         examples = table.of_sources(sources)
         bad: dict[int, str] = {}
-        for rows, texts in track(table.texts(table.items(examples, self.on)), f"Cleaning: {taken.kind}"):
+        for rows, texts in track(table.texts(table.items(examples, self.sides)), f"Cleaning: {taken.kind}"):
             for row, text in zip(rows.tolist(), texts, strict=True):
                 why = self.reason(text)
                 if why is not None:
                     bad[row] = why
-        take_out_texts(table, examples, self.on, bad, taken)
+        take_out_texts(table, examples, self.sides, bad, taken)
 
 
 class LengthFilter(TextFilter):
@@ -50,7 +50,7 @@ class LengthFilter(TextFilter):
 
     def __init__(self, config: LengthStep) -> None:
         self.config = config
-        self.on = config.on
+        self.sides = config.sides
 
     def neutral(self) -> bool:
         return self.config.least == 0 and self.config.most is None
@@ -70,7 +70,7 @@ class CharactersFilter(TextFilter):
 
     def __init__(self, config: CharactersStep) -> None:
         self.config = config
-        self.on = config.on
+        self.sides = config.sides
 
     def neutral(self) -> bool:
         config = self.config
@@ -119,7 +119,7 @@ class LanguageFilter(TextFilter):
         from py3langid import langid
 
         self.config = config
-        self.on = config.on
+        self.sides = config.sides
         self._identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
         unknown = sorted(set(config.languages) - set(self._identifier.labels))
         if unknown:
@@ -145,7 +145,7 @@ class RemovalList(TextFilter):
     """Items named in a file."""
 
     def __init__(self, config: RemovalListStep) -> None:
-        self.on = config.on
+        self.sides = config.sides
         self._reasons = read_removals(config.path)
 
     def neutral(self) -> bool:
@@ -156,14 +156,14 @@ class RemovalList(TextFilter):
         if self.neutral():
             return
         examples = table.of_sources(sources)
-        rows = table.items(examples, self.on)
+        rows = table.items(examples, self.sides)
         ids = table.store.items["id"].take(rows).to_pylist()
         bad = {
             row: self._reasons[identity]
             for row, identity in zip(rows.tolist(), ids, strict=True)
             if identity in self._reasons
         }
-        take_out_texts(table, examples, self.on, bad, taken)
+        take_out_texts(table, examples, self.sides, bad, taken)
 
 
 def read_removals(path: Path) -> dict[bytes, str]:
