@@ -98,6 +98,16 @@ def _check_teacher(loaded: Loaded[Recipe]) -> None:
             where=loaded.where(("mining",)),
             hint="Remove 'mining'.",
         )
+    if recipe.mining is not None and recipe.mining.during is not None:
+        least = recipe.mining.during.least(recipe.batches.negatives)
+        if recipe.batches.negatives == 0 or recipe.mining.negatives < least:
+            raise BadInputError(
+                f"negatives that change ({recipe.mining.during.kind}) need at least {max(1, least)} mined candidates an example, "
+                f"of which batches take at least 1; mining.negatives is {recipe.mining.negatives}, batches.negatives is "
+                f"{recipe.batches.negatives}",
+                where=loaded.where(("mining", "during")),
+                hint="Raise mining.negatives: it is how long each example's list of candidates is.",
+            )
     if recipe.teacher is not None and needs_vectors(recipe.batches) and not dense_teachers(recipe.teacher):
         raise BadInputError(
             f"batches of kind {recipe.batches.kind!r} are made of vectors, and the teacher {recipe.teacher.kind!r} has none",

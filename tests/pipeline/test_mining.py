@@ -116,7 +116,9 @@ def test_examples_that_the_consistency_filter_drops_are_not_planned(toy_recipe: 
 def two_sources(folder: Path, model: Path) -> Path:
     """A recipe with two sources whose prompts differ."""
     for name in ("one", "two"):
-        rows = [{"query": f"word{i} word{i + 1}", "positive": f"word{(i + 3) % 40} word{i + 50} {name}"} for i in range(40)]
+        rows = [
+            {"query": f"word{i} word{i + 1}", "positive": f"word{(i + 3) % 40} word{i + 50} {name}"} for i in range(40)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "data.yaml").write_text(
         "name: both\nsources:\n"

@@ -106,32 +106,26 @@ def build_vectors(
     *,
     shared: bool = False,
     shard: int = SHARD,
+    divide: Callable[[Callable[[int], None]], None] | None = None,
 ) -> ItemVectors:
     """Encode the wanted item rows of each role into the folder ``out``.
+
+    ``divide`` is called with a function that encodes the first of so many shares of the shards; it returns once others have
+    called :func:`encode_share` for the rest.
 
     ``shared`` says that a vector does not depend on the role: then each item is encoded once. ``about`` is kept in
     ``meta.json``. Vectors are brought to length 1; one that is not finite or is zero is an error that names its item.
     """
-    tables: list[tuple[Sequence[str], Rows]] = [((role,), np.unique(rows)) for role, rows in sorted(wanted.items())]
-    if shared:
-        tables = [(sorted(wanted), np.unique(np.concatenate(list(wanted.values()))))]
-    parts = out.with_name(f"{out.name}.parts")
-    plan = {"version": VERSION, "fingerprint": fingerprint, "shard": shard, "items": [len(rows) for _, rows in tables]}
-    if not (parts / "plan.json").is_file() or read_json(parts / "plan.json") != plan:
+    tables = _tables(wanted, shared)
+    parts, plan = _parts(out), _plan(tables, fingerprint, shard)
+    if not _begun(parts, plan):
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
         write_json(parts / "plan.json", plan)
-    pieces = [(n, start) for n, (_, rows) in enumerate(tables) for start in range(0, len(rows), shard)]
-    total = sum(len(rows) for _, rows in tables)
-    for number, start in track(pieces, f"Encoding {total:,} items in shards of {shard:,}"):
-        roles, rows = tables[number]
-        file = parts / f"{number}-{start}.npy"
-        if file.is_file():
-            continue
-        chosen = rows[start : start + shard]
-        vectors = unit(np.asarray(encode(roles[0], chosen)), chosen)
-        with atomic_path(file) as aside, aside.open("wb") as stream:
-            np.save(stream, vectors)
+    if divide is not None:
+        divide(lambda ranks: _encode(tables, encode, parts, shard, (0, ranks)))
+    # All of it, or what others were asked for and could not put here.
+    _encode(tables, encode, parts, shard, (0, 1))
     dimension = 0
     with atomic_path(out) as aside:
         aside.mkdir()
@@ -162,6 +156,58 @@ def build_vectors(
         write_json(aside / "meta.json", meta)
     shutil.rmtree(parts, ignore_errors=True)
     return ItemVectors.open(out)
+
+
+def encode_share(
+    wanted: Mapping[str, Rows],
+    encode: EncodeItems,
+    out: Path,
+    fingerprint: str,
+    *,
+    share: tuple[int, int],
+    shared: bool = False,
+    shard: int = SHARD,
+) -> None:
+    """Encode every n-th shard, from the m-th on, for a :func:`build_vectors` of another process; ``share`` is (m, n).
+
+    Does nothing where that build has left no sign in the folder, as on a machine that does not share its file system.
+    """
+    tables = _tables(wanted, shared)
+    if _begun(_parts(out), _plan(tables, fingerprint, shard)):
+        _encode(tables, encode, _parts(out), shard, share)
+
+
+def _tables(wanted: Mapping[str, Rows], shared: bool) -> list[tuple[Sequence[str], Rows]]:
+    if shared:
+        return [(sorted(wanted), np.unique(np.concatenate(list(wanted.values()))))]
+    return [((role,), np.unique(rows)) for role, rows in sorted(wanted.items())]
+
+
+def _parts(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
+
+
+def _plan(tables: Sequence[tuple[Sequence[str], Rows]], fingerprint: str, shard: int) -> dict[str, Any]:
+    return {"version": VERSION, "fingerprint": fingerprint, "shard": shard, "items": [len(rows) for _, rows in tables]}
+
+
+def _begun(parts: Path, plan: dict[str, Any]) -> bool:
+    return (parts / "plan.json").is_file() and read_json(parts / "plan.json") == plan
+
+
+def _encode(
+    tables: Sequence[tuple[Sequence[str], Rows]], encode: EncodeItems, parts: Path, shard: int, share: tuple[int, int]
+) -> None:
+    """Make the shards of a share that are not there yet."""
+    pieces = [(n, start) for n, (_, rows) in enumerate(tables) for start in range(0, len(rows), shard)]
+    missing = [piece for piece in pieces[share[0] :: share[1]] if not (parts / f"{piece[0]}-{piece[1]}.npy").is_file()]
+    total = sum(min(shard, len(tables[number][1]) - start) for number, start in missing)
+    for number, start in track(missing, f"Encoding {total:,} items in shards of {shard:,}"):
+        roles, rows = tables[number]
+        chosen = rows[start : start + shard]
+        vectors = unit(np.asarray(encode(roles[0], chosen)), chosen)
+        with atomic_path(parts / f"{number}-{start}.npy") as aside, aside.open("wb") as stream:
+            np.save(stream, vectors)
 
 
 def unit(vectors: npt.NDArray[Any], item_rows: Rows) -> Vectors:

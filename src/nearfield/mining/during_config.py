@@ -24,6 +24,10 @@ class ScheduledNegatives(Config):
     end: Annotated[int, Field(ge=0)] = 0
     over: Annotated[float, Field(gt=0, le=1)] = 1.0
 
+    def least(self, wanted: int) -> int:
+        """Candidates without which nothing would change, where batches take ``wanted``."""
+        return wanted + 1
+
 
 class DynamicNegatives(Config):
     """Negatives that the model no longer finds hard give way to the next of the mined candidates.
@@ -44,6 +48,10 @@ class DynamicNegatives(Config):
     skip: Annotated[int, Field(ge=0)] = 10
     below: Annotated[float, Field(ge=-1, le=1)] = 0.4
 
+    def least(self, wanted: int) -> int:
+        """Candidates without which nothing would change, where batches take ``wanted``."""
+        return self.skip + wanted if self.rule == "conan_v1" else wanted + 1
+
 
 class RefreshedNegatives(Config):
     """Negatives mined anew from the weights in training (as ANCE does, arXiv 2007.00808; there beside the training).
@@ -55,6 +63,10 @@ class RefreshedNegatives(Config):
     kind: Literal["refresh"] = "refresh"
     every_steps: Positive | None = None
     every_epochs: Positive | None = None
+
+    def least(self, wanted: int) -> int:
+        """Candidates without which batches would lack some."""
+        return wanted
 
     @model_validator(mode="after")
     def _one_rhythm(self) -> Self:

@@ -12,7 +12,8 @@ from nearfield.data.store import Store
 from nearfield.mining.config import MiningConfig
 from nearfield.mining.documents import RowLists, Rows
 from nearfield.mining.mine import MinedNegatives, select
-from nearfield.mining.teachers import Scorer
+from nearfield.mining.search import Neighbours
+from nearfield.mining.teachers import DenseScorer, Scorer
 
 _BLOCK = 65_536
 
@@ -111,10 +112,20 @@ def _text_keys(store: Store, items: Rows) -> Rows:
 
 
 def mine_pool(
-    pool: Pool, scorer: Scorer, config: MiningConfig, *, seed: int = 0, generation: int = 0
+    pool: Pool,
+    scorer: Scorer,
+    config: MiningConfig,
+    *,
+    seed: int = 0,
+    generation: int = 0,
+    found: Neighbours | None = None,
 ) -> MinedNegatives:
-    """The negatives of a pool's examples, as numbers of its documents."""
-    found, scores = scorer.find(config.searched, pool.positives, pool.excluded)
+    """The negatives of a pool's examples, as numbers of its documents; ``found`` is what :func:`search_share` s found."""
+    if found is None:
+        found, scores = scorer.find(config.searched, pool.positives, pool.excluded)
+    else:
+        assert isinstance(scorer, DenseScorer)
+        scores = scorer.score(pool.positives.owners(), pool.positives.rows)
     return select(
         found,
         pool.positives,
@@ -124,3 +135,13 @@ def mine_pool(
         seed=seed,
         names=(pool.name, generation),
     )
+
+
+def search_share(pool: Pool, scorer: DenseScorer, config: MiningConfig, share: tuple[int, int]) -> Neighbours:
+    """What an exact search finds for the m-th of n even shares of the queries; ``share`` is (m, n).
+
+    Shares one after another are what :meth:`Scorer.find` finds, bit for bit.
+    """
+    start, stop = (len(pool.queries) * edge // share[1] for edge in (share[0], share[0] + 1))
+    part = DenseScorer(scorer.queries[start:stop], scorer.documents, scorer.searching)
+    return part.search(config.searched, pool.positives.merged(pool.excluded).slice(start, stop))

@@ -86,7 +86,8 @@ class Freshness:
             tokens["in_context"] = [recipe.prompts.in_context.model_dump(mode="json"), recipe.seed]
         if recipe.mining is not None and recipe.mining.corpus == "sources":
             # A mined document of another source is tokenised with a prompt that it had not.
-            tokens["mined"] = found["mine"]
+            refreshes = recipe.mining.during is not None and recipe.mining.during.kind == "refresh"
+            tokens["mined"] = "all" if refreshes else found["mine"]
         found["tokens"] = fingerprint(tokens)
         plan = {
             "version": PLAN_VERSION,
@@ -109,6 +110,8 @@ class Freshness:
             "objective": recipe.objective.model_dump(mode="json"),
             "training": recipe.training.model_dump(mode="json", exclude=_NOT_IN_TRAINING_FINGERPRINT),
         }
+        if recipe.mining is not None and recipe.mining.during is not None:
+            train["negatives"] = recipe.mining.during.model_dump(mode="json")
         during = recipe.training.evaluation
         if during is not None and during.decides:
             # Whether the untrained model is scored, and what is asked of prompts, decides nothing.

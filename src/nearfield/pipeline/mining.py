@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nearfield.data.store import Rows, Store
-from nearfield.data.vectors import EncodeItems, ItemVectors, build_vectors
-from nearfield.mining.config import DenseTeacher, PairTeacher, SentenceTransformerTeacher
+from nearfield.data.vectors import EncodeItems, ItemVectors, build_vectors, encode_share
+from nearfield.files import atomic_path
+from nearfield.mining.config import DenseTeacher, PairTeacher, RefreshedNegatives, SentenceTransformerTeacher
 from nearfield.mining.documents import ArrayDocuments, Documents, IndexedDocuments, Vectors
+from nearfield.mining.pool import search_share
+from nearfield.mining.search import Neighbours
+from nearfield.mining.teachers import DenseScorer
 from nearfield.pipeline.artifacts import Artifacts
 from nearfield.pipeline.teaching import (
     identity,
@@ -35,21 +42,76 @@ class MiningStages(Artifacts):
         store = self._store()
         wanted = items_by_role(store, self.source_names, self.recipe.split)
         counts = {}
-        for teacher in teachers_of_vectors(self.recipe):
+        for number, teacher in enumerate(teachers_of_vectors(self.recipe)):
             path = self.vectors_path(teacher)
             if path.is_dir():
                 continue
-            found = identity(teacher, self.recipe)
             made = build_vectors(
                 wanted,
                 self._encode_items(teacher, store),
                 path,
                 path.name,
-                {"teacher": found},
+                {"teacher": identity(teacher, self.recipe)},
                 shared=self._shares_vectors(teacher),
+                divide=self._divider(f"vectors {number}"),
             )
             counts[teacher.kind] = {role: len(table.rows) for role, table in sorted(made.tables.items())}
         return {"vectors": counts}
+
+    def _divider(self, task: str) -> Callable[[Callable[[int], None]], None] | None:
+        """What has all ranks do their shares of a task; None where there is one."""
+        ranks = self.launch.world_size
+        return None if ranks == 1 else lambda own: self.launch.divide(task, lambda: own(ranks))
+
+    def help(self, task: str) -> None:
+        """Do this rank's part of a task that rank 0 divides."""
+        kind, number = task.split()
+        store, share = self._store(), (self.launch.rank, self.launch.world_size)
+        if kind == "vectors":
+            teacher = teachers_of_vectors(self.recipe)[int(number)]
+            path = self.vectors_path(teacher)
+            wanted = items_by_role(store, self.source_names, self.recipe.split)
+            encode, shared = self._encode_items(teacher, store), self._shares_vectors(teacher)
+            encode_share(wanted, encode, path, path.name, share=share, shared=shared)
+            return
+        mining = self.recipe.mining
+        assert kind == "search" and mining is not None
+        pool = self._pools(store)[int(number)]
+        judge = mining_teacher(self.recipe)
+        assert isinstance(judge, DenseTeacher)
+        if self.vectors_path(judge).is_dir():
+            self._keep_share(int(number), search_share(pool, self._dense_scorer(store, pool), mining, share))
+
+    def _found(self, number: int, store: Store, pool: Pool) -> Neighbours | None:
+        """What all ranks find for a pool, where the search can be divided: by exact search of vectors."""
+        mining = self.recipe.mining
+        assert mining is not None
+        ranks, teacher = self.launch.world_size, mining_teacher(self.recipe)
+        if ranks == 1 or mining.search.kind != "exact" or not isinstance(teacher, DenseTeacher):
+            return None
+        scorer = self._dense_scorer(store, pool)
+        shutil.rmtree(self._shares, ignore_errors=True)
+        own: list[Neighbours] = []
+        self.launch.divide(f"search {number}", lambda: own.append(search_share(pool, scorer, mining, (0, ranks))))
+        parts = own
+        for rank in range(1, ranks):
+            file = self._shares / f"{number}-{rank}.npz"
+            if file.is_file():
+                with np.load(file, allow_pickle=False) as arrays:
+                    parts.append(Neighbours(arrays["rows"], arrays["scores"]))
+            else:  # that rank does not share the file system
+                parts.append(search_share(pool, scorer, mining, (rank, ranks)))
+        shutil.rmtree(self._shares, ignore_errors=True)
+        return Neighbours(np.concatenate([p.rows for p in parts]), np.concatenate([p.scores for p in parts]))
+
+    def _keep_share(self, number: int, found: Neighbours) -> None:
+        self._shares.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self._shares / f"{number}-{self.launch.rank}.npz") as aside, aside.open("wb") as stream:
+            np.savez(stream, rows=found.rows, scores=found.scores)
+
+    @property
+    def _shares(self) -> Path:
+        return self.negatives_path.with_name(f"{self.negatives_path.name}.shares")
 
     def _shares_vectors(self, teacher: DenseTeacher) -> bool:
         if isinstance(teacher, SentenceTransformerTeacher):
@@ -74,6 +136,7 @@ class MiningStages(Artifacts):
                 encoder = TextEncoder.load(
                     located(teacher, self.recipe).path if teacher.model is None else teacher.model,
                     teacher.revision,
+                    device=_device(self.launch.local_rank),
                     max_length=length,
                     trust_remote_code=teacher.trust_remote_code,
                 )
@@ -89,9 +152,9 @@ class MiningStages(Artifacts):
         mining, store = self.recipe.mining, self._store()
         assert mining is not None
         mined, recalls = [], {}
-        for pool in self._pools(store):
-            scorer = self._scorer(store, pool)
-            mined.append((pool, mine_pool(pool, scorer, mining, seed=self.recipe.seed)))
+        for number, pool in enumerate(self._pools(store)):
+            scorer, found = self._scorer(store, pool), self._found(number, store, pool)
+            mined.append((pool, mine_pool(pool, scorer, mining, seed=self.recipe.seed, found=found)))
             recall = getattr(scorer, "recall", None)
             if recall is not None:
                 recalls[pool.name] = {"recall": recall.value, "queries": recall.queries, "depth": recall.depth}
@@ -123,7 +186,7 @@ class MiningStages(Artifacts):
 
         mining = self.recipe.mining
         assert mining is not None
-        searching = Searching(mining.search, mining.memory_mib << 20, _device(), self.recipe.seed)
+        searching = Searching(mining.search, mining.memory_mib << 20, _device(self.launch.local_rank), self.recipe.seed)
         return make_scorer(
             mining_teacher(self.recipe),
             (len(pool.queries), len(pool.documents)),
@@ -131,6 +194,11 @@ class MiningStages(Artifacts):
             lambda teacher: self._pool_vectors(teacher, pool),
             searching,
         )
+
+    def _dense_scorer(self, store: Store, pool: Pool) -> DenseScorer:
+        scorer = self._scorer(store, pool)
+        assert isinstance(scorer, DenseScorer)
+        return scorer
 
     def _pool_vectors(self, teacher: DenseTeacher, pool: Pool) -> tuple[Vectors, Documents]:
         vectors = ItemVectors.open(self.vectors_path(teacher))
@@ -165,6 +233,8 @@ class MiningStages(Artifacts):
 
         if self.recipe.mining is None:
             return {}
+        if self.recipe.mining.corpus == "sources" and isinstance(self.recipe.mining.during, RefreshedNegatives):
+            return {pool.name: pool.documents for pool in self._pools(store)}
         negatives = Negatives(self.negatives_path)
         names = {number: source.name for number, source in enumerate(store.sources)}
         sources = np.repeat(negatives.table["source"].to_numpy(), np.diff(negatives.offsets))
@@ -202,7 +272,8 @@ def items_by_role(store: Store, sources: list[str], split: str) -> dict[str, Row
     return {role: np.unique(np.concatenate(rows)).astype(np.int64) for role, rows in found.items()}
 
 
-def _device() -> str | None:
+def _device(local_rank: int) -> str | None:
+    """A GPU for each process of a node, as far as there are some."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else None
+    return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None

@@ -115,7 +115,7 @@ def run_stages(
             stages.check_artifacts(said["artifacts"])
 
     with contextlib.ExitStack() as held:
-        launch.prepare(prepare, verify)
+        launch.prepare(prepare, verify, stages.help)
         if "train" in wanted:
             rest = wanted[wanted.index("train") :]
             with launch.together() if trains else contextlib.nullcontext():

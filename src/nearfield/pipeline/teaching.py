@@ -99,8 +99,8 @@ def vectors_fingerprint(teacher: DenseTeacher, recipe: Recipe, data: str, source
 def negatives_fingerprint(recipe: Recipe, data: str, sources: list[str]) -> str:
     """Of the negatives mined before the training begins."""
     assert recipe.mining is not None
-    # Whether the data's own negatives stay is decided when batches are planned.
-    settings = recipe.mining.model_dump(mode="json", exclude={"teacher", "memory_mib", "explicit"})
+    # Whether the data's own negatives stay is decided when batches are planned, how negatives change in training.
+    settings = recipe.mining.model_dump(mode="json", exclude={"teacher", "memory_mib", "explicit", "during"})
     return fingerprint(
         {
             "version": NEGATIVES_VERSION,

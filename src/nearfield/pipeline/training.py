@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nearfield.encoders.build import LoadedEncoder, build_encoder, save_encoder
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_folder, write_text
-from nearfield.pipeline.artifacts import Artifacts
+from nearfield.pipeline.changing import ChangingStages
 from nearfield.pipeline.decontamination import contamination_entry, contamination_lines
 from nearfield.pipeline.during import evaluation_during_training
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nearfield.pipeline")
 
 
-class TrainingStage(Artifacts):
+class TrainingStage(ChangingStages):
     """What all ranks do."""
 
     def train(self) -> dict[str, Any]:
@@ -41,13 +41,15 @@ class TrainingStage(Artifacts):
         config = self.recipe.training
         device = pick_device(config, self.launch)
         encoder = self._encoder(device)
+        tokens = self._tokens()
         inputs = TrainingInputs(
             plans=plans,
             plan_hashes=hashes,
-            tokens=self._tokens(),
+            tokens=tokens,
             known_positives=known.of,
             item_ids=lambda rows: [ids[int(row)].as_py().hex() for row in rows],
             evaluate=evaluation_during_training(self, encoder.model, self._open_store),
+            negatives=self.negative_inputs(store, tokens),
             about=self.recipe.model_dump(mode="json"),
         )
         result = train(
@@ -163,7 +165,10 @@ class TrainingStage(Artifacts):
             )
 
     def _artifact_paths(self) -> dict[str, Path]:
-        return {"data": self.store_path, "tokens": self.tokens_path, "batches": self.run.folder / "plan"}
+        paths = {"data": self.store_path, "tokens": self.tokens_path, "batches": self.run.folder / "plan"}
+        if self.recipe.mining is not None and self.recipe.mining.during is not None:
+            paths["negatives"] = self.negatives_path
+        return paths
 
     def _set_aside_stale_checkpoints(self) -> None:
         """Checkpoints of another recipe are kept under another name, so that nothing is lost and nothing mixed."""
