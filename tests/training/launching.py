@@ -18,6 +18,10 @@ SGD = ("training.optimizer.kind=sgd", "training.learning_rate=0.1", "training.ma
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+"""With which ranks find the tests' own modules."""
+
+
 def environment(**more: str) -> dict[str, str]:
     """One thread a rank, no hub, and nothing that a launcher around the tests may have set."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))}

@@ -20,7 +20,7 @@ from nearfield.training.checkpoint import checkpoint_paths
 from tests.conftest import write_toy_recipe
 from tests.training.launching import (
     BIN,
-    ROOT,
+    PYTHONPATH,
     SGD,
     TORCHRUN,
     environment,
@@ -66,6 +66,8 @@ def scenarios(folder: Path) -> Iterator[dict[str, Any]]:
     for backend, precision in ADAPTERS:
         settings = [f"training.backend={backend}", f"training.precision={precision}", LORA]
         yield scenario(f"lora-{backend}-{precision}", *settings)
+    for backend, during in CHANGING.items():
+        yield scenario(f"changing-{backend}", f"training.backend={backend}", *MINED, during)
     # Another maximum length: the tokens of the runs before are of no use.
     waiting = ["training.collective_timeout=5", "encoder.max_length=33"]
     yield scenario("slow", *waiting, faults={"0": {"slow": [20]}})
@@ -88,6 +90,14 @@ PRECISIONS = [
     ("zero3", "bf16-pure"),
 ]
 ADAPTERS = [("ddp", "bf16-pure"), ("fsdp2", "bf16-mixed"), ("zero3", "bf16-mixed")]
+MINED = [
+    "mining={rules: [{kind: naive}], negatives: 6, depth: 8, explicit: replace}",
+    "batches.negatives=2",
+]
+CHANGING = {
+    "ddp": "mining.during={kind: refresh, every_steps: 2}",
+    "fsdp2": "mining.during={kind: dynamic, rule: conan_v2, below: 1.0}",
+}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
 REFUSED: dict[str, tuple[str, dict[str, str], str]] = {
@@ -108,7 +118,7 @@ def told(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
     cases = list(scenarios(folder))
     (out / "scenarios.json").write_text(json.dumps(cases))
     script = str(Path(__file__).with_name("ranks_launched.py"))
-    done = launch([*TORCHRUN, script, str(out / "scenarios.json"), str(out)], PYTHONPATH=str(ROOT))
+    done = launch([*TORCHRUN, script, str(out / "scenarios.json"), str(out)], PYTHONPATH=PYTHONPATH)
     assert done.returncode == 0, done.stderr[-3000:]
     return {
         case["name"]: [json.loads((out / f"{case['name']}-{rank}.json").read_text()) for rank in (0, 1)]
@@ -153,6 +163,23 @@ def test_all_backends_give_the_model_of_one_process(
         assert rank["seen"]["module"] == [module]
         assert rank["seen"]["parameters"] == [f"base torch.float32 {parameter}"]
     check_model(run / "model", single, tiny_model)
+
+
+@pytest.mark.parametrize("backend", CHANGING)
+def test_all_ranks_choose_the_negatives_of_one_process(
+    told: Told, folder: Path, tiny_model: Path, backend: str
+) -> None:
+    fine(told, f"changing-{backend}")
+    alone, run = folder / "runs" / f"changing-single-{backend}", folder / "runs" / f"changing-{backend}"
+    run_stages(open_run(folder / "toy.yaml", [*SGD, *MINED, CHANGING[backend]], alone), "train")
+    check_model(run / "model", alone / "model", tiny_model)
+    if backend == "ddp":
+        pools = [load_file(part / "negatives" / "generation-00001" / "pool.safetensors") for part in (alone, run)]
+        assert all(torch.equal(pools[0][name], pools[1][name]) for name in ("examples", "offsets", "negatives"))
+    else:
+        ends = [load_file(checkpoint_paths(part / "checkpoints")[-1] / "extra.safetensors") for part in (alone, run)]
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ("ranks", "next"))
+        assert (ends[0]["next"] > 2).any(), "some were exchanged"
 
 
 @pytest.mark.parametrize(("backend", "precision"), PRECISIONS)
@@ -343,7 +370,7 @@ def test_a_data_stage_of_ninety_seconds(folder: Path, tmp_path: Path) -> None:
     case = {"name": "ninety", "arguments": arguments, "faults": {"0": {"slow": [90]}}}
     (tmp_path / "cases.json").write_text(json.dumps([case]))
     script = str(Path(__file__).with_name("ranks_launched.py"))
-    done = launch([*TORCHRUN, script, str(tmp_path / "cases.json"), str(tmp_path)], PYTHONPATH=str(ROOT))
+    done = launch([*TORCHRUN, script, str(tmp_path / "cases.json"), str(tmp_path)], PYTHONPATH=PYTHONPATH)
     assert done.returncode == 0, done.stderr
     here, there = (json.loads((tmp_path / f"ninety-{rank}.json").read_text()) for rank in (0, 1))
     assert (here["code"], there["code"]) == (0, 0), here["stderr"] + there["stderr"]
