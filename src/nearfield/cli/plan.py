@@ -1,23 +1,39 @@
-"""``nearfield plan``: write the batches of a recipe, without training."""
+"""``nearfield plan``: write the batches of a recipe, look at them, compare two plans."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 
+from nearfield.cli.default_command import DEFAULT, DefaultGroup
 from nearfield.cli.recipe import Overrides, RecipeFile
 from nearfield.cli.train import RunFolder
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+
+plan_app = typer.Typer(
+    cls=DefaultGroup,
+    no_args_is_help=True,
+    help="Write which examples meet in which step: nearfield plan RECIPE. Look at it: nearfield plan show RUN.",
+)
+PlanPath = Annotated[
+    Path, typer.Argument(metavar="RUN_OR_PLAN", help="A run's folder, its plan folder or a plan file.")
+]
+
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(plan)
+    """Add the commands."""
+    app.add_typer(plan_app, name="plan")
 
 
-def plan(recipe: RecipeFile, overrides: Overrides = None, run: RunFolder = None) -> None:
-    """Write which examples meet in which step, and print a summary."""
-    from rich.table import Table
-    from rich.text import Text
-
+@plan_app.command(DEFAULT)
+def run_planning(recipe: RecipeFile, overrides: Overrides = None, run: RunFolder = None) -> None:
+    """Write which examples meet in which step, and print a summary. `run` may be left out."""
     from nearfield.cli.printing import announce_stage
     from nearfield.console import stdout_console
     from nearfield.files import read_json
@@ -25,12 +41,178 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, run: RunFolder = None)
 
     result = run_stages(open_run(recipe, overrides or (), run), "plan", on_stage=announce_stage)
     summary = read_json(result.folder / "plan" / "summary.json", "plan summary")
-    table = Table("epoch", "batches", "examples", "tokens", "batches a source", "left out", box=None, pad_edge=False)
-    for epoch in summary["epochs"]:
-        by_source = ", ".join(f"{name} {count}" for name, count in epoch["batches_by_source"].items())
-        dropped = ", ".join(f"{count} {reason}" for reason, count in epoch["dropped"].items()) or "none"
-        figures = [f"{epoch[key]:,}" for key in ("epoch", "batches", "rows", "tokens")]
-        table.add_row(*figures, Text(by_source), Text(dropped))
     console = stdout_console()
+    _print_epochs(console, summary["epochs"])
+    console.print(
+        f"{summary['steps']:,} steps, in {result.folder / 'plan'}. Look at them: nearfield plan show {result.folder}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@plan_app.command("show")
+def show_plan(
+    path: PlanPath,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to write the page; plan.html beside the plan.")
+    ] = None,
+) -> None:
+    """Print what a plan holds, how hard its batches are and what was left out; write a page with the pictures."""
+    from nearfield.batching.files import plan_files
+    from nearfield.batching.plan import Plan
+    from nearfield.console import stdout_console
+    from nearfield.reporting.plans import write_plan_page
+
+    plans = [Plan(file) for file in plan_files(path)]
+    console = stdout_console()
+    epochs = [{"epoch": plan.metadata.get("epoch"), **plan.metadata["summary"]} for plan in plans]
+    settings = plans[0].metadata.get("batches", {})
+    kind = f"{settings.get('kind', 'unknown kind')}, batches of {settings.get('batch_size', '?')}"
+    console.print(f"{path}: {kind}, seed {plans[0].metadata.get('seed', '?')}", markup=False, highlight=False)
+    _print_epochs(console, epochs)
+    _print_hardness(console, epochs)
+    _print_strata(console, epochs[0].get("planner", {}))
+    folder = path if path.is_dir() else path.parent
+    page = write_plan_page(plans, out or (folder / "plan.html" if path.is_dir() else path.with_suffix(".html")))
+    console.print(f"pictures: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+@plan_app.command("diff")
+def diff_plans(
+    first: PlanPath,
+    second: PlanPath,
+    epoch: Annotated[int, typer.Option(min=0, help="Which epoch of runs and plan folders.")] = 0,
+) -> None:
+    """Compare two plans: batches in both, examples that moved, pairs that meet in both, figures side by side."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from nearfield.batching.difference import compare_plans
+    from nearfield.batching.plan import Plan
+    from nearfield.console import stdout_console
+
+    found = compare_plans(Plan(_epoch_of(first, epoch)), Plan(_epoch_of(second, epoch)))
+    console = stdout_console()
+    if found.identical:
+        console.print("The plans are identical: the same examples in the same slots of the same steps.")
+    elif not found.in_both:
+        console.print("The plans have no example in common: are they over the same data?")
+    console.print(
+        f"{found.in_both:,} examples are in both (of {found.examples[0]:,} and {found.examples[1]:,}); "
+        f"{found.moved:,} of them are in another step\n"
+        f"{found.same_step:,} steps have the same examples (of {found.steps[0]:,} and {found.steps[1]:,}); "
+        f"{found.shared_batches:,} batches are in both in any step\n"
+        f"{found.shared_pairs:,} pairs of examples meet in both (of {found.pairs[0]:,} and {found.pairs[1]:,}), "
+        f"overlap {found.overlap:.1%}",
+        highlight=False,
+    )
+    table = Table("", "first", "second", box=None, pad_edge=False)
+    for name, one, other in found.figures:
+        table.add_row(Text(name), _figure(one), _figure(other))
     console.print(table)
-    console.print(f"{summary['steps']:,} steps, in {result.folder / 'plan'}", markup=False, highlight=False)
+    if found.settings:
+        settings = Table("what differs", "first", "second", box=None, pad_edge=False)
+        for name, one, other in found.settings:
+            settings.add_row(Text(name), Text(str(one)), Text(str(other)))
+        console.print(settings)
+
+
+def _epoch_of(path: Path, epoch: int) -> Path:
+    from nearfield.batching.files import plan_files
+    from nearfield.errors import BadInputError
+
+    files = plan_files(path)
+    if path.is_file():
+        return path
+    if epoch >= len(files):
+        raise BadInputError(
+            f"there is no epoch {epoch}: {len(files)} are planned, counted from 0",
+            where=str(path),
+            hint=f"--epoch 0 to {len(files) - 1}.",
+        )
+    return files[epoch]
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _print_epochs(console: Console, epochs: list[Mapping[str, Any]] | list[dict[str, Any]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("epoch", "batches", "examples", "tokens", "batches a source", "left out", box=None, pad_edge=False)
+    for epoch in epochs:
+        by_source = ", ".join(f"{name} {count:,}" for name, count in epoch["batches_by_source"].items())
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in epoch["dropped"].items()) or "none"
+        number = "–" if epoch["epoch"] is None else str(epoch["epoch"])
+        figures = [f"{epoch[key]:,}" for key in ("batches", "rows", "tokens")]
+        table.add_row(number, *figures, Text(by_source), Text(dropped))
+    console.print(table)
+    for epoch in epochs:
+        exceptions = epoch.get("exceptions", {})
+        said = [
+            f"{exceptions[key]:,} {words}"
+            for key, words in (
+                ("repeated_items", "times an item stands twice in a batch"),
+                ("known_positives", "times an item is a known positive of another query of its batch"),
+            )
+            if exceptions.get(key)
+        ]
+        if epoch.get("planner", {}).get("repeated"):
+            said.append(f"{epoch['planner']['repeated']:,} examples come again, as the sampling of sources asks")
+        if said:
+            console.print(f"epoch {epoch['epoch']}: {'; '.join(said)}", markup=False, highlight=False)
+
+
+def _print_hardness(console: Console, epochs: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    measured = [epoch for epoch in epochs if epoch.get("hardness")]
+    if not measured:
+        console.print("How hard the batches are is not known: the recipe names no teacher.")
+        return
+
+    def with_margin(hardness: Mapping[str, Any], name: str, scale: float = 1, unit: str = "") -> str:
+        margin = hardness[f"{name}_margin"]
+        shown = f"{scale * hardness[name]:.3f}{unit}"
+        return shown if margin is None else f"{shown} ± {scale * margin:.3f}"
+
+    table = Table("epoch", "similarity", "at random", "false negatives", "at random", box=None, pad_edge=False)
+    for epoch in measured:
+        hardness = epoch["hardness"]
+        table.add_row(
+            str(epoch["epoch"]),
+            with_margin(hardness, "planned_similarity"),
+            with_margin(hardness, "random_similarity"),
+            with_margin(hardness, "planned_false_negatives", 100, " %"),
+            with_margin(hardness, "random_false_negatives", 100, " %"),
+        )
+    console.print(table)
+    first = measured[0]["hardness"]
+    console.print(
+        f"By the teacher, on {first['batches']:,} batches an epoch ({first['pairs']:,} pairs of a query with another "
+        "example's positive). False negatives score above the query's own positive. ± is 95 %, over batches.",
+        highlight=False,
+    )
+
+
+def _print_strata(console: Console, planner: Mapping[str, Any]) -> None:
+    for part in [planner, *planner.get("parts", [])]:
+        for name, about in part.get("strata", {}).items():
+            if about["kind"] == "kmeans":
+                sizes = about["sizes"]
+                text = (
+                    f"{name}: {about['clusters']:,} clusters of {sizes[-1]:,} to {sizes[0]:,} examples "
+                    f"({about['wanted']:,} asked for, {about['merged']:,} small ones merged)"
+                )
+            else:
+                recall = "" if about["recall"] is None else f", recall of the search {about['recall']:.1%}"
+                text = (
+                    f"{name}: {about['communities']:,} communities of {about['size']:,}, {about['left']:,} examples in none; "
+                    f"{about['cut']:.1%} of {about['edges']:,} edges cut{recall}"
+                )
+            console.print(text, markup=False, highlight=False)

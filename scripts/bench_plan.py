@@ -1,0 +1,223 @@
+"""Batches without duplicates: nearfield's planner beside the samplers of sentence-transformers; A B A B.
+
+    python scripts/bench_plan.py --json plan.json
+    python scripts/bench_plan.py --pairs-of-texts 20000
+
+All read the same Hugging Face data set of two text columns and give every batch of an epoch: sentence-transformers'
+NO_DUPLICATES and NO_DUPLICATES_HASHED, and nearfield's ``batch_sampler``. Reading and hashing the texts is part of the time
+of each, as it is in a training. Time is CPU seconds, of child processes too. Checked: batches of the size asked for,
+no text twice in a batch, no row twice in an epoch, and (nearly) all rows. The ratio that counts is that to the hashed
+sampler. Of nearfield's planner alone, on rows of a store, the time is measured beside. Leaves with 1 if a check fails,
+or the ratio is below --floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import logging
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+
+from nearfield.batching import SingleSourceConfig, batch_sampler
+from nearfield.batching.rows import Lists, SourceExamples
+
+Batches = list[list[int]]
+
+
+def make_texts(count: int) -> Dataset:
+    """Pairs whose queries are distinct but for 5 %, and whose passages belong to 1.6 queries each in the mean."""
+    random = np.random.default_rng(0)
+    words = np.array([f"word{number}" for number in range(5000)])
+    queries = [" ".join(row) for row in words[random.integers(0, 5000, size=(count, 8))]]
+    again = random.integers(0, count, size=count // 20)
+    for place in again.tolist():
+        queries[place] = queries[0 if place == 0 else place - 1]
+    passages = [" ".join(row) for row in words[random.integers(0, 5000, size=(count, 30))]]
+    return Dataset.from_dict(
+        {"anchor": queries, "positive": [passages[i] for i in random.integers(0, count, size=count)]}
+    )
+
+
+def peer(hashed: bool) -> Callable[[Dataset, int, int], Iterable[list[int]]]:
+    """A sampler of sentence-transformers, with a generator as its trainer gives one."""
+
+    def make(dataset: Dataset, batch: int, seed: int) -> Iterable[list[int]]:
+        sampler: Iterable[list[int]] = NoDuplicatesBatchSampler(
+            dataset, batch_size=batch, drop_last=True, generator=torch.Generator(), seed=seed, precompute_hashes=hashed
+        )
+        return sampler
+
+    return make
+
+
+def ours(dataset: Dataset, batch: int, seed: int) -> Iterable[list[int]]:
+    """Nearfield's sampler, as its trainer calls it."""
+    factory = batch_sampler(SingleSourceConfig(), world_size=1)
+    made: Iterable[list[int]] = factory(dataset, batch, True, seed=seed)
+    return made
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def measure(make: Callable[[Dataset, int, int], Iterable[list[int]]], *arguments: Any) -> tuple[float, float, Batches]:
+    """(CPU seconds, wall seconds, the batches) of one epoch."""
+    gc.collect()
+    cpu, wall = cpu_seconds(), time.perf_counter()
+    batches = list(make(*arguments))
+    return cpu_seconds() - cpu, time.perf_counter() - wall, batches
+
+
+def check(batches: Batches, texts: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], batch: int) -> dict[str, Any]:
+    """What a set of batches does and leaves: the same for both sides."""
+    rows = np.asarray(list(itertools.chain.from_iterable(batches)))
+    where = np.repeat(np.arange(len(batches)), [len(one) for one in batches])
+    items = np.concatenate([texts[0][rows], texts[1][rows]])
+    pairs = np.stack([np.concatenate([where, where]), items])
+    return {
+        "batches": len(batches),
+        "rows": len(rows),
+        "other_sizes": sum(len(one) != batch for one in batches),
+        "repeated_texts": len(items) - np.unique(pairs, axis=1).shape[1],
+        "repeated_rows": len(rows) - len(np.unique(rows)),
+    }
+
+
+def planner_alone(texts: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], batch: int, times: int) -> list[float]:
+    """CPU seconds of the planner on rows of items, one a run."""
+    count = len(texts[0])
+    source = SourceExamples(0, "pairs", np.arange(count), texts[0], Lists.single(texts[1]), Lists.empty(count))
+    samples = []
+    for seed in range(times):
+        gc.collect()
+        start = time.process_time()
+        SingleSourceConfig(batch_size=batch).build().plan([source], seed, 0)
+        samples.append(time.process_time() - start)
+    return samples
+
+
+def run(count: int, options: argparse.Namespace) -> dict[str, Any]:
+    """All sides on one size."""
+    dataset = make_texts(count)
+    numbers: dict[str, int] = {}
+    codes = [
+        np.array([numbers.setdefault(text, len(numbers)) for text in dataset[name]]) for name in ("anchor", "positive")
+    ]
+    texts = (codes[0], codes[1])
+    full = count // options.batch
+    result: dict[str, Any] = {"pairs_of_texts": count, "batch": options.batch, "full_batches": full}
+    failures: list[str] = []
+    sides = {"nearfield": ours, "hashed": peer(True)}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in [*sides, "plain"]}
+    checks: dict[str, dict[str, Any]] = {}
+
+    def once(name: str, make: Callable[[Dataset, int, int], Iterable[list[int]]], seed: int) -> None:
+        cpu, wall, batches = measure(make, dataset, options.batch, seed)
+        samples[name].append((cpu, wall))
+        checks[name] = found = check(batches, texts, options.batch)
+        print(
+            f"  {name:10} {cpu:7.2f} CPU s {wall:7.2f} s, {found['batches']:,} batches, {found['rows']:,} rows",
+            flush=True,
+        )
+        if found["other_sizes"] or found["repeated_texts"] or found["repeated_rows"] or full - found["batches"] > 1:
+            failures.append(f"{name}: {found}")
+
+    print(f"{count:,} pairs, batches of {options.batch}")
+    for seed in range(options.pairs):
+        for name, make in sides.items():
+            once(name, make, seed)
+    for seed in range(options.plain):
+        once("plain", peer(False), seed)
+    times = {name: [cpu for cpu, _ in of] for name, of in samples.items() if of}
+    ratios = sorted(theirs / our for our, theirs in zip(times["nearfield"], times["hashed"], strict=True))
+    result |= {
+        "ratio": statistics.median(ratios),
+        "spread": [ratios[0], ratios[-1]],
+        "ours": statistics.median(times["nearfield"]),
+        "peer": statistics.median(times["hashed"]),
+        "planner_alone": statistics.median(planner_alone(texts, options.batch, options.pairs)),
+        "checks": checks,
+        "failures": failures,
+        "samples": {name: [{"cpu": cpu, "wall": wall} for cpu, wall in of] for name, of in samples.items()},
+    }
+    if "plain" in times:
+        result["plain"] = statistics.median(times["plain"])
+        result["ratio_to_plain"] = result["plain"] / result["ours"]
+    return result
+
+
+def main() -> int:
+    """Measure, print, write; 1 where a check fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs-of-texts", type=int, action="append", help="sizes; 200,000 and 1,000,000 by default")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--pairs", type=int, default=5, help="how often both sides are run, at least 5")
+    parser.add_argument("--plain", type=int, default=1, help="how often the sampler without hashes is run")
+    parser.add_argument("--floor", type=float, default=3.0, help="the least ratio, of the first size")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.pairs < 5:
+        parser.error("--pairs must be at least 5")
+    datasets.disable_progress_bars()
+    logging.getLogger("nearfield").setLevel(logging.WARNING)
+    # What is imported or compiled at a first call is neither side's work.
+    warm = make_texts(2000)
+    for make in (ours, peer(True), peer(False)):
+        list(make(warm, 16, 0))
+    results = [run(count, options) for count in options.pairs_of_texts or [200_000, 1_000_000]]
+    for one in results:
+        print(
+            f"{one['pairs_of_texts']:>9,} pairs: nearfield {one['ours']:.2f} CPU s (planner alone {one['planner_alone']:.2f}), "
+            f"hashed {one['peer']:.2f}, ratio {one['ratio']:.1f} ({one['spread'][0]:.1f} to {one['spread'][1]:.1f})"
+            + (f"; plain {one['plain']:.2f}, ratio {one['ratio_to_plain']:.1f}" if "plain" in one else "")
+        )
+    failures = [failure for one in results for failure in one["failures"]]
+    if results[0]["ratio"] < options.floor:
+        failures.append(f"the ratio {results[0]['ratio']:.2f} is below {options.floor}")
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    if options.json:
+        first = results[0]
+        packages = ("numpy", "pyarrow", "datasets", "torch", "sentence-transformers")
+        report = {
+            **{name: first[name] for name in ("ratio", "spread", "ours", "peer")},
+            "pairs": options.pairs,
+            "unit": "CPU seconds an epoch's batches, texts read and hashed",
+            "checks": {
+                "sides": first["checks"], "tokens": None, "dropout": None, "threads": torch.get_num_threads(),
+                "failures": failures,
+            },
+            "samples": first["samples"],
+            "sizes": results,
+            "versions": {name: version(name) for name in packages},
+            "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "processor": platform.machine()},
+        }  # fmt: skip
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
