@@ -136,7 +136,7 @@ def test_known_positives_and_splits_are_those_of_what_stays(tmp_path: Path) -> N
 
 
 @given(st.lists(st.text(alphabet="ab \t", min_size=1, max_size=12).filter(str.strip), min_size=1, max_size=20))
-@settings(max_examples=30)
+@settings(max_examples=12)
 def test_length_bounds_are_those_of_a_loop(texts: list[str]) -> None:
     import tempfile
 
@@ -363,6 +363,9 @@ def test_the_command_shows_the_steps(tmp_path: Path, capsys: pytest.CaptureFixtu
         main(["data", "build", str(recipe), "--out", str(tmp_path / "store")])
     shown = capsys.readouterr().out
     assert "1 length" in shown and "fewer than 2 words 1" in shown and "removed.jsonl" in shown
+    with pytest.raises(SystemExit):
+        main(["data", "stats", str(tmp_path / "store")])
+    assert "fewer than 2 words 1" in capsys.readouterr().out
     recipe.write_text(recipe.read_text().replace("least", "lest"))
     with pytest.raises(SystemExit) as stopped:
         main(["data", "build", str(recipe)])

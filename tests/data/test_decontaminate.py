@@ -219,6 +219,7 @@ def test_vectors_find_what_words_do_not(tmp_path: Path) -> None:
     assert report.tasks[0].training == {"embedding": 1}
     assert report.tasks[0].matched == {"query": {"embedding": 1}}  # one word is too short to be a near-duplicate
     assert "embeddings of model" in report.line()
+    assert "not read: Pictures" in decontaminate(store, [task("Pictures")]).line()
     assert decontaminate(store, [texts]).contaminated == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from nearfield.errors import BadInputError
 if TYPE_CHECKING:
     from nearfield.data.stats import CountTokens, Lengths, ShownExample, StoreStats
     from nearfield.data.store import Store
-    from nearfield.data.summary import DataSummary
+    from nearfield.data.summary import DataSummary, StepSummary
 
 CACHE = Path("runs/.cache")
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value.", metavar="[KEY=VALUE]...")]
@@ -141,7 +142,7 @@ def print_summary(summary: DataSummary) -> None:
     for source in summary.sources:
         for reason, count in source.quarantined.items():
             console.print(f"  {source.name}: {count:,} rows quarantined: {escape(reason)}")
-    print_steps(summary)
+    print_steps(summary.steps, summary.path)
     conflicts = summary.conflicts
     if conflicts.positive_and_negative:
         console.print(
@@ -160,18 +161,18 @@ def print_summary(summary: DataSummary) -> None:
     console.print(f"Place: {escape(str(summary.path))}")
 
 
-def print_steps(summary: DataSummary) -> None:
+def print_steps(steps: Sequence[StepSummary], store: Path) -> None:
     """What each cleaning step took out, if there is one."""
     from rich.table import Table
     from rich.text import Text
 
     from nearfield.console import stdout_console
 
-    if not summary.steps:
+    if not steps:
         return
     console = stdout_console()
     table = Table("step", "source", "before", "after", "taken out", "positives", "negatives", "reasons")
-    for step in summary.steps:
+    for step in steps:
         reasons = "; ".join(f"{reason} {count:,}" for reason, count in list(step.reasons.items())[:5])
         for place, (name, before) in enumerate(step.before.items()):
             after = step.after[name]
@@ -184,7 +185,7 @@ def print_steps(summary: DataSummary) -> None:
                 Text(reasons if first else ""),
             )
     console.print(table)
-    console.print(f"  What went, and why: {summary.path / 'removed.jsonl'}", markup=False, highlight=False)
+    console.print(f"  What went, and why: {store / 'removed.jsonl'}", markup=False, highlight=False)
 
 
 def print_stats(stats: StoreStats) -> None:
@@ -205,6 +206,7 @@ def print_stats(stats: StoreStats) -> None:
             source.name, source.kind, source.task_type, splits, *numbers, f"{source.duplicate_share:.1%}", overlap
         )
     console.print(table)
+    print_steps(stats.steps, Path(stats.path))
     console.print(f"Lengths in {escape(stats.unit)}:")
     for source in stats.sources:
         for lengths in source.lengths:

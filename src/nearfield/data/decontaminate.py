@@ -321,6 +321,9 @@ def decontaminate(
         except BadInputError as error:
             results.append(TaskContamination(task.name, {}, problem=str(error)))
             continue
+        if not tally.texts:
+            results.append(TaskContamination(task.name, {}, problem="the task has no text that could be compared"))
+            continue
         results.append(tally.result(task.name))
         why.add(task.name, tally.best)
     removals = why.result()

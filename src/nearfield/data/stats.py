@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from nearfield.console import track
 from nearfield.data.store import Store
-from nearfield.data.summary import read_summary
+from nearfield.data.summary import StepSummary, read_summary
 from nearfield.errors import BadInputError
 from nearfield.randomness import generator
 
@@ -72,6 +72,8 @@ class StoreStats:
     items: int
     examples: int
     sources: tuple[SourceStats, ...]
+    steps: tuple[StepSummary, ...] = ()
+    """What cleaning took out while the store was built."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -84,7 +86,8 @@ def store_stats(
 
     With ``sample``, lengths and overlap are measured on at most so many examples a source, drawn by the seed.
     """
-    summary = {source.name: source for source in read_summary(store.path).sources}
+    built = read_summary(store.path)
+    summary = {source.name: source for source in built.sources}
     sources = []
     for number, info in enumerate(store.sources):
         rows = np.flatnonzero(pc.equal(store.examples.column("source"), number).to_numpy()).astype(np.int64)
@@ -112,7 +115,8 @@ def store_stats(
                 lengths=_lengths(store, measured, count_tokens),
             )
         )
-    return StoreStats(store.name, str(store.path), unit, store.items.num_rows, store.examples.num_rows, tuple(sources))
+    counts = (store.items.num_rows, store.examples.num_rows)
+    return StoreStats(store.name, str(store.path), unit, *counts, tuple(sources), built.steps)
 
 
 def _lengths(store: Store, rows: Rows, count_tokens: CountTokens) -> tuple[Lengths, ...]:

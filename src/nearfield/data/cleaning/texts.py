@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nearfield.console import track
 from nearfield.data.cleaning.step import Encoders, Taken, take_out_texts
@@ -112,15 +114,23 @@ def control(text: str) -> float:
     )
 
 
+@functools.cache
+def _identifier() -> Any:
+    """py3langid's model, with probabilities: its own default gives logarithms that cannot be bounded."""
+    from py3langid import langid
+
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+
+
 class LanguageFilter(TextFilter):
-    """The language that py3langid sees; it is loaded when the first text asks for it (0.2 ms a text after that)."""
+    """The language that py3langid sees, 0.2 ms a text."""
 
     def __init__(self, config: LanguageStep) -> None:
-        from py3langid import langid
-
         self.config = config
         self.sides = config.sides
-        self._identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+        if self.neutral():
+            return
+        self._identifier = _identifier()
         unknown = sorted(set(config.languages) - set(self._identifier.labels))
         if unknown:
             raise BadInputError(
