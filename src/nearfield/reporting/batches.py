@@ -82,7 +82,23 @@ def build_batches(run: Path, names: Sequence[str], max_steps: float | None = Non
             ("tokens", text.count(sum(epoch.tokens for epoch in epochs))),
             ("left out", text.count(sum(number for epoch in epochs for _, number in epoch.dropped))),
         ]
+    for one in listing(summary.get("epochs"))[:1]:
+        facts += _hardness(mapping(mapping(one).get("hardness")))
     return Batches(facts, epochs, sources, part("the plan", lambda: _lengths(run, names)))
+
+
+def _hardness(hardness: Json) -> list[tuple[str, str]]:
+    """What a teacher says of the first epoch's batches, beside random ones; nothing where it was not asked."""
+    facts = []
+    for key, name in (("similarity", "similarity in a batch"), ("false_negatives", "likely false negatives")):
+        planned, chance = real(hardness.get(f"planned_{key}")), real(hardness.get(f"random_{key}"))
+        if planned is None or chance is None:
+            continue
+        if key == "similarity":
+            facts.append((name, f"{text.number(planned)}; at random {text.number(chance)}"))
+        else:
+            facts.append((name, f"{text.percent(planned, 1)}; at random {text.percent(chance, 1)}"))
+    return facts
 
 
 def _followed(batches: float, max_steps: float | None) -> str:
