@@ -69,6 +69,10 @@ def test_the_command_reports_and_writes_what_to_remove(project: Path) -> None:
     assert removal["task"] == "Planted"
     report = json.loads((project / "report.json").read_text())
     assert report["contaminated"] == 1
+    recipe = yaml.safe_load((project / "data.yaml").read_text())
+    cleaned = {**recipe, "steps": [{"kind": "removal_list", "path": "remove.jsonl"}]}
+    (project / "cleaned.yaml").write_text(yaml.safe_dump(cleaned))
+    assert "0 training texts match" in call("cleaned.yaml", "--suite", "suite.yaml", "--check")
     checked = CliRunner().invoke(app, ["-q", "data", "decontaminate", "data.yaml", "--suite", "suite.yaml", "--check"])
     assert checked.exit_code == 1
 

@@ -89,6 +89,12 @@ def test_examples_before_queries(tmp_path: Path, tiny_model: Path) -> None:
         # Documents never carry examples.
         assert {texts[number] for number in plan.column("document_prompt").tolist()} == {""}
     assert "ask " in seen and len(seen) > 2
+    # The query and the end token are whole behind the longest set.
+    plain = tokens.tables[tokens.number("ask ")]
+    for number in set(texts) - {tokens.number(""), tokens.number("ask ")}:
+        for query in plain.rows.tolist():
+            end = plain.tokens(query)[1:]
+            assert tokens.tables[number].tokens(query)[-len(end) :].tolist() == end.tolist()
     model = run_stages(run, "train").model
     assert model is not None
     kept = json.loads((model / "config_sentence_transformers.json").read_text())["prompts"]["Retrieval-query"]
