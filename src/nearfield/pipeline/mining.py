@@ -269,6 +269,9 @@ def items_by_role(store: Store, sources: list[str], split: str) -> dict[str, Row
         found["query"].append(part["query"].to_numpy())
         for column in ("positives", "negatives"):
             found["document"].append(part[column].combine_chunks().flatten().to_numpy())
+        if part["label"].null_count < len(part):
+            # The planner takes other items of a label as positives.
+            found["document"].append(part["query"].to_numpy())
     return {role: np.unique(np.concatenate(rows)).astype(np.int64) for role, rows in found.items()}
 
 

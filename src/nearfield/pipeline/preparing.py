@@ -56,6 +56,10 @@ class PreparingStages(MiningStages):
                 wanted.setdefault(prompt, []).append(part["query"].to_numpy())
             for column, prompt in itertools.product(("positives", "negatives"), prompts.document):
                 wanted.setdefault(prompt, []).append(part[column].combine_chunks().flatten().to_numpy())
+            if source.examples.kind == "labelled":
+                # The planner takes other items of a label as its positives.
+                for prompt in prompts.document:
+                    wanted[prompt].append(part["query"].to_numpy())
         for name, items in self.mined_items(store).items():
             for prompt in self.contract.of(name, "document"):
                 wanted[prompt].append(items)
