@@ -126,6 +126,7 @@ def test_probes_are_added_until_the_recall_is_reached(monkeypatch: pytest.Monkey
     """Vectors without any structure are the hardest: a few cells hold few of the neighbours."""
     monkeypatch.setattr(neighbours, "_FEWEST_PROBES", 1)
     queries, documents = random_vectors(1000, 24), random_vectors(2000, 24, seed=1)
+    monkeypatch.setattr(neighbours, "_MOST_OF_CELLS", 0.2)
     everything = nearest(queries, documents, 30, method="ivf", seed=0, recall_sample=300)
     assert everything.probes == everything.cells and everything.recall == 1
     np.testing.assert_array_equal(everything.rows, nearest(queries, documents, 30, method="exact", seed=0).rows)
@@ -143,15 +144,15 @@ def test_probes_are_added_until_the_recall_is_reached(monkeypatch: pytest.Monkey
     assert less.recall is not None and 0.45 < less.recall < 0.75
 
 
-def test_the_number_of_probes_is_the_fewest_that_will_do() -> None:
-    order = np.array([[0, 1, 2], [1, 2, 0], [2, 1, 0]], dtype=np.int32)
+def test_the_number_of_probes_is_the_fewest_that_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "_FEWEST_PROBES", 1)
     truth = np.array([[0, 1, -1], [2, 3, -1]], dtype=np.int32)
     document_cells = np.array([0, 1, 1, 0], dtype=np.int32)
-    # Query 0 is in cell 0: its documents are in its 1st and 2nd cell; query 1 in cell 2: in its 2nd and 3rd.
-    assert (
-        neighbours._choose_probes(truth, np.array([0, 2], dtype=np.int32), document_cells, np.repeat(order, 1, axis=0))
-        == 3
-    )
+    # Query 0 finds its documents in its 1st and 2nd cell, query 1 in its 2nd and 3rd.
+    order = np.array([[0, 1, 2], [2, 1, 0]], dtype=np.int32)
+    assert neighbours._choose_probes(truth, document_cells, order) == 3
+    monkeypatch.setattr(neighbours, "WANTED_RECALL", 0.7)
+    assert neighbours._choose_probes(truth, document_cells, order) == 2
 
 
 def test_recall_counts_only_what_is_there() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from nearfield.batching.kmeans import Vectors, assign, check_unit_rows, cluster_sums, spherical_kmeans
+from nearfield.batching.kmeans import Vectors, check_unit_rows, spherical_kmeans
 from nearfield.errors import BadInputError
 from nearfield.randomness import generator
 
@@ -27,6 +27,7 @@ _FEWEST_PROBES = 8
 """Cells are searched at the speed of matrix products: below this, search is cheaper than finding the cells."""
 _MOST_OF_CELLS = 0.5
 """Where a larger share of the cells is needed the vectors have no cells to speak of: all documents are searched."""
+_TILE = 64
 _CELL_SAMPLE = 64
 _CELL_ITERATIONS = 8
 
@@ -62,8 +63,7 @@ def nearest(
     """The ``k`` documents (m, d) of the highest inner product with each query (n, d), both rows of length 1.
 
     ``exact`` multiplies all with all in blocks. ``ivf`` puts the documents into about 2 sqrt(m) cells by k-means and
-    searches, for all queries of a cell at once, the cells that are nearest to those queries on average: as many as give
-    recall@30 >= 0.9 on ``recall_sample`` queries, at least 8; where that is more than half of the cells, all documents
+    searches each query's nearest cells, each cell for all of its queries at once: as many as give recall@30 >= 0.9 on ``recall_sample`` queries, at least 8; where that is more than half of the cells, all documents
     are searched. The recall is then measured on as many other queries (on the same where there are too few). ``memory`` bounds the bytes above the vectors and the result; where it is too
     small for one row's work it is exceeded.
     """
@@ -105,8 +105,6 @@ def _search_cells(
     clusters = spherical_kmeans(
         documents, cells, seed=seed, iterations=_CELL_ITERATIONS, sample=max(_CELL_SAMPLE * cells, 1 << 12)
     )
-    query_cells = assign(queries, clusters.centroids)[0]
-    order = _probe_order(queries, query_cells, clusters.centroids)
     random = generator(seed, "neighbours", "recall")
     picked = random.permutation(len(queries))[: 2 * recall_sample]
     tuning, held_out = np.sort(picked[:recall_sample]), np.sort(picked[recall_sample:])
@@ -114,17 +112,27 @@ def _search_cells(
         held_out = tuning
     top = min(k, RECALL_AT)
     truth = _exact(queries[tuning], documents, top, _of_queries(excluded, tuning), memory)[0]
-    probes = _choose_probes(truth, query_cells[tuning], clusters.labels, order)
+    order = np.argsort(-(queries[tuning] @ clusters.centroids.T), axis=1, kind="stable").astype(np.int32)
+    probes = _choose_probes(truth, clusters.labels, order)
     if probes > _MOST_OF_CELLS * cells:
         return Neighbours(*_exact(queries, documents, k, excluded, memory), 1.0, 1.0, cells, cells)
     rows = np.empty((len(queries), k), dtype=np.int32)
     scores = np.empty((len(queries), k), dtype=np.float32)
     by_cell = np.argsort(clusters.labels, kind="stable")
     ends = np.cumsum(clusters.sizes)
-    for cell, here in _groups(query_cells):
-        members = [by_cell[ends[c] - clusters.sizes[c] : ends[c]] for c in order[cell, :probes]]
-        candidates = np.sort(np.concatenate(members))
-        rows[here], scores[here] = _search(queries, here, documents, candidates, k, excluded, memory)
+    # Half of the memory is for what is found cell by cell, 8 bytes each, and its sorted copy.
+    height = max(1, min(len(queries), memory // 2 // (16 * probes * k)))
+    for start in range(0, len(queries), height):
+        here = np.arange(start, min(start + height, len(queries)))
+        found_rows = np.full((len(here), probes, k), -1, dtype=np.int32)
+        found_scores = np.full((len(here), probes, k), -np.inf, dtype=np.float32)
+        for cell, pairs in _groups(_nearest_cells(queries, here, clusters.centroids, probes).ravel()):
+            members = by_cell[ends[cell] - clusters.sizes[cell] : ends[cell]]
+            owner, place = np.divmod(pairs, probes)
+            found_rows[owner, place], found_scores[owner, place] = _search(
+                queries, here[owner], documents, members, k, excluded, memory // 2
+            )
+        rows[here], scores[here] = _best(found_rows.reshape(len(here), -1), found_scores.reshape(len(here), -1), k)
     truth = _exact(queries[held_out], documents, k, _of_queries(excluded, held_out), memory)[0]
     return Neighbours(
         rows,
@@ -143,7 +151,7 @@ def recall(found: Found, truth: Found) -> float:
     return hits / int(true.sum()) if true.any() else 1.0
 
 
-def _groups(labels: Found) -> Iterator[tuple[int, Rows]]:
+def _groups(labels: npt.NDArray[np.integer[Any]]) -> Iterator[tuple[int, Rows]]:
     """Each label that occurs with the rows that bear it, both in rising order."""
     order = np.argsort(labels, kind="stable")
     values, starts = np.unique(labels[order], return_index=True)
@@ -151,24 +159,35 @@ def _groups(labels: Found) -> Iterator[tuple[int, Rows]]:
         yield int(value), part
 
 
-def _probe_order(queries: Vectors, query_cells: Found, centroids: Vectors) -> Found:
-    """For each cell, all cells by their mean inner product with the queries in it, (cells, cells)."""
-    sums = cluster_sums(queries, query_cells, len(centroids)).astype(np.float32)
-    order: Found = np.argsort(-(sums @ centroids.T), axis=1, kind="stable").astype(np.int32)
-    return order
+def _nearest_cells(queries: Vectors, here: Rows, centroids: Vectors, probes: int) -> Rows:
+    """The cells of the highest inner products with each of these queries, (len(here), probes)."""
+    parts = [
+        top_columns(queries[here[start : start + 4096]] @ centroids.T, probes)[0] for start in range(0, len(here), 4096)
+    ]
+    return np.concatenate(parts)
 
 
-def _choose_probes(truth: Found, query_cells: Found, document_cells: Found, order: Found) -> int:
-    """The fewest cells, nearest first, that hold the wanted share of the true neighbours of the sampled queries."""
+def _best(rows: Found, scores: Vectors, k: int) -> tuple[Found, Vectors]:
+    """The best ``k`` of what was found in several cells; in the order of rows first, so that ties go to the lowest."""
+    order = np.argsort(rows, axis=1, kind="stable")
+    columns, values = top_columns(np.take_along_axis(scores, order, axis=1), k)
+    return np.take_along_axis(np.take_along_axis(rows, order, axis=1), columns, axis=1), values
+
+
+def _choose_probes(truth: Found, document_cells: Found, order: Found) -> int:
+    """The fewest cells, nearest first, that hold the wanted share of the true neighbours of the sampled queries.
+
+    ``order`` (queries, cells) are all cells in the order in which a query searches them.
+    """
     place = np.empty_like(order)
     np.put_along_axis(place, order, np.arange(order.shape[1], dtype=np.int32)[None, :], axis=1)
-    real = truth >= 0
-    places = place[query_cells[:, None], document_cells[truth]][real]
+    places = np.take_along_axis(place, document_cells[truth], axis=1)[truth >= 0]
+    cells = int(order.shape[1])
     if not len(places):
-        return min(_FEWEST_PROBES, len(order))
-    within = np.cumsum(np.bincount(places, minlength=len(order))) / len(places)
+        return min(_FEWEST_PROBES, cells)
+    within = np.cumsum(np.bincount(places, minlength=cells)) / len(places)
     needed = int(np.searchsorted(within, min(WANTED_RECALL + _MARGIN, 1.0))) + 1
-    return min(max(needed, _FEWEST_PROBES), len(order))
+    return min(max(needed, _FEWEST_PROBES), cells)
 
 
 def _search(
@@ -186,12 +205,14 @@ def _search(
     width = max(memory // (8 * queries.shape[1]), 1)
     for first in range(0, len(candidates), width):
         block = candidates[first : first + width]
-        among = documents[block]
+        # Whole tiles of the product: in a torn one equal documents can get scores that differ in the last bit.
+        among = np.zeros((-(-len(block) // _TILE) * _TILE, documents.shape[1]), dtype=np.float32)
+        among[: len(block)] = documents[block]
         # Scores, their partitioned copy and the mask are 9 bytes a pair; the rest is for what is found and the queries.
         height = max(1, min(len(here), 1024, max(memory - among.nbytes, 0) // 16 // len(block)))
         for start in range(0, len(here), height):
             part = slice(start, min(start + height, len(here)))
-            products = queries[here[part]] @ among.T
+            products = (queries[here[part]] @ among.T)[:, : len(block)]
             if excluded is not None:
                 hide(products, here[part], block, excluded)
             columns, values = top_columns(products, k)
