@@ -214,10 +214,13 @@ def compare(folder: Path, ours: str, peer: str, vectors: tuple[Any, Any]) -> dic
     different = [number for number in range(len(queries)) if mine_[number] != theirs[number]]
     gaps = []
     for number in different:
-        rows = sorted(set(mine_[number]) ^ set(theirs[number]) or set(mine_[number]))
-        near = documents[rows].astype(np.float64) @ queries[number].astype(np.float64)
-        bar = float(documents[number].astype(np.float64) @ queries[number].astype(np.float64)) * (1 - MARGIN)
-        gaps.append(min(float(np.ptp(near)) if len(rows) > 1 else np.inf, float(np.abs(near - bar).min())))
+        query = queries[number].astype(np.float64)
+        left, right = (documents[rows].astype(np.float64) @ query for rows in (mine_[number], theirs[number]))
+        # Two that are nearly equal in another order, or one that lies nearly at the bar.
+        swapped = float(np.abs(left - right).max(initial=0.0)) if len(left) == len(right) else np.inf
+        positive = float(documents[number].astype(np.float64) @ query)
+        bar = positive - abs(positive) * MARGIN
+        gaps.append(min(swapped, float(np.abs(np.concatenate([left, right]) - bar).min(initial=np.inf))))
     return {
         "queries_compared_with_brute_force": len(sample),
         "queries_unlike_brute_force": wrong,

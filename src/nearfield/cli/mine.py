@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -27,7 +27,15 @@ def register(app: typer.Typer) -> None:
 
 
 @mine_app.command(DEFAULT)
-def run_mining(recipe: RecipeFile, overrides: Overrides = None, run: RunFolder = None) -> None:
+def run_mining(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    run: RunFolder = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="`ray` encodes and searches on a Ray cluster (RAY_ADDRESS), or here."),
+    ] = "local",
+) -> None:
     """Mine the negatives of a recipe (its key `mining`) and print what each rule did. `run` may be left out."""
     from rich.table import Table
 
@@ -36,7 +44,7 @@ def run_mining(recipe: RecipeFile, overrides: Overrides = None, run: RunFolder =
     from nearfield.pipeline import open_run
     from nearfield.pipeline.auditing import mine_run
 
-    negatives = mine_run(open_run(recipe, overrides or (), run), on_stage=announce_stage)
+    negatives = mine_run(open_run(recipe, overrides or (), run), on_stage=announce_stage, engine=engine)
     summary = negatives.summary
     table = Table("source", "rule", "removed", "dropped", "left", "short", box=None, pad_edge=False)
     for name, source in summary["sources"].items():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.data.store import Rows, Store
 from nearfield.encoders.build import load_encoder
 from nearfield.encoders.packing import embed, evaluating, packed_features, packing_kind, padded_features
 from nearfield.encoders.tokenize import prompt_tokens, token_ids
@@ -90,3 +93,32 @@ class TextEncoder:
         if self.packing is None:
             return padded_features(rows, pad_token=self.pad, side=self.side, device=device, prompt_length=prompt_length)
         return packed_features(rows, kind=self.packing, device=device, prompt_length=prompt_length)
+
+
+@dataclass
+class ItemEncoder:
+    """Encodes items of a store; can be sent to another process, where store and model are opened when first used."""
+
+    store: Path
+    model: str
+    revision: str | None
+    prompts: Mapping[str, str]
+    """Role -> the text put before an item."""
+    device: str | None = None
+    max_length: int | None = None
+    trust_remote_code: bool = False
+    _opened: tuple[Store, TextEncoder] | None = field(default=None, init=False, repr=False)
+
+    def __call__(self, role: str, rows: Rows) -> Vectors:
+        """The model's vectors of items in a role."""
+        if self._opened is None:
+            encoder = TextEncoder.load(
+                self.model,
+                self.revision,
+                device=self.device,
+                max_length=self.max_length,
+                trust_remote_code=self.trust_remote_code,
+            )
+            self._opened = (Store.open(self.store), encoder)
+        store, encoder = self._opened
+        return encoder(store.texts(rows), self.prompts[role])

@@ -43,6 +43,8 @@ class Searching:
     """Bytes beside the vectors."""
     device: str | None = None
     seed: int = 0
+    spread: bool = False
+    """Search exactly on a Ray cluster, for parts of the queries at a time."""
 
 
 class Scorer(Protocol):
@@ -88,6 +90,12 @@ class DenseScorer(PairScorer):
         how = self.searching
         if isinstance(how.method, ExactSearch):
             device = how.device or "cpu"
+            if how.spread:
+                from nearfield.mining.ray_engine import spread_search
+
+                return spread_search(
+                    self.queries, self.documents, depth, excluded=excluded, memory=how.memory, device=device
+                )
             return search(self.queries, self.documents, depth, excluded=excluded, memory=how.memory, device=device)
         if not isinstance(self.documents, ArrayDocuments):
             raise BadInputError(f"the search {how.method.kind} needs the documents' vectors as one array")

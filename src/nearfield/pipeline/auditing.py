@@ -19,6 +19,8 @@ from nearfield.mining.config import (
 from nearfield.mining.documents import Rows, Vectors
 from nearfield.mining.negatives import Negatives
 from nearfield.mining.pool import document_items
+from nearfield.mining.ray_engine import require_ray
+from nearfield.pipeline.mining import Engine
 from nearfield.pipeline.run import Run
 from nearfield.pipeline.stages import Stages, run_stages
 from nearfield.pipeline.teaching import mining_teacher
@@ -26,10 +28,12 @@ from nearfield.recipe import Recipe
 from nearfield.training.launch import Launch
 
 
-def mine_run(run: Run, *, on_stage: Callable[[str, str], None] | None = None) -> Negatives:
+def mine_run(run: Run, *, on_stage: Callable[[str, str], None] | None = None, engine: Engine = "local") -> Negatives:
     """Run the stages up to mining that are missing or stale, and open what was mined."""
     _check_mines(run)
-    run_stages(run, "mine", on_stage=on_stage)
+    if engine == "ray":
+        require_ray()
+    run_stages(run, "mine", on_stage=on_stage, engine=engine)
     return Negatives(Stages(run, Launch()).negatives_path)
 
 

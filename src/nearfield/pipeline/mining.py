@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from nearfield.mining.teachers import DenseScorer
 from nearfield.pipeline.artifacts import Artifacts
 from nearfield.pipeline.teaching import (
     identity,
-    located,
     mining_teacher,
     planning_teacher,
     teacher_prompts,
@@ -34,8 +33,14 @@ if TYPE_CHECKING:
     from nearfield.pipeline.planning import Negatives as PlannedNegatives
 
 
+Engine = Literal["local", "ray"]
+
+
 class MiningStages(Artifacts):
     """What rank 0 does where a recipe mines or its planner wants vectors."""
+
+    engine: Engine = "local"
+    """``ray`` encodes and searches on a Ray cluster; what comes out is the same."""
 
     def vectors(self) -> dict[str, Any]:
         """Encode the items of the training split with every teacher that makes vectors."""
@@ -46,15 +51,12 @@ class MiningStages(Artifacts):
             path = self.vectors_path(teacher)
             if path.is_dir():
                 continue
-            made = build_vectors(
-                wanted,
-                self._encode_items(teacher, store),
-                path,
-                path.name,
-                {"teacher": identity(teacher, self.recipe)},
-                shared=self._shares_vectors(teacher),
-                divide=self._divider(f"vectors {number}"),
-            )
+            encode, shared = self._encode_items(teacher, store), self._shares_vectors(teacher)
+            divide = self._divider(f"vectors {number}")
+            if self.engine == "ray" and isinstance(teacher, SentenceTransformerTeacher):
+                divide = on_ray(wanted, encode, path, shared)
+            about = {"teacher": identity(teacher, self.recipe)}
+            made = build_vectors(wanted, encode, path, path.name, about, shared=shared, divide=divide)
             counts[teacher.kind] = {role: len(table.rows) for role, table in sorted(made.tables.items())}
         return {"vectors": counts}
 
@@ -124,25 +126,18 @@ class MiningStages(Artifacts):
 
             encode: EncodeItems = read_vectors(teacher, store)
             return encode
-        from nearfield.mining.encode import TextEncoder
+        from nearfield.mining.encode import ItemEncoder
 
-        prompts = teacher_prompts(teacher, self.recipe)
-        encoder: TextEncoder | None = None
-        length = teacher.max_length or (self.recipe.encoder.max_length if teacher.model is None else None)
-
-        def encode_texts(role: str, rows: Rows) -> Vectors:
-            nonlocal encoder
-            if encoder is None:
-                encoder = TextEncoder.load(
-                    located(teacher, self.recipe).path if teacher.model is None else teacher.model,
-                    teacher.revision,
-                    device=_device(self.launch.local_rank),
-                    max_length=length,
-                    trust_remote_code=teacher.trust_remote_code,
-                )
-            return encoder(store.texts(rows), prompts[role])
-
-        return encode_texts
+        own, base = teacher.model is None, self.recipe.encoder
+        return ItemEncoder(
+            store.path,
+            teacher.model or base.model,
+            base.revision if own else teacher.revision,
+            teacher_prompts(teacher, self.recipe),
+            device=_device(self.launch.local_rank) if self.engine == "local" else None,
+            max_length=teacher.max_length or (base.max_length if own else None),
+            trust_remote_code=base.trust_remote_code if own else teacher.trust_remote_code,
+        )
 
     def mine(self) -> dict[str, Any]:
         """Find negatives for the examples of the training split."""
@@ -259,6 +254,15 @@ class MiningStages(Artifacts):
         """The vectors that the planner gets, where there are any."""
         teacher = planning_teacher(self.recipe)
         return None if teacher is None else ItemVectors.open(self.vectors_path(teacher)).of
+
+
+def on_ray(
+    wanted: dict[str, Rows], encode: EncodeItems, path: Path, shared: bool
+) -> Callable[[Callable[[int], None]], None]:
+    """What has a Ray cluster make all shards of vectors."""
+    from nearfield.mining.ray_engine import spread_encoding
+
+    return lambda own: spread_encoding(wanted, encode, path, path.name, shared=shared)
 
 
 def items_by_role(store: Store, sources: list[str], split: str) -> dict[str, Rows]:

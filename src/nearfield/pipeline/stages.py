@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nearfield.pipeline.during import prepare_training_suite
 from nearfield.pipeline.freshness import Freshness
+from nearfield.pipeline.mining import Engine
 from nearfield.pipeline.preparing import PreparingStages
 from nearfield.pipeline.run import Run, StageStatus
 from nearfield.pipeline.scoring import ScoringStages
@@ -47,6 +48,7 @@ def run_stages(
     resume: bool = False,
     on_stage: Callable[[str, str], None] | None = None,
     launch: Launch | None = None,
+    engine: Engine = "local",
 ) -> RunResult:
     """Run the stages that are missing or stale, in order; once one ran, those after it are looked at anew.
 
@@ -54,10 +56,12 @@ def run_stages(
     ``on_stage`` is told each stage and ``done`` or ``running``.
 
     Under a launcher all ranks call this. Rank 0 runs the stages before training while the others wait, all train, and
-    rank 0 does the rest. ``launch`` stands in for what the launcher's environment says.
+    rank 0 does the rest. ``launch`` stands in for what the launcher's environment says. ``engine`` encodes and searches
+    for the stages that mine.
     """
     launch = launch or Launch.from_environment()
     stages = Stages(run, launch)
+    stages.engine = engine
     wanted = stages.wanted(until)
     before = wanted[: wanted.index("train")] if "train" in wanted else wanted
     ran: list[str] = []

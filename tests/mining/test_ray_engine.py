@@ -1,0 +1,78 @@
+"""Ray gives the results of one machine, bit for bit, on a local cluster of two workers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nearfield.data.vectors import ItemVectors
+from nearfield.errors import BadInputError
+from nearfield.mining import ray_engine
+from nearfield.mining.documents import ArrayDocuments, RowLists
+from nearfield.mining.negatives import Negatives
+from nearfield.mining.search import search
+from nearfield.pipeline import open_run
+from nearfield.pipeline.auditing import mine_run
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra ray)")
+
+
+def test_without_ray_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch, toy_recipe: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    with pytest.raises(BadInputError, match="Ray, which is not installed"):
+        ray_engine.require_ray()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes of two CPUs each on this machine."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    made.add_node(num_cpus=2)
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.mark.slow
+@needs_ray
+def test_searching_on_two_workers(cluster: Any) -> None:
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((3000, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    excluded = RowLists.of([[i, i + 1] for i in range(500)])
+    alone = search(vectors[:500], vectors, 20, excluded=excluded)
+    spread = ray_engine.spread_search(vectors[:500], ArrayDocuments(vectors), 20, excluded=excluded, part=90)
+    np.testing.assert_array_equal(spread.rows, alone.rows)
+    np.testing.assert_array_equal(spread.scores, alone.scores)
+
+
+@pytest.mark.slow
+@needs_ray
+def test_mining_on_two_workers(cluster: Any, toy_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So small a set would be one shard; the shards stay as they are, and the workers share the two roles' tables.
+    monkeypatch.setattr(ray_engine, "SHARD", 150)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    teacher = "teacher={kind: sentence_transformer, prompts: {query: 'word1 '}}"
+    mining = "mining={negatives: 3, depth: 12, rules: [{kind: naive}, {kind: sampled_top_k}]}"
+    found = {}
+    try:
+        for engine in ("local", "ray"):
+            run = open_run(toy_recipe, [mining, teacher], toy_recipe.parent / engine / "toy")
+            negatives: Negatives = mine_run(run, engine=engine)  # type: ignore[arg-type]
+            path = next(iter((toy_recipe.parent / engine / ".cache" / "vectors").iterdir()))
+            found[engine] = (ItemVectors.open(path).table("document").vectors, negatives.table)
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_array_equal(found["ray"][0], found["local"][0])
+    assert found["ray"][1].equals(found["local"][1]) and len(found["ray"][1])
