@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 import nearfield.objectives
 from nearfield.objectives import InfoNCEConfig
+from nearfield.objectives.config import FocalConfig, HardnessConfig, MixingConfig, ScoreMaskConfig
 
 
 def test_defaults() -> None:
@@ -17,12 +18,31 @@ def test_defaults() -> None:
         "temperature": 0.05,
         "learn_temperature": False,
         "temperature_bounds": (0.01, 1.0),
+        "tasks": {},
         "similarity": "cosine",
         "in_batch_negatives": True,
+        "shared_negatives": True,
         "several_positives": "mean_log",
         "both_directions": False,
+        "directions": ("query_document",),
+        "softmax": "joint",
         "mask_known_positives": True,
+        "mask_same_label": False,
+        "score_mask": None,
+        "guide_mask": None,
+        "hardness": None,
+        "focal": None,
+        "label_smoothing": 0.0,
+        "source_weights": {},
+        "mixing": None,
+        "matryoshka": None,
+        "spread": None,
+        "implementation": "auto",
     }
+    assert InfoNCEConfig(focal=FocalConfig()).model_dump()["focal"] == {"gamma": 0.5, "detach": True}
+    assert MixingConfig().model_dump() == {"pairs": 1, "lists": True, "list_temperature": 0.05}
+    assert HardnessConfig(alpha=9.0).model_dump() == {"alpha": 9.0, "on": "all", "detach": True}
+    assert ScoreMaskConfig().model_dump() == {"rule": "absolute", "margin": 0.0}
     assert InfoNCEConfig.example_kind == "retrieval"
 
 
@@ -37,6 +57,23 @@ def test_defaults() -> None:
         {"temperature": 0.009, "learn_temperature": True},
         {"temperature": 1.1, "learn_temperature": True},
         {"temperature": 0.5, "learn_temperature": True, "temperature_bounds": (1.0, 0.1)},
+        {"tasks": {"a": "one"}},
+        {"both_directions": True, "directions": ("query_document", "query_query")},
+        {"both_directions": True, "softmax": "per_direction"},
+        {"directions": ()},
+        {"directions": ("query_document", "query_document")},
+        {"directions": ("query_document", "query_query"), "softmax": "per_direction"},
+        {"directions": ("document_query",), "hardness": {"alpha": 1.0}},
+        {"directions": ("document_query",), "mixing": {}},
+        {"mixing": {"pairs": 0, "lists": False}},
+        {"matryoshka": {"dimensions": ()}},
+        {"matryoshka": {"dimensions": (8, 4), "weights": (1.0,)}},
+        {"matryoshka": {"dimensions": (8, 4), "weights": (0.0, 0.0)}},
+        {"hardness": {"alpha": -1.0}},
+        {"focal": {"gamma": -1.0}},
+        {"label_smoothing": 1.0},
+        {"score_mask": {"rule": "percent"}},
+        {"implementation": "triton"},
     ],
     ids=str,
 )
@@ -59,5 +96,5 @@ def test_bounds_are_those_of_a_temperature_that_is_learnt(settings: dict[str, An
 
 
 def test_what_is_exported_is_there() -> None:
-    assert nearfield.objectives.__all__ == ["InfoNCEConfig", "ObjectiveConfig"]
+    assert nearfield.objectives.__all__ == ["CachedInfoNCELoss", "InfoNCEConfig", "InfoNCELoss", "ObjectiveConfig"]
     assert all(hasattr(nearfield.objectives, name) for name in nearfield.objectives.__all__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -11,41 +12,184 @@ from nearfield.config import Config
 if TYPE_CHECKING:
     from nearfield.objectives.infonce import InfoNCE
 
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Direction = Literal["query_document", "query_query", "document_query", "document_document"]
+
+
+class ScoreMaskConfig(Config):
+    """Candidates that score too well to be true negatives are left out."""
+
+    rule: Literal["absolute", "relative", "cut"] = "absolute"
+    """A candidate is left out above: ``absolute`` the positive's score + margin; ``relative`` the positive's score +
+    margin x its size; ``cut`` the margin itself. Ties are kept."""
+    margin: float = 0.0
+    """Qwen3-Embedding: absolute 0.1. RzenEmbed's 95 %: relative -0.05. GISTEmbed: absolute 0 on the guide's scores."""
+
+
+class HardnessConfig(Config):
+    """Negatives count exp(alpha x score) times (LLaVE, arXiv 2503.04812)."""
+
+    alpha: NotNegative
+    """LLaVE and RzenEmbed: 9; EmbeddingGemma: 5 on explicit negatives. Not divided by the temperature."""
+    on: Literal["in_batch", "explicit", "all"] = "all"
+    """Which documents: those of other queries, the query's own explicit negatives, or both."""
+    detach: bool = True
+    """Whether the weight is a constant for the gradient."""
+
+
+class FocalConfig(Config):
+    """Each softmax counts (1 - probability of its positive) to the power gamma (KaLM-Embedding-V2, arXiv 2506.20923)."""
+
+    gamma: NotNegative = 0.5
+    detach: bool = True
+    """Whether the weight is a constant for the gradient."""
+
+
+class MixingConfig(Config):
+    """Negatives made of a query's own explicit negatives in the space of embeddings (KaLM-Embedding-V2).
+
+    They belong to their query alone. The gradient flows through the negatives, not through their shares.
+    """
+
+    pairs: Annotated[int, Field(ge=0)] = 1
+    """Mixtures of two negatives, with a share drawn from Beta(2, 2)."""
+    lists: bool = True
+    """One mixture of all negatives, their shares a softmax of their scores."""
+    list_temperature: Positive = 0.05
+    """What scores are divided by in that softmax."""
+
+    @model_validator(mode="after")
+    def _makes_something(self) -> MixingConfig:
+        if not self.pairs and not self.lists:
+            raise ValueError("mixing makes nothing: set pairs above 0, or lists")
+        return self
+
+
+class MatryoshkaConfig(Config):
+    """The loss of several prefixes of the embeddings at once (arXiv 2205.13147)."""
+
+    dimensions: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]
+    """Lengths of the prefixes; name the full length among them if it is to be trained."""
+    weights: tuple[NotNegative, ...] | None = None
+    """What the loss of each counts; null counts each 1."""
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> MatryoshkaConfig:
+        if self.weights is not None and len(self.weights) != len(self.dimensions):
+            raise ValueError(f"{len(self.dimensions)} dimensions have {len(self.weights)} weights")
+        if self.weights is not None and not any(self.weights):
+            raise ValueError("all weights are 0")
+        return self
+
+
+class SpreadConfig(Config):
+    """Spread-out regulariser of queries and of documents (Zhang et al. 2017, arXiv 1708.06320): directions that do not
+    belong together shall be as orthogonal as those drawn at random."""
+
+    mean: NotNegative = 1.0
+    """Weight of the squared mean cosine."""
+    second_moment: NotNegative = 1.0
+    """Weight of what the mean squared cosine has above 1 / dimension."""
+
 
 class InfoNCEConfig(Config):
-    """InfoNCE with in-batch and explicit negatives."""
+    """InfoNCE with in-batch and explicit negatives, masks and weights."""
 
     example_kind: ClassVar[str] = "retrieval"
 
     kind: Literal["infonce"] = "infonce"
-    temperature: Annotated[float, Field(gt=0)] = 0.05
+    temperature: Positive = 0.05
     """Similarities are divided by it."""
     learn_temperature: bool = False
     """Learn the temperature's logarithm, from ``temperature`` on; it is not decayed."""
-    temperature_bounds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.01, 1.0)
+    temperature_bounds: tuple[Positive, Positive] = (0.01, 1.0)
     """Least and greatest value of a temperature that is learnt."""
+    tasks: dict[str, str] = {}
+    """Source -> task: each task learns a temperature of its own; sources that are not named share one."""
     similarity: Literal["cosine", "dot"] = "cosine"
     in_batch_negatives: bool = True
     """Whether the documents of other queries are negatives; false leaves a query its own documents only."""
+    shared_negatives: bool = True
+    """Whether explicit negatives of other queries are negatives too."""
     several_positives: Literal["mean_log", "log_sum"] = "mean_log"
     """``mean_log`` averages one softmax a positive; ``log_sum`` takes the positives' summed probability."""
     both_directions: bool = False
-    """Average with the loss of documents that look for their query among all queries."""
+    """Average with the loss of documents that look for their query among all queries: short for ``directions`` of
+    query_document and document_query with a ``per_direction`` softmax."""
+    directions: Annotated[tuple[Direction, ...], Field(min_length=1)] = ("query_document",)
+    """Which similarities are in the softmax beside the positive's: a query's with documents and with other queries, the
+    positive's with other queries and with documents of other queries (GTE, arXiv 2308.03281, has all four)."""
+    softmax: Literal["joint", "per_direction"] = "joint"
+    """One softmax over all directions, or the mean of a softmax for each."""
     mask_known_positives: bool = True
     """Never use an item as a negative of a query that has it as a positive anywhere in the data."""
+    mask_same_label: bool = False
+    """Never use an example's texts as negatives of an example with the same label."""
+    score_mask: ScoreMaskConfig | None = None
+    """Leave candidates out by the score that the model itself gives them."""
+    guide_mask: ScoreMaskConfig | None = None
+    """Leave candidates out by the score that a guide model gives them (GISTEmbed, arXiv 2402.16829)."""
+    hardness: HardnessConfig | None = None
+    focal: FocalConfig | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that is spread evenly over the positive and all candidates."""
+    source_weights: dict[str, NotNegative] = {}
+    """Source -> what the loss of its examples is multiplied by; sources that are not named keep theirs. Not part of what the
+    sum is divided by, so that it holds for batches of one source as well."""
+    mixing: MixingConfig | None = None
+    matryoshka: MatryoshkaConfig | None = None
+    spread: SpreadConfig | None = None
+    implementation: Literal["auto", "dense", "blockwise"] = "auto"
+    """``dense`` holds the matrix of logits, ``blockwise`` only a tile of it; ``auto`` takes the faster that fits."""
 
     @model_validator(mode="after")
-    def _bounds_hold_the_temperature(self) -> InfoNCEConfig:
+    def _fits_together(self) -> InfoNCEConfig:
         low, high = self.temperature_bounds
         if self.learn_temperature and not low <= self.temperature <= high:
             raise ValueError(f"temperature {self.temperature:g} is not within temperature_bounds [{low:g}, {high:g}]")
+        if self.tasks and not self.learn_temperature:
+            raise ValueError("tasks have temperatures of their own only where learn_temperature is true")
+        if self.both_directions and (self.directions != ("query_document",) or self.softmax != "joint"):
+            raise ValueError("both_directions says what directions and softmax are; give one or the other")
+        if len(set(self.directions)) < len(self.directions):
+            raise ValueError("a direction stands twice")
+        if self.softmax == "per_direction" and {"query_query", "document_document"} & set(self.directions):
+            raise ValueError(
+                "a softmax of query_query or document_document alone holds no positive; use softmax: joint"
+            )
+        if "query_document" not in self.directions and (self.hardness or self.mixing):
+            raise ValueError(
+                "hardness and mixing weigh and make documents for queries: add the direction query_document"
+            )
         return self
 
-    def build(self) -> InfoNCE:
-        """The objective."""
+    @property
+    def all_directions(self) -> tuple[Direction, ...]:
+        """The directions, with what ``both_directions`` is short for."""
+        return ("query_document", "document_query") if self.both_directions else self.directions
+
+    @property
+    def joint(self) -> bool:
+        """Whether there is one softmax over all directions."""
+        return self.softmax == "joint" and not self.both_directions
+
+    @property
+    def names_sources(self) -> bool:
+        """Whether settings depend on an example's source."""
+        return bool(self.tasks or self.source_weights)
+
+    @property
+    def needs_guide(self) -> bool:
+        """Whether the batch must bring a guide model's embeddings."""
+        return self.guide_mask is not None
+
+    def build(self, sources: Mapping[int, str] | Sequence[str] = ()) -> InfoNCE:
+        """The objective; ``sources`` gives the name of each source's number where settings name sources."""
         from nearfield.objectives.infonce import InfoNCE
 
-        return InfoNCE(self)
+        named = dict(sources) if isinstance(sources, Mapping) else dict(enumerate(sources))
+        return InfoNCE(self, named)
 
 
 ObjectiveConfig = InfoNCEConfig

@@ -1,54 +1,28 @@
-"""InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) with several positives, explicit negatives and id masks."""
+"""InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) with every mask and weight, whatever the size of the batch."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from nearfield.errors import BadInputError
+from nearfield.objectives.batch import ContrastiveBatch, LossSum
+from nearfield.objectives.candidates import Layout, lay_out
 from nearfield.objectives.config import InfoNCEConfig
+from nearfield.objectives.masks import CELLS_AT_ONCE
+from nearfield.objectives.mixing import mixed_scores
+from nearfield.objectives.problem import Statistics, floor
+from nearfield.objectives.softmax import Group, Positives, join, listed, losses, segment_log_sum, segment_sum
+from nearfield.objectives.spread import spread
+from nearfield.objectives.vectors import accumulation_dtype
 
+__all__ = ["ContrastiveBatch", "InfoNCE", "LossSum"]
 
-@dataclass(frozen=True)
-class ContrastiveBatch:
-    """The embeddings of a global batch with who belongs to whom.
-
-    Columns are documents, rows are queries. Ids are item numbers: equal content has equal ids.
-    """
-
-    queries: Tensor
-    """(Q, d) float."""
-    documents: Tensor
-    """(D, d) float."""
-    owner: Tensor
-    """(D,) int64: the row that brought the document, as a positive or as an explicit negative."""
-    is_positive: Tensor
-    """(D,) bool: whether the document is a positive of its owner."""
-    document_ids: Tensor
-    """(D,) int64."""
-    known_positives: Tensor
-    """(Q, K) int64: ids of all known positives of each query, padded with -1."""
-    rows: Tensor | None = None
-    """(R,) int64: the queries whose loss this process computes, ascending; none means all."""
-
-    def local_rows(self) -> Tensor:
-        """(R,) int64: the queries whose loss this process computes."""
-        return self.rows if self.rows is not None else torch.arange(len(self.queries), device=self.queries.device)
-
-
-@dataclass(frozen=True)
-class LossSum:
-    """A loss as a sum over rows and the number to divide it by, so that the loop alone normalises."""
-
-    total: Tensor
-    """() float: the sum over the rows of this process."""
-    denominator: float
-    """Rows of the whole batch, over all processes."""
-    rows: Tensor
-    """(R,) float, detached: each local row's own loss."""
+DENSE_CELLS = 2**24
+"""Up to so many cells of logits ``auto`` holds the whole matrix: 64 MB in float32."""
 
 
 class InfoNCE(nn.Module):
@@ -58,16 +32,38 @@ class InfoNCE(nn.Module):
     ``(P_ic - 1[c = p_i]) / Q``: each row of it sums to zero.
     """
 
-    def __init__(self, config: InfoNCEConfig) -> None:
+    tile = CELLS_AT_ONCE
+    """Rows and columns of the logits that ``blockwise`` holds at once."""
+    task_of: Tensor
+    weight_of: Tensor
+
+    def __init__(self, config: InfoNCEConfig, sources: Mapping[int, str] | None = None) -> None:
         super().__init__()
         self.config = config
+        sources = sources or {}
+        if config.names_sources:
+            named = {*config.tasks, *config.source_weights}
+            missing = sorted(named - set(sources.values()))
+            if missing:
+                known = ", ".join(sources.values()) or "none was given to the objective"
+                raise BadInputError(f"there is no source {missing[0]!r}", where="objective", hint=f"Sources: {known}.")
+        tasks = sorted({config.tasks.get(name, "") for name in sources.values()}) if config.tasks else [""]
+        size = max(sources, default=-1) + 1
+        # Not part of the state: they follow from the settings.
+        self.register_buffer("task_of", torch.zeros(size, dtype=torch.int64), persistent=False)
+        self.register_buffer("weight_of", torch.ones(size, dtype=torch.float64), persistent=False)
+        for number, name in sources.items():
+            self.task_of[number] = tasks.index(config.tasks.get(name, "") if config.tasks else "")
+            self.weight_of[number] = config.source_weights.get(name, 1.0)
+        self.tasks = tasks
+        """Names of the tasks, in the order of their temperatures; the one of no name is of all that are not named."""
         if config.learn_temperature:
             # Of one dimension: sharding backends do not take a scalar.
-            self.log_temperature = nn.Parameter(torch.tensor([math.log(config.temperature)]))
+            self.log_temperature = nn.Parameter(torch.full((len(tasks),), math.log(config.temperature)))
 
     @property
     def temperature(self) -> Tensor | float:
-        """What similarities are divided by; within its bounds where it is learnt."""
+        """What similarities are divided by, (tasks,); within its bounds where it is learnt."""
         if not self.config.learn_temperature:
             return self.config.temperature
         low, high = (math.log(bound) for bound in self.config.temperature_bounds)
@@ -77,58 +73,145 @@ class InfoNCE(nn.Module):
 
     def forward(self, batch: ContrastiveBatch) -> LossSum:
         """The summed loss over this process's rows, and the number of rows of all."""
-        queries, documents = batch.queries.float(), batch.documents.float()
-        if batch.queries.dtype == torch.float64:
-            queries, documents = batch.queries, batch.documents
-        if self.config.similarity == "cosine":
-            queries, documents = functional.normalize(queries, dim=-1), functional.normalize(documents, dim=-1)
-        rows = batch.local_rows()
-        logits = queries[rows] @ documents.T / self.temperature
-        own = batch.owner[None, :] == rows[:, None]
-        positive = own & batch.is_positive[None, :]
-        masked = self._masked(batch.known_positives[rows], batch.document_ids) & ~positive
-        negative = ~positive & ~masked
-        loss = self._row_loss(logits, positive, negative if self.config.in_batch_negatives else negative & own)
-        if self.config.both_directions:
-            loss = (loss + self._reverse_loss(batch, queries, documents)) / 2
-        return LossSum(loss.sum(), float(len(batch.queries)), loss.detach())
+        # Autocast would make the products in half precision, tile by tile.
+        with torch.autocast(batch.queries.device.type, enabled=False):
+            return self._loss(batch)
 
-    def _masked(self, known_positives: Tensor, document_ids: Tensor) -> Tensor:
-        """(R, K) ids of known positives and (D,) ids -> (R, D) bool: the document equals a known positive of the query."""
-        shape = (len(known_positives), len(document_ids))
-        masked = torch.zeros(shape, dtype=torch.bool, device=document_ids.device)
-        if self.config.mask_known_positives:
-            for column in known_positives.unbind(dim=1):
-                masked |= (column[:, None] == document_ids[None, :]) & (column >= 0)[:, None]
-        return masked
+    def _loss(self, batch: ContrastiveBatch) -> LossSum:
+        config = self.config
+        prefixes, weights = self._prefixes(batch)
+        layout = lay_out(config, batch, prefixes, self.tile)
+        scale = self._scale(batch, layout.rows)
+        statistics = self._statistics(layout, batch, scale)
+        rows = self._row_losses(layout, batch, statistics, scale, prefixes)
+        loss = (rows * torch.as_tensor(weights, dtype=rows.dtype, device=rows.device)[:, None]).sum(dim=0)
+        each = None if batch.weights is None else batch.weights[layout.rows].to(loss.dtype)
+        if each is not None:
+            loss = loss * each
+        if config.source_weights:
+            loss = loss * self.weight_of[self._sources(batch)[layout.rows]].to(loss.dtype)
+        if config.spread is not None:
+            term = spread(config.spread, batch.queries) + spread(config.spread, batch.documents)
+            # Each process adds its rows' part of it, so that all of them add it once.
+            loss = loss + (term if each is None else term * each)
+        denominator = float(len(batch.queries)) if batch.weights is None else float(batch.weights.sum())
+        # Where nothing counts the loss is 0.
+        return LossSum(loss.sum(), denominator or 1.0, loss.detach())
 
-    def _row_loss(self, logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        """(R, C) logits and masks -> (R,) losses; every row needs a positive."""
-        negatives = _fill(logits, negative).logsumexp(dim=1)
-        if self.config.several_positives == "log_sum":
-            positives = _fill(logits, positive).logsumexp(dim=1)
-            return torch.logaddexp(positives, negatives) - positives
+    def _prefixes(self, batch: ContrastiveBatch) -> tuple[list[int], list[float]]:
+        """Lengths of prefixes, ascending and each once, and what each counts."""
+        width = batch.queries.shape[1]
+        if self.config.matryoshka is None:
+            return [width], [1.0]
+        counted: dict[int, float] = {}
+        dimensions = self.config.matryoshka.dimensions
+        for length, weight in zip(dimensions, self.config.matryoshka.weights or (1.0,) * len(dimensions), strict=True):
+            if length > width:
+                raise BadInputError(
+                    f"a prefix of {length} dimensions is asked of embeddings of {width}",
+                    where="objective.matryoshka.dimensions",
+                )
+            counted[length] = counted.get(length, 0.0) + weight
+        return sorted(counted), [counted[length] for length in sorted(counted)]
+
+    def _sources(self, batch: ContrastiveBatch) -> Tensor:
+        if batch.sources is None:
+            raise BadInputError(
+                "tasks and source_weights want the source of each example, and this batch does not say it",
+                where="objective",
+                hint="Use batches of one source.",
+            )
+        return batch.sources
+
+    def _scale(self, batch: ContrastiveBatch, rows: Tensor) -> Tensor:
+        """(R,) one over the temperature of each row."""
+        dtype = accumulation_dtype(batch.queries.dtype)
+        temperature = self.temperature
+        if not isinstance(temperature, Tensor):
+            return torch.full((len(rows),), 1 / temperature, dtype=dtype, device=rows.device)
+        inverse = temperature.to(dtype).reciprocal()
+        if not self.config.tasks:
+            return inverse.expand(len(rows))
+        return inverse[self.task_of[self._sources(batch)[rows]]]
+
+    def _statistics(self, layout: Layout, batch: ContrastiveBatch, scale: Tensor) -> Statistics:
+        problem = layout.problem
+        scales = {
+            name: scale if block.rows.side == "query" else scale[layout.positive_row]
+            for name, block in problem.blocks.items()
+        }
+        cells = sum(len(block.rows) * len(block.columns) for block in problem.blocks.values())
+        chosen = self.config.implementation
+        if chosen == "auto":
+            chosen = "dense" if cells * len(problem.vectors.prefixes) <= DENSE_CELLS else "blockwise"
+        if chosen == "dense":
+            from nearfield.objectives.dense import dense_statistics
+
+            return dense_statistics(problem, batch.queries, batch.documents, scales)
+        from nearfield.objectives.blockwise import blockwise_statistics
+
+        return blockwise_statistics(problem, batch.queries, batch.documents, scales)
+
+    def _row_losses(
+        self, layout: Layout, batch: ContrastiveBatch, statistics: Statistics, scale: Tensor, prefixes: list[int]
+    ) -> Tensor:
+        """(M, R) the loss of each row for each prefix."""
+        groups = {name: Group.of(found) for name, found in statistics.blocks.items()}
+        own = self._own_negatives(layout, batch, statistics, scale, prefixes)
+        if "query_document" in self.config.all_directions:
+            groups["query_document"] = join([*own, *(g for n, g in groups.items() if n == "query_document")])
+        positive = statistics.pairs[:, : layout.positives] * scale[layout.positive_row]
+        if self.config.joint:
+            return self._softmax(layout, positive, groups)
+        parts = [self._softmax(layout, positive, {name: groups[name]}) for name in self.config.all_directions]
+        return torch.stack(parts).mean(dim=0)
+
+    def _softmax(self, layout: Layout, positive: Tensor, groups: Mapping[str, Group]) -> Tensor:
+        """(M, T) logits of positives, and the groups of candidates of one softmax -> (M, R) losses."""
+        config, row, rows = self.config, layout.positive_row, len(layout.rows)
+        count = torch.bincount(row, minlength=rows)
+        only_documents = all(name.startswith("document") for name in groups)
+        if config.several_positives == "log_sum" and not (only_documents and not config.joint):
+            found = join([g if n.startswith("query") else g.gather(row, rows) for n, g in groups.items()])
+            summed = Positives(segment_log_sum(positive, row, rows), segment_sum(positive, row, rows), count)
+            return losses(summed, found, config.label_smoothing, config.focal)
         # One softmax a positive, in which the other positives are no candidates; then the mean over the positives.
-        each = torch.logaddexp(logits, negatives[:, None]) - logits
-        return each.masked_fill(~positive, 0).sum(dim=1) / positive.sum(dim=1)
+        found = join([g.pick(row) if n.startswith("query") else g for n, g in groups.items()])
+        single = Positives(positive, positive, torch.ones_like(row))
+        each = losses(single, found, config.label_smoothing, config.focal)
+        return segment_sum(each, row, rows) / count
 
-    def _reverse_loss(self, batch: ContrastiveBatch, queries: Tensor, documents: Tensor) -> Tensor:
-        """Each positive document of the R rows looks for its query among all; the mean over a query's positives, (R,)."""
-        rows = batch.local_rows()
-        mine = batch.is_positive & torch.isin(batch.owner, rows)
-        owner = batch.owner[mine]
-        logits = documents[mine] @ queries.T / self.temperature
-        own = owner[:, None] == torch.arange(len(queries), device=owner.device)[None, :]
-        masked = self._masked(batch.known_positives, batch.document_ids[mine]).T & ~own
-        negatives = _fill(logits, ~own & ~masked).logsumexp(dim=1)
-        positives = logits.gather(1, owner[:, None]).squeeze(1)
-        each = torch.logaddexp(positives, negatives) - positives
-        place = torch.searchsorted(rows, owner)
-        count = torch.zeros(len(rows), dtype=each.dtype, device=each.device).index_add(0, place, torch.ones_like(each))
-        return torch.zeros_like(count).index_add(0, place, each) / count
+    def _own_negatives(
+        self, layout: Layout, batch: ContrastiveBatch, statistics: Statistics, scale: Tensor, prefixes: list[int]
+    ) -> list[Group]:
+        """Each row's own explicit negatives, and what is mixed of them."""
+        config, row, rows = self.config, layout.negative_row, len(layout.rows)
+        hardness = config.hardness
+        alpha = hardness.alpha if hardness is not None and hardness.on != "in_batch" else 0.0
 
+        def logits(scores: Tensor, scales: Tensor) -> Tensor:
+            weight = scores if hardness is not None and not hardness.detach else scores.detach()
+            return scores * scales + alpha * weight
 
-def _fill(logits: Tensor, keep: Tensor) -> Tensor:
-    """Cells that are not kept get the lowest finite number: minus infinity would make a gradient of a row that keeps
-    nothing not a number."""
-    return logits.masked_fill(~keep, torch.finfo(logits.dtype).min)
+        sums = layout.problem.sums
+        scores = statistics.pairs[:, layout.positives :]
+        groups = [listed(logits(scores, scale[row]), layout.negative_kept, row, rows, sums)]
+        if config.mixing is None:
+            return groups
+        # What a mask takes from the full vectors goes into no mixture.
+        good = layout.negative_kept[-1]
+        documents = layout.problem.pair_documents[layout.positives :][good]
+        mixed, has = mixed_scores(
+            config.mixing, batch, layout.rows, documents, row[good], prefixes, config.similarity == "cosine"
+        )
+        filled = logits(mixed, scale[:, None])
+        kept = has[:, None].expand(filled.shape)
+        none = filled.new_zeros(0)
+        groups.append(
+            Group(
+                filled.masked_fill(~kept, floor(filled.dtype)).logsumexp(dim=2),
+                filled.masked_fill(~kept, 0).sum(dim=2) if sums else none,
+                kept.sum(dim=2).to(filled.dtype) if sums else none,
+            )
+        )
+        return groups

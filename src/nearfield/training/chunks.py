@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from nearfield.batching.plan import Batch
+from nearfield.batching.plan import SEVERAL_SOURCES, Batch
 from nearfield.batching.planner import Rows
 
 
@@ -29,6 +29,10 @@ class Pool:
     """(D,) the query that brought each document."""
     is_positive: npt.NDArray[np.bool_]
     """(D,) whether the document is a positive of its owner, rather than an explicit negative."""
+    labels: Rows | None = None
+    """(Q,) label of each example, -1 for none; none where the plan has none, or several sources with labels of their own."""
+    source: int | None = None
+    """The source of all examples; none where they have several."""
 
 
 def pool_batch(batch: Batch) -> Pool:
@@ -42,7 +46,17 @@ def pool_batch(batch: Batch) -> Pool:
     pairs, where = np.unique(np.stack([items, prompts]), axis=1, return_inverse=True)
     where = where.reshape(-1)
     size = len(batch.query)
-    return Pool(pairs[0], pairs[1], where[:size], where[size:], owner, is_positive)
+    source = None if batch.source == SEVERAL_SOURCES else batch.source
+    return Pool(
+        pairs[0],
+        pairs[1],
+        where[:size],
+        where[size:],
+        owner,
+        is_positive,
+        None if source is None else batch.label,
+        source,
+    )
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:

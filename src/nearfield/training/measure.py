@@ -190,7 +190,7 @@ def measure_loss(engine: Engine, batch: Batch, known_positives: Callable[[int], 
     learnt = [p for p in engine.objective.parameters() if p.requires_grad]
 
     def run(look: Callable[[], None]) -> None:
-        contrastive = contrastive_batch(pool, leaf, known)
+        contrastive = contrastive_batch(pool, leaf, known, draw=0)
         loss = engine.objective.forward(contrastive)
         torch.autograd.grad(loss.total / loss.denominator, [leaf, *learnt])
 

@@ -127,9 +127,16 @@ def seed_chunk(seed: int, step: int, chunk: int) -> None:
 
 
 def contrastive_batch(
-    pool: Pool, embeddings: Tensor, known_positives: Sequence[Rows], rows: Rows | None = None
+    pool: Pool,
+    embeddings: Tensor,
+    known_positives: Sequence[Rows],
+    rows: Rows | None = None,
+    draw: int | None = None,
 ) -> ContrastiveBatch:
-    """The objective's view of a pool's (n, d) embeddings; ``known_positives`` are item rows, one array a query."""
+    """The objective's view of a pool's (n, d) embeddings; ``known_positives`` are item rows, one array a query.
+
+    ``draw`` is the seed of what the objective draws.
+    """
     device = embeddings.device
     width = max((len(known) for known in known_positives), default=0)
     known = np.full((len(known_positives), max(1, width)), -1, dtype=np.int64)
@@ -143,6 +150,10 @@ def contrastive_batch(
         document_ids=torch.from_numpy(pool.items[pool.documents]).to(device),
         known_positives=torch.from_numpy(known).to(device),
         rows=None if rows is None else torch.from_numpy(rows).to(device),
+        query_ids=torch.from_numpy(pool.items[pool.queries]).to(device),
+        labels=None if pool.labels is None else torch.from_numpy(pool.labels).to(device),
+        sources=None if pool.source is None else torch.full((len(pool.queries),), pool.source, device=device),
+        draw=draw,
     )
 
 
@@ -235,7 +246,8 @@ def run_step(
         joined = real(parts)
     leaf = gather_embeddings(joined, shares).requires_grad_()
     rows = split_rows(len(work.pool.queries), len(work.shares), work.rank) if len(work.shares) > 1 else None
-    batch = contrastive_batch(work.pool, leaf, work.known_positives, rows)
+    draw = derive_seed(seed, "objective", step, work.first_number)
+    batch = contrastive_batch(work.pool, leaf, work.known_positives, rows, draw)
     learnt = [p for p in objective.parameters() if p.requires_grad]
     total, gradient = math.nan, torch.zeros_like(leaf)
     learnt_gradients: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in learnt]
@@ -272,7 +284,7 @@ def run_step(
     word = exchange_control(
         total, guard.out_of_memory, stop(), backend.used(), ranks=len(work.shares), device=backend.device
     )
-    seen = None if word.out_of_memory else contrastive_batch(work.pool, leaf.detach(), work.known_positives)
+    seen = None if word.out_of_memory else contrastive_batch(work.pool, leaf.detach(), work.known_positives, draw=draw)
     return StepResult(word, float(len(work.pool.queries)), seen)
 
 

@@ -1,0 +1,349 @@
+"""The statistics in tiles: memory grows with rows, never with cells.
+
+The forward keeps the logarithm of each row's sum (Rabe and Staats 2021, arXiv 2112.05682; for contrastive losses Inf-CL,
+arXiv 2410.17243); the backward makes each tile of logits once more. So four products are made where the whole matrix would
+take three. Sums are kept in float32 at least, whatever the precision of the embeddings. A tile of one prefix is made of
+vectors of unit length; tiles of several prefixes are made in one pass over the vectors, the product of a shorter prefix being
+the beginning of the product of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nearfield.objectives.masks import Block, Excluded, excluded_cells, scale_products
+from nearfield.objectives.problem import Problem, RowStatistics, Statistics, floor
+from nearfield.objectives.vectors import PAIRS_AT_ONCE, SMALLEST_NORM, Side, Vectors, tiles
+
+
+def blockwise_statistics(
+    problem: Problem, queries: Tensor, documents: Tensor, scales: Mapping[str, Tensor]
+) -> Statistics:
+    """(Q, d) and (D, d) embeddings, and (R,) one over the temperature for the rows of each block -> statistics."""
+    pairs, *parts = _Blockwise.apply(queries, documents, problem, *(scales[name] for name in problem.blocks))  # type: ignore[no-untyped-call]
+    return Statistics(pairs, {n: RowStatistics(*parts[3 * i : 3 * i + 3]) for i, n in enumerate(problem.blocks)})
+
+
+class _Blockwise(torch.autograd.Function):
+    """(queries, documents, problem, a scale for each block) -> pair scores, and three statistics for each block."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, documents: Tensor, problem: Problem, *scales: Tensor) -> tuple[Tensor, ...]:
+        outputs = [problem.vectors.pair_scores(problem.pair_queries, problem.pair_documents)]
+        log_sums: list[Tensor] = []
+        workspace = _Workspace(problem)
+        for block, scale in zip(problem.blocks.values(), scales, strict=True):
+            found = _forward(problem, block, scale, workspace)
+            outputs += found
+            log_sums.append(found[0])
+            ctx.mark_non_differentiable(found[2])
+        # The embeddings are saved so that a change of them in place is noticed; the problem holds the same memory.
+        ctx.save_for_backward(queries, documents, *scales, *log_sums)
+        ctx.problem = problem
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        problem: Problem = ctx.problem
+        queries, documents, *saved = ctx.saved_tensors
+        count = len(problem.blocks)
+        scales, log_sums = saved[:count], saved[count:]
+        sink = _Gradients(problem.vectors)
+        sink.add_pairs(problem.pair_queries, problem.pair_documents, gradients[0])
+        workspace = _Workspace(problem)
+        scale_gradients: list[Tensor | None] = []
+        for number, block in enumerate(problem.blocks.values()):
+            log_sum, total = gradients[1 + 3 * number], gradients[2 + 3 * number]
+            wanted = ctx.needs_input_grad[3 + number]
+            found = _backward(problem, block, scales[number], log_sums[number], log_sum, total, sink, workspace, wanted)
+            scale_gradients.append(found if wanted else None)
+        return sink.result("query", queries), sink.result("document", documents), None, *scale_gradients
+
+
+class _Workspace:
+    """Tiles that are made once: new memory for each would cost as much as what is done in it."""
+
+    def __init__(self, problem: Problem) -> None:
+        vectors = problem.vectors
+        rows = max((len(block.rows) for block in problem.blocks.values()), default=0)
+        columns = max((len(block.columns) for block in problem.blocks.values()), default=0)
+        device, size = vectors.raw["query"].device, min(rows, problem.tile) * min(columns, problem.tile)
+        self.flat = torch.empty(len(vectors.prefixes) + 2, size, dtype=vectors.dtype, device=device)
+
+    def tile(self, number: int, rows: int, columns: int) -> Tensor:
+        """(rows, columns) contiguous."""
+        return self.flat[number, : rows * columns].view(rows, columns)
+
+
+def _factor(block: Block, scale: Tensor) -> Tensor:
+    """(R,) what scores are multiplied by to be logits."""
+    return scale + block.hardness if block.hardness else scale
+
+
+def _logits(
+    problem: Problem, block: Block, rows: Tensor, edges: tuple[int, int, int, int], factor: Tensor, work: _Workspace
+) -> tuple[list[Tensor], Tensor]:
+    """The products of each prefix, the first of them logits already where that is possible; and the column vectors."""
+    low, high, start, stop = edges
+    vectors = problem.vectors
+    columns = vectors.take(block.columns.side, block.columns.part(start, stop))
+    out = [work.tile(number, high - low, stop - start) for number in range(len(vectors.prefixes))]
+    vectors.products(rows * factor[:, None] if _folds(vectors, block) else rows, columns, out)
+    return out, columns
+
+
+def _folds(vectors: Vectors, block: Block) -> bool:
+    """Whether rows can be scaled before the product: not where scores are compared with a limit, or norms come after it."""
+    return len(vectors.prefixes) == 1 and block.limit is None
+
+
+def _finish(
+    block: Block, number: int, tile: Tensor, factor: Tensor, low: int, high: int, out: Excluded, folded: bool
+) -> None:
+    """Scores -> logits in place; cells that are no candidates become minus infinity."""
+    if folded:
+        out.fill(tile, -torch.inf)
+        return
+    if block.limit is not None:
+        out = Excluded(out.row, out.column, _either(tile > block.limit[number, low:high, None], out.mask))
+    out.fill(tile.mul_(factor[:, None]), -torch.inf)
+
+
+def _either(first: Tensor, second: Tensor | None) -> Tensor:
+    return first if second is None else first | second
+
+
+def _forward(problem: Problem, block: Block, scale: Tensor, work: _Workspace) -> tuple[Tensor, Tensor, Tensor]:
+    vectors, lowest = problem.vectors, floor(problem.vectors.dtype)
+    shape = (len(vectors.prefixes), len(block.rows))
+    highest, summed = scale.new_full(shape, lowest), scale.new_zeros(shape)
+    total, count = (scale.new_zeros(shape if problem.sums else 0) for _ in range(2))
+    factors, folded = _factor(block, scale), _folds(vectors, block)
+    for low, high in tiles(len(block.rows), problem.tile):
+        part = block.rows.part(low, high)
+        rows, factor = vectors.take(block.rows.side, part), factors[low:high]
+        for start, stop in tiles(len(block.columns), problem.tile):
+            products, _ = _logits(problem, block, rows, (low, high, start, stop), factor, work)
+            scale_products(vectors, block, part, block.columns.part(start, stop), products)
+            out = excluded_cells(block, low, high, start, stop)
+            for number, tile in enumerate(products):
+                _finish(block, number, tile, factor, low, high, out, folded)
+                if problem.sums:
+                    kept = tile > -torch.inf
+                    total[number, low:high] += torch.where(kept, tile, 0).sum(dim=1)
+                    count[number, low:high] += kept.sum(dim=1)
+                before = highest[number, low:high]
+                now = torch.maximum(before, tile.amax(dim=1))
+                here = tile.sub_(now[:, None]).exp_().sum(dim=1)
+                summed[number, low:high].mul_((before - now).exp_()).add_(here)
+                highest[number, low:high] = now
+    log_sum = torch.where(summed > 0, highest + summed.log(), lowest)
+    return log_sum, total, count
+
+
+def _backward(
+    problem: Problem,
+    block: Block,
+    scale: Tensor,
+    log_sum: Tensor,
+    upstream: Tensor,
+    upstream_total: Tensor,
+    sink: _Gradients,
+    work: _Workspace,
+    scale_wanted: bool,
+) -> Tensor:
+    """Add a block's share to the gradients of the vectors; the gradient of its scale, (R,)."""
+    vectors, found = problem.vectors, torch.zeros_like(scale)
+    factors, folded = _factor(block, scale), _folds(vectors, block)
+    # What the gradient of a score is of that of its logit.
+    slopes = factors if block.hardness_gradient else scale
+    # A row without candidates has no cell that is not minus infinity: any shift will do.
+    shift = torch.where(log_sum > floor(vectors.dtype), log_sum, 0)
+    segments = vectors.segments()
+    for low, high in tiles(len(block.rows), problem.tile):
+        part = block.rows.part(low, high)
+        rows, factor = vectors.take(block.rows.side, part), factors[low:high]
+        gradient = torch.zeros_like(rows)
+        for start, stop in tiles(len(block.columns), problem.tile):
+            where = block.columns.part(start, stop)
+            products, columns = _logits(problem, block, rows, (low, high, start, stop), factor, work)
+            out = excluded_cells(block, low, high, start, stop)
+            column_gradient = sink.of_columns(block, start, stop)
+            if len(segments) == 1:
+                tile = products[0]
+                _finish(block, 0, tile, factor, low, high, out, folded)
+                weight = _probabilities(problem, tile, 0, low, high, shift, upstream, upstream_total)
+                back = tile @ columns
+                if scale_wanted:
+                    found[low:high] += weight * (back * rows).sum(dim=1)
+                weight = weight * slopes[low:high]
+                gradient.addcmul_(back, weight[:, None])
+                sink.add_columns(column_gradient, tile, rows * weight[:, None])
+                continue
+            running = work.tile(len(segments), high - low, stop - start)
+            tile = work.tile(len(segments) + 1, high - low, stop - start)
+            for number in reversed(range(len(segments))):
+                product = products[number]
+                torch.mul(product, 1, out=tile)
+                _scale_one(vectors, block, part, where, number, tile)
+                _finish(block, number, tile, factor, low, high, out, folded)
+                weight = _probabilities(problem, tile, number, low, high, shift, upstream, upstream_total)
+                tile.mul_((weight * slopes[low:high])[:, None])
+                _scale_one(vectors, block, part, where, number, tile)
+                dots = product.mul_(tile)
+                by_row = dots.sum(dim=1)
+                if scale_wanted:
+                    found[low:high] += by_row / slopes[low:high]
+                sink.add_dots(block, number, part, where, by_row, dots.sum(dim=0))
+                if number == len(segments) - 1:
+                    torch.mul(tile, 1, out=running)
+                else:
+                    running.add_(tile)
+                first, last = segments[number]
+                gradient[:, first:last].addmm_(running, columns[:, first:last])
+                sink.add_columns(column_gradient, running, rows, first, last)
+        sink.add(block.rows.side, part, gradient)
+    return found
+
+
+def _scale_one(
+    vectors: Vectors, block: Block, rows: Tensor | slice, columns: Tensor | slice, number: int, tile: Tensor
+) -> None:
+    left, right = vectors.factors(block.rows.side, rows), vectors.factors(block.columns.side, columns)
+    if left is not None and right is not None:
+        tile.mul_(left[number][:, None]).mul_(right[number][None, :])
+
+
+def _probabilities(
+    problem: Problem,
+    tile: Tensor,
+    number: int,
+    low: int,
+    high: int,
+    shift: Tensor,
+    upstream: Tensor,
+    upstream_total: Tensor,
+) -> Tensor:
+    """Logits -> in place what, times the (r,) weights that come back, is the gradient of the logits."""
+    weight = upstream[number, low:high]
+    if not problem.sums:
+        tile.sub_(shift[number, low:high, None]).exp_()
+        return weight
+    kept = tile > -torch.inf
+    tile.sub_(shift[number, low:high, None]).exp_().mul_(weight[:, None])
+    tile.add_(kept * upstream_total[number, low:high, None])
+    return torch.ones_like(weight)
+
+
+class _Gradients:
+    """Sums of gradients of both sides: of the unit vectors where there is one prefix, else of the vectors as they are,
+    beside the dot product of each prefix with its gradient."""
+
+    def __init__(self, vectors: Vectors) -> None:
+        self.vectors = vectors
+        self.sums: dict[Side, Tensor] = {
+            side: torch.zeros(raw.shape, dtype=vectors.dtype, device=raw.device) for side, raw in vectors.raw.items()
+        }
+        several = vectors.inverse is not None and len(vectors.prefixes) > 1
+        self.dots = {side: torch.zeros_like(one) for side, one in vectors.inverse.items()} if several else None  # type: ignore[union-attr]
+
+    def of_columns(self, block: Block, start: int, stop: int) -> tuple[Tensor, Tensor | slice]:
+        """Where the gradient of a tile's columns goes."""
+        return self.sums[block.columns.side][:, : self.vectors.widest], block.columns.part(start, stop)
+
+    def add_columns(
+        self,
+        target: tuple[Tensor, Tensor | slice],
+        tile: Tensor,
+        rows: Tensor,
+        first: int = 0,
+        last: int | None = None,
+    ) -> None:
+        """Add (r, c) times (r, w) to the columns."""
+        sums, which = target
+        if isinstance(which, slice):
+            sums[which, first:last].addmm_(tile.T, rows[:, first:last])
+        else:
+            sums[:, first:last].index_add_(0, which, tile.T @ rows[:, first:last])
+
+    def add(self, side: Side, which: Tensor | slice, values: Tensor) -> None:
+        """Add (n, w) to the lines of a side."""
+        sums = self.sums[side][:, : values.shape[1]]
+        if isinstance(which, slice):
+            sums[which] += values
+        else:
+            sums.index_add_(0, which, values)
+
+    def add_dots(
+        self,
+        block: Block,
+        number: int,
+        rows: Tensor | slice,
+        columns: Tensor | slice,
+        by_row: Tensor,
+        by_column: Tensor,
+    ) -> None:
+        """Add a tile's dot products of a prefix with its gradient."""
+        if self.dots is None:
+            return
+        for side, which, values in ((block.rows.side, rows, by_row), (block.columns.side, columns, by_column)):
+            line = self.dots[side][number]
+            if isinstance(which, slice):
+                line[which] += values
+            else:
+                line.index_add_(0, which, values)
+
+    def add_pairs(self, queries: Tensor, documents: Tensor, upstream: Tensor) -> None:
+        """Add the gradient of (M, N) scores of pairs."""
+        vectors = self.vectors
+        for low, high in tiles(len(queries), PAIRS_AT_ONCE):
+            left_index, right_index = queries[low:high], documents[low:high]
+            left, right = vectors.take("query", left_index), vectors.take("document", right_index)
+            weight = upstream[:, low:high]
+            factors = [vectors.factors("query", left_index), vectors.factors("document", right_index)]
+            if factors[0] is not None and factors[1] is not None:
+                weight = weight * factors[0] * factors[1]
+            parts = torch.stack([(left[:, a:b] * right[:, a:b]).sum(dim=1) for a, b in vectors.segments()])
+            if self.dots is not None:
+                for number, dots in enumerate(parts.cumsum(dim=0) * weight):
+                    self.dots["query"][number].index_add_(0, left_index, dots)
+                    self.dots["document"][number].index_add_(0, right_index, dots)
+            # A segment belongs to its own prefix and to all longer ones.
+            running = weight.flip(0).cumsum(dim=0).flip(0)
+            widths = torch.tensor([b - a for a, b in vectors.segments()], device=left.device)
+            each = running.repeat_interleave(widths, dim=0, output_size=vectors.widest).T
+            self.add("query", left_index, each * right)
+            self.add("document", right_index, each * left)
+
+    def result(self, side: Side, like: Tensor) -> Tensor:
+        """The gradient of the raw vectors of a side."""
+        vectors, sums = self.vectors, self.sums.pop(side)
+        if vectors.inverse is not None:
+            for low, high in tiles(len(sums), PAIRS_AT_ONCE):
+                self._through_norms(side, slice(low, high), sums)
+        return sums.to(like.dtype)
+
+    def _through_norms(self, side: Side, which: slice, sums: Tensor) -> None:
+        """In place: the norm of a prefix turns gradients that lie along it into nothing."""
+        vectors = self.vectors
+        assert vectors.inverse is not None
+        inverse = vectors.inverse[side][:, which]
+        # A vector too short to have a direction is divided by a constant.
+        moves = inverse < 1 / SMALLEST_NORM
+        if self.dots is None:
+            unit = vectors.take(side, which)
+            target = sums[which, : vectors.widest]
+            along = ((unit * target).sum(dim=1) * moves[0])[:, None]
+            target.sub_(unit * along).mul_(inverse[0][:, None])
+            return
+        raw = vectors.take(side, which)
+        share = self.dots[side][:, which] * inverse.square() * moves
+        for number, width in enumerate(vectors.prefixes):
+            sums[which, :width] -= raw[:, :width] * share[number][:, None]
+
+
+__all__: Sequence[str] = ["blockwise_statistics"]
