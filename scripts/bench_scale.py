@@ -179,7 +179,7 @@ def kmeans(options: argparse.Namespace, folder: Path, *, sample: int | None = 25
         found = spherical_kmeans(queries, clusters, seed=options.seed, sample=seen)
         falls = np.diff(found.objective)
         return {
-            "clusters": clusters,
+            "clusters_made": clusters,
             "sample": seen if seen is not None and seen < options.size else options.size,
             "assignments": len(found.objective),
             "objective": [float(found.objective[0]), float(found.objective[-1])],
