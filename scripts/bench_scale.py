@@ -377,6 +377,7 @@ def run(options: argparse.Namespace) -> int:
         record = {
             **key,
             **json.loads(done.stdout.splitlines()[-1]),
+            "command": f"python scripts/bench_scale.py --sizes {size} --components {components} --phases {phase}",
             "threads": os.environ.get("OMP_NUM_THREADS", "all"),
             "niceness": os.nice(0),
             "machine": machine(),
@@ -384,7 +385,7 @@ def run(options: argparse.Namespace) -> int:
         }
         records = [other for other in records if any(other.get(name) != value for name, value in key.items())]
         records.append(record)
-        content = {"command": "python " + " ".join(sys.argv), "dimensions": DIMENSIONS, "records": records}
+        content = {"dimensions": DIMENSIONS, "records": records}
         with atomic_path(options.json) as path:
             path.write_text(json.dumps(content, indent=1) + "\n")
         print(
