@@ -65,7 +65,13 @@ def test_a_judge_that_knows_finds_the_planted_twins(mined: Any) -> None:
 
     def judge(source: int, queries: Any, items: Any) -> Any:
         asked, found = store.texts(queries), store.texts(items)
-        return np.array([float(d.split()[0] == f"topic{q[1:]}") for q, d in zip(asked, found, strict=True)], np.float32)
+        return np.array(
+            [
+                (1 + d.endswith("twin")) * float(d.split()[0] == f"topic{q[1:]}")
+                for q, d in zip(asked, found, strict=True)
+            ],
+            np.float32,
+        )
 
     found = audit(store, negatives, judge, "an oracle", shown=4, judged=120)
     rate = found.false_negatives["pairs"]

@@ -83,7 +83,7 @@ class Audit:
     negative_scores: Floats
     judge: str
     false_negatives: dict[str, Proportion]
-    """Source -> of the judged negatives, those that the second teacher scores at least as high as the positive."""
+    """Source -> of the judged negatives, those that the second teacher scores higher than the positive."""
     shared: Proportion
     """The same over all sources."""
 
@@ -101,7 +101,7 @@ def audit(
     """Look at mined negatives: ``shown`` examples in words, and ``judged`` negatives of each source before a second teacher.
 
     At most one negative an example is judged, so that the trials are independent. A negative counts as false where the
-    judge scores it at least as high as the example's lowest positive: an estimate by that judge, not the truth.
+    judge scores it higher than the example's lowest positive: an estimate by that judge, not the truth.
     """
     counts = np.diff(negatives.offsets)
     owners = np.repeat(np.arange(len(counts)), counts)
@@ -145,7 +145,8 @@ def _judge(store: Store, negatives: Negatives, judge: Judge, source: int, places
     scores = judge(source, asked, items.astype(np.int64))
     mine, theirs = scores[: len(places)], scores[len(places) :]
     lowest = np.minimum.reduceat(theirs, np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64))
-    return wilson(int((mine >= lowest).sum()), len(places))
+    # Strictly: two scores of 0, as of BM25 without a common word, say nothing.
+    return wilson(int((mine > lowest).sum()), len(places))
 
 
 def _show(store: Store, negatives: Negatives, judge: Judge, places: Rows) -> Iterator[ShownExample]:
