@@ -168,6 +168,12 @@ def test_bad_overrides(toy_recipe: Path, override: str, words: str) -> None:
         load_recipe(toy_recipe, [override])
 
 
+def test_a_guide_that_training_does_not_have_is_refused(toy_recipe: Path) -> None:
+    loaded = load_recipe(toy_recipe, ["objective.guide_mask={margin: 0.0}"])
+    with pytest.raises(BadInputError, match="guide_mask wants a guide model"):
+        check_recipe(loaded)
+
+
 def test_overrides_reach_into_lists_and_defaults(toy_recipe: Path) -> None:
     toy_recipe.write_text(toy_recipe.read_text() + "sources: [pairs]\n")
     recipe = Recipe.load(

@@ -86,6 +86,12 @@ def check_recipe(loaded: Loaded[Recipe]) -> CheckedRecipe:
     training_suite = _suite(recipe.training.evaluation)
     make_contract(sources, recipe.prompts, {})
     _check_teacher(loaded)
+    if recipe.objective.needs_guide:
+        raise BadInputError(
+            "objective.guide_mask wants a guide model's embeddings of each batch, which training does not make",
+            where=loaded.where(("objective", "guide_mask")),
+            hint="Use objective.score_mask, or the loss class for sentence-transformers, which takes a guide.",
+        )
     return CheckedRecipe(recipe, data, sources, suite, training_suite)
 
 
