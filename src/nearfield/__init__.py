@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nearfield.api import build_data, dry_run, plan, report, train
+    from nearfield.api import build_data, dry_run, mine, plan, report, train
     from nearfield.errors import BadInputError, NearfieldError
     from nearfield.evaluation import compare, evaluate
     from nearfield.recipe import Recipe
@@ -24,6 +24,7 @@ __all__ = [
     "compare",
     "dry_run",
     "evaluate",
+    "mine",
     "plan",
     "report",
     "train",
@@ -34,6 +35,7 @@ _HOMES = {
     "NearfieldError": "nearfield.errors",
     "Recipe": "nearfield.recipe",
     "build_data": "nearfield.api",
+    "mine": "nearfield.api",
     "plan": "nearfield.api",
     "train": "nearfield.api",
     "dry_run": "nearfield.api",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nearfield.files import read_json
 from nearfield.pipeline import RunResult, open_run, run_stages
@@ -13,6 +13,7 @@ from nearfield.pipeline import RunResult, open_run, run_stages
 if TYPE_CHECKING:
     from nearfield.data.config import DataConfig
     from nearfield.data.store import Store
+    from nearfield.mining.negatives import Negatives
     from nearfield.pipeline.dry_run import DryRun
     from nearfield.recipe import Recipe
     from nearfield.reporting import ReportResult
@@ -52,6 +53,18 @@ def plan(recipe: str | Path | Recipe, overrides: Sequence[str] = (), run: str | 
     return PlanResult(
         folder, summary["steps"], summary["batch_size"], sum(e["tokens"] for e in summary["epochs"]), dropped
     )
+
+
+def mine(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] = (),
+    run: str | Path | None = None,
+    engine: Literal["local", "ray"] = "local",
+) -> Negatives:
+    """The hard negatives of a recipe, mined if they are missing; ``ray`` spreads the work over a cluster."""
+    from nearfield.pipeline.auditing import mine_run
+
+    return mine_run(open_run(recipe, overrides, run), engine=engine)
 
 
 def train(
