@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import nearfield
 from nearfield.batching.plan import Plan
 from nearfield.data.vectors import ItemVectors
 from nearfield.errors import BadInputError
@@ -192,3 +193,12 @@ def test_vectors_are_built_once_and_found_by_other_runs(toy_recipe: Path) -> Non
 def test_bad_recipes(toy_recipe: Path, overrides: Any, words: str) -> None:
     with pytest.raises(BadInputError, match=words):
         run_stages(open_run(toy_recipe, overrides), "mine")
+
+
+def test_mining_from_python(toy_recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "python"
+    negatives = nearfield.mine(toy_recipe, [MINING], run)
+    stages = Stages(open_run(toy_recipe, [MINING], run), Launch())
+    assert negatives.path == stages.negatives_path
+    assert negatives.examples.tolist() == stages._store().select("pairs", "train").tolist()
+    assert negatives.rows.size
