@@ -140,7 +140,7 @@ def test_no_tensor_of_all_cells_is_made() -> None:
                     self.elements = max(self.elements, part.untyped_storage().nbytes())
             return out
 
-    size, dim = 384, 16
+    size, dim = 512, 16
     batch = random_batch(1, size, dim=dim, positives=1, negatives=0, repeats=False)
     rich = RICH.model_copy(update={"matryoshka": None, "guide_mask": PLAIN.score_mask})
     for config in (PLAIN, rich):
