@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from nearfield.conformance.counting import CountTraffic
 from nearfield.conformance.problem import CPU, Problem, difference
-from nearfield.objectives.config import InfoNCEConfig
+from nearfield.objectives.config import (
+    FocalConfig,
+    HardnessConfig,
+    InfoNCEConfig,
+    MatryoshkaConfig,
+    MixingConfig,
+    ScoreMaskConfig,
+    SpreadConfig,
+)
 from nearfield.training import step as step_module
 from nearfield.training.backends.base import Backend
 from nearfield.training.chunks import split_batch
@@ -27,6 +35,23 @@ OBJECTIVES = {
     "infonce, log-sum of positives": InfoNCEConfig(temperature=0.1, several_positives="log_sum"),
     "infonce, own documents only": InfoNCEConfig(temperature=0.1, in_batch_negatives=False),
     "infonce, learnt temperature": InfoNCEConfig(temperature=0.1, both_directions=True, learn_temperature=True),
+    "infonce, four directions in tiles": InfoNCEConfig(
+        temperature=0.1,
+        directions=("query_document", "query_query", "document_query", "document_document"),
+        implementation="blockwise",
+    ),
+    "infonce, score mask, hardness, focal": InfoNCEConfig(
+        temperature=0.1,
+        score_mask=ScoreMaskConfig(margin=0.3),
+        hardness=HardnessConfig(alpha=2.0, detach=False),
+        focal=FocalConfig(detach=False),
+    ),
+    "infonce, mixing, prefixes, spread": InfoNCEConfig(
+        temperature=0.1,
+        mixing=MixingConfig(),
+        matryoshka=MatryoshkaConfig(dimensions=(8, 16)),
+        spread=SpreadConfig(),
+    ),
 }
 """Every shipped objective, with the options that change which cells of the logits count."""
 

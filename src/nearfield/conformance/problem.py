@@ -19,6 +19,7 @@ from nearfield.data.tokens import TokenCache, TokenTable
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
 from nearfield.objectives.config import InfoNCEConfig
+from nearfield.randomness import derive_seed
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import EmbeddingModule, Engine, build_engine
@@ -71,6 +72,9 @@ def random_batch(queries: int, seed: int = 0) -> tuple[Batch, dict[int, Rows]]:
 def sgd(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
     """Plain SGD: a step of rate 1 subtracts the gradient."""
     return torch.optim.SGD(parameters, lr=rate)
+
+
+SEED, STEP = 5, 3
 
 
 @dataclass
@@ -131,7 +135,7 @@ class Problem:
         return engine.work(self.batch, self.known.__getitem__, budget)[0]
 
     def gradient(
-        self, engine: Engine, work: Work, *, keep_graph: bool, seed: int = 5, step: int = 3
+        self, engine: Engine, work: Work, *, keep_graph: bool, seed: int = SEED, step: int = STEP
     ) -> tuple[StepResult, dict[str, Tensor]]:
         """One step's loss and its gradient, summed over ranks."""
         engine.backend.begin()
@@ -165,7 +169,8 @@ class Problem:
         work = self.work(engine, 10**9)
         whole = np.arange(len(work.pool.items))
         embeddings = encoder(dict(engine.make_features(work.pool)(whole)))["sentence_embedding"]
-        loss = objective(contrastive_batch(work.pool, embeddings, work.known_positives))
+        draw = derive_seed(SEED, "objective", STEP, work.first_number)
+        loss = objective(contrastive_batch(work.pool, embeddings, work.known_positives, draw=draw))
         mean = loss.total / loss.denominator
         mean.backward()
         gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}

@@ -138,7 +138,7 @@ def _try_out(
     def optimizer_of(parameters: Any) -> Any:
         return make_optimizer(parameters, config, device, no_decay=lambda name: name.startswith("objective."))
 
-    engine = build_engine(config, model, recipe.objective.build(), optimizer_of, inputs.tokens, device, launch)
+    engine = build_engine(config, model, stages._objective(), optimizer_of, inputs.tokens, device, launch)
     if launch.is_main:
         load_trackers(config)
     held = held_bytes(device)

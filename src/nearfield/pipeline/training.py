@@ -18,6 +18,7 @@ from nearfield.pipeline.during import evaluation_during_training
 if TYPE_CHECKING:
     import torch
 
+    from nearfield.objectives.infonce import InfoNCE
     from nearfield.training.loop import TrainingResult
 
 logger = logging.getLogger("nearfield.pipeline")
@@ -54,7 +55,7 @@ class TrainingStage(ChangingStages):
         )
         result = train(
             config,
-            self.recipe.objective.build(),
+            self._objective(),
             encoder.model,
             inputs,
             folder,
@@ -82,6 +83,10 @@ class TrainingStage(ChangingStages):
             **({} if result.best is None else {"best": {"step": result.best[0], "score": result.best[1]}}),
         }
 
+    def _objective(self) -> InfoNCE:
+        """The objective of the recipe, which may name sources."""
+        return self.recipe.objective.build([source.name for source in self._store().sources])
+
     def _encoder(self, device: torch.device) -> LoadedEncoder:
         """The encoder of the recipe in the precision that weights have in training, the same on all ranks."""
         from nearfield.training.engine import pick_precision
@@ -102,7 +107,7 @@ class TrainingStage(ChangingStages):
         from nearfield.training.engine import EmbeddingModule
 
         encoder = self._encoder(device)
-        load_into(EmbeddingModule(encoder.model, self.recipe.objective.build()), open_checkpoint(result.checkpoint))
+        load_into(EmbeddingModule(encoder.model, self._objective()), open_checkpoint(result.checkpoint))
         encoder.model.prompts = dict(self.trained_contract.model_prompts)
         with atomic_path(self.run.folder / "model") as aside:
             adapter = self.recipe.encoder.adapter
