@@ -24,6 +24,8 @@ ENCODERS = ("bert", "roberta", "modernbert")
 BOTH = tuple(f"{name}-both" for name in CAUSAL)
 KINDS = ("varlen", "block")
 LENGTHS = [9, 1, 30, 1, 1, 2, 17, 12, 1, 25]
+SORTED = [30, 30, 17, 17, 17, 9, 9, 5, 1, 1]
+"""As in chunks, where texts of one length lie side by side."""
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +61,12 @@ def assert_equal(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [LENGTHS, SORTED], ids=["ragged", "sorted"])
 @pytest.mark.parametrize("architecture", [*ENCODERS, *CAUSAL, *BOTH])
-def test_packed_is_padded(make: Callable[..., SentenceTransformer], architecture: str, kind: str) -> None:
-    assert_equal(make(architecture), LENGTHS, kind)
+def test_packed_is_padded(
+    make: Callable[..., SentenceTransformer], architecture: str, lengths: list[int], kind: str
+) -> None:
+    assert_equal(make(architecture), lengths, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

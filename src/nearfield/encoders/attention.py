@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -131,22 +132,25 @@ def _each_text(
 ) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    # Chunks are sorted by length, so that texts of one length lie side by side: they attend in one call.
+    runs = [(length, len(list(equal))) for length, equal in itertools.groupby(segments.lengths)]
     # Splitting once keeps the backward to one concatenation; slices would each fill a gradient of all tokens.
-    lengths = list(segments.lengths)
-    parts = zip(*(torch.split_with_sizes(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    sizes = [length * count for length, count in runs]
+    parts = zip(*(torch.split_with_sizes(tensor, sizes, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
-    for q, k, v in parts:
+    for (length, count), of_run in zip(runs, parts, strict=True):
+        q, k, v = (part[0].unflatten(1, (count, length)).transpose(0, 1) for part in of_run)
         mask = None
-        if radius is not None and q.shape[2] > radius + 1:
-            mask = band(q.shape[2], causal, radius, q.device)
+        if radius is not None and length > radius + 1:
+            mask = band(length, causal, radius, q.device)
         if dropout > 0:
             output = attention_with_dropout(q, k, v, mask, causal and mask is None, scaling, dropout)
         else:
             output = functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scaling
             )
-        outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None]
 
 
 def _variable_length(
