@@ -51,7 +51,7 @@ def write_inputs(folder: Path) -> Path:
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         "name: torture\ndata: data.yaml\nencoder: {model: model}\n"
-        "objective: {kind: infonce, learn_temperature: true}\nbatches: {batch_size: 32}\n"
+        "objective: {kind: infonce, learn_temperature: true}\nbatches: {kind: single_source, batch_size: 32}\n"
         f"training: {{epochs: 20, max_steps: {STEPS}, learning_rate: 1.0e-3, micro_batch_tokens: 128, trackers: [], "
         f"checkpoints: {{every_steps: {EVERY}}}}}\n"
     )
