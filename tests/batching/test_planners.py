@@ -25,7 +25,7 @@ from nearfield.batching.community_batches import CommunityPlanner
 from nearfield.batching.config import CommunitiesConfig, needs_vectors
 from nearfield.batching.kmeans_strata import KMeansStrataPlanner, merge_small
 from nearfield.batching.mixed import MixedPlanner
-from nearfield.batching.planner import EpochBatches, Planner
+from nearfield.batching.planner import EpochBatches, StreamPlanner
 from nearfield.batching.rows import SourceExamples
 from nearfield.batching.summary import count_exceptions
 from nearfield.errors import BadInputError
@@ -72,9 +72,9 @@ def fake_communities(queries: npt.NDArray[np.float32], documents: npt.NDArray[np
     return FakeCommunities(groups, np.arange(whole, count), window.astype(np.int32), window[:, :0].astype(np.int32))
 
 
-def build(settings: dict[str, Any]) -> Planner:
+def build(settings: dict[str, Any]) -> StreamPlanner:
     config = ANY.validate_python(settings)
-    planner: Planner = config.build()
+    planner: StreamPlanner = config.build()
     for part in planner.parts if isinstance(planner, MixedPlanner) else [planner]:
         if isinstance(part, KMeansStrataPlanner):
             part.cluster = fake_clusters

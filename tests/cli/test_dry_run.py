@@ -11,14 +11,8 @@ from pathlib import Path
 import pytest
 
 import nearfield
-from nearfield.cli import main
 from nearfield.pipeline import complaints
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    return int(stopped.value.code or 0)
+from tests.cli.command import run
 
 
 def test_a_run_that_would_start(toy_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

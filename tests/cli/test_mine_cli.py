@@ -6,15 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nearfield.cli import main
+from tests.cli.command import run
 
 MINING = "mining={negatives: 3, depth: 12, rules: [{kind: percent_of_positive, share: 0.9}]}"
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    return int(stopped.value.code or 0)
 
 
 def test_mine_and_audit(

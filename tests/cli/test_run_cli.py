@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 
 import nearfield
-from nearfield.cli import main
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    return int(stopped.value.code or 0)
+from tests.cli.command import run
 
 
 def test_from_recipe_to_model(

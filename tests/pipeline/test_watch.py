@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from nearfield.cli import main
 from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.watch import Progress, Watcher, duration, facts, one_line, sparkline
+from tests.cli.command import run
 
 
 class Folder:
@@ -180,20 +180,14 @@ def test_words() -> None:
     assert dict(facts(Progress("a", "running", silent=120.0)))["last sign"] == "2 min ago"
 
 
-def cli(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    return int(ended.value.code or 0)
-
-
 def test_the_command(
     folder: Folder, dead: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli("run", "watch", str(folder.path.parent / "nowhere")) == 2
+    assert run("run", "watch", str(folder.path.parent / "nowhere")) == 2
     assert "this folder does not exist" in capsys.readouterr().err
     folder.owner(os.getpid())
     folder.steps(1, 3)
-    assert cli("run", "watch", "--once", str(folder.path)) == 0
+    assert run("run", "watch", "--once", str(folder.path)) == 0
     shown = capsys.readouterr().out
     assert "running: train" in shown
     assert "3 of 40" in shown
@@ -206,7 +200,7 @@ def test_the_command(
             folder.owner(dead)
 
     monkeypatch.setattr("time.sleep", sleep)
-    assert cli("run", "watch", "--every", "7", str(folder.path)) == 0
+    assert run("run", "watch", "--every", "7", str(folder.path)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(";")[0].strip() for line in lines] == ["running: train", "running: train", "stopped"]
     assert naps == [7, 7]
@@ -228,7 +222,7 @@ def test_on_a_terminal(folder: Folder, dead: int, monkeypatch: pytest.MonkeyPatc
         folder.owner(dead)
 
     monkeypatch.setattr("time.sleep", sleep)
-    assert cli("run", "watch", str(folder.path)) == 0
+    assert run("run", "watch", str(folder.path)) == 0
     assert "3 of 40" in screen.getvalue()
     assert "40 of 40 (100%)" in screen.getvalue()
 

@@ -352,14 +352,14 @@ def test_a_refreshed_pool_is_the_nearest_by_the_weights_in_training(
     weights: dict[int, dict[str, torch.Tensor]] = {}
     from nearfield.training.negatives import refreshed
 
-    mine_pool = refreshed.mine_pool
+    mine_by_weights = refreshed.mine_by_weights
 
     def noted(engine: Any, *rest: Any, **keywords: Any) -> Any:
         weights[keywords["generation"]] = {k: v.clone() for k, v in model.state_dict().items()}
         assert not model.training, "no dropout while encoding"
-        return mine_pool(engine, *rest, **keywords)
+        return mine_by_weights(engine, *rest, **keywords)
 
-    monkeypatch.setattr(refreshed, "mine_pool", noted)
+    monkeypatch.setattr(refreshed, "mine_by_weights", noted)
     config = TrainingConfig.model_validate(
         {**SETTINGS, "learning_rate": 1e-2, "checkpoints": {"every_steps": 1, "keep_last": 10}}
     )
@@ -440,7 +440,7 @@ def test_a_signal_during_the_mining_leaves_it_to_the_resumed_run(
 
     with monkeypatch.context() as patch:
         first = watched(patch)
-        patch.setattr(refreshed, "mine_pool", interrupted)
+        patch.setattr(refreshed, "mine_by_weights", interrupted)
         with pytest.raises(StoppedError):
             go(inputs, tiny_model, tmp_path / "run")
     second = watched(monkeypatch)

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from nearfield.config import Config
 
 if TYPE_CHECKING:
-    from nearfield.batching.planner import Planner
+    from nearfield.batching.planner import StreamPlanner
 
 Share = Annotated[float, Field(gt=0)]
 
@@ -105,7 +105,7 @@ class ShuffledConfig(CommonConfig):
 
     kind: Literal["shuffled"] = "shuffled"
 
-    def build(self) -> Planner:
+    def build(self) -> StreamPlanner:
         """The planner."""
         from nearfield.batching.shuffled import ShuffledPlanner
 
@@ -124,7 +124,7 @@ class SingleSourceConfig(SeparatedConfig):
 
     kind: Literal["single_source"] = "single_source"
 
-    def build(self) -> Planner:
+    def build(self) -> StreamPlanner:
         """The planner."""
         from nearfield.batching.single_source import SingleSourcePlanner
 
@@ -147,7 +147,7 @@ class KMeansStrataConfig(SeparatedConfig):
     small: Literal["merge", "drop"] = "merge"
     """A cluster with fewer than ``batch_size`` examples joins the nearest, or is left out."""
 
-    def build(self) -> Planner:
+    def build(self) -> StreamPlanner:
         """The planner."""
         from nearfield.batching.kmeans_strata import KMeansStrataPlanner
 
@@ -182,7 +182,7 @@ class CommunitiesConfig(SeparatedConfig):
             raise ValueError(f"rank_to {self.rank_to} must be above rank_from {self.rank_from}")
         return self
 
-    def build(self) -> Planner:
+    def build(self) -> StreamPlanner:
         """The planner."""
         from nearfield.batching.community_batches import CommunityPlanner
 
@@ -235,7 +235,7 @@ class MixedConfig(CommonConfig):
         )
         return tuple(kinds)
 
-    def build(self) -> Planner:
+    def build(self) -> StreamPlanner:
         """The planner."""
         from nearfield.batching.mixed import MixedPlanner
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class MixedPlanner(StreamPlanner):
 
     def __init__(self, config: MixedConfig) -> None:
         super().__init__(config)
-        self.parts = [cast("StreamPlanner", part.build()) for part in config.part_configs]
+        self.parts = [part.build() for part in config.part_configs]
 
     def plan_streams(self, streams: Sequence[Stream], request: Request, among: Mapping[str, Rows]) -> EpochBatches:
         """The batches of one epoch."""

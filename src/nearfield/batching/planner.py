@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from nearfield.randomness import derive_seed, generator
 if TYPE_CHECKING:
     from nearfield.data.store import KnownPositives
 
-__all__ = ["EpochBatches", "Planner", "Rows", "SourceExamples", "VectorsOf"]
+__all__ = ["EpochBatches", "Rows", "SourceExamples", "StreamPlanner", "VectorsOf"]
 
 VectorsOf = Callable[[str, Rows], npt.NDArray[np.float32]]
 """(role, item rows) -> a teacher's unit vectors, (n, d)."""
@@ -73,23 +73,6 @@ class EpochBatches:
         return EpochBatches(self.rows.take(lists.positions(batches)), offsets, self.dropped, self.details)
 
 
-class Planner(Protocol):
-    """Makes the batches of an epoch: a function of its settings and of these arguments, nothing else."""
-
-    def plan(
-        self,
-        sources: Sequence[SourceExamples],
-        seed: int,
-        epoch: int,
-        *,
-        generation: int = 0,
-        known: KnownPositives | None = None,
-        vectors: VectorsOf | None = None,
-    ) -> EpochBatches:
-        """The batches of one epoch; ``generation`` numbers the pool of negatives that the examples come with."""
-        ...
-
-
 @dataclass(frozen=True)
 class Request:
     """What a plan is a function of, beside settings and examples."""
@@ -135,7 +118,10 @@ class Drawn:
 
 
 class StreamPlanner:
-    """The base of the planners: ``plan`` makes streams of sources, ``plan_streams`` makes batches of streams."""
+    """The base of the planners: ``plan`` makes streams of sources, ``plan_streams`` makes batches of streams.
+
+    The batches are a function of the settings and of the arguments of ``plan``, nothing else.
+    """
 
     def __init__(self, config: CommonConfig) -> None:
         self.config = config
@@ -151,7 +137,7 @@ class StreamPlanner:
         known: KnownPositives | None = None,
         vectors: VectorsOf | None = None,
     ) -> EpochBatches:
-        """The batches of one epoch; the same arguments always give the same batches."""
+        """The batches of one epoch; ``generation`` numbers the pool of negatives that the examples come with."""
         request = Request(seed, epoch, generation, known, vectors)
         return self.plan_streams(make_streams(sources, self.config.pools), request, {})
 

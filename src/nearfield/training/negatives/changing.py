@@ -32,16 +32,17 @@ class Candidates:
     """(n,) example rows, rising."""
     lists: Lists
 
+    def places(self, examples: Rows) -> Rows:
+        """Where these examples stand; -1 for those that were not mined for."""
+        if not len(self.examples):
+            return np.full(len(examples), -1, dtype=np.int64)
+        places = np.minimum(np.searchsorted(self.examples, examples), len(self.examples) - 1)
+        return np.where(self.examples[places] == examples, places, -1).astype(np.int64)
+
     def of(self, examples: Rows) -> list[Rows]:
         """The candidates of each of these examples; none for one that was not mined for."""
-        places = np.minimum(np.searchsorted(self.examples, examples), max(0, len(self.examples) - 1))
         none = np.empty(0, dtype=np.int64)
-        if not len(self.examples):
-            return [none for _ in examples]
-        known = self.examples[places] == examples
-        return [
-            self.lists[place] if here else none for place, here in zip(places.tolist(), known.tolist(), strict=True)
-        ]
+        return [self.lists[place] if place >= 0 else none for place in self.places(examples).tolist()]
 
 
 @dataclass(frozen=True)

@@ -36,18 +36,10 @@ class Dynamic(Replacing):
         self.count = len(inputs.candidates.examples)
         self.lengths = inputs.candidates.lists.lengths
 
-    def places(self, examples: Rows) -> Rows:
-        """Where the examples stand among the candidates; -1 for those that were not mined for."""
-        known = self.inputs.candidates.examples
-        if not len(known):
-            return np.full(len(examples), -1, dtype=np.int64)
-        places = np.minimum(np.searchsorted(known, examples), len(known) - 1)
-        return np.where(known[places] == examples, places, -1).astype(np.int64)
-
     def observe(self, batch: Batch, step: int, result: StepResult) -> None:
         """Note the scores of the step's negatives, and replace what is due."""
         scores = negative_scores(result)
-        places = self.places(batch.example)
+        places = self.inputs.candidates.places(batch.example)
         start = 0
         for place, negatives in zip(places.tolist(), batch.negatives, strict=True):
             if place >= 0 and len(negatives):
@@ -99,7 +91,7 @@ class BlockAtATime(Dynamic):
 
     def orders(self, examples: Rows, step: int) -> list[Rows]:
         """The candidates from the example's block on."""
-        places = self.places(examples)
+        places = self.inputs.candidates.places(examples)
         return [
             candidates if place < 0 else candidates[self.first_rank(int(self.block[place])) :]
             for place, candidates in zip(places.tolist(), self.inputs.candidates.of(examples), strict=True)
@@ -148,7 +140,9 @@ class OneAtATime(Dynamic):
     def orders(self, examples: Rows, step: int) -> list[Rows]:
         """The candidates in use, then those not used yet."""
         orders = []
-        for place, candidates in zip(self.places(examples).tolist(), self.inputs.candidates.of(examples), strict=True):
+        for place, candidates in zip(
+            self.inputs.candidates.places(examples).tolist(), self.inputs.candidates.of(examples), strict=True
+        ):
             if place >= 0:
                 used = self.ranks[place][self.ranks[place] < len(candidates)]
                 candidates = np.concatenate([candidates[used], candidates[self.next[place] :]])

@@ -16,13 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nearfield.batching.rows import Lists, Rows, join_lists
+from nearfield.data.vectors import unit
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_file, read_json, write_json
 from nearfield.mining.config import MiningConfig, RefreshedNegatives
-from nearfield.mining.documents import ArrayDocuments, Vectors
-from nearfield.mining.mine import MinedNegatives, select
-from nearfield.mining.pool import Pool
-from nearfield.mining.search import Neighbours, search
+from nearfield.mining.documents import ArrayDocuments
+from nearfield.mining.mine import MinedNegatives
+from nearfield.mining.pool import Pool, mine_pool, search_share
+from nearfield.mining.search import Neighbours
+from nearfield.mining.teachers import DenseScorer, Searching
 from nearfield.randomness import generator
 from nearfield.training.checkpoint import checkpoint_paths
 from nearfield.training.chunks import split_rows
@@ -48,7 +50,7 @@ class Remine:
     mining: MiningConfig
 
 
-def mine_pool(
+def mine_by_weights(
     engine: Engine,
     pool: Pool,
     prompts: tuple[int, int],
@@ -66,37 +68,17 @@ def mine_pool(
     """
     launch, device = engine.launch, engine.backend.device
     items, where = np.unique(pool.queries, return_inverse=True)
-    queries = _unit(encode_items(engine, prompts[0], items, budget, stop))[where]
-    documents = ArrayDocuments(_unit(encode_items(engine, prompts[1], pool.documents, budget, stop)))
+    queries = unit(encode_items(engine, prompts[0], items, budget, stop), items)[where]
+    documents = unit(encode_items(engine, prompts[1], pool.documents, budget, stop), pool.documents)
+    searching = Searching(memory=mining.memory_mib << 20, device=str(device))
+    scorer = DenseScorer(queries, ArrayDocuments(documents), searching)
     shares = Shares([split_rows(len(queries), launch.world_size, r) for r in range(launch.world_size)], launch.rank)
-    own = shares.own
-    start, stop_at = (int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0)
-    hidden = pool.positives.merged(pool.excluded).slice(start, stop_at)
-    found = search(
-        queries[start:stop_at],
-        documents,
-        mining.searched,
-        excluded=hidden,
-        memory=mining.memory_mib << 20,
-        device=str(device),
+    own = search_share(pool, scorer, mining, (launch.rank, launch.world_size))
+    rows, scores = (
+        gather_embeddings(torch.from_numpy(part).to(device), shares).cpu().numpy() for part in (own.rows, own.scores)
     )
-    rows = gather_embeddings(torch.from_numpy(found.rows).to(device), shares).cpu().numpy()
-    scores = gather_embeddings(torch.from_numpy(found.scores).to(device), shares).cpu().numpy()
-    return select(
-        Neighbours(rows, scores),
-        pool.positives,
-        documents.pairs(queries, pool.positives.owners(), pool.positives.rows),
-        rules=[rule.build() for rule in mining.rules],
-        negatives=mining.negatives,
-        seed=seed,
-        names=(pool.name, generation),
-    )
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Vectors = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
-    return unit
+    found = Neighbours(rows, scores)
+    return mine_pool(pool, scorer, mining, seed=seed, generation=generation, found=found)
 
 
 class Refreshed(Replacing):
@@ -156,7 +138,7 @@ class Refreshed(Replacing):
         examples, lists, short = [], [], 0
         with undisturbed(engine.backend.module, engine.backend.device):
             for pool in self.remine.pools:
-                mined = mine_pool(
+                mined = mine_by_weights(
                     engine,
                     pool,
                     self.remine.prompts[pool.source],
