@@ -19,7 +19,19 @@ EVERY_SIDE: tuple[Side, ...] = ("query", "positives", "negatives")
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class LengthStep(Config):
+class StepBase(Config):
+    """What every step's settings have."""
+
+    def inputs(self) -> dict[str, Any]:
+        """The content of files that the step reads."""
+        return {}
+
+    def build(self) -> Step:
+        """The step."""
+        raise NotImplementedError
+
+
+class LengthStep(StepBase):
     """Texts that are too short or too long. Without bounds nothing is."""
 
     kind: Literal["length"] = "length"
@@ -35,17 +47,13 @@ class LengthStep(Config):
             raise ValueError("'most' is below 'least': no text would stay")
         return self
 
-    def inputs(self) -> dict[str, Any]:
-        """The content of files that the step reads."""
-        return {}
-
     def build(self) -> Step:
         from nearfield.data.cleaning.texts import LengthFilter
 
         return LengthFilter(self)
 
 
-class CharactersStep(Config):
+class CharactersStep(StepBase):
     """Texts with too few letters or printable characters, or too much of URLs or control characters, as shares.
 
     The defaults take nothing out.
@@ -62,17 +70,13 @@ class CharactersStep(Config):
     """Control and format characters other than tab and line break, unassigned and private ones, and U+FFFD; of all."""
     sides: Sides = EVERY_SIDE
 
-    def inputs(self) -> dict[str, Any]:
-        """The content of files that the step reads."""
-        return {}
-
     def build(self) -> Step:
         from nearfield.data.cleaning.texts import CharactersFilter
 
         return CharactersFilter(self)
 
 
-class LanguageStep(Config):
+class LanguageStep(StepBase):
     """Texts in none of the languages, by py3langid: offline, 140 languages. Without languages nothing is taken out.
 
     Only what is surely in another language goes: short texts are hard to tell.
@@ -87,17 +91,13 @@ class LanguageStep(Config):
     """Shorter texts stay."""
     sides: Sides = EVERY_SIDE
 
-    def inputs(self) -> dict[str, Any]:
-        """The content of files that the step reads."""
-        return {}
-
     def build(self) -> Step:
         from nearfield.data.cleaning.texts import LanguageFilter
 
         return LanguageFilter(self)
 
 
-class _Duplicates(Config):
+class _Duplicates(StepBase):
     compare: Literal["example", "query", "positives"] = "example"
     """Which texts must be near-duplicates for two examples to be: all but the negatives, or those of one side."""
     keep: tuple[str, ...] = ()
@@ -114,10 +114,6 @@ class NearDuplicatesStep(NearDuplicateConfig, _Duplicates):
     kind: Literal["near_duplicates"] = "near_duplicates"
     words: bool = True
     normalised: bool = True
-
-    def inputs(self) -> dict[str, Any]:
-        """The content of files that the step reads."""
-        return {}
 
     def build(self) -> Step:
         from nearfield.data.cleaning.duplicates import NearDuplicates
@@ -147,7 +143,7 @@ class NearVectorsStep(_Duplicates):
         return NearVectors(self)
 
 
-class RemovalListStep(Config):
+class RemovalListStep(StepBase):
     """Texts named by a file: JSONL with an ``id`` a line, as ``nearfield data decontaminate --remove`` writes it.
 
     An example goes with its query or its last positive; a negative goes alone.

@@ -78,7 +78,7 @@ class MiningStages(Artifacts):
             return
         mining = self.recipe.mining
         assert kind == "search" and mining is not None
-        pool = self._pools(store)[int(number)]
+        pool = self._pool(store, self._mined_sources(store)[int(number)])
         judge = mining_teacher(self.recipe)
         assert isinstance(judge, DenseTeacher)
         if self.vectors_path(judge).is_dir():
@@ -166,15 +166,19 @@ class MiningStages(Artifacts):
         }
 
     def _pools(self, store: Store) -> list[Pool]:
+        return [self._pool(store, name) for name in self._mined_sources(store)]
+
+    def _mined_sources(self, store: Store) -> list[str]:
+        """The sources that negatives are mined for."""
+        kinds = {source.name: source.kind for source in store.sources}
+        return [name for name in self.source_names if kinds[name] == "retrieval"]
+
+    def _pool(self, store: Store, name: str) -> Pool:
         from nearfield.mining.pool import make_pool
 
-        mining = self.recipe.mining
-        assert mining is not None
-        kinds = {source.name: source.kind for source in store.sources}
-        names = [name for name in self.source_names if kinds[name] == "retrieval"]
-        return [
-            make_pool(store, name, self.recipe.split, names if mining.corpus == "sources" else [name]) for name in names
-        ]
+        assert self.recipe.mining is not None
+        corpus = self._mined_sources(store) if self.recipe.mining.corpus == "sources" else [name]
+        return make_pool(store, name, self.recipe.split, corpus)
 
     def _scorer(self, store: Store, pool: Pool) -> Scorer:
         from nearfield.mining.teachers import Searching, make_scorer
@@ -244,10 +248,9 @@ class MiningStages(Artifacts):
         if mining is None:
             return None
         mined = Negatives(self.negatives_path)
-        names = [name for name in self.source_names if store.sources[store.source_number(name)].kind == "retrieval"]
         return {
             name: planned_negatives(store, store.select(name, self.recipe.split), mined, mining.explicit)
-            for name in names
+            for name in self._mined_sources(store)
         }
 
     def planner_vectors(self) -> VectorsOf | None:
