@@ -168,10 +168,14 @@ def test_bad_overrides(toy_recipe: Path, override: str, words: str) -> None:
         load_recipe(toy_recipe, [override])
 
 
-def test_a_guide_that_training_does_not_have_is_refused(toy_recipe: Path) -> None:
-    loaded = load_recipe(toy_recipe, ["objective.guide_mask={margin: 0.0}"])
-    with pytest.raises(BadInputError, match="guide_mask wants a guide model"):
-        check_recipe(loaded)
+def test_a_guide_must_make_vectors_and_be_asked_for(toy_recipe: Path) -> None:
+    mask = "objective.guide_mask={margin: 0.0}"
+    with pytest.raises(BadInputError, match="the teacher 'bm25' has none"):
+        check_recipe(load_recipe(toy_recipe, [mask, "teacher={kind: bm25}"]))
+    with pytest.raises(BadInputError, match="no use for one"):
+        check_recipe(load_recipe(toy_recipe, ["guide={kind: sentence_transformer}"]))
+    check_recipe(load_recipe(toy_recipe, [mask]))
+    check_recipe(load_recipe(toy_recipe, [mask, "teacher={kind: bm25}", "guide={kind: sentence_transformer}"]))
 
 
 def test_overrides_reach_into_lists_and_defaults(toy_recipe: Path) -> None:

@@ -16,7 +16,13 @@ from nearfield.encoders.config import EncoderConfig, PromptConfig
 from nearfield.encoders.prompts import make_contract
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import HeldOutTask, SuiteConfig
-from nearfield.mining.config import MiningConfig, TeacherConfig, dense_teachers
+from nearfield.mining.config import (
+    MiningConfig,
+    SentenceTransformerTeacher,
+    TeacherConfig,
+    VectorsTeacher,
+    dense_teachers,
+)
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveConfig
 from nearfield.training.config import TrainingConfig, TrainingEvaluationConfig
 
@@ -52,6 +58,8 @@ class Recipe(Config):
     teacher: TeacherConfig | None = None
     """Who judges which texts are alike, for mining and for batches that are made of vectors; null takes the model that is
     trained, as it is before training, where one is needed."""
+    guide: Annotated[SentenceTransformerTeacher | VectorsTeacher, Field(discriminator="kind")] | None = None
+    """Whose vectors ``objective.guide_mask`` looks at; null takes the teacher's where one is needed."""
     mining: MiningConfig | None = None
     """Hard negatives by a teacher, beside or instead of the data's own; null mines none."""
     training: TrainingConfig = TrainingConfig()
@@ -86,17 +94,24 @@ def check_recipe(loaded: Loaded[Recipe]) -> CheckedRecipe:
     training_suite = _suite(recipe.training.evaluation)
     make_contract(sources, recipe.prompts, {})
     _check_teacher(loaded)
-    if recipe.objective.needs_guide:
-        raise BadInputError(
-            "objective.guide_mask wants a guide model's embeddings of each batch, which training does not make",
-            where=loaded.where(("objective", "guide_mask")),
-            hint="Use objective.score_mask, or the loss class for sentence-transformers, which takes a guide.",
-        )
     return CheckedRecipe(recipe, data, sources, suite, training_suite)
 
 
 def _check_teacher(loaded: Loaded[Recipe]) -> None:
     recipe = loaded.config
+    if recipe.guide is not None and not recipe.objective.needs_guide:
+        raise BadInputError(
+            "there is a guide, and the objective has no use for one",
+            where=loaded.where(("guide",)),
+            hint="Set objective.guide_mask, or remove 'guide'.",
+        )
+    needs_guide = recipe.objective.needs_guide and recipe.guide is None
+    if needs_guide and recipe.teacher is not None and not dense_teachers(recipe.teacher):
+        raise BadInputError(
+            f"the objective wants a guide's vectors, and the teacher {recipe.teacher.kind!r} has none",
+            where=loaded.where(("objective",)),
+            hint="Name one of kind sentence_transformer or vectors under 'guide'.",
+        )
     if recipe.mining is not None and recipe.objective.example_kind != "retrieval":
         raise BadInputError(
             f"negatives are mined for queries with positives; the objective {recipe.objective.kind!r} learns from "

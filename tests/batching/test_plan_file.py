@@ -135,6 +135,7 @@ def test_a_batch_of_several_sources(tmp_path: Path) -> None:
     assert summary["batches_by_source"] == {"2": 1, "several sources": 1}
     batch = Plan(tmp_path / "plan").batch(0)
     assert batch.source == SEVERAL_SOURCES
+    assert batch.sources is not None and len(set(batch.sources.tolist())) > 1
     assert batch.query_prompt.tolist() == [2, 2, 0]
     assert batch.document_prompt.tolist() == [3, 3, 1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -368,3 +369,16 @@ def test_chunks_of_a_step_are_numbered_through(tokens: TokenCache, pool: Pool) -
     for number, draw in zip((7, 8), backend.table.draws, strict=True):
         seed_chunk(3, 5, number)
         assert float(torch.rand(())) == draw
+
+
+def test_what_examples_count_and_a_guides_vectors_reach_the_objective(pool: Pool) -> None:
+    vectors = {"query": np.arange(20.0, dtype=np.float32).reshape(10, 2), "document": np.ones((10, 3), np.float32)}
+    heavy = replace(pool, weights=np.array([0.5, 2.0]), sources=np.array([3, 1]))
+    batch = contrastive_batch(
+        heavy, torch.zeros(5, 2), [], guide=lambda role, rows: vectors[role][rows].astype(np.float32)
+    )
+    assert batch.weights is not None and batch.sources is not None and batch.guide_queries is not None
+    assert batch.weights.tolist() == [0.5, 2.0] and batch.denominator() == 2.5
+    assert batch.sources.tolist() == [3, 1]
+    assert batch.guide_queries.tolist() == vectors["query"][pool.items[pool.queries]].tolist()
+    assert contrastive_batch(pool, torch.zeros(5, 2), []).denominator() == 2.0

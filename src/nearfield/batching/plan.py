@@ -66,6 +66,8 @@ class Batch:
     """(B,) of graded pairs; not a number where an example has none. None where no example of the plan has one."""
     label: Rows | None = None
     """(B,) of labelled examples, -1 where an example has none: the same number is the same label of the same source."""
+    sources: Rows | None = None
+    """(B,) the source of each example, where they have several."""
 
 
 def write_plan(
@@ -220,6 +222,7 @@ class Plan:
             return [found[row] for row in range(start, stop)]
 
         source = column("source")
+        several = bool((source != source[0]).any())
         has = self.table.schema.names
         return Batch(
             example=column("example"),
@@ -228,9 +231,10 @@ class Plan:
             negatives=lists("negatives"),
             query_prompt=column("query_prompt"),
             document_prompt=column("document_prompt"),
-            source=int(source[0]) if (source == source[0]).all() else SEVERAL_SOURCES,
+            source=SEVERAL_SOURCES if several else int(source[0]),
             score=self.column("score").astype(np.float64)[start:stop] if "score" in has else None,
             label=column("label") if "label" in has else None,
+            sources=source if several else None,
         )
 
     def epoch(self) -> EpochBatches:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from nearfield.training.engine import Engine
 from nearfield.training.launch import Launch
 from nearfield.training.step import Work, run_step
 
+WEIGHTED = "infonce, guide mask, examples with weights"
 OBJECTIVES = {
     "infonce": InfoNCEConfig(temperature=0.1),
     "infonce, both directions": InfoNCEConfig(temperature=0.1, both_directions=True),
@@ -52,6 +54,7 @@ OBJECTIVES = {
         matryoshka=MatryoshkaConfig(dimensions=(8, 16)),
         spread=SpreadConfig(),
     ),
+    WEIGHTED: InfoNCEConfig(temperature=0.1, guide_mask=ScoreMaskConfig()),
 }
 """Every shipped objective, with the options that change which cells of the logits count."""
 
@@ -131,6 +134,8 @@ class Suite:
         """Any chunks, kept or cached = one padded forward, for every objective."""
         for name, objective in OBJECTIVES.items():
             problem = self.make(objective, 8)
+            if name == WEIGHTED:
+                problem = replace(problem, weights=np.linspace(0.0, 2.0, 8))
             reference = problem.reference()
             every = name == "infonce"
             worst = max(

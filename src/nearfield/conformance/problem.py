@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nearfield.batching.plan import Batch
-from nearfield.batching.planner import Rows
+from nearfield.batching.planner import Rows, VectorsOf
+from nearfield.batching.rows import Floats
 from nearfield.conformance.tiny import save_tiny_bert
 from nearfield.data.tokens import TokenCache, TokenTable
 from nearfield.encoders.build import build_encoder
@@ -87,6 +88,8 @@ class Problem:
     known: dict[int, Rows]
     tokens: TokenCache
     dtype: torch.dtype = torch.float64
+    weights: Floats | None = None
+    """What each example counts; none where all count alike."""
 
     @classmethod
     def make(
@@ -128,7 +131,26 @@ class Problem:
         def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
             return optimizer([parameter for _, parameter in named], rate)
 
-        return build_engine(config, self.encoder(), objective, make_optimizer, self.tokens, CPU, launch)
+        return build_engine(
+            config,
+            self.encoder(),
+            objective,
+            make_optimizer,
+            self.tokens,
+            CPU,
+            launch,
+            guide=self.guide,
+            weights=self.weights,
+        )
+
+    @property
+    def guide(self) -> VectorsOf | None:
+        """Random vectors of each text in each role, where the objective wants some."""
+        if not self.objective.needs_guide:
+            return None
+        random = np.random.default_rng(1)
+        vectors = {role: random.standard_normal((TEXTS, 8)).astype(np.float32) for role in ("query", "document")}
+        return lambda role, rows: vectors[role][rows]
 
     def work(self, engine: Engine, budget: int) -> Work:
         """The batch cut and dealt."""
@@ -165,12 +187,14 @@ class Problem:
             None,
             False,
             encoder.get_embedding_dimension(),
+            guide=self.guide,
+            weights=self.weights,
         )
         work = self.work(engine, 10**9)
         whole = np.arange(len(work.pool.items))
         embeddings = encoder(dict(engine.make_features(work.pool)(whole)))["sentence_embedding"]
         draw = derive_seed(SEED, "objective", STEP, work.first_number)
-        loss = objective(contrastive_batch(work.pool, embeddings, work.known_positives, draw=draw))
+        loss = objective(contrastive_batch(work.pool, embeddings, work.known_positives, None, draw, work.guide))
         mean = loss.total / loss.denominator
         mean.backward()
         gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}

@@ -41,6 +41,9 @@ def _fingerprint(config: DataConfig, readers: Sequence[Reader]) -> str:
     for source in settings["sources"]:
         for place in ("path", "cache"):
             source["reader"].pop(place, None)
+        # A source without weights has the fingerprint that it had before there were any.
+        if source["weight"] is None:
+            del source["weight"]
     inputs: list[object] = [reader.inputs() for reader in readers]
     owners = [(settings, config.steps)]
     owners += [(owner, source.steps) for owner, source in zip(settings["sources"], config.sources, strict=True)]

@@ -33,6 +33,7 @@ RAW_SCHEMA = pa.schema(
         ("group", pa.string()),
         ("cluster", pa.string()),
         ("split_key", pa.string()),
+        ("weight", pa.float64()),
     ]
 )
 
@@ -137,6 +138,7 @@ def _collect_source(
             example.group,
             example.cluster,
             example.split_key,
+            example.weight,
         )
     result.rows.append(count)
     result.bad.append(reasons)

@@ -258,6 +258,8 @@ class SourceConfig(Config):
     """Examples of a group stay on one side of a split. Without it, the query is the group."""
     cluster: Column | None = None
     """The unit that statistics resample. Without it, the group."""
+    weight: Column | None = None
+    """What each example counts in the loss: a finite number of at least 0. Without it, each counts 1."""
     split: SplitConfig
     steps: tuple[StepConfig, ...] = ()
     """Cleaning steps within this source, in their order, before the common ones."""
@@ -272,7 +274,7 @@ class SourceConfig(Config):
             wanted += [examples.first, examples.second, examples.score]
         else:
             wanted += [examples.item, examples.label]
-        wanted += [self.group if isinstance(self.group, str) else None, self.cluster]
+        wanted += [self.group if isinstance(self.group, str) else None, self.cluster, self.weight]
         if isinstance(self.split, HashSplit):
             wanted.append(self.split.by)
         elif isinstance(self.split, ColumnSplit):

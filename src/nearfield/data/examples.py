@@ -46,6 +46,7 @@ class TextExample:
     cluster: str | None = None
     split_key: str | None = None
     """The name of the split or the value to hash, where a column holds it."""
+    weight: float | None = None
 
 
 def read_example(source: SourceConfig, values: Mapping[str, object], max_characters: int) -> TextExample:
@@ -58,8 +59,9 @@ def read_example(source: SourceConfig, values: Mapping[str, object], max_charact
         split_key = _key(values, source.split.by)
     elif isinstance(source.split, ColumnSplit):
         split_key = _key(values, source.split.column)
+    weight = None if source.weight is None else _weight(values, source.weight)
     query, positives, negatives, score, label = example
-    return TextExample(query, positives, negatives, score, label, group, cluster, split_key)
+    return TextExample(query, positives, negatives, score, label, group, cluster, split_key, weight)
 
 
 _Items = tuple[str, tuple[str, ...], tuple[str, ...], float | None, str | None]
@@ -133,21 +135,33 @@ def _key(values: Mapping[str, object], column: str) -> str:
     return _checked(value, column, MAX_KEY_CHARACTERS)
 
 
-def _score(values: Mapping[str, object], examples: GradedExamples) -> float:
-    value = _value(values, examples.score)
+def _number(values: Mapping[str, object], column: str) -> float:
+    value = _value(values, column)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise BadRowError(f"{examples.score!r} is not a number", value)
+        raise BadRowError(f"{column!r} is not a number", value)
     try:
-        score = float(value)
+        number = float(value)
     except (ValueError, OverflowError) as error:
-        raise BadRowError(f"{examples.score!r} is not a number", value) from error
-    if not math.isfinite(score):
-        raise BadRowError(f"{examples.score!r} is not finite", value)
+        raise BadRowError(f"{column!r} is not a number", value) from error
+    if not math.isfinite(number):
+        raise BadRowError(f"{column!r} is not finite", value)
+    return number
+
+
+def _weight(values: Mapping[str, object], column: str) -> float:
+    weight = _number(values, column)
+    if weight < 0:
+        raise BadRowError(f"{column!r} is below 0", weight)
+    return weight
+
+
+def _score(values: Mapping[str, object], examples: GradedExamples) -> float:
+    score = _number(values, examples.score)
     if examples.scale is None:
         return score
     low, high = examples.scale
     if not low <= score <= high:
-        raise BadRowError(f"{examples.score!r} is outside its scale", value)
+        raise BadRowError(f"{examples.score!r} is outside its scale", score)
     return (score - low) / (high - low)
 
 

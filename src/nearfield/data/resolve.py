@@ -16,7 +16,7 @@ from nearfield.data.collect import Collected
 from nearfield.data.config import ColumnSplit, DataConfig, DuplicateGroups, HashSplit, SourceConfig
 from nearfield.data.examples import example_digest
 from nearfield.data.splits import component_keys, split_of
-from nearfield.data.store import EXAMPLES_SCHEMA, Store
+from nearfield.data.store import EXAMPLES_SCHEMA, WEIGHT, Store
 from nearfield.data.writing import TableWriter
 from nearfield.errors import BadInputError
 
@@ -46,6 +46,7 @@ class _Resolver:
 
     def __init__(self, config: DataConfig, collected: Collected) -> None:
         self.sources = config.sources
+        self.weighted = any(source.weight is not None for source in config.sources)
         self.ids = np.frombuffer(collected.ids, dtype="V16")
         self.count = len(self.ids)
         pairs = collected.positives.array()
@@ -76,7 +77,7 @@ class _Resolver:
         ends: dict[str, list[int]] = {}
         position = 0
         for values in zip(*columns, strict=True):
-            number, query, positives, negatives, score, label, group, cluster, split_key = values
+            number, query, positives, negatives, score, label, group, cluster, split_key, weight = values
             flags = clash[position : position + len(negatives)]
             position += len(negatives)
             kept = negatives
@@ -95,7 +96,9 @@ class _Resolver:
             counts[split] = counts.get(split, 0) + 1
             ends.setdefault(split, []).extend([query, *positives])
             self._note(number, source, query, positives, score, label)
-            table.add(number, query, positives, kept, score, label, key, key if cluster is None else cluster, split)
+            weights = (weight,) if self.weighted else ()
+            cluster = key if cluster is None else cluster
+            table.add(number, query, positives, kept, score, label, key, cluster, split, *weights)
         for split, rows in ends.items():
             self._mark(split, rows)
 
@@ -216,7 +219,8 @@ def resolve(config: DataConfig, collected: Collected, raw: Path, out: Path) -> R
     100 for each example, 24 for each graded or labelled one, and 8 for each item.
     """
     resolver = _Resolver(config, collected)
-    with pa.memory_map(str(raw)) as source, TableWriter(out, EXAMPLES_SCHEMA) as table:
+    schema = EXAMPLES_SCHEMA.append(WEIGHT) if resolver.weighted else EXAMPLES_SCHEMA
+    with pa.memory_map(str(raw)) as source, TableWriter(out, schema) as table:
         for batch in pa.ipc.open_stream(source):
             resolver.batch(batch, table)
     return resolver.finish()

@@ -35,6 +35,8 @@ EXAMPLES_SCHEMA = pa.schema(
         pa.field("split", pa.string(), nullable=False),
     ]
 )
+WEIGHT = pa.field("weight", pa.float64())
+"""The column of examples that only stores have in which a source says what its examples count."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,13 @@ class Store:
         of_source = pc.equal(self.examples.column("source"), self.source_number(source))
         both = pc.and_(of_source, pc.equal(self.examples.column("split"), split))
         return np.flatnonzero(both.to_numpy()).astype(np.int64)
+
+    def weights(self) -> npt.NDArray[np.float64] | None:
+        """What each example counts in the loss, 1 where its source does not say; None where no source does."""
+        if WEIGHT.name not in self.examples.column_names:
+            return None
+        found: npt.NDArray[np.float64] = self.examples[WEIGHT.name].fill_null(1.0).to_numpy()
+        return found
 
     def known_positives(self) -> KnownPositives:
         """The union of the positives of each query over all retrieval examples of all sources and splits.

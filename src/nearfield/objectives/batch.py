@@ -51,6 +51,10 @@ class ContrastiveBatch:
         """(R,) int64: the queries whose loss this process computes."""
         return self.rows if self.rows is not None else torch.arange(len(self.queries), device=self.queries.device)
 
+    def denominator(self) -> float:
+        """What a sum over the rows of all processes is divided by; 1 where nothing counts, so that the loss is 0."""
+        return float(len(self.queries)) if self.weights is None else float(self.weights.sum()) or 1.0
+
 
 @dataclass(frozen=True)
 class LossSum:

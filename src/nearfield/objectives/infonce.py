@@ -94,9 +94,7 @@ class InfoNCE(nn.Module):
             term = spread(config.spread, batch.queries) + spread(config.spread, batch.documents)
             # Each process adds its rows' part of it, so that all of them add it once.
             loss = loss + (term if each is None else term * each)
-        denominator = float(len(batch.queries)) if batch.weights is None else float(batch.weights.sum())
-        # Where nothing counts the loss is 0.
-        return LossSum(loss.sum(), denominator or 1.0, loss.detach())
+        return LossSum(loss.sum(), batch.denominator(), loss.detach())
 
     def _prefixes(self, batch: ContrastiveBatch) -> tuple[list[int], list[float]]:
         """Lengths of prefixes, ascending and each once, and what each counts."""

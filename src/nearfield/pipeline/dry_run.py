@@ -116,7 +116,15 @@ def _measure(stages: Stages, trial_seconds: float) -> tuple[Forecast, int, int |
     encoder = stages._encoder(device)
     known = stages._store().known_positives()
     plans, hashes = stages._plans()
-    inputs = TrainingInputs(plans, hashes, stages._tokens(), known.of, lambda rows: [str(row) for row in rows])
+    inputs = TrainingInputs(
+        plans,
+        hashes,
+        stages._tokens(),
+        known.of,
+        lambda rows: [str(row) for row in rows],
+        guide=stages.guide_vectors(),
+        weights=stages._store().weights(),
+    )
     with torch.random.fork_rng(), launch.process_group(device, recipe.training.collective_timeout):
         forecast, steps, found = _try_out(stages, encoder.model, inputs, device, trial_seconds)
     return forecast, steps, encoder.model.max_seq_length, found
@@ -138,7 +146,17 @@ def _try_out(
     def optimizer_of(parameters: Any) -> Any:
         return make_optimizer(parameters, config, device, no_decay=lambda name: name.startswith("objective."))
 
-    engine = build_engine(config, model, stages._objective(), optimizer_of, inputs.tokens, device, launch)
+    engine = build_engine(
+        config,
+        model,
+        stages._objective(),
+        optimizer_of,
+        inputs.tokens,
+        device,
+        launch,
+        guide=inputs.guide,
+        weights=inputs.weights,
+    )
     if launch.is_main:
         load_trackers(config)
     held = held_bytes(device)

@@ -16,6 +16,7 @@ from nearfield.files import fingerprint, hash_folder
 from nearfield.mining.config import DenseTeacher
 from nearfield.pipeline.run import Run, StageStatus
 from nearfield.pipeline.teaching import (
+    guide_teacher,
     negatives_fingerprint,
     planning_teacher,
     teachers_of_vectors,
@@ -112,6 +113,9 @@ class Freshness:
         }
         if recipe.mining is not None and recipe.mining.during is not None:
             train["negatives"] = recipe.mining.during.model_dump(mode="json")
+        guide = guide_teacher(recipe)
+        if guide is not None:
+            train["guide"] = teachers[guide]
         during = recipe.training.evaluation
         if during is not None and during.decides:
             # Whether the untrained model is scored, and what is asked of prompts, decides nothing.

@@ -19,6 +19,7 @@ from nearfield.mining.search import Neighbours
 from nearfield.mining.teachers import DenseScorer
 from nearfield.pipeline.artifacts import Artifacts
 from nearfield.pipeline.teaching import (
+    guide_teacher,
     identity,
     mining_teacher,
     planning_teacher,
@@ -256,6 +257,11 @@ class MiningStages(Artifacts):
     def planner_vectors(self) -> VectorsOf | None:
         """The vectors that the planner gets, where there are any."""
         teacher = planning_teacher(self.recipe)
+        return None if teacher is None else ItemVectors.open(self.vectors_path(teacher)).of
+
+    def guide_vectors(self) -> VectorsOf | None:
+        """The vectors that the objective gets of its guide, where it asks for one."""
+        teacher = guide_teacher(self.recipe)
         return None if teacher is None else ItemVectors.open(self.vectors_path(teacher)).of
 
 

@@ -39,11 +39,23 @@ def planning_teacher(recipe: Recipe) -> DenseTeacher | None:
     return next(iter(dense_teachers(recipe.teacher)), None)
 
 
+def guide_teacher(recipe: Recipe) -> DenseTeacher | None:
+    """Whose vectors the objective gets; None where it asks for none."""
+    if not recipe.objective.needs_guide:
+        return None
+    if recipe.guide is not None:
+        return recipe.guide
+    # That the recipe's teacher makes vectors is checked with the recipe.
+    return SentenceTransformerTeacher() if recipe.teacher is None else next(iter(dense_teachers(recipe.teacher)), None)
+
+
 def teachers_of_vectors(recipe: Recipe) -> list[DenseTeacher]:
     """All teachers whose vectors the run needs, each once."""
     found = dense_teachers(mining_teacher(recipe)) if recipe.mining else []
-    planning = planning_teacher(recipe)
-    return found if planning is None or planning in found else [*found, planning]
+    for teacher in (planning_teacher(recipe), guide_teacher(recipe)):
+        if teacher is not None and teacher not in found:
+            found.append(teacher)
+    return found
 
 
 def located(teacher: SentenceTransformerTeacher, recipe: Recipe) -> ModelSource:

@@ -14,6 +14,7 @@ from nearfield.files import atomic_path, hash_folder, write_text
 from nearfield.pipeline.changing import ChangingStages
 from nearfield.pipeline.decontamination import contamination_entry, contamination_lines
 from nearfield.pipeline.during import evaluation_during_training
+from nearfield.pipeline.teaching import guide_teacher
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,8 @@ class TrainingStage(ChangingStages):
             item_ids=lambda rows: [ids[int(row)].as_py().hex() for row in rows],
             evaluate=evaluation_during_training(self, encoder.model, self._open_store),
             negatives=self.negative_inputs(store, tokens),
+            guide=self.guide_vectors(),
+            weights=store.weights(),
             about=self.recipe.model_dump(mode="json"),
         )
         result = train(
@@ -173,6 +176,9 @@ class TrainingStage(ChangingStages):
         paths = {"data": self.store_path, "tokens": self.tokens_path, "batches": self.run.folder / "plan"}
         if self.recipe.mining is not None and self.recipe.mining.during is not None:
             paths["negatives"] = self.negatives_path
+        guide = guide_teacher(self.recipe)
+        if guide is not None:
+            paths["guide's vectors"] = self.vectors_path(guide)
         return paths
 
     def _set_aside_stale_checkpoints(self) -> None:

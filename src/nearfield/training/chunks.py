@@ -33,6 +33,10 @@ class Pool:
     """(Q,) label of each example, -1 for none; none where the plan has none, or several sources with labels of their own."""
     source: int | None = None
     """The source of all examples; none where they have several."""
+    sources: Rows | None = None
+    """(Q,) the source of each example, where they have several."""
+    weights: npt.NDArray[np.float64] | None = None
+    """(Q,) what each example counts; none where all count alike."""
 
 
 def pool_batch(batch: Batch) -> Pool:
@@ -56,6 +60,7 @@ def pool_batch(batch: Batch) -> Pool:
         is_positive,
         None if source is None else batch.label,
         source,
+        batch.sources,
     )
 
 
@@ -66,20 +71,23 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
     if parts == 1:
         return [batch]
     edges = [size * part // parts for part in range(parts + 1)]
-    return [
-        Batch(
-            example=batch.example[start:stop],
-            query=batch.query[start:stop],
-            positives=batch.positives[start:stop],
-            negatives=batch.negatives[start:stop],
-            query_prompt=batch.query_prompt[start:stop],
-            document_prompt=batch.document_prompt[start:stop],
-            source=batch.source,
-            score=None if batch.score is None else batch.score[start:stop],
-            label=None if batch.label is None else batch.label[start:stop],
-        )
-        for start, stop in itertools.pairwise(edges)
-    ]
+    return [cut_batch(batch, start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def cut_batch(batch: Batch, start: int, stop: int) -> Batch:
+    """The examples ``start`` to ``stop`` of a batch."""
+    return Batch(
+        example=batch.example[start:stop],
+        query=batch.query[start:stop],
+        positives=batch.positives[start:stop],
+        negatives=batch.negatives[start:stop],
+        query_prompt=batch.query_prompt[start:stop],
+        document_prompt=batch.document_prompt[start:stop],
+        source=batch.source,
+        sources=None if batch.sources is None else batch.sources[start:stop],
+        score=None if batch.score is None else batch.score[start:stop],
+        label=None if batch.label is None else batch.label[start:stop],
+    )
 
 
 def cut_chunks(lengths: Rows, budget: int, groups: Rows | None = None, *, padded: bool = True) -> list[Rows]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nearfield.batching.plan import Batch
-from nearfield.batching.planner import Rows
+from nearfield.batching.planner import Rows, VectorsOf
+from nearfield.batching.rows import Floats
 from nearfield.data.tokens import TokenCache
 from nearfield.encoders.dropout import use_fast_dropout
 from nearfield.encoders.packing import Features, PackingKind, embed, packed_features, packing_kind, padded_features
@@ -67,6 +68,10 @@ class Engine:
     by_prompt: bool
     """Whether a chunk must have one prompt, since the pooling leaves it out."""
     dimension: int
+    guide: VectorsOf | None = None
+    """A guide's vectors of the items of the data, where the objective asks for them."""
+    weights: Floats | None = None
+    """What each example of the data counts, by its row; none where all count alike."""
 
     @property
     def padded(self) -> bool:
@@ -89,7 +94,7 @@ class Engine:
         self, batch: Batch, known_positives: Callable[[int], Rows], budget: int, *, first_number: int = 0
     ) -> tuple[Work, Rows]:
         """A planned batch cut into chunks and dealt to ranks, and the tokens of its texts."""
-        pool = pool_batch(batch)
+        pool = self.pool(batch)
         lengths = self.lengths(pool)
         known = [known_positives(int(query)) for query in batch.query]
         work = cut_work(
@@ -102,8 +107,14 @@ class Engine:
             rank=self.launch.rank,
             world_size=self.launch.world_size,
             first_number=first_number,
+            guide=self.guide,
         )
         return work, lengths
+
+    def pool(self, batch: Batch) -> Pool:
+        """The texts of a planned batch, with what its examples count."""
+        pool = pool_batch(batch)
+        return pool if self.weights is None else replace(pool, weights=self.weights[batch.example])
 
     def make_features(self, pool: Pool) -> MakeFeatures:
         """The function that turns a chunk of a pool into features."""
@@ -182,8 +193,14 @@ def build_engine(
     tokens: TokenCache,
     device: torch.device,
     launch: Launch,
+    *,
+    guide: VectorsOf | None = None,
+    weights: Floats | None = None,
 ) -> Engine:
-    """Put the model on its devices; the process group of several ranks must exist."""
+    """Put the model on its devices; the process group of several ranks must exist.
+
+    ``guide`` and ``weights`` are those of :class:`Engine`.
+    """
     name = asked_backend(config.backend, launch.world_size)
     check_sharded(config.optimizer, name)
     freeze_parameters(encoder.named_parameters(), config.freeze)
@@ -207,7 +224,10 @@ def build_engine(
     if launch.is_main:
         precision = pick_precision(config, device)
         logger.info("Backend %s in effect on %d process(es), %s, %s", name, launch.world_size, device.type, precision)
-    return Engine(backend, encoder, objective, launch, tokens, packing, leaves_prompt_out(encoder), dimension)
+    by_prompt = leaves_prompt_out(encoder)
+    return Engine(
+        backend, encoder, objective, launch, tokens, packing, by_prompt, dimension, guide=guide, weights=weights
+    )
 
 
 def open_backend(

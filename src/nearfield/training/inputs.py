@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nearfield.batching.plan import Batch, Plan
-from nearfield.batching.planner import Rows
+from nearfield.batching.planner import Rows, VectorsOf
+from nearfield.batching.rows import Floats
 from nearfield.data.tokens import TokenCache
 from nearfield.training.evaluating import Evaluate
 from nearfield.training.negatives import NegativeInputs
@@ -29,6 +30,10 @@ class TrainingInputs:
     """What scores the model during the training, where the configuration asks for it."""
     negatives: NegativeInputs | None = None
     """What changing negatives are made of; None where those of the plans stay."""
+    guide: VectorsOf | None = None
+    """A guide's vectors of the items, where the objective asks for them."""
+    weights: Floats | None = None
+    """What each example of the data counts, by its row; None where all count alike."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What trackers show beside the figures: the run's name and settings."""
 

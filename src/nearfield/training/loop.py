@@ -123,7 +123,17 @@ def _train(
     def optimizer_of(parameters: Any) -> torch.optim.Optimizer:
         return make_optimizer(parameters, config, device, no_decay=lambda name: name.startswith("objective."))
 
-    engine = build_engine(config, model, objective, optimizer_of, inputs.tokens, device, launch)
+    engine = build_engine(
+        config,
+        model,
+        objective,
+        optimizer_of,
+        inputs.tokens,
+        device,
+        launch,
+        guide=inputs.guide,
+        weights=inputs.weights,
+    )
     backend = engine.backend
     saved, extra = resume(engine, checkpoints, identity, steps)
     first = int(saved["step"]) if saved is not None else 0

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nearfield.batching.plan import Batch
-from nearfield.training.chunks import Pool, pool_batch
+from nearfield.training.chunks import Pool, cut_batch
 from nearfield.training.step import contrastive_batch, encode_chunk, seed_chunk
 
 if TYPE_CHECKING:
+    from nearfield.batching.plan import Batch
     from nearfield.batching.planner import Rows
     from nearfield.training.engine import Engine
 
@@ -174,23 +174,15 @@ def measure_loss(engine: Engine, batch: Batch, known_positives: Callable[[int], 
     documents = sum(len(p) + len(n) for p, n in zip(batch.positives, batch.negatives, strict=True))
     count = len(batch.query)
     queries = min(count, max(2, int(math.sqrt(cells * count / max(1, documents)))))
-    part = Batch(
-        batch.example[:queries],
-        batch.query[:queries],
-        batch.positives[:queries],
-        batch.negatives[:queries],
-        batch.query_prompt[:queries],
-        batch.document_prompt[:queries],
-        batch.source,
-    )
-    pool = pool_batch(part)
+    part = cut_batch(batch, 0, queries)
+    pool = engine.pool(part)
     known = [known_positives(int(query)) for query in part.query]
     device = engine.backend.device
     leaf = torch.randn(len(pool.items), engine.dimension, device=device).requires_grad_()
     learnt = [p for p in engine.objective.parameters() if p.requires_grad]
 
     def run(look: Callable[[], None]) -> None:
-        contrastive = contrastive_batch(pool, leaf, known, draw=0)
+        contrastive = contrastive_batch(pool, leaf, known, draw=0, guide=engine.guide)
         loss = engine.objective.forward(contrastive)
         torch.autograd.grad(loss.total / loss.denominator, [leaf, *learnt])
 

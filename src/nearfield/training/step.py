@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nearfield.batching.planner import Rows
+from nearfield.batching.planner import Rows, VectorsOf
 from nearfield.encoders.packing import Features
 from nearfield.objectives.infonce import ContrastiveBatch, LossSum
 from nearfield.randomness import derive_seed
@@ -51,6 +51,8 @@ class Work:
     """Item rows of all known positives of each query."""
     first_number: int = 0
     """What the first chunk is numbered with, where a step has several batches."""
+    guide: VectorsOf | None = None
+    """A guide's vectors of the items of the data, where the objective asks for them."""
 
     @property
     def own(self) -> list[int]:
@@ -84,11 +86,12 @@ def cut_work(
     rank: int,
     world_size: int,
     first_number: int = 0,
+    guide: VectorsOf | None = None,
 ) -> Work:
     """Cut a batch whose texts have ``lengths`` (n,) into chunks of ``budget`` tokens and deal these to ranks."""
     chunks = cut_chunks(lengths, budget, pool.prompts if by_prompt else None, padded=padded)
     tokens = [chunk_tokens(lengths, chunk, padded=padded) for chunk in chunks]
-    return Work(pool, chunks, tokens, deal_chunks(tokens, world_size), rank, known_positives, first_number)
+    return Work(pool, chunks, tokens, deal_chunks(tokens, world_size), rank, known_positives, first_number, guide)
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,21 @@ def contrastive_batch(
     known_positives: Sequence[Rows],
     rows: Rows | None = None,
     draw: int | None = None,
+    guide: VectorsOf | None = None,
 ) -> ContrastiveBatch:
     """The objective's view of a pool's (n, d) embeddings; ``known_positives`` are item rows, one array a query.
 
-    ``draw`` is the seed of what the objective draws.
+    ``draw`` is the seed of what the objective draws, ``guide`` gives a guide's vectors of items.
     """
     device = embeddings.device
+
+    def guided(role: str, places: Rows) -> Tensor | None:
+        # A copy: torch takes no memory that is mapped for reading only.
+        return None if guide is None else torch.from_numpy(np.array(guide(role, pool.items[places]))).to(device)
+
+    sources = pool.sources
+    if sources is None and pool.source is not None:
+        sources = np.full(len(pool.queries), pool.source, dtype=np.int64)
     width = max((len(known) for known in known_positives), default=0)
     known = np.full((len(known_positives), max(1, width)), -1, dtype=np.int64)
     for line, items in enumerate(known_positives):
@@ -152,7 +164,10 @@ def contrastive_batch(
         rows=None if rows is None else torch.from_numpy(rows).to(device),
         query_ids=torch.from_numpy(pool.items[pool.queries]).to(device),
         labels=None if pool.labels is None else torch.from_numpy(pool.labels).to(device),
-        sources=None if pool.source is None else torch.full((len(pool.queries),), pool.source, device=device),
+        weights=None if pool.weights is None else torch.from_numpy(pool.weights).to(device),
+        sources=None if sources is None else torch.from_numpy(sources).to(device),
+        guide_queries=guided("query", pool.queries),
+        guide_documents=guided("document", pool.documents),
         draw=draw,
     )
 
@@ -247,7 +262,7 @@ def run_step(
     leaf = gather_embeddings(joined, shares).requires_grad_()
     rows = split_rows(len(work.pool.queries), len(work.shares), work.rank) if len(work.shares) > 1 else None
     draw = derive_seed(seed, "objective", step, work.first_number)
-    batch = contrastive_batch(work.pool, leaf, work.known_positives, rows, draw)
+    batch = contrastive_batch(work.pool, leaf, work.known_positives, rows, draw, work.guide)
     learnt = [p for p in objective.parameters() if p.requires_grad]
     total, gradient = math.nan, torch.zeros_like(leaf)
     learnt_gradients: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in learnt]
@@ -284,8 +299,10 @@ def run_step(
     word = exchange_control(
         total, guard.out_of_memory, stop(), backend.used(), ranks=len(work.shares), device=backend.device
     )
-    seen = None if word.out_of_memory else contrastive_batch(work.pool, leaf.detach(), work.known_positives, draw=draw)
-    return StepResult(word, float(len(work.pool.queries)), seen)
+    seen = None
+    if not word.out_of_memory:
+        seen = replace(batch, queries=batch.queries.detach(), documents=batch.documents.detach(), rows=None)
+    return StepResult(word, batch.denominator(), seen)
 
 
 def _push(backend: Backend, pieces: Sequence[Tensor], last: bool) -> None:

@@ -11,7 +11,7 @@ from nearfield.data.cleaning.step import Encoders, Taken, no_encoders
 from nearfield.data.cleaning.table import ExampleTable
 from nearfield.data.cleaning_config import StepConfig
 from nearfield.data.config import DataConfig
-from nearfield.data.store import EXAMPLES_SCHEMA, ITEMS_SCHEMA, Store
+from nearfield.data.store import EXAMPLES_SCHEMA, ITEMS_SCHEMA, WEIGHT, Store
 from nearfield.data.summary import StepSummary
 from nearfield.errors import BadInputError
 
@@ -75,15 +75,16 @@ def _write(table: ExampleTable) -> None:
     new[used] = np.arange(len(used))
     positives, negatives = (members.lists(count) for members in (table.positives, table.negatives))
     folder = store.path
-    with pa.ipc.new_stream(str(folder / "examples.new"), EXAMPLES_SCHEMA) as writer:
+    schema = EXAMPLES_SCHEMA.append(WEIGHT) if store.weights() is not None else EXAMPLES_SCHEMA
+    with pa.ipc.new_stream(str(folder / "examples.new"), schema) as writer:
         for start in range(0, len(kept), _BATCH):
             rows = kept[start : start + _BATCH]
             part = store.examples.take(rows)
-            columns = {name: part[name] for name in EXAMPLES_SCHEMA.names}
+            columns = {name: part[name] for name in schema.names}
             columns["query"] = pa.array(new[table.query[rows]])
             for name, lists in (("positives", positives), ("negatives", negatives)):
                 columns[name] = pa.array([new[lists[row]].tolist() for row in rows.tolist()], pa.list_(pa.int64()))
-            writer.write_table(pa.table(columns, schema=EXAMPLES_SCHEMA))
+            writer.write_table(pa.table(columns, schema=schema))
     with pa.ipc.new_stream(str(folder / "items.new"), ITEMS_SCHEMA) as writer:
         ids = store.items["id"]
         for rows, texts in table.texts(used):
