@@ -15,7 +15,7 @@ from nearfield.errors import BadInputError
 
 pytestmark = pytest.mark.conformance
 
-CHECKS = 19
+CHECKS = 20
 """Lines of a launch; of several ranks two more: a resume on another number of them, and the bytes on the wire."""
 
 

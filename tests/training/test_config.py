@@ -35,6 +35,7 @@ def test_defaults() -> None:
         "dropout": True,
         "checkpoints": {"every_steps": 500, "keep_last": 2, "background": True},
         "log_every": 1,
+        "watch_every": 10,
         "trackers": ({"kind": "tensorboard"},),
         "evaluation": None,
     }
@@ -103,3 +104,13 @@ def test_a_warmup_needs_steps_after_it(steps: int, warmup: int) -> None:
 def test_what_is_exported_is_there() -> None:
     assert nearfield.training.__all__ == ["CheckpointConfig", "ScheduleConfig", "TrainingConfig"]
     assert all(hasattr(nearfield.training, name) for name in nearfield.training.__all__)
+
+
+def test_which_lines_say_more() -> None:
+    """Every step a line, every tenth line more; every third step a line, every second of these more; the last always."""
+    every = [step for step in range(1, 35) if TrainingConfig().logs(step, 34) == (True, True)]
+    assert every == [1, 11, 21, 31, 34]
+    some = TrainingConfig(log_every=3, watch_every=2)
+    assert [step for step in range(1, 15) if some.logs(step, 14)[0]] == [3, 6, 9, 12, 14]
+    assert [step for step in range(1, 15) if some.logs(step, 14)[1]] == [3, 9, 14]
+    assert all(TrainingConfig(watch_every=1).logs(step, 9) == (True, True) for step in range(1, 10))

@@ -16,9 +16,9 @@ import torch
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, NonFiniteError
 from nearfield.objectives.infonce import ContrastiveBatch
+from nearfield.objectives.watching import similarities
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training import TrainingConfig
-from nearfield.training.gradient import watch
 from nearfield.training.metrics import read_metrics
 from nearfield.training.optimizer_configs import AdamWConfig
 from nearfield.training.optimizers import make_optimizer
@@ -109,11 +109,12 @@ def test_non_finite_stops_with_names(
     assert json.loads((run / "manifest.json").read_text())["stages"]["train"]["resumed_from"] == 6
 
 
-def test_watch_knows_the_hardest_negative() -> None:
+def test_the_figures_know_the_hardest_negative() -> None:
     queries = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     documents = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 3.0], [-1.0, 0.0]])
     owner, positive = torch.tensor([0, 0, 1, 1]), torch.tensor([True, False, True, False])
-    figures = watch(ContrastiveBatch(queries, documents, owner, positive, owner, owner[:, None]))
+    ids = torch.arange(4)
+    figures = similarities(ContrastiveBatch(queries, documents, owner, positive, ids, ids[::2, None]))
     assert figures["positive_similarity"] == pytest.approx(1.0)
     assert figures["hardest_negative_similarity"] == pytest.approx((0.6 + 0.8) / 2)
 

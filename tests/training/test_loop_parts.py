@@ -13,8 +13,10 @@ import torch
 from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows
 from nearfield.errors import BadInputError, NonFiniteError
+from nearfield.objectives import watching
 from nearfield.objectives.infonce import ContrastiveBatch, LossSum
-from nearfield.training import TrainingConfig, engine, gradient
+from nearfield.objectives.watching import similarities
+from nearfield.training import TrainingConfig, engine
 from nearfield.training.chunks import Pool
 from nearfield.training.communication import ControlWord
 from nearfield.training.engine import Engine, pick_device, pick_precision
@@ -134,7 +136,7 @@ def test_steps_run_through_the_epochs(inputs: TrainingInputs) -> None:
 def test_lengths_are_those_with_the_prompt() -> None:
     items, prompts = np.array([3, 9, 3, 0]), np.array([1, 0, 0, 1])
     nothing: Any = None
-    part = Engine(nothing, nothing, torch.nn.Module(), Launch(), make_tokens(), None, False, 3)
+    part = Engine(nothing, nothing, nothing, Launch(), make_tokens(), None, False, 3)
     none = np.zeros(0, dtype=np.int64)
     lengths = part.lengths(Pool(items, prompts, none, none, none, none.astype(bool)))
     assert lengths.tolist() == (SIZES[items] + prompts).tolist()
@@ -145,7 +147,7 @@ def test_similarities_of_queries_and_documents() -> None:
     """Rows of several lengths; the hardest of the first query is its own negative, of the second another's positive."""
     queries = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
     documents = torch.tensor([[0.6, 0.8], [4.0, 3.0], [0.0, -5.0], [-1.0, 0.0]])
-    figures = gradient.watch(seen(queries, documents))
+    figures = similarities(seen(queries, documents))
     assert set(figures) == {"positive_similarity", "hardest_negative_similarity"}
     assert figures["positive_similarity"] == pytest.approx((0.6 - 1.0) / 2)
     assert figures["hardest_negative_similarity"] == pytest.approx((0.8 + 0.8) / 2)
@@ -155,19 +157,21 @@ def seen(queries: torch.Tensor, documents: torch.Tensor) -> ContrastiveBatch:
     """Each query brought a positive and a negative."""
     owner = torch.arange(len(queries)).repeat_interleave(2)
     positive = torch.arange(len(documents)) % 2 == 0
-    return ContrastiveBatch(queries, documents, owner, positive, owner, owner[:, None])
+    ids = torch.arange(len(documents))
+    return ContrastiveBatch(queries, documents, owner, positive, ids, ids[::2, None])
 
 
 def test_of_many_queries_some_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first and the last among them; all documents are looked at."""
+    """A draw of them; all documents are looked at."""
     angles = torch.arange(9.0) / 10
     queries = torch.stack([angles.cos(), angles.sin()], dim=1)
     documents = torch.eye(2).repeat(9, 1)
-    whole = gradient.watch(seen(queries, documents))
+    whole = similarities(seen(queries, documents))
     assert whole["positive_similarity"] == pytest.approx(float(angles.cos().mean()))
-    monkeypatch.setattr(gradient, "_WATCHED_QUERIES", 3)
-    part = gradient.watch(seen(queries, documents))
-    assert part["positive_similarity"] == pytest.approx(float(angles[[0, 4, 8]].cos().mean()))
+    monkeypatch.setattr(watching, "ROWS", 3)
+    part = similarities(seen(queries, documents))
+    drawn = watching.sample(9, 3, None, "rows")
+    assert part["positive_similarity"] == pytest.approx(float(angles[drawn].cos().mean()))
 
 
 class Told(torch.nn.Module):

@@ -95,6 +95,17 @@ def test_what_a_run_leaves_behind(go: Go, inputs: TrainingInputs, tmp_path: Path
         "seconds",
         "positive_similarity",
         "hardest_negative_similarity",
+        "alignment",
+        "uniformity",
+        "effective_rank",
+        "rank_limit",
+        "temperature",
+        "negatives",
+        "masked_share",
+        "masked_known_positive",
+        "effective_negatives",
+        "hardest_gradient_share",
+        "effective_examples",
     ]
     last = tmp_path / "run" / "checkpoints" / "step-00000006"
     assert result == TrainingResult(6, 0, 24, lines[-1]["loss"], result.seconds, "cpu", "fp32", "single", 1, last)

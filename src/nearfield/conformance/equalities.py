@@ -108,6 +108,7 @@ class Suite:
         yield self.unequal_shares()
         yield from self.dropout()
         yield from self.packing()
+        yield self.figures()
         yield self.averaging()
         yield self.clipping()
         yield from self.resume()
@@ -201,6 +202,19 @@ class Suite:
             raise AssertionError("the tiny BERT must be packed")
         worst = max(self._difference(problem, 60, keep_graph=keep, packing="auto") for keep in (True, False))
         yield self.line("packed = padded", worst)
+
+    def figures(self) -> Line:
+        """What is told of the learning, with masks, weights and a learnt temperature."""
+        objective = OBJECTIVES["infonce, score mask, hardness, focal"].model_copy(update={"learn_temperature": True})
+        problem = self.make(objective, 8)
+        alone = problem.engine(Launch(), "single", dropout=True)
+        expected = problem.gradient(alone, problem.work(alone, 60), keep_graph=True, watch=True)[0].figures
+        engine = problem.engine(self.launch, self.backend, dropout=True)
+        found = problem.gradient(engine, problem.work(engine, 60), keep_graph=False, watch=True)[0].figures
+        assert found.keys() == expected.keys() and "masked_score" in found
+        worst = max(abs(found[name] - value) / max(abs(value), 1e-3) for name, value in expected.items())
+        # An effective rank is the root of what float32 rounds.
+        return self.line("figures of the learning = those of one process", worst, max(self.tolerance, 1e-8))
 
     def averaging(self) -> Line:
         """Averaged batches, which must be asked for = the mean of the references of their parts."""

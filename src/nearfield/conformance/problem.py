@@ -157,7 +157,7 @@ class Problem:
         return engine.work(self.batch, self.known.__getitem__, budget)[0]
 
     def gradient(
-        self, engine: Engine, work: Work, *, keep_graph: bool, seed: int = SEED, step: int = STEP
+        self, engine: Engine, work: Work, *, keep_graph: bool, seed: int = SEED, step: int = STEP, watch: bool = False
     ) -> tuple[StepResult, dict[str, Tensor]]:
         """One step's loss and its gradient, summed over ranks."""
         engine.backend.begin()
@@ -170,6 +170,7 @@ class Problem:
             seed=seed,
             step=step,
             keep_graph=keep_graph,
+            watch=watch,
         )
         return result, engine.backend.gradients()
 

@@ -16,7 +16,7 @@ from nearfield.objectives.vectors import accumulation_dtype, tiles
 def dense_statistics(problem: Problem, queries: Tensor, documents: Tensor, scales: Mapping[str, Tensor]) -> Statistics:
     """(Q, d) and (D, d) embeddings, and (R,) one over the temperature for the rows of each block -> statistics."""
     dtype = accumulation_dtype(queries.dtype)
-    excluded = {name: _excluded(problem, block) for name, block in problem.blocks.items()}
+    excluded = {name: excluded_matrix(problem, block) for name, block in problem.blocks.items()}
     pairs: list[Tensor] = []
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in problem.blocks}
     for number, width in enumerate(problem.vectors.prefixes):
@@ -28,7 +28,7 @@ def dense_statistics(problem: Problem, queries: Tensor, documents: Tensor, scale
             rows = sides[block.rows.side][block.rows.part(0, len(block.rows))]
             columns = sides[block.columns.side][block.columns.part(0, len(block.columns))]
             cells, over = excluded[name]
-            logits = _logits(rows, columns, scales[name], block)
+            logits = block_logits(rows, columns, scales[name], block)
             cells.fill(logits, floor(dtype))
             if over:
                 logits.masked_fill_(over[number], floor(dtype))
@@ -39,7 +39,8 @@ def dense_statistics(problem: Problem, queries: Tensor, documents: Tensor, scale
     return Statistics(torch.stack(pairs), blocks)
 
 
-def _logits(rows: Tensor, columns: Tensor, scale: Tensor, block: Block) -> Tensor:
+def block_logits(rows: Tensor, columns: Tensor, scale: Tensor, block: Block) -> Tensor:
+    """(R, w) and (C, w) vectors -> (R, C) logits, of cells that are no candidates too."""
     if not block.hardness:
         return (rows * scale[:, None]) @ columns.T
     scores = rows @ columns.T
@@ -59,7 +60,7 @@ def _row_statistics(logits: Tensor, sums: bool) -> tuple[Tensor, Tensor, Tensor]
     return log_sum, torch.where(kept, logits, 0).sum(dim=1), kept.sum(dim=1).to(logits.dtype)
 
 
-def _excluded(problem: Problem, block: Block) -> tuple[Excluded, list[Tensor]]:
+def excluded_matrix(problem: Problem, block: Block) -> tuple[Excluded, list[Tensor]]:
     """The cells that are no candidates, and for each prefix those that its scores rule out, (R, C) bool."""
     shape, vectors = (len(block.rows), len(block.columns)), problem.vectors
     device = block.rows.index.device

@@ -14,6 +14,7 @@ from nearfield.objectives.candidates import Layout, lay_out
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.objectives.masks import CELLS_AT_ONCE
 from nearfield.objectives.mixing import mixed_scores
+from nearfield.objectives.objective import Objective
 from nearfield.objectives.problem import Statistics, floor
 from nearfield.objectives.softmax import Group, Positives, join, listed, losses, segment_log_sum, segment_sum
 from nearfield.objectives.spread import spread
@@ -25,7 +26,7 @@ DENSE_CELLS = 2**24
 """Up to so many cells of logits ``auto`` holds the whole matrix: 64 MB in float32."""
 
 
-class InfoNCE(nn.Module):
+class InfoNCE(Objective):
     """-log softmax of a positive among the documents that are no known positive of the query.
 
     With ``P_ic`` the softmax over row i's candidates, the gradient of the loss with respect to the logit (i, c) is
@@ -81,15 +82,13 @@ class InfoNCE(nn.Module):
         config = self.config
         prefixes, weights = self._prefixes(batch)
         layout = lay_out(config, batch, prefixes, self.tile)
-        scale = self._scale(batch, layout.rows)
+        scale = self.row_scale(batch, layout.rows)
         statistics = self._statistics(layout, batch, scale)
         rows = self._row_losses(layout, batch, statistics, scale, prefixes)
         loss = (rows * torch.as_tensor(weights, dtype=rows.dtype, device=rows.device)[:, None]).sum(dim=0)
         each = None if batch.weights is None else batch.weights[layout.rows].to(loss.dtype)
-        if each is not None:
-            loss = loss * each
-        if config.source_weights:
-            loss = loss * self.weight_of[self._sources(batch)[layout.rows]].to(loss.dtype)
+        if each is not None or config.source_weights:
+            loss = loss * self.row_weights(batch, layout.rows).to(loss.dtype)
         if config.spread is not None:
             term = spread(config.spread, batch.queries) + spread(config.spread, batch.documents)
             # Each process adds its rows' part of it, so that all of them add it once.
@@ -121,7 +120,25 @@ class InfoNCE(nn.Module):
             )
         return batch.sources
 
-    def _scale(self, batch: ContrastiveBatch, rows: Tensor) -> Tensor:
+    def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
+        """Masks, weights, temperature and where the gradient comes from."""
+        from nearfield.objectives.watching import watch_softmax
+
+        return watch_softmax(self, batch)
+
+    def row_weights(self, batch: ContrastiveBatch, rows: Tensor) -> Tensor:
+        """(R,) what each row counts by its example and its source."""
+        weights = torch.ones(len(rows), device=rows.device) if batch.weights is None else batch.weights[rows]
+        return weights * self.weight_of[self._sources(batch)[rows]] if self.config.source_weights else weights
+
+    def negative_logits(self, scores: Tensor, scales: Tensor) -> Tensor:
+        """Scores of own explicit negatives, and of mixtures -> logits."""
+        hardness = self.config.hardness
+        alpha = hardness.alpha if hardness is not None and hardness.on != "in_batch" else 0.0
+        weight = scores if hardness is not None and not hardness.detach else scores.detach()
+        return scores * scales + alpha * weight
+
+    def row_scale(self, batch: ContrastiveBatch, rows: Tensor) -> Tensor:
         """(R,) one over the temperature of each row."""
         dtype = accumulation_dtype(batch.queries.dtype)
         temperature = self.temperature
@@ -184,16 +201,9 @@ class InfoNCE(nn.Module):
     ) -> list[Group]:
         """Each row's own explicit negatives, and what is mixed of them."""
         config, row, rows = self.config, layout.negative_row, len(layout.rows)
-        hardness = config.hardness
-        alpha = hardness.alpha if hardness is not None and hardness.on != "in_batch" else 0.0
-
-        def logits(scores: Tensor, scales: Tensor) -> Tensor:
-            weight = scores if hardness is not None and not hardness.detach else scores.detach()
-            return scores * scales + alpha * weight
-
         sums = layout.problem.sums
         scores = statistics.pairs[:, layout.positives :]
-        groups = [listed(logits(scores, scale[row]), layout.negative_kept, row, rows, sums)]
+        groups = [listed(self.negative_logits(scores, scale[row]), layout.negative_kept, row, rows, sums)]
         if config.mixing is None:
             return groups
         # What a mask takes from the full vectors goes into no mixture.
@@ -202,7 +212,7 @@ class InfoNCE(nn.Module):
         mixed, has = mixed_scores(
             config.mixing, batch, layout.rows, documents, row[good], prefixes, config.similarity == "cosine"
         )
-        filled = logits(mixed, scale[:, None])
+        filled = self.negative_logits(mixed, scale[:, None])
         kept = has[:, None].expand(filled.shape)
         none = filled.new_zeros(0)
         groups.append(

@@ -40,6 +40,7 @@ _NOT_IN_TRAINING_FINGERPRINT = {
     "graph_tokens",
     "checkpoints",
     "log_every",
+    "watch_every",
     "trackers",
     # What of it decides which model comes out is added by itself.
     "evaluation",

@@ -12,11 +12,15 @@ from pathlib import Path
 from markupsafe import Markup
 
 from nearfield.reporting import text
-from nearfield.reporting.run import AbsentError, load_object, mapping, real, string
+from nearfield.reporting.learning import CHARTS as LEARNING_CHARTS
+from nearfield.reporting.learning import judge
+from nearfield.reporting.run import AbsentError, Json, load_object, mapping, real, string
 from nearfield.reporting.svg import LineChart, Series, line_chart
 
 POINTS = 400
 """Points of a curve at most; longer runs are cut into so many stretches of steps, each drawn by its mean."""
+STYLES = 4
+"""Colours of curves."""
 
 NAN = math.nan
 
@@ -137,18 +141,21 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
 def _chart(
     metrics: Metrics, key: str, title: str, columns: Sequence[tuple[str, str]], *, smoothed: bool, zero: bool
 ) -> Chart:
-    xs: list[float] = metrics.steps
     series: list[Series] = []
     shown: list[tuple[str, list[float]]] = []
-    for number, (column, label) in enumerate(columns, start=1):
-        if not metrics.known(column):
-            continue
-        xs, ys = thin(metrics.steps, metrics.column(column), POINTS)
-        style = f"s{number}"
+    known = [(column, label) for column, label in columns if metrics.known(column)]
+    # Some figures are told now and then only: steps that have none of them are no gaps.
+    told = [i for i in range(len(metrics.steps)) if any(math.isfinite(metrics.column(name)[i]) for name, _ in known)]
+    sparse = len(told) <= len(metrics.steps) // 2
+    places = told if sparse else range(len(metrics.steps))
+    steps = [metrics.steps[place] for place in places]
+    xs, _ = thin(steps, steps, POINTS)
+    for number, (column, label) in enumerate(known, start=1):
+        values = metrics.column(column)
+        _, ys = thin(steps, [values[place] for place in places], POINTS)
+        style = f"s{min(number, STYLES)}"
         if smoothed and len(ys) >= 20:
-            series.append(
-                Series("each step" if len(metrics.steps) <= POINTS else "mean of some steps", ys, style, faint=True)
-            )
+            series.append(Series("each step" if len(steps) <= POINTS else "mean of some steps", ys, style, faint=True))
             ys = smooth(ys, max(2, len(ys) // 40))
             label = f"{label}, smoothed"
         series.append(Series(label, ys, style))
@@ -189,6 +196,7 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...], bool, bool], ...] = (
         False,
         False,
     ),
+    *LEARNING_CHARTS,
     ("speed", "Tokens a second", (("tokens_per_second", "tokens a second"),), True, True),
     ("padding", "Share of padding in what was computed", (("padding_share", "padding"),), False, True),
 )
@@ -299,8 +307,8 @@ def _finite(values: Sequence[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def build_curves(run: Path) -> Curves:
-    """The section of a run folder; :class:`AbsentError` where nothing was recorded."""
+def build_curves(run: Path, recipe: Json | None = None) -> Curves:
+    """The section of a run folder with this parsed recipe; :class:`AbsentError` where nothing was recorded."""
     metrics = read_metrics(run / "metrics.jsonl")
     if not metrics.steps:
         raise AbsentError("metrics.jsonl holds no step.")
@@ -322,7 +330,7 @@ def build_curves(run: Path) -> Curves:
         charts=[*charts[:1], *scores, *charts[1:]],
         heads=["step", *(label for _, label in known)],
         rows=rows,
-        notes=[*_notes(metrics), *score_notes],
+        notes=[*_notes(metrics), *score_notes, *judge(metrics.column, recipe or {})],
         steps=round(metrics.steps[-1]),
         every_step=len(metrics.steps) >= round(metrics.steps[-1]),
         rows_seen=math.fsum(_finite(metrics.column("rows"))),

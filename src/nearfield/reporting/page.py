@@ -107,7 +107,7 @@ def read_page(run: Path) -> tuple[Page, dict[str, object]]:
     """The page of a run folder, and the figures that go with it as JSON."""
     recipe = part("recipe.yaml", lambda: read_recipe(run))
     manifest = part("manifest.json", lambda: read_manifest(run))
-    curves = part("metrics.jsonl", lambda: build_curves(run))
+    curves = part("metrics.jsonl", lambda: build_curves(run, {} if isinstance(recipe, Missing) else recipe.values))
     found = part("the data store", lambda: store_folder(manifest, run))
     store = None if isinstance(found, Missing) else found
     listed = part("the store's sources", lambda: sources_of(store))

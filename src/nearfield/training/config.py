@@ -117,10 +117,19 @@ class TrainingConfig(Config):
     checkpoints: CheckpointConfig = CheckpointConfig()
     log_every: Annotated[int, Field(ge=1)] = 1
     """Steps between lines of metrics."""
+    watch_every: Annotated[int, Field(ge=1)] = 10
+    """Of so many lines of metrics, one says more: masks, weights, where the gradient comes from, the embeddings' shape.
+    The first and the last always do."""
     trackers: tuple[TrackerConfig, ...] = (TensorBoardConfig(),)
     """Where figures and scores go besides ``metrics.jsonl`` and ``evaluations.jsonl``."""
     evaluation: TrainingEvaluationConfig | None = None
     """Score the model during the training."""
+
+    def logs(self, step: int, steps: int) -> tuple[bool, bool]:
+        """Whether step number ``step`` of ``steps`` gets a line of metrics, and whether that line says more."""
+        last = step == steps
+        logged = step % self.log_every == 0 or last
+        return logged, logged and (last or step // self.log_every % self.watch_every == 1 % self.watch_every)
 
     @model_validator(mode="after")
     def _trackers_differ(self) -> TrainingConfig:

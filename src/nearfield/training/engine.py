@@ -20,6 +20,7 @@ from nearfield.encoders.dropout import use_fast_dropout
 from nearfield.encoders.packing import Features, PackingKind, embed, packed_features, packing_kind, padded_features
 from nearfield.encoders.sparse import sparse_embedding_gradients
 from nearfield.errors import BadInputError
+from nearfield.objectives.objective import Objective
 from nearfield.training.backends.base import Backend
 from nearfield.training.backends.common import MakeOptimizer
 from nearfield.training.chunks import Pool, pool_batch
@@ -60,7 +61,7 @@ class Engine:
 
     backend: Backend
     encoder: SentenceTransformer
-    objective: nn.Module
+    objective: Objective
     launch: Launch
     tokens: TokenCache
     packing: PackingKind | None
@@ -188,7 +189,7 @@ def leaves_prompt_out(model: nn.Module) -> bool:
 def build_engine(
     config: TrainingConfig,
     encoder: SentenceTransformer,
-    objective: nn.Module,
+    objective: Objective,
     make_optimizer: MakeOptimizer,
     tokens: TokenCache,
     device: torch.device,

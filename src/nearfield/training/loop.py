@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import nn
 
 from nearfield.batching.plan import total_steps
 from nearfield.errors import BadInputError, OutOfMemoryStopError, StoppedError
+from nearfield.objectives.objective import Objective
+from nearfield.objectives.watching import similarities
 from nearfield.training.checkpoint import CheckpointWriter, checkpoint_paths
 from nearfield.training.communication import any_rank
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import build_engine, pick_device, pick_precision
 from nearfield.training.evaluating import Evaluations, InterruptedEvaluationError
 from nearfield.training.forecast import begin_forecast, end_forecast
-from nearfield.training.gradient import batch_gradient, watch
+from nearfield.training.gradient import batch_gradient
 from nearfield.training.inputs import TrainingInputs, batch_of_step
 from nearfield.training.launch import Launch, RankDiedError
 from nearfield.training.memory import Budget
@@ -66,7 +67,7 @@ class TrainingResult:
 
 def train(
     config: TrainingConfig,
-    objective: nn.Module,
+    objective: Objective,
     model: SentenceTransformer,
     inputs: TrainingInputs,
     run: Path,
@@ -106,7 +107,7 @@ def train(
 
 def _train(
     config: TrainingConfig,
-    objective: nn.Module,
+    objective: Objective,
     model: SentenceTransformer,
     inputs: TrainingInputs,
     run: Path,
@@ -232,9 +233,18 @@ def _train(
             epoch, planned = batch_of_step(inputs.plans, step)
             batch, figures = negatives.batch(planned, step)
             rate = config.learning_rate * rate_factor(config.schedule, step, steps)
+            logged, watched = config.logs(step + 1, steps)
             while True:
                 result, tokens, padded = batch_gradient(
-                    engine, config, budget, batch, inputs, seed=seed, step=step, stop=stop
+                    engine,
+                    config,
+                    budget,
+                    batch,
+                    inputs,
+                    seed=seed,
+                    step=step,
+                    stop=stop,
+                    watch=watched and launch.is_main,
                 )
                 if not result.word.out_of_memory:
                     break
@@ -250,7 +260,7 @@ def _train(
             loss_value = result.loss
             done = step + 1
             examples += len(batch.query)
-            if done % config.log_every == 0 or done == steps:
+            if logged:
                 trackers.step(
                     {
                         "step": done,
@@ -262,7 +272,8 @@ def _train(
                         "tokens": tokens,
                         "padded_tokens": padded,
                         "seconds": round(time.monotonic() - began, 4),
-                        **watch(result.batch),
+                        **(similarities(result.batch) if result.batch is not None else {}),
+                        **result.figures,
                         **figures,
                         **used_memory(device),
                     }

@@ -10,16 +10,18 @@ needs no saved random state and the masks do not depend on the number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nearfield.batching.planner import Rows, VectorsOf
 from nearfield.encoders.packing import Features
-from nearfield.objectives.infonce import ContrastiveBatch, LossSum
+from nearfield.objectives.batch import ContrastiveBatch, LossSum
+from nearfield.objectives.objective import Objective
+from nearfield.objectives.watching import watch as watch_learning
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.base import Backend
 from nearfield.training.chunks import Pool, chunk_tokens, cut_chunks, deal_chunks, split_rows
@@ -104,6 +106,8 @@ class StepResult:
     """The detached embeddings that the loss saw; none where memory ran out before."""
     first_query: int = 0
     """Where its queries begin in the planned batch, where a step averages several."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """How the learning goes, where that was asked for; of the last batch, where a step averages several."""
 
     @property
     def loss(self) -> float:
@@ -121,7 +125,7 @@ def mean_result(results: Sequence[StepResult]) -> StepResult:
     word = ControlWord(mean, any(w.out_of_memory for w in words), any(w.stop for w in words), used)
     # Of the embeddings those are of use that explain a loss that is not finite.
     shown = next((result for result in results if not math.isfinite(result.loss)), results[-1])
-    return StepResult(word, 1.0, shown.batch, shown.first_query)
+    return StepResult(word, 1.0, shown.batch, shown.first_query, results[-1].figures)
 
 
 def seed_chunk(seed: int, step: int, chunk: int) -> None:
@@ -209,7 +213,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def run_step(
     backend: Backend,
-    objective: nn.Module,
+    objective: Objective,
     work: Work,
     make_features: MakeFeatures,
     *,
@@ -221,6 +225,7 @@ def run_step(
     final: bool = True,
     stop: Callable[[], bool] = lambda: False,
     catch_out_of_memory: bool = True,
+    watch: bool = False,
 ) -> StepResult:
     """Leave this rank's part of the gradient of the batch's mean loss in the backend.
 
@@ -228,7 +233,7 @@ def run_step(
     else each chunk is encoded a second time and only its own graph is in memory. A backend whose forwards are collective
     has every rank run as many chunks as the rank with the most; the missing ones are copies whose gradient is zero.
 
-    Where a step averages several batches, each adds ``weight`` times its gradient, and the last of them is ``final``.
+    With ``watch`` this process looks at how the learning goes. Where a step averages several batches, each adds ``weight`` times its gradient, and the last of them is ``final``.
 
     The caller must look at the control word before it calls ``update``: the gradient is of use only if memory
     sufficed everywhere and the loss is finite.
@@ -265,6 +270,7 @@ def run_step(
     batch = contrastive_batch(work.pool, leaf, work.known_positives, rows, draw, work.guide)
     learnt = [p for p in objective.parameters() if p.requires_grad]
     total, gradient = math.nan, torch.zeros_like(leaf)
+    figures: Mapping[str, float] = {}
     learnt_gradients: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in learnt]
     with backend.whole(learnt):
         with guard:
@@ -275,6 +281,8 @@ def run_step(
                     loss.total * (weight / loss.denominator), [leaf, *learnt]
                 )
                 total = float(loss.total.detach())
+                if watch:
+                    figures = watch_learning(objective, batch)
         own = reduce_gradient(gradient, shares)
         with guard:
             if not guard.out_of_memory:
@@ -302,7 +310,7 @@ def run_step(
     seen = None
     if not word.out_of_memory:
         seen = replace(batch, queries=batch.queries.detach(), documents=batch.documents.detach(), rows=None)
-    return StepResult(word, batch.denominator(), seen)
+    return StepResult(word, batch.denominator(), seen, figures=figures)
 
 
 def _push(backend: Backend, pieces: Sequence[Tensor], last: bool) -> None:

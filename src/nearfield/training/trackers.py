@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nearfield.training")
 
-_PLOTTED = ("loss", "learning_rate", "gradient_norm", "positive_similarity", "hardest_negative_similarity")
+_COUNTS = {"step", "epoch", "rows", "tokens", "padded_tokens", "seconds"}
+"""Figures of a step that say what it was, not how it went."""
 WANDB_FILE = "wandb.json"
 
 
@@ -175,7 +176,7 @@ class Trackers:
         """Tell the figures of a step, ``step`` among them."""
         if self._writes:
             self._metrics.write(line)
-            self._tell(line["step"], {f"train/{name}": line[name] for name in _PLOTTED if name in line})
+            self._tell(line["step"], {f"train/{name}": value for name, value in line.items() if name not in _COUNTS})
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
         """Tell the scores of an evaluation after ``step`` steps."""

@@ -13,9 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from nearfield.console import track
+from nearfield.objectives.watching import similarities
 from nearfield.training.costs import PlanCosts, StepCost
 from nearfield.training.forecast import Forecast, Memory, overlaps, peak_bytes, reset_peak, slowest
-from nearfield.training.gradient import batch_gradient, watch
+from nearfield.training.gradient import batch_gradient
 from nearfield.training.inputs import TrainingInputs
 from nearfield.training.measure import Line, fit_line
 from nearfield.training.memory import Budget, Profile
@@ -78,11 +79,14 @@ def run_trial(
         if ran and spent + slowest([cost.seconds], device)[0] > limit_seconds:
             break
         start, cpu_start = time.perf_counter(), time.process_time()
-        result, _, _ = batch_gradient(engine, config, budget, batch, inputs, seed=seed, step=0, stop=StopRequest())
+        result, _, _ = batch_gradient(
+            engine, config, budget, batch, inputs, seed=seed, step=0, stop=StopRequest(), watch=ran % 2 == 0
+        )
         if result.word.out_of_memory:
             return Trial(forecast, ran, out_of_memory=True, finite=finite)
         norm = engine.backend.update([0.0] * len(factors), config.max_gradient_norm, result.word.used)
-        watch(result.batch)
+        if result.batch is not None:
+            similarities(result.batch)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
         finite = finite and math.isfinite(result.loss) and math.isfinite(norm)
         if ran:

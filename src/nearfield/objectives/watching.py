@@ -1,0 +1,265 @@
+"""What a batch tells of how the learning goes: a few numbers from the embeddings that the loss has seen anyway.
+
+All are of the global batch, the same on any number of ranks. Of a large batch a seeded sample of rows is looked at, and
+of these all documents: at most ``CELLS`` similarities, never a whole matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.objectives.masks import Join
+from nearfield.objectives.objective import Objective
+from nearfield.objectives.problem import floor
+from nearfield.objectives.vectors import accumulation_dtype
+from nearfield.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from nearfield.objectives.config import InfoNCEConfig
+    from nearfield.objectives.infonce import InfoNCE
+
+ROWS = 512
+"""Queries, and texts of each side, that are looked at, at most."""
+CELLS = 2**22
+"""Similarities of queries with documents that are looked at, at most; but those of 16 queries always."""
+HARDEST = 0.01
+"""The share of negatives whose share of the gradient is told."""
+
+
+def sample(count: int, most: int, seed: int | None, use: str) -> Tensor:
+    """(n,) ascending numbers below ``count``: all, or a seeded draw of ``most``."""
+    if count <= most:
+        return torch.arange(count)
+    generator = torch.Generator().manual_seed(derive_seed(seed or 0, "watch", use))
+    return torch.randperm(count, generator=generator)[:most].sort().values
+
+
+def watched_rows(batch: ContrastiveBatch) -> Tensor:
+    """The queries that are looked at."""
+    most = min(ROWS, max(16, CELLS // max(1, len(batch.documents))))
+    return sample(len(batch.queries), most, batch.draw, "rows").to(batch.queries.device)
+
+
+@torch.no_grad()
+def similarities(batch: ContrastiveBatch) -> dict[str, float]:
+    """Mean cosine of queries with their positives, and with the hardest document that is no known positive of theirs."""
+    rows = watched_rows(batch)
+    queries, documents = functional.normalize(batch.queries[rows], dim=1), functional.normalize(batch.documents, dim=1)
+    cosine = queries @ documents.T
+    positive = (batch.owner[None, :] == rows[:, None]) & batch.is_positive[None, :]
+    found = {"positive_similarity": cosine[positive].mean()}
+    cosine.masked_fill_(positive, -torch.inf)
+    known = Join(batch.known_positives[rows], batch.document_ids[:, None], tile=len(documents))
+    cosine[known.cells(0, len(rows), 0)] = -torch.inf
+    hardest = cosine.amax(dim=1)
+    hardest = hardest[hardest > -torch.inf]
+    if len(hardest):
+        found["hardest_negative_similarity"] = hardest.mean()
+    return _floats(found)
+
+
+@torch.no_grad()
+def watch(objective: Objective, batch: ContrastiveBatch) -> dict[str, float]:
+    """All figures but :func:`similarities`; the objective adds its own."""
+    with torch.autocast(batch.queries.device.type, enabled=False):
+        return {**geometry(batch), **objective.watch(batch)}
+
+
+def geometry(batch: ContrastiveBatch) -> dict[str, float]:
+    """Alignment and uniformity (Wang and Isola 2020, arXiv 2005.10242), and the effective rank (Roy and Vetterli 2007).
+
+    Alignment is the mean squared distance of a query and its positive as unit vectors. Uniformity is the logarithm of
+    the mean of exp(-2 x squared distance) over pairs of different queries, and of different documents; the mean of both.
+    The effective rank of n texts of both sides is exp of the entropy of their normalised singular values, at most
+    ``rank_limit``, the lesser of n and the dimension.
+    """
+    rows = watched_rows(batch)
+    mine = torch.zeros(len(batch.queries), dtype=torch.bool, device=rows.device)
+    mine[rows] = True
+    pairs = (mine[batch.owner] & batch.is_positive).nonzero().squeeze(1)
+    between = _unit(batch.queries[batch.owner[pairs]]) - _unit(batch.documents[pairs])
+    found = {"alignment": between.square().sum(dim=1).mean()}
+    query_ids = batch.query_ids
+    if query_ids is None:
+        query_ids = torch.arange(len(batch.queries), device=rows.device)
+    sides = [
+        _distinct(batch.queries, query_ids, batch.draw),
+        _distinct(batch.documents, batch.document_ids, batch.draw),
+    ]
+    spread = [_uniformity(side) for side in sides if len(side) > 1]
+    if spread:
+        found["uniformity"] = torch.stack(spread).mean()
+    both = torch.cat([side[: ROWS // 2] for side in sides])
+    found["effective_rank"] = effective_rank(both)
+    return {**_floats(found), "rank_limit": float(min(both.shape))}
+
+
+def effective_rank(vectors: Tensor) -> Tensor:
+    """(n, d) -> exp of the entropy of the singular values as shares of their sum."""
+    # The smaller Gram matrix has their squares as eigenvalues, at a fraction of the price.
+    vectors = vectors.double()
+    gram = vectors @ vectors.T if len(vectors) < vectors.shape[1] else vectors.T @ vectors
+    shares = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    shares = shares / shares.sum()
+    rank: Tensor = torch.special.entr(shares).sum().exp()
+    return rank
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return functional.normalize(vectors.to(accumulation_dtype(vectors.dtype)), dim=1)
+
+
+def _distinct(vectors: Tensor, ids: Tensor, seed: int | None) -> Tensor:
+    """The unit vectors of at most ``ROWS`` different texts, in a drawn order."""
+    order = torch.argsort(ids, stable=True)
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[1:] = ids[order][1:] != ids[order][:-1]
+    places = order[first].sort().values
+    return _unit(vectors[places[sample(len(places), ROWS, seed, "texts").to(places.device)]])
+
+
+def _uniformity(vectors: Tensor) -> Tensor:
+    count = len(vectors)
+    distances = (2 - 2 * (vectors @ vectors.T)).clamp_min(0)
+    pairs = torch.ones_like(distances, dtype=torch.bool).triu(1)
+    return (-2 * distances[pairs]).logsumexp(0) - math.log(count * (count - 1) / 2)
+
+
+def _floats(found: dict[str, Tensor]) -> dict[str, float]:
+    """One transfer from the device."""
+    values = torch.stack([value.double() for value in found.values()]).tolist()
+    return dict(zip(found, values, strict=True))
+
+
+REASONS = {
+    "known_positive": "mask_known_positives",
+    "same_label": "mask_same_label",
+    "score": "score_mask",
+    "guide": "guide_mask",
+}
+"""Why a candidate is left out, and the setting that does it."""
+
+
+@torch.no_grad()
+def watch_softmax(objective: InfoNCE, batch: ContrastiveBatch) -> dict[str, float]:
+    """What the softmax of queries over documents (full vectors, no mixtures) makes of the watched rows.
+
+    - ``negatives``: candidates of a row that count, in the mean. ``masked_share`` of the candidates are left out; ``masked_<why>`` by each mask alone, so these may overlap.
+    - ``effective_negatives``: the number of equally probable negatives with the same concentration, (sum p)^2 / sum p^2
+      over a row's negatives; the mean over rows that have one.
+    - ``hardest_gradient_share``: of the gradient of all negatives' logits, the share of the 1 % that have most of it.
+    - ``effective_examples``: (sum w)^2 / (n sum w^2) over the rows' weights (example, source, focal): 1 if all are equal.
+    - ``temperature``, and ``temperature/<task>`` where there are several.
+    """
+    from nearfield.objectives.candidates import lay_out
+    from nearfield.objectives.dense import block_logits, excluded_matrix
+    from nearfield.objectives.softmax import focal_weight, segment_log_sum, segment_sum
+
+    config, rows = objective.config, watched_rows(batch)
+    found = _temperatures(objective)
+    if "query_document" not in config.all_directions:
+        return found
+    some = replace(batch, rows=rows)
+    full = [batch.queries.shape[1]]
+    layout = lay_out(config, some, full, objective.tile)
+    kept = _candidates(objective, some, config)
+    without = {name: None if name.endswith(("score_mask", "guide_mask")) else False for name in REASONS.values()}
+    open_config = config.model_copy(update=without)
+    every = _candidates(objective, some, open_config)
+    found["negatives"] = kept / len(rows)
+    if every:
+        found["masked_share"] = 1 - kept / every
+        for why, name in REASONS.items():
+            if getattr(config, name):
+                alone = open_config.model_copy(update={name: getattr(config, name)})
+                found[f"masked_{why}"] = 1 - _candidates(objective, some, alone) / every
+
+    scale = objective.row_scale(some, rows)
+    problem, count = layout.problem, len(rows)
+    own_row = layout.negative_row
+    sides = {"query": batch.queries, "document": batch.documents}
+    vectors = {name: _unit(side) if problem.cosine else side.to(scale.dtype) for name, side in sides.items()}
+    pairs = (vectors["query"][problem.pair_queries] * vectors["document"][problem.pair_documents]).sum(dim=1)
+    lowest = floor(scale.dtype)
+    own = objective.negative_logits(pairs[layout.positives :], scale[own_row]).masked_fill(
+        ~layout.negative_kept[0], lowest
+    )
+    logits = scale.new_zeros(count, 0)
+    block = problem.blocks.get("query_document")
+    if block is not None:
+        columns = vectors["document"][block.columns.index]
+        logits = block_logits(vectors["query"][rows], columns, scale, block)
+        cells, over = excluded_matrix(problem, block)
+        cells.fill(logits, lowest)
+        for mask in over:
+            logits.masked_fill_(mask, lowest)
+
+    def log_sum(power: float) -> Tensor:
+        """(R,) of the powers of exp(logit) of each row's negatives."""
+        listed = segment_log_sum((own * power)[None].clamp_min(lowest), own_row, count)[0]
+        if not logits.shape[1]:
+            return listed
+        return torch.logaddexp(listed, (logits * power).clamp_min(lowest).logsumexp(dim=1)).clamp_min(lowest)
+
+    negatives = log_sum(1)
+    has = negatives > lowest / 2
+    if has.any():
+        found["effective_negatives"] = float((2 * negatives - log_sum(2))[has].exp().mean())
+    # The gradient of a negative's logit is the row's factor times exp(logit).
+    row = layout.positive_row
+    positive = pairs[: layout.positives] * scale[row]
+    number = torch.bincount(row, minlength=count)
+    if config.several_positives == "log_sum":
+        positive = segment_log_sum(positive[None], row, count)[0][row]
+    normal = torch.logaddexp(positive, negatives[row])
+    focal = torch.ones_like(normal) if config.focal is None else focal_weight(normal - positive, config.focal)
+    weight = objective.row_weights(some, rows).to(scale.dtype)
+    factor = (
+        weight.log() + segment_log_sum((focal.log() - normal)[None].clamp_min(lowest), row, count)[0] - number.log()
+    )
+    gradient = torch.cat([(logits + factor[:, None]).flatten(), own + factor[own_row]]).exp()
+    total = gradient.sum()
+    size = int((logits > lowest / 2).sum() + (own > lowest / 2).sum())
+    if size and total > 0:
+        hardest = gradient.topk(math.ceil(size * HARDEST)).values.sum()
+        found["hardest_gradient_share"] = float(hardest / total)
+    each = weight * segment_sum(focal[None], row, count)[0] / number
+    if each.any():
+        found["effective_examples"] = float(each.sum().square() / each.square().sum() / count)
+    return found
+
+
+def _temperatures(objective: InfoNCE) -> dict[str, float]:
+    temperature = objective.temperature
+    if not isinstance(temperature, Tensor):
+        return {"temperature": temperature}
+    values = temperature.tolist()
+    found = {"temperature": sum(values) / len(values)}
+    if len(values) > 1:
+        found |= {f"temperature/{name or 'other'}": value for name, value in zip(objective.tasks, values, strict=True)}
+    return found
+
+
+def _candidates(objective: InfoNCE, batch: ContrastiveBatch, config: InfoNCEConfig) -> int:
+    """How many documents are candidates of this process's rows under these masks."""
+    from nearfield.objectives.candidates import lay_out
+    from nearfield.objectives.dense import excluded_matrix
+
+    layout = lay_out(config, batch, [batch.queries.shape[1]], objective.tile)
+    count = int(layout.negative_kept.sum())
+    block = layout.problem.blocks.get("query_document")
+    if block is not None:
+        cells, over = excluded_matrix(layout.problem, block)
+        out = torch.zeros(len(block.rows), len(block.columns), dtype=torch.bool, device=batch.queries.device)
+        cells.fill(out, True)
+        for mask in over:
+            out |= mask
+        count += out.numel() - int(out.sum())
+    return count
