@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from nearfield.errors import BadInputError
 from nearfield.evaluation import compare, evaluate
 from nearfield.evaluation.comparison import Comparison
 from nearfield.evaluation.find import find_results
-from nearfield.evaluation.units import Record, read_units, write_record
+from nearfield.evaluation.unit_files import read_units
+from tests.evaluation.made import write_result
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_estimates_are_the_main_scores_of_mteb(comparison: Comparison, folders: 
 
 def test_only_scores_that_allow_it_have_intervals(comparison: Comparison) -> None:
     without = {row.task for row in comparison.scores if row.low is None}
-    assert without == {"TinyPairs", "TinyClustering", "TinyBitext"}
+    assert without == set()
     for row in [*comparison.scores, *comparison.differences]:
         assert (row.low is None) == (row.reason is not None)
     untested = [row for row in comparison.differences if row.verdict == "not tested"]
@@ -73,26 +73,6 @@ def test_another_seed_and_baseline(folders: list[Path]) -> None:
         if one.low is not None:
             assert one.low == pytest.approx(-other.high) and one.p == pytest.approx(other.p, abs=0.15)
     assert {row.model for row in turned.differences} == {"a"}
-
-
-def write_result(
-    folder: Path, values: list[float], *, task: str = "Made", revision: str = "local-1", **more: Any
-) -> Path:
-    """Unit files of a retrieval task with the given score for each query."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model_meta.json").write_text(
-        json.dumps({"name": f"local/{folder.parent.name}", "revision": folder.name})
-    )
-    record = Record()
-    clusters = more.get("clusters", [None] * len(values))
-    for i, (value, cluster) in enumerate(zip(values, clusters, strict=True)):
-        row = (task, "default", "test", "query", f"q{i}", cluster, "ndcg_at_10", value)
-        for column, cell in zip(record.columns.values(), row, strict=True):
-            column.append(cell)
-    main = more.get("main", float(np.mean(values)))
-    metadata = {"main_score": "ndcg_at_10", "main_scores": {"test": {"default": main}}, "dataset_revision": revision}
-    write_record(folder, task, record, metadata)
-    return folder
 
 
 def test_a_clear_difference_a_nothing_and_their_sentences(tmp_path: Path) -> None:
@@ -156,3 +136,35 @@ def test_results_are_found_by_folder_and_by_name(folders: list[Path], model_fold
         write_result(tmp_path / "r" / "local__two" / revision, [0.1])
     with pytest.raises(BadInputError, match="2 revisions"):
         find_results("local/two", tmp_path / "r")
+
+
+def test_effects_count_units_and_standard_deviations(tmp_path: Path) -> None:
+    a = write_result(tmp_path / "A" / "1", [0.5, 0.5, 0.5, 0.5])
+    b = write_result(tmp_path / "B" / "1", [0.6, 0.7, 0.5, 0.4])
+    (row,) = compare([a, b], ["A", "B"], samples=200, permutations=200).differences
+    assert (row.won, row.even, row.lost) == (2, 1, 1)
+    differences = np.array([0.1, 0.2, 0.0, -0.1])
+    assert row.effect == pytest.approx(differences.mean() / differences.std(ddof=1))
+    assert row.equivalent is None and "quivalen" not in row.sentence
+
+
+def test_equivalence_is_shown_or_not_and_never_assumed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    base = rng.uniform(0.2, 0.8, 400)
+    a = write_result(tmp_path / "A" / "1", base.tolist())
+    near = write_result(tmp_path / "B" / "1", (base + rng.normal(0, 0.01, 400)).tolist())
+    noisy = write_result(tmp_path / "C" / "1", (base + rng.normal(0, 0.15, 400)).tolist())
+    first, second = compare([a, near, noisy], ["A", "B", "C"], samples=2000, permutations=200, margin=0.005).differences
+    assert first.equivalent and "equivalent within 0.5 points" in first.sentence
+    assert second.equivalent is False and "Equivalence within 0.5 points is not shown" in second.sentence
+    with pytest.raises(BadInputError, match="between 0 and 100 points"):
+        compare([a, near], margin=2.0)
+
+
+def test_every_kind_of_score_says_what_its_interval_speaks_of(comparison: Comparison) -> None:
+    scopes = {row.task: row.scope for row in comparison.scores}
+    assert scopes["TinyClassification"] == "other items and other training samples"
+    assert scopes["TinyClustering"].startswith("the task's own experiments")
+    assert scopes["TinyPairs"] == scopes["TinySTS"] == "other pairs of the same kind"
+    assert scopes["TinyRetrieval"] == "other units of the same kind"
+    assert "among as many" in scopes["TinyBitext"]

@@ -16,7 +16,9 @@ from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import MtebTasks, SuiteConfig, evaluate
 from nearfield.evaluation.folder import folder_task, task_folders
-from nearfield.evaluation.units import TOP_SCHEMA, UNIT_SCHEMA, read_units
+from nearfield.evaluation.scores import read_scores
+from nearfield.evaluation.unit_files import TOP_SCHEMA, UNIT_SCHEMA, read_units
+from nearfield.evaluation.units import shared_clusters
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +65,20 @@ def test_units_add_up_to_the_main_score(result: Any) -> None:
     assert stats.spearmanr(pairs.gold, pairs.prediction)[0] == pytest.approx(
         result.scores["TinySTS"]["default"], abs=1e-9
     )
-    for task, subset in (("TinyPairs", "default"), ("TinyClustering", "one"), ("TinyBitext", "eng-xxx")):
-        assert f"{subset}/test" in read_units(folder, task)[1]["no_interval"]
+    for task in ("TinyPairs", "TinyClustering", "TinyBitext"):
+        assert read_units(folder, task)[1]["no_interval"] == {}
+    # read_scores computes each score from its units again and refuses those that do not agree
+    kinds = {task: of.kind for (task, _, _), of in read_scores(folder).items()}
+    assert kinds["TinyClassification"] == "crossed" and kinds["TinyPairs"] == "precision"
+    assert kinds["TinyClustering"] == "runs" and kinds["TinyBitext"] == "f1" and kinds["TinySTS"] == "spearman"
+
+
+def test_units_that_share_content_are_clusters() -> None:
+    contents = {"a": ["x", "y"], "b": ["z"], "c": ["y", "w"], **{f"u{i}": [f"v{i}"] for i in range(30)}}
+    clusters = shared_clusters(contents)
+    assert clusters["a"] == clusters["c"] == "a" and clusters["b"] == "b" and len(set(clusters.values())) == 32
+    assert shared_clusters({f"u{i}": ["same"] for i in range(10)}) == {}
+    assert shared_clusters({f"u{i}": [str(i)] for i in range(10)}) == {}
 
 
 def test_other_query_metrics_equal_those_of_mteb(result: Any) -> None:

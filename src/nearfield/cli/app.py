@@ -42,5 +42,18 @@ def options(
     set_up_logging("INFO" if first and not quiet else "WARNING")
 
 
-for module in ("init", "recipe", "data", "mine", "plan", "train", "eval", "compare", "report", "run", "doctor"):
+for module in (
+    "init",
+    "recipe",
+    "data",
+    "mine",
+    "plan",
+    "train",
+    "eval",
+    "compare",
+    "leaderboard",
+    "report",
+    "run",
+    "doctor",
+):
     importlib.import_module(f"nearfield.cli.{module}").register(app)

@@ -1,4 +1,4 @@
-"""``nearfield compare``: which model is better, and how sure that is."""
+"""``nearfield compare``: which model, or which way to train, is better, and how sure that is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from nearfield.errors import BadInputError
 if TYPE_CHECKING:
     from nearfield.evaluation import Comparison
     from nearfield.evaluation.comparison import DifferenceRow, ScoreRow
+    from nearfield.evaluation.methods import MethodComparison
+    from nearfield.evaluation.published import Standing
 
 
 def register(app: typer.Typer) -> None:
@@ -21,54 +23,136 @@ def register(app: typer.Typer) -> None:
 
 def compare_command(
     models: Annotated[
-        list[str], typer.Argument(help="Results folders (<org>__<model>/<revision>), or models found below --results.")
+        list[str],
+        typer.Argument(
+            help="Results folders (<org>__<model>/<revision>), models found below --results; or recipes (or folders of "
+            "runs), to compare ways to train."
+        ),
     ],
     results: Annotated[Path, typer.Option("--results", help="The folder that nearfield eval filed results in.")] = Path(
         "results"
     ),
+    runs: Annotated[Path, typer.Option("--runs", help="Where the runs of recipes are looked for.")] = Path("runs"),
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="Compare with this one of the models instead of the first.")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="Published results: a folder of mteb's files, or 'mteb' for its repository."),
+    ] = None,
     labels: Annotated[str | None, typer.Option("--labels", help="Names for the table, separated by commas.")] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Only these tasks, separated by commas.")] = None,
+    margin: Annotated[
+        float | None, typer.Option("--margin", help="Test equivalence within this many points (of 100) too.")
+    ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the whole comparison here.")] = None,
     samples: Annotated[int, typer.Option("--samples", help="Bootstrap resamples.")] = 10_000,
     permutations: Annotated[int, typer.Option("--permutations", help="Random permutations of a test.")] = 10_000,
     level: Annotated[float, typer.Option("--level", help="Level of the intervals; tests use one minus it.")] = 0.95,
     seed: Annotated[int, typer.Option("--seed", help="Seed of resamples and permutations.")] = 0,
 ) -> None:
-    """Compare models on the tasks they share: scores with intervals, paired differences with tests, plain sentences."""
+    """Compare models on the tasks they share: scores with intervals, paired differences with tests, plain sentences.
+
+    Recipes (or folders that hold runs) are compared as ways to train: paired by seed, with a verdict from five seeds on.
+    """
+    from nearfield.evaluation.comparison import check_settings
+    from nearfield.files import write_json
+    from nearfield.pipeline.methods import is_method
+
+    check_settings(samples, permutations, level)
+    named = [label.strip() for label in labels.split(",")] if labels is not None else None
+    chosen = [task.strip() for task in tasks.split(",") if task.strip()] if tasks is not None else None
+    made: Comparison | MethodComparison | Standing
+    methods = [model for model in models if is_method(model)]
+    if named is not None and len(named) != len(models):
+        raise BadInputError(f"{len(models)} results but {len(named)} labels", where="labels")
+    if methods:
+        if len(methods) < len(models):
+            other = next(model for model in models if model not in methods)
+            raise BadInputError(
+                f"{methods[0]} is a way to train and {other} a model: they cannot be compared", where="command line"
+            )
+        made = _methods(models, runs, named, baseline, chosen, level)
+        show_methods(made)
+    elif against is not None:
+        made = _published(models, results, against, named, samples, level, seed)
+        show_standing(made)
+    else:
+        made = _models(models, results, named, baseline, chosen, samples, permutations, level, seed, margin)
+        show_comparison(made)
+    if json_out is not None:
+        write_json(json_out, made.to_json())
+
+
+def _models(
+    models: list[str],
+    results: Path,
+    named: list[str] | None,
+    baseline: str | None,
+    tasks: list[str] | None,
+    samples: int,
+    permutations: int,
+    level: float,
+    seed: int,
+    margin: float | None,
+) -> Comparison:
     from nearfield.evaluation import compare
     from nearfield.evaluation.find import find_results
-    from nearfield.files import write_json
 
     if len(models) < 2:
         raise BadInputError("a comparison needs two models or more", where="command line")
     folders = [find_results(model, results) for model in models]
-    named = [label.strip() for label in labels.split(",")] if labels is not None else None
-    chosen = [task.strip() for task in tasks.split(",") if task.strip()] if tasks is not None else None
-    base = baseline
-    if named is None:
-        named = _labels(models, folders)
-    if base is not None and base not in named:
-        base = named[_position(base, models, folders, results)]
-    comparison = compare(
+    named = named or short_labels(folders)
+    if baseline is not None and baseline not in named:
+        baseline = named[_position(baseline, models, folders, results)]
+    return compare(
         folders,
         named,
-        baseline=base,
-        tasks=chosen,
+        baseline=baseline,
+        tasks=tasks,
         samples=samples,
         permutations=permutations,
         level=level,
         seed=seed,
+        margin=None if margin is None else margin / 100,
     )
-    if json_out is not None:
-        write_json(json_out, comparison.to_json())
-    show_comparison(comparison)
 
 
-def _labels(models: list[str], folders: list[Path]) -> list[str]:
-    """Short names that tell the models apart: the model's folder name, with the revision where that is not enough."""
+def _methods(
+    models: list[str], runs: Path, named: list[str] | None, baseline: str | None, tasks: list[str] | None, level: float
+) -> MethodComparison:
+    from nearfield.evaluation.methods import compare_methods
+    from nearfield.pipeline.methods import find_method
+
+    if len(models) < 2:
+        raise BadInputError("a comparison needs two methods or more", where="command line")
+    methods = [find_method(name, runs, None if named is None else named[i]) for i, name in enumerate(models)]
+    if baseline in models:
+        baseline = methods[models.index(baseline)].label
+    return compare_methods(methods, baseline=baseline, tasks=tasks, level=level)
+
+
+def _published(
+    models: list[str],
+    results: Path,
+    against: str,
+    named: list[str] | None,
+    samples: int,
+    level: float,
+    seed: int,
+) -> Standing:
+    from nearfield.evaluation.find import find_results
+    from nearfield.evaluation.published import compare_published, published_folder
+
+    if len(models) != 1:
+        raise BadInputError("one model is set beside published results", where="command line", hint="Name one model.")
+    folder = find_results(models[0], results)
+    label = named[0] if named is not None else short_labels([folder])[0]
+    return compare_published(folder, published_folder(against), label=label, samples=samples, level=level, seed=seed)
+
+
+def short_labels(folders: list[Path]) -> list[str]:
+    """Short names that tell models apart: the model's folder name, with the revision where that is not enough."""
     short = [folder.resolve().parent.name.replace("__", "/", 1) for folder in folders]
     if len(set(short)) == len(short):
         return short
@@ -100,7 +184,7 @@ def show_comparison(comparison: Comparison) -> None:
     table = Table(title=Text(f"Scores with {level} intervals; differences to {comparison.baseline}"))
     for heading in ("task", "model"):
         table.add_column(heading, overflow="fold")
-    for heading in ("score", f"{level} interval", "difference", f"{level} interval", "p", "units"):
+    for heading in ("score", f"{level} interval", "difference", f"{level} interval", "p", "effect", "units"):
         table.add_column(heading, justify="right")
     differences = {(d.task, d.subset, d.split, d.model): d for d in comparison.differences}
     for row in comparison.scores:
@@ -123,9 +207,38 @@ def _numbers(row: ScoreRow, difference: DifferenceRow | None) -> list[str]:
     if row.clusters is not None and row.clusters != row.units:
         units += f" in {row.clusters} clusters"
     if difference is None:
-        return [f"{row.score:.4f}", interval, "", "", "", units]
+        return [f"{row.score:.4f}", interval, "", "", "", "", units]
     between = ""
     if difference.low is not None and difference.high is not None:
         between = f"[{difference.low:+.4f}, {difference.high:+.4f}]"
     p = "" if difference.p_adjusted is None else f"{difference.p_adjusted:.4f}"
-    return [f"{row.score:.4f}", interval, f"{difference.difference:+.4f}", between, p, units]
+    effect = "" if difference.effect is None else f"{difference.effect:+.2f}"
+    return [f"{row.score:.4f}", interval, f"{difference.difference:+.4f}", between, p, effect, units]
+
+
+def show_methods(comparison: MethodComparison) -> None:
+    """Print what is said of ways to train."""
+    from rich.text import Text
+
+    from nearfield.console import stdout_console
+
+    console = stdout_console()
+    for row in comparison.rows:
+        console.print(Text(row.sentence))
+    for note in comparison.notes:
+        console.print(Text(note))
+
+
+def show_standing(standing: Standing) -> None:
+    """Print where a model stands against published results."""
+    from rich.text import Text
+
+    from nearfield.console import stdout_console
+
+    console = stdout_console()
+    for title, (place, models) in standing.places.items():
+        console.print(Text(f"{title}: place {place} of {models}"))
+    for row in standing.rows:
+        console.print(Text(row.sentence))
+    for note in standing.notes:
+        console.print(Text(note))

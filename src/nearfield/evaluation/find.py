@@ -44,5 +44,15 @@ def find_results(name: str, results: Path) -> Path:
     )
 
 
+def all_results(results: Path) -> list[Path]:
+    """Every results folder ``<org>__<model>/<revision>`` below a folder."""
+    return [
+        revision
+        for model in _folders(results)
+        for revision in _folders(model)
+        if any(revision.glob(f"*{UNITS_SUFFIX}"))
+    ]
+
+
 def _folders(path: Path) -> list[Path]:
     return sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []

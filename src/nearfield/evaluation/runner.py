@@ -25,12 +25,13 @@ from nearfield.evaluation.heldout import OpenStore
 from nearfield.evaluation.local import SuiteTask, parts_of
 from nearfield.evaluation.models import ScoredModel, open_model
 from nearfield.evaluation.suite import open_suite
-from nearfield.evaluation.units import Recorder, read_units, write_record
+from nearfield.evaluation.unit_files import read_units, write_record
+from nearfield.evaluation.units import Recorder
 from nearfield.files import fingerprint
 
 logger = logging.getLogger("nearfield.evaluation")
 
-VERSION = 1
+VERSION = 2
 """Raised when the same model and data would give other results or other files."""
 PROMPT_MODES = ("contract", "as-is")
 
@@ -237,6 +238,7 @@ class _Run:
         if model_result.exceptions:
             raise RuntimeError(model_result.exceptions[0].exception)
         result = model_result.task_results[0]
+        recorder.finish(result.scores)
         main_scores = {
             split: {entry["hf_subset"]: float(entry["main_score"]) for entry in entries}
             for split, entries in result.scores.items()

@@ -1,4 +1,4 @@
-"""Scores of single queries, pairs and items, caught while mteb scores a task, and the Parquet files that keep them.
+"""Scores of single queries, pairs and items, caught while mteb scores a task.
 
 mteb hands every task's predictions to one method when predictions are to be saved; here that method keeps them in
 memory, so that nothing is encoded or predicted twice and the kept values are the very ones that mteb scored.
@@ -7,15 +7,13 @@ memory, so that nothing is encoded or predicted twice and the kept values are th
 from __future__ import annotations
 
 import heapq
-import json
 import re
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from mteb.abstasks import (
     AbsTaskBitextMining,
     AbsTaskClassification,
@@ -24,39 +22,12 @@ from mteb.abstasks import (
     AbsTaskRetrieval,
     AbsTaskSTS,
 )
+from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
 
-from nearfield.errors import BadInputError
-from nearfield.evaluation.config import UNITS_SUFFIX
 from nearfield.evaluation.local import SuiteTask
-from nearfield.files import atomic_path
-
-TOP_SUFFIX = ".top10.parquet"
-METADATA_KEY = b"nearfield"
-TOP = 10
-
-UNIT_SCHEMA = pa.schema(
-    [
-        ("task", pa.string()),
-        ("subset", pa.string()),
-        ("split", pa.string()),
-        ("unit", pa.string()),
-        ("id", pa.string()),
-        ("cluster", pa.string()),
-        ("metric", pa.string()),
-        ("value", pa.float64()),
-    ]
-)
-TOP_SCHEMA = pa.schema(
-    [
-        ("task", pa.string()),
-        ("subset", pa.string()),
-        ("split", pa.string()),
-        ("query_id", pa.string()),
-        ("rank", pa.int32()),
-        ("doc_id", pa.string()),
-        ("score", pa.float64()),
-    ]
-)
+from nearfield.evaluation.resampling import average_precision
+from nearfield.evaluation.statistics import DisjointSets, Floats
+from nearfield.evaluation.unit_files import EXPERIMENT, TOP, TOP_SCHEMA, Record
 
 _TREC = {"ndcg": "ndcg_cut_", "map": "map_cut_", "recall": "recall_", "precision": "P_", "hit_rate": "success_"}
 _EXTRA_METRICS = ("ndcg_at_10", "recall_at_10", "recall_at_100", "mrr_at_10")
@@ -67,25 +38,9 @@ _STS_SCORES = {
     "euclidean_spearman": "euclidean_distances",
 }
 
-NO_PAIRS = (
-    "the score is the largest of several ranking scores over all pairs; resampled pairs come twice and bias it, "
-    "so no interval is given"
-)
-NO_CLUSTERING = "resampled items come twice and bias the V-measure upwards, so no interval is given"
-NO_BITEXT = (
-    "the F1 of a sentence depends on which other sentences were matched to the same one, so the score is no mean over "
-    "sentences and no interval is given"
-)
-
-
-@dataclass
-class Record:
-    """What was kept of one task: rows for the two files and, where no interval can be given, the reason."""
-
-    columns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in UNIT_SCHEMA.names})
-    top: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in TOP_SCHEMA.names})
-    reasons: dict[str, str] = field(default_factory=dict)
-    """``subset/split`` -> why its units carry no interval."""
+NO_MAXIMUM = "the score {} is the best over all thresholds, chosen on the very pairs that it is measured on, so no interval is given"
+LARGEST_COMPONENT = 0.1
+"""Units that share content are one cluster, unless one such cluster would hold more than this share of all units."""
 
 
 class Recorder:
@@ -94,7 +49,7 @@ class Recorder:
     def __init__(self, suite_task: SuiteTask) -> None:
         self.suite_task = suite_task
         self.record = Record()
-        self._retrieval_scores: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._found: dict[tuple[str, str], dict[str, str]] = {}
 
     def attach(self) -> None:
         """Listen to the task: mteb calls these two methods while it scores."""
@@ -121,9 +76,7 @@ class Recorder:
             self._keep_bitext(predictions, hf_subset, hf_split)
         elif isinstance(task, AbsTaskClassification):
             self._keep_classification(predictions, hf_subset, hf_split)
-        elif isinstance(task, AbsTaskClustering):
-            self._no_interval(hf_subset, hf_split, NO_CLUSTERING)
-        else:
+        elif not isinstance(task, AbsTaskClustering | AbsTaskClusteringLegacy):
             self._no_interval(
                 hf_subset, hf_split, f"scores of single units are not kept for {task.metadata.type} tasks"
             )
@@ -132,7 +85,7 @@ class Recorder:
         self.record.reasons[f"{subset}/{split}"] = reason
 
     def _rows(self, subset: str, split: str, unit: str, metric: str, values: dict[str, float]) -> None:
-        clusters = self.suite_task.clusters.get((subset, split), {})
+        clusters = self.suite_task.clusters.get((subset, split)) or self._found.get((subset, split), {})
         columns = self.record.columns
         columns["task"] += [self.suite_task.name] * len(values)
         columns["subset"] += [subset] * len(values)
@@ -147,7 +100,14 @@ class Recorder:
         dataset = self.suite_task.task.dataset
         return dataset[subset][split] if subset in dataset else dataset[split]
 
+    def _cluster(self, subset: str, split: str, contents: Mapping[str, Iterable[str]]) -> None:
+        """Units that share content (a relevant document, a sentence) are not independent: they become one cluster."""
+        if not self.suite_task.clusters.get((subset, split)):
+            self._found[subset, split] = shared_clusters(contents)
+
     def _keep_retrieval(self, scores: Any, qrels: Any, results: Any, subset: str, split: str) -> None:
+        relevant = {query: [d for d, grade in qrels.get(query, {}).items() if grade > 0] for query in scores}
+        self._cluster(subset, split, relevant)
         main = self.suite_task.task.metadata.main_score
         for metric in dict.fromkeys([main, *_EXTRA_METRICS]):
             values = query_values(metric, scores, qrels, results)
@@ -163,9 +123,20 @@ class Recorder:
                 for name, value in zip(TOP_SCHEMA.names, row, strict=True):
                     top[name].append(value)
 
+    def _pairs_of_texts(self, subset: str, split: str, data: Any, columns: Sequence[Any]) -> None:
+        if all(isinstance(name, str) for name in columns):
+            texts = [
+                data[name][0] if len(data) == 1 and isinstance(data[name][0], list) else data[name] for name in columns
+            ]
+            if all(isinstance(text, str) for column in texts for text in column):
+                pairs = {str(i): pair for i, pair in enumerate(zip(*texts, strict=True))}
+                self._cluster(subset, split, pairs)
+
     def _keep_sts(self, predictions: Any, subset: str, split: str) -> None:
         main = self.suite_task.task.metadata.main_score
-        gold = [float(score) for score in self._data(subset, split)["score"]]
+        data = self._data(subset, split)
+        self._pairs_of_texts(subset, split, data, self.suite_task.task.column_names)
+        gold = [float(score) for score in data["score"]]
         scores = predictions.get(_STS_SCORES.get(main, ""))
         if main == "spearman" and scores is None:
             scores = predictions["cosine_scores"]
@@ -176,14 +147,20 @@ class Recorder:
         self._rows(subset, split, "pair", "prediction", {str(i): score for i, score in enumerate(scores)})
 
     def _keep_pairs(self, predictions: Any, subset: str, split: str) -> None:
+        task = self.suite_task.task
         data = self._data(subset, split)
-        labels = data[self.suite_task.task.label_column_name]
-        labels = labels[0] if len(data) == 1 else labels
-        for metric, values in (("label", labels), ("prediction", predictions["similarity_scores"])):
+        labels = data[task.label_column_name]
+        labels = np.asarray(labels[0] if len(data) == 1 else labels, dtype=np.float64)
+        main = task.metadata.main_score
+        scores, given = _pair_scores(main, predictions, labels)
+        self._pairs_of_texts(subset, split, data, [task.input1_column_name, task.input2_column_name])
+        for metric, values in (("label", labels), ("prediction", scores)):
             self._rows(subset, split, "pair", metric, {str(i): value for i, value in enumerate(values)})
-        self._no_interval(subset, split, NO_PAIRS)
+        if not given:
+            self._no_interval(subset, split, NO_MAXIMUM.format(main))
 
     def _keep_bitext(self, predictions: Any, subset: str, split: str) -> None:
+        main = self.suite_task.task.metadata.main_score
         parallel = subset == "parallel"
         for pair, neighbours in predictions.items():
             key = pair if parallel else subset
@@ -191,8 +168,11 @@ class Recorder:
             gold = data["gold"] if "gold" in data else [(i, i) for i in range(len(neighbours))]
             right = {str(i): float(gold[i][1] == found["corpus_id"]) for i, found in enumerate(neighbours)}
             self._rows(key, split, "sentence", "accuracy", right)
-            if self.suite_task.task.metadata.main_score != "accuracy":
-                self._no_interval(key, split, NO_BITEXT)
+            self._rows(key, split, "sentence", "gold_match", {str(i): gold[i][1] for i in range(len(neighbours))})
+            matches = {str(i): found["corpus_id"] for i, found in enumerate(neighbours)}
+            self._rows(key, split, "sentence", "match", matches)
+            if main not in ("accuracy", "f1"):
+                self._no_interval(key, split, f"the score {main} is no mean over sentences, so no interval is given")
 
     def _keep_classification(self, predictions: Any, subset: str, split: str) -> None:
         task = self.suite_task.task
@@ -205,11 +185,68 @@ class Recorder:
         if labels.ndim != 1 or any(len(run) != len(labels) for run in predictions):
             self._no_interval(subset, split, "the task's items have several labels, so no interval is given")
             return
-        right = np.mean([np.asarray(run) == labels for run in predictions], axis=0)
-        self._rows(subset, split, "item", "accuracy", {str(i): value for i, value in enumerate(right)})
+        right = np.stack([np.asarray(run) == labels for run in predictions]).astype(np.float64)
+        self._rows(subset, split, "item", "accuracy", {str(i): value for i, value in enumerate(right.mean(axis=0))})
+        for number, run in enumerate(right):
+            self._rows(subset, split, "item", f"{EXPERIMENT}{number}", {str(i): value for i, value in enumerate(run)})
         if task.metadata.main_score != "accuracy":
             reason = f"the score {task.metadata.main_score} is no mean over items, so no interval is given"
             self._no_interval(subset, split, reason)
+
+    def finish(self, scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Take from mteb's result (split -> entries) what no prediction tells: the experiments of a clustering."""
+        task = self.suite_task.task
+        if not isinstance(task, AbsTaskClustering | AbsTaskClusteringLegacy):
+            return
+        for split, entries in scores.items():
+            for entry in entries:
+                subset, runs = str(entry["hf_subset"]), entry.get("v_measures")
+                if isinstance(runs, Mapping):
+                    unit, values = "experiment", np.mean([list(of) for of in runs.values()], axis=0)
+                else:
+                    unit, values = "set", np.asarray(runs if runs is not None else [], dtype=np.float64)
+                self.record.reasons.pop(f"{subset}/{split}", None)
+                if task.metadata.main_score != "v_measure" or len(values) < 2:
+                    self._no_interval(subset, split, "the score is not a mean over several clusterings of the task")
+                    continue
+                self._rows(subset, split, unit, "v_measure", {str(i): value for i, value in enumerate(values)})
+
+
+def shared_clusters(contents: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """Unit -> the first unit that it is connected with by shared content; nothing where one cluster would be too large.
+
+    A cluster of more than a tenth of the units leaves too few to resample: then all units stand alone.
+    """
+    keys = list(contents)
+    sets = DisjointSets(len(keys))
+    holder: dict[str, int] = {}
+    for number, key in enumerate(keys):
+        for content in contents[key]:
+            sets.join(number, holder.setdefault(content, number))
+    roots = [sets.find(number) for number in range(len(keys))]
+    if len(set(roots)) == len(keys) or max(Counter(roots).values()) > max(2, LARGEST_COMPONENT * len(keys)):
+        return {}
+    return {key: keys[root] for key, root in zip(keys, roots, strict=True)}
+
+
+def _pair_scores(main: str, predictions: Any, labels: Floats) -> tuple[Floats, bool]:
+    """The similarities that give the main score, high for similar, and whether it is an average precision of them.
+
+    ``max_ap`` is the largest average precision over several similarities; it is that of the one which attains it.
+    """
+    measures = {
+        "similarity": np.asarray(predictions["similarity_scores"], dtype=np.float64),
+        "cosine": np.asarray(predictions["cosine_scores"], dtype=np.float64),
+        "manhattan": -np.asarray(predictions["manhattan_distances"], dtype=np.float64),
+        "euclidean": -np.asarray(predictions["euclidean_distances"], dtype=np.float64),
+        "dot": np.asarray(predictions["dot_scores"], dtype=np.float64),
+    }
+    name = main.removesuffix("_ap")
+    if not main.endswith("_ap") or name not in (*measures, "max") or labels.sum() == 0:
+        return measures["similarity"], False
+    if name == "max":
+        name = max(measures, key=lambda measure: average_precision(labels, measures[measure]))
+    return measures[name], True
 
 
 def query_values(metric: str, scores: Any, qrels: Any, results: Any) -> dict[str, float] | None:
@@ -232,39 +269,3 @@ def _reciprocal_rank(relevant: dict[str, int], documents: dict[str, float], k: i
         if relevant.get(document, 0) > 0:
             return 1 / rank
     return 0.0
-
-
-def write_record(folder: Path, task: str, record: Record, metadata: dict[str, Any]) -> None:
-    """Write a task's unit file (always, it carries the metadata) and, for retrieval, the top results."""
-    table = pa.table(record.columns, schema=UNIT_SCHEMA)
-    text = json.dumps({**metadata, "no_interval": record.reasons}, ensure_ascii=False)
-    table = table.replace_schema_metadata({METADATA_KEY: text.encode()})
-    with atomic_path(folder / f"{task}{UNITS_SUFFIX}") as aside:
-        pq.write_table(table, aside, compression="zstd")
-    top = folder / f"{task}{TOP_SUFFIX}"
-    if record.top["rank"]:
-        with atomic_path(top) as aside:
-            pq.write_table(pa.table(record.top, schema=TOP_SCHEMA), aside, compression="zstd")
-    else:
-        top.unlink(missing_ok=True)
-
-
-def read_units(folder: Path, task: str) -> tuple[pa.Table, dict[str, Any]]:
-    """A task's units and the metadata that were written with them."""
-    file = folder / f"{task}{UNITS_SUFFIX}"
-    try:
-        table = pq.read_table(file)
-        metadata = json.loads((table.schema.metadata or {})[METADATA_KEY])
-    except FileNotFoundError as error:
-        raise BadInputError(
-            f"the scores of single units of {task} are missing",
-            where=str(file),
-            hint="Score the model with nearfield eval: other tools keep means only.",
-        ) from error
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise BadInputError(
-            "this file of unit scores cannot be read", where=str(file), hint="Score the task again with --overwrite."
-        ) from error
-    if table.schema.names != UNIT_SCHEMA.names or not isinstance(metadata, dict):
-        raise BadInputError("this file has other columns than a file of unit scores", where=str(file))
-    return table, metadata

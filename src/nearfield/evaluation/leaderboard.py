@@ -1,0 +1,204 @@
+"""A table of models over tasks: means, Borda points and mean ranks with intervals, and confidence sets of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearfield.errors import BadInputError
+from nearfield.evaluation import ranking, statistics
+from nearfield.evaluation.comparison import check_settings, drawn_scores, open_models
+from nearfield.evaluation.scores import Key, TaskScores, read_scores
+from nearfield.evaluation.statistics import Floats
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Value:
+    """A figure of a model with its interval; null where tasks are missing, without ends where nothing can be drawn."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class BoardTask:
+    """A column: a task, its type and main score, and whether its uncertainty is known."""
+
+    name: str
+    type: str
+    metric: str
+    uncertain: bool
+
+
+@dataclass(frozen=True)
+class BoardRow:
+    """A model: its place by Borda points, its figures, its scores, and the ranks of its mean that the data allow.
+
+    ``rank_low`` to ``rank_high`` is one of the simultaneous sets (null for a model without all tasks).
+    """
+
+    label: str
+    name: str
+    revision: str
+    place: int
+    borda: Value
+    mean_task: Value
+    mean_type: Value
+    mean_rank: Value
+    rank_low: int | None
+    rank_high: int | None
+    above: tuple[str, ...]
+    """Models that this one is above beyond doubt."""
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Models in the order of their places."""
+
+    tasks: tuple[BoardTask, ...]
+    rows: tuple[BoardRow, ...]
+    notes: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``--json`` writes."""
+        return {"version": VERSION, **asdict(self)}
+
+
+def leaderboard(
+    results: Sequence[Path],
+    labels: Sequence[str] | None = None,
+    *,
+    tasks: Sequence[str] | None = None,
+    samples: int = 2_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Leaderboard:
+    """Rank the models of results folders over all tasks that any of them has (or over ``tasks``).
+
+    A task's score is the mean over its subsets and splits; ``mean_task`` the plain mean over tasks, ``mean_type`` the
+    mean over the means of task types; both are null for a model that lacks a task. Intervals come from ``samples``
+    joint draws of all models, in which models with the same units share their resamples.
+    """
+    check_settings(samples, samples, level)
+    models = open_models(results, labels)
+    read = {model.label: read_scores(Path(model.path)) for model in models}
+    columns, notes = _columns(read, tasks)
+    names = [model.label for model in models]
+    scores, draws, uncertain = _matrix(read, names, columns, samples, seed)
+    board_tasks = tuple(
+        BoardTask(task, of.task_type, of.metric, bool(known))
+        for (task, (_, of)), known in zip(columns.items(), uncertain, strict=True)
+    )
+    certain = [task.name for task in board_tasks if not task.uncertain]
+    if certain:
+        notes.append(f"no interval can be given on {', '.join(certain)}: there the scores are taken as exact")
+    types = [[i for i, task in enumerate(board_tasks) if task.type == kind] for kind in _types(board_tasks)]
+    complete = ~np.isnan(scores).any(axis=1)
+    means, mean_draws = scores.mean(axis=1), draws.mean(axis=2)
+    points, point_draws = ranking.borda(scores), ranking.borda(draws)
+    ranks, rank_draws = ranking.task_ranks(scores).mean(axis=1), ranking.task_ranks(draws).mean(axis=2)
+    by_type = np.stack([scores[:, of].mean(axis=1) for of in types]).mean(axis=0)
+    by_type_draws = np.stack([draws[:, :, of].mean(axis=2) for of in types]).mean(axis=0)
+    places = ranking.places(points)
+    kept = np.flatnonzero(complete)
+    sets = ranking.rank_sets(means[kept], mean_draws[:, kept], level) if len(kept) else None
+    rows = []
+    for i, model in enumerate(models):
+        low = high = None
+        above: tuple[str, ...] = ()
+        if sets is not None and complete[i]:
+            at = int(np.searchsorted(kept, i))
+            low, high = int(sets.low[at]), int(sets.high[at])
+            above = tuple(names[kept[j]] for j in np.flatnonzero(np.asarray(sets.above[at])))
+        rows.append(
+            BoardRow(
+                model.label,
+                model.name,
+                model.revision,
+                int(places[i]),
+                _value(points[i], point_draws[:, i], level),
+                _value(means[i], mean_draws[:, i], level),
+                _value(by_type[i], by_type_draws[:, i], level),
+                _value(ranks[i], rank_draws[:, i], level),
+                low,
+                high,
+                above,
+                {task.name: float(scores[i, j]) for j, task in enumerate(board_tasks) if not np.isnan(scores[i, j])},
+            )
+        )
+        missing = [task.name for j, task in enumerate(board_tasks) if np.isnan(scores[i, j])]
+        if missing:
+            notes.append(f"{model.label} lacks {', '.join(missing)}: it has no means, and earns no points there")
+    order = sorted(rows, key=lambda row: (row.place, -(row.mean_task.value or 0.0), row.label))
+    settings = {"samples": samples, "level": level, "seed": seed}
+    return Leaderboard(board_tasks, tuple(order), tuple(notes), settings)
+
+
+def _types(tasks: Sequence[BoardTask]) -> list[str]:
+    return list(dict.fromkeys(task.type for task in tasks))
+
+
+Columns = dict[str, tuple[list[Key], TaskScores]]
+
+
+def _columns(read: Mapping[str, Mapping[Key, TaskScores]], tasks: Sequence[str] | None) -> tuple[Columns, list[str]]:
+    """Task -> its subsets and splits and one of its scores; tasks that were scored on different data are left out."""
+    keys = list(dict.fromkeys(sorted(key for found in read.values() for key in found)))
+    known = list(dict.fromkeys(task for task, _, _ in keys))
+    for task in tasks or ():
+        if task not in known:
+            raise BadInputError(f"no model has results on {task!r}", hint=f"Tasks: {', '.join(known)}.")
+    columns: Columns = {}
+    notes = []
+    for task in known if tasks is None else [task for task in known if task in set(tasks)]:
+        own = [key for key in keys if key[0] == task]
+        found = [scores[key] for scores in read.values() for key in own if key in scores]
+        if len({of.data_revision for of in found}) > 1 or len({of.metric for of in found}) > 1:
+            notes.append(f"{task} is left out: the models were scored on different data or by different metrics")
+            continue
+        columns[task] = (own, found[0])
+    if not columns:
+        raise BadInputError("the models have no task in common", hint="Score them on the same suite.")
+    return columns, notes
+
+
+def _matrix(
+    read: Mapping[str, Mapping[Key, TaskScores]], names: Sequence[str], columns: Columns, samples: int, seed: int
+) -> tuple[Floats, Floats, list[bool]]:
+    """Scores ``[models, tasks]`` (NaN where missing), draws ``[samples, models, tasks]``, and which tasks have draws."""
+    scores = np.full((len(names), len(columns)), np.nan)
+    draws = np.full((samples, len(names), len(columns)), np.nan)
+    uncertain = []
+    for column, (keys, _) in enumerate(columns.values()):
+        drawn = {}
+        for key in keys:
+            of_key = {name: read[name][key] for name in names if key in read[name]}
+            drawn[key] = dict(drawn_scores(key, of_key, samples, seed))
+        uncertain.append(all(drawn[key] for key in keys))
+        for row, name in enumerate(names):
+            if all(key in read[name] for key in keys):
+                own = [read[name][key].score for key in keys]
+                scores[row, column] = np.mean(own)
+                parts = [
+                    np.asarray(drawn[key].get(name, np.full(samples, s))) for key, s in zip(keys, own, strict=True)
+                ]
+                draws[:, row, column] = np.mean(parts, axis=0)
+    return scores, draws, uncertain
+
+
+def _value(value: float, draws: Floats, level: float) -> Value:
+    if np.isnan(value):
+        return Value(None)
+    if np.isnan(draws).all() or np.ptp(draws) == 0:
+        return Value(float(value))
+    interval = statistics.percentile_interval(draws, level)
+    return Value(float(value), interval.low, interval.high)
