@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -270,55 +269,6 @@ def task_scores(run_folder: Path) -> tuple[dict[str, float], dict[str, int]]:
 # What the records say
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The mean of paired differences, with its 95 % t interval."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-    detects: float
-    count: int
-
-
-def paired(ours: dict[int, float], others: dict[int, float]) -> Difference | None:
-    """The differences of the seeds that both have; None for fewer than two."""
-    from scipy import stats
-
-    seeds = sorted(set(ours) & set(others))
-    if len(seeds) < 2:
-        return None
-    values = np.array([ours[seed] - others[seed] for seed in seeds])
-    count, mean = len(values), float(values.mean())
-    error = float(values.std(ddof=1)) / math.sqrt(count)
-    half = float(stats.t.ppf(0.975, count - 1)) * error
-    p = float(stats.ttest_1samp(values, 0.0).pvalue) if error else float(mean == 0)
-    return Difference(mean, mean - half, mean + half, p, detectable(count) * error, count)
-
-
-def detectable(count: int, power: float = 0.8, level: float = 0.05) -> float:
-    """The difference, in standard errors, that a two-sided paired t-test of ``count`` differences finds with ``power``."""
-    from scipy import optimize, stats
-
-    bar = stats.t.ppf(1 - level / 2, count - 1)
-
-    def missing(shift: float) -> float:
-        return float(stats.nct.sf(bar, count - 1, shift) + stats.nct.cdf(-bar, count - 1, shift)) - power
-
-    return float(optimize.brentq(missing, 0.0, 50.0))
-
-
-def holm(values: list[float]) -> list[float]:
-    """P values adjusted for their number by Holm's method, in their order."""
-    order = np.argsort(values)
-    adjusted, highest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = highest
-    return adjusted
-
-
 def report(study: Study) -> str:
     """The tables of a study."""
     records = list(study.records.values())
@@ -370,20 +320,25 @@ def arms_table(study: Study, name: str, arms: list[Arm]) -> list[str]:
 
 
 def comparisons_table(study: Study, name: str, family: str, pairs: list[list[str]]) -> list[str]:
+    from nearfield.evaluation.methods import SEEDS, detectable, paired_interval
+    from nearfield.evaluation.statistics import holm
+
     found = []
     for ours, other in pairs:
-        difference = paired(study.by_seed(name, ours), study.by_seed(name, other))
-        if difference is not None:
-            found.append((ours, other, difference))
+        one, two = study.by_seed(name, ours), study.by_seed(name, other)
+        differences = [one[seed] - two[seed] for seed in sorted(set(one) & set(two))]
+        if len(differences) >= SEEDS:
+            found.append((ours, other, differences, *paired_interval(differences, 0.95)))
     if not found:
         return []
     lines = [f"{family}:", "", "| difference | seeds | nDCG@10 | p | detects |", "| --- | --- | --- | --- | --- |"]
-    adjusted = holm([difference.p for _, _, difference in found])
-    for (ours, other, d), p in zip(found, adjusted, strict=True):
+    adjusted = holm([p for *_, p in found])
+    for (ours, other, differences, low, high, _), p in zip(found, adjusted, strict=True):
         verdict = "" if p < 0.05 else ", not separable"
-        lines.append(
-            f"| `{ours}` - `{other}` | {d.count} | {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{verdict} | {p:.3f} | {d.detects:.4f} |"
+        figures = (
+            f"{np.mean(differences):+.4f} [{low:+.4f}, {high:+.4f}]{verdict} | {p:.3f} | {detectable(differences):.4f}"
         )
+        lines.append(f"| `{ours}` - `{other}` | {len(differences)} | {figures} |")
     return [*lines, ""]
 
 

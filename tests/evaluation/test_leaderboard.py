@@ -11,7 +11,7 @@ from scipy import stats
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation.leaderboard import leaderboard
-from nearfield.evaluation.methods import Method, compare_methods, paired_interval
+from nearfield.evaluation.methods import Method, compare_methods, detectable, paired_interval
 from nearfield.evaluation.published import CAVEAT, compare_published, published_folder
 from tests.evaluation.made import write_result
 
@@ -153,3 +153,14 @@ def test_published_results_of_other_data_are_said_and_missing_ones_refused(tmp_p
         compare_published(ours, tmp_path / "empty", samples=200)
     with pytest.raises(BadInputError, match="does not exist"):
         published_folder(str(tmp_path / "nowhere"))
+
+
+def test_what_a_comparison_detects_is_found_in_four_of_five() -> None:
+    random = np.random.default_rng(0)
+    differences = random.normal(0.0, 2.0, 5)
+    shift = detectable(differences.tolist()) / differences.std(ddof=1)
+    drawn = random.normal(shift, 1.0, (20_000, 5))
+    t = drawn.mean(axis=1) / (drawn.std(axis=1, ddof=1) / np.sqrt(5))
+    found = float(np.mean(np.abs(t) > stats.t.ppf(0.975, 4)))
+    assert found == pytest.approx(0.8, abs=0.012)
+    assert detectable([0.1, 0.1]) == 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation import statistics
@@ -33,7 +33,8 @@ class Method:
 class MethodRow:
     """A method against the baseline on a task, seed by seed.
 
-    ``verdict`` is better, worse, not separable, or too few seeds; then the interval and p are null.
+    ``verdict`` is better, worse, not separable, or too few seeds; then the interval and p are null. ``detects`` is the true
+    difference that is found in 80 % of such comparisons.
     """
 
     task: str
@@ -50,6 +51,7 @@ class MethodRow:
     high: float | None
     p: float | None
     p_adjusted: float | None
+    detects: float | None
     verdict: str
     sentence: str
 
@@ -77,6 +79,22 @@ def paired_interval(differences: Sequence[float], level: float) -> tuple[float, 
         return mean, mean, 1.0 if abs(mean) <= 1e-15 else 0.0
     reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
     return mean - reach, mean + reach, float(2 * stats.t.sf(abs(mean) / error, len(values) - 1))
+
+
+def detectable(differences: Sequence[float], level: float = 0.95, power: float = 0.8) -> float:
+    """The true mean difference that a paired t-test of so many pairs finds with ``power``, by the spread of these."""
+    count = len(differences)
+    bar = float(stats.t.ppf((1 + level) / 2, count - 1))
+
+    def missing(shift: float) -> float:
+        # That it is found with the wrong sign is as good as impossible at any power worth asking for.
+        return float(stats.nct.sf(bar, count - 1, shift)) - power
+
+    enough = 1.0
+    while missing(enough) < 0:
+        enough *= 2
+    error = float(np.std(differences, ddof=1) / np.sqrt(count))
+    return float(optimize.brentq(missing, 0.0, enough)) * error
 
 
 def compare_methods(
@@ -158,7 +176,21 @@ def _row(
 ) -> MethodRow:
     difference = float(np.mean(ours) - np.mean(theirs))
     return MethodRow(
-        *key, metric, label, base, tuple(seeds), tuple(ours), tuple(theirs), difference, None, None, None, None, "", ""
+        *key,
+        metric,
+        label,
+        base,
+        tuple(seeds),
+        tuple(ours),
+        tuple(theirs),
+        difference,
+        None,
+        None,
+        None,
+        None,
+        None,
+        "",
+        "",
     )
 
 
@@ -167,8 +199,9 @@ def _judged(rows: Sequence[MethodRow], level: float) -> list[MethodRow]:
     for row in rows:
         if len(row.seeds) >= SEEDS:
             pairs = zip(row.scores, row.baseline_scores, strict=True)
-            low, high, p = paired_interval([ours - theirs for ours, theirs in pairs], level)
-            row = replace(row, low=low, high=high, p=p)
+            differences = [ours - theirs for ours, theirs in pairs]
+            low, high, p = paired_interval(differences, level)
+            row = replace(row, low=low, high=high, p=p, detects=detectable(differences, level))
         tested.append(row)
     adjusted = iter(statistics.holm([row.p for row in tested if row.p is not None]))
     judged = []
@@ -200,5 +233,5 @@ def _sentence(row: MethodRow) -> str:
     return (
         f"The method {row.method} {word} {row.baseline} on {title}, over {len(row.seeds)} trainings each: "
         f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}], p = {row.p_adjusted:.4f} after Holm's adjustment. "
-        "It speaks of other seeds on these queries."
+        f"It speaks of other seeds on these queries; a true difference of {row.detects:.4f} is found in 80 % of such comparisons."
     )
