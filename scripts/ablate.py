@@ -120,11 +120,28 @@ def draw_rows(store: Any, source: str, split: str, count: int, rng: np.random.Ge
         {
             "query": store.texts([row["query"]])[0],
             "positives": store.texts(row["positives"]),
+            "negatives": [],
             "cluster": row["cluster"],
             "split": split,
         }
         for row in rows
     ]
+
+
+def give_negatives(rows: list[dict[str, Any]], false: float, rng: np.random.Generator, count: int = 2) -> None:
+    """Explicit negatives for each row: positives of other rows or, each with the chance ``false``, its own less a word.
+
+    The latter are false negatives that the data do not know of: other texts with the same meaning.
+    """
+    for place, row in enumerate(rows):
+        for _ in range(count):
+            words = row["positives"][0].split()
+            other = (place + int(rng.integers(1, len(rows)))) % len(rows)
+            negative = rows[other]["positives"][0]
+            if rng.random() < false and len(words) > 1:
+                del words[int(rng.integers(len(words)))]
+                negative = " ".join(words)
+            row["negatives"].append(negative)
 
 
 def draw_set(study: Study, name: str, seed: int, work: Path) -> Path:
@@ -148,6 +165,8 @@ def draw_set(study: Study, name: str, seed: int, work: Path) -> Path:
             order = rng.permutation(len(rows))
             for place in order[origin["examples"] :]:
                 rows[place]["split"] = "distractor"
+            if "false_negatives" in group:
+                give_negatives(rows, group["false_negatives"], generator(seed, "ablation", label, "noise"))
             rows += draw_rows(store, source, "test", origin["queries"], rng)
             with (aside / f"{label}.jsonl").open("w") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -156,7 +175,12 @@ def draw_set(study: Study, name: str, seed: int, work: Path) -> Path:
                     "name": label,
                     "task_type": "Retrieval",
                     "reader": {"kind": "jsonl", "path": f"{label}.jsonl"},
-                    "examples": {"kind": "retrieval", "query": "query", "positives": "positives"},
+                    "examples": {
+                        "kind": "retrieval",
+                        "query": "query",
+                        "positives": "positives",
+                        "negatives": "negatives",
+                    },
                     "cluster": "cluster",
                     "split": {"kind": "column", "column": "split"},
                 }
