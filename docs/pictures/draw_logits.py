@@ -15,6 +15,7 @@ COLOURS = {
     "h": ("#8a93a3", "counts more"),
     "x": ("#c8792b", "counts more, explicit"),
     "s": ("#7fb37f", "mixed of the row's own"),
+    "q": ("#d9c6e3", "positive of an earlier step"),
     ".": ("#ffffff", "not in the softmax"),
 }
 DOCUMENTS = ["p₁", "n₁", "p₂", "n₂", "p₃", "n₃", "p₄", "n₄"]
@@ -66,6 +67,17 @@ PICTURES: dict[str, tuple[str, list[Panel]]] = {
                 QUERIES,
                 [f"{row}ss" for row in PLAIN],
             )
+        ],
+    ),
+    "logits-queue": (
+        "A queue adds the positives of earlier steps to every row",
+        [("queue: 4", [*PAIRS, "o₁", "o₂", "o₃", "o₄"], QUERIES, ["pnnnqqqq", "npnnqqqq", "nnpnqqqm", "nnnpqqqq"])],
+    ),
+    "logits-ring": (
+        "A ring of two: rank 0 has rows 1 and 2, and sees its own columns, then those that come by",
+        [
+            ("its own part", DOCUMENTS, QUERIES[:2], ["penn....", "nnpe...."]),
+            ("rank 1's part comes by", DOCUMENTS, QUERIES[:2], ["....nnnn", "....nnnn"]),
         ],
     ),
     "logits-tiles": (

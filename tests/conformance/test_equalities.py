@@ -15,8 +15,8 @@ from nearfield.errors import BadInputError
 
 pytestmark = pytest.mark.conformance
 
-CHECKS = 20
-"""Lines of a launch; of several ranks two more: a resume on another number of them, and the bytes on the wire."""
+CHECKS = 22
+"""Lines of a launch; of several ranks three more: a resume on another number of them, the ring, and the bytes on the wire."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_all_equalities_hold(outcome: Outcome) -> None:
         pytest.skip(outcome.skipped)
     assert outcome.error is None
     assert [line.check for line in outcome.lines if not line.passed] == []
-    assert len(outcome.lines) == CHECKS + 2 * (outcome.ranks > 1)
+    assert len(outcome.lines) == CHECKS + 3 * (outcome.ranks > 1)
 
 
 def test_a_broken_equality_is_told() -> None:

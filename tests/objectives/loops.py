@@ -36,11 +36,19 @@ class Loops:
             "query": batch.queries.detach().numpy()[:, :width],
             "document": batch.documents.detach().numpy()[:, :width],
         }
+        self.queue_ids: list[int] = []
+        if batch.queue is not None:
+            self.vectors["queue"] = batch.queue.vectors.numpy()[:, :width]
+            assert batch.queue.guide is not None and batch.sources is not None
+            self.queue_ids, self.queue_labels = batch.queue.ids.tolist(), batch.queue.labels.tolist()
+            self.queue_sources, self.sources = batch.queue.sources.tolist(), batch.sources.tolist()
         assert batch.guide_queries is not None and batch.guide_documents is not None
         self.guide = {
             "query": batch.guide_queries.float().double().numpy(),
             "document": batch.guide_documents.float().double().numpy(),
         }
+        if batch.queue is not None and batch.queue.guide is not None:
+            self.guide["queue"] = batch.queue.guide.float().double().numpy()
         self.owner, self.positive = batch.owner.tolist(), batch.is_positive.tolist()
         self.ids = batch.document_ids.tolist()
         self.known = [set(row) - {-1} for row in batch.known_positives.tolist()]
@@ -56,6 +64,8 @@ class Loops:
     def label(self, node: tuple[str, int]) -> int:
         if node[0] == "query":
             return int(self.labels[node[1]])
+        if node[0] == "queue":
+            return int(self.queue_labels[node[1]])
         return int(self.labels[self.owner[node[1]]]) if self.positive[node[1]] else -1
 
     def positives_of(self, row: int) -> list[int]:
@@ -65,7 +75,10 @@ class Loops:
         """Whether a mask rules the candidate ``other`` of ``anchor`` out."""
         config = self.config
         if config.mask_known_positives:
-            if other[0] == "document":
+            if other[0] == "queue":
+                if self.queue_ids[other[1]] in self.known[row]:
+                    return True
+            elif other[0] == "document":
                 if self.ids[other[1]] in self.known[row]:
                     return True
                 if anchor[0] == "document" and self.ids[other[1]] == self.ids[anchor[1]]:
@@ -110,6 +123,12 @@ class Loops:
                 which = {"in_batch": not own, "explicit": own, "all": True}[config.hardness.on]
                 logit += config.hardness.alpha * score * which
             found.append(logit)
+        if direction == "query_document" and config.queue:
+            for c, source in enumerate(self.queue_sources):
+                if source == self.sources[row] and not self.masked(row, anchor, ("queue", c), positives):  # type: ignore[arg-type]
+                    score = self.score(anchor, ("queue", c))  # type: ignore[arg-type]
+                    hard = config.hardness.alpha if config.hardness and config.hardness.on != "explicit" else 0.0
+                    found.append(score / config.temperature + hard * score)
         return found
 
     def softmax(self, positives: list[float], negatives: list[float]) -> float:

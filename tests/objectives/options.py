@@ -9,10 +9,11 @@ import torch
 from hypothesis import strategies as st
 
 from nearfield.objectives import InfoNCEConfig
-from nearfield.objectives.infonce import ContrastiveBatch
+from nearfield.objectives.batch import ContrastiveBatch, Queued
 
 DIM = 12
 SOURCES = {0: "a", 1: "b", 3: "c"}
+QUEUED = 7
 
 
 def random_batch(
@@ -50,6 +51,9 @@ def random_batch(
         if is_positive[column]:
             q[owner[column]] += 0.5 * documents[column]
     guide = random.standard_normal((queries, 5)), random.standard_normal((count, 5))
+    earlier = random.integers(0, items, QUEUED)
+    stale = random.standard_normal((QUEUED, dim)) if by_item is None else by_item[earlier]
+    stale = stale + 0.1 * random.standard_normal((QUEUED, dim))
 
     def floats(values: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(np.asarray(values, dtype=np.float64)).to(dtype)
@@ -68,6 +72,13 @@ def random_batch(
         sources=torch.from_numpy(random.choice([0, 1, 3], queries)),
         guide_queries=floats(guide[0]),
         guide_documents=floats(guide[1]),
+        queue=Queued(
+            vectors=floats(stale),
+            ids=torch.from_numpy(earlier.astype(np.int64)),
+            labels=torch.from_numpy(random.integers(-1, 3, QUEUED)),
+            sources=torch.from_numpy(random.choice([0, 1, 3], QUEUED)),
+            guide=floats(random.standard_normal((QUEUED, 5))),
+        ),
         draw=seed,
     )
 
@@ -127,6 +138,7 @@ def configs(draw: st.DrawFn) -> InfoNCEConfig:
                 }
             )
         )
+        settings["queue"] = draw(st.sampled_from([0, 5])) if settings["in_batch_negatives"] else 0
         settings["mixing"] = draw(
             st.none()
             | st.fixed_dictionaries({"pairs": st.integers(1, 2), "lists": st.booleans()})

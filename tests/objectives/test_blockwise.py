@@ -167,7 +167,7 @@ def test_small_batches_are_dense_and_large_ones_blockwise(monkeypatch: pytest.Mo
         monkeypatch.setattr(module, name, spy)
     batch = random_batch(1, 6, positives=1, negatives=0)
     InfoNCEConfig().build()(batch)
-    monkeypatch.setattr(infonce, "DENSE_CELLS", 35)
+    monkeypatch.setitem(infonce.DENSE_CELLS, "cpu", 35)
     InfoNCEConfig().build()(batch)
     InfoNCEConfig(implementation="dense").build()(batch)
     assert seen == ["dense_statistics", "blockwise_statistics", "dense_statistics"]

@@ -193,3 +193,16 @@ def test_refusals(model: SentenceTransformer) -> None:
         InfoNCELoss(model, InfoNCEConfig(source_weights={"a": 2.0}))
     with pytest.raises(BadInputError, match="1 columns"):
         InfoNCELoss(model)(features(model, {"anchor": SENTENCES[:2]}))
+
+
+def test_a_queue_remembers_what_was_trained_on(model: SentenceTransformer) -> None:
+    second = {"anchor": SENTENCES[8:16], "positive": SENTENCES[16:24]}
+    plain = [gradient(InfoNCELoss(model), model, columns)[0] for columns in (PAIRS, second)]
+    for kind in (InfoNCELoss, CachedInfoNCELoss):
+        loss = kind(model, InfoNCEConfig(queue=6))
+        with torch.no_grad():
+            loss(features(model, second), torch.zeros(8))
+        assert len(loss.queue) == 0, "what is only evaluated is not remembered"
+        found = [gradient(loss, model, columns)[0] for columns in (PAIRS, second)]
+        assert found[0] == pytest.approx(plain[0], rel=1e-6)
+        assert found[1] > plain[1] and len(loss.queue) == 6

@@ -23,6 +23,8 @@ from nearfield.training.communication import (
     exchange_control,
     gather_embeddings,
     reduce_gradient,
+    return_rows,
+    send_rows,
 )
 
 CPU = torch.device("cpu")
@@ -95,6 +97,46 @@ def test_gathering_and_summing_are_inverse_to_each_other(sizes: list[int], ranks
         gradients = [torch.randn(sum(sizes), 3, dtype=torch.float64) for _ in range(ranks)]
         summed = torch.stack(gradients).sum(dim=0)
         for share, own in zip(shares, wire.ask(reduce_gradient, gradients, shares), strict=True):
+            torch.testing.assert_close(own, summed[share.own], rtol=0, atol=1e-12)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=8), st.integers(1, 4), st.integers(0, 99))
+def test_rows_go_where_they_are_wanted_and_gradients_come_back(sizes: list[int], ranks: int, seed: int) -> None:
+    shares, random = shares_of(sizes, ranks), np.random.default_rng(seed)
+    pool = torch.randn(sum(sizes), 3, dtype=torch.float64)
+    wanted = [random.permutation(sum(sizes))[: random.integers(0, sum(sizes) + 1)] for _ in range(ranks)]
+    brought: list[list[Tensor]] = []
+    answering: list[int] = []
+
+    def all_to_all(out: Tensor, given: Tensor, out_sizes: list[int], given_sizes: list[int]) -> None:
+        if not answering:
+            brought.append(list(given.split(given_sizes)))
+            out.zero_()
+            return
+        parts = [brought[rank][answering[0]] for rank in range(ranks)]
+        assert [len(part) for part in parts] == out_sizes
+        out.copy_(torch.cat(parts))
+
+    def ask(function: Any, parts: list[Tensor]) -> list[Tensor]:
+        brought.clear()
+        answering.clear()
+        for part, share in zip(parts, shares, strict=True):
+            function(part, share, wanted)
+        answers = []
+        for rank in range(ranks):
+            answering[:] = [rank]
+            answers.append(function(parts[rank], shares[rank], wanted))
+        return answers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(communication.dist, "all_to_all_single", all_to_all)
+        for rows, got in zip(wanted, ask(send_rows, [pool[share.own] for share in shares]), strict=True):
+            assert torch.equal(got, pool[rows])
+        gradients = [torch.randn(len(rows), 3, dtype=torch.float64) for rows in wanted]
+        summed = torch.zeros_like(pool)
+        for rows, gradient in zip(wanted, gradients, strict=True):
+            summed[rows] += gradient
+        for share, own in zip(shares, ask(return_rows, gradients), strict=True):
             torch.testing.assert_close(own, summed[share.own], rtol=0, atol=1e-12)
 
 

@@ -23,11 +23,11 @@ from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.chunks import Pool
 from nearfield.training.communication import ControlWord
 from nearfield.training.engine import Engine
+from nearfield.training.exchange import contrastive_batch
 from nearfield.training.launch import Launch
 from nearfield.training.step import (
     StepResult,
     Work,
-    contrastive_batch,
     cut_work,
     is_out_of_memory,
     mean_result,

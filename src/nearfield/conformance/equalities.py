@@ -23,6 +23,7 @@ from nearfield.objectives.config import (
     ScoreMaskConfig,
     SpreadConfig,
 )
+from nearfield.objectives.infonce import can_ring
 from nearfield.training import step as step_module
 from nearfield.training.backends.base import Backend
 from nearfield.training.chunks import split_batch
@@ -54,6 +55,7 @@ OBJECTIVES = {
         matryoshka=MatryoshkaConfig(dimensions=(8, 16)),
         spread=SpreadConfig(),
     ),
+    "infonce, queue of earlier positives": InfoNCEConfig(temperature=0.1, queue=4),
     WEIGHTED: InfoNCEConfig(temperature=0.1, guide_mask=ScoreMaskConfig()),
 }
 """Every shipped objective, with the options that change which cells of the logits count."""
@@ -113,6 +115,7 @@ class Suite:
         yield self.clipping()
         yield from self.resume()
         if self.launch.world_size > 1:
+            yield self.ring()
             yield self.traffic()
 
     def _difference(
@@ -124,19 +127,23 @@ class Suite:
         reference: tuple[float, dict[str, Tensor]] | None = None,
         deal: Callable[[Work], Work] = lambda work: work,
         packing: str = "never",
+        exchange: str = "gather",
     ) -> float:
         """How far a step without dropout is from the reference, in its loss and its gradient."""
         loss, gradient = reference or problem.reference()
-        engine = problem.engine(self.launch, self.backend, dropout=False, packing=packing)
+        engine = problem.engine(self.launch, self.backend, dropout=False, packing=packing, exchange=exchange)
         result, ours = problem.gradient(engine, deal(problem.work(engine, budget)), keep_graph=keep_graph)
         return max(difference(ours, gradient), abs(result.loss - loss) / abs(loss))
 
+    def problem(self, name: str, queries: int) -> Problem:
+        """A problem with one of the objectives."""
+        found = self.make(OBJECTIVES[name], queries)
+        return replace(found, weights=np.linspace(0.0, 2.0, queries)) if name == WEIGHTED else found
+
     def chunks(self) -> Iterator[Line]:
         """Any chunks, kept or cached = one padded forward, for every objective."""
-        for name, objective in OBJECTIVES.items():
-            problem = self.make(objective, 8)
-            if name == WEIGHTED:
-                problem = replace(problem, weights=np.linspace(0.0, 2.0, 8))
+        for name in OBJECTIVES:
+            problem = self.problem(name, 8)
             reference = problem.reference()
             every = name == "infonce"
             worst = max(
@@ -166,6 +173,15 @@ class Suite:
 
         worst = max(self._difference(problem, 48, keep_graph=keep, deal=deal) for keep in (True, False))
         return self.line("ranks with 1 and with all other chunks = one process", worst)
+
+    def ring(self) -> Line:
+        """Parts that are passed round, for every objective that can, and where a rank has no row."""
+        able = {name: config for name, config in OBJECTIVES.items() if can_ring(config) and not config.queue}
+        problems = [self.problem(name, 8) for name in able] + [
+            self.problem("infonce, both directions", n) for n in (5, 2)
+        ]
+        worst = max(self._difference(problem, 60, keep_graph=False, exchange="ring") for problem in problems)
+        return self.line("parts passed round in a ring = one process, for all objectives that can", worst)
 
     def dropout(self) -> Iterator[Line]:
         """Masks depend on (seed, step, chunk) alone."""

@@ -19,13 +19,16 @@ from nearfield.conformance.tiny import save_tiny_bert
 from nearfield.data.tokens import TokenCache, TokenTable
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
+from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.config import InfoNCEConfig
+from nearfield.objectives.queue import MemoryQueue
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import EmbeddingModule, Engine, build_engine
+from nearfield.training.exchange import contrastive_batch
 from nearfield.training.launch import Launch
-from nearfield.training.step import StepResult, Work, contrastive_batch, run_step
+from nearfield.training.step import StepResult, Work, run_step
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -113,6 +116,7 @@ class Problem:
         packing: str = "never",
         rate: float = 1.0,
         max_norm: float | None = None,
+        exchange: str = "gather",
         optimizer: Callable[[Sequence[nn.Parameter], float], torch.optim.Optimizer] = sgd,
     ) -> Engine:
         """A new engine; its optimiser is plain SGD, so that a step shows the gradient, unless another is given."""
@@ -124,6 +128,7 @@ class Problem:
                 "precision": "fp32",
                 "device": "cpu",
                 "max_gradient_norm": max_norm,
+                "exchange": exchange,
             }
         )
         objective = self.objective.build().to(self.dtype)
@@ -131,7 +136,7 @@ class Problem:
         def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
             return optimizer([parameter for _, parameter in named], rate)
 
-        return build_engine(
+        engine = build_engine(
             config,
             self.encoder(),
             objective,
@@ -142,6 +147,18 @@ class Problem:
             guide=self.guide,
             weights=self.weights,
         )
+        if engine.queue is not None:
+            self.fill(engine.queue)
+        return engine
+
+    def fill(self, queue: MemoryQueue) -> MemoryQueue:
+        """Let a queue remember random vectors of some texts, one of which a query has as a positive."""
+        rows = torch.arange(6)
+        random = torch.Generator().manual_seed(2)
+        vectors = torch.randn(6, 32, generator=random, dtype=torch.float64).to(self.dtype)
+        ids = torch.from_numpy(np.r_[self.batch.positives[1][:1], 1:6])
+        queue.push(ContrastiveBatch(vectors, vectors, rows, rows >= 0, ids, ids[:, None]))
+        return queue
 
     @property
     def guide(self) -> VectorsOf | None:
@@ -190,12 +207,15 @@ class Problem:
             encoder.get_embedding_dimension(),
             guide=self.guide,
             weights=self.weights,
+            queue=self.fill(MemoryQueue(self.objective.queue)) if self.objective.queue else None,
         )
         work = self.work(engine, 10**9)
         whole = np.arange(len(work.pool.items))
         embeddings = encoder(dict(engine.make_features(work.pool)(whole)))["sentence_embedding"]
         draw = derive_seed(SEED, "objective", STEP, work.first_number)
-        loss = objective(contrastive_batch(work.pool, embeddings, work.known_positives, None, draw, work.guide))
+        loss = objective(
+            contrastive_batch(work.pool, embeddings, work.known_positives, None, draw, work.guide, work.queue)
+        )
         mean = loss.total / loss.denominator
         mean.backward()
         gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}

@@ -2,10 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Documents of earlier steps, without gradient."""
+
+    vectors: Tensor
+    """(N, d) as they were embedded then."""
+    ids: Tensor
+    """(N,) int64."""
+    labels: Tensor
+    """(N,) int64, -1 for none."""
+    sources: Tensor
+    """(N,) int64, -1 where it was not said."""
+    guide: Tensor | None = None
+    """(N, g) a guide model's embeddings."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The processes that a batch is spread over. Each holds its own queries with their documents; embeddings are passed round,
+    what else is known of a part every process knows."""
+
+    rank: int
+    queries: Sequence[int]
+    """Of each process."""
+    documents: Sequence[int]
+    """Of each process."""
+    weight: float
+    """What the loss of the whole batch is divided by."""
+    part: Callable[[int], ContrastiveBatch]
+    """A process's part, numbered from 0, its embeddings on the device ``meta``."""
+    rotate: Callable[[Tensor, int], Tensor]
+    """*Collective*: a tensor for the next process, and how many rows come from the one before -> these."""
+
+    def visits(self) -> list[int]:
+        """The processes whose parts come by, in the order in which they do."""
+        world = len(self.queries)
+        return [(self.rank - step) % world for step in range(1, world)]
+
+    def size(self, process: int) -> int:
+        """Rows of a process's embeddings."""
+        return self.queries[process] + self.documents[process]
 
 
 @dataclass(frozen=True)
@@ -44,8 +88,12 @@ class ContrastiveBatch:
     """(Q, g) float: a guide model's embeddings."""
     guide_documents: Tensor | None = None
     """(D, g) float."""
+    queue: Queued | None = None
+    """Documents of earlier steps that are candidates too."""
     draw: int | None = None
     """The seed of what is drawn at this step, the same on all processes."""
+    ring: Ring | None = None
+    """Where a batch is spread over processes and this is the part of one; none means that all is here."""
 
     def local_rows(self) -> Tensor:
         """(R,) int64: the queries whose loss this process computes."""
@@ -53,7 +101,15 @@ class ContrastiveBatch:
 
     def denominator(self) -> float:
         """What a sum over the rows of all processes is divided by; 1 where nothing counts, so that the loss is 0."""
+        if self.ring is not None:
+            return self.ring.weight
         return float(len(self.queries)) if self.weights is None else float(self.weights.sum()) or 1.0
+
+    def place(self) -> tuple[int, int]:
+        """The number of the first query within the whole batch, and how many that has."""
+        if self.ring is None:
+            return 0, len(self.queries)
+        return sum(self.ring.queries[: self.ring.rank]), sum(self.ring.queries)
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ class _Blockwise(torch.autograd.Function):
     def forward(ctx: Any, queries: Tensor, documents: Tensor, problem: Problem, *scales: Tensor) -> tuple[Tensor, ...]:
         outputs = [problem.vectors.pair_scores(problem.pair_queries, problem.pair_documents)]
         log_sums: list[Tensor] = []
-        workspace = _Workspace(problem)
+        workspace = Workspace(problem)
         for block, scale in zip(problem.blocks.values(), scales, strict=True):
-            found = _forward(problem, block, scale, workspace)
+            found = forward_block(problem, block, scale, workspace)
             outputs += found
             log_sums.append(found[0])
             ctx.mark_non_differentiable(found[2])
@@ -52,19 +52,21 @@ class _Blockwise(torch.autograd.Function):
         queries, documents, *saved = ctx.saved_tensors
         count = len(problem.blocks)
         scales, log_sums = saved[:count], saved[count:]
-        sink = _Gradients(problem.vectors)
+        sink = Gradients(problem.vectors)
         sink.add_pairs(problem.pair_queries, problem.pair_documents, gradients[0])
-        workspace = _Workspace(problem)
+        workspace = Workspace(problem)
         scale_gradients: list[Tensor | None] = []
         for number, block in enumerate(problem.blocks.values()):
             log_sum, total = gradients[1 + 3 * number], gradients[2 + 3 * number]
             wanted = ctx.needs_input_grad[3 + number]
-            found = _backward(problem, block, scales[number], log_sums[number], log_sum, total, sink, workspace, wanted)
+            found = backward_block(
+                problem, block, scales[number], log_sums[number], log_sum, total, sink, workspace, wanted
+            )
             scale_gradients.append(found if wanted else None)
         return sink.result("query", queries), sink.result("document", documents), None, *scale_gradients
 
 
-class _Workspace:
+class Workspace:
     """Tiles that are made once: new memory for each would cost as much as what is done in it."""
 
     def __init__(self, problem: Problem) -> None:
@@ -85,7 +87,7 @@ def _factor(block: Block, scale: Tensor) -> Tensor:
 
 
 def _logits(
-    problem: Problem, block: Block, rows: Tensor, edges: tuple[int, int, int, int], factor: Tensor, work: _Workspace
+    problem: Problem, block: Block, rows: Tensor, edges: tuple[int, int, int, int], factor: Tensor, work: Workspace
 ) -> tuple[list[Tensor], Tensor]:
     """The products of each prefix, the first of them logits already where that is possible; and the column vectors."""
     low, high, start, stop = edges
@@ -117,7 +119,7 @@ def _either(first: Tensor, second: Tensor | None) -> Tensor:
     return first if second is None else first | second
 
 
-def _forward(problem: Problem, block: Block, scale: Tensor, work: _Workspace) -> tuple[Tensor, Tensor, Tensor]:
+def forward_block(problem: Problem, block: Block, scale: Tensor, work: Workspace) -> tuple[Tensor, Tensor, Tensor]:
     vectors, lowest = problem.vectors, floor(problem.vectors.dtype)
     shape = (len(vectors.prefixes), len(block.rows))
     highest, summed = scale.new_full(shape, lowest), scale.new_zeros(shape)
@@ -145,15 +147,15 @@ def _forward(problem: Problem, block: Block, scale: Tensor, work: _Workspace) ->
     return log_sum, total, count
 
 
-def _backward(
+def backward_block(
     problem: Problem,
     block: Block,
     scale: Tensor,
     log_sum: Tensor,
     upstream: Tensor,
     upstream_total: Tensor,
-    sink: _Gradients,
-    work: _Workspace,
+    sink: Gradients,
+    work: Workspace,
     scale_wanted: bool,
 ) -> Tensor:
     """Add a block's share to the gradients of the vectors; the gradient of its scale, (R,)."""
@@ -239,31 +241,37 @@ def _probabilities(
     return torch.ones_like(weight)
 
 
-class _Gradients:
+class Gradients:
     """Sums of gradients of both sides: of the unit vectors where there is one prefix, else of the vectors as they are,
     beside the dot product of each prefix with its gradient."""
 
     def __init__(self, vectors: Vectors) -> None:
         self.vectors = vectors
         self.sums: dict[Side, Tensor] = {
-            side: torch.zeros(raw.shape, dtype=vectors.dtype, device=raw.device) for side, raw in vectors.raw.items()
+            side: torch.zeros(raw.shape, dtype=vectors.dtype, device=raw.device)
+            for side, raw in vectors.raw.items()
+            if side != "queue"
         }
         several = vectors.inverse is not None and len(vectors.prefixes) > 1
         self.dots = {side: torch.zeros_like(one) for side, one in vectors.inverse.items()} if several else None  # type: ignore[union-attr]
 
-    def of_columns(self, block: Block, start: int, stop: int) -> tuple[Tensor, Tensor | slice]:
-        """Where the gradient of a tile's columns goes."""
+    def of_columns(self, block: Block, start: int, stop: int) -> tuple[Tensor, Tensor | slice] | None:
+        """Where the gradient of a tile's columns goes; nowhere for those of earlier steps."""
+        if block.columns.side == "queue":
+            return None
         return self.sums[block.columns.side][:, : self.vectors.widest], block.columns.part(start, stop)
 
     def add_columns(
         self,
-        target: tuple[Tensor, Tensor | slice],
+        target: tuple[Tensor, Tensor | slice] | None,
         tile: Tensor,
         rows: Tensor,
         first: int = 0,
         last: int | None = None,
     ) -> None:
         """Add (r, c) times (r, w) to the columns."""
+        if target is None:
+            return
         sums, which = target
         if isinstance(which, slice):
             sums[which, first:last].addmm_(tile.T, rows[:, first:last])
@@ -291,6 +299,8 @@ class _Gradients:
         if self.dots is None:
             return
         for side, which, values in ((block.rows.side, rows, by_row), (block.columns.side, columns, by_column)):
+            if side == "queue":
+                continue
             line = self.dots[side][number]
             if isinstance(which, slice):
                 line[which] += values

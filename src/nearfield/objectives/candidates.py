@@ -13,9 +13,10 @@ from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.objectives.masks import Block, Guide, Join, limits
 from nearfield.objectives.problem import Problem
-from nearfield.objectives.vectors import Lines, Vectors
+from nearfield.objectives.vectors import Lines, Side, Vectors
 
 NONE = -1
+_SIDES: dict[str, Side] = {"query": "query", "document": "document", "queue": "queue"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,17 @@ class Layout:
     """(M, E) bool: whether the explicit negative is a candidate."""
 
 
-def lay_out(config: InfoNCEConfig, batch: ContrastiveBatch, prefixes: Sequence[int], tile: int) -> Layout:
-    """What is to be computed for the rows of this process."""
+def lay_out(
+    config: InfoNCEConfig,
+    batch: ContrastiveBatch,
+    prefixes: Sequence[int],
+    tile: int,
+    start: tuple[int, int] = (0, 0),
+) -> Layout:
+    """What is to be computed for the rows of this process.
+
+    Candidates are the queries and documents from the numbers ``start`` on.
+    """
     _complain(config, batch)
     rows = batch.local_rows()
     place = torch.full((len(batch.queries),), NONE, dtype=torch.int64, device=rows.device)
@@ -49,9 +59,16 @@ def lay_out(config: InfoNCEConfig, batch: ContrastiveBatch, prefixes: Sequence[i
     negatives = wanted.nonzero().squeeze(1)
     documents = torch.cat([positives, negatives])
     queries = batch.owner[documents]
-    vectors = Vectors(batch.queries, batch.documents, prefixes, config.similarity == "cosine")
+    queue = batch.queue
+    vectors = Vectors(
+        batch.queries,
+        batch.documents,
+        prefixes,
+        config.similarity == "cosine",
+        None if queue is None else queue.vectors,
+    )
     local = place[batch.owner[positives]]
-    parts = _Parts(config, batch, rows, positives, local, place, tile)
+    parts = _Parts(config, batch, rows, positives, local, place, tile, start)
     # The positive's score is taken once, cut from its graph; all limits come from it.
     scores = vectors.pair_scores(queries, documents) if config.score_mask else None
     if scores is not None:
@@ -59,9 +76,12 @@ def lay_out(config: InfoNCEConfig, batch: ContrastiveBatch, prefixes: Sequence[i
     if config.guide_mask is not None:
         assert batch.guide_queries is not None and batch.guide_documents is not None
         width = (batch.guide_queries.shape[1],)
-        guide = Vectors(batch.guide_queries.float(), batch.guide_documents.float(), width, cosine=True)
+        earlier = None if queue is None or queue.guide is None else queue.guide.float()
+        guide = Vectors(batch.guide_queries.float(), batch.guide_documents.float(), width, cosine=True, queue=earlier)
         parts.set_guide(guide)
     blocks: dict[str, Block] = {name: parts.block(name) for name in config.all_directions if parts.stands(name)}
+    if config.queue and queue is not None and start == (0, 0):
+        blocks["query_queue"] = parts.block("query_queue")
     problem = Problem(
         vectors, queries, documents, blocks, config.similarity == "cosine", config.label_smoothing > 0, tile
     )
@@ -75,6 +95,11 @@ def _complain(config: InfoNCEConfig, batch: ContrastiveBatch) -> None:
             "guide_mask wants a guide model's embeddings of the batch, and there are none",
             where="objective.guide_mask",
             hint="Remove it, or give guide_queries and guide_documents.",
+        )
+    queue = batch.queue
+    if config.guide_mask is not None and config.queue and queue is not None and queue.guide is None:
+        raise BadInputError(
+            "guide_mask wants a guide model's embeddings of queued documents too", where="objective.guide_mask"
         )
     if config.mask_same_label and batch.labels is None:
         raise BadInputError(
@@ -100,9 +125,11 @@ class _Parts:
         positive_row: Tensor,
         place: Tensor,
         tile: int,
+        start: tuple[int, int],
     ) -> None:
         self.config, self.batch, self.rows, self.positives = config, batch, rows, positives
         self.positive_row, self.place, self.tile = positive_row, place, tile
+        self.start = dict(zip(("query", "document"), start, strict=True))
         self.limits: dict[str, Tensor] = {}
         self.guide: Vectors | None = None
         self.guide_limits: dict[str, Tensor] = {}
@@ -137,15 +164,19 @@ class _Parts:
         columns = self._columns(other)
         config = self.config
         hardness = config.hardness
-        hard = hardness is not None and name == "query_document" and hardness.on != "explicit"
+        hard = hardness is not None and other != "query" and side == "query" and hardness.on != "explicit"
         labels = self._labels() if config.mask_same_label else None
+        earlier = self.batch.queue if other == "queue" else None
+        sources = None if earlier is None else self.batch.sources
         row_index = self.rows if side == "query" else self.positives
         return Block(
             rows=Lines.of("query" if side == "query" else "document", row_index),
-            columns=Lines.of("query" if other == "query" else "document", columns),
+            columns=Lines.of(_SIDES[other], columns),
             joins=self._joins(name, columns),
             row_labels=None if labels is None else labels["query"][self._owner(side)],
             column_labels=None if labels is None else labels[other][columns],
+            row_sources=None if sources is None else sources[self._owner(side)],
+            column_sources=None if sources is None or earlier is None else earlier.sources[columns],
             guide=None if self.guide is None else Guide(self.guide, self.guide_limits[side]),
             limit=self.limits.get(side),
             hardness=hardness.alpha if hard and hardness is not None else 0.0,
@@ -154,11 +185,15 @@ class _Parts:
 
     def _columns(self, side: str) -> Tensor:
         batch = self.batch
+        if side == "queue":
+            assert batch.queue is not None
+            return torch.arange(len(batch.queue.ids), device=self.rows.device)
         if side == "query":
-            return torch.arange(len(batch.queries), device=self.rows.device)
+            return torch.arange(self.start[side], len(batch.queries), device=self.rows.device)
         shared = self.config.shared_negatives
         every = torch.ones_like(batch.is_positive) if shared else batch.is_positive
-        return every.nonzero().squeeze(1)
+        start = self.start[side]
+        return every[start:].nonzero().squeeze(1) + start
 
     def _owner(self, side: str) -> Tensor:
         """The query that each row of a block belongs to."""
@@ -169,6 +204,10 @@ class _Parts:
         batch, config = self.batch, self.config
         side, _, other = name.partition("_")
         owner = self._owner(side)
+        if other == "queue":
+            assert batch.queue is not None
+            known = batch.known_positives[owner]
+            return [self._join(known, batch.queue.ids[columns][:, None])] if config.mask_known_positives else []
         column_owner = columns if other == "query" else batch.owner[columns]
         joins = [self._join(owner[:, None], column_owner[:, None])]
         if not config.mask_known_positives:
@@ -210,7 +249,8 @@ class _Parts:
         documents = batch.document_labels
         if documents is None:
             documents = torch.where(batch.is_positive, batch.labels[batch.owner], NONE)
-        return {"query": batch.labels, "document": documents}
+        earlier = {} if batch.queue is None else {"queue": batch.queue.labels}
+        return {"query": batch.labels, "document": documents, **earlier}
 
     def keep_negatives(self, negatives: Tensor, scores: Tensor | None, prefixes: int) -> Tensor:
         """(E,) own explicit negatives -> (M, E) bool: those that no mask rules out."""

@@ -138,6 +138,9 @@ class InfoNCEConfig(Config):
     """Source -> what the loss of its examples is multiplied by; sources that are not named keep theirs. Not part of what the
     sum is divided by, so that it holds for batches of one source as well."""
     mixing: MixingConfig | None = None
+    queue: Annotated[int, Field(ge=0)] = 0
+    """How many positives of earlier steps are candidates of queries too, as they were embedded then and without gradient
+    (MoCo, arXiv 1911.05722; XBM, arXiv 1912.06798). A query sees those of its own source."""
     matryoshka: MatryoshkaConfig | None = None
     spread: SpreadConfig | None = None
     implementation: Literal["auto", "dense", "blockwise"] = "auto"
@@ -158,10 +161,12 @@ class InfoNCEConfig(Config):
             raise ValueError(
                 "a softmax of query_query or document_document alone holds no positive; use softmax: joint"
             )
-        if "query_document" not in self.directions and (self.hardness or self.mixing):
+        if "query_document" not in self.directions and (self.hardness or self.mixing or self.queue):
             raise ValueError(
-                "hardness and mixing weigh and make documents for queries: add the direction query_document"
+                "hardness, mixing and queue weigh and make documents for queries: add the direction query_document"
             )
+        if self.queue and not self.in_batch_negatives:
+            raise ValueError("queue brings documents of other queries, which in_batch_negatives: false leaves out")
         return self
 
     @property

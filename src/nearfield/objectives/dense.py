@@ -20,7 +20,8 @@ def dense_statistics(problem: Problem, queries: Tensor, documents: Tensor, scale
     pairs: list[Tensor] = []
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in problem.blocks}
     for number, width in enumerate(problem.vectors.prefixes):
-        sides = {"query": queries[:, :width].to(dtype), "document": documents[:, :width].to(dtype)}
+        whole = {**problem.vectors.raw, "query": queries, "document": documents}
+        sides = {side: vectors[:, :width].to(dtype) for side, vectors in whole.items()}
         if problem.cosine:
             sides = {side: functional.normalize(part, dim=1) for side, part in sides.items()}
         pairs.append((sides["query"][problem.pair_queries] * sides["document"][problem.pair_documents]).sum(dim=1))
@@ -64,7 +65,7 @@ def excluded_matrix(problem: Problem, block: Block) -> tuple[Excluded, list[Tens
     """The cells that are no candidates, and for each prefix those that its scores rule out, (R, C) bool."""
     shape, vectors = (len(block.rows), len(block.columns)), problem.vectors
     device = block.rows.index.device
-    masked = block.guide is not None or block.row_labels is not None
+    masked = block.guide is not None or block.row_labels is not None or block.row_sources is not None
     mask = torch.zeros(shape, dtype=torch.bool, device=device) if masked else None
     over = [torch.zeros(shape, dtype=torch.bool, device=device) for _ in vectors.prefixes if block.limit is not None]
     cells: list[tuple[Tensor, Tensor]] = []

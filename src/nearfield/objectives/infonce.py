@@ -15,15 +15,20 @@ from nearfield.objectives.config import InfoNCEConfig
 from nearfield.objectives.masks import CELLS_AT_ONCE
 from nearfield.objectives.mixing import mixed_scores
 from nearfield.objectives.objective import Objective
-from nearfield.objectives.problem import Statistics, floor
+from nearfield.objectives.problem import Problem, Statistics, floor
 from nearfield.objectives.softmax import Group, Positives, join, listed, losses, segment_log_sum, segment_sum
 from nearfield.objectives.spread import spread
 from nearfield.objectives.vectors import accumulation_dtype
 
 __all__ = ["ContrastiveBatch", "InfoNCE", "LossSum"]
 
-DENSE_CELLS = 2**24
-"""Up to so many cells of logits ``auto`` holds the whole matrix: 64 MB in float32."""
+DENSE_CELLS = {"cpu": 2**22, "cuda": 2**26}
+"""Up to so many cells of logits, prefixes counted, ``auto`` holds the whole matrix on a device of this type."""
+
+
+def can_ring(config: InfoNCEConfig) -> bool:
+    """Whether the loss needs no more of other processes' embeddings than a row at a time."""
+    return config.spread is None
 
 
 class InfoNCE(Objective):
@@ -41,6 +46,7 @@ class InfoNCE(Objective):
     def __init__(self, config: InfoNCEConfig, sources: Mapping[int, str] | None = None) -> None:
         super().__init__()
         self.config = config
+        self.implementation: str = config.implementation
         sources = sources or {}
         if config.names_sources:
             named = {*config.tasks, *config.source_weights}
@@ -80,6 +86,8 @@ class InfoNCE(Objective):
 
     def _loss(self, batch: ContrastiveBatch) -> LossSum:
         config = self.config
+        if batch.ring is not None and not can_ring(config):
+            raise BadInputError("spread looks at all embeddings of a batch at once, which a ring never does")
         prefixes, weights = self._prefixes(batch)
         layout = lay_out(config, batch, prefixes, self.tile)
         scale = self.row_scale(batch, layout.rows)
@@ -149,17 +157,44 @@ class InfoNCE(Objective):
             return inverse.expand(len(rows))
         return inverse[self.task_of[self._sources(batch)[rows]]]
 
+    def choose(self, cells: int, device: torch.device) -> str:
+        """``dense`` or ``blockwise``, for so many logits on a device.
+
+        ``auto`` takes the matrix as long as it is small: on a CPU where it is not slower than tiles, on a GPU where it takes
+        some hundred megabytes, since tiles wait for the CPU there.
+        """
+        if self.implementation != "auto":
+            return self.implementation
+        return "dense" if cells <= DENSE_CELLS.get(device.type, DENSE_CELLS["cpu"]) else "blockwise"
+
+    def logits(self, queries: int, positives: int, negatives: int, ranks: int = 1, queued: int = 0) -> int:
+        """Cells of the logits of a process, prefixes counted, of a batch with so many texts that is shared by ``ranks``."""
+        config = self.config
+        columns = {"query": queries, "document": positives + (negatives if config.shared_negatives else 0)}
+        rows = {"query": -(-queries // ranks), "document": -(-positives // ranks)}
+        cells = 0
+        for name in config.all_directions:
+            side, _, other = name.partition("_")
+            if name != "query_document" or config.in_batch_negatives:
+                cells += rows[side] * columns[other]
+        cells += rows["query"] * queued
+        return cells * (1 if config.matryoshka is None else len(set(config.matryoshka.dimensions)))
+
     def _statistics(self, layout: Layout, batch: ContrastiveBatch, scale: Tensor) -> Statistics:
         problem = layout.problem
         scales = {
             name: scale if block.rows.side == "query" else scale[layout.positive_row]
             for name, block in problem.blocks.items()
         }
+        if batch.ring is not None:
+            from nearfield.objectives.ring import ring_statistics
+
+            def visit(joined: ContrastiveBatch, start: tuple[int, int]) -> Problem:
+                return lay_out(self.config, joined, problem.vectors.prefixes, self.tile, start).problem
+
+            return ring_statistics(problem, batch, batch.ring, visit, scales)
         cells = sum(len(block.rows) * len(block.columns) for block in problem.blocks.values())
-        chosen = self.config.implementation
-        if chosen == "auto":
-            chosen = "dense" if cells * len(problem.vectors.prefixes) <= DENSE_CELLS else "blockwise"
-        if chosen == "dense":
+        if self.choose(cells * len(problem.vectors.prefixes), scale.device) == "dense":
             from nearfield.objectives.dense import dense_statistics
 
             return dense_statistics(problem, batch.queries, batch.documents, scales)
@@ -174,7 +209,8 @@ class InfoNCE(Objective):
         groups = {name: Group.of(found) for name, found in statistics.blocks.items()}
         own = self._own_negatives(layout, batch, statistics, scale, prefixes)
         if "query_document" in self.config.all_directions:
-            groups["query_document"] = join([*own, *(g for n, g in groups.items() if n == "query_document")])
+            others = [groups.pop(name) for name in ("query_document", "query_queue") if name in groups]
+            groups["query_document"] = join([*own, *others])
         positive = statistics.pairs[:, : layout.positives] * scale[layout.positive_row]
         if self.config.joint:
             return self._softmax(layout, positive, groups)

@@ -79,6 +79,10 @@ class Block:
     """(R,) int64, -1 for none."""
     column_labels: Tensor | None = None
     """(C,) int64, -1 for none."""
+    row_sources: Tensor | None = None
+    """(R,) int64, -1 for unknown: where it is given, no cell joins two sources."""
+    column_sources: Tensor | None = None
+    """(C,) int64, -1 for unknown."""
     guide: Guide | None = None
     limit: Tensor | None = None
     """(M, R): the greatest score of a candidate by the student's own score of each prefix."""
@@ -120,6 +124,10 @@ def excluded_cells(block: Block, low: int, high: int, start: int, stop: int) -> 
     if block.row_labels is not None and block.column_labels is not None:
         labels = block.row_labels[low:high, None]
         mask = (labels == block.column_labels[None, start:stop]) & (labels >= 0)
+    if block.row_sources is not None and block.column_sources is not None:
+        rows, columns = block.row_sources[low:high, None], block.column_sources[None, start:stop]
+        apart = (rows != columns) & (rows >= 0) & (columns >= 0)
+        mask = apart if mask is None else mask | apart
     if block.guide is not None:
         vectors = block.guide.vectors
         left = vectors.take(block.rows.side, block.rows.part(low, high))

@@ -56,7 +56,7 @@ def mixed_scores(
         queries = functional.normalize(queries, dim=-1)
     mixtures: list[Tensor] = []
     if config.pairs:
-        mixtures.append(_pairs(config.pairs, batch.draw, len(batch.queries), rows, negatives, each))
+        mixtures.append(_pairs(config.pairs, batch.draw, batch.place(), rows, negatives, each))
     if config.lists:
         scores = (negatives.detach() @ queries.detach()[..., None]).squeeze(-1) / config.list_temperature
         # A row without negatives gets even shares of nothing.
@@ -74,11 +74,12 @@ def mixed_scores(
     return torch.stack(found), each > 0
 
 
-def _pairs(pairs: int, seed: int, queries: int, rows: Tensor, negatives: Tensor, each: Tensor) -> Tensor:
+def _pairs(pairs: int, seed: int, place: tuple[int, int], rows: Tensor, negatives: Tensor, each: Tensor) -> Tensor:
     """(R, pairs, d): two different negatives of a query where it has two, else its only one."""
+    first_query, queries = place
     random = generator(seed, "mixing")
     drawn = random.beta(2, 2, (queries, pairs)), *random.random((2, queries, pairs))
-    share, first, second = (torch.from_numpy(part).to(rows.device)[rows] for part in drawn)
+    share, first, second = (torch.from_numpy(part).to(rows.device)[rows + first_query] for part in drawn)
     count = each[:, None]
     one = (first * count).long()
     other = (one + 1 + (second * (count - 1)).long()) % count.clamp_min(1)

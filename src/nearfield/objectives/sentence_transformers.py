@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.config import InfoNCEConfig
+from nearfield.objectives.queue import MemoryQueue
 from nearfield.randomness import derive_seed
 
 Features = dict[str, Tensor]
@@ -32,7 +33,7 @@ class InfoNCELoss(nn.Module):
 
     With ``gather_across_devices`` the documents of all devices are candidates; each must have as many rows. ``guide`` embeds
     the texts, as the model's tokenizer reads them back, for a ``guide_mask``. What mixing draws follows ``seed`` and the number
-    of calls, which starts anew where a trainer resumes.
+    of calls, which starts anew where a trainer resumes; so does a queue.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class InfoNCELoss(nn.Module):
         if self.config.needs_guide and guide is None:
             raise BadInputError("guide_mask wants a guide model", hint="Give guide=SentenceTransformer(...).")
         self.objective = self.config.build()
+        self.queue = MemoryQueue(self.config.queue)
         # In a tuple, so that its parameters are not those of the loss.
         self._guide = (guide,)
 
@@ -110,9 +112,12 @@ class InfoNCELoss(nn.Module):
             labels=labels if self.config.mask_same_label else None,
             guide_queries=None if guided is None else guided[0],
             guide_documents=None if guided is None else torch.cat(guided[1:]),
+            queue=self.queue.queued(),
             draw=derive_seed(self.seed, "objective", self.calls),
         )
         loss = self.objective(batch)
+        if self.training and torch.is_grad_enabled():
+            self.queue.push(batch)
         # Trainers average the gradients of devices.
         mean: Tensor = loss.total * (world / loss.denominator)
         return mean

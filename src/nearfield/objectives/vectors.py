@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Side = Literal["query", "document"]
+Side = Literal["query", "document", "queue"]
 
 SMALLEST_NORM = 1e-12
 """Shorter vectors are divided by it, as ``torch.nn.functional.normalize`` does."""
@@ -55,10 +55,14 @@ def tiles(count: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 class Vectors:
-    """Both sides of a batch, cut from their graph, with the norms of their prefixes and no copy of themselves."""
+    """The sides of a batch, cut from their graph, with the norms of their prefixes and no copy of themselves."""
 
-    def __init__(self, queries: Tensor, documents: Tensor, prefixes: Sequence[int], cosine: bool) -> None:
+    def __init__(
+        self, queries: Tensor, documents: Tensor, prefixes: Sequence[int], cosine: bool, queue: Tensor | None = None
+    ) -> None:
         self.raw: dict[Side, Tensor] = {"query": queries.detach(), "document": documents.detach()}
+        if queue is not None:
+            self.raw["queue"] = queue
         self.prefixes = tuple(prefixes)
         self.widest = max(prefixes)
         self.dtype = accumulation_dtype(queries.dtype)

@@ -35,6 +35,7 @@ _NOT_IN_TRAINING_FINGERPRINT = {
     "micro_batch_tokens",
     "packing",
     "compile",
+    "exchange",
     "gradient_checkpointing",
     "gradient_cache",
     "graph_tokens",

@@ -73,6 +73,50 @@ def reduce_gradient(gradient: Tensor, shares: Shares) -> Tensor:
     return own[: len(shares.own)]
 
 
+def send_rows(own: Tensor, shares: Shares, wanted: Sequence[Rows]) -> Tensor:
+    """(own, d) embeddings of this rank -> (n, d), detached, of the pool rows that it wants; *collective*.
+
+    ``wanted`` says for each rank which pool rows it wants, each once; a row goes to every rank that does.
+    """
+    sent, got = _ways(shares, wanted, own.device)
+    received = own.new_empty((sum(map(len, got)), own.shape[1]))
+    dist.all_to_all_single(received, own.detach()[torch.cat(sent)], [len(g) for g in got], [len(s) for s in sent])
+    found = torch.empty_like(received)
+    found[torch.cat(got)] = received
+    return found
+
+
+def return_rows(gradient: Tensor, shares: Shares, wanted: Sequence[Rows]) -> Tensor:
+    """(n, d) gradient of what :func:`send_rows` gave this rank -> (own, d) summed over ranks; *collective*."""
+    sent, got = _ways(shares, wanted, gradient.device)
+    received = gradient.new_empty((sum(map(len, sent)), gradient.shape[1]))
+    dist.all_to_all_single(received, gradient[torch.cat(got)], [len(s) for s in sent], [len(g) for g in got])
+    return gradient.new_zeros((len(shares.own), gradient.shape[1])).index_add_(0, torch.cat(sent), received)
+
+
+def _ways(shares: Shares, wanted: Sequence[Rows], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Which of its own rows this rank sends to each rank, and where what comes from each is wanted."""
+    home, place = np.empty((2, shares.size), dtype=np.int64)
+    for rank, rows in enumerate(shares.rows):
+        home[rows], place[rows] = rank, np.arange(len(rows))
+    here = shares.rank
+    sent = [place[rows[home[rows] == here]] for rows in wanted]
+    got = [np.flatnonzero(home[wanted[here]] == rank) for rank in range(len(wanted))]
+    return [torch.from_numpy(s).to(device) for s in sent], [torch.from_numpy(g).to(device) for g in got]
+
+
+def rotate(tensor: Tensor, rows: int, rank: int, ranks: int) -> Tensor:
+    """A tensor for the next rank -> the one of ``rows`` rows of the rank before; *collective*."""
+    received = tensor.new_empty((rows, *tensor.shape[1:]))
+    ways = [
+        dist.P2POp(dist.isend, tensor.contiguous(), (rank + 1) % ranks),
+        dist.P2POp(dist.irecv, received, (rank - 1) % ranks),
+    ]
+    for request in dist.batch_isend_irecv(ways):
+        request.wait()
+    return received
+
+
 @dataclass(frozen=True)
 class ControlWord:
     """What all ranks must agree on before parameters change."""

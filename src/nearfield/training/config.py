@@ -99,6 +99,9 @@ class TrainingConfig(Config):
     dropout is drawn chunk by chunk."""
     packing: Literal["auto", "never"] = "auto"
     """``auto`` encodes texts end to end without padding where that was verified to give the same embeddings."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How ranks see each other's embeddings. ``gather`` gives all to each; ``ring`` gives each its share and passes the others
+    round, for batches of which not even the embeddings fit. The gradient is the same."""
     gradient_cache: Literal["auto", "always", "never"] = "auto"
     """``never`` keeps the graph of the whole batch; ``always`` encodes twice and keeps one chunk's (GradCache, arXiv
     2101.06983); ``auto`` keeps the graph of batches that fit. The gradient is the same."""

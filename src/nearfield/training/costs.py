@@ -72,7 +72,7 @@ def _part_cost(
     keeps = keeps_graph(config, budget, work)
     shares = share_costs(work, lengths, profile.kept, padded=engine.padded)
     sizes = [chunk_size(lengths[chunk], padded=engine.padded) for chunk in work.chunks]
-    cells = len(work.pool.queries) * len(work.pool.documents) / engine.launch.world_size
+    held = len(work.pool.items) / (engine.launch.world_size if engine.ring else 1)
     each = profile.seconds + (0.0 if keeps else profile.forward_seconds)
     return StepCost(
         tokens=sum(work.tokens),
@@ -82,7 +82,7 @@ def _part_cost(
         kept=max(kept for _, kept in shares),
         chunk=max(profile.peak(*size) for size in sizes),
         chunks=work.rounds,
-        loss=profile.loss_cell * cells + 4.0 * 4 * len(work.pool.items) * engine.dimension,
+        loss=profile.loss(batch) + 4.0 * 4 * held * engine.dimension,
         seconds=work.heaviest * each,
     )
 

@@ -20,7 +20,9 @@ from nearfield.encoders.dropout import use_fast_dropout
 from nearfield.encoders.packing import Features, PackingKind, embed, packed_features, packing_kind, padded_features
 from nearfield.encoders.sparse import sparse_embedding_gradients
 from nearfield.errors import BadInputError
+from nearfield.objectives.infonce import InfoNCE, can_ring
 from nearfield.objectives.objective import Objective
+from nearfield.objectives.queue import MemoryQueue
 from nearfield.training.backends.base import Backend
 from nearfield.training.backends.common import MakeOptimizer
 from nearfield.training.chunks import Pool, pool_batch
@@ -73,6 +75,16 @@ class Engine:
     """A guide's vectors of the items of the data, where the objective asks for them."""
     weights: Floats | None = None
     """What each example of the data counts, by its row; none where all count alike."""
+    queue: MemoryQueue | None = None
+    """Positives of earlier steps, where the objective asks for them."""
+    ring: bool = False
+    """Whether ranks pass their parts round instead of gathering them."""
+
+    @property
+    def retries_in_place(self) -> bool:
+        """Whether a step that ran out of memory can be told to the other ranks and repeated: not where its parts wait for each
+        other."""
+        return self.backend.retries_in_place and not self.ring
 
     @property
     def padded(self) -> bool:
@@ -109,6 +121,8 @@ class Engine:
             world_size=self.launch.world_size,
             first_number=first_number,
             guide=self.guide,
+            queue=None if self.queue is None else self.queue.queued(),
+            ring=self.ring,
         )
         return work, lengths
 
@@ -204,6 +218,8 @@ def build_engine(
     """
     name = asked_backend(config.backend, launch.world_size)
     check_sharded(config.optimizer, name)
+    if config.exchange == "ring":
+        check_ring(objective)
     freeze_parameters(encoder.named_parameters(), config.freeze)
     if config.gradient_checkpointing:
         enable_checkpointing(encoder)
@@ -227,8 +243,47 @@ def build_engine(
         logger.info("Backend %s in effect on %d process(es), %s, %s", name, launch.world_size, device.type, precision)
     by_prompt = leaves_prompt_out(encoder)
     return Engine(
-        backend, encoder, objective, launch, tokens, packing, by_prompt, dimension, guide=guide, weights=weights
+        backend,
+        encoder,
+        objective,
+        launch,
+        tokens,
+        packing,
+        by_prompt,
+        dimension,
+        guide=guide,
+        weights=weights,
+        queue=open_queue(config, objective),
+        ring=launch.world_size > 1 and config.exchange == "ring",
     )
+
+
+def check_ring(objective: nn.Module) -> None:
+    """Refuse an objective that cannot be computed while parts of a batch are passed round."""
+    known = isinstance(objective, InfoNCE)
+    if isinstance(objective, InfoNCE) and can_ring(objective.config) and not objective.config.queue:
+        return
+    raise BadInputError(
+        "a spread-out regulariser and a queue look at all embeddings of a batch, which a ring never brings together"
+        if known
+        else "this objective looks at all embeddings of a batch, which a ring never brings together",
+        where="training.exchange",
+        hint="Use training.exchange=gather.",
+    )
+
+
+def open_queue(config: TrainingConfig, objective: nn.Module) -> MemoryQueue | None:
+    """The memory that the objective asks for, empty; none where it asks for none."""
+    sizes = [part.config.queue for part in objective.modules() if isinstance(part, InfoNCE)]
+    if not any(sizes):
+        return None
+    if config.averaged_batches > 1:
+        raise BadInputError(
+            "a queue takes in whole batches, which training.averaged_batches cuts",
+            where="training.averaged_batches",
+            hint="Leave it at 1: a large batch fits by gradient caching.",
+        )
+    return MemoryQueue(max(sizes))
 
 
 def open_backend(

@@ -40,7 +40,7 @@ def batch_gradient(
         work, lengths = engine.work(part, inputs.known_positives, budget.micro_batch_tokens, first_number=chunks)
         chunks, tokens, encoded = chunks + len(work.chunks), tokens + int(lengths.sum()), encoded + sum(work.tokens)
         # Where chunks hold no collectives the step itself says that memory ran out, and is repeated.
-        in_place = engine.backend.retries_in_place
+        in_place = engine.retries_in_place
         with contextlib.nullcontext() if in_place else stops_for_memory(f"step {step + 1}", budget):
             result = run_step(
                 engine.backend,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -162,8 +163,16 @@ def _train(
         device=device,
         writes=launch.is_main,
     )
+    if engine.ring and negatives.looks_at_batches:
+        raise BadInputError(
+            "dynamic negatives look at the embeddings of whole batches, which a ring never brings together",
+            where="training.exchange",
+            hint="Use training.exchange=gather.",
+        )
     if saved is not None:
         negatives.load(saved, extra)
+    if saved is not None and engine.queue is not None:
+        engine.queue.load(extra)
     writer = CheckpointWriter(
         checkpoints, config.checkpoints.keep_last, background=config.checkpoints.background, writes=launch.is_main
     )
@@ -173,7 +182,9 @@ def _train(
         state = {**identity, "world_size": launch.world_size, "backend": backend.name, **budget.to_json()}
         state |= {**evaluations.saved(), **negatives.saved()}
         writer.protected = evaluations.protected()
-        return writer.save(step, backend.model_tensors(), backend.optimizer_tensors(), state, negatives.tensors())
+        queued = () if engine.queue is None else engine.queue.tensors()
+        extra = itertools.chain(negatives.tensors(), queued)
+        return writer.save(step, backend.model_tensors(), backend.optimizer_tensors(), state, extra)
 
     def save_and_wait(step: int) -> Path:
         """A checkpoint that is on the disk before any rank leaves: launchers end all ranks soon after the first."""
@@ -208,7 +219,7 @@ def _train(
             except InterruptedEvaluationError:
                 leave(done)
 
-    if not backend.retries_in_place and not checkpoint_paths(checkpoints):
+    if not engine.retries_in_place and not checkpoint_paths(checkpoints):
         # Memory that runs out ends the ranks: the smaller budget needs a checkpoint to live in.
         save(first)
     factors = [group.get("factor", 1.0) for group in backend.optimizer.param_groups]
@@ -257,6 +268,8 @@ def _train(
                 save_and_wait(step)
                 raise non_finite_error(run, step, batch, result, inputs, objective, norm, writes=launch.is_main)
             negatives.observe(batch, step, result)
+            if engine.queue is not None and result.batch is not None:
+                engine.queue.push(result.batch)
             loss_value = result.loss
             done = step + 1
             examples += len(batch.query)

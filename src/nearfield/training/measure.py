@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nearfield.training.chunks import Pool, cut_batch
-from nearfield.training.step import contrastive_batch, encode_chunk, seed_chunk
+from nearfield.training.chunks import Pool
+from nearfield.training.step import encode_chunk, seed_chunk
 
 if TYPE_CHECKING:
-    from nearfield.batching.plan import Batch
     from nearfield.batching.planner import Rows
     from nearfield.training.engine import Engine
 
@@ -122,7 +120,7 @@ def run_chunk(engine: Engine, pool: Pool, chunk: Rows, on_forward: Callable[[], 
 def measure_chunk(engine: Engine, pool: Pool, chunk: Rows, *, timed: bool = False) -> ChunkCost:
     """Memory, and if asked for time, of one chunk; inside :func:`no_trace`, after a chunk that warmed up."""
     tokens, squares = chunk_size(engine.lengths(pool)[chunk], padded=engine.padded)
-    kept, peak = _bytes_of(engine.backend.device, lambda look: run_chunk(engine, pool, chunk, look))
+    kept, peak = bytes_of(engine.backend.device, lambda look: run_chunk(engine, pool, chunk, look))
     cost = ChunkCost(tokens, squares, kept, peak)
     if not timed:
         return cost
@@ -140,7 +138,7 @@ def measure_chunk(engine: Engine, pool: Pool, chunk: Rows, *, timed: bool = Fals
     return replace(cost, forward_seconds=between - began, seconds=ended - began)
 
 
-def _bytes_of(device: torch.device, run: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
+def bytes_of(device: torch.device, run: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
     """Bytes alive when ``run`` calls what it is given, and the most at a time while it runs."""
     kept = 0
     if device.type == "cuda":
@@ -164,31 +162,6 @@ def _bytes_of(device: torch.device, run: Callable[[Callable[[], None]], None]) -
 
         run(look_at_tensors)
     return kept, tracker.peak
-
-
-def measure_loss(engine: Engine, batch: Batch, known_positives: Callable[[int], Rows], *, cells: int) -> float:
-    """Bytes a cell (query x document) that the loss and its gradient take at most.
-
-    Measured with random embeddings on as many queries of the batch as have about ``cells`` cells; collective.
-    """
-    documents = sum(len(p) + len(n) for p, n in zip(batch.positives, batch.negatives, strict=True))
-    count = len(batch.query)
-    queries = min(count, max(2, int(math.sqrt(cells * count / max(1, documents)))))
-    part = cut_batch(batch, 0, queries)
-    pool = engine.pool(part)
-    known = [known_positives(int(query)) for query in part.query]
-    device = engine.backend.device
-    leaf = torch.randn(len(pool.items), engine.dimension, device=device).requires_grad_()
-    learnt = [p for p in engine.objective.parameters() if p.requires_grad]
-
-    def run(look: Callable[[], None]) -> None:
-        contrastive = contrastive_batch(pool, leaf, known, draw=0, guide=engine.guide)
-        loss = engine.objective.forward(contrastive)
-        torch.autograd.grad(loss.total / loss.denominator, [leaf, *learnt])
-
-    with engine.backend.whole(learnt):
-        _, peak = _bytes_of(device, run)
-    return peak / (len(pool.queries) * len(pool.documents))
 
 
 @dataclass(frozen=True)

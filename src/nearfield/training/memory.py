@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nearfield.training.communication import min_over_ranks
+from nearfield.training.loss_cost import LossCost, measure_loss
 from nearfield.training.machine import available_main_memory, local_processes
 from nearfield.training.measure import (
     ChunkCost,
@@ -18,7 +19,6 @@ from nearfield.training.measure import (
     chunk_size,
     fit_line,
     measure_chunk,
-    measure_loss,
     no_trace,
     run_chunk,
 )
@@ -41,7 +41,6 @@ MARGIN = 0.1
 """The share of the memory available that is left alone."""
 HEAP = {"cpu": 1.12, "cuda": 1.05}
 """Memory taken for each byte of tensors: the allocator's holes, and what kernels need inside themselves."""
-_LOSS_CELLS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ class Profile:
     """Bytes that a chunk's graph holds."""
     peak: Line
     """The most bytes of a chunk's forward and backward."""
-    loss_cell: float
-    """Bytes of the loss a query and document."""
+    loss: LossCost
+    """Bytes of the loss of a batch."""
     forward_seconds: float
     """A token, of the forward alone."""
     seconds: float
@@ -192,12 +191,11 @@ def measure_profile(
     wanted = config.micro_batch_tokens
     target = FAST_MICRO_BATCH_TOKENS[device.type] if wanted == "auto" else wanted
     with no_trace(engine):
-        loss_cell = measure_loss(engine, batch, known_positives, cells=_LOSS_CELLS)
+        loss = measure_loss(engine, batches, known_positives)
         available = available_memory(device)
-        cells = max(_cells(batch) for batch in batches) / engine.launch.world_size
         room = (available or 2**60) * (1 - MARGIN) - (state.gradients + state.optimizer) * 1.0
         room -= state.checkpoint if device.type == "cpu" else 0
-        room = (room - loss_cell * cells) / HEAP[device.type]
+        room = (room - max(loss(batch) for batch in batches)) / HEAP[device.type]
         one = np.asarray([int(np.argmax(lengths))])
         run_chunk(engine, pool, one)
         first = measure_chunk(engine, pool, one)
@@ -218,7 +216,7 @@ def measure_profile(
     return Profile(
         kept=fit_line([(cost.tokens, cost.squares, cost.kept) for cost in costs]),
         peak=fit_line([(cost.tokens, cost.squares, cost.peak) for cost in costs]),
-        loss_cell=loss_cell,
+        loss=loss,
         forward_seconds=sum(cost.forward_seconds for cost in clock) / tokens,
         seconds=sum(cost.seconds for cost in clock) / tokens,
         longest=max(longest),
@@ -241,11 +239,6 @@ def _measure_chunks(
     if short != 0:
         chunks.append(work.chunks[short])
     return [measure_chunk(engine, work.pool, chunk, timed=timed) for chunk in chunks]
-
-
-def _cells(batch: Batch) -> int:
-    documents = sum(len(p) + len(n) for p, n in zip(batch.positives, batch.negatives, strict=True))
-    return len(batch.query) * documents
 
 
 def available_memory(device: torch.device) -> int | None:

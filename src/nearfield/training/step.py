@@ -19,19 +19,14 @@ from torch import Tensor
 
 from nearfield.batching.planner import Rows, VectorsOf
 from nearfield.encoders.packing import Features
-from nearfield.objectives.batch import ContrastiveBatch, LossSum
+from nearfield.objectives.batch import ContrastiveBatch, LossSum, Queued
 from nearfield.objectives.objective import Objective
 from nearfield.objectives.watching import watch as watch_learning
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.base import Backend
-from nearfield.training.chunks import Pool, chunk_tokens, cut_chunks, deal_chunks, split_rows
-from nearfield.training.communication import (
-    ControlWord,
-    Shares,
-    exchange_control,
-    gather_embeddings,
-    reduce_gradient,
-)
+from nearfield.training.chunks import Pool, chunk_tokens, cut_chunks, deal_chunks
+from nearfield.training.communication import ControlWord, Shares, exchange_control
+from nearfield.training.exchange import Exchange, Gathered, Passed
 
 MakeFeatures = Callable[[Rows], Features]
 """Pool rows of a chunk of n texts -> what the encoder takes."""
@@ -55,6 +50,10 @@ class Work:
     """What the first chunk is numbered with, where a step has several batches."""
     guide: VectorsOf | None = None
     """A guide's vectors of the items of the data, where the objective asks for them."""
+    queue: Queued | None = None
+    """Positives of earlier steps, where the objective asks for them."""
+    ring: bool = False
+    """Whether the parts of ranks are passed round instead of gathered."""
 
     @property
     def own(self) -> list[int]:
@@ -76,6 +75,12 @@ class Work:
         none = np.zeros(0, dtype=np.int64)
         return Shares([np.concatenate([none, *(self.chunks[n] for n in share)]) for share in self.shares], self.rank)
 
+    def exchange(self, shares: Shares) -> Exchange:
+        """How embeddings get from the ranks that encode them to the loss."""
+        if self.ring and len(self.shares) > 1:
+            return Passed(self.pool, shares, self.known_positives, self.guide)
+        return Gathered(self.pool, shares, self.known_positives, self.guide, self.queue)
+
 
 def cut_work(
     pool: Pool,
@@ -89,11 +94,15 @@ def cut_work(
     world_size: int,
     first_number: int = 0,
     guide: VectorsOf | None = None,
+    queue: Queued | None = None,
+    ring: bool = False,
 ) -> Work:
     """Cut a batch whose texts have ``lengths`` (n,) into chunks of ``budget`` tokens and deal these to ranks."""
     chunks = cut_chunks(lengths, budget, pool.prompts if by_prompt else None, padded=padded)
     tokens = [chunk_tokens(lengths, chunk, padded=padded) for chunk in chunks]
-    return Work(pool, chunks, tokens, deal_chunks(tokens, world_size), rank, known_positives, first_number, guide)
+    return Work(
+        pool, chunks, tokens, deal_chunks(tokens, world_size), rank, known_positives, first_number, guide, queue, ring
+    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,8 @@ class StepResult:
     word: ControlWord
     denominator: float
     batch: ContrastiveBatch | None
-    """The detached embeddings that the loss saw; none where memory ran out before."""
+    """The detached embeddings that the loss saw, of this rank's part alone where parts are passed round; none where memory ran
+    out before."""
     first_query: int = 0
     """Where its queries begin in the planned batch, where a step averages several."""
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -131,49 +141,6 @@ def mean_result(results: Sequence[StepResult]) -> StepResult:
 def seed_chunk(seed: int, step: int, chunk: int) -> None:
     """Seed the generators that dropout draws from for one chunk of one step."""
     torch.manual_seed(derive_seed(seed, "dropout", step, chunk))
-
-
-def contrastive_batch(
-    pool: Pool,
-    embeddings: Tensor,
-    known_positives: Sequence[Rows],
-    rows: Rows | None = None,
-    draw: int | None = None,
-    guide: VectorsOf | None = None,
-) -> ContrastiveBatch:
-    """The objective's view of a pool's (n, d) embeddings; ``known_positives`` are item rows, one array a query.
-
-    ``draw`` is the seed of what the objective draws, ``guide`` gives a guide's vectors of items.
-    """
-    device = embeddings.device
-
-    def guided(role: str, places: Rows) -> Tensor | None:
-        # A copy: torch takes no memory that is mapped for reading only.
-        return None if guide is None else torch.from_numpy(np.array(guide(role, pool.items[places]))).to(device)
-
-    sources = pool.sources
-    if sources is None and pool.source is not None:
-        sources = np.full(len(pool.queries), pool.source, dtype=np.int64)
-    width = max((len(known) for known in known_positives), default=0)
-    known = np.full((len(known_positives), max(1, width)), -1, dtype=np.int64)
-    for line, items in enumerate(known_positives):
-        known[line, : len(items)] = items
-    return ContrastiveBatch(
-        queries=embeddings[torch.from_numpy(pool.queries).to(device)],
-        documents=embeddings[torch.from_numpy(pool.documents).to(device)],
-        owner=torch.from_numpy(pool.owner).to(device),
-        is_positive=torch.from_numpy(pool.is_positive).to(device),
-        document_ids=torch.from_numpy(pool.items[pool.documents]).to(device),
-        known_positives=torch.from_numpy(known).to(device),
-        rows=None if rows is None else torch.from_numpy(rows).to(device),
-        query_ids=torch.from_numpy(pool.items[pool.queries]).to(device),
-        labels=None if pool.labels is None else torch.from_numpy(pool.labels).to(device),
-        weights=None if pool.weights is None else torch.from_numpy(pool.weights).to(device),
-        sources=None if sources is None else torch.from_numpy(sources).to(device),
-        guide_queries=guided("query", pool.queries),
-        guide_documents=guided("document", pool.documents),
-        draw=draw,
-    )
 
 
 def encode_chunk(backend: Backend, features: Features) -> Tensor:
@@ -264,10 +231,9 @@ def run_step(
             with torch.set_grad_enabled(keep_graph):
                 parts.append(encode(turn))
         joined = real(parts)
-    leaf = gather_embeddings(joined, shares).requires_grad_()
-    rows = split_rows(len(work.pool.queries), len(work.shares), work.rank) if len(work.shares) > 1 else None
-    draw = derive_seed(seed, "objective", step, work.first_number)
-    batch = contrastive_batch(work.pool, leaf, work.known_positives, rows, draw, work.guide)
+    exchange = work.exchange(shares)
+    leaf = exchange.bring(joined).requires_grad_()
+    batch = exchange.batch(leaf, derive_seed(seed, "objective", step, work.first_number))
     learnt = [p for p in objective.parameters() if p.requires_grad]
     total, gradient = math.nan, torch.zeros_like(leaf)
     figures: Mapping[str, float] = {}
@@ -282,8 +248,8 @@ def run_step(
                 )
                 total = float(loss.total.detach())
                 if watch:
-                    figures = watch_learning(objective, batch)
-        own = reduce_gradient(gradient, shares)
+                    figures = watch_learning(objective, replace(batch, ring=None))
+        own = exchange.back(gradient)
         with guard:
             if not guard.out_of_memory:
                 # What the objective learns rides on the first backward, so that every backend sums it as it sums the rest:
@@ -309,7 +275,7 @@ def run_step(
     )
     seen = None
     if not word.out_of_memory:
-        seen = replace(batch, queries=batch.queries.detach(), documents=batch.documents.detach(), rows=None)
+        seen = replace(batch, queries=batch.queries.detach(), documents=batch.documents.detach(), rows=None, ring=None)
     return StepResult(word, batch.denominator(), seen, figures=figures)
 
 

@@ -70,6 +70,8 @@ class ChangingNegatives:
 
     seconds = 0.0
     """That mining anew took."""
+    looks_at_batches = False
+    """Whether ``observe`` wants the embeddings of the whole batch."""
 
     def batch(self, batch: Batch, step: int) -> tuple[Batch, dict[str, int]]:
         """A planned batch with the negatives in force, and what is worth a figure."""

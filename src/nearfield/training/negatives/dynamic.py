@@ -28,6 +28,8 @@ def make_dynamic(
 class Dynamic(Replacing):
     """What both rules have in common: the scores of a step's negatives, and a place for each example."""
 
+    looks_at_batches = True
+
     def __init__(
         self, inputs: NegativeInputs, config: DynamicNegatives, known_positives: Callable[[int], Rows], seed: int
     ) -> None:
