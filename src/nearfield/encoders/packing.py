@@ -7,6 +7,7 @@ is found by trial (:func:`packing_kind`); one that gives other numbers than padd
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -136,27 +137,34 @@ def embed(model: SentenceTransformer, features: Features) -> Tensor:
     transformer = model[0].auto_model
     mask = unmasked(features["input_ids"].device) if "segments" in features else _block_masks(transformer, features)
     extra = {"segments": features["segments"]} if "segments" in features else {}
-    hidden: Tensor = transformer(
+    output = transformer(
         input_ids=features["input_ids"],
         position_ids=features["position_ids"] + _first_position(transformer),
         attention_mask=mask,
         return_dict=True,
         **extra,
-    ).last_hidden_state
+    )
+    pooled: Features = {
+        "token_embeddings": _unpacked(output.last_hidden_state, features),
+        "attention_mask": features["attention_mask"],
+        "prompt_length": features["prompt_length"],
+    }
+    if getattr(transformer.config, "output_hidden_states", False):
+        pooled["all_layer_embeddings"] = tuple(_unpacked(hidden, features) for hidden in output.hidden_states)
+    for module in list(model)[1:]:
+        pooled = module(pooled)
+    result: Tensor = pooled["sentence_embedding"]
+    return result
+
+
+def _unpacked(hidden: Tensor, features: Features) -> Tensor:
+    """(n, longest, d) from packed hidden states."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     if "token_sources" in features:
         flat = flat.index_select(0, features["token_sources"])
     count, longest = features["attention_mask"].shape
     spread = flat.new_zeros((count * longest, flat.shape[1])).index_copy(0, features["token_targets"], flat)
-    pooled: Features = {
-        "token_embeddings": spread.view(count, longest, -1),
-        "attention_mask": features["attention_mask"],
-        "prompt_length": features["prompt_length"],
-    }
-    for module in list(model)[1:]:
-        pooled = module(pooled)
-    result: Tensor = pooled["sentence_embedding"]
-    return result
+    return spread.view(count, longest, -1)
 
 
 def _first_position(transformer: nn.Module) -> int:
@@ -250,11 +258,18 @@ def _trial_texts(model: SentenceTransformer, transformer: nn.Module) -> list[Tok
     longest = min(int(limit) for limit in limits if limit) - _first_position(transformer)
     window = getattr(config, "sliding_window", None) or 0
     lengths = [min(length, longest) for length in (*_TRIAL_LENGTHS, *([window + 2] if window else []))]
-    tokens = np.random.default_rng(0)
+    bounds = np.cumsum([0, *lengths])
+    tokens = random_tokens(transformer, int(bounds[-1]))
+    return [tokens[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def random_tokens(transformer: nn.Module, count: int) -> Tokens:
+    """Words of the model's vocabulary to try it out with, the same ones each time, none of them padding."""
     size = int(transformer.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-    pad = getattr(config, "pad_token_id", None)
+    pad = getattr(transformer.config, "pad_token_id", None)
     ids = np.array([token for token in range(min(size, 5000)) if token != pad], dtype=np.int32)
-    return [tokens.choice(ids, length) for length in lengths]
+    random = np.random.default_rng(0)
+    return np.concatenate([random.permutation(ids) for _ in range(-(-count // len(ids)))])[:count]
 
 
 def _agrees(model: SentenceTransformer, device: torch.device, kind: PackingKind, bf16: bool) -> bool:

@@ -81,7 +81,12 @@ class Freshness:
         tokens = {
             "version": TOKENS_VERSION,
             "data": found["data"],
-            "tokenizer": [self.base.name, self.base.revision, recipe.encoder.max_length],
+            "tokenizer": [
+                self.base.name,
+                self.base.revision,
+                recipe.encoder.max_length,
+                *(["append_eos"] if recipe.encoder.append_eos else []),
+            ],
             "prompts": self.contract.inputs(),
             "split": recipe.split,
         }

@@ -56,13 +56,13 @@ class ScoringStages(Artifacts):
     def _untrained(self) -> str:
         """The base model as the recipe builds it: by name where the recipe changes nothing, else saved beside the run."""
         encoder = self.recipe.encoder
-        if encoder.pooling is None and encoder.normalize is None and encoder.max_length is None:
+        if not encoder.changes_base:
             return encoder.model
 
         path = self.run.folder / "untrained"
         with atomic_path(path) as aside:
             plain = encoder.model_copy(update={"adapter": None})
-            save_encoder(build_encoder(plain, "cpu").model, aside)
+            save_encoder(build_encoder(plain, "cpu", seed=self.recipe.seed).model, aside)
         return str(path)
 
     def compare(self) -> dict[str, Any]:

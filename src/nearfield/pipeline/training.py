@@ -120,6 +120,7 @@ class TrainingStage(ChangingStages):
 
     def _card(self, encoder: LoadedEncoder, result: TrainingResult) -> str:
         from nearfield.encoders.card import model_card
+        from nearfield.encoders.heads import SHIPPED_FILE, needs_remote_code
 
         recipe = self.recipe
         kept, during = int(result.checkpoint.name.removeprefix("step-")), recipe.training.evaluation
@@ -134,7 +135,12 @@ class TrainingStage(ChangingStages):
             "seed": recipe.seed,
         }
         return model_card(
-            recipe.name, (encoder.name, encoder.revision), self.contract.sources, facts, contamination_lines(self)
+            recipe.name,
+            (encoder.name, encoder.revision),
+            self.contract.sources,
+            facts,
+            contamination_lines(self),
+            SHIPPED_FILE if needs_remote_code(encoder.model) else None,
         )
 
     def check_can_train(self) -> None:
