@@ -174,7 +174,7 @@ def test_a_broken_folder_is_refused(tiny_model: Path, tmp_path: Path, kind: str)
 def test_names_that_are_no_model(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(BadInputError, match="this is a file"):
+    with pytest.raises(BadInputError, match="this is another file"):
         load_encoder(str(file))
     with pytest.raises(BadInputError, match="cannot be loaded from the hub"):
         load_encoder("no-such-org/no-such-model")

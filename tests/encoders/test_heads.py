@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders.build import build_encoder, save_encoder
-from nearfield.encoders.heads import SHIPPED_FILE, needs_remote_code
+from nearfield.encoders.heads import shipped_files
 from nearfield.encoders.packing import embed, packed_features, packing_kind, padded_features
 from nearfield.encoders.shipped.nearfield_pooling import AttentionPooling, LatentAttentionPooling
 from nearfield.errors import BadInputError
@@ -25,6 +25,7 @@ from tests.encoders.tiny import draw_rows, save_tiny
 
 TEXTS = ["word1 word2 word3", "word4", "word5 word6 word7 word8 word9 word10"]
 CPU = torch.device("cpu")
+SHIPPED_FILE = "nearfield_pooling.py"
 POOLINGS: list[Any] = [
     "mean",
     "cls",
@@ -178,7 +179,7 @@ def test_a_saved_pooling_is_the_same(tiny_model: Path, tmp_path: Path, pooling: 
     saved = tmp_path / "saved"
     save_encoder(model, saved)
     own = not isinstance(pooling, str)
-    assert needs_remote_code(model) == own
+    assert shipped_files(model) == ([SHIPPED_FILE] if own else [])
     assert (saved / SHIPPED_FILE).exists() == own
     types = [module["type"] for module in json.loads((saved / "modules.json").read_text())]
     assert all(kind.startswith(("sentence_transformers.", "nearfield_pooling.")) for kind in types)
@@ -202,10 +203,11 @@ def test_loading_runs_no_code_of_the_folder(tiny_model: Path, tmp_path: Path) ->
     load_encoder(str(tmp_path), device="cpu")
 
 
-def test_the_shipped_file_needs_nothing_of_ours(tmp_path: Path) -> None:
-    source = Path(sys.modules[AttentionPooling.__module__].__file__ or "")
-    shutil.copy(source, tmp_path)
-    code = "import sys, nearfield_pooling; assert not any(name.split('.')[0] == 'nearfield' for name in sys.modules)"
+def test_the_shipped_files_need_nothing_of_ours(tmp_path: Path) -> None:
+    folder = Path(sys.modules[AttentionPooling.__module__].__file__ or "").parent
+    for file in ("nearfield_adapters.py", SHIPPED_FILE):
+        shutil.copy(folder / file, tmp_path)
+    code = "import sys, nearfield_pooling, nearfield_adapters; assert not any(name.split('.')[0] == 'nearfield' for name in sys.modules)"
     subprocess.run(
         [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, '.'); {code}"], cwd=tmp_path, check=True
     )

@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from nearfield.encoders.build import LoadedEncoder, load_encoder
-from nearfield.encoders.config import EncoderConfig, LoRAConfig, PromptConfig
+from nearfield.encoders.config import BottleneckConfig, EncoderConfig, LoRAConfig, PromptConfig
+from nearfield.encoders.domains import activate, load_adapters, using
 
-__all__ = ["EncoderConfig", "LoRAConfig", "LoadedEncoder", "PromptConfig", "load_encoder"]
+__all__ = [
+    "BottleneckConfig",
+    "EncoderConfig",
+    "LoRAConfig",
+    "LoadedEncoder",
+    "PromptConfig",
+    "activate",
+    "load_adapters",
+    "load_encoder",
+    "using",
+]

@@ -7,7 +7,7 @@ import difflib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_FILE = "adapter_base.json"
+BOTTLENECKS = "adapters.json"
 _MAGNITUDE = ".lora_magnitude_vector"
 _ROUTERS = ("gate", "router")
 
@@ -33,6 +35,8 @@ class AdapterBase:
 
     name: str
     revision: str | None
+    weights: str | None = None
+    """The hash of its weights files, where they were at hand."""
 
     @property
     def is_local(self) -> bool:
@@ -48,8 +52,10 @@ def lora_targets(transformer: nn.Module, targets: str | tuple[str, ...]) -> list
     :class:`BadInputError` where nothing matches.
     """
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    kinds = (nn.Linear, Conv1D)  # the second is GPT-2's own linear module
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, kinds)]
     if isinstance(targets, tuple):
         for position, target in enumerate(targets):
             if not any(name == target or name.endswith(f".{target}") for name in linear):
@@ -114,13 +120,17 @@ def add_lora(model: SentenceTransformer, config: LoRAConfig, base: AdapterBase, 
             f"adapters need a transformer, and the model's first module is a {type(model[0]).__name__}",
             where="encoder.adapter",
         )
+    from torch import nn
+
     transformer = model[0].auto_model
+    targets = lora_targets(transformer, config.targets)
     settings = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=lora_targets(transformer, config.targets),
+        target_modules=targets,
         use_dora=config.use_dora,
+        fan_in_fan_out=not isinstance(transformer.get_submodule(targets[0]), nn.Linear),
     )
     try:
         with torch.random.fork_rng():
@@ -145,6 +155,7 @@ def record_base(transformer: Any, base: AdapterBase) -> None:
     for settings in transformer.peft_config.values():
         settings.base_model_name_or_path = base.name
         settings.revision = base.revision
+        settings.base_weights = base.weights  # not one of peft's own, so not saved by it
 
 
 def has_adapter(model: SentenceTransformer) -> bool:
@@ -174,7 +185,7 @@ def merge_adapter(model: SentenceTransformer) -> None:
 def save_adapter(model: SentenceTransformer, folder: Path) -> None:
     """Save a model without the weights of its transformer, which its adapter's settings name."""
     settings = model[0].auto_model.peft_config["default"]
-    base = AdapterBase(settings.base_model_name_or_path, settings.revision)
+    base = AdapterBase(settings.base_model_name_or_path, settings.revision, getattr(settings, "base_weights", None))
     # peft would ask the hub for the base's vocabulary.
     settings.base_model_name_or_path = None
     try:
@@ -184,6 +195,7 @@ def save_adapter(model: SentenceTransformer, folder: Path) -> None:
     repair_dora(folder)
     written = read_json(folder / ADAPTER_CONFIG, "adapter configuration")
     write_json(folder / ADAPTER_CONFIG, {**written, "base_model_name_or_path": base.name, "revision": base.revision})
+    write_json(folder / BASE_FILE, asdict(base))
 
 
 def repair_dora(folder: Path) -> None:
@@ -204,6 +216,9 @@ def repair_dora(folder: Path) -> None:
 
 def adapter_base(folder: Path) -> AdapterBase | None:
     """What the adapter in a model folder was trained on; None for a folder that holds a whole model."""
+    if (folder / BOTTLENECKS).is_file():
+        base = read_json(folder / BOTTLENECKS, "adapter configuration").get("base")
+        return AdapterBase(base["name"], base["revision"], base.get("weights")) if base else None
     file = folder / ADAPTER_CONFIG
     if not file.is_file() or (folder / "config.json").is_file():
         return None
@@ -211,7 +226,9 @@ def adapter_base(folder: Path) -> AdapterBase | None:
     name = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     if not isinstance(name, str) or not name:
         raise BadInputError("this adapter does not say what it was trained on", where=str(file))
-    return AdapterBase(name, settings.get("revision"))
+    known = folder / BASE_FILE
+    weights = read_json(known, "adapter's base").get("weights") if known.is_file() else None
+    return AdapterBase(name, settings.get("revision"), weights)
 
 
 @contextlib.contextmanager
@@ -220,11 +237,16 @@ def joined_with_base(folder: Path, base: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="nearfield-adapter-") as temporary:
         joined = Path(temporary)
         for entry in folder.iterdir():
-            if entry.name != ADAPTER_CONFIG:
+            if entry.name not in (ADAPTER_CONFIG, BOTTLENECKS):
                 try:
                     (joined / entry.name).symlink_to(entry.resolve())
                 except OSError:  # no links on this file system
                     (shutil.copytree if entry.is_dir() else shutil.copy2)(entry, joined / entry.name)
+        if (folder / BOTTLENECKS).is_file():
+            settings = read_json(folder / BOTTLENECKS, "adapter configuration")
+            write_json(joined / BOTTLENECKS, {**settings, "base": {"name": base, "revision": None}})
+            yield joined
+            return
         settings = read_json(folder / ADAPTER_CONFIG, "adapter configuration")
         repair_dora(joined)
         write_json(joined / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": base, "revision": None})

@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from nearfield.encoders.adapters import (
 )
 from nearfield.encoders.checks import check_folder, check_weights, load_error
 from nearfield.encoders.config import EncoderConfig
+from nearfield.encoders.domains import add_bottleneck, has_bottlenecks, saved_alone, weights_hash
 from nearfield.encoders.gguf import gguf_file, load_gguf
 from nearfield.encoders.heads import own_modules, set_heads, ship_modules
 from nearfield.encoders.offline import find_offline
@@ -117,6 +118,13 @@ def load_encoder(
         stands_on = adapter_base(folder)
     if stands_on is not None:
         base_path = _find_base(stands_on, folder, base)
+        found = weights_hash(base_path)
+        if stands_on.weights not in (None, found):
+            raise BadInputError(
+                f"the weights of {base_path} are not those that this adapter was trained on (hash {found}, wanted "
+                f"{stands_on.weights})",
+                where=str(folder),
+            )
     if source.note:
         logger.info(source.note)
     kwargs: dict[str, Any] = {"dtype": dtype}
@@ -146,7 +154,9 @@ def load_encoder(
         raise
     except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
         raise load_error(name_or_path, folder, error) from error
-    if stands_on is not None:
+    if stands_on is not None and has_bottlenecks(model):
+        model[0].base = asdict(stands_on)
+    elif stands_on is not None:
         record_base(model[0].auto_model, stands_on)
     if gguf is not None or not _knows_its_inputs(folder, revision):
         read_plain_texts(model)
@@ -247,7 +257,7 @@ def save_encoder(model: SentenceTransformer, folder: Path, *, adapter: Literal["
     if has_adapter(model) and adapter == "merged":
         model = copy.deepcopy(model)
         merge_adapter(model)
-    with _quiet_transformers():
+    with _quiet_transformers(), saved_alone(model, adapter == "adapter"):
         if has_adapter(model):
             save_adapter(model, folder)
         else:
@@ -298,7 +308,11 @@ def build_encoder(
                 where=config.model,
                 hint="Use encoder.adapter.save: merged.",
             )
-        add_lora(model, config.adapter, AdapterBase(loaded.name, loaded.revision), seed)
+        base = AdapterBase(loaded.name, loaded.revision, weights_hash(loaded.path, loaded.revision))
+        if config.adapter.kind == "lora":
+            add_lora(model, config.adapter, base, seed)
+        else:
+            add_bottleneck(model, config.adapter, base, seed)
     return loaded
 
 

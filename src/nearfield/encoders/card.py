@@ -14,13 +14,13 @@ def model_card(
     prompts: Mapping[str, Mapping[str, str]],
     facts: Mapping[str, object],
     contamination: Sequence[str] = (),
-    remote_code: str | None = None,
+    remote_code: Sequence[str] = (),
 ) -> str:
     """Markdown with the front matter that the hub reads.
 
     ``base`` is the base model's name and revision; one that starts with ``local/`` is named in the text only, since the hub
     does not know it. ``prompts`` are source -> role -> text, ``facts`` short statements of the training, ``contamination``
-    lines that say what the training texts share with benchmarks; ``remote_code`` names the file in the folder that
+    lines that say what the training texts share with benchmarks; ``remote_code`` names the files in the folder that
     sentence-transformers must run to load the model.
     """
     tags = ["sentence-transformers", "feature-extraction", "sentence-similarity", "nearfield"]
@@ -73,6 +73,10 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _listed(files: Sequence[str]) -> str:
+    return " and ".join(f"`{file}`" for file in files)
 
 
 def _quoted(text: str) -> str:

@@ -91,8 +91,9 @@ def check_weights(folder: Path, model: SentenceTransformer, base: Path | None) -
     missing = []
     for name, _ in model[0].named_parameters():
         tail = saved_name(name.removeprefix("model."))
-        # BERT's pooler is never used by an encoder of ours, and checkpoints of encoders often lack it.
-        if "pooler" in tail or tail in tied:
+        # BERT's pooler is never used by an encoder of ours, and checkpoints of encoders often lack it. Bottleneck adapters
+        # load with all their weights or fail.
+        if "pooler" in tail or tail in tied or name.startswith("adapters."):
             continue
         legacy = tail.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
         if not any(

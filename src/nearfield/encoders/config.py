@@ -59,6 +59,32 @@ class LoRAConfig(Config):
         return self
 
 
+class BottleneckConfig(Config):
+    """Train a small network behind the sub-layers of each layer, and leave the transformer as it is (arXiv 2307.03104).
+
+    They cannot be added to the weights: their file is saved with the model, which plain sentence-transformers then loads
+    with ``trust_remote_code=True`` only.
+    """
+
+    kind: Literal["bottleneck"] = "bottleneck"
+    width: Annotated[int, Field(ge=1)] = 64
+    """Of the narrow middle."""
+    places: Literal["mlp", "both"] = "both"
+    """Behind the feed-forward part of each layer (Pfeiffer et al., arXiv 2005.00247), or behind attention too (Houlsby et
+    al., arXiv 1902.00751)."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    save: Literal["merged", "adapter"] = "merged"
+    """``merged`` saves base and adapter in one folder, ``adapter`` the adapter alone, which loads where its base is found."""
+
+    @property
+    def quantize(self) -> Literal["none"]:
+        """The base is held as it is."""
+        return "none"
+
+
+AdapterConfig = Annotated[LoRAConfig | BottleneckConfig, Field(discriminator="kind")]
+
+
 class AttentionPoolingConfig(Config):
     """A softmax over tokens by learnt vectors weighs them; starts as the mean."""
 
@@ -128,7 +154,7 @@ class EncoderConfig(Config):
     """Whether embeddings have length 1; null keeps what the model says."""
     max_length: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
     """Longest input in tokens, special tokens and prompt included; null keeps what the model says."""
-    adapter: LoRAConfig | None = None
+    adapter: AdapterConfig | None = None
     """Train an adapter instead of the transformer's own weights."""
     trust_remote_code: bool = False
     """Run code from the model's folder or repository. Only for models that you trust."""

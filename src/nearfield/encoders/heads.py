@@ -14,32 +14,38 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
 
-SHIPPED_FILE = "nearfield_pooling.py"
-_SHIPPED = f"{__package__}.shipped.{SHIPPED_FILE.removesuffix('.py')}"
+_SHIPPED = f"{__package__}.shipped."
 _MODES = {"mean": "mean", "cls": "cls", "last": "lasttoken", "weighted_mean": "weightedmean", "max": "max"}
 
 
 def own_modules() -> dict[str, type[nn.Module]]:
     """The types that our saved folders name in modules.json -> our own classes: loading them runs no code of a folder."""
-    from nearfield.encoders.shipped import nearfield_pooling as shipped
+    from nearfield.encoders.shipped import nearfield_adapters, nearfield_pooling
 
-    classes = (shipped.AttentionPooling, shipped.LatentAttentionPooling)
-    return {f"{SHIPPED_FILE.removesuffix('.py')}.{each.__name__}": each for each in classes}
+    classes = (
+        nearfield_adapters.AdaptedTransformer,
+        nearfield_pooling.AttentionPooling,
+        nearfield_pooling.LatentAttentionPooling,
+    )
+    return {f"{each.__module__.removeprefix(_SHIPPED)}.{each.__name__}": each for each in classes}
 
 
-def needs_remote_code(model: SentenceTransformer) -> bool:
-    """Whether plain sentence-transformers loads this model only with ``trust_remote_code=True``."""
-    return any(type(module).__module__ == _SHIPPED for module in model)
+def shipped_files(model: SentenceTransformer) -> list[str]:
+    """The files that plain sentence-transformers must run, with ``trust_remote_code``, to load the model when it is saved."""
+    modules = {type(module).__module__ for module in model}
+    return sorted(f"{name.removeprefix(_SHIPPED)}.py" for name in modules if name.startswith(_SHIPPED))
 
 
 def ship_modules(model: SentenceTransformer, folder: Path) -> None:
-    """Put the file of our own modules into a saved model's folder and let modules.json name it; nothing without any."""
-    if not needs_remote_code(model):
+    """Put the files of our own modules into a saved model's folder and let modules.json name them; nothing without any."""
+    files = shipped_files(model)
+    if not files:
         return
-    shutil.copyfile(Path(__file__).parent / "shipped" / SHIPPED_FILE, folder / SHIPPED_FILE)
+    for file in files:
+        shutil.copyfile(Path(__file__).parent / "shipped" / file, folder / file)
     modules = read_json(folder / "modules.json", "list of modules")
     for module in modules:
-        module["type"] = module["type"].removeprefix(f"{__package__}.shipped.")
+        module["type"] = module["type"].removeprefix(_SHIPPED)
     write_json(folder / "modules.json", modules)
 
 

@@ -17,7 +17,7 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from nearfield.console import track
-from nearfield.encoders.heads import needs_remote_code
+from nearfield.encoders.heads import shipped_files
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -47,8 +47,8 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         known = {"text", "image", "audio", "video"}
         update["modalities"] = [m for m in model.modalities if m in known] or ["text"]
         self.mteb_model_meta: Any
-        if needs_remote_code(model):
-            # Whoever loads the model by these data needs the file that its folder holds.
+        if shipped_files(model):
+            # Whoever loads the model by these data must run the files that its folder holds.
             update["loader_kwargs"] = {**self.mteb_model_meta.loader_kwargs, "trust_remote_code": True}
         self.mteb_model_meta = self.mteb_model_meta.model_copy(update=update)
         on_cpu = model.device.type == "cpu"

@@ -120,7 +120,7 @@ class TrainingStage(ChangingStages):
 
     def _card(self, encoder: LoadedEncoder, result: TrainingResult) -> str:
         from nearfield.encoders.card import model_card
-        from nearfield.encoders.heads import SHIPPED_FILE, needs_remote_code
+        from nearfield.encoders.heads import shipped_files
 
         recipe = self.recipe
         kept, during = int(result.checkpoint.name.removeprefix("step-")), recipe.training.evaluation
@@ -140,7 +140,7 @@ class TrainingStage(ChangingStages):
             self.contract.sources,
             facts,
             contamination_lines(self),
-            SHIPPED_FILE if needs_remote_code(encoder.model) else None,
+            shipped_files(encoder.model),
         )
 
     def check_can_train(self) -> None:

@@ -1,0 +1,212 @@
+"""Bottleneck adapters put on, and several adapters on one base, switched when texts are encoded (arXiv 2307.03104)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nearfield.encoders.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BOTTLENECKS,
+    AdapterBase,
+    adapter_base,
+    joined_with_base,
+    lora_targets,
+)
+from nearfield.encoders.config import BottleneckConfig
+from nearfield.encoders.layers import LAYER
+from nearfield.errors import BadInputError
+from nearfield.files import hash_folder, read_json
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from nearfield.encoders.build import LoadedEncoder
+
+_DEFAULT = "default"
+
+
+def weights_hash(place: str, revision: str | None = None) -> str | None:
+    """32 hex digits of a model's weights files, in a folder or in the hub's cache; None where they are in neither."""
+    folder = Path(place)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            config = try_to_load_from_cache(place, "config.json", revision=revision)
+        except HFValidationError:  # the path of a file
+            return None
+        if not isinstance(config, str):
+            return None
+        folder = Path(config).parent
+    return hash_folder(folder, lambda file: file.suffix in (".safetensors", ".bin"))
+
+
+def bottleneck_places(model: SentenceTransformer, places: Literal["mlp", "both"]) -> list[str]:
+    """The modules whose outputs get an adapter: of each layer the last linear module of its feed-forward part, and with
+    ``both`` of its attention; by running the model, since the order of their names tells nothing.
+    """
+    import torch
+
+    from nearfield.encoders.packing import evaluating, padded_features, random_tokens
+
+    transformer = model[0].auto_model
+    size = int(transformer.config.hidden_size)
+    last: dict[tuple[str, str], str] = {}
+    hooks = []
+    for role in ("attention", "mlp") if places == "both" else ("mlp",):
+        for name in lora_targets(transformer, role):
+            layer = LAYER.search(name)
+            assert layer is not None
+            key = (name[: layer.end()], role)
+
+            def note(_: Any, __: Any, output: Any, key: tuple[str, str] = key, name: str = name) -> None:
+                if output.shape[-1] == size:
+                    last.pop(key, None)  # to the end: the order is that of the run
+                    last[key] = name
+
+            hooks.append(transformer.get_submodule(name).register_forward_hook(note))
+    try:
+        features = padded_features(
+            [random_tokens(transformer, 4)], pad_token=0, side="right", device=transformer.device, prompt_length=0
+        )
+        with torch.no_grad(), evaluating(transformer):
+            transformer(input_ids=features["input_ids"], attention_mask=features["attention_mask"])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not last:
+        raise BadInputError(
+            f"no layer of {type(transformer).__name__} has a linear module that gives {size} numbers a token",
+            where="encoder.adapter.places",
+        )
+    return list(last.values())
+
+
+def add_bottleneck(model: SentenceTransformer, config: BottleneckConfig, base: AdapterBase, seed: int) -> None:
+    """Put fresh adapters on the transformer, whose own weights are no longer trained; they change nothing yet."""
+    import torch
+
+    from nearfield.encoders.shipped.nearfield_adapters import AdaptedTransformer
+
+    if not hasattr(model[0], "auto_model") or isinstance(model[0], AdaptedTransformer):
+        raise BadInputError(
+            "bottleneck adapters are put on a plain transformer, and the model's first module is a "
+            f"{type(model[0]).__name__}",
+            where="encoder.adapter",
+        )
+    places = bottleneck_places(model, config.places)
+    adapted = AdaptedTransformer.around(model[0])
+    adapted.model.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted.add_adapter(_DEFAULT, places, config.width, config.activation)
+    adapted.base = asdict(base)
+    model[0] = adapted
+
+
+def has_bottlenecks(model: SentenceTransformer) -> bool:
+    """Whether the transformer has bottleneck adapters."""
+    return bool(getattr(model[0], "adapters", None))
+
+
+@contextlib.contextmanager
+def saved_alone(model: SentenceTransformer, alone: bool) -> Iterator[None]:
+    """Let a model with bottleneck adapters be saved without its base for the time of a block."""
+    module: Any = model[0]
+    if not has_bottlenecks(model):
+        yield
+        return
+    before = module.saves_base
+    module.saves_base = not alone
+    try:
+        yield
+    finally:
+        module.saves_base = before
+
+
+def load_adapters(encoder: LoadedEncoder, folders: Mapping[str, str | Path]) -> None:
+    """Put several saved adapters, low-rank or bottleneck, on one loaded base, each under its name; none is active then.
+
+    Raises :class:`BadInputError` for an adapter that was trained on another base (another name, revision or weights),
+    that is not alone in its folder, or that stands beside one of the other kind.
+    """
+    from nearfield.encoders.shipped.nearfield_adapters import WEIGHTS, AdaptedTransformer
+
+    model, base = (
+        encoder.model,
+        AdapterBase(encoder.name, encoder.revision, weights_hash(encoder.path, encoder.revision)),
+    )
+    kinds = {name: (Path(folder) / BOTTLENECKS).is_file() for name, folder in folders.items()}
+    if len(set(kinds.values())) > 1:
+        raise BadInputError("low-rank and bottleneck adapters cannot stand on one model together", where="adapters")
+    for name, place in folders.items():
+        folder = Path(place)
+        stands_on = adapter_base(folder)
+        if stands_on is None:
+            raise BadInputError("this folder does not hold an adapter alone", where=str(folder))
+        for what, wanted, found in (
+            ("name", stands_on.name, base.name),
+            ("revision", stands_on.revision, base.revision),
+            ("weights", stands_on.weights, base.weights),
+        ):
+            if wanted != found and None not in (wanted, found):
+                raise BadInputError(
+                    f"this adapter was trained on another base: its {what} is {wanted}, here it is {found}",
+                    where=str(folder),
+                )
+        if kinds[name]:
+            if not isinstance(model[0], AdaptedTransformer):
+                model[0] = AdaptedTransformer.around(model[0])
+            settings = read_json(folder / BOTTLENECKS, "adapter configuration")
+            model[0].read_adapters(settings, folder / WEIGHTS, rename=name)
+        else:
+            _load_lora(model, name, folder, stands_on)
+    activate(model, None)
+    model.eval()
+
+
+def _load_lora(model: SentenceTransformer, name: str, folder: Path, base: AdapterBase) -> None:
+    from nearfield.encoders.adapters import record_base
+
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / file).is_file():
+            raise BadInputError(f"this adapter has no {file}", where=str(folder))
+    with joined_with_base(folder, base.name) as joined:
+        model[0].auto_model.load_adapter(str(joined), adapter_name=name)
+    record_base(model[0].auto_model, base)
+
+
+def activate(model: SentenceTransformer, name: str | None) -> None:
+    """Encode with the adapter of this name from now on; None is the base alone, to the bit."""
+    module: Any = model[0]
+    if has_bottlenecks(model):
+        known = list(module.adapters)
+    else:
+        known = list(getattr(getattr(module, "auto_model", None), "peft_config", None) or {})
+    if name is not None and name not in known:
+        raise BadInputError(
+            f"there is no adapter {name!r}", where="adapters", hint=f"There are: {', '.join(known) or 'none'}."
+        )
+    if has_bottlenecks(model):
+        module.activate(name)
+    elif name is None and known:
+        module.auto_model.disable_adapters()
+    elif name is not None:
+        module.auto_model.enable_adapters()
+        module.auto_model.set_adapter(name)
+
+
+@contextlib.contextmanager
+def using(model: SentenceTransformer, name: str | None) -> Iterator[SentenceTransformer]:
+    """Encode with the adapter of this name for the time of a block, with the base alone afterwards."""
+    activate(model, name)
+    try:
+        yield model
+    finally:
+        activate(model, None)
