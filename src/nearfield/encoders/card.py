@@ -51,11 +51,7 @@ def model_card(
         "similarities = model.similarity(queries, documents)",
         "```",
         "",
-        *(
-            (f"The pooling is in `{remote_code}` beside the weights, which is run in loading.", "")
-            if remote_code
-            else ()
-        ),
+        *((f"Loading runs {_listed(remote_code)} of that folder.", "") if remote_code else ()),
         "## Training",
         "",
         *(f"- {key}: {value}" for key, value in facts.items()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -177,7 +178,8 @@ def _load_lora(model: SentenceTransformer, name: str, folder: Path, base: Adapte
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).is_file():
             raise BadInputError(f"this adapter has no {file}", where=str(folder))
-    with joined_with_base(folder, base.name) as joined:
+    with joined_with_base(folder, base.name) as joined, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what is wanted
         model[0].auto_model.load_adapter(str(joined), adapter_name=name)
     record_base(model[0].auto_model, base)
 
