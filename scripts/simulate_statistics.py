@@ -56,8 +56,8 @@ def covered(draws: Floats, truth: float, freedom: Floats | float) -> float:
     inside = 0
     for i in range(draws.shape[1]):
         interval = statistics.percentile_interval(draws[:, i], 0.95, float(freedoms[i]))
-        inside += interval.low <= truth <= interval.high
-    return inside / draws.shape[1]
+        inside += int(interval.low <= truth <= interval.high)
+    return float(inside / draws.shape[1])
 
 
 def mean_coverage(population: Floats, n: int, simulations: int, samples: int, rng: Rng) -> float:

@@ -18,7 +18,7 @@ FLOORS = [
     ["pipeline"],
     ["recipe"],
     ["reporting"],
-    ["evaluation", "conformance"],
+    ["evaluation", "conformance", "analysis"],
     ["training"],
     ["objectives"],
     ["batching"],
@@ -26,7 +26,7 @@ FLOORS = [
     ["encoders"],
     ["data"],
     ["config", "shipped"],
-    ["console", "randomness"],
+    ["console", "randomness", "provenance"],
     ["files", "optional"],
     ["errors"],
 ]

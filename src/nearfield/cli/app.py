@@ -52,6 +52,8 @@ for module in (
     "eval",
     "compare",
     "leaderboard",
+    "analyse",
+    "submit",
     "report",
     "run",
     "doctor",

@@ -34,7 +34,7 @@ def doctor(
 
     quiet_libraries()
     from nearfield.console import stdout_console
-    from nearfield.pipeline.run import device, versions
+    from nearfield.provenance import device, versions
 
     console = stdout_console()
     for name, version in versions().items():

@@ -25,14 +25,34 @@ def evaluate_command(
         Path, typer.Option("--out", help="Where results are filed: <out>/<org>__<model>/<revision>.")
     ] = Path("results"),
     tasks: Annotated[str | None, typer.Option("--tasks", help="Only these tasks, separated by commas.")] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write {task: {subset: main score}} here.")] = None,
+    json_out: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write {task: {subset: main score}} here (by model with --dims, --quantize)."),
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="File the results under this organisation/model.")] = None,
     prompts: Annotated[
         str, typer.Option("--prompts", help="'contract': stop at prompts the model was not trained with; or 'as-is'.")
     ] = "contract",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Score again what is present.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite/--resume", help="Score again what is present; or only what is missing or failed (the default)."
+        ),
+    ] = False,
     device: Annotated[str | None, typer.Option("--device", help="E.g. cpu or cuda:0.")] = None,
     batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", help="Tokens in a chunk of texts.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", help="Where vectors are kept, by the content of the texts."),
+    ] = Path("runs/.cache/vectors"),
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither keep vectors nor take kept ones.")] = False,
+    dims: Annotated[
+        str | None,
+        typer.Option("--dims", help="Score these first dimensions too, e.g. 32,64,128: nothing is encoded again."),
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="Score these roundings of the vectors too: int8, binary.")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the suite file: key.path=value.")] = None,
 ) -> None:
     """Score a model on a suite; results are filed in mteb's format, with the score of every query beside them."""
@@ -50,22 +70,39 @@ def evaluate_command(
     chosen = [task.strip() for task in tasks.split(",") if task.strip()] if tasks is not None else None
     if chosen == []:
         raise BadInputError("--tasks names no task", where="--tasks", hint="Give names separated by commas.")
-    result = evaluate(
-        model,
-        config,
-        out,
-        name=name,
-        prompts=prompts,
-        overwrite=overwrite,
-        device=device,
-        batch_tokens=batch_tokens,
-        tasks=chosen,
-    )
+    scores, failed = {}, False
+    for dimensions, rounding in _variants(dims, quantize):
+        result = evaluate(
+            model,
+            config,
+            out,
+            name=name,
+            prompts=prompts,
+            overwrite=overwrite,
+            device=device,
+            batch_tokens=batch_tokens,
+            tasks=chosen,
+            cache=None if no_cache else cache,
+            dimensions=dimensions,
+            quantize=rounding,
+        )
+        scores[result.model] = result.scores
+        failed = failed or bool(result.failures)
+        _show(result)
     if json_out is not None:
-        write_json(json_out, result.scores)
-    _show(result)
-    if result.failures:
+        write_json(json_out, next(iter(scores.values())) if len(scores) == 1 else scores)
+    if failed:
         raise typer.Exit(EXIT_FAULT)
+
+
+def _variants(dims: str | None, quantize: str | None) -> list[tuple[int | None, str]]:
+    """The whole vectors, then each number of dimensions, then each rounding (of all of these)."""
+    try:
+        numbers = [int(part) for part in dims.split(",") if part.strip()] if dims is not None else []
+    except ValueError as error:
+        raise BadInputError(f"{dims!r} are no numbers of dimensions", where="--dims", hint="E.g. 32,64,128.") from error
+    roundings = [part.strip() for part in quantize.split(",") if part.strip()] if quantize is not None else []
+    return [(number, rounding) for rounding in ("none", *roundings) for number in (None, *numbers)]
 
 
 def _show(result: EvaluationResult) -> None:

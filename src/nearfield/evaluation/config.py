@@ -76,7 +76,22 @@ class HeldOutTask(Config):
     language: Language = "eng-Latn"
 
 
-TaskEntry = Annotated[MtebTasks | FolderTasks | HeldOutTask, Field(discriminator="kind")]
+class LimitTask(Config):
+    """LIMIT, made here: every pair of some documents is asked for. Its limits are those of the number of dimensions."""
+
+    kind: Literal["limit"] = "limit"
+    name: TaskName = "LIMITGenerated"
+    documents: Annotated[int, Field(ge=4, le=500)] = 46
+    """Documents that are relevant to some query; 46 is the least whose pairs are at least 1,000."""
+    queries: Annotated[int, Field(ge=2, le=5_000)] = 1_000
+    distractors: Annotated[int, Field(ge=0, le=50_000)] = 0
+    """Documents that nobody asks for: 0 is the small set, 49,954 the full one."""
+    pattern: Literal["dense", "random", "cycle", "disjoint"] = "dense"
+    """Which pairs are asked for: the benchmark's, random ones, neighbours on a ring, pairs that share no document."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+TaskEntry = Annotated[MtebTasks | FolderTasks | HeldOutTask | LimitTask, Field(discriminator="kind")]
 
 
 class SuiteConfig(Config):

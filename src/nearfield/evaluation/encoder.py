@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 
 from nearfield.console import track
 from nearfield.encoders.heads import shipped_files
+from nearfield.evaluation.vectors import compress
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+    from nearfield.evaluation.vectors import VectorCache
 
 logger = logging.getLogger("nearfield.evaluation")
 
@@ -34,11 +37,20 @@ _CHARACTERS_A_TOKEN = 3
 class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
     """A sentence-transformers model under the name and revision that its results are filed by.
 
-    ``batch_tokens`` bounds rows times longest row of a chunk, in tokens; null takes 1,024 on a CPU (small chunks stay in its cache), 65,536 elsewhere.
+    ``batch_tokens`` bounds rows times longest row of a chunk, in tokens; null takes 1,024 on a CPU (small chunks stay in its
+    cache), 65,536 elsewhere. ``cache`` keeps whole vectors; ``dimensions`` and ``quantize`` change what mteb gets of them.
     """
 
     def __init__(
-        self, model: SentenceTransformer, *, name: str, revision: str, batch_tokens: int | None = None
+        self,
+        model: SentenceTransformer,
+        *,
+        name: str,
+        revision: str,
+        batch_tokens: int | None = None,
+        cache: VectorCache | None = None,
+        dimensions: int | None = None,
+        quantize: str = "none",
     ) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -53,7 +65,9 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         self.mteb_model_meta = self.mteb_model_meta.model_copy(update=update)
         on_cpu = model.device.type == "cpu"
         self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
+        self.cache, self.dimensions, self.quantize = cache, dimensions, quantize
         self.encoded = 0
+        self.reused = 0
         self._kept: dict[tuple[str | None, str | None], dict[str, NDArray[np.float32]]] = {}
 
     def forget(self) -> None:
@@ -100,9 +114,18 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         missing = [text for text in dict.fromkeys(texts) if text not in kept]
         if sum(map(len, self._kept.values())) + len(missing) > _MAX_KEPT_TEXTS:
             kept = {text: kept[text] for text in texts if text in kept}
-        kept.update(self._embed(missing, task_metadata, prompt_type))
+        if missing and self.cache is not None:
+            part = self.cache.part(role, self.prompt_for(task_metadata, prompt_type))
+            known = part.get(missing)
+            kept.update(known)
+            missing = [text for text in missing if text not in known]
+            self.reused += len(known)
+            if missing:
+                kept.update(part.put(self._embed(missing, task_metadata, prompt_type)))
+        elif missing:
+            kept.update(self._embed(missing, task_metadata, prompt_type))
         self.encoded += len(missing)
-        return np.stack([kept[text] for text in texts])
+        return compress(np.stack([kept[text] for text in texts]), self.dimensions, self.quantize)
 
     def _embed(
         self, texts: Sequence[str], task_metadata: Any, prompt_type: PromptType | None

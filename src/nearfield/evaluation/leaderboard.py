@@ -102,7 +102,7 @@ def leaderboard(
     if certain:
         notes.append(f"no interval can be given on {', '.join(certain)}: there the scores are taken as exact")
     types = [[i for i, task in enumerate(board_tasks) if task.type == kind] for kind in _types(board_tasks)]
-    complete = ~np.isnan(scores).any(axis=1)
+    complete = np.asarray(~np.isnan(scores).any(axis=1))
     means, mean_draws = scores.mean(axis=1), draws.mean(axis=2)
     points, point_draws = ranking.borda(scores), ranking.borda(draws)
     ranks, rank_draws = ranking.task_ranks(scores).mean(axis=1), ranking.task_ranks(draws).mean(axis=2)
@@ -118,7 +118,7 @@ def leaderboard(
         if sets is not None and complete[i]:
             at = int(np.searchsorted(kept, i))
             low, high = int(sets.low[at]), int(sets.high[at])
-            above = tuple(names[kept[j]] for j in np.flatnonzero(np.asarray(sets.above[at])))
+            above = tuple(names[kept[j]] for j in np.flatnonzero(sets.above[at, :]))
         rows.append(
             BoardRow(
                 model.label,

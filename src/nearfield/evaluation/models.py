@@ -10,6 +10,7 @@ from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import BASELINES
 from nearfield.evaluation.encoder import TaskEncoder
+from nearfield.evaluation.vectors import QUANTIZATIONS, VectorCache, model_fingerprint
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,20 @@ class ScoredModel:
 
 
 def open_model(
-    model: str | LoadedEncoder, *, name: str | None, device: str | None, batch_tokens: int | None
+    model: str | LoadedEncoder,
+    *,
+    name: str | None,
+    device: str | None,
+    batch_tokens: int | None,
+    cache: Path | None = None,
+    dimensions: int | None = None,
+    quantize: str = "none",
 ) -> ScoredModel:
-    """Load a model by name, folder or baseline name; ``name`` replaces the name that results are filed under."""
+    """Load a model by name, folder or baseline name; ``name`` replaces the name that results are filed under.
+
+    Vectors are kept below ``cache``. A model that is cut to ``dimensions`` or quantised is filed under a name that says so.
+    """
+    _check_variant(model, dimensions, quantize)
     if name is not None and (name.count("/") > 1 or not all(part.strip() for part in name.split("/"))):
         raise BadInputError(f"the name {name!r} is not of the form organisation/model", where="name")
     if isinstance(model, str) and model in BASELINES:
@@ -46,9 +58,38 @@ def open_model(
     loaded = load_encoder(model, device=device) if isinstance(model, str) else model
     filed = name or loaded.name
     filed = filed if "/" in filed else f"local/{filed}"
-    wrapper = TaskEncoder(loaded.model, name=filed, revision=loaded.revision, batch_tokens=batch_tokens)
+    if dimensions is not None:
+        full = loaded.model.get_embedding_dimension()
+        if full is not None and dimensions > full:
+            raise BadInputError(f"the model has {full} dimensions; {dimensions} were asked for", where="dimensions")
+        filed = f"{filed}-dim{dimensions}"
+    if quantize != "none":
+        filed = f"{filed}-{quantize}"
+    kept = None
+    if cache is not None:
+        kept = VectorCache(cache, model_fingerprint(loaded.model), {"name": loaded.name, "revision": loaded.revision})
+    wrapper = TaskEncoder(
+        loaded.model,
+        name=filed,
+        revision=loaded.revision,
+        batch_tokens=batch_tokens,
+        cache=kept,
+        dimensions=dimensions,
+        quantize=quantize,
+    )
     folder = Path(loaded.path) if Path(loaded.path).is_dir() else None
     return ScoredModel(wrapper, filed, loaded.revision, folder, loaded.note)
+
+
+def _check_variant(model: str | LoadedEncoder, dimensions: int | None, quantize: str) -> None:
+    if quantize not in QUANTIZATIONS:
+        raise BadInputError(
+            f"unknown quantisation {quantize!r}", where="quantize", hint=f"Known: {', '.join(QUANTIZATIONS)}."
+        )
+    if dimensions is not None and dimensions < 1:
+        raise BadInputError(f"the dimensions must be positive; they are {dimensions}", where="dimensions")
+    if isinstance(model, str) and model in BASELINES and (dimensions is not None or quantize != "none"):
+        raise BadInputError(f"the baseline {model} has no vectors to cut or quantise", where="dimensions")
 
 
 def _baseline(model: str) -> ScoredModel:

@@ -23,6 +23,7 @@ from nearfield.evaluation.config import SuiteConfig
 from nearfield.evaluation.contract import check_contract, roles_of
 from nearfield.evaluation.heldout import OpenStore
 from nearfield.evaluation.local import SuiteTask, parts_of
+from nearfield.evaluation.manifest import write_manifest
 from nearfield.evaluation.models import ScoredModel, open_model
 from nearfield.evaluation.suite import open_suite
 from nearfield.evaluation.unit_files import read_units, write_record
@@ -85,13 +86,17 @@ def evaluate(
     device: str | None = None,
     batch_tokens: int | None = None,
     tasks: Sequence[str] | None = None,
+    cache: Path | None = None,
+    dimensions: int | None = None,
+    quantize: str = "none",
 ) -> EvaluationResult:
     """Score a model on a suite and write the results under ``out``.
 
     ``model`` is a folder, a hub name, a loaded encoder, ``bm25`` or ``random``; ``suite`` a config, a suite YAML or a
     folder of tasks; ``tasks`` keeps the named ones. ``name`` replaces the model's name in the results. ``open_store``
     turns the path of a data recipe (or store) into an open store. ``prompts`` is ``contract`` (stop where the model was
-    not trained with the prompts it would get) or ``as-is``.
+    not trained with the prompts it would get) or ``as-is``. Vectors are kept below ``cache`` and taken from there;
+    ``dimensions`` (the first so many) and ``quantize`` (``int8``, ``binary``) score what is left of them.
 
     A task that fails is recorded in ``failures`` and does not stop the others. Raises :class:`BadInputError` for a
     model or suite that cannot be used, before any task runs.
@@ -103,7 +108,15 @@ def evaluate(
     if batch_tokens is not None and batch_tokens < 1:
         raise BadInputError(f"batch_tokens must be positive; it is {batch_tokens}", where="batch_tokens")
     suite_tasks = open_suite(suite, only=tasks, open_store=open_store)
-    scored = open_model(model, name=name, device=device, batch_tokens=batch_tokens)
+    scored = open_model(
+        model,
+        name=name,
+        device=device,
+        batch_tokens=batch_tokens,
+        cache=cache,
+        dimensions=dimensions,
+        quantize=quantize,
+    )
     meta = scored.wrapper.mteb_model_meta
     applicable, not_applicable = [], {}
     for suite_task in suite_tasks:
@@ -119,12 +132,14 @@ def evaluate(
     elif scored.encoder is not None and prompts == "as-is":
         notes.append("prompts as they are: the prompt contract was not checked")
 
-    cache = ResultFolder(out)
-    folder = cache.get_task_result_path("any", meta).parent
-    run = _Run(scored, cache, folder, overwrite)
+    files = ResultFolder(out)
+    folder = files.get_task_result_path("any", meta).parent
+    run = _Run(scored, files, folder, overwrite)
+    started = time.monotonic()
     for number, suite_task in enumerate(applicable, start=1):
-        logger.info("task %d of %d: %s", number, len(applicable), suite_task.name)
+        logger.info("task %d of %d: %s%s", number, len(applicable), suite_task.name, _left(run, started, applicable))
         run.task(suite_task)
+    write_manifest(folder, scored, run.facts, run.failures, prompts)
     return EvaluationResult(
         results_dir=folder,
         model=scored.name,
@@ -139,6 +154,14 @@ def evaluate(
     )
 
 
+def _left(run: _Run, started: float, tasks: Sequence[SuiteTask]) -> str:
+    """How long the rest will take if its tasks are like those that were scored now."""
+    if not run.seconds:
+        return ""
+    rest = sum(task.name not in run.scores and task.name not in run.failures for task in tasks)
+    return f" (about {(time.monotonic() - started) / len(run.seconds) * rest:.0f} s left for the suite)"
+
+
 class _Run:
     """The tasks of one evaluation, one after the other."""
 
@@ -149,6 +172,8 @@ class _Run:
         self.details: dict[str, dict[str, Any]] = {}
         self.reused: list[str] = []
         self.seconds: dict[str, float] = {}
+        self.facts: dict[str, dict[str, Any]] = {}
+        """What the manifest says of each task that was scored now."""
 
     def task(self, suite_task: SuiteTask) -> None:
         """Score a task, or take its scores from the results folder."""
@@ -174,6 +199,8 @@ class _Run:
             self.seconds[suite_task.name] = time.monotonic() - started
             if self.scored.encoder is not None:
                 self.scored.encoder.forget()
+                if self.scored.encoder.cache is not None:
+                    self.scored.encoder.cache.close()
             if suite_task.task.data_loaded:
                 suite_task.task.unload_data()
         if suite_task.name in self.failures:
@@ -219,7 +246,8 @@ class _Run:
         return mean_over_splits(metadata["main_scores"]), metadata["details"]
 
     def _score(self, suite_task: SuiteTask, mark: str) -> None:
-        task, wrapper = suite_task.task, self.scored.wrapper
+        task, wrapper, encoder = suite_task.task, self.scored.wrapper, self.scored.encoder
+        before = (encoder.encoded, encoder.reused) if encoder is not None else (0, 0)
         task.load_data()
         recorder = Recorder(suite_task)
         recorder.attach()
@@ -261,6 +289,16 @@ class _Run:
         self.cache.save_to_cache(result, wrapper.mteb_model_meta)
         self.scores[suite_task.name] = mean_over_splits(main_scores)
         self.details[suite_task.name] = suite_task.details
+        self.facts[suite_task.name] = {
+            "data_revision": task.metadata.revision,
+            "mteb": result.mteb_version,
+            "prompts": {}
+            if encoder is None
+            else {str(r): encoder.prompt_for(task.metadata, r) for r in roles_of(task)},
+            "texts_encoded": None if encoder is None else encoder.encoded - before[0],
+            "texts_from_cache": None if encoder is None else encoder.reused - before[1],
+            "seconds": round(result.evaluation_time or 0.0, 3),
+        }
 
 
 def mean_over_splits(main_scores: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation.config import FolderTasks, HeldOutTask, MtebTasks, SuiteConfig
+from nearfield.evaluation.config import FolderTasks, HeldOutTask, LimitTask, MtebTasks, SuiteConfig
 from nearfield.evaluation.folder import folder_task, task_folders
 from nearfield.evaluation.heldout import OpenStore, default_open_store, heldout_task
+from nearfield.evaluation.limit import limit_task
 from nearfield.evaluation.local import SuiteTask
 
 
@@ -26,6 +27,8 @@ def open_suite(
             tasks += _official(entry, where)
         elif isinstance(entry, FolderTasks):
             tasks += [folder_task(folder) for folder in task_folders(entry.path, entry.only)]
+        elif isinstance(entry, LimitTask):
+            tasks.append(limit_task(entry))
         else:
             assert isinstance(entry, HeldOutTask)
             tasks.append(heldout_task(entry, open_once))

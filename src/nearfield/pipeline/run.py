@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +19,13 @@ import yaml
 from nearfield.config import Loaded
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json, write_text
+from nearfield.provenance import device, now, versions
 from nearfield.recipe import CheckedRecipe, Recipe, check_recipe, load_recipe
 
 logger = logging.getLogger("nearfield.pipeline")
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
-_PACKAGES = (
-    "nearfield",
-    "torch",
-    "transformers",
-    "sentence-transformers",
-    "accelerate",
-    "mteb",
-    "datasets",
-    "numpy",
-    "scipy",
-    "pyarrow",
-)
 
 
 @dataclass(frozen=True)
@@ -133,35 +119,6 @@ class Run:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "stage": stage}
         # In place: another file of this name would not be locked.
         (self.folder / LOCK).write_text(json.dumps(owner), encoding="utf-8")
-
-
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def device() -> dict[str, Any]:
-    """What this machine computes on."""
-    import torch
-
-    found: dict[str, Any] = {
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_available():
-        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return found
 
 
 def open_run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), folder: str | Path | None = None) -> Run:

@@ -42,6 +42,8 @@ class ScoringStages(Artifacts):
                 name=name,
                 open_store=self._open_store,
                 prompts="as-is" if label == "before" else evaluation.prompts,
+                # The base model is the same in many runs; a trained one is scored once.
+                cache=self.run.cache / "vectors" if label == "before" else None,
             )
             folders[label] = str(result.results_dir.relative_to(self.run.folder))
             if result.failures:

@@ -1,0 +1,202 @@
+"""Scoring a model by nearfield beside `mteb.evaluate`: the same tasks, data and model; A B A B.
+
+    python scripts/bench_eval.py --data FOLDER --tasks STSBenchmark,Banking77Classification --json eval.json
+
+FOLDER holds local tasks (docs/evaluation.md). Each measurement is a process of its own, one thread; time is CPU seconds from
+the loaded model to the last score, without reading the data. Both must give the same scores (to 1e-4, one flipped decision of
+a classification). Beside the ratio: the share of our time outside of the model's forward, the real tokens that went
+in on either side, and the share of the machine's matrix peak. Leaves with 1 if a check fails or the ratio is below --floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+class Counter:
+    """CPU seconds, rows, tokens and cells of a model's forwards."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds, self.rows, self.tokens, self.cells = 0.0, 0, 0, 0
+        transformer = model[0].auto_model
+        transformer.register_forward_pre_hook(self._before, with_kwargs=True)
+        transformer.register_forward_hook(self._after)
+
+    def _before(self, _module: Any, _args: Any, kwargs: Any) -> None:
+        mask = kwargs["attention_mask"]
+        self.rows += int(mask.shape[0])
+        self.cells += int(mask.numel()) if mask.dim() == 2 else int(mask.shape[0] * mask.shape[-1])
+        self.tokens += int((mask > 0).sum()) if mask.dim() == 2 else 0
+        self._started = time.process_time()
+
+    def _after(self, *_: Any) -> None:
+        self.seconds += time.process_time() - self._started
+
+
+def child(side: str, model_name: str, data: Path, tasks: list[str], out: Path) -> None:
+    """One measurement."""
+    import torch
+
+    torch.set_num_threads(1)
+    from nearfield.cli.printing import quiet_libraries
+
+    quiet_libraries()
+    import mteb
+
+    from nearfield.encoders import load_encoder
+    from nearfield.evaluation import evaluate
+    from nearfield.evaluation.folder import folder_task, task_folders
+
+    loaded = load_encoder(model_name, device="cpu")
+    # Both sides pay for imports, kernels and the tokenizer before the clock starts.
+    loaded.model.encode(["a text", "another and longer text"])
+    counter = Counter(loaded.model)
+    scores: dict[str, dict[str, float]] = {}
+    if side == "peer":
+        opened = [folder_task(folder).task for folder in task_folders(data, tasks)]
+        for task in opened:
+            task.load_data()
+        started = time.process_time()
+        for task in opened:
+            result = mteb.evaluate(loaded.model, task, cache=None, co2_tracker=False, show_progress_bar=False)
+            entries = [entry for of in result.task_results[0].scores.values() for entry in of]
+            scores[task.metadata.name] = {entry["hf_subset"]: float(entry["main_score"]) for entry in entries}
+        seconds = time.process_time() - started
+    else:
+        from nearfield.evaluation import runner
+
+        load = 0.0
+        plain = runner._Run._score
+
+        def timed(self: Any, suite_task: Any, mark: str) -> None:
+            nonlocal load
+            begun = time.process_time()
+            suite_task.task.load_data()
+            load += time.process_time() - begun
+            plain(self, suite_task, mark)
+
+        runner._Run._score = timed  # type: ignore[method-assign]
+        started = time.process_time()
+        made = evaluate(loaded, data, out / "results", tasks=tasks)
+        seconds = time.process_time() - started - load
+        scores = made.scores
+        if made.failures:
+            raise SystemExit(f"failed: {made.failures}")
+    weights = sum(p.numel() for n, p in loaded.model[0].auto_model.named_parameters() if "embeddings" not in n)
+    found = {
+        "cpu_seconds": seconds,
+        "forward_seconds": counter.seconds,
+        "rows": counter.rows,
+        "tokens": counter.tokens,
+        "cells": counter.cells,
+        "flops": 2.0 * weights * counter.tokens,
+        "scores": scores,
+    }
+    print("RESULT " + json.dumps(found))
+
+
+def measure(side: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A measurement in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--child", side, "--data", str(arguments.data), "--model", arguments.model]
+        command += ["--tasks", arguments.tasks, "--out", folder]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            value: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+            return value
+    raise SystemExit(done.stderr[-4000:])
+
+
+def matrix_peak() -> float:
+    """Floating-point operations a CPU second of a large single-thread product."""
+    import torch
+
+    torch.set_num_threads(1)
+    a = torch.randn(1024, 1024)
+    best = 0.0
+    for _ in range(8):
+        started = time.process_time()
+        a @ a
+        best = max(best, 2 * 1024**3 / (time.process_time() - started))
+    return best
+
+
+def main() -> None:
+    """Measure, check, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tasks", default="STSBenchmark,Banking77Classification")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--floor", type=float, default=0.0)
+    parser.add_argument("--child", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    tasks = [task.strip() for task in arguments.tasks.split(",")]
+    if arguments.child:
+        child(arguments.child, arguments.model, arguments.data, tasks, arguments.out)
+        return
+    samples = []
+    for number in range(arguments.pairs):
+        pair = {side: measure(side, arguments) for side in ("ours", "peer")}
+        samples.append(pair)
+        print(
+            f"pair {number + 1}: ours {pair['ours']['cpu_seconds']:.1f} s, mteb {pair['peer']['cpu_seconds']:.1f} s",
+            flush=True,
+        )
+    ratios = [pair["peer"]["cpu_seconds"] / pair["ours"]["cpu_seconds"] for pair in samples]
+    ours, peer = samples[0]["ours"], samples[0]["peer"]
+    worst = max(
+        abs(score - peer["scores"][task][subset]) for task, of in ours["scores"].items() for subset, score in of.items()
+    )
+    same = all(set(ours["scores"][task]) == set(peer["scores"][task]) for task in tasks)
+    peak = matrix_peak()
+    outside = statistics.median(1 - p["ours"]["forward_seconds"] / p["ours"]["cpu_seconds"] for p in samples)
+    result = {
+        "ratio": statistics.median(ratios),
+        "spread": [min(ratios), max(ratios)],
+        "pairs": len(ratios),
+        "ours": statistics.median(p["ours"]["cpu_seconds"] for p in samples),
+        "peer": statistics.median(p["peer"]["cpu_seconds"] for p in samples),
+        "unit": "CPU seconds",
+        "checks": {
+            "tasks": tasks,
+            "largest score difference": worst,
+            "same subsets": same,
+            "rows": {"ours": ours["rows"], "peer": peer["rows"]},
+            "real tokens": {"ours": ours["tokens"], "peer": peer["tokens"]},
+            "padded tokens": {"ours": ours["cells"], "peer": peer["cells"]},
+            "threads": 1,
+        },
+        "outside the forward": outside,
+        "share of matrix peak": {
+            side: statistics.median(p[side]["flops"] / p[side]["cpu_seconds"] for p in samples) / peak
+            for side in ("ours", "peer")
+        },
+        "machine": platform.processor() or platform.machine(),
+        "samples": samples,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "samples"}, indent=2))
+    if worst > 1e-4 or not same or result["ratio"] < arguments.floor:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

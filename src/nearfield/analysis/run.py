@@ -1,0 +1,163 @@
+"""All analyses of one or more models' vectors of the same texts: figures, and sentences that say what they mean."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfield.analysis import geometry, likeness
+from nearfield.analysis.geometry import Floats
+
+NEIGHBOURS = 10
+SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One model's figures. ``truncation`` is control -> [(dimensions, share of the ten neighbours that is kept)]."""
+
+    dimensions: int
+    iso_score: float
+    average_cosine: float
+    partition_ratio: float
+    effective_rank: float
+    two_nn: float
+    abid: float
+    uniformity: float
+    hub_skewness: float
+    largest_hub: int
+    orphans: float
+    spectrum: tuple[float, ...]
+    """Share of the variance of each principal axis, largest first."""
+    truncation: dict[str, list[tuple[int, float]]]
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Geometry of each model, and of each pair how alike they are (square tables in the order of ``models``)."""
+
+    texts: int
+    models: tuple[str, ...]
+    geometry: tuple[Geometry, ...]
+    cka: tuple[tuple[float, ...], ...]
+    jaccard: tuple[tuple[float, ...], ...]
+    rank_similarity: tuple[tuple[float, ...], ...]
+    sentences: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``--json`` writes."""
+        return {"version": 1, **asdict(self)}
+
+
+def analyse(vectors: Mapping[str, NDArray[Any]], *, seed: int = 0) -> Analysis:
+    """Analyse models' vectors ``[texts, dimensions]`` of the same texts, model -> vectors."""
+    names = tuple(vectors)
+    found = [np.asarray(vectors[name], dtype=np.float64) for name in names]
+    sizes = {len(array) for array in found}
+    if len(sizes) != 1 or min(sizes) < 4 * NEIGHBOURS:
+        raise ValueError(f"all models must have vectors of the same texts, at least {4 * NEIGHBOURS} of them")
+    shapes = tuple(_geometry(name, array, seed) for name, array in zip(names, found, strict=True))
+    size = len(names)
+    tables = np.ones((3, size, size))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(size):
+            for j in range(i + 1, size):
+                tables[0, i, j] = tables[0, j, i] = likeness.cka(found[i], found[j])
+                shared, ranks = likeness.neighbour_likeness(found[i], found[j], NEIGHBOURS)
+                tables[1, i, j] = tables[1, j, i] = shared
+                tables[2, i, j] = tables[2, j, i] = ranks
+    sentences = _pair_sentences(names, tables) + list(dict.fromkeys(f"{w.message}." for w in caught))
+    cka, jaccard, ranks_alike = (tuple(tuple(float(v) for v in row) for row in table) for table in tables)
+    return Analysis(len(found[0]), names, shapes, cka, jaccard, ranks_alike, tuple(sentences))
+
+
+def truncation_curves(vectors: Floats, seed: int = 0) -> dict[str, list[tuple[int, float]]]:
+    """How many of the ten nearest texts stay, for the first, random and principal dimensions.
+
+    Principal axes are fitted on one half of the texts, and all three are judged on the other half.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(vectors))
+    fitted, held = vectors[order[: len(order) // 2]], vectors[order[len(order) // 2 :]]
+    d = vectors.shape[1]
+    _, _, axes = np.linalg.svd(fitted - fitted.mean(axis=0), full_matrices=True)
+    principal = (held - fitted.mean(axis=0)) @ axes.T
+    # Cosine neighbours need the origin: the mean, turned with the axes, is put back.
+    principal = principal + fitted.mean(axis=0) @ axes.T
+    shuffled = held[:, rng.permutation(d)]
+    whole = _neighbours(held)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for name, array in (("first", held), ("random", shuffled), ("principal", principal)):
+        points = []
+        for m in sorted({max(2, round(share * d)) for share in SHARES}):
+            pairs = zip(_neighbours(array[:, :m]), whole, strict=True)
+            points.append((m, float(np.mean([len(set(a) & set(b)) / len(b) for a, b in pairs]))))
+        curves[name] = points
+    return curves
+
+
+def _neighbours(vectors: Floats) -> list[list[int]]:
+    unit = geometry.normalised(vectors)
+    found: list[list[int]] = geometry.nearest(unit, unit, NEIGHBOURS, itself=True)[1].tolist()
+    return found
+
+
+def _geometry(name: str, vectors: Floats, seed: int) -> Geometry:
+    n, d = vectors.shape
+    spectrum = geometry.spectrum(vectors)
+    shares = spectrum / spectrum.sum() if spectrum.sum() > 0 else spectrum
+    hubs = geometry.hubness(vectors, NEIGHBOURS)
+    curves = truncation_curves(vectors, seed)
+    half = next(share for m, share in curves["first"] if m >= d / 2)
+    iso, cosine = geometry.iso_score(vectors), geometry.average_cosine(vectors)
+    rank, two_nn = geometry.effective_rank(vectors), geometry.two_nn(vectors)
+    axes = int(np.searchsorted(np.cumsum(shares), 0.9) + 1)
+    sentences = [
+        f"{name}: two different texts have a cosine of {cosine:.3f} on average. "
+        + ("The vectors lie in a narrow cone: thresholds on cosines do not carry over." if cosine > 0.5 else "")
+        + "It says nothing of the order of neighbours.",
+        f"{name}: {axes} of {d} principal axes hold 90 % of the variance; effective rank {rank:.0f}, IsoScore {iso:.3f}. "
+        "An even spectrum is not a better model.",
+        f"{name}: neighbourhoods have about {two_nn:.0f} dimensions (TwoNN, too small on samples of this size).",
+        f"{name}: the first half of the dimensions keeps {100 * half:.0f} % of the ten nearest texts "
+        f"(random: {100 * next(s for m, s in curves['random'] if m >= d / 2):.0f} %, principal: "
+        f"{100 * next(s for m, s in curves['principal'] if m >= d / 2):.0f} %). What it costs a task, nearfield eval --dims tells.",
+        f"{name}: one text is among the ten nearest of {hubs.largest} others, and {100 * hubs.orphans:.1f} % of the texts of none.",
+    ]
+    if n < 10 * d:
+        sentences.append(
+            f"{name}: {n} texts are few for {d} dimensions: IsoScore and effective rank come out too small."
+        )
+    return Geometry(
+        dimensions=d,
+        iso_score=iso,
+        average_cosine=cosine,
+        partition_ratio=geometry.partition_ratio(vectors),
+        effective_rank=rank,
+        two_nn=two_nn,
+        abid=geometry.abid(vectors, min(50, n - 2)),
+        uniformity=geometry.uniformity(vectors),
+        hub_skewness=hubs.skewness,
+        largest_hub=hubs.largest,
+        orphans=hubs.orphans,
+        spectrum=tuple(float(share) for share in shares),
+        truncation=curves,
+        sentences=tuple(sentences),
+    )
+
+
+def _pair_sentences(names: Sequence[str], tables: Floats) -> list[str]:
+    return [
+        f"{names[i]} and {names[j]}: CKA {tables[0, i, j]:.3f}; of their ten nearest texts they share "
+        f"{tables[1, i, j]:.2f} (Jaccard), in like order to {tables[2, i, j]:.2f}. A high CKA does not mean that they "
+        "retrieve the same."
+        for i in range(len(names))
+        for j in range(i + 1, len(names))
+    ]

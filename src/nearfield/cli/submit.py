@@ -1,0 +1,80 @@
+"""``nearfield submit`` and ``nearfield card``: results on their way to a leaderboard and into a model's card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nearfield.errors import EXIT_FAULT
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("submit")(submit_command)
+    app.command("card")(card_command)
+
+
+def submit_command(
+    model: Annotated[str, typer.Argument(help="A results folder, or a model found below --results.")],
+    results: Annotated[Path, typer.Option("--results", help="The folder that nearfield eval filed results in.")] = Path(
+        "results"
+    ),
+    benchmark: Annotated[
+        str | None,
+        typer.Option("--benchmark", help="The benchmark whose tasks must be complete, e.g. 'MTEB(eng, v2)'."),
+    ] = None,
+    facts: Annotated[
+        Path | None,
+        typer.Option("--facts", help="YAML with fields of mteb's ModelMeta: license, training_datasets, ..."),
+    ] = None,
+    folder: Annotated[Path | None, typer.Option("--model", help="The model's folder, for its card.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="The submission's folder; replaced if it is there.")] = Path(
+        "submission"
+    ),
+) -> None:
+    """Check what the leaderboard asks for, lay out the submission, and say what is left to do.
+
+    Leaves with 1 if something that is required is missing; the folder is written all the same.
+    """
+    from nearfield.cli.printing import quiet_libraries
+
+    quiet_libraries()
+    from rich.text import Text
+
+    from nearfield.console import stdout_console
+    from nearfield.evaluation.find import find_results
+    from nearfield.evaluation.submission import submit
+
+    made = submit(find_results(model, results), out, benchmark=benchmark, facts=facts, model=folder)
+    console = stdout_console()
+    for check in made.checks:
+        mark = "ok      " if check.ok else "missing " if check.required else "advised "
+        console.print(Text(f"{mark}{check.name}: {check.detail}"))
+    console.print(Text(f"submission: {made.folder}"))
+    for number, step in enumerate(made.steps, start=1):
+        console.print(Text(f"{number}. {step}"))
+    if not made.complete:
+        raise typer.Exit(EXIT_FAULT)
+
+
+def card_command(
+    model: Annotated[Path, typer.Argument(help="The model's folder; its README.md is changed.")],
+    scored: Annotated[
+        str | None, typer.Option("--scores", help="A results folder or a model's name; by default the model's own.")
+    ] = None,
+    results: Annotated[Path, typer.Option("--results", help="The folder that nearfield eval filed results in.")] = Path(
+        "results"
+    ),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the intervals' resamples.")] = 0,
+) -> None:
+    """Write a model's scores with their intervals, prompts and versions into its card; the rest of it stays."""
+    from rich.text import Text
+
+    from nearfield.console import stdout_console
+    from nearfield.evaluation.card import update_card
+    from nearfield.evaluation.find import find_results
+
+    path = update_card(model, find_results(scored or str(model), results), seed=seed)
+    stdout_console().print(Text(f"{path} has the scores"))

@@ -1,0 +1,69 @@
+"""The part of a model card that tells scores: with intervals, the data they are of, prompts and versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nearfield.errors import BadInputError
+from nearfield.evaluation import scores, statistics
+from nearfield.evaluation.comparison import drawn_scores, title_of
+from nearfield.evaluation.manifest import read_manifest
+from nearfield.files import write_text
+
+START, END = "<!-- nearfield: scores -->", "<!-- nearfield: end of scores -->"
+
+
+def update_card(model: Path, results: Path, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Path:
+    """Put the scores of a results folder into the ``README.md`` of a model's folder, in place of those that are there."""
+    card = model / "README.md"
+    if not model.is_dir():
+        raise BadInputError("this model folder does not exist", where=str(model))
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {model.resolve().name}\n"
+    if (START in text) != (END in text):
+        raise BadInputError(
+            "the marks around the scores of this card are damaged", where=str(card), hint="Delete both."
+        )
+    section = scores_section(results, samples=samples, level=level, seed=seed)
+    if START in text:
+        before, _, rest = text.partition(START)
+        text = before + section + rest.partition(END)[2].lstrip("\n")
+    else:
+        text = text.rstrip("\n") + "\n\n" + section
+    write_text(card, text)
+    return card
+
+
+def scores_section(results: Path, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> str:
+    """Markdown with a row a task: score, interval, units, what the interval speaks of, data revision, prompts."""
+    found = scores.read_scores(results)
+    if not found:
+        raise BadInputError("there are no scores", where=str(results), hint="Score the model with nearfield eval.")
+    facts: dict[str, dict[str, Any]] = {}
+    versions: dict[str, str] = {}
+    for line in read_manifest(results):
+        facts |= line.get("tasks", {})
+        versions = line.get("versions", versions)
+    lines = [START, "## Scores", "", f"| task | score | {100 * level:g} % interval | units | of | prompts | data |"]
+    lines += ["| --- | ---: | ---: | ---: | --- | --- | --- |"]
+    for key, of in sorted(found.items()):
+        ends = "none"
+        for _, drawn in drawn_scores(key, {"": of}, samples, seed):
+            interval = statistics.percentile_interval(scores.score_draws(of, drawn), level, of.freedom)
+            ends = f"{interval.low:.4f} to {interval.high:.4f}"
+        units, clusters = of.sizes
+        counted = "" if units is None else str(units) + (f" in {clusters} clusters" if clusters != units else "")
+        scope = scores.SCOPES[of.kind] if of.reason is None else of.reason
+        prompts = facts.get(key[0], {}).get("prompts", {})
+        texts = "; ".join(f"{role}: `{text}`" for role, text in prompts.items() if text) or "none"
+        cells = [f"{title_of(key)} ({of.metric})", f"{of.score:.4f}", ends, counted, scope, texts, of.data_revision]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    made = ", ".join(
+        f"{name} {versions[name]}" for name in ("mteb", "sentence-transformers", "torch") if name in versions
+    )
+    lines += [
+        "",
+        f"Scored with nearfield{' (' + made + ')' if made else ''}. A score says nothing of other domains.",
+        END,
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,150 @@
+"""LIMIT (Weller et al., 2025): documents of which every pair must be found by some query, which few dimensions cannot do."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nearfield.data.readers.wordnet import FOLDER, read_synsets
+from nearfield.evaluation.config import LimitTask
+from nearfield.evaluation.local import SuiteTask, make_task
+from nearfield.files import fingerprint
+from nearfield.randomness import generator
+
+LIKES = 45
+"""Things that each person likes."""
+_FIRST_NAMES = (
+    "Ada Bela Cora Dario Edda Farid Greta Hugo Ines Jonas Kira Lars Mina Nils Olga Pavel Quinn Rosa Sven Tilda Umar Vera "
+    "Wanda Xavi Yara Zeno Amir Britt Carlo Dunja Elif Fynn Gina Henk Ilse Jovan Kaya Lino Marta Noor"
+)
+_LAST_NAMES = (
+    "Abbot Becker Castro Dahl Egger Fontana Garrick Holm Ibsen Jansen Keller Lindqvist Moreau Novak Okafor Petrov Quist "
+    "Rossi Schmitt Tanaka Urban Vasquez Weber Xenakis Yilmaz Zeman Arnaud Bianchi Clarke Duarte Eriksen Fischer Gomez "
+    "Hansen Ivanov Jovanovic Kowalski Larsen Marino Nielsen Olsen Pereira Ramirez Santos Thomsen Usman Virtanen Walsh "
+    "Yamada Zhou"
+)
+_FIRST, _LAST = _FIRST_NAMES.split(), _LAST_NAMES.split()
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Person -> text, query -> text, query -> its two persons."""
+
+    corpus: dict[str, str]
+    queries: dict[str, str]
+    relevant: dict[str, tuple[str, str]]
+
+
+def items() -> list[str]:
+    """Nouns that no two of begin with the same five letters: none is part of another, and no stemmer joins two."""
+    found: dict[str, str] = {}
+    for synset in read_synsets(FOLDER / "synsets.jsonl.xz"):
+        for lemma in synset.lemmas:
+            if re.fullmatch(r"[a-z]{5,12}", lemma):
+                found.setdefault(lemma[:5], lemma)
+    names = {name.lower() for name in (*_FIRST, *_LAST)}
+    return sorted(lemma for lemma in found.values() if lemma not in names)
+
+
+def pairs_of(pattern: str, documents: int, queries: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Which two documents each query is after.
+
+    ``dense``: the first combinations of all documents, the pattern of the benchmark; ``random``: random combinations;
+    ``cycle``: neighbours on a ring; ``disjoint``: pairs that share no document.
+    """
+    if pattern == "dense":
+        return list(itertools.islice(itertools.combinations(range(documents), 2), queries))
+    if pattern == "random":
+        every = list(itertools.combinations(range(documents), 2))
+        return [every[i] for i in rng.choice(len(every), size=min(queries, len(every)), replace=False)]
+    if pattern == "cycle":
+        return [(i, (i + 1) % documents) for i in range(min(queries, documents))]
+    return [(2 * i, 2 * i + 1) for i in range(min(queries, documents // 2))]
+
+
+def make_limit(config: LimitTask) -> Limit:
+    """The data: each query has a thing of its own, which its two persons like and nobody else does.
+
+    Every person is given other things, which no query asks for, up to the same number.
+    """
+    rng = generator(config.seed, "limit")
+    things = [str(thing) for thing in rng.permutation(items())]
+    pairs = pairs_of(config.pattern, config.documents, config.queries, rng)
+    asked, rest = things[: len(pairs)], things[len(pairs) : len(pairs) + 850]
+    likes: list[list[str]] = [[] for _ in range(config.documents + config.distractors)]
+    for thing, pair in zip(asked, pairs, strict=True):
+        for person in pair:
+            likes[person].append(thing)
+    size = max(LIKES, max(map(len, likes)))
+    for own in likes:
+        own += [rest[i] for i in rng.choice(len(rest), size=size - len(own), replace=False)]
+        rng.shuffle(own)
+    initials = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    chosen = rng.choice(len(_FIRST) * len(initials) * len(_LAST), size=len(likes), replace=False)
+    people = []
+    for number in chosen.tolist():
+        first, number = number % len(_FIRST), number // len(_FIRST)
+        people.append(f"{_FIRST[first]} {initials[number % 26]}. {_LAST[number // 26]}")
+    corpus = {
+        person: f"{person} likes {', '.join(own[:-1])} and {own[-1]}."
+        for person, own in zip(people, likes, strict=True)
+    }
+    queries = {f"q{i}": f"Who likes {thing}?" for i, thing in enumerate(asked)}
+    return Limit(corpus, queries, {f"q{i}": (people[a], people[b]) for i, (a, b) in enumerate(pairs)})
+
+
+def graph_density(relevant: dict[str, tuple[str, str]]) -> float:
+    """2 |E| / (|V| (|V| - 1)) of the graph whose nodes are queries, joined where they share a document."""
+    sets = [set(documents) for documents in relevant.values()]
+    edges = sum(bool(a & b) for a, b in itertools.combinations(sets, 2))
+    return 2 * edges / (len(sets) * (len(sets) - 1))
+
+
+def query_strength(relevant: dict[str, tuple[str, str]]) -> float:
+    """The mean over queries of the sum of the Jaccard indices with all other queries."""
+    sets = [set(documents) for documents in relevant.values()]
+    total = sum(len(a & b) / len(a | b) for a, b in itertools.combinations(sets, 2))
+    return 2 * total / len(sets)
+
+
+def limit_task(config: LimitTask) -> SuiteTask:
+    """The task; its main score is mteb's for LIMIT, recall at 2."""
+    import mteb
+
+    official = mteb.get_task("LIMITSmallRetrieval")
+    result = SuiteTask(None, details={"pattern": config.pattern, "documents": config.documents})
+
+    def load() -> dict[str, Any]:
+        import datasets
+
+        data = make_limit(config)
+        result.details |= {"queries": len(data.queries), "corpus": len(data.corpus)}
+        return {
+            "default": {
+                "test": {
+                    "corpus": datasets.Dataset.from_dict({"id": list(data.corpus), "text": list(data.corpus.values())}),
+                    "queries": datasets.Dataset.from_dict(
+                        {"id": list(data.queries), "text": list(data.queries.values())}
+                    ),
+                    "relevant_docs": {query: dict.fromkeys(pair, 1) for query, pair in data.relevant.items()},
+                    "top_ranked": None,
+                }
+            }
+        }
+
+    result.task = make_task(
+        type(official),
+        name=config.name,
+        task_type="Retrieval",
+        description="LIMIT: every pair of a few documents is asked for",
+        content_hash=fingerprint(config.model_dump(mode="json")),
+        languages={"default": ["eng-Latn"]},
+        splits=["test"],
+        load=load,
+        like=official.metadata,
+    )
+    return result

@@ -1,0 +1,146 @@
+"""leaderboard, submit, card, analyse: one small suite, two models, and what each command makes of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mteb
+import pytest
+import typer
+
+from nearfield.cli import analyse as analyse_module
+from nearfield.cli import leaderboard as leaderboard_module
+from nearfield.cli import submit as submit_module
+from nearfield.errors import BadInputError
+from nearfield.evaluation import evaluate
+from nearfield.evaluation.submission import as_python, read_meta, submit
+from tests.evaluation.conftest import Tasks, build_model, sentences
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, their results on two tasks, and the results of one of them as if on official data."""
+    root = tmp_path_factory.mktemp("scores")
+    tasks = Tasks(root / "tasks")
+    tasks.sts(), tasks.retrieval()
+    for name, seed in (("one", 0), ("two", 1)):
+        evaluate(str(build_model(root / name, seed=seed)), tasks.root, root / "results", device="cpu")
+    results = next((root / "results" / "local__one").iterdir())
+    official = root / "results" / "org__one" / COMMIT
+    official.mkdir(parents=True)
+    for file in results.iterdir():
+        text = file.read_bytes()
+        if file.suffix == ".json":
+            value = json.loads(text)
+            if file.name == "model_meta.json":
+                value |= {"name": "org/one", "revision": COMMIT}
+            else:
+                value |= {"dataset_revision": "1" * 40}
+                if file.name == "TinySTS.json":
+                    value["task_name"] = "STS12"
+            text = json.dumps(value).encode()
+        (official / file.name.replace("TinySTS", "STS12")).write_bytes(text)
+    (official / "TinyRetrieval.json").unlink()
+    manifest = (official / "manifest.jsonl").read_text().replace("TinySTS", "STS12")
+    (official / "manifest.jsonl").write_text(manifest)
+    for file in official.glob("*.units.parquet"):
+        file.unlink()
+    return root
+
+
+@pytest.fixture
+def call(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    monkeypatch.chdir(work)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    for module in (analyse_module, leaderboard_module, submit_module):
+        module.register(app)
+
+    def run(*arguments: Any) -> tuple[int, str]:
+        try:
+            app([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            captured = capsys.readouterr()
+            return int(stop.code or 0), captured.out + captured.err
+        except BadInputError as error:
+            return error.exit_code, str(error)
+        raise AssertionError("a command ends by SystemExit")
+
+    return run
+
+
+def test_a_leaderboard_of_all_results(call: Callable[..., tuple[int, str]], work: Path) -> None:
+    code, text = call("leaderboard", "--samples", "200", "--json", "board.json", "--markdown", "board.md")
+    assert code == 0 and "local/one" in text and "local/two" in text and "not transitive" in text
+    board = json.loads((work / "board.json").read_text())
+    assert {row["label"] for row in board["rows"]} == {"local/one", "local/two"}
+    assert (work / "board.md").read_text().startswith("| place | model | mean of tasks | ranks |")
+    assert call("leaderboard", "--results", "nowhere")[0] == 2
+
+
+def test_the_card_gets_its_scores_and_keeps_the_rest(call: Callable[..., tuple[int, str]], work: Path) -> None:
+    card = work / "one" / "README.md"
+    card.write_text("# One\n\nMine.\n")
+    for _ in range(2):
+        code, _ = call("card", "one")
+        assert code == 0
+        text = card.read_text()
+        assert text.startswith("# One\n\nMine.\n") and text.count("## Scores") == 1
+        assert "| TinySTS (cosine_spearman) |" in text and " to " in text and "other pairs of the same kind" in text
+    card.write_text(card.read_text() + "\nAfter.\n")
+    assert call("card", "one")[0] == 0 and card.read_text().endswith("After.\n")
+
+
+def test_local_results_are_no_submission_and_it_says_why(call: Callable[..., tuple[int, str]], work: Path) -> None:
+    code, text = call("submit", "local/two", "--out", "away", "--benchmark", "MTEB(eng, v2)")
+    assert code == 1
+    assert "missing name and revision" in text and "left out, scored on local data: TinyRetrieval, TinySTS" in text
+    assert "0 of 41 tasks" in text and "advised contamination report" in text
+
+
+def test_a_submission_is_read_back_by_mteb(work: Path, tmp_path: Path) -> None:
+    facts = tmp_path / "facts.yaml"
+    facts.write_text(
+        "release_date: 2026-01-02\nlanguages: [eng-Latn]\nn_parameters: 100000\nlicense: apache-2.0\nopen_weights: true\n"
+        "use_instructions: false\ntraining_datasets: [STS12]\nmax_tokens: 128\nembed_dim: 32\n"
+    )
+    made = submit(work / "results" / "org__one" / COMMIT, tmp_path / "out", facts=facts)
+    assert {check.name for check in made.checks if not check.ok} <= {
+        "contamination report",
+        "public_training_code",
+        "public_training_data",
+    }
+    assert made.complete and (tmp_path / "out" / "results" / "org__one" / COMMIT / "STS12.json").is_file()
+    loaded = mteb.ResultCache(tmp_path / "out").load_results(models=["org/one"], include_remote=False)
+    assert [result.task_name for result in loaded.model_results[0].task_results] == ["STS12"]
+    meta = read_meta(work / "results" / "org__one" / COMMIT / "model_meta.json", facts)
+    names: dict[str, Any] = {}
+    exec(as_python(meta), names)
+    assert names["one"].name == "org/one" and names["one"].training_datasets == {"STS12"}
+    facts.write_text("licence: apache-2.0\n")
+    with pytest.raises(BadInputError, match="licence"):
+        submit(work / "results" / "org__one" / COMMIT, tmp_path / "out", facts=facts)
+
+
+def test_models_are_analysed_on_lines_of_a_file_and_on_a_suite(
+    call: Callable[..., tuple[int, str]], work: Path
+) -> None:
+    (work / "texts.txt").write_text("\n".join(sentences(60)))
+    code, text = call(
+        "analyse", "one", "two", "--texts", "texts.txt", "--json", "a.json", "--html", "a.html", "--device", "cpu"
+    )
+    assert code == 0 and "IsoScore" in text and "CKA" in text
+    figures = json.loads((work / "a.json").read_text())
+    assert figures["texts"] == 60 and len(figures["geometry"]) == 2 and figures["cka"][0][1] < 1
+    page = (work / "a.html").read_text()
+    assert "like models side by side" in page and "https://cdn" not in page.partition("<script")[0]
+    code, text = call("analyse", "one", "--suite", "tasks", "--limit", "50", "--device", "cpu")
+    assert code == 0 and "50 texts" in text
+    assert call("analyse", "one")[0] == 2
