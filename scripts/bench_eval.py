@@ -30,15 +30,14 @@ class Counter:
 
     def __init__(self, model: Any) -> None:
         self.seconds, self.rows, self.tokens, self.cells = 0.0, 0, 0, 0
-        transformer = model[0].auto_model
-        transformer.register_forward_pre_hook(self._before, with_kwargs=True)
-        transformer.register_forward_hook(self._after)
+        model[0].register_forward_pre_hook(self._before)
+        model[0].register_forward_hook(self._after)
 
-    def _before(self, _module: Any, _args: Any, kwargs: Any) -> None:
-        mask = kwargs["attention_mask"]
+    def _before(self, _module: Any, args: Any) -> None:
+        mask = args[0]["attention_mask"]
         self.rows += int(mask.shape[0])
-        self.cells += int(mask.numel()) if mask.dim() == 2 else int(mask.shape[0] * mask.shape[-1])
-        self.tokens += int((mask > 0).sum()) if mask.dim() == 2 else 0
+        self.cells += int(mask.numel())
+        self.tokens += int(mask.sum())
         self._started = time.process_time()
 
     def _after(self, *_: Any) -> None:

@@ -22,7 +22,7 @@ ATTRIBUTES = {
     "html": {"lang"}, "meta": {"charset", "http-equiv", "content", "name"}, "a": {"class", "href"}, "p": {"class", "id", "role"},
     "nav": {"aria-label"}, "main": {"id"}, "section": {"id", "aria-labelledby"}, "header": {"class"}, "h2": {"id"},
     "h3": {"class", "data-group"}, "div": {"class", "tabindex", "role", "aria-label", "hidden"}, "ul": {"class"},
-    "li": {"class", "value", "dir"}, "dl": {"class"}, "span": {"class", "dir"}, "th": {"scope", "class"}, "td": {"class"},
+    "li": {"class", "value", "dir"}, "dl": {"class"}, "span": {"class", "dir"}, "th": {"scope", "class"}, "td": {"class"}, "tr": {"class"},
     "figure": {"class", "tabindex", "aria-label"}, "details": {"class", "data-query", "open"}, "pre": {"tabindex"},
     "article": {"class"}, "input": {"type", "id", "autocomplete", "spellcheck"},
     "button": {"type", "data-show", "aria-pressed"}, "script": {"type", "id"},
@@ -31,12 +31,12 @@ ATTRIBUTES = {
     "circle": {"class", "cx", "cy", "r"},
 }  # fmt: skip
 PLAIN = {
-    "head", "style", "body", "h1", "h4", "bdi", "footer", "ol", "dt", "dd", "table", "caption", "thead", "tbody", "tr", "summary",
+    "head", "style", "body", "h1", "h4", "bdi", "footer", "ol", "dt", "dd", "table", "caption", "thead", "tbody", "summary",
     "figcaption", "code", "label", "wbr",
 }  # fmt: skip
 VOID = {"meta", "input", "wbr"}
 CLASSES = (
-    "skip top kind verdict better worse even absent missing notes lead tiles figure label aside "
+    "skip top kind verdict better worse even untested forest absent missing notes lead tiles figure label aside "
     "columns block facts code scroll num strong item path metric finding task charts plot chart line "
     "faint area dot whisker grid tick s1 s2 s3 s4 filter gain loss query delta text sides side "
     "relevant doc badge wanted"

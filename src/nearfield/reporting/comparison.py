@@ -14,6 +14,8 @@ from nearfield.reporting.run import AbsentError, Json, listing, load_object, map
 from nearfield.reporting.svg import Whisker, interval_plot
 
 STYLES = {"before": "s2", "after": "s1"}
+FOREST = 60
+"""Rows of the plot of all differences, at most."""
 VERDICTS = 3
 """Sentences below the page's heading, at most."""
 PLOTS = 12
@@ -39,13 +41,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference against the baseline, as words; ``adjusted`` is the p-value after Holm's adjustment."""
+    """A paired difference against the baseline, as words; ``adjusted`` is the p-value after Holm's adjustment.
+
+    ``tone`` is better, worse, even (not separable) or untested, for the row's shading.
+    """
 
     label: str
     value: str
     interval: str
     p: str
     adjusted: str
+    tone: str
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The section; ``verdict`` stands below the page's heading as well, ``raw`` is what the page's JSON holds."""
+    """The section; ``verdict`` stands below the page's heading as well, ``raw`` is what the page's JSON holds.
+
+    ``forest`` shows the differences of one model on all tasks, where there are several.
+    """
 
     confidence: str
     models: list[list[str]]
     tasks: list[Task]
     verdict: list[Finding]
     notes: list[str]
+    forest: Markup
     raw: object
 
 
@@ -111,6 +121,7 @@ def build_comparison(run: Path) -> Comparison:
         verdict=_verdict(differences),
         notes=[words for words in map(string, listing(made.get("notes"))) if words]
         + _method(mapping(made.get("settings"))),
+        forest=_forest(differences, baseline),
         raw={name: made.get(name) for name in ("baseline", "settings", "models", "scores", "differences")},
     )
 
@@ -120,6 +131,27 @@ def _verdict(differences: Sequence[Json]) -> list[Finding]:
     trained = [row for row in differences if row.get("model") == "after"]
     findings = [_finding(row) for row in trained or differences]
     return [finding for finding in findings if finding is not None][:VERDICTS]
+
+
+def _forest(differences: Sequence[Json], baseline: str) -> Markup:
+    """One row a task: the paired difference of the trained model (of the first one, where none is called ``after``)."""
+    models = [string(row.get("model")) or "?" for row in differences]
+    shown = "after" if "after" in models else next(iter(models), None)
+    rows = []
+    for row, model in zip(differences, models, strict=True):
+        value, low, high = (real(row.get(name)) for name in ("difference", "low", "high"))
+        if model == shown and value is not None and low is not None and high is not None:
+            name = " ".join(part for part in _key(row)[:2] if part != "default")
+            rows.append(Whisker(name, value, low, high, "s4" if _tone(row) == "even" else "s1"))
+    if len(rows) < 2:
+        return Markup("")
+    described = "; ".join(f"{one.label} {text.signed(one.value)}" for one in rows[:FOREST]) + "."
+    return interval_plot("forest", f"{shown} minus {baseline} on each task", rows[:FOREST], described, zero=True)
+
+
+def _tone(row: Json) -> str:
+    verdict = string(row.get("verdict"))
+    return {"better": "better", "worse": "worse", "not separable": "even"}.get(verdict or "", "untested")
 
 
 def _place(row: Json) -> int:
@@ -202,6 +234,7 @@ def _task(
                 _interval(row, text.signed),
                 _p(row.get("p")),
                 _p(row.get("p_adjusted")),
+                _tone(row),
             )
             for row in differences
         ],

@@ -143,12 +143,14 @@ def histogram(chart: Histogram) -> Markup:
     return _svg(chart.key, chart.title, chart.description, HEIGHT, parts)
 
 
-def interval_plot(key: str, title: str, rows: Sequence[Whisker], description: str) -> Markup:
-    """An SVG with a row a point: its label, its interval as a bar and its value as a dot."""
+def interval_plot(key: str, title: str, rows: Sequence[Whisker], description: str, *, zero: bool = False) -> Markup:
+    """An SVG with a row a point: its label, its interval as a bar and its value as a dot; ``zero`` marks a line at 0."""
     rows = [row for row in rows if math.isfinite(row.value)]
     if not rows:
         return Markup("")
     ends = [end for row in rows for end in (row.low, row.high, row.value) if end is not None and math.isfinite(end)]
+    if zero:
+        ends.append(0.0)
     scale = ticks(min(ends), max(ends), 4)
     left, row_height = 110, 30
     height = 12 + row_height * len(rows) + 28
@@ -160,6 +162,8 @@ def interval_plot(key: str, title: str, rows: Sequence[Whisker], description: st
     for tick, words in zip(scale, tick_words(scale), strict=True):
         parts.append(_rule("grid", px(tick), px(tick), 8, height - 26))
         parts.append(_words(px(tick), height - 8, "middle", words))
+    if zero:
+        parts.append(_rule("cursor", px(0.0), px(0.0), 8, height - 26))
     for index, row in enumerate(rows):
         y = 12 + row_height * (index + 0.5)
         label = text.visible(row.label)
