@@ -155,3 +155,17 @@ def test_an_adapter_alone_would_lose_the_setting(tiny_model: Path) -> None:
         EncoderConfig.model_validate(
             {"model": str(tiny_model), "attention": "bidirectional", "layers": 1, "adapter": {"save": "adapter"}}
         )
+
+
+def test_checkpointed_layers_look_both_ways_too(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "llama")
+    gradients = []
+    for checkpointed in (False, True):
+        model = built(folder).train()
+        if checkpointed:
+            model[0].auto_model.gradient_checkpointing_enable()
+        embed(model, features(model, TEXTS)).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name

