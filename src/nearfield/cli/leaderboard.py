@@ -87,7 +87,7 @@ def _words(value: Value, digits: int) -> str:
 def _about(board: Leaderboard) -> list[str]:
     level = f"{100 * board.settings['level']:g} %"
     return [
-        f"{len(board.tasks)} tasks. Ranks: by the mean of tasks, sets that hold all true ranks at once with {level}. That two "
+        f"{len(board.tasks)} {'task' if len(board.tasks) == 1 else 'tasks'}. Ranks: by the mean of tasks, sets that hold all true ranks at once with {level}. That two "
         "models cannot be told apart is not transitive, so models with overlapping sets form no group. Borda points depend "
         "on which models are in the table.",
         *board.notes,
