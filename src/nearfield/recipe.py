@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from nearfield.batching.config import BatchConfig, SingleSourceConfig, needs_vectors
 from nearfield.config import Config, ConfigPath, KeyPath, Loaded, dotted, load_config
@@ -23,8 +23,12 @@ from nearfield.mining.config import (
     VectorsTeacher,
     dense_teachers,
 )
-from nearfield.objectives.config import InfoNCEConfig, ObjectiveConfig
+from nearfield.objectives.config import InfoNCEConfig
+from nearfield.objectives.kinds import ObjectiveConfig
 from nearfield.training.config import TrainingConfig, TrainingEvaluationConfig
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+GuideConfig = Annotated[SentenceTransformerTeacher | VectorsTeacher, Field(discriminator="kind")]
 
 
 class EvaluationConfig(Config):
@@ -39,10 +43,33 @@ class EvaluationConfig(Config):
     """``contract`` refuses a task whose prompt the model was not trained with; ``as-is`` lets it pass."""
 
 
+class StageConfig(Config):
+    """One of several trainings in a row, which starts from the model of the one before.
+
+    What it does not say is as the recipe says. A group of settings that it names is merged with the recipe's, key by key;
+    one of another ``kind`` replaces it.
+    """
+
+    name: Annotated[str, Field(pattern=NAME, max_length=40)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: ConfigPath | None = None
+    sources: tuple[str, ...] | None = None
+    split: str = "train"
+    prompts: PromptConfig = PromptConfig()
+    objective: ObjectiveConfig = InfoNCEConfig()
+    batches: BatchConfig = SingleSourceConfig()
+    teacher: TeacherConfig | None = None
+    guide: GuideConfig | None = None
+    mining: MiningConfig | None = None
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig | None = None
+    """What is said here or in the recipe holds for the last stage; an earlier one is scored only where it says so itself."""
+
+
 class Recipe(Config):
     """A run: data, encoder, objective, batches, training, evaluation."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    name: Annotated[str, Field(pattern=NAME, max_length=100)]
     """The run's folder is runs/NAME; letters, digits, '.', '_' and '-'."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: ConfigPath
@@ -58,12 +85,21 @@ class Recipe(Config):
     teacher: TeacherConfig | None = None
     """Who judges which texts are alike, for mining and for batches that are made of vectors; null takes the model that is
     trained, as it is before training, where one is needed."""
-    guide: Annotated[SentenceTransformerTeacher | VectorsTeacher, Field(discriminator="kind")] | None = None
+    guide: GuideConfig | None = None
     """Whose vectors ``objective.guide_mask`` looks at; null takes the teacher's where one is needed."""
     mining: MiningConfig | None = None
     """Hard negatives by a teacher, beside or instead of the data's own; null mines none."""
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig | None = None
+    stages: tuple[StageConfig, ...] = ()
+    """Several trainings in a row, such as pretraining, fine-tuning and distillation; none is one training."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError("two stages have the same name")
+        return self
 
 
 @dataclass(frozen=True)
@@ -85,15 +121,44 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Loaded[Recip
     return load_config(Recipe, path, overrides)
 
 
+def stage_recipes(loaded: Loaded[Recipe]) -> list[Loaded[Recipe]]:
+    """The recipe of each stage in order; of a recipe without stages itself. The models that they start from are not in it."""
+    recipe, found = loaded.config, []
+    for number, stage in enumerate(recipe.stages):
+        settings = {name: getattr(recipe, name) for name in Recipe.model_fields if name != "stages"}
+        if number < len(recipe.stages) - 1:
+            settings["evaluation"] = None
+        for name in stage.model_fields_set - {"name"}:
+            settings[name] = _merged(settings[name], getattr(stage, name))
+        origins = {key: place for key, place in loaded.origins.items() if key[0] != "stages"}
+        here = ("stages", number)
+        origins |= {key[2:]: place for key, place in loaded.origins.items() if key[:2] == here and len(key) > 2}
+        found.append(Loaded(Recipe.model_validate(settings), loaded.path, origins))
+    return found or [loaded]
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Settings with those that are said above in their place."""
+    if not isinstance(above, Config) or type(below) is not type(above):
+        return above
+    values = {name: getattr(below, name) for name in type(below).model_fields}
+    for name in above.model_fields_set:
+        values[name] = _merged(values[name], getattr(above, name))
+    return type(below).model_validate(values)
+
+
 def check_recipe(loaded: Loaded[Recipe]) -> CheckedRecipe:
-    """Read the files that a recipe names and check that all fits together."""
+    """Read the files that a recipe names and check that all fits together; of several stages, the last one is given."""
     recipe = loaded.config
+    if recipe.stages:
+        return [check_recipe(stage) for stage in stage_recipes(loaded)][-1]
     data = DataConfig.load(recipe.data)
     sources = _chosen_sources(loaded, data)
     suite = _suite(recipe.evaluation)
     training_suite = _suite(recipe.training.evaluation)
     make_contract(sources, recipe.prompts, {})
     _check_teacher(loaded)
+    _check_scores(loaded, sources)
     return CheckedRecipe(recipe, data, sources, suite, training_suite)
 
 
@@ -103,7 +168,7 @@ def _check_teacher(loaded: Loaded[Recipe]) -> None:
         raise BadInputError(
             "there is a guide, and the objective has no use for one",
             where=loaded.where(("guide",)),
-            hint="Set objective.guide_mask, or remove 'guide'.",
+            hint="Set objective.guide_mask or distil, or remove 'guide'.",
         )
     needs_guide = recipe.objective.needs_guide and recipe.guide is None
     if needs_guide and recipe.teacher is not None and not dense_teachers(recipe.teacher):
@@ -112,10 +177,16 @@ def _check_teacher(loaded: Loaded[Recipe]) -> None:
             where=loaded.where(("objective",)),
             hint="Name one of kind sentence_transformer or vectors under 'guide'.",
         )
-    if recipe.mining is not None and recipe.objective.example_kind != "retrieval":
+    if recipe.mining is None and recipe.objective.needs_teacher_scores:
+        raise BadInputError(
+            "the objective learns from the scores of the miner's teacher, and the recipe does not mine",
+            where=loaded.where(("objective",)),
+            hint="Add 'mining', or learn from vectors (teacher: vectors).",
+        )
+    if recipe.mining is not None and "retrieval" not in recipe.objective.learns_from:
         raise BadInputError(
             f"negatives are mined for queries with positives; the objective {recipe.objective.kind!r} learns from "
-            f"{recipe.objective.example_kind} examples",
+            f"{' and '.join(recipe.objective.learns_from)} examples",
             where=loaded.where(("mining",)),
             hint="Remove 'mining'.",
         )
@@ -137,15 +208,35 @@ def _check_teacher(loaded: Loaded[Recipe]) -> None:
         )
 
 
+def _check_scores(loaded: Loaded[Recipe], sources: Sequence[SourceConfig]) -> None:
+    if loaded.config.objective.two_views and not loaded.config.training.dropout:
+        raise BadInputError(
+            "simcse tells a text's two embeddings apart by dropout, and it is off",
+            where=loaded.where(("training", "dropout")),
+            hint="Set training.dropout=true.",
+        )
+    mining = loaded.config.mining
+    if mining is None or mining.explicit == "replace" or not loaded.config.objective.needs_teacher_scores:
+        return
+    for source in sources:
+        if source.examples.kind == "retrieval" and source.examples.negatives is not None:
+            raise BadInputError(
+                f"the miner's teacher has no scores of the data's own negatives, and {source.name!r} has some",
+                where=loaded.where(("mining",)),
+                hint="Set mining.explicit=replace, so that all negatives are mined and scored.",
+            )
+
+
 def _chosen_sources(loaded: Loaded[Recipe], data: DataConfig) -> tuple[SourceConfig, ...]:
     recipe = loaded.config
-    kind = recipe.objective.example_kind
+    kinds = recipe.objective.learns_from
+    words = " and ".join(kinds)
     by_name = {source.name: source for source in data.sources}
     if recipe.sources is None:
-        sources = tuple(source for source in data.sources if source.examples.kind == kind)
+        sources = tuple(source for source in data.sources if source.examples.kind in kinds)
         if not sources:
             raise BadInputError(
-                f"the objective {recipe.objective.kind!r} learns from {kind} examples, and no source has any",
+                f"the objective {recipe.objective.kind!r} learns from {words} examples, and no source has any",
                 where=loaded.where(("objective",)),
                 hint=f"Sources of {recipe.data}: "
                 + ", ".join(f"{s.name} ({s.examples.kind})" for s in data.sources)
@@ -156,9 +247,9 @@ def _chosen_sources(loaded: Loaded[Recipe], data: DataConfig) -> tuple[SourceCon
         where = loaded.where(("sources", position))
         if name not in by_name:
             raise BadInputError(f"there is no source {name!r}", where=where, hint=f"Sources: {', '.join(by_name)}.")
-        if by_name[name].examples.kind != kind:
+        if by_name[name].examples.kind not in kinds:
             raise BadInputError(
-                f"the source {name!r} has {by_name[name].examples.kind} examples; the objective {recipe.objective.kind!r} learns from {kind} examples",
+                f"the source {name!r} has {by_name[name].examples.kind} examples; the objective {recipe.objective.kind!r} learns from {words} examples",
                 where=where,
             )
     if len(set(recipe.sources)) < len(recipe.sources):

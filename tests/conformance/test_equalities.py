@@ -15,7 +15,7 @@ from nearfield.errors import BadInputError
 
 pytestmark = pytest.mark.conformance
 
-CHECKS = 22
+CHECKS = 31
 """Lines of a launch; of several ranks three more: a resume on another number of them, the ring, and the bytes on the wire."""
 
 

@@ -44,7 +44,7 @@ def test_defaults() -> None:
     assert MixingConfig().model_dump() == {"pairs": 1, "lists": True, "list_temperature": 0.05}
     assert HardnessConfig(alpha=9.0).model_dump() == {"alpha": 9.0, "on": "all", "detach": True}
     assert ScoreMaskConfig().model_dump() == {"rule": "absolute", "margin": 0.0}
-    assert InfoNCEConfig.example_kind == "retrieval"
+    assert InfoNCEConfig().learns_from == ("retrieval",)
 
 
 @pytest.mark.parametrize(
@@ -100,5 +100,11 @@ def test_bounds_are_those_of_a_temperature_that_is_learnt(settings: dict[str, An
 
 
 def test_what_is_exported_is_there() -> None:
-    assert nearfield.objectives.__all__ == ["CachedInfoNCELoss", "InfoNCEConfig", "InfoNCELoss", "ObjectiveConfig"]
+    assert nearfield.objectives.__all__ == [
+        "CachedInfoNCELoss",
+        "CombinedConfig",
+        "InfoNCEConfig",
+        "InfoNCELoss",
+        "ObjectiveConfig",
+    ]
     assert all(hasattr(nearfield.objectives, name) for name in nearfield.objectives.__all__)

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nearfield.batching.plan import Batch
-from nearfield.training.chunks import chunk_tokens, cut_chunks, deal_chunks, pool_batch, split_batch, split_rows
+from nearfield.training.chunks import (
+    chunk_tokens,
+    cut_chunks,
+    deal_chunks,
+    pool_batch,
+    split_batch,
+    split_rows,
+    two_views,
+)
 
 TEXTS = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 2)), min_size=1, max_size=80)
 
@@ -153,3 +161,25 @@ def test_parts_of_a_batch_are_the_batch(size: int, parts: int) -> None:
         lists = [row.tolist() for part in found for row in getattr(part, name)]
         assert lists == [row.tolist() for row in getattr(batch, name)]
     assert {part.source for part in found} == {7}
+
+
+def test_two_views_of_a_batch() -> None:
+    """Each distinct query twice, the second as the document of its own; what else the batch has is left out."""
+    nothing = np.zeros(0, dtype=np.int64)
+    batch = Batch(
+        np.arange(3),
+        np.array([7, 5, 7]),
+        [np.array([8])] * 3,
+        [np.array([9]), nothing, nothing],
+        np.array([1, 1, 2]),
+        np.zeros(3, dtype=np.int64),
+        4,
+    )
+    pool = two_views(batch)
+    assert pool.items.tolist() == [5, 7, 7, 5, 7, 7]
+    assert pool.prompts.tolist() == [1, 1, 2, 1, 1, 2]
+    assert pool.queries.tolist() == [1, 0, 2]
+    assert pool.documents.tolist() == [4, 3, 5]
+    assert pool.owner.tolist() == [0, 1, 2]
+    assert pool.is_positive.all()
+    assert pool.source == 4

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 def show_dry_run(result: DryRun) -> None:
-    """Print the forecast as a table, then the complaints, what blocks first."""
+    """Print the forecast as a table, then the complaints, what blocks first; of several trainings, one after the other."""
+    for earlier in result.before:
+        show_dry_run(earlier)
     from rich.table import Table
     from rich.text import Text
 
@@ -19,6 +21,8 @@ def show_dry_run(result: DryRun) -> None:
     from nearfield.training.forecast import say_bytes
 
     console = stdout_console()
+    if result.stage is not None:
+        console.print(f"stage {result.stage}", style="bold", markup=False, highlight=False)
     if result.built:
         console.print(f"built: {', '.join(result.built)} (in {result.folder})", markup=False, highlight=False)
     if result.forecast is not None:

@@ -21,13 +21,13 @@ def main() -> None:
     torch.set_num_threads(1)
     from nearfield.conformance.equalities import Suite
     from nearfield.conformance.problem import CPU, Problem
-    from nearfield.objectives.config import InfoNCEConfig
+    from nearfield.objectives.config import ObjectiveSettings
     from nearfield.training.launch import Launch
 
     launch = Launch.from_environment()
     dtype = torch.float32 if arguments.backend.startswith("zero") else torch.float64
 
-    def make(objective: InfoNCEConfig, queries: int) -> Problem:
+    def make(objective: ObjectiveSettings, queries: int) -> Problem:
         return Problem.make(objective, queries, arguments.model, dtype)
 
     launch.prepare(lambda tell: "ready", lambda word: None)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nearfield.batching.plan import SEVERAL_SOURCES
 from nearfield.conformance.counting import CountTraffic
 from nearfield.conformance.problem import CPU, Problem, difference
 from nearfield.objectives.config import (
@@ -20,10 +21,23 @@ from nearfield.objectives.config import (
     InfoNCEConfig,
     MatryoshkaConfig,
     MixingConfig,
+    ObjectiveSettings,
     ScoreMaskConfig,
     SpreadConfig,
 )
 from nearfield.objectives.infonce import can_ring
+from nearfield.objectives.kinds import (
+    CombinedConfig,
+    CoSENTConfig,
+    EmbeddingDistillationConfig,
+    PartConfig,
+    ScoreDistillationConfig,
+    SigLIPConfig,
+    SimCSEConfig,
+    SupConConfig,
+    TripletConfig,
+    UnicomConfig,
+)
 from nearfield.training import step as step_module
 from nearfield.training.backends.base import Backend
 from nearfield.training.chunks import split_batch
@@ -31,8 +45,9 @@ from nearfield.training.engine import Engine
 from nearfield.training.launch import Launch
 from nearfield.training.step import Work, run_step
 
+SEVERAL = "infonce and cosent at once, each of its source"
 WEIGHTED = "infonce, guide mask, examples with weights"
-OBJECTIVES = {
+OBJECTIVES: dict[str, ObjectiveSettings] = {
     "infonce": InfoNCEConfig(temperature=0.1),
     "infonce, both directions": InfoNCEConfig(temperature=0.1, both_directions=True),
     "infonce, log-sum of positives": InfoNCEConfig(temperature=0.1, several_positives="log_sum"),
@@ -57,6 +72,26 @@ OBJECTIVES = {
     ),
     "infonce, queue of earlier positives": InfoNCEConfig(temperature=0.1, queue=4),
     WEIGHTED: InfoNCEConfig(temperature=0.1, guide_mask=ScoreMaskConfig()),
+    "cosent": CoSENTConfig(),
+    "triplet": TripletConfig(margin=1.0),
+    "supcon": SupConConfig(class_weights="inverse"),
+    "siglip": SigLIPConfig(),
+    "unicom, a part of prototypes and features": UnicomConfig(classes=0.8, features=0.5),
+    "simcse": SimCSEConfig(),
+    "distillation of scores, own and in batch": CombinedConfig(
+        parts=(
+            PartConfig(objective=ScoreDistillationConfig()),
+            PartConfig(objective=ScoreDistillationConfig(loss="margin_mse")),
+            PartConfig(objective=ScoreDistillationConfig(teacher="vectors", candidates="in_batch")),
+        )
+    ),
+    "distillation of embeddings, projected": EmbeddingDistillationConfig(),
+    SEVERAL: CombinedConfig(
+        parts=(
+            PartConfig(objective=InfoNCEConfig(temperature=0.1, learn_temperature=True), sources=("a",)),
+            PartConfig(objective=CoSENTConfig(), sources=("b",), weight=0.8),
+        )
+    ),
 }
 """Every shipped objective, with the options that change which cells of the logits count."""
 
@@ -90,7 +125,7 @@ class Line:
 class Suite:
     """All checks of one backend; every rank runs it, the lines of rank 0 count."""
 
-    def __init__(self, backend: str, launch: Launch, make: Callable[[InfoNCEConfig, int], Problem]) -> None:
+    def __init__(self, backend: str, launch: Launch, make: Callable[[ObjectiveSettings, int], Problem]) -> None:
         self.backend = backend
         self.launch = launch
         self.make = make
@@ -138,6 +173,9 @@ class Suite:
     def problem(self, name: str, queries: int) -> Problem:
         """A problem with one of the objectives."""
         found = self.make(OBJECTIVES[name], queries)
+        if name == SEVERAL:
+            sources = np.arange(queries) % 2
+            return replace(found, batch=replace(found.batch, source=SEVERAL_SOURCES, sources=sources))
         return replace(found, weights=np.linspace(0.0, 2.0, queries)) if name == WEIGHTED else found
 
     def chunks(self) -> Iterator[Line]:
@@ -176,7 +214,8 @@ class Suite:
 
     def ring(self) -> Line:
         """Parts that are passed round, for every objective that can, and where a rank has no row."""
-        able = {name: config for name, config in OBJECTIVES.items() if can_ring(config) and not config.queue}
+        contrastive = {name: one for name, one in OBJECTIVES.items() if isinstance(one, InfoNCEConfig)}
+        able = {name: config for name, config in contrastive.items() if can_ring(config) and not config.queue}
         problems = [self.problem(name, 8) for name in able] + [
             self.problem("infonce, both directions", n) for n in (5, 2)
         ]

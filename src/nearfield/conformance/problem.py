@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows, VectorsOf
-from nearfield.batching.rows import Floats
+from nearfield.batching.rows import Floats, Lists
 from nearfield.conformance.tiny import save_tiny_bert
 from nearfield.data.tokens import TokenCache, TokenTable
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
 from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.config import InfoNCEConfig
+from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings, Surroundings
+from nearfield.objectives.objective import Objective
 from nearfield.objectives.queue import MemoryQueue
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.replicated import ReplicatedBackend
@@ -29,6 +30,7 @@ from nearfield.training.engine import EmbeddingModule, Engine, build_engine
 from nearfield.training.exchange import contrastive_batch
 from nearfield.training.launch import Launch
 from nearfield.training.step import StepResult, Work, run_step
+from nearfield.training.teacher_scores import TeacherScores
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 TEXTS = 60
 LONGEST = 20
+GUIDE_WIDTH = 8
 
 
 def memory_tokens(ids: list[np.ndarray[tuple[int], np.dtype[np.int32]]]) -> TokenCache:
@@ -69,7 +72,9 @@ def random_batch(queries: int, seed: int = 0) -> tuple[Batch, dict[int, Rows]]:
     known = {row: positives[row] for row in range(queries)}
     if queries > 5:
         known[0] = np.r_[positives[0], negatives[5][:1]]
-    batch = Batch(np.arange(queries), np.arange(queries), positives, negatives, zeros, zeros, 0)
+    numbers = np.arange(queries)
+    scores, labels = random.integers(0, 6, queries) / 5, numbers % 3
+    batch = Batch(numbers, numbers, positives, negatives, zeros, zeros, 0, scores, labels)
     return batch, known
 
 
@@ -86,7 +91,7 @@ class Problem:
     """A tiny encoder, an objective, and a batch."""
 
     model_folder: Path
-    objective: InfoNCEConfig
+    objective: ObjectiveSettings
     batch: Batch
     known: dict[int, Rows]
     tokens: TokenCache
@@ -96,7 +101,11 @@ class Problem:
 
     @classmethod
     def make(
-        cls, objective: InfoNCEConfig, queries: int = 8, folder: Path | None = None, dtype: torch.dtype = torch.float64
+        cls,
+        objective: ObjectiveSettings,
+        queries: int = 8,
+        folder: Path | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> Problem:
         """The problem with a tiny BERT that has dropout, saved to ``folder`` or to a temporary one."""
         folder = folder or save_tiny_bert(Path(tempfile.mkdtemp(prefix="nearfield-conformance-")) / "model")
@@ -131,7 +140,7 @@ class Problem:
                 "exchange": exchange,
             }
         )
-        objective = self.objective.build().to(self.dtype)
+        objective = self.build()
 
         def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
             return optimizer([parameter for _, parameter in named], rate)
@@ -146,6 +155,8 @@ class Problem:
             launch,
             guide=self.guide,
             weights=self.weights,
+            teacher_scores=self.teacher_scores,
+            two_views=self.objective.two_views,
         )
         if engine.queue is not None:
             self.fill(engine.queue)
@@ -160,13 +171,30 @@ class Problem:
         queue.push(ContrastiveBatch(vectors, vectors, rows, rows >= 0, ids, ids[:, None]))
         return queue
 
+    def build(self) -> Objective:
+        """The objective, new; even rows are of the source "a", odd ones of "b"."""
+        around = Surroundings(width=32, guide_width=GUIDE_WIDTH, labels=5)
+        return self.objective.build(("a", "b"), around).to(self.dtype)
+
+    @property
+    def teacher_scores(self) -> TeacherScores | None:
+        """Random scores of each row's documents, where the objective learns from some."""
+        if not self.objective.needs_teacher_scores:
+            return None
+        random = np.random.default_rng(2)
+        sides = [Lists.of(side) for side in (self.batch.positives, self.batch.negatives)]
+        scores = [random.standard_normal(len(side.values)) for side in sides]
+        return TeacherScores(self.batch.example, sides[0], scores[0], sides[1], scores[1])
+
     @property
     def guide(self) -> VectorsOf | None:
         """Random vectors of each text in each role, where the objective wants some."""
         if not self.objective.needs_guide:
             return None
         random = np.random.default_rng(1)
-        vectors = {role: random.standard_normal((TEXTS, 8)).astype(np.float32) for role in ("query", "document")}
+        vectors = {
+            role: random.standard_normal((TEXTS, GUIDE_WIDTH)).astype(np.float32) for role in ("query", "document")
+        }
         return lambda role, rows: vectors[role][rows]
 
     def work(self, engine: Engine, budget: int) -> Work:
@@ -194,7 +222,8 @@ class Problem:
     def reference(self) -> tuple[float, dict[str, Tensor]]:
         """Mean loss and gradient of one padded forward over the whole pool and one backward: no chunk, no rank."""
         encoder = self.encoder().eval()
-        objective = self.objective.build().to(self.dtype)
+        objective = self.build()
+        size = self.objective.queue if isinstance(self.objective, InfoNCEConfig) else 0
         module = EmbeddingModule(encoder, objective)
         engine = Engine(
             ReplicatedBackend(module, lambda named: sgd([p for _, p in named], 1.0), CPU, 1, False),
@@ -207,7 +236,9 @@ class Problem:
             encoder.get_embedding_dimension(),
             guide=self.guide,
             weights=self.weights,
-            queue=self.fill(MemoryQueue(self.objective.queue)) if self.objective.queue else None,
+            queue=self.fill(MemoryQueue(size)) if size else None,
+            teacher_scores=self.teacher_scores,
+            two_views=self.objective.two_views,
         )
         work = self.work(engine, 10**9)
         whole = np.arange(len(work.pool.items))

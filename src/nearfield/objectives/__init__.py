@@ -8,12 +8,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nearfield.objectives.config import InfoNCEConfig, ObjectiveConfig
+from nearfield.objectives.config import InfoNCEConfig
+from nearfield.objectives.kinds import CombinedConfig, ObjectiveConfig
 
 if TYPE_CHECKING:
     from nearfield.objectives.sentence_transformers import CachedInfoNCELoss, InfoNCELoss
 
-__all__ = ["CachedInfoNCELoss", "InfoNCEConfig", "InfoNCELoss", "ObjectiveConfig"]
+__all__ = ["CachedInfoNCELoss", "CombinedConfig", "InfoNCEConfig", "InfoNCELoss", "ObjectiveConfig"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+_OF_DOCUMENTS = {"documents", "is_positive", "document_ids", "document_labels", "guide_documents", "teacher_scores"}
+"""Fields that have a line a document; all other tensors have one a query."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,38 @@ class ContrastiveBatch:
     """(D, g) float."""
     queue: Queued | None = None
     """Documents of earlier steps that are candidates too."""
+    scores: Tensor | None = None
+    """(Q,) float: the score of each graded pair, not a number where an example has none."""
+    teacher_scores: Tensor | None = None
+    """(D,) float: a teacher's score of each document for its owner, not a number where there is none."""
     draw: int | None = None
     """The seed of what is drawn at this step, the same on all processes."""
+    progress: float = 0.0
+    """The share of the run that is done."""
     ring: Ring | None = None
     """Where a batch is spread over processes and this is the part of one; none means that all is here."""
 
     def local_rows(self) -> Tensor:
         """(R,) int64: the queries whose loss this process computes."""
         return self.rows if self.rows is not None else torch.arange(len(self.queries), device=self.queries.device)
+
+    def weighed(self, losses: Tensor) -> Tensor:
+        """(R,) losses of this process's rows, each times the weight of its example."""
+        return losses if self.weights is None else losses * self.weights[self.local_rows()].to(losses.dtype)
+
+    def select(self, keep: Tensor) -> ContrastiveBatch:
+        """The examples, by a (Q,) mask, with their documents alone, as a batch of their own."""
+        if bool(keep.all()):
+            return self
+        number = keep.cumsum(0) - 1
+        documents = keep[self.owner]
+        changed: dict[str, Tensor | None] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and field.name not in ("rows", "owner"):
+                changed[field.name] = value[documents if field.name in _OF_DOCUMENTS else keep]
+        rows = self.local_rows()
+        return replace(self, owner=number[self.owner[documents]], rows=number[rows[keep[rows]]], **changed)  # type: ignore[arg-type]
 
     def denominator(self) -> float:
         """What a sum over the rows of all processes is divided by; 1 where nothing counts, so that the loss is 0."""

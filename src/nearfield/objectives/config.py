@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +13,7 @@ from nearfield.config import Config
 
 if TYPE_CHECKING:
     from nearfield.objectives.infonce import InfoNCE
+    from nearfield.objectives.objective import Objective
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -93,10 +96,63 @@ class SpreadConfig(Config):
     """Weight of what the mean squared cosine has above 1 / dimension."""
 
 
-class InfoNCEConfig(Config):
-    """InfoNCE with in-batch and explicit negatives, masks and weights."""
+@dataclass(frozen=True)
+class Surroundings:
+    """What an objective may want to know of the run that it is built for."""
 
-    example_kind: ClassVar[str] = "retrieval"
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """Source -> the kind of its examples, of the sources that are trained on."""
+    width: int | None = None
+    """Of the encoder's embeddings."""
+    guide_width: int | None = None
+    labels: int = 0
+    """How many labels the examples have."""
+
+
+class ObjectiveSettings(Config):
+    """What the settings of every objective answer."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("retrieval",)
+    """The kinds of examples that it learns from."""
+
+    @abstractmethod
+    def build(self, sources: Mapping[int, str] | Sequence[str] = (), around: Surroundings | None = None) -> Objective:
+        """The objective; ``sources`` gives the name of each source's number where settings name sources."""
+
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        """The kinds of examples that these settings learn from."""
+        return self.example_kinds
+
+    @property
+    def names_sources(self) -> bool:
+        """Whether settings depend on an example's source."""
+        return False
+
+    @property
+    def needs_guide(self) -> bool:
+        """Whether the batch must bring a guide model's embeddings."""
+        return False
+
+    @property
+    def needs_teacher_scores(self) -> bool:
+        """Whether the batch must bring the scores of the miner's teacher."""
+        return False
+
+    @property
+    def two_views(self) -> bool:
+        """Whether a batch is its queries alone, each encoded twice with other dropout."""
+        return False
+
+    @property
+    def summary(self) -> str:
+        """For a model card: the kind, and the temperature where there is one."""
+        kind, temperature = getattr(self, "kind", "objective"), getattr(self, "temperature", None)
+        return str(kind) if temperature is None else f"{kind}, temperature {temperature:g}"
+
+
+class InfoNCEConfig(ObjectiveSettings):
+    """InfoNCE with in-batch and explicit negatives, masks and weights."""
 
     kind: Literal["infonce"] = "infonce"
     temperature: Positive = 0.05
@@ -189,13 +245,9 @@ class InfoNCEConfig(Config):
         """Whether the batch must bring a guide model's embeddings."""
         return self.guide_mask is not None
 
-    def build(self, sources: Mapping[int, str] | Sequence[str] = ()) -> InfoNCE:
+    def build(self, sources: Mapping[int, str] | Sequence[str] = (), around: Surroundings | None = None) -> InfoNCE:
         """The objective; ``sources`` gives the name of each source's number where settings name sources."""
         from nearfield.objectives.infonce import InfoNCE
 
         named = dict(sources) if isinstance(sources, Mapping) else dict(enumerate(sources))
         return InfoNCE(self, named)
-
-
-ObjectiveConfig = InfoNCEConfig
-"""The union of all objectives' settings, discriminated by ``kind``."""

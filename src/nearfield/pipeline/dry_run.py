@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from nearfield.pipeline.complaints import (
     token_complaints,
 )
 from nearfield.pipeline.run import Run
-from nearfield.pipeline.stages import Stages, run_stages
+from nearfield.pipeline.stages import Stages, run_stages, tell_training
 from nearfield.training.launch import Launch
 
 if TYPE_CHECKING:
@@ -54,11 +55,16 @@ class DryRun:
     disk_free: int
     complaints: tuple[Complaint, ...]
     """What blocks first."""
+    stage: str | None = None
+    """The name of this training, where the recipe has several in a row."""
+    before: tuple[DryRun, ...] = ()
+    """The trainings before it."""
 
     @property
     def would_start(self) -> bool:
         """Whether nothing blocks the run."""
-        return not any(complaint.blocks for complaint in self.complaints)
+        own = not any(complaint.blocks for complaint in self.complaints)
+        return own and all(earlier.would_start for earlier in self.before)
 
 
 def dry_run(
@@ -69,8 +75,26 @@ def dry_run(
     Nothing is trained: weights that steps were measured on are thrown away. The forecast is kept in the run's folder,
     where the run compares it with what it really takes. Under a launcher all ranks call this, and rank 0 alone gets the
     result.
+
+    Of several trainings in a row each is looked at; where the model that one starts from does not exist yet, the one that
+    the first starts from stands in for it, so what depends on its weights (mining) is made anew when it is trained.
     """
     launch = Launch.from_environment()
+    found: list[DryRun] = []
+    for one in (*run.before, run):
+        told = on_stage
+        if one.stage is not None and on_stage is not None:
+            told = partial(tell_training, on_stage, one.stage)
+        alone = replace(one.preview(), before=())
+        result = _dry_run(alone, told, trial_seconds, launch.within(f"dry/{one.stage}"))
+        if result is not None:
+            found.append(replace(result, stage=one.stage))
+    return replace(found[-1], before=tuple(found[:-1])) if found else None
+
+
+def _dry_run(
+    run: Run, on_stage: Callable[[str, str], None] | None, trial_seconds: float, launch: Launch
+) -> DryRun | None:
     blocked: list[Complaint] = []
     built: list[str] = []
     reached = True
@@ -124,6 +148,8 @@ def _measure(stages: Stages, trial_seconds: float) -> tuple[Forecast, int, int |
         lambda rows: [str(row) for row in rows],
         guide=stages.guide_vectors(),
         weights=stages._store().weights(),
+        teacher_scores=stages.teacher_scores(),
+        two_views=stages.recipe.objective.two_views,
     )
     with torch.random.fork_rng(), launch.process_group(device, recipe.training.collective_timeout):
         forecast, steps, found = _try_out(stages, encoder.model, inputs, device, trial_seconds)
@@ -149,13 +175,15 @@ def _try_out(
     engine = build_engine(
         config,
         model,
-        stages._objective(),
+        stages._objective(model),
         optimizer_of,
         inputs.tokens,
         device,
         launch,
         guide=inputs.guide,
         weights=inputs.weights,
+        teacher_scores=inputs.teacher_scores,
+        two_views=inputs.two_views,
     )
     if launch.is_main:
         load_trackers(config)

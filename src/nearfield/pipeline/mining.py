@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nearfield.mining.pool import Pool
     from nearfield.mining.teachers import PairScorer, Scorer
     from nearfield.pipeline.planning import Negatives as PlannedNegatives
+    from nearfield.training.teacher_scores import TeacherScores
 
 
 Engine = Literal["local", "ray"]
@@ -258,6 +259,29 @@ class MiningStages(Artifacts):
         """The vectors that the planner gets, where there are any."""
         teacher = planning_teacher(self.recipe)
         return None if teacher is None else ItemVectors.open(self.vectors_path(teacher)).of
+
+    def guide_width(self) -> int | None:
+        """How wide the guide's vectors are, where the objective asks for them."""
+        teacher = guide_teacher(self.recipe)
+        return None if teacher is None else ItemVectors.open(self.vectors_path(teacher)).dimension
+
+    def teacher_scores(self) -> TeacherScores | None:
+        """What the miner's teacher gave, where the objective learns from it."""
+        from nearfield.batching.rows import Lists
+        from nearfield.mining.negatives import Negatives
+        from nearfield.pipeline.planning import arrow_lists
+        from nearfield.training.teacher_scores import TeacherScores
+
+        if not self.recipe.objective.needs_teacher_scores:
+            return None
+        mined = Negatives(self.negatives_path)
+        return TeacherScores(
+            mined.examples,
+            arrow_lists(self._store().examples.take(mined.examples)["positives"]),
+            mined.positive_scores.astype(np.float64),
+            Lists(mined.offsets, mined.rows),
+            mined.scores.astype(np.float64),
+        )
 
     def guide_vectors(self) -> VectorsOf | None:
         """The vectors that the objective gets of its guide, where it asks for one."""

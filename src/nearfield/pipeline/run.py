@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from nearfield.config import Loaded
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json, write_text
 from nearfield.provenance import device, now, versions
-from nearfield.recipe import CheckedRecipe, Recipe, check_recipe, load_recipe
+from nearfield.recipe import CheckedRecipe, Recipe, check_recipe, load_recipe, stage_recipes
 
 logger = logging.getLogger("nearfield.pipeline")
 
@@ -48,6 +48,12 @@ class Run:
     checked: CheckedRecipe
     folder: Path
     overrides: tuple[str, ...] = ()
+    stage: str | None = None
+    """Its name, where the recipe has several trainings in a row; the last of them lives in the folder of the whole."""
+    before: tuple[Run, ...] = ()
+    """Those before it, each from the model of the one before."""
+    shared: Path | None = None
+    """Where artifacts that several runs share are kept, if not beside the folder."""
 
     @property
     def recipe(self) -> Recipe:
@@ -57,7 +63,24 @@ class Run:
     @property
     def cache(self) -> Path:
         """Where artifacts that several runs share are kept, named by their fingerprints."""
-        return self.folder.parent / ".cache"
+        return self.shared or self.folder.parent / ".cache"
+
+    def preview(self) -> Run:
+        """This run, for a look at what it will take: where the model that it starts from does not exist yet, that of the
+        stage before stands in for it."""
+        if not self.before or (self.folder_of_base / "model").is_dir():
+            return self
+        earlier = self.before[-1].preview().recipe.encoder
+        encoder = self.recipe.encoder.model_copy(update={"model": earlier.model, "revision": earlier.revision})
+        recipe = self.recipe.model_copy(update={"encoder": encoder})
+        return replace(
+            self, loaded=replace(self.loaded, config=recipe), checked=replace(self.checked, recipe=recipe), before=()
+        )
+
+    @property
+    def folder_of_base(self) -> Path:
+        """The folder of the run whose model this one starts from; there must be one."""
+        return self.before[-1].folder
 
     def manifest(self) -> dict[str, Any]:
         """The manifest, empty for a new run."""
@@ -80,7 +103,11 @@ class Run:
             "name": self.recipe.name,
             "created": manifest.get("created", now()),
             "command": " ".join(["nearfield", *sys.argv[1:]]),
-            "recipe": {"path": str(self.loaded.path.resolve()), "overrides": list(self.overrides)},
+            "recipe": {
+                "path": str(self.loaded.path.resolve()),
+                "overrides": list(self.overrides),
+                **({} if self.stage is None else {"stage": self.stage}),
+            },
             "seed": self.recipe.seed,
             "versions": versions(),
             "device": device(),
@@ -137,17 +164,37 @@ def open_run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), folder:
             raise BadInputError("this folder is no run (it has no recipe.yaml)", where=str(recipe))
         folder = recipe if folder is None else folder
         source = read_json(recipe / MANIFEST, "manifest").get("recipe", {}) if (recipe / MANIFEST).is_file() else {}
-        original = Path(source.get("path", ""))
+        original, stage = Path(source.get("path", "")), source.get("stage")
         if original.is_file():
-            recipe, overrides = original, [*source.get("overrides", []), *overrides]
-        else:
-            recipe = recipe / "recipe.yaml"
+            overrides = [*source.get("overrides", []), *overrides]
+            whole = load_recipe(original, overrides)
+            if stage is not None and whole.config.stages and whole.config.stages[-1].name != stage:
+                top = Path(folder).resolve().parent.parent
+                last = _run(whole, top, tuple(overrides))
+                for run in last.before:
+                    if run.stage == stage:
+                        return run
+                raise BadInputError(f"its recipe has no stage {stage!r} any more", where=str(folder))
+            return _run(whole, folder, tuple(overrides))
+        recipe = recipe / "recipe.yaml"
     return _run(load_recipe(recipe, overrides), folder, tuple(overrides))
 
 
 def _run(loaded: Loaded[Recipe], folder: str | Path | None, overrides: tuple[str, ...]) -> Run:
-    checked = check_recipe(loaded)
-    folder = Path(folder) if folder is not None else Path("runs") / loaded.config.name
+    folder = (Path(folder) if folder is not None else Path("runs") / loaded.config.name).resolve()
     if folder.is_file():
         raise BadInputError("the run's folder is a file", where=str(folder))
-    return Run(loaded, checked, folder.resolve(), overrides)
+    stages = loaded.config.stages
+    before: list[Run] = []
+    for number, recipe in enumerate(stage_recipes(loaded)):
+        last = number >= len(stages) - 1
+        if before:
+            started = recipe.config.encoder.model_copy(
+                update={"model": str(before[-1].folder / "model"), "revision": None}
+            )
+            recipe = replace(recipe, config=recipe.config.model_copy(update={"encoder": started}))
+        place = folder if last else folder / "stages" / stages[number].name
+        name = stages[number].name if stages else None
+        shared = folder.parent / ".cache" if stages else None
+        before.append(Run(recipe, check_recipe(recipe), place, overrides, name, tuple(before), shared))
+    return before[-1]

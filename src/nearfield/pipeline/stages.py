@@ -6,11 +6,12 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from nearfield.pipeline.during import prepare_training_suite
-from nearfield.pipeline.freshness import Freshness
+from nearfield.pipeline.freshness import STAGES, Freshness
 from nearfield.pipeline.mining import Engine
 from nearfield.pipeline.preparing import PreparingStages
 from nearfield.pipeline.run import Run, StageStatus
@@ -35,9 +36,19 @@ class Stages(PreparingStages, TrainingStage, ScoringStages):
 
 
 def status(run: Run) -> list[StageStatus]:
-    """The state of each stage of a run."""
-    stages = Freshness(run)
-    return [stages.status(stage) for stage in stages.wanted(None)]
+    """The state of each stage of a run; of trainings before it, of the parts of each that are wanted, as ``training/part``."""
+    found: list[StageStatus] = []
+    for earlier in run.before:
+        stages = Freshness(earlier.preview())
+        wanted = stages.wanted(_end(earlier))
+        found += [replace(stages.status(stage), name=f"{earlier.stage}/{stage}") for stage in wanted]
+    stages = Freshness(run.preview())
+    return found + [stages.status(stage) for stage in stages.wanted(None)]
+
+
+def _end(earlier: Run) -> str | None:
+    """Where a training before the last one ends: it is scored only where it asks for it."""
+    return "train" if earlier.recipe.evaluation is None else None
 
 
 def run_stages(
@@ -50,16 +61,54 @@ def run_stages(
     launch: Launch | None = None,
     engine: Engine = "local",
 ) -> RunResult:
-    """Run the stages that are missing or stale, in order; once one ran, those after it are looked at anew.
+    """Run what is missing or stale of a run, after that of the trainings before it, each from the model of the one before.
+
+    ``until`` a part before ``train``, that part of each training is made, and nothing trained: a model that does not exist
+    yet is stood in for by the one that it begins from.
 
     ``restart`` keeps old checkpoints aside and trains from the start; ``resume`` demands that there is one to go on from.
-    ``on_stage`` is told each stage and ``done`` or ``running``.
+    ``on_stage`` is told each stage (``training/part`` of those before) and ``done`` or ``running``.
 
-    Under a launcher all ranks call this. Rank 0 runs the stages before training while the others wait, all train, and
-    rank 0 does the rest. ``launch`` stands in for what the launcher's environment says. ``engine`` encodes and searches
-    for the stages that mine.
+    Under a launcher all ranks call this. ``launch`` stands in for what the launcher's environment says. ``engine`` encodes
+    and searches for the stages that mine.
     """
     launch = launch or Launch.from_environment()
+    prepares = until in STAGES and STAGES.index(until) < STAGES.index("train")
+    ran: list[str] = []
+    for earlier in run.before:
+        told = None if on_stage is None else partial(tell_training, on_stage, str(earlier.stage))
+        one, end = (earlier.preview(), until) if prepares else (earlier, _end(earlier))
+        if end is not None and end not in Freshness(one).wanted(None):
+            continue  # such as mining, where only another training mines
+        part = launch.within(f"stage/{earlier.stage}")
+        found = _run_one(one, end, restart=restart, resume=resume, on_stage=told, launch=part, engine=engine)
+        # What was trained now began after what there was to go on from.
+        resume = resume and "train" not in found.ran
+        ran += [f"{earlier.stage}/{name}" for name in found.ran]
+    one = run.preview() if prepares else run
+    found = _run_one(one, until, restart=restart, resume=resume, on_stage=on_stage, launch=launch, engine=engine)
+    return replace(found, ran=(*ran, *found.ran))
+
+
+def tell_training(on_stage: Callable[[str, str], None], training: str, name: str, state: str) -> None:
+    """Tell a stage of one of several trainings."""
+    on_stage(f"{training}/{name}", state)
+
+
+def _run_one(
+    run: Run,
+    until: str | None,
+    *,
+    restart: bool,
+    resume: bool,
+    on_stage: Callable[[str, str], None] | None,
+    launch: Launch,
+    engine: Engine,
+) -> RunResult:
+    """Run the stages that are missing or stale, in order; once one ran, those after it are looked at anew.
+
+    Rank 0 runs the stages before training while the others wait, all train, and rank 0 does the rest.
+    """
     stages = Stages(run, launch)
     stages.engine = engine
     wanted = stages.wanted(until)

@@ -18,8 +18,9 @@ from nearfield.pipeline.teaching import guide_teacher
 
 if TYPE_CHECKING:
     import torch
+    from sentence_transformers import SentenceTransformer
 
-    from nearfield.objectives.infonce import InfoNCE
+    from nearfield.objectives.objective import Objective
     from nearfield.training.loop import TrainingResult
 
 logger = logging.getLogger("nearfield.pipeline")
@@ -54,11 +55,13 @@ class TrainingStage(ChangingStages):
             negatives=self.negative_inputs(store, tokens),
             guide=self.guide_vectors(),
             weights=store.weights(),
+            teacher_scores=self.teacher_scores(),
+            two_views=self.recipe.objective.two_views,
             about=self.recipe.model_dump(mode="json"),
         )
         result = train(
             config,
-            self._objective(),
+            self._objective(encoder.model),
             encoder.model,
             inputs,
             folder,
@@ -86,9 +89,17 @@ class TrainingStage(ChangingStages):
             **({} if result.best is None else {"best": {"step": result.best[0], "score": result.best[1]}}),
         }
 
-    def _objective(self) -> InfoNCE:
-        """The objective of the recipe, which may name sources."""
-        return self.recipe.objective.build([source.name for source in self._store().sources])
+    def _objective(self, model: SentenceTransformer) -> Objective:
+        """The objective of the recipe, which may name sources, for this encoder."""
+        from nearfield.objectives.config import Surroundings
+
+        around = Surroundings(
+            kinds={source.name: source.examples.kind for source in self.run.checked.sources},
+            width=model.get_embedding_dimension(),
+            guide_width=self.guide_width(),
+            labels=len(self._plans()[0][0].metadata.get("labels", ())),
+        )
+        return self.recipe.objective.build([source.name for source in self._store().sources], around)
 
     def _encoder(self, device: torch.device) -> LoadedEncoder:
         """The encoder of the recipe in the precision that weights have in training, the same on all ranks."""
@@ -110,7 +121,7 @@ class TrainingStage(ChangingStages):
         from nearfield.training.engine import EmbeddingModule
 
         encoder = self._encoder(device)
-        load_into(EmbeddingModule(encoder.model, self._objective()), open_checkpoint(result.checkpoint))
+        load_into(EmbeddingModule(encoder.model, self._objective(encoder.model)), open_checkpoint(result.checkpoint))
         encoder.model.prompts = dict(self.trained_contract.model_prompts)
         with atomic_path(self.run.folder / "model") as aside:
             adapter = self.recipe.encoder.adapter
@@ -127,7 +138,7 @@ class TrainingStage(ChangingStages):
         best = f", the model of step {kept} scored best ({during.metric})" if during and during.keep_best else ""
         facts = {
             "data": f"{self.run.checked.data.name} ({', '.join(self.contract.sources)}; split {recipe.split})",
-            "objective": f"{recipe.objective.kind}, temperature {recipe.objective.temperature:g}",
+            "objective": recipe.objective.summary,
             "batches": f"{recipe.batches.kind}, {recipe.batches.batch_size} examples",
             "steps": f"{result.steps}{best}",
             "learning rate": f"{recipe.training.learning_rate:g}, {recipe.training.schedule.kind}",

@@ -37,6 +37,10 @@ class Pool:
     """(Q,) the source of each example, where they have several."""
     weights: npt.NDArray[np.float64] | None = None
     """(Q,) what each example counts; none where all count alike."""
+    scores: npt.NDArray[np.float64] | None = None
+    """(Q,) of graded pairs; not a number where an example has none."""
+    teacher_scores: npt.NDArray[np.float64] | None = None
+    """(D,) a teacher's score of each document for its owner; not a number where there is none."""
 
 
 def pool_batch(batch: Batch) -> Pool:
@@ -61,7 +65,20 @@ def pool_batch(batch: Batch) -> Pool:
         None if source is None else batch.label,
         source,
         batch.sources,
+        scores=batch.score,
     )
+
+
+def two_views(batch: Batch) -> Pool:
+    """The queries of a batch alone, each text encoded twice: its second embedding is its positive."""
+    pairs, where = np.unique(np.stack([batch.query, batch.query_prompt]), axis=1, return_inverse=True)
+    where, size = where.reshape(-1), len(batch.query)
+    items, prompts = np.concatenate([pairs, pairs], axis=1)
+    source = None if batch.source == SEVERAL_SOURCES else batch.source
+    labels = None if source is None else batch.label
+    owner, positive = np.arange(size), np.ones(size, dtype=bool)
+    documents = where + pairs.shape[1]
+    return Pool(items, prompts, where, documents, owner, positive, labels, source, batch.sources, scores=batch.score)
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:

@@ -26,6 +26,7 @@ from nearfield.objectives.queue import MemoryQueue
 from nearfield.training.backends.base import Backend
 from nearfield.training.backends.common import MakeOptimizer
 from nearfield.training.chunks import Pool, pool_batch
+from nearfield.training.chunks import two_views as pool_two_views
 from nearfield.training.config import TrainingConfig
 from nearfield.training.launch import BackendName, Launch, asked_backend, check_launch, wants_several
 from nearfield.training.model_options import (
@@ -36,6 +37,7 @@ from nearfield.training.model_options import (
 )
 from nearfield.training.optimizer_configs import check_sharded
 from nearfield.training.step import MakeFeatures, Work, cut_work
+from nearfield.training.teacher_scores import TeacherScores
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -75,6 +77,10 @@ class Engine:
     """A guide's vectors of the items of the data, where the objective asks for them."""
     weights: Floats | None = None
     """What each example of the data counts, by its row; none where all count alike."""
+    teacher_scores: TeacherScores | None = None
+    """What the miner's teacher gave, where the objective learns from it."""
+    two_views: bool = False
+    """Whether a batch is its queries alone, each encoded twice."""
     queue: MemoryQueue | None = None
     """Positives of earlier steps, where the objective asks for them."""
     ring: bool = False
@@ -128,8 +134,10 @@ class Engine:
 
     def pool(self, batch: Batch) -> Pool:
         """The texts of a planned batch, with what its examples count."""
-        pool = pool_batch(batch)
-        return pool if self.weights is None else replace(pool, weights=self.weights[batch.example])
+        pool = pool_two_views(batch) if self.two_views else pool_batch(batch)
+        if self.weights is not None:
+            pool = replace(pool, weights=self.weights[batch.example])
+        return pool if self.teacher_scores is None else replace(pool, teacher_scores=self.teacher_scores.of(batch))
 
     def make_features(self, pool: Pool) -> MakeFeatures:
         """The function that turns a chunk of a pool into features."""
@@ -211,10 +219,12 @@ def build_engine(
     *,
     guide: VectorsOf | None = None,
     weights: Floats | None = None,
+    teacher_scores: TeacherScores | None = None,
+    two_views: bool = False,
 ) -> Engine:
     """Put the model on its devices; the process group of several ranks must exist.
 
-    ``guide`` and ``weights`` are those of :class:`Engine`.
+    ``guide``, ``weights``, ``teacher_scores`` and ``two_views`` are those of :class:`Engine`.
     """
     name = asked_backend(config.backend, launch.world_size)
     check_sharded(config.optimizer, name)
@@ -255,6 +265,8 @@ def build_engine(
         weights=weights,
         queue=open_queue(config, objective),
         ring=launch.world_size > 1 and config.exchange == "ring",
+        teacher_scores=teacher_scores,
+        two_views=two_views,
     )
 
 

@@ -72,6 +72,8 @@ def contrastive_batch(
         guide_queries=guided("query", pool.queries),
         guide_documents=guided("document", pool.documents),
         queue=queue,
+        scores=None if pool.scores is None else torch.from_numpy(pool.scores).to(device),
+        teacher_scores=None if pool.teacher_scores is None else torch.from_numpy(pool.teacher_scores).to(device),
         draw=draw,
     )
 

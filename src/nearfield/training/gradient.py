@@ -27,6 +27,7 @@ def batch_gradient(
     step: int,
     stop: StopRequest,
     watch: bool = False,
+    progress: float = 0.0,
 ) -> tuple[StepResult, int, int]:
     """Leave the gradient of a planned batch in the backend; the tokens of the batch, real and as encoded.
 
@@ -55,6 +56,7 @@ def batch_gradient(
                 final=number == len(parts) - 1,
                 stop=lambda: stop.received is not None,
                 catch_out_of_memory=in_place,
+                progress=progress,
                 watch=watch and number == len(parts) - 1,
             )
         results.append(replace(result, first_query=sum(len(before.query) for before in parts[:number])))

@@ -12,6 +12,7 @@ from nearfield.batching.rows import Floats
 from nearfield.data.tokens import TokenCache
 from nearfield.training.evaluating import Evaluate
 from nearfield.training.negatives import NegativeInputs
+from nearfield.training.teacher_scores import TeacherScores
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class TrainingInputs:
     """What changing negatives are made of; None where those of the plans stay."""
     guide: VectorsOf | None = None
     """A guide's vectors of the items, where the objective asks for them."""
+    teacher_scores: TeacherScores | None = None
+    """What the miner's teacher gave, where the objective learns from it."""
+    two_views: bool = False
+    """Whether a batch is its queries alone, each encoded twice."""
     weights: Floats | None = None
     """What each example of the data counts, by its row; None where all count alike."""
     about: Mapping[str, Any] = field(default_factory=dict)

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,6 +80,17 @@ class Launch:
         base = TCPStore(host, int(port), self.world_size, master, timeout=_STORE_TIMEOUT, multi_tenant=True)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return PrefixStore(f"nearfield/{attempt}", base)
+
+    def within(self, name: str) -> Launch:
+        """The same processes in a part of the work with words of its own, so that they can meet there once more."""
+        if self.world_size == 1:
+            return self
+        from torch._C._distributed_c10d import PrefixStore
+
+        found = replace(self)
+        # In place of the cached property, which would open another connection.
+        found.__dict__["store"] = PrefixStore(name, self.store)
+        return found
 
     def prepare(
         self,

@@ -135,6 +135,8 @@ def _train(
         launch,
         guide=inputs.guide,
         weights=inputs.weights,
+        teacher_scores=inputs.teacher_scores,
+        two_views=inputs.two_views,
     )
     backend = engine.backend
     saved, extra = resume(engine, checkpoints, identity, steps)
@@ -256,6 +258,7 @@ def _train(
                     step=step,
                     stop=stop,
                     watch=watched and launch.is_main,
+                    progress=step / steps,
                 )
                 if not result.word.out_of_memory:
                     break

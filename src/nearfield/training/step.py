@@ -193,6 +193,7 @@ def run_step(
     stop: Callable[[], bool] = lambda: False,
     catch_out_of_memory: bool = True,
     watch: bool = False,
+    progress: float = 0.0,
 ) -> StepResult:
     """Leave this rank's part of the gradient of the batch's mean loss in the backend.
 
@@ -200,7 +201,8 @@ def run_step(
     else each chunk is encoded a second time and only its own graph is in memory. A backend whose forwards are collective
     has every rank run as many chunks as the rank with the most; the missing ones are copies whose gradient is zero.
 
-    With ``watch`` this process looks at how the learning goes. Where a step averages several batches, each adds ``weight`` times its gradient, and the last of them is ``final``.
+    ``progress`` is the share of the run that is done. With ``watch`` this process looks at how the learning goes. Where a
+    step averages several batches, each adds ``weight`` times its gradient, and the last of them is ``final``.
 
     The caller must look at the control word before it calls ``update``: the gradient is of use only if memory
     sufficed everywhere and the loss is finite.
@@ -234,6 +236,7 @@ def run_step(
     exchange = work.exchange(shares)
     leaf = exchange.bring(joined).requires_grad_()
     batch = exchange.batch(leaf, derive_seed(seed, "objective", step, work.first_number))
+    batch = replace(batch, progress=progress)
     learnt = [p for p in objective.parameters() if p.requires_grad]
     total, gradient = math.nan, torch.zeros_like(leaf)
     figures: Mapping[str, float] = {}

@@ -1,0 +1,95 @@
+"""Several objectives at once, each on the examples of its sources, with weights that may change over the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from nearfield.errors import BadInputError
+from nearfield.objectives.batch import ContrastiveBatch, LossSum
+from nearfield.objectives.config import Surroundings
+from nearfield.objectives.objective import Objective
+
+if TYPE_CHECKING:
+    from nearfield.objectives.kinds import CombinedConfig, PartConfig
+
+
+class Combined(Objective):
+    """The sum of weight x mean loss over the parts, each of its own sources' examples in the batch.
+
+    An objective for retrieval and one for graded pairs in batches of both is Conan's joint loss (arXiv 2408.15710);
+    InfoNCE with and without in-batch negatives for different sources is NV-Embed's switch (arXiv 2405.17428).
+    """
+
+    def __init__(self, config: CombinedConfig, sources: Mapping[int, str], around: Surroundings | None) -> None:
+        super().__init__()
+        self.config = config
+        self.parts: list[tuple[PartConfig, str, set[int] | None]] = []
+        built: list[Objective] = []
+        kinds = around.kinds if around is not None else {}
+        for part in config.parts:
+            names = part.sources
+            if names is None and kinds:
+                names = tuple(name for name, kind in kinds.items() if kind in part.objective.learns_from)
+            missing = sorted(set(names or ()) - set(sources.values()))
+            if missing:
+                known = ", ".join(sources.values()) or "none was given to the objective"
+                raise BadInputError(f"there is no source {missing[0]!r}", where="objective", hint=f"Sources: {known}.")
+            numbers = None if names is None else {number for number, name in sources.items() if name in names}
+            self.parts.append((part, self._name(part), numbers))
+            built.append(part.objective.build(sources, around))
+        self.objectives = nn.ModuleList(built)
+
+    def _name(self, part: PartConfig) -> str:
+        name = part.name or part.objective.kind
+        taken = {known for _, known, _ in self.parts}
+        return name if name not in taken else next(f"{name}-{n}" for n in range(2, 100) if f"{name}-{n}" not in taken)
+
+    def _batches(
+        self, batch: ContrastiveBatch
+    ) -> Iterator[tuple[Objective, str, float, ContrastiveBatch, torch.Tensor]]:
+        """The parts that count in this batch: objective, name, weight, examples and which they are."""
+        for objective, (part, name, numbers) in zip(self.objectives, self.parts, strict=True):
+            assert isinstance(objective, Objective)
+            weight = part.weight_at(batch.progress)
+            keep = torch.ones(len(batch.queries), dtype=torch.bool, device=batch.queries.device)
+            if numbers is not None:
+                if batch.sources is None:
+                    raise BadInputError(
+                        "parts of an objective want the source of each example", where="objective.parts"
+                    )
+                keep = torch.isin(batch.sources, torch.tensor(sorted(numbers), device=keep.device))
+            if weight and bool(keep.any()):
+                yield objective, name, weight, batch.select(keep), keep
+
+    def forward(self, batch: ContrastiveBatch) -> LossSum:
+        """This process's share of the weighted sum; the denominator is that of the whole batch."""
+        rows, denominator = batch.local_rows(), batch.denominator()
+        # What no part has a use for in this batch still gets a gradient, of zero, on every process.
+        unused = [parameter.sum() * 0 for parameter in self.parameters()]
+        total = torch.stack([batch.queries.sum() * 0, batch.documents.sum() * 0, *unused]).sum()
+        losses = batch.queries.new_zeros(len(rows))
+        for objective, _, weight, some, keep in self._batches(batch):
+            found: LossSum = objective(some)
+            factor = weight * denominator / found.denominator
+            total = total + found.total * factor
+            losses = losses.index_add(0, keep[rows].nonzero().squeeze(1), found.rows.to(losses.dtype) * factor)
+        return LossSum(total, denominator, losses.detach())
+
+    def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
+        """The parts' figures; ``loss/<part>`` and ``weight/<part>``; a figure that several have is ``<figure>/<part>`` after
+        the first."""
+        from nearfield.objectives.watching import watched_rows
+
+        found: dict[str, float] = {}
+        for objective, name, weight, some, _ in self._batches(replace(batch, rows=None)):
+            # Of the watched rows alone: all would be the work of the step once more.
+            rows = objective(replace(some, rows=watched_rows(some))).rows
+            found |= {f"loss/{name}": float(rows.mean()), f"weight/{name}": weight}
+            for figure, value in objective.watch(some).items():
+                found[figure if figure not in found else f"{figure}/{name}"] = value
+        return found

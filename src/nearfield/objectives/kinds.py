@@ -1,0 +1,317 @@
+"""Settings of the objectives beside InfoNCE, and the union of all; ``kind`` picks one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from nearfield.config import Config
+from nearfield.errors import BadInputError
+from nearfield.objectives.config import InfoNCEConfig, NotNegative, ObjectiveSettings, Positive, Surroundings
+
+if TYPE_CHECKING:
+    from nearfield.objectives.combined import Combined
+    from nearfield.objectives.distillation import EmbeddingDistillation, ScoreDistillation
+    from nearfield.objectives.graded import CosineRegression, Ranking
+    from nearfield.objectives.infonce import InfoNCE
+    from nearfield.objectives.prototypes import Unicom
+    from nearfield.objectives.sigmoid import SigLIP
+    from nearfield.objectives.supervised import SupCon
+    from nearfield.objectives.triplet import Triplet
+
+Names = Mapping[int, str] | Sequence[str]
+Share = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, Field(gt=0, le=1)]
+
+
+class CoSENTConfig(ObjectiveSettings):
+    """Pairs with a higher score shall be more similar than pairs with a lower one, over all pairs of the global batch."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("graded",)
+
+    kind: Literal["cosent"] = "cosent"
+    temperature: Positive = 0.05
+    """Differences of similarities are divided by it."""
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> Ranking:
+        from nearfield.objectives.graded import Ranking
+
+        return Ranking("cosine", self.temperature)
+
+
+class AngleConfig(ObjectiveSettings):
+    """CoSENT of the angle in complex space instead of the cosine (AnglE, arXiv 2309.12871)."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("graded",)
+
+    kind: Literal["angle"] = "angle"
+    temperature: Positive = 0.05
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> Ranking:
+        from nearfield.objectives.graded import Ranking
+
+        return Ranking("angle", self.temperature)
+
+
+class CosineRegressionConfig(ObjectiveSettings):
+    """The squared difference of a pair's cosine and its score."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("graded",)
+
+    kind: Literal["cosine_regression"] = "cosine_regression"
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> CosineRegression:
+        from nearfield.objectives.graded import CosineRegression
+
+        return CosineRegression()
+
+
+class TripletConfig(ObjectiveSettings):
+    """A query shall be nearer to its positive than to its own explicit negative, by a margin."""
+
+    kind: Literal["triplet"] = "triplet"
+    distance: Literal["cosine", "euclidean", "manhattan"] = "cosine"
+    margin: NotNegative = 0.2
+    """Of euclidean distances of vectors that are not of unit length, 5 is common."""
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> Triplet:
+        from nearfield.objectives.triplet import Triplet
+
+        return Triplet(self.distance, self.margin)
+
+
+class ScoreDistillationConfig(ObjectiveSettings):
+    """The student's scores of documents shall be the teacher's."""
+
+    kind: Literal["distil_scores"] = "distil_scores"
+    loss: Literal["kl", "margin_mse"] = "kl"
+    """``kl``: of the softmaxes over a query's candidates. ``margin_mse``: the squared difference of score(positive) -
+    score(negative)."""
+    teacher: Literal["scores", "vectors"] = "scores"
+    """``scores``: what the miner's teacher gave to an example's positives and negatives. ``vectors``: similarities of the
+    guide's vectors."""
+    candidates: Literal["own", "in_batch"] = "own"
+    """Of ``kl``: a query's own positives and negatives, or (with ``vectors``) all documents of the global batch."""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    temperature: Positive = 0.05
+    """Of ``kl``: the student's scores are divided by it."""
+    teacher_temperature: Positive | None = None
+    """Of ``kl``: the teacher's scores are divided by it; null takes the student's. A cross-encoder's scores want one that
+    fits their spread."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ScoreDistillationConfig:
+        if self.candidates == "in_batch" and (self.teacher == "scores" or self.loss == "margin_mse"):
+            raise ValueError("candidates in_batch are scored by vectors (teacher: vectors), with the loss kl")
+        return self
+
+    @property
+    def needs_guide(self) -> bool:
+        return self.teacher == "vectors"
+
+    @property
+    def needs_teacher_scores(self) -> bool:
+        return self.teacher == "scores"
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> ScoreDistillation:
+        from nearfield.objectives.distillation import ScoreDistillation
+
+        return ScoreDistillation(self)
+
+
+class EmbeddingDistillationConfig(ObjectiveSettings):
+    """The student's embeddings of queries and documents shall be the guide's vectors, which are of unit length."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("retrieval", "graded", "labelled")
+
+    kind: Literal["distil_embeddings"] = "distil_embeddings"
+    distance: Literal["mse", "l2", "cosine"] = "mse"
+    projection: Literal["auto", "always"] = "auto"
+    """A learnt linear map from the student's to the teacher's width: ``auto`` where they differ. It is no part of the model
+    that is saved."""
+
+    @property
+    def needs_guide(self) -> bool:
+        return True
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> EmbeddingDistillation:
+        from nearfield.objectives.distillation import EmbeddingDistillation
+
+        around = around or Surroundings()
+        return EmbeddingDistillation(self.distance, self.projection == "always", around.width, around.guide_width)
+
+
+class SupConConfig(ObjectiveSettings):
+    """Supervised contrastive loss (Khosla et al. 2020): texts of one label shall be nearer than all others."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("labelled",)
+
+    kind: Literal["supcon"] = "supcon"
+    temperature: Positive = 0.1
+    class_weights: Literal["none", "inverse"] = "none"
+    """``inverse``: an anchor counts one over the texts of its label in the batch, scaled to a mean of 1, so that labels count
+    alike (the contrastive part of CAROL, arXiv 2410.22197, in a working form of ours)."""
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> SupCon:
+        from nearfield.objectives.supervised import SupCon
+
+        return SupCon(self.temperature, self.class_weights == "inverse")
+
+
+class SigLIPConfig(ObjectiveSettings):
+    """A binary decision for each query and document: whether they belong together (SigLIP, arXiv 2303.15343)."""
+
+    kind: Literal["siglip"] = "siglip"
+    temperature: Positive = 0.1
+    """Of the start; it is learnt."""
+    bias: float = -10.0
+    """Of the start; it is learnt: most pairs do not belong together."""
+    mask_known_positives: bool = True
+    """Leave out pairs that are known to belong together, beside the batch's own."""
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> SigLIP:
+        from nearfield.objectives.sigmoid import SigLIP
+
+        return SigLIP(self)
+
+
+class UnicomConfig(ObjectiveSettings):
+    """A softmax over learnt prototypes of the labels, a part of them and of the features a step (Unicom, arXiv 2304.05884)."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("labelled",)
+
+    kind: Literal["unicom"] = "unicom"
+    scale: Positive = 32.0
+    """What cosines are multiplied by."""
+    margin: Annotated[float, Field(ge=0, lt=1.57)] = 0.3
+    """By which the angle to the own prototype is widened, in radians."""
+    classes: Part = 1.0
+    """The share of the prototypes that a step takes; those of the batch always."""
+    features: Part = 1.0
+    """The share of the dimensions that a step compares."""
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> Unicom:
+        from nearfield.objectives.prototypes import Unicom
+
+        around = around or Surroundings()
+        if not around.labels or around.width is None:
+            raise BadInputError("prototypes want labels, and the width of embeddings", where="objective")
+        return Unicom(self, around.labels, around.width)
+
+
+class SimCSEConfig(ObjectiveSettings):
+    """A text encoded twice, with other dropout, against the batch's other texts (SimCSE, arXiv 2104.08821).
+
+    The queries of any examples (the first of a pair, a labelled text) are the texts; what else an example has is not used.
+    """
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("retrieval", "graded", "labelled")
+
+    kind: Literal["simcse"] = "simcse"
+    temperature: Positive = 0.05
+
+    @property
+    def two_views(self) -> bool:
+        return True
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> InfoNCE:
+        return InfoNCEConfig(temperature=self.temperature).build()
+
+
+SingleObjective = Annotated[
+    InfoNCEConfig
+    | CoSENTConfig
+    | AngleConfig
+    | CosineRegressionConfig
+    | TripletConfig
+    | ScoreDistillationConfig
+    | EmbeddingDistillationConfig
+    | SupConConfig
+    | SigLIPConfig
+    | UnicomConfig,
+    Field(discriminator="kind"),
+]
+
+
+class PartConfig(Config):
+    """One of several objectives: its sources, and its weight over the run."""
+
+    objective: SingleObjective
+    name: str | None = None
+    """What figures call it; null takes the objective's kind."""
+    sources: tuple[str, ...] | None = None
+    """Whose examples it learns from; null takes all that it can."""
+    weight: NotNegative = 1.0
+    """What the mean loss of its examples is multiplied by."""
+    final_weight: NotNegative | None = None
+    """The weight at the end; null keeps it."""
+    begin: Share = 0.0
+    end: Share = 1.0
+    """Shares of the run between which the weight goes evenly from the one to the other; equal ones switch."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> PartConfig:
+        if self.begin > self.end:
+            raise ValueError(f"begin {self.begin:g} is after end {self.end:g}")
+        return self
+
+    def weight_at(self, progress: float) -> float:
+        """The weight when this share of the run is done."""
+        if self.final_weight is None or progress < self.begin:
+            return self.weight
+        if progress >= self.end:
+            return self.final_weight
+        share = (progress - self.begin) / (self.end - self.begin)
+        return self.weight + share * (self.final_weight - self.weight)
+
+
+class CombinedConfig(ObjectiveSettings):
+    """A weighted sum of objectives, each of the mean loss of its sources' examples in the batch."""
+
+    kind: Literal["combined"] = "combined"
+    parts: Annotated[tuple[PartConfig, ...], Field(min_length=1)]
+
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(kind for part in self.parts for kind in part.objective.learns_from))
+
+    @property
+    def needs_guide(self) -> bool:
+        return any(part.objective.needs_guide for part in self.parts)
+
+    @property
+    def needs_teacher_scores(self) -> bool:
+        return any(part.objective.needs_teacher_scores for part in self.parts)
+
+    @property
+    def names_sources(self) -> bool:
+        return True
+
+    @property
+    def summary(self) -> str:
+        return "; ".join(part.objective.summary for part in self.parts)
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> Combined:
+        from nearfield.objectives.combined import Combined
+
+        return Combined(self, dict(sources) if isinstance(sources, Mapping) else dict(enumerate(sources)), around)
+
+
+ObjectiveConfig = Annotated[
+    InfoNCEConfig
+    | CoSENTConfig
+    | AngleConfig
+    | CosineRegressionConfig
+    | TripletConfig
+    | ScoreDistillationConfig
+    | EmbeddingDistillationConfig
+    | SupConConfig
+    | SigLIPConfig
+    | UnicomConfig
+    | SimCSEConfig
+    | CombinedConfig,
+    Field(discriminator="kind"),
+]
+"""The union of all objectives' settings."""
