@@ -10,6 +10,7 @@ import pytest
 from nearfield.cli import main
 from nearfield.data import DataConfig
 from nearfield.evaluation.config import HeldOutTask, SuiteConfig
+from nearfield.recipe import Recipe
 from nearfield.shipped import shipped_files, shipped_root
 
 
@@ -113,18 +114,22 @@ def test_own_data_under_another_name(tmp_path: Path, capsys: pytest.CaptureFixtu
     run(capsys, "init", "project", "--name", "x", code=2)
 
 
-@pytest.mark.parametrize("kind", ["graded", "labelled"])
-def test_data_without_an_objective(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("kind", "objective"), [("graded", "cosent"), ("labelled", "supcon")])
+def test_each_kind_of_data_gets_its_objective(
+    kind: str, objective: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     row = {
         "graded": {"sentence1": "a {n}", "sentence2": "b {n}", "score": 0.5},
         "labelled": {"text": "t {n}", "label": "l"},
     }[kind]
     lines = [json.dumps({k: v.format(n=n) if isinstance(v, str) else v for k, v in row.items()}) for n in range(40)]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
-    out, _ = run(capsys, "init", "project", "--data", "x.jsonl")
-    assert f"No objective learns from {kind} examples" in out
+    run(capsys, "init", "project", "--data", "x.jsonl")
     assert SuiteConfig.load(tmp_path / "project" / "eval" / "suites" / "x.yaml").tasks
-    assert not (tmp_path / "project" / "training").exists()
+    recipe = Recipe.load(tmp_path / "project" / "training" / "recipes" / "x.yaml")
+    assert recipe.objective.kind == objective
+    out, _ = run(capsys, "recipe", "check", "project/training/recipes/x.yaml")
+    assert "Trains on x" in out
     out, _ = run(capsys, "data", "build", "project/data_recipes/x.yaml")
     assert "40 examples" in out
 

@@ -59,22 +59,10 @@ def _own_data(folder: Path, data: Path, name: str | None, force: bool) -> None:
     print_guess(guess)
     project = write_project(guess, folder, force)
     for file in (project.data, project.suite, project.recipe):
-        if file:
-            console.print(f"wrote {folder / file}", markup=False, highlight=False)
+        console.print(f"wrote {folder / file}", markup=False, highlight=False)
     console.print("Next:", highlight=False)
-    if project.recipe:
-        steps = [f"nearfield recipe check {project.recipe}", f"nearfield train {project.recipe}"]
-    else:
-        kind = guess.source.examples.kind
-        console.print(
-            f"  (No objective learns from {kind} examples: there is a suite to score on, and no training recipe.)"
-        )
-        steps = [
-            f"nearfield data build {project.data}",
-            f"nearfield eval sentence-transformers/all-MiniLM-L6-v2 --suite {project.suite}",
-        ]
     console.print(f"  cd {folder}", markup=False, highlight=False)
-    for step in steps:
+    for step in (f"nearfield recipe check {project.recipe}", f"nearfield train {project.recipe}"):
         console.print(f"  {step}", markup=False, highlight=False)
 
 

@@ -23,8 +23,7 @@ class Project:
     name: str
     data: str
     suite: str
-    recipe: str | None
-    """None for graded and labelled data, which no objective learns from."""
+    recipe: str
 
 
 def write_project(guess: Guess, folder: Path, force: bool = False) -> Project:
@@ -32,9 +31,8 @@ def write_project(guess: Guess, folder: Path, force: bool = False) -> Project:
     name = guess.source.name
     files = {f"data_recipes/{name}.yaml": data_recipe(guess, folder / "data_recipes")}
     files[f"eval/suites/{name}.yaml"] = suite(name)
-    recipe = f"training/recipes/{name}.yaml" if guess.source.examples.kind == "retrieval" else None
-    if recipe:
-        files[recipe] = training_recipe(guess)
+    recipe = f"training/recipes/{name}.yaml"
+    files[recipe] = training_recipe(guess)
     texts = {
         file: _HEAD + yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110)
         for file, value in files.items()
@@ -82,6 +80,14 @@ def task_name(name: str) -> str:
     return "".join(part[:1].upper() + part[1:] for part in parts) or "Data"
 
 
+OBJECTIVES: dict[str, dict[str, object]] = {
+    "retrieval": {"kind": "infonce", "temperature": 0.05},
+    "graded": {"kind": "cosent", "temperature": 0.05},
+    "labelled": {"kind": "supcon", "temperature": 0.1},
+}
+"""What learns from each kind of examples."""
+
+
 def training_recipe(guess: Guess) -> dict[str, object]:
     """A recipe that fits the rows: at least four steps an epoch, at most 64 examples a step.
 
@@ -100,7 +106,7 @@ def training_recipe(guess: Guess) -> dict[str, object]:
         "seed": 0,
         "data": f"../../data_recipes/{guess.source.name}.yaml",
         "encoder": {"model": "sentence-transformers/all-MiniLM-L6-v2", "max_length": 128},
-        "objective": {"kind": "infonce", "temperature": 0.05},
+        "objective": OBJECTIVES[guess.source.examples.kind],
         "batches": batches,
         "training": {"epochs": 1, "learning_rate": 2.0e-5},
         "evaluation": {"suite": f"../../eval/suites/{guess.source.name}.yaml"},
