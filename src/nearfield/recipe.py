@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from nearfield.batching.config import BatchConfig, SingleSourceConfig, needs_vectors
 from nearfield.config import Config, ConfigPath, KeyPath, Loaded, dotted, load_config
@@ -128,12 +128,19 @@ def stage_recipes(loaded: Loaded[Recipe]) -> list[Loaded[Recipe]]:
         settings = {name: getattr(recipe, name) for name in Recipe.model_fields if name != "stages"}
         if number < len(recipe.stages) - 1:
             settings["evaluation"] = None
-        for name in stage.model_fields_set - {"name"}:
-            settings[name] = _merged(settings[name], getattr(stage, name))
+        try:
+            for name in stage.model_fields_set - {"name"}:
+                settings[name] = _merged(settings[name], getattr(stage, name))
+            merged = Recipe.model_validate(settings)
+        except ValidationError as error:
+            # Each of them is right by itself: what does not fit is together with the recipe's.
+            what = error.errors()[0]["msg"].removeprefix("Value error, ")
+            where = loaded.where(("stages", number))
+            raise BadInputError(f"stage {stage.name!r}: {what}", where=where) from error
         origins = {key: place for key, place in loaded.origins.items() if key[0] != "stages"}
         here = ("stages", number)
         origins |= {key[2:]: place for key, place in loaded.origins.items() if key[:2] == here and len(key) > 2}
-        found.append(Loaded(Recipe.model_validate(settings), loaded.path, origins))
+        found.append(Loaded(merged, loaded.path, origins))
     return found or [loaded]
 
 

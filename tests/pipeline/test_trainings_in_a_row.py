@@ -69,6 +69,13 @@ def test_what_is_wrong_in_a_stage_is_named(staged: Path, tmp_path: Path) -> None
     assert "distil_scores" in staged.read_text().splitlines()[line - 1]
 
 
+def test_what_does_not_fit_with_the_recipe_is_named(staged: Path) -> None:
+    """Right by itself, wrong together with what stands above."""
+    staged.write_text(staged.read_text().replace("{max_steps: 3}", "{schedule: {warmup: 20}}"))
+    with pytest.raises(BadInputError, match="stage 'pretrain': a warm-up of 20 steps leaves nothing of max_steps 12"):
+        open_run(staged)
+
+
 def test_each_stage_starts_from_the_model_of_the_one_before(staged: Path, tmp_path: Path) -> None:
     """Three trainings by hand, each a recipe of its own, end with the same weights to the bit."""
     folder = tmp_path / "runs" / "toy"
