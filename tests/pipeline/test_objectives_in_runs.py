@@ -80,7 +80,7 @@ training: {{epochs: 1, max_steps: 4, learning_rate: 1.0e-3, trackers: [], watch_
     return run_stages(open_run(recipe, (), folder / "run"), "train").folder
 
 
-MINING = "mining: {negatives: 3, explicit: replace, teacher: {kind: sentence_transformer, model: TEACHER}}"
+MINING = "mining: {negatives: 3, explicit: replace, rules: [], teacher: {kind: sentence_transformer, model: TEACHER}}"
 
 
 @pytest.mark.parametrize(
