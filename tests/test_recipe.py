@@ -79,7 +79,11 @@ WRONG = {
     "number in quotes": ("epochs: 2", 'epochs: "2"', ["training.epochs", "integer"]),
     "out of range": ("temperature: 0.1", "temperature: -1", ["objective.temperature", "greater than 0"]),
     "infinite": ("temperature: 0.1", "temperature: .inf", ["objective.temperature", "finite"]),
-    "unknown kind": ("kind: infonce", "kind: infonse", ["objective.kind", "'infonse'", "Did you mean 'infonce'?"]),
+    "unknown kind": (
+        "kind: infonce",
+        "kind: infonse",
+        ["objective: unknown kind 'infonse'", "Did you mean 'infonce'?"],
+    ),
     "duplicate key": ("name: toy", "name: toy\nname: toy2", ["line 2", "'name' stands twice"]),
     "bad YAML": ("name: toy", "name: [toy", ["not valid YAML"]),
     "a list": ("name: toy", "- name: toy\n", ["not valid YAML"]),
