@@ -25,7 +25,7 @@ from nearfield.pipeline.teaching import (
 
 STAGES = ("data", "vectors", "mine", "tokens", "plan", "train", "evaluate", "compare", "report")
 TRAIN_VERSION = 1
-EVALUATE_VERSION = 1
+EVALUATE_VERSION = 2
 
 # What decides how a training runs but not what comes out of it.
 _NOT_IN_TRAINING_FINGERPRINT = {
