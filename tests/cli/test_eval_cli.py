@@ -184,7 +184,7 @@ def test_a_malformed_task_folder_is_one_message(run: Run, tasks: Tasks, case: st
     ("arguments", "expected"),
     [
         (["no/such/model-folder"], "no/such/model-folder"),
-        (["{file}"], "this is a file"),
+        (["{file}"], "this is another file"),
         (["random", "--tasks", "Nothing"], "Tasks: TinySTS"),
         (["random", "--tasks", ","], "--tasks"),
         (["random", "--prompts", "maybe"], "Modes: contract, as-is"),

@@ -407,8 +407,8 @@ def test_a_model_without_a_transformer(tmp_path: Path) -> None:
         ("{kind: lora, r: 0}", "greater than or equal to 1"),
         ("{kind: lora, targets: []}", "at least 1 item"),
         ("{kind: lora, quantize: 4bit}", "say save: adapter"),
-        ("{kind: ia3}", "'ia3' is not allowed"),
-        ("{rank: 4}", "unknown key 'adapter.rank'"),
+        ("{kind: ia3}", "unknown kind 'ia3'"),
+        ("{kind: lora, rank: 4}", "unknown key 'adapter.rank'"),
     ],
 )
 def test_settings_that_are_refused(tmp_path: Path, settings: str, words: str) -> None:

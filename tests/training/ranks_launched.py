@@ -26,8 +26,7 @@ import torch
 from nearfield.cli import main
 from nearfield.errors import BadInputError
 from nearfield.pipeline.stages import Stages
-from nearfield.training import gradient, launch, loop
-from nearfield.training import step as step_module
+from nearfield.training import exchange, gradient, launch, loop
 
 
 def slow_tokens(seconds: float) -> Any:
@@ -85,7 +84,7 @@ def types_seen() -> Iterator[dict[str, list[str]]]:
     """The types of gathered embeddings and the loss, of parameters in training, and the class that forwards go through."""
     seen: dict[str, set[str]] = {"embeddings": set(), "loss": set(), "parameters": set(), "module": set()}
     found: dict[str, list[str]] = {}
-    gather, build = step_module.gather_embeddings, loop.build_engine
+    gather, build = exchange.gather_embeddings, loop.build_engine
 
     def gathered(own: torch.Tensor, shares: Any) -> torch.Tensor:
         everyone = gather(own, shares)
@@ -111,7 +110,7 @@ def types_seen() -> Iterator[dict[str, list[str]]]:
         return engine
 
     with (
-        mock.patch.object(step_module, "gather_embeddings", gathered),
+        mock.patch.object(exchange, "gather_embeddings", gathered),
         mock.patch.object(loop, "build_engine", built),
     ):
         yield found

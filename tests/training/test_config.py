@@ -25,6 +25,7 @@ def test_defaults() -> None:
         "device": "auto",
         "backend": "auto",
         "collective_timeout": 1800,
+        "exchange": "gather",
         "micro_batch_tokens": "auto",
         "packing": "auto",
         "gradient_cache": "auto",

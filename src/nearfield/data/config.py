@@ -57,7 +57,11 @@ class Prompts(Config):
     @model_validator(mode="before")
     @classmethod
     def _from_template(cls, stated: Any) -> Any:
-        if not isinstance(stated, dict) or not isinstance(stated.get("template"), str):
+        if not isinstance(stated, dict):
+            return stated
+        # Whoever reads JSON strictly takes a list for a tuple, but not what comes out of here.
+        stated = {key: tuple(value) if isinstance(value, list) else value for key, value in stated.items()}
+        if not isinstance(stated.get("template"), str):
             return stated
         template = TEMPLATES.get(stated["template"])
         if template is None:
@@ -66,7 +70,7 @@ class Prompts(Config):
         phrasings = list(instruction) if isinstance(instruction, (list, tuple)) else [instruction]
         made = [render(template, phrasing, stated.get("document_instruction")) for phrasing in phrasings]
         queries = [query for query, _ in made]
-        return {"query": queries if len(queries) > 1 else queries[0], "document": made[0][1], **stated}
+        return {"query": tuple(queries) if len(queries) > 1 else queries[0], "document": made[0][1], **stated}
 
     @model_validator(mode="after")
     def _instructions_need_a_template(self) -> Self:

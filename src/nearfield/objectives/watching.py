@@ -106,6 +106,8 @@ def effective_rank(vectors: Tensor) -> Tensor:
     # The smaller Gram matrix has their squares as eigenvalues, at a fraction of the price.
     vectors = vectors.double()
     gram = vectors @ vectors.T if len(vectors) < vectors.shape[1] else vectors.T @ vectors
+    if not gram.isfinite().all():
+        return gram.new_tensor(math.nan)
     shares = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     shares = shares / shares.sum()
     rank: Tensor = torch.special.entr(shares).sum().exp()
