@@ -91,8 +91,8 @@ def types_seen() -> Iterator[dict[str, list[str]]]:
         seen["embeddings"] |= {str(own.dtype), str(everyone.dtype)}
         return everyone
 
-    def built(*args: Any) -> Any:
-        engine = build(*args)
+    def built(*args: Any, **named: Any) -> Any:
+        engine = build(*args, **named)
         objective = engine.objective.forward
 
         def forward(batch: Any) -> Any:
