@@ -153,7 +153,12 @@ def test_an_encoder_is_not_causal(tiny_model: Path) -> None:
 def test_an_adapter_alone_would_lose_the_setting(tiny_model: Path) -> None:
     with pytest.raises(ValueError, match="loads on its base as it is, without attention, layers"):
         EncoderConfig.model_validate(
-            {"model": str(tiny_model), "attention": "bidirectional", "layers": 1, "adapter": {"kind": "lora", "save": "adapter"}}
+            {
+                "model": str(tiny_model),
+                "attention": "bidirectional",
+                "layers": 1,
+                "adapter": {"kind": "lora", "save": "adapter"},
+            }
         )
 
 
