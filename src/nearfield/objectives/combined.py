@@ -74,7 +74,8 @@ class Combined(Objective):
         total = torch.stack([batch.queries.sum() * 0, batch.documents.sum() * 0, *unused]).sum()
         losses = batch.queries.new_zeros(len(rows))
         for objective, _, weight, some, keep in self._batches(batch):
-            found: LossSum = objective(some)
+            # Not by calling the module: ZeRO 3 would take its parameters away again behind the call.
+            found: LossSum = objective.forward(some)
             factor = weight * denominator / found.denominator
             total = total + found.total * factor
             losses = losses.index_add(0, keep[rows].nonzero().squeeze(1), found.rows.to(losses.dtype) * factor)
@@ -88,7 +89,7 @@ class Combined(Objective):
         found: dict[str, float] = {}
         for objective, name, weight, some, _ in self._batches(replace(batch, rows=None)):
             # Of the watched rows alone: all would be the work of the step once more.
-            rows = objective(replace(some, rows=watched_rows(some))).rows
+            rows = objective.forward(replace(some, rows=watched_rows(some))).rows
             found |= {f"loss/{name}": float(rows.mean()), f"weight/{name}": weight}
             for figure, value in objective.watch(some).items():
                 found[figure if figure not in found else f"{figure}/{name}"] = value

@@ -160,7 +160,8 @@ class EmbeddingDistillation(Objective):
 
     def _distances(self, found: Tensor, wanted: Tensor) -> Tensor:
         if self.projection is not None:
-            found = self.projection(found)
+            # Not by calling the module: ZeRO 3 would take its parameters away again behind the call.
+            found = self.projection.forward(found)
         if found.shape[1] != wanted.shape[1]:
             raise BadInputError(
                 f"embeddings of {found.shape[1]} dimensions cannot be a teacher's of {wanted.shape[1]}",
