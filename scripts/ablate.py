@@ -226,11 +226,11 @@ def write_recipe(study: Study, arm: Arm, seed: int, work: Path) -> Path:
 Job = tuple[str, str, str, int, str]
 
 
-def prepared(study: Study, todo: list[tuple[Arm, int]], work: Path) -> Iterator[Job]:
+def prepared(study: Study, pending: list[tuple[Arm, int]], work: Path) -> Iterator[Job]:
     """The runs, each once its stages before the training are done: runs side by side must not make the same artifact."""
     from nearfield.pipeline import open_run, run_stages
 
-    for arm, seed in todo:
+    for arm, seed in pending:
         recipe = write_recipe(study, arm, seed, work)
         run_stages(open_run(recipe, (), work / "runs" / recipe.stem), "plan")
         yield str(study.path), arm.set, arm.name, seed, str(work)
@@ -381,7 +381,7 @@ def main() -> None:
     study = Study(given.study.resolve())
     if not given.report:
         work = given.work.resolve()
-        todo = [
+        pending = [
             (arm, seed)
             for seed in study.seeds
             for arm in study.arms
@@ -390,15 +390,15 @@ def main() -> None:
             and (not given.seeds or seed in given.seeds)
             and (arm.set, arm.name, seed) not in study.records
         ]
-        jobs = prepared(study, todo, work)
+        jobs = prepared(study, pending, work)
         context = multiprocessing.get_context("spawn")
         with context.Pool(given.processes) as pool:
             began = time.monotonic()
             for place, record in enumerate(pool.imap_unordered(_run_job, jobs), start=1):
                 study.add(record)
-                left = (time.monotonic() - began) / place * (len(todo) - place) / 60
+                left = (time.monotonic() - began) / place * (len(pending) - place) / 60
                 print(
-                    f"{place} of {len(todo)}: {record['set']} {record['arm']} seed {record['seed']}: {record['score']:.4f}, "
+                    f"{place} of {len(pending)}: {record['set']} {record['arm']} seed {record['seed']}: {record['score']:.4f}, "
                     f"{record['cpu_s']}; {left:.0f} min left",
                     flush=True,
                 )

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch, LossSum
 from nearfield.objectives.objective import Objective
-from nearfield.objectives.supervised import labelled_texts
+from nearfield.objectives.supervised import labelled_texts, row_places
 from nearfield.objectives.vectors import accumulation_dtype, tiles
 from nearfield.randomness import derive_seed
 
@@ -39,16 +38,9 @@ class Unicom(Objective):
 
     def forward(self, batch: ContrastiveBatch) -> LossSum:
         """The sum over this process's rows."""
-        if batch.labels is None:
-            raise BadInputError(
-                "this objective wants a label of each example, and the batch has none",
-                where="objective",
-                hint="Give it sources of labelled examples, and batches of one source.",
-            )
         texts, labels, owner = labelled_texts(batch)
         rows = batch.local_rows()
-        place = torch.full((len(batch.queries),), -1, dtype=torch.int64, device=rows.device)
-        place[rows] = torch.arange(len(rows), device=rows.device)
+        place = row_places(rows, len(batch.queries))
         mine = place[owner] >= 0
         with torch.autocast(batch.queries.device.type, enabled=False):
             vectors = torch.cat([batch.queries, batch.documents])[texts[mine]]

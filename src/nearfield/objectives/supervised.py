@@ -31,16 +31,9 @@ class SupCon(Objective):
 
     def forward(self, batch: ContrastiveBatch) -> LossSum:
         """The sum over this process's rows."""
-        if batch.labels is None:
-            raise BadInputError(
-                "this objective wants a label of each example, and the batch has none",
-                where="objective",
-                hint="Give it sources of labelled examples, and batches of one source.",
-            )
         texts, labels, owner = labelled_texts(batch)
         rows = batch.local_rows()
-        place = torch.full((len(batch.queries),), -1, dtype=torch.int64, device=rows.device)
-        place[rows] = torch.arange(len(rows), device=rows.device)
+        place = row_places(rows, len(batch.queries))
         anchors = (place[owner] >= 0).nonzero().squeeze(1)
         with torch.autocast(batch.queries.device.type, enabled=False):
             vectors = torch.cat([batch.queries, batch.documents])[texts]
@@ -74,9 +67,21 @@ class SupCon(Objective):
         return weights / weights.mean()
 
 
+def row_places(rows: Tensor, count: int) -> Tensor:
+    """(count,) where each query stands among this process's rows, -1 where another process has it."""
+    place = torch.full((count,), -1, dtype=torch.int64, device=rows.device)
+    place[rows] = torch.arange(len(rows), device=rows.device)
+    return place
+
+
 def labelled_texts(batch: ContrastiveBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Texts with a label, each once: (n,) places among queries and then documents, (n,) labels, (n,) whose row they are of."""
-    assert batch.labels is not None
+    if batch.labels is None:
+        raise BadInputError(
+            "this objective wants a label of each example, and the batch has none",
+            where="objective",
+            hint="Give it sources of labelled examples, and batches of one source.",
+        )
     documents = batch.document_labels
     if documents is None:
         documents = torch.where(batch.is_positive, batch.labels[batch.owner], -1)
@@ -93,4 +98,4 @@ def labelled_texts(batch: ContrastiveBatch) -> tuple[Tensor, Tensor, Tensor]:
     return texts, labels[texts], owner[texts]
 
 
-__all__ = ["SupCon", "labelled_texts"]
+__all__ = ["SupCon", "labelled_texts", "row_places"]

@@ -1,0 +1,76 @@
+"""The objectives that the equalities are checked for."""
+
+from __future__ import annotations
+
+from nearfield.objectives.config import (
+    FocalConfig,
+    HardnessConfig,
+    InfoNCEConfig,
+    MatryoshkaConfig,
+    MixingConfig,
+    ObjectiveSettings,
+    ScoreMaskConfig,
+    SpreadConfig,
+)
+from nearfield.objectives.kinds import (
+    CombinedConfig,
+    CoSENTConfig,
+    EmbeddingDistillationConfig,
+    PartConfig,
+    ScoreDistillationConfig,
+    SigLIPConfig,
+    SimCSEConfig,
+    SupConConfig,
+    TripletConfig,
+    UnicomConfig,
+)
+
+SEVERAL = "infonce and cosent at once, each of its source"
+WEIGHTED = "infonce, guide mask, examples with weights"
+OBJECTIVES: dict[str, ObjectiveSettings] = {
+    "infonce": InfoNCEConfig(temperature=0.1),
+    "infonce, both directions": InfoNCEConfig(temperature=0.1, both_directions=True),
+    "infonce, log-sum of positives": InfoNCEConfig(temperature=0.1, several_positives="log_sum"),
+    "infonce, own documents only": InfoNCEConfig(temperature=0.1, in_batch_negatives=False),
+    "infonce, learnt temperature": InfoNCEConfig(temperature=0.1, both_directions=True, learn_temperature=True),
+    "infonce, four directions in tiles": InfoNCEConfig(
+        temperature=0.1,
+        directions=("query_document", "query_query", "document_query", "document_document"),
+        implementation="blockwise",
+    ),
+    "infonce, score mask, hardness, focal": InfoNCEConfig(
+        temperature=0.1,
+        score_mask=ScoreMaskConfig(margin=0.3),
+        hardness=HardnessConfig(alpha=2.0, detach=False),
+        focal=FocalConfig(detach=False),
+    ),
+    "infonce, mixing, prefixes, spread": InfoNCEConfig(
+        temperature=0.1,
+        mixing=MixingConfig(),
+        matryoshka=MatryoshkaConfig(dimensions=(8, 16)),
+        spread=SpreadConfig(),
+    ),
+    "infonce, queue of earlier positives": InfoNCEConfig(temperature=0.1, queue=4),
+    WEIGHTED: InfoNCEConfig(temperature=0.1, guide_mask=ScoreMaskConfig()),
+    "cosent": CoSENTConfig(),
+    "triplet": TripletConfig(margin=1.0),
+    "supcon": SupConConfig(class_weights="inverse"),
+    "siglip": SigLIPConfig(),
+    "unicom, a part of prototypes and features": UnicomConfig(classes=0.8, features=0.5),
+    "simcse": SimCSEConfig(),
+    "distillation of scores, own and in batch": CombinedConfig(
+        parts=(
+            PartConfig(objective=ScoreDistillationConfig()),
+            PartConfig(objective=ScoreDistillationConfig(loss="margin_mse")),
+            PartConfig(objective=ScoreDistillationConfig(teacher="vectors", candidates="in_batch")),
+        )
+    ),
+    "distillation of embeddings, projected": EmbeddingDistillationConfig(),
+    SEVERAL: CombinedConfig(
+        parts=(
+            PartConfig(objective=InfoNCEConfig(temperature=0.1, learn_temperature=True), sources=("a",)),
+            PartConfig(objective=CoSENTConfig(), sources=("b",), weight=0.8),
+        )
+    ),
+}
+"""Every shipped objective, with the options that change which cells of the logits count."""
