@@ -21,12 +21,15 @@ from nearfield.encoders.build import build_encoder, folder_revision, save_encode
 from nearfield.encoders.domains import activate, bottleneck_places, load_adapters, using, weights_hash
 from nearfield.encoders.packing import embed, packed_features, packing_kind, padded_features
 from nearfield.errors import BadInputError
+from nearfield.randomness import derive_seed
 from tests.encoders.tiny import DECODERS, draw_rows, save_tiny
 
 TEXTS = ["word1 word2 word3", "word4", "word5 word6 word7 word8 word9 word10"]
 CPU = torch.device("cpu")
 LORA = {"kind": "lora", "r": 2}
 BOTTLENECK = {"kind": "bottleneck", "width": 4}
+PREFIX = {"kind": "prefix", "length": 3}
+OURS = pytest.mark.parametrize("adapter", [BOTTLENECK, PREFIX], ids=["bottleneck", "prefix"])
 ENDS = {
     "bert": ("attention.output.dense", "output.dense"),
     "modernbert": ("attn.Wo", "mlp.Wo"),
@@ -115,9 +118,10 @@ def test_a_bottleneck_is_what_it_says(tiny_model: Path) -> None:
     torch.testing.assert_close(seen[0], plain + inside @ adapter.up.weight.T + adapter.up.bias)
 
 
-def test_off_is_the_base_to_the_bit(tiny_model: Path) -> None:
+@OURS
+def test_off_is_the_base_to_the_bit(tiny_model: Path, adapter: Any) -> None:
     base = built(tiny_model).encode(TEXTS)
-    model = trained(tiny_model, BOTTLENECK)
+    model = trained(tiny_model, adapter)
     moved = model.encode(TEXTS)
     assert np.abs(moved - base).max() > 1e-3
     with using(model, None):
@@ -129,7 +133,8 @@ def test_off_is_the_base_to_the_bit(tiny_model: Path) -> None:
         for parameter in model[0].adapters.parameters():
             parameter.zero_()
     np.testing.assert_array_equal(twin.encode(TEXTS), moved)
-    np.testing.assert_array_equal(model.encode(TEXTS), base)
+    if adapter is BOTTLENECK:
+        np.testing.assert_array_equal(model.encode(TEXTS), base)
     with pytest.raises(BadInputError, match="there is no adapter 'law'"):
         activate(model, "law")
 
@@ -146,8 +151,9 @@ def test_packed_texts_go_through_the_adapters(tmp_path: Path, architecture: str)
     torch.testing.assert_close(packed, padded, atol=1e-4 * float(padded.abs().max()), rtol=0)
 
 
-def test_saved_with_the_base(tiny_model: Path, tmp_path: Path) -> None:
-    model = trained(tiny_model, BOTTLENECK)
+@OURS
+def test_saved_with_the_base(tiny_model: Path, tmp_path: Path, adapter: Any) -> None:
+    model = trained(tiny_model, adapter)
     vectors = model.encode(TEXTS)
     save_encoder(model, tmp_path / "saved")
     with pytest.raises(ValueError, match="trust_remote_code"):
@@ -160,8 +166,9 @@ def test_saved_with_the_base(tiny_model: Path, tmp_path: Path) -> None:
     assert str(tiny_model) not in (tmp_path / "saved" / "adapters.json").read_text()
 
 
-def test_saved_alone(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = trained(tiny_model, {**BOTTLENECK, "save": "adapter"})
+@OURS
+def test_saved_alone(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: Any) -> None:
+    model = trained(tiny_model, {**adapter, "save": "adapter"})
     model.max_seq_length = 20
     vectors = model.encode(TEXTS)
     saved = tmp_path / "run" / "model"
@@ -187,7 +194,11 @@ def test_saved_alone(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.Monke
     np.testing.assert_array_equal(plain.encode(TEXTS), vectors)
 
 
-@pytest.mark.parametrize("adapter", [LORA, {**LORA, "use_dora": True}, BOTTLENECK], ids=["lora", "dora", "bottleneck"])
+@pytest.mark.parametrize(
+    "adapter",
+    [LORA, {**LORA, "use_dora": True}, BOTTLENECK, PREFIX],
+    ids=["lora", "dora", "bottleneck", "prefix"],
+)
 def test_domains_switched_on_one_base(tiny_model: Path, tmp_path: Path, adapter: Any) -> None:
     vectors = {}
     for seed, name in enumerate(("law", "health"), start=1):
@@ -228,3 +239,85 @@ def test_kinds_do_not_mix(tiny_model: Path, tmp_path: Path) -> None:
         load_adapters(loaded, {n: tmp_path / n for n in ("law", "health")})
     with pytest.raises(BadInputError, match="does not hold an adapter alone"):
         load_adapters(loaded, {"law": tiny_model})
+    mixed = load_encoder(str(tiny_model), device="cpu")
+    save_encoder(trained(tiny_model, {**PREFIX, "save": "adapter"}), tmp_path / "prefix", adapter="adapter")
+    load_adapters(mixed, {n: tmp_path / n for n in ("health", "prefix")})
+    with using(mixed.model, "prefix"):
+        np.testing.assert_allclose(mixed.model.encode(TEXTS), trained(tiny_model, PREFIX).encode(TEXTS), atol=1e-6)
+    with using(mixed.model, "health"):
+        np.testing.assert_allclose(mixed.model.encode(TEXTS), built(tiny_model, BOTTLENECK).encode(TEXTS), atol=1e-6)
+
+
+def test_adapters_of_ours_are_not_merged(tiny_model: Path) -> None:
+    for adapter in (BOTTLENECK, PREFIX):
+        with pytest.raises(BadInputError, match="cannot be merged into the weights"):
+            merge_adapter(built(tiny_model, adapter))
+    with pytest.raises(BadInputError, match="no adapter that could be merged"):
+        merge_adapter(built(tiny_model))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "mpnet", "modernbert", *DECODERS])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_prefix_in_every_architecture(tmp_path: Path, architecture: str, side: str) -> None:
+    folder = save_tiny(tmp_path, architecture)
+    plain = built(folder)
+    if side == "left":
+        plain.tokenizer.padding_side = "left"
+        plain.save_pretrained(str(tmp_path / "left"), create_model_card=False)
+        folder = tmp_path / "left"
+    model = built(folder, PREFIX)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {"0.adapters.default.states"}
+    rows = [row % 199 + 5 for row in draw_rows([5, 1, 9])]
+    pad = plain.tokenizer.pad_token_id
+
+    def vectors(model: Any, rows: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return embed(model, padded_features(rows, pad_token=pad, side=side, device=CPU, prompt_length=0))
+
+    together = vectors(model, rows)
+    scale = float(together.abs().max())
+    for row, vector in zip(rows, together, strict=True):
+        torch.testing.assert_close(vectors(model, [row])[0], vector, atol=1e-4 * scale, rtol=0)
+    assert float((together - vectors(plain, rows)).abs().max()) > 1e-3
+    assert packing_kind(model, CPU) is None
+    model(padded_features(rows, pad_token=pad, side=side, device=CPU, prompt_length=0))[
+        "sentence_embedding"
+    ].square().sum().backward()
+    assert bool((model[0].adapters["default"].states.grad.abs().amax((1, 2)) > 0).all()), "every layer's states learn"
+
+
+def test_a_prefix_of_words_is_what_a_decoder_reads_before_the_text(tmp_path: Path) -> None:
+    """At its beginning the prefix is the states of words: a causal decoder gives what it gives behind those words."""
+    model = built(save_tiny(tmp_path, "llama"), PREFIX, attention="causal")
+    base = built(tmp_path, attention="causal")
+    words = np.random.Generator(np.random.PCG64(derive_seed(0, "prefix"))).integers(0, 205, 3).astype(np.int32)
+    row = draw_rows([6])[0]
+    n = model[0].model.config.num_hidden_layers
+    with torch.no_grad():
+        # Where texts are counted from behind the prefix, as the words themselves would have them.
+        model[0].model.forward = shifted(model[0].model.forward, 3)
+        found = model[0](padded_features([row], pad_token=0, side="right", device=CPU, prompt_length=0))
+        longer = np.concatenate([words, row])
+        wanted = base[0](padded_features([longer], pad_token=0, side="right", device=CPU, prompt_length=0))
+    assert n == 2
+    torch.testing.assert_close(found["token_embeddings"][0], wanted["token_embeddings"][0, 3:], atol=1e-5, rtol=1e-5)
+
+
+def shifted(forward: Any, count: int) -> Any:
+    def wrapped(input_ids: Any, attention_mask: Any, position_ids: Any, **kwargs: Any) -> Any:
+        position_ids = torch.arange(input_ids.shape[1])[None]
+        return forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    return wrapped
+
+
+def test_the_prefix_is_not_pooled_and_takes_no_place(tiny_model: Path) -> None:
+    model = built(tiny_model, PREFIX)
+    limit = model[0].model.config.max_position_embeddings
+    row = (np.arange(limit) % 190 + 5).astype(np.int32)
+    features = padded_features([row], pad_token=0, side="right", device=CPU, prompt_length=0)
+    with torch.no_grad():
+        found = model(dict(features))
+    assert found["token_embeddings"].shape[1] == limit
+    torch.testing.assert_close(found["sentence_embedding"][0], found["token_embeddings"][0].mean(0))

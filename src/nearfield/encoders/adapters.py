@@ -167,6 +167,15 @@ def merge_adapter(model: SentenceTransformer) -> None:
     """Add the adapter to the weights it stands on and take it off, in place; the weights can be trained again."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if not has_adapter(model):
+        ours = bool(getattr(model[0], "adapters", None))
+        raise BadInputError(
+            "bottlenecks and prefixes are no sums of weights, so they cannot be merged into the weights of their base"
+            if ours
+            else "this model has no adapter that could be merged",
+            where="adapter",
+            hint="save_encoder keeps base and adapter in one folder." if ours else None,
+        )
     transformer = model[0].auto_model
     for name, module in list(transformer.named_modules()):
         if isinstance(module, BaseTunerLayer):

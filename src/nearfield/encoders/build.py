@@ -24,7 +24,7 @@ from nearfield.encoders.adapters import (
 )
 from nearfield.encoders.checks import check_folder, check_weights, load_error
 from nearfield.encoders.config import EncoderConfig
-from nearfield.encoders.domains import add_bottleneck, has_bottlenecks, saved_alone, weights_hash
+from nearfield.encoders.domains import add_bottleneck, add_prefix, has_bottlenecks, saved_alone, weights_hash
 from nearfield.encoders.gguf import gguf_file, load_gguf
 from nearfield.encoders.heads import own_modules, set_heads, ship_modules
 from nearfield.encoders.offline import find_offline
@@ -311,6 +311,8 @@ def build_encoder(
         base = AdapterBase(loaded.name, loaded.revision, weights_hash(loaded.path, loaded.revision))
         if config.adapter.kind == "lora":
             add_lora(model, config.adapter, base, seed)
+        elif config.adapter.kind == "prefix":
+            add_prefix(model, config.adapter, base, seed)
         else:
             add_bottleneck(model, config.adapter, base, seed)
     return loaded

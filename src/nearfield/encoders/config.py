@@ -82,7 +82,28 @@ class BottleneckConfig(Config):
         return "none"
 
 
-AdapterConfig = Annotated[LoRAConfig | BottleneckConfig, Field(discriminator="kind")]
+class PrefixConfig(Config):
+    """Train vectors that stand before the text in every layer, and leave the transformer as it is (prefix tuning, arXiv
+    2101.00190, in the form of P-tuning v2, arXiv 2110.07602).
+
+    They are attended to and never pooled. Unlike the other kinds they begin as something: the states of words drawn at
+    random. They cannot be added to the weights: their file is saved with the model, which plain sentence-transformers then
+    loads with ``trust_remote_code=True`` only; and texts are padded, not packed.
+    """
+
+    kind: Literal["prefix"] = "prefix"
+    length: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Vectors before the text, in each layer."""
+    save: Literal["merged", "adapter"] = "merged"
+    """``merged`` saves base and adapter in one folder, ``adapter`` the adapter alone, which loads where its base is found."""
+
+    @property
+    def quantize(self) -> Literal["none"]:
+        """The base is held as it is."""
+        return "none"
+
+
+AdapterConfig = Annotated[LoRAConfig | BottleneckConfig | PrefixConfig, Field(discriminator="kind")]
 
 
 class AttentionPoolingConfig(Config):

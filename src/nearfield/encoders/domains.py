@@ -1,4 +1,4 @@
-"""Bottleneck adapters put on, and several adapters on one base, switched when texts are encoded (arXiv 2307.03104)."""
+"""Bottleneck and prefix adapters put on, and several adapters on one base, switched when texts are encoded (arXiv 2307.03104)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from nearfield.encoders.adapters import (
     joined_with_base,
     lora_targets,
 )
-from nearfield.encoders.config import BottleneckConfig
-from nearfield.encoders.layers import LAYER
+from nearfield.encoders.config import BottleneckConfig, PrefixConfig
+from nearfield.encoders.layers import LAYER, layers_of
 from nearfield.errors import BadInputError
 from nearfield.files import hash_folder, read_json
+from nearfield.randomness import generator
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from torch import Tensor
 
     from nearfield.encoders.build import LoadedEncoder
+    from nearfield.encoders.shipped.nearfield_adapters import AdaptedTransformer
 
 _DEFAULT = "default"
 
@@ -93,32 +96,124 @@ def add_bottleneck(model: SentenceTransformer, config: BottleneckConfig, base: A
     """Put fresh adapters on the transformer, whose own weights are no longer trained; they change nothing yet."""
     import torch
 
+    _check_plain(model, "bottleneck")
+    places = bottleneck_places(model, config.places)
+    adapted = _adapted(model, base)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted.add_adapter(_DEFAULT, places, config.width, config.activation)
+    model[0] = adapted
+
+
+def add_prefix(model: SentenceTransformer, config: PrefixConfig, base: AdapterBase, seed: int) -> None:
+    """Put a fresh prefix before the text in every layer, whose own weights are no longer trained.
+
+    It begins as the states that words drawn from ``seed`` have in each layer. A model in which padding would change a text's
+    embedding with a prefix is refused.
+    """
+    import torch
+
+    _check_plain(model, "prefix")
+    transformer = model[0].auto_model
+    layers = layers_of(transformer, "encoder.adapter")
+    states = _states_of_words(transformer, layers, config.length, seed)
+    adapted = _adapted(model, base)
+    adapted.add_prefix(_DEFAULT, layers, config.length)
+    with torch.no_grad():
+        prefix: Any = adapted.adapters[_DEFAULT]
+        prefix.states.copy_(states)
+    model[0] = adapted
+    _check_prefix(model)
+
+
+def _check_plain(model: SentenceTransformer, kind: str) -> None:
     from nearfield.encoders.shipped.nearfield_adapters import AdaptedTransformer
 
     if not hasattr(model[0], "auto_model") or isinstance(model[0], AdaptedTransformer):
         raise BadInputError(
-            "bottleneck adapters are put on a plain transformer, and the model's first module is a "
-            f"{type(model[0]).__name__}",
+            f"{kind} adapters are put on a plain transformer, and the model's first module is a {type(model[0]).__name__}",
             where="encoder.adapter",
         )
-    places = bottleneck_places(model, config.places)
+
+
+def _adapted(model: SentenceTransformer, base: AdapterBase) -> AdaptedTransformer:
+    """The model's transformer, of which nothing is trained, with a place for adapters."""
+    from nearfield.encoders.shipped.nearfield_adapters import AdaptedTransformer
+
     adapted = AdaptedTransformer.around(model[0])
     adapted.model.requires_grad_(False)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        adapted.add_adapter(_DEFAULT, places, config.width, config.activation)
     adapted.base = asdict(base)
-    model[0] = adapted
+    return adapted
+
+
+def _states_of_words(transformer: Any, layers: list[str], length: int, seed: int) -> Tensor:
+    """(layers, length, d) float32: what each layer is given when it reads words drawn from a seed."""
+    import torch
+
+    from nearfield.encoders.packing import evaluating
+
+    size = int(transformer.get_input_embeddings().num_embeddings)
+    words = torch.from_numpy(generator(seed, "prefix").integers(0, size, (1, length))).to(transformer.device)
+    given: list[Tensor] = []
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        given.append((args[0] if args else kwargs["hidden_states"]).detach().float())
+
+    hooks = [transformer.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True) for name in layers]
+    try:
+        with torch.no_grad(), evaluating(transformer):
+            transformer(input_ids=words, attention_mask=torch.ones_like(words))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(given)
+
+
+def _check_prefix(model: SentenceTransformer) -> None:
+    """Refuse a model in which a prefix does nothing, or in which a text has another embedding beside a longer one."""
+    import torch
+
+    from nearfield.encoders.packing import embed, evaluating, padded_features, random_tokens
+
+    transformer, tokenizer = model[0].auto_model, model.tokenizer
+    tokens = random_tokens(transformer, 13)
+    short, long = tokens[:4], tokens[4:]
+
+    def embeddings(rows: list[Any]) -> Tensor:
+        pad, side = getattr(tokenizer, "pad_token_id", None) or 0, getattr(tokenizer, "padding_side", "right")
+        return embed(
+            model, padded_features(rows, pad_token=pad, side=side, device=transformer.device, prompt_length=0)
+        ).double()
+
+    name = type(transformer).__name__
+    with torch.no_grad(), torch.random.fork_rng(), evaluating(model):
+        try:
+            alone, together = embeddings([short])[0], embeddings([short, long])[0]
+            with using(model, None, afterwards=_DEFAULT):
+                bare = embeddings([short])[0]
+        except Exception as error:  # whatever an unknown architecture raises means that it takes no prefix
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise BadInputError(f"{name} takes no prefix ({reason})", where="encoder.adapter") from error
+    scale = float(alone.abs().max())
+    half = next(transformer.parameters()).dtype in (torch.float16, torch.bfloat16)
+    if float((alone - bare).abs().max()) <= 1e-6 * scale:
+        raise BadInputError(f"a prefix changes nothing in {name}", where="encoder.adapter")
+    if float((alone - together).abs().max()) > (0.05 if half else 1e-4) * scale:
+        raise BadInputError(
+            f"with a prefix, padding changes the embeddings of {name}",
+            where="encoder.adapter",
+            hint="Use kind: bottleneck or lora, or a tokenizer that pads on the other side.",
+        )
 
 
 def has_bottlenecks(model: SentenceTransformer) -> bool:
-    """Whether the transformer has bottleneck adapters."""
+    """Whether the transformer has adapters of ours, bottlenecks or prefixes, which are no part of its weights."""
     return bool(getattr(model[0], "adapters", None))
 
 
 @contextlib.contextmanager
 def saved_alone(model: SentenceTransformer, alone: bool) -> Iterator[None]:
-    """Let a model with bottleneck adapters be saved without its base for the time of a block."""
+    """Let a model with adapters of ours be saved without its base for the time of a block."""
     module: Any = model[0]
     if not has_bottlenecks(model):
         yield
@@ -132,10 +227,10 @@ def saved_alone(model: SentenceTransformer, alone: bool) -> Iterator[None]:
 
 
 def load_adapters(encoder: LoadedEncoder, folders: Mapping[str, str | Path]) -> None:
-    """Put several saved adapters, low-rank or bottleneck, on one loaded base, each under its name; none is active then.
+    """Put several saved adapters on one loaded base, each under its name; none is active then.
 
-    Raises :class:`BadInputError` for an adapter that was trained on another base (another name, revision or weights),
-    that is not alone in its folder, or that stands beside one of the other kind.
+    Raises :class:`BadInputError` for an adapter that was trained on another base (another name, revision or weights), that is
+    not alone in its folder, or where low-rank ones stand beside bottlenecks or prefixes.
     """
     from nearfield.encoders.shipped.nearfield_adapters import WEIGHTS, AdaptedTransformer
 
@@ -145,7 +240,7 @@ def load_adapters(encoder: LoadedEncoder, folders: Mapping[str, str | Path]) -> 
     )
     kinds = {name: (Path(folder) / BOTTLENECKS).is_file() for name, folder in folders.items()}
     if len(set(kinds.values())) > 1:
-        raise BadInputError("low-rank and bottleneck adapters cannot stand on one model together", where="adapters")
+        raise BadInputError("low-rank and other adapters cannot stand on one model together", where="adapters")
     for name, place in folders.items():
         folder = Path(place)
         stands_on = adapter_base(folder)
@@ -205,10 +300,12 @@ def activate(model: SentenceTransformer, name: str | None) -> None:
 
 
 @contextlib.contextmanager
-def using(model: SentenceTransformer, name: str | None) -> Iterator[SentenceTransformer]:
-    """Encode with the adapter of this name for the time of a block, with the base alone afterwards."""
+def using(
+    model: SentenceTransformer, name: str | None, *, afterwards: str | None = None
+) -> Iterator[SentenceTransformer]:
+    """Encode with the adapter of this name for the time of a block, with the base alone (or another one) afterwards."""
     activate(model, name)
     try:
         yield model
     finally:
-        activate(model, None)
+        activate(model, afterwards)

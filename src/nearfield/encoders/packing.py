@@ -216,7 +216,9 @@ def packing_kind(model: SentenceTransformer, device: torch.device, *, bf16: bool
         ("last_hidden_state",),
         ["last_hidden_state"],
     )
-    if transformer is None or not plain or not _windows_known(model, transformer):
+    # A prefix stands in padded rows: packed texts would pass it by.
+    prefixed = bool(getattr(model[0], "prefix_length", 0))
+    if transformer is None or prefixed or not plain or not _windows_known(model, transformer):
         return None
     half = bf16 or next(transformer.parameters()).dtype in (torch.float16, torch.bfloat16)
     kinds: list[PackingKind] = ["block"]

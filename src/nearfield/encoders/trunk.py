@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nearfield.encoders.layers import layers_of
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -14,24 +15,13 @@ _TRIAL = "a text of some words"
 
 def keep_layers(model: SentenceTransformer, count: int) -> None:
     """Keep the transformer's first ``count`` layers; the norm after the last one stays where it has one."""
-    from torch import nn
-
     transformer = model[0].auto_model
     config = transformer.config
     present = int(config.num_hidden_layers)
     if count > present:
         raise BadInputError(f"the model has {present} layers, not {count}", where="encoder.layers")
-    lists = [
-        (name, module)
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == present and "." not in name.removeprefix("encoder.")
-    ]
-    if len(lists) != 1:
-        raise BadInputError(
-            f"it is not clear which modules are the layers of {type(transformer).__name__}", where="encoder.layers"
-        )
-    name, layers = lists[0]
-    transformer.set_submodule(name, layers[:count])
+    name = layers_of(transformer, "encoder.layers")[0].rpartition(".")[0]
+    transformer.set_submodule(name, transformer.get_submodule(name)[:count])
     config.num_hidden_layers = count
     for key in ("layer_types", "no_rope_layers", "mlp_layer_types"):
         kinds = getattr(config, key, None)

@@ -1,14 +1,16 @@
-"""A transformer with bottleneck adapters, for sentence-transformers. This file travels with the models that use it.
+"""A transformer with bottleneck or prefix adapters, for sentence-transformers. This file travels with the models that use it.
 
 It needs torch, safetensors and sentence-transformers only. ``SentenceTransformer(folder, trust_remote_code=True)`` runs it.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers.base.modules.module import Module
 from sentence_transformers.base.modules.transformer import Transformer
@@ -36,6 +38,33 @@ class Bottleneck(nn.Module):
         return hidden + changed.to(hidden.dtype)
 
 
+class Prefix(nn.Module):
+    """Learnt states that stand before the text in every layer (P-tuning v2, arXiv 2110.07602; prefix tuning, 2101.00190)."""
+
+    def __init__(self, layers: int, length: int, dimension: int) -> None:
+        super().__init__()
+        self.states = nn.Parameter(torch.zeros(layers, length, dimension))
+
+
+class _Fill:
+    """Puts the active prefix's states of one layer where the text of a prefix stands in what the layer is given."""
+
+    def __init__(self, owner: AdaptedTransformer, place: str) -> None:
+        self.owner = owner
+        self.place = place
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rows = self.owner.prefix_rows
+        if rows is None or self.owner.active is None:
+            return None
+        layers = self.owner.settings[self.owner.active]["layers"]
+        prefix: Any = self.owner.adapters[self.owner.active]
+        states: Tensor = prefix.states[layers.index(self.place)]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        filled = hidden.scatter(1, rows, states.to(hidden.dtype).expand(len(hidden), -1, -1))
+        return ((filled, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": filled})
+
+
 def _key(place: str) -> str:
     """A module's name as a key, which may hold no dot."""
     return place.replace(".", "__")
@@ -50,10 +79,16 @@ class _Insert:
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         active = self.owner.active
-        if active is None or self.place not in self.owner.settings[active]["places"]:
+        if active is None or self.place not in self.owner.settings[active].get("places", ()):
             return output
         adapter = self.owner.adapters.get_submodule(f"{active}.{_key(self.place)}")
         return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
+
+
+def _first_position(model: Any) -> int:
+    """The position of a text's first token: RoBERTa's kin count from behind the padding token's number."""
+    embeddings: Any = getattr(model, "embeddings", None)
+    return int(embeddings.padding_idx) + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
 
 
 class AdaptedTransformer(Transformer):  # type: ignore[misc]
@@ -70,7 +105,10 @@ class AdaptedTransformer(Transformer):  # type: ignore[misc]
         self.base: dict[str, Any] | None = None
         """Name, revision and weight hash of the model that the adapters stand on."""
         self.saves_base = True
+        self.prefix_rows: Tensor | None = None
+        """(n, p, d) while texts are encoded with a prefix: which tokens of each are the prefix's."""
         self._places: set[str] = set()
+        self._layers: set[str] = set()
 
     @classmethod
     def around(cls, transformer: Transformer) -> AdaptedTransformer:
@@ -93,6 +131,63 @@ class AdaptedTransformer(Transformer):  # type: ignore[misc]
         self.adapters[name] = made
         self.settings[name] = {"places": list(places), "width": width, "activation": activation}
         self.active = name
+
+    def add_prefix(self, name: str, layers: list[str], length: int) -> None:
+        """Put a prefix of so many tokens, of zeros, before the text in each of the named layers, and let it be active."""
+        weight = next(self.model.parameters())
+        self.adapters[name] = Prefix(len(layers), length, int(self.model.config.hidden_size)).to(weight.device)
+        for layer in layers:
+            if layer not in self._layers:
+                self._layers.add(layer)
+                self.model.get_submodule(layer).register_forward_pre_hook(_Fill(self, layer), with_kwargs=True)
+        self.settings[name] = {"kind": "prefix", "layers": list(layers), "length": length}
+        self.active = name
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens of the active prefix; 0 where there is none."""
+        return 0 if self.active is None else int(self.settings[self.active].get("length", 0))
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """As sentence-transformers' own; what is given back are the text's tokens alone, without those of a prefix."""
+        count = self.prefix_length
+        if not count:
+            plain: dict[str, Any] = super().forward(features, **kwargs)
+            return plain
+        ids, mask = features["input_ids"], features["attention_mask"]
+        n, length = ids.shape
+        # The prefix stands right before the text, behind what is padded on the left.
+        begins = mask.long().argmax(1, keepdim=True)
+        place = torch.arange(length, device=ids.device).expand(n, -1)
+        text = torch.where(place < begins, place, place + count)
+        rows = begins + torch.arange(count, device=ids.device)
+        # Any word but the padding: what it looks up is replaced.
+        word = 1 if getattr(self.model.config, "pad_token_id", None) == 0 else 0
+        longer = ids.new_full((n, length + count), word).scatter(1, text, ids)
+        seen = mask.new_ones((n, length + count)).scatter(1, text, mask)
+        given = {**features, "input_ids": longer, "attention_mask": seen}
+        for name in ("token_type_ids", "position_ids"):
+            given.pop(name, None)
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
+            # Texts have the positions that they have without a prefix, so that none is too long with it.
+            own = (mask.long().cumsum(1) - 1).clamp(min=0)
+            given["position_ids"] = torch.zeros_like(longer).scatter(1, text, own) + _first_position(self.model)
+        if "token_type_ids" in features:
+            types = features["token_type_ids"]
+            given["token_type_ids"] = types.new_zeros((n, length + count)).scatter(1, text, types)
+        self.prefix_rows = rows[:, :, None].expand(-1, -1, int(self.model.config.hidden_size))
+        try:
+            found = super().forward(given, **kwargs)
+        finally:
+            self.prefix_rows = None
+
+        def of_text(states: Tensor) -> Tensor:
+            return states.gather(1, text[:, :, None].expand(-1, -1, states.shape[-1]))
+
+        features[self.module_output_name] = of_text(found[self.module_output_name])
+        if "all_layer_embeddings" in found:
+            features["all_layer_embeddings"] = tuple(of_text(states) for states in found["all_layer_embeddings"])
+        return features
 
     def activate(self, name: str | None) -> None:
         """Encode with this adapter from now on, or with the base alone."""
@@ -118,7 +213,10 @@ class AdaptedTransformer(Transformer):  # type: ignore[misc]
         tensors = load_file(weights)
         for name, each in settings["adapters"].items():
             called = rename or name
-            self.add_adapter(called, each["places"], each["width"], each["activation"])
+            if each.get("kind") == "prefix":
+                self.add_prefix(called, each["layers"], each["length"])
+            else:
+                self.add_adapter(called, each["places"], each["width"], each["activation"])
             own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
             self.adapters[called].load_state_dict(own)
 
