@@ -2,7 +2,7 @@
 
     python scripts/bench_step.py --json step.json
     python scripts/bench_step.py --dropout off
-    python scripts/bench_step.py --cached --batch 512
+    python scripts/bench_step.py --cached --batch 128
 
 The peer is MultipleNegativesRankingLoss (with --cached its cached form) as its trainer runs it: each column padded to
 its longest text, loss, backward, clipping to 1, AdamW. Each side lives in a process of its own, as in a real training, and they
