@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfield.objectives.masks import Block, Excluded, excluded_cells, scale_products
+from nearfield.objectives.masks import Block, scale_products
 from nearfield.objectives.problem import Problem, RowStatistics, Statistics, floor
+from nearfield.objectives.tile_work import Running, tile_work
 from nearfield.objectives.vectors import PAIRS_AT_ONCE, SMALLEST_NORM, Side, Vectors, tiles
 
 
@@ -103,24 +104,9 @@ def _folds(vectors: Vectors, block: Block) -> bool:
     return len(vectors.prefixes) == 1 and block.limit is None
 
 
-def _finish(
-    block: Block, number: int, tile: Tensor, factor: Tensor, low: int, high: int, out: Excluded, folded: bool
-) -> None:
-    """Scores -> logits in place; cells that are no candidates become minus infinity."""
-    if folded:
-        out.fill(tile, -torch.inf)
-        return
-    if block.limit is not None:
-        out = Excluded(out.row, out.column, _either(tile > block.limit[number, low:high, None], out.mask))
-    out.fill(tile.mul_(factor[:, None]), -torch.inf)
-
-
-def _either(first: Tensor, second: Tensor | None) -> Tensor:
-    return first if second is None else first | second
-
-
 def forward_block(problem: Problem, block: Block, scale: Tensor, work: Workspace) -> tuple[Tensor, Tensor, Tensor]:
-    vectors, lowest = problem.vectors, floor(problem.vectors.dtype)
+    """(M, R) logarithms of sums; sums and numbers of logits, of no row where these are not asked for."""
+    vectors, lowest, do = problem.vectors, floor(problem.vectors.dtype), tile_work(problem.triton)
     shape = (len(vectors.prefixes), len(block.rows))
     highest, summed = scale.new_full(shape, lowest), scale.new_zeros(shape)
     total, count = (scale.new_zeros(shape if problem.sums else 0) for _ in range(2))
@@ -131,20 +117,17 @@ def forward_block(problem: Problem, block: Block, scale: Tensor, work: Workspace
         for start, stop in tiles(len(block.columns), problem.tile):
             products, _ = _logits(problem, block, rows, (low, high, start, stop), factor, work)
             scale_products(vectors, block, part, block.columns.part(start, stop), products)
-            out = excluded_cells(block, low, high, start, stop)
+            out = do.cells(block, low, high, start, stop)
             for number, tile in enumerate(products):
-                _finish(block, number, tile, factor, low, high, out, folded)
-                if problem.sums:
-                    kept = tile > -torch.inf
-                    total[number, low:high] += torch.where(kept, tile, 0).sum(dim=1)
-                    count[number, low:high] += kept.sum(dim=1)
-                before = highest[number, low:high]
-                now = torch.maximum(before, tile.amax(dim=1))
-                here = tile.sub_(now[:, None]).exp_().sum(dim=1)
-                summed[number, low:high].mul_((before - now).exp_()).add_(here)
-                highest[number, low:high] = now
+                sums = (total[number, low:high], count[number, low:high]) if problem.sums else (None, None)
+                running = Running(highest[number, low:high], summed[number, low:high], *sums)
+                do.add(tile, out, None if folded else factor, _limit(block, number, low, high), running)
     log_sum = torch.where(summed > 0, highest + summed.log(), lowest)
     return log_sum, total, count
+
+
+def _limit(block: Block, number: int, low: int, high: int) -> Tensor | None:
+    return None if block.limit is None else block.limit[number, low:high]
 
 
 def backward_block(
@@ -165,7 +148,13 @@ def backward_block(
     slopes = factors if block.hardness_gradient else scale
     # A row without candidates has no cell that is not minus infinity: any shift will do.
     shift = torch.where(log_sum > floor(vectors.dtype), log_sum, 0)
-    segments = vectors.segments()
+    segments, do = vectors.segments(), tile_work(problem.triton)
+
+    def weigh(tile: Tensor, number: int, low: int, high: int, out: Any) -> Tensor:
+        total = upstream_total[number, low:high] if problem.sums else None
+        limit, factor = _limit(block, number, low, high), None if folded else factors[low:high]
+        return do.weigh(tile, out, factor, limit, shift[number, low:high], upstream[number, low:high], total)
+
     for low, high in tiles(len(block.rows), problem.tile):
         part = block.rows.part(low, high)
         rows, factor = vectors.take(block.rows.side, part), factors[low:high]
@@ -173,12 +162,11 @@ def backward_block(
         for start, stop in tiles(len(block.columns), problem.tile):
             where = block.columns.part(start, stop)
             products, columns = _logits(problem, block, rows, (low, high, start, stop), factor, work)
-            out = excluded_cells(block, low, high, start, stop)
+            out = do.cells(block, low, high, start, stop)
             column_gradient = sink.of_columns(block, start, stop)
             if len(segments) == 1:
                 tile = products[0]
-                _finish(block, 0, tile, factor, low, high, out, folded)
-                weight = _probabilities(problem, tile, 0, low, high, shift, upstream, upstream_total)
+                weight = weigh(tile, 0, low, high, out)
                 back = tile @ columns
                 if scale_wanted:
                     found[low:high] += weight * (back * rows).sum(dim=1)
@@ -192,8 +180,7 @@ def backward_block(
                 product = products[number]
                 torch.mul(product, 1, out=tile)
                 _scale_one(vectors, block, part, where, number, tile)
-                _finish(block, number, tile, factor, low, high, out, folded)
-                weight = _probabilities(problem, tile, number, low, high, shift, upstream, upstream_total)
+                weight = weigh(tile, number, low, high, out)
                 tile.mul_((weight * slopes[low:high])[:, None])
                 _scale_one(vectors, block, part, where, number, tile)
                 dots = product.mul_(tile)
@@ -218,27 +205,6 @@ def _scale_one(
     left, right = vectors.factors(block.rows.side, rows), vectors.factors(block.columns.side, columns)
     if left is not None and right is not None:
         tile.mul_(left[number][:, None]).mul_(right[number][None, :])
-
-
-def _probabilities(
-    problem: Problem,
-    tile: Tensor,
-    number: int,
-    low: int,
-    high: int,
-    shift: Tensor,
-    upstream: Tensor,
-    upstream_total: Tensor,
-) -> Tensor:
-    """Logits -> in place what, times the (r,) weights that come back, is the gradient of the logits."""
-    weight = upstream[number, low:high]
-    if not problem.sums:
-        tile.sub_(shift[number, low:high, None]).exp_()
-        return weight
-    kept = tile > -torch.inf
-    tile.sub_(shift[number, low:high, None]).exp_().mul_(weight[:, None])
-    tile.add_(kept * upstream_total[number, low:high, None])
-    return torch.ones_like(weight)
 
 
 class Gradients:

@@ -201,6 +201,9 @@ class InfoNCEConfig(ObjectiveSettings):
     spread: SpreadConfig | None = None
     implementation: Literal["auto", "dense", "blockwise"] = "auto"
     """``dense`` holds the matrix of logits, ``blockwise`` only a tile of it; ``auto`` takes the faster that fits."""
+    tiles: Literal["auto", "torch", "triton"] = "auto"
+    """What works on the tiles of ``blockwise``: torch's operations, or Triton's kernels on CUDA; ``auto`` takes these where
+    Triton is installed and the embeddings are on CUDA."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> InfoNCEConfig:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +170,24 @@ class InfoNCE(Objective):
             return self.implementation
         return "dense" if cells <= DENSE_CELLS.get(device.type, DENSE_CELLS["cpu"]) else "blockwise"
 
+    def uses_triton(self, device: torch.device) -> bool:
+        """Whether Triton's kernels work on tiles on this device.
+
+        Raises:
+            BadInputError: They are asked for by name where they cannot run.
+        """
+        if self.config.tiles == "torch" or (self.config.tiles == "auto" and device.type != "cuda"):
+            return False
+        installed = importlib.util.find_spec("triton") is not None
+        if self.config.tiles == "auto":
+            return installed
+        # Triton's interpreter runs kernels anywhere, very slowly: for tests.
+        if not installed or (device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"):
+            raise BadInputError(
+                "Triton's kernels want Triton and a CUDA device", where="objective.tiles", hint="Use tiles: auto."
+            )
+        return True
+
     def logits(self, queries: int, positives: int, negatives: int, ranks: int = 1, queued: int = 0) -> int:
         """Cells of the logits of a process, prefixes counted, of a batch with so many texts that is shared by ``ranks``."""
         config = self.config
@@ -181,7 +202,7 @@ class InfoNCE(Objective):
         return cells * (1 if config.matryoshka is None else len(set(config.matryoshka.dimensions)))
 
     def _statistics(self, layout: Layout, batch: ContrastiveBatch, scale: Tensor) -> Statistics:
-        problem = layout.problem
+        problem = replace(layout.problem, triton=self.uses_triton(scale.device))
         scales = {
             name: scale if block.rows.side == "query" else scale[layout.positive_row]
             for name, block in problem.blocks.items()
@@ -190,7 +211,8 @@ class InfoNCE(Objective):
             from nearfield.objectives.ring import ring_statistics
 
             def visit(joined: ContrastiveBatch, start: tuple[int, int]) -> Problem:
-                return lay_out(self.config, joined, problem.vectors.prefixes, self.tile, start).problem
+                laid = lay_out(self.config, joined, problem.vectors.prefixes, self.tile, start)
+                return replace(laid.problem, triton=problem.triton)
 
             return ring_statistics(problem, batch, batch.ring, visit, scales)
         cells = sum(len(block.rows) * len(block.columns) for block in problem.blocks.values())

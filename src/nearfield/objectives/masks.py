@@ -41,7 +41,7 @@ class Join:
 
     def __init__(self, rows: Tensor, columns: Tensor, tile: int = CELLS_AT_ONCE) -> None:
         """(R, K) and (C, L) int64 ids; negative ones are none."""
-        self.rows, self.tile = rows, tile
+        self.rows, self.columns, self.tile = rows, columns, tile
         self.sorted = [torch.sort(columns[low : low + tile].reshape(-1)) for low in range(0, len(columns), tile)]
         self.width = columns.shape[1]
 

@@ -26,6 +26,8 @@ class Problem:
     """Whether the sum and the number of the candidates' logits are asked for."""
     tile: int
     """Rows and columns of a tile."""
+    triton: bool = False
+    """Whether tiles are worked on by Triton's kernels."""
 
 
 @dataclass(frozen=True)
