@@ -15,6 +15,7 @@ from nearfield.data.cleaning.run import clean, steps_of
 from nearfield.data.cleaning.step import Encoders
 from nearfield.data.collect import Collected, collect
 from nearfield.data.config import DataConfig
+from nearfield.data.picture_columns import picture_inputs
 from nearfield.data.readers.base import Reader, excerpt
 from nearfield.data.resolve import Resolved, conflict_rows, first_conflicts, resolve, shared_between_splits
 from nearfield.data.store import FORMAT_VERSION, SourceInfo, Store
@@ -44,7 +45,15 @@ def _fingerprint(config: DataConfig, readers: Sequence[Reader]) -> str:
         # A source without weights has the fingerprint that it had before there were any.
         if source["weight"] is None:
             del source["weight"]
-    inputs: list[object] = [reader.inputs() for reader in readers]
+        # The same for pictures; where they lie does not count.
+        if source["images"] is None:
+            del source["images"]
+        else:
+            del source["images"]["folder"]
+    inputs: list[object] = [
+        {**reader.inputs(), **picture_inputs(source, reader)}
+        for source, reader in zip(config.sources, readers, strict=True)
+    ]
     owners = [(settings, config.steps)]
     owners += [(owner, source.steps) for owner, source in zip(settings["sources"], config.sources, strict=True)]
     for owner, steps in owners:
@@ -152,7 +161,7 @@ def _build(
 
 def _conflicts(resolved: Resolved, store: Store) -> Conflicts:
     rows = conflict_rows(resolved)
-    texts = dict(zip(rows.tolist(), map(excerpt, store.texts(rows)), strict=True))
+    texts = dict(zip(rows.tolist(), map(excerpt, store.shown(rows)), strict=True))
     return Conflicts(
         positive_and_negative=len(resolved.clashes),
         examples_changed=resolved.examples_changed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ import pyarrow as pa
 
 from nearfield.console import track
 from nearfield.data.config import DataConfig, DuplicateGroups, SourceConfig
-from nearfield.data.examples import BadRowError, read_example
+from nearfield.data.examples import BadRowError, Prepare, read_example
+from nearfield.data.picture_columns import folder_of, joined
+from nearfield.data.picture_files import PictureWriter, Preparer
 from nearfield.data.readers.base import Reader, Row
-from nearfield.data.store import ITEMS_SCHEMA
+from nearfield.data.store import IMAGE, ITEMS_SCHEMA, PICTURES
 from nearfield.data.writing import ItemWriter, TableWriter
 from nearfield.errors import BadInputError
 
@@ -83,13 +86,17 @@ def collect(config: DataConfig, readers: list[Reader], items: Path, raw: Path, q
     then complete for that source.
     """
     result = Collected()
-    with (
-        ItemWriter(items, ITEMS_SCHEMA) as writer,
-        TableWriter(raw, RAW_SCHEMA) as table,
-        quarantine.open("w", encoding="utf-8") as bad,
-    ):
+    with contextlib.ExitStack() as stack:
+        pictures, schema = None, ITEMS_SCHEMA
+        if any(source.pictures() is not None for source in config.sources):
+            pictures, schema = stack.enter_context(PictureWriter(items.with_name(PICTURES))), ITEMS_SCHEMA.append(IMAGE)
+        writer = stack.enter_context(ItemWriter(items, schema, pictures))
+        table = stack.enter_context(TableWriter(raw, RAW_SCHEMA))
+        bad = stack.enter_context(quarantine.open("w", encoding="utf-8"))
         for number, (source, reader) in enumerate(zip(config.sources, readers, strict=True)):
-            _collect_source(config, number, source, reader, result, writer, table, bad)
+            rules = source.pictures()
+            prepare = None if rules is None or pictures is None else Preparer(rules, pictures)
+            _collect_source(config, number, source, reader, result, writer, table, bad, prepare)
         result.ids = writer.ids()
     return result
 
@@ -103,25 +110,28 @@ def _collect_source(
     items: ItemWriter,
     table: TableWriter,
     quarantine: IO[str],
+    prepare: Prepare | None,
 ) -> None:
     count = 0
     reasons: Counter[str] = Counter()
     first_bad = ""
+    folder = folder_of(source)
     tie = source.group if isinstance(source.group, DuplicateGroups) else None
-    for row in track(reader.rows(source.columns()), f"Reading {source.name}"):
+    for row in track(reader.rows(source.read_columns()), f"Reading {source.name}"):
         count += 1
         try:
             if row.values is None:
                 raise BadRowError(row.reason, row.excerpt)
-            example = read_example(source, row.values, config.max_characters)
+            values = row.values if source.images is None else joined(source.images, row.values, folder)
+            example = read_example(source, values, config.max_characters, prepare)
         except BadRowError as error:
             reasons[error.reason] += 1
             quarantine.write(_entry(source.name, row, error))
             first_bad = first_bad or f"{row.file}:{row.line}: {error.reason}"
             continue
         query = items.add(example.query)
-        positives = [items.add(text) for text in example.positives]
-        negatives = [items.add(text) for text in example.negatives]
+        positives = [items.add(item) for item in example.positives]
+        negatives = [items.add(item) for item in example.negatives]
         if example.score is None:
             for positive in positives:
                 result.positives.add(query, positive)

@@ -9,15 +9,23 @@ from pydantic import Field, field_validator, model_validator
 
 from nearfield.config import Config, ConfigPath
 from nearfield.data.cleaning_config import StepConfig
+from nearfield.data.picture_config import ImagesConfig
 from nearfield.data.prompt_templates import TEMPLATES, TemplateName, render
 
 if TYPE_CHECKING:
     from nearfield.data.readers.base import Reader
 
 TaskType = Literal[
+    "Any2AnyMultilingualRetrieval",
+    "Any2AnyReranking",
+    "Any2AnyRetrieval",
     "BitextMining",
     "Classification",
     "Clustering",
+    "Compositionality",
+    "DocumentUnderstanding",
+    "ImageClassification",
+    "ImageClustering",
     "InstructionReranking",
     "InstructionRetrieval",
     "MultilabelClassification",
@@ -27,8 +35,12 @@ TaskType = Literal[
     "Retrieval",
     "STS",
     "Summarization",
+    "VisionCentricQA",
+    "VisualSTS(eng)",
+    "VisualSTS(multi)",
+    "ZeroShotClassification",
 ]
-"""The task types of MTEB whose items are texts."""
+"""The task types of MTEB whose items are texts and pictures."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Column = Annotated[str, Field(min_length=1)]
@@ -293,8 +305,14 @@ class SourceConfig(Config):
     weight: Column | None = None
     """What each example counts in the loss: a finite number of at least 0. Without it, each counts 1."""
     split: SplitConfig
+    images: ImagesConfig | None = None
+    """Where the pictures are and what becomes of them. Readers of pictures have these settings without stating them."""
     steps: tuple[StepConfig, ...] = ()
     """Cleaning steps within this source, in their order, before the common ones."""
+
+    def pictures(self) -> ImagesConfig | None:
+        """The settings for the pictures of this source; None for a source of texts."""
+        return self.images
 
     def columns(self) -> tuple[str, ...]:
         """The columns that a row of this source must have, in a fixed order, without repetition."""
@@ -312,6 +330,10 @@ class SourceConfig(Config):
         elif isinstance(self.split, ColumnSplit):
             wanted.append(self.split.column)
         return tuple(dict.fromkeys(column for column in wanted if column is not None))
+
+    def read_columns(self) -> tuple[str, ...]:
+        """The columns that the files must have: of those above, the ones that are not joined from others."""
+        return self.columns() if self.images is None else self.images.replaced(self.columns())
 
 
 def as_tuple(columns: str | tuple[str, ...] | None) -> tuple[str, ...]:

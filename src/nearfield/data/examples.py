@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 from nearfield.data.config import (
     ColumnSplit,
@@ -18,8 +19,12 @@ from nearfield.data.config import (
     SourceConfig,
     as_tuple,
 )
-from nearfield.data.items import canonical_text
+from nearfield.data.items import canonical_text, item_id
+from nearfield.data.pictures import BothRef, ImageRef, PictureError
 from nearfield.data.readers.base import excerpt
+
+if TYPE_CHECKING:
+    from nearfield.data.picture_files import Picture
 
 MAX_KEY_CHARACTERS = 1000
 
@@ -34,12 +39,35 @@ class BadRowError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class TextExample:
-    """An example whose items are texts in NFC; the fields mean what the store's columns mean."""
+class PictureItem:
+    """An item with a picture, ready for the store; equal where the ids are."""
 
-    query: str
-    positives: tuple[str, ...] = ()
-    negatives: tuple[str, ...] = ()
+    id: bytes
+    text: str = field(compare=False)
+    """In NFC; empty where there is none."""
+    picture: Picture = field(compare=False)
+
+
+Item = str | PictureItem
+"""A text in NFC, or an item with a picture."""
+
+
+def identity(item: Item) -> bytes:
+    """The id of an item, 16 bytes."""
+    return item.id if isinstance(item, PictureItem) else item_id("text", (("text", item.encode()),))
+
+
+Prepare = Callable[[ImageRef, str], PictureItem]
+"""(picture, text in NFC or nothing) -> the item; raises PictureError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An example; the fields mean what the store's columns mean."""
+
+    query: Item
+    positives: tuple[Item, ...] = ()
+    negatives: tuple[Item, ...] = ()
     score: float | None = None
     label: str | None = None
     group: str | None = None
@@ -49,9 +77,14 @@ class TextExample:
     weight: float | None = None
 
 
-def read_example(source: SourceConfig, values: Mapping[str, object], max_characters: int) -> TextExample:
-    """Map the columns of a row; raise :class:`BadRowError` where the row cannot be used."""
-    example = _items(source.examples, values, max_characters)
+def read_example(
+    source: SourceConfig, values: Mapping[str, object], max_characters: int, prepare: Prepare | None = None
+) -> Example:
+    """Map the columns of a row; raise :class:`BadRowError` where the row cannot be used.
+
+    ``prepare`` makes items of pictures; without it a picture is a bad row.
+    """
+    example = _items(source.examples, values, _Limits(max_characters, prepare))
     group = _key(values, source.group) if isinstance(source.group, str) else None
     cluster = _key(values, source.cluster) if source.cluster is not None else None
     split_key = None
@@ -61,24 +94,31 @@ def read_example(source: SourceConfig, values: Mapping[str, object], max_charact
         split_key = _key(values, source.split.column)
     weight = None if source.weight is None else _weight(values, source.weight)
     query, positives, negatives, score, label = example
-    return TextExample(query, positives, negatives, score, label, group, cluster, split_key, weight)
+    return Example(query, positives, negatives, score, label, group, cluster, split_key, weight)
 
 
-_Items = tuple[str, tuple[str, ...], tuple[str, ...], float | None, str | None]
+_Items = tuple[Item, tuple[Item, ...], tuple[Item, ...], float | None, str | None]
 
 
-def _items(examples: ExamplesConfig, values: Mapping[str, object], limit: int) -> _Items:
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    characters: int
+    prepare: Prepare | None
+
+
+def _items(examples: ExamplesConfig, values: Mapping[str, object], limit: _Limits) -> _Items:
     if isinstance(examples, RetrievalExamples):
-        query = _text(values, examples.query, limit)
-        positives = _texts(values, as_tuple(examples.positives), limit)
+        query = _item(_value(values, examples.query), examples.query, limit)
+        positives = _members(values, as_tuple(examples.positives), limit)
         if not positives:
             raise BadRowError("no positive", dict(values))
-        return query, positives, _texts(values, as_tuple(examples.negatives), limit, optional=True), None, None
+        return query, positives, _members(values, as_tuple(examples.negatives), limit, optional=True), None, None
     if isinstance(examples, GradedExamples):
-        first, second = _text(values, examples.first, limit), _text(values, examples.second, limit)
+        first, second = (_item(_value(values, name), name, limit) for name in (examples.first, examples.second))
         return first, (second,), (), _score(values, examples), None
     assert isinstance(examples, LabelledExamples)
-    return _text(values, examples.item, limit), (), (), None, _key(values, examples.label)
+    item = _item(_value(values, examples.item), examples.item, limit)
+    return item, (), (), None, _key(values, examples.label)
 
 
 def _value(values: Mapping[str, object], column: str) -> object:
@@ -87,8 +127,19 @@ def _value(values: Mapping[str, object], column: str) -> object:
     return values[column]
 
 
-def _text(values: Mapping[str, object], column: str, limit: int) -> str:
-    return _checked(_value(values, column), column, limit)
+def _item(value: object, column: str, limit: _Limits) -> Item:
+    if not isinstance(value, ImageRef | BothRef):
+        return _checked(value, column, limit.characters)
+    if limit.prepare is None:
+        raise BadRowError(f"{column!r} is a picture, and the source says nothing of pictures", value)
+    if isinstance(value, BothRef):
+        text, image = _checked(value.text, column, limit.characters), value.image
+    else:
+        text, image = "", value
+    try:
+        return limit.prepare(image, text)
+    except PictureError as error:
+        raise BadRowError(f"{column!r} has a picture that cannot be used: {error}", image) from error
 
 
 def _checked(value: object, column: str, limit: int) -> str:
@@ -110,18 +161,20 @@ def _checked(value: object, column: str, limit: int) -> str:
     return text
 
 
-def _texts(values: Mapping[str, object], columns: Sequence[str], limit: int, optional: bool = False) -> tuple[str, ...]:
-    """The texts of one or more columns, each a string or a list.
+def _members(
+    values: Mapping[str, object], columns: Sequence[str], limit: _Limits, optional: bool = False
+) -> tuple[Item, ...]:
+    """The items of one or more columns, each one item or a list.
 
     Null is none; so is an empty cell where there may be none: among several columns, and of negatives.
     """
-    found: dict[str, None] = {}
+    found: dict[Item, None] = {}
     for column in columns:
         value = _value(values, column)
         if value is None or (value == "" and (optional or len(columns) > 1)):
             continue
         for member in value if isinstance(value, list | tuple) else (value,):
-            found[_checked(member, column, limit)] = None
+            found[_item(member, column, limit)] = None
     return tuple(found)
 
 

@@ -24,8 +24,7 @@ from nearfield.data.config import (
     SourceConfig,
     TaskType,
 )
-from nearfield.data.examples import BadRowError, TextExample, read_example
-from nearfield.data.items import text_id
+from nearfield.data.examples import BadRowError, Example, identity, read_example
 from nearfield.data.readers import delimited, jsonl, parquet
 from nearfield.errors import BadInputError
 
@@ -79,7 +78,7 @@ class Guess:
     """Rows that the most common query or positive is in."""
     common_negative: int
     """Rows that the most common negative is in."""
-    examples: tuple[TextExample, ...]
+    examples: tuple[Example, ...]
     """The first five."""
     notes: tuple[str, ...] = field(default=())
 
@@ -244,7 +243,7 @@ def _survey(path: Path, source: SourceConfig) -> Guess:
     """Read the whole file: count rows, find the range of scores and the groups with and without negatives."""
     tight, loose = _UnionFind(), _UnionFind()
     ends: list[bytes] = []
-    examples: list[TextExample] = []
+    examples: list[Example] = []
     scores: list[float] = []
     rows = bad = 0
     used: Counter[bytes] = Counter()
@@ -262,9 +261,9 @@ def _survey(path: Path, source: SourceConfig) -> Guess:
             examples.append(example)
         if example.score is not None:
             scores.append(example.score)
-        query = text_id(example.query)
-        positives = [text_id(text) for text in example.positives]
-        negatives = [text_id(text) for text in example.negatives]
+        query = identity(example.query)
+        positives = [identity(item) for item in example.positives]
+        negatives = [identity(item) for item in example.negatives]
         ends.append(query)
         used.update({query, *positives})
         avoided.update(negatives)

@@ -208,9 +208,9 @@ def sample_examples(
                 source=store.sources[value["source"]].name,
                 split=value["split"],
                 group=value["group"],
-                query=store.texts([value["query"]])[0],
-                positives=tuple(store.texts(value["positives"])),
-                negatives=tuple(store.texts(value["negatives"])),
+                query=store.shown([value["query"]])[0],
+                positives=tuple(store.shown(value["positives"])),
+                negatives=tuple(store.shown(value["negatives"])),
                 score=value["score"],
                 label=value["label"],
             )

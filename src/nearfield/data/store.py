@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nearfield.data.config import Prompts
+from nearfield.data.pictures import open_kept
 from nearfield.errors import BadInputError
 from nearfield.files import read_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 FORMAT_VERSION = 1
 Rows = npt.NDArray[np.int64]
@@ -22,6 +27,9 @@ Rows = npt.NDArray[np.int64]
 ITEMS_SCHEMA = pa.schema(
     [pa.field("id", pa.binary(16), nullable=False), pa.field("text", pa.large_string(), nullable=False)]
 )
+IMAGE = pa.field("image", pa.int64())
+"""The column of items that only stores of pictures have: a row of ``pictures.arrow``, or null."""
+PICTURES = "pictures.arrow"
 EXAMPLES_SCHEMA = pa.schema(
     [
         pa.field("source", pa.int32(), nullable=False),
@@ -64,6 +72,29 @@ class KnownPositives:
         return self.rows[self.offsets[query] : self.offsets[query + 1]]
 
 
+class Chunks:
+    """A mapped column from which single rows are taken; no chunk is copied as a whole."""
+
+    def __init__(self, column: pa.ChunkedArray, what: str) -> None:
+        self._chunks = column.chunks
+        self._starts = np.cumsum([0, *map(len, self._chunks)], dtype=np.int64)
+        self._what = what
+
+    def take(self, rows: Sequence[int] | Rows) -> list[Any]:
+        """The values of rows, in the order asked for."""
+        wanted = np.asarray(rows, dtype=np.int64).ravel()
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= self._starts[-1]):
+            raise IndexError(f"{self._what} rows must be in 0 to {self._starts[-1] - 1}")
+        result: list[Any] = [None] * len(wanted)
+        which = np.searchsorted(self._starts, wanted, side="right") - 1
+        for chunk in np.unique(which).tolist():
+            places = np.flatnonzero(which == chunk)
+            taken = self._chunks[chunk].take(pa.array(wanted[places] - self._starts[chunk])).to_pylist()
+            for place, value in zip(places.tolist(), taken, strict=True):
+                result[place] = value
+        return result
+
+
 class Store:
     """An opened store. Nothing is read before it is asked for."""
 
@@ -97,7 +128,7 @@ class Store:
 
     @cached_property
     def items(self) -> pa.Table:
-        """All items: ``id`` (16 bytes), ``text``."""
+        """All items: ``id`` (16 bytes), ``text``, and in stores with pictures ``image``."""
         return self._map("items.arrow")
 
     @cached_property
@@ -116,26 +147,83 @@ class Store:
             ) from error
 
     @cached_property
-    def _texts(self) -> tuple[list[pa.Array], Rows]:
-        chunks = self.items.column("text").chunks
-        return chunks, np.concatenate([[0], np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)]).astype(
-            np.int64
-        )
+    def _texts(self) -> Chunks:
+        return Chunks(self.items.column("text"), "item")
 
     def texts(self, rows: Sequence[int] | Rows) -> list[str]:
         """The texts of items, in the order asked for. Row by row from the map: no chunk is copied as a whole."""
-        wanted = np.asarray(rows, dtype=np.int64).ravel()
-        chunks, starts = self._texts
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= starts[-1]):
-            raise IndexError(f"item rows must be in 0 to {starts[-1] - 1}")
-        result: list[str] = [""] * len(wanted)
-        which = np.searchsorted(starts, wanted, side="right") - 1
-        for chunk in np.unique(which).tolist():
-            places = np.flatnonzero(which == chunk)
-            taken = chunks[chunk].take(pa.array(wanted[places] - starts[chunk])).to_pylist()
-            for place, text in zip(places.tolist(), taken, strict=True):
-                result[place] = text
-        return result
+        return self._texts.take(rows)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a source of the store may have items with pictures."""
+        return IMAGE.name in self.items.column_names
+
+    @cached_property
+    def pictures(self) -> pa.Table:
+        """All pictures, each once: ``id``, ``data``, ``width``, ``height``, ``original_width``, ``original_height``."""
+        if not self.has_images:
+            raise ValueError(f"the store {self.path} has no pictures")
+        return self._map(PICTURES)
+
+    @cached_property
+    def _pictures(self) -> Chunks:
+        return Chunks(self.pictures.column("data"), "picture")
+
+    @cached_property
+    def _image_rows(self) -> Rows:
+        column = self.items.column(IMAGE.name) if self.has_images else pa.nulls(self.items.num_rows, pa.int64())
+        found: Rows = column.fill_null(-1).to_numpy().astype(np.int64)
+        return found
+
+    def picture_rows(self, rows: Sequence[int] | Rows) -> Rows:
+        """The row of each item's picture in :attr:`pictures`, [n]; -1 where it has none."""
+        return self._image_rows[np.asarray(rows, dtype=np.int64).ravel()]
+
+    def images(self, rows: Sequence[int] | Rows) -> list[Image | None]:
+        """The pictures of items, RGB, in the order asked for; None where an item has none.
+
+        A picture that is asked for several times in one call is decoded once, and the same object.
+        """
+        wanted = self.picture_rows(rows)
+        distinct = np.unique(wanted[wanted >= 0])
+        kept = self._pictures.take(distinct) if len(distinct) else []
+        decoded = dict(zip(distinct.tolist(), map(open_kept, kept), strict=True))
+        return [decoded.get(row) for row in wanted.tolist()]
+
+    def image_sizes(self, rows: Sequence[int] | Rows) -> Rows:
+        """Width and height of the pictures of items as they are kept, [n, 2]; 0 and 0 where an item has none."""
+        return self._sizes("", self.picture_rows(rows))
+
+    def original_sizes(self, rows: Sequence[int] | Rows) -> Rows:
+        """The same of the files that the pictures came from."""
+        return self._sizes("original_", self.picture_rows(rows))
+
+    def _sizes(self, prefix: str, pictures: Rows) -> Rows:
+        sizes = np.zeros((len(pictures), 2), dtype=np.int64)
+        there = pictures >= 0
+        for number, name in enumerate(("width", "height") if there.any() else ()):
+            sizes[there, number] = self.pictures.column(prefix + name).to_numpy()[pictures[there]]
+        return sizes
+
+    def modalities(self, rows: Sequence[int] | Rows) -> list[str]:
+        """``text``, ``image`` or ``text+image`` for each item."""
+        pictures = self.picture_rows(rows)
+        if not (pictures >= 0).any():
+            return ["text"] * len(pictures)
+        texts = self.texts(rows)
+        return [
+            "text" if row < 0 else "text+image" if text else "image"
+            for row, text in zip(pictures.tolist(), texts, strict=True)
+        ]
+
+    def shown(self, rows: Sequence[int] | Rows) -> list[str]:
+        """Items in words, for people: the text, and a picture as ``[image 64x48]`` before it."""
+        sizes = self.image_sizes(rows).tolist()
+        return [
+            f"[image {width}x{height}] {text}".strip() if width else text
+            for text, (width, height) in zip(self.texts(rows), sizes, strict=True)
+        ]
 
     def source_number(self, name: str) -> int:
         """The number that the examples of a source bear."""

@@ -8,22 +8,25 @@ from typing import Self
 
 import pyarrow as pa
 
-from nearfield.data.items import item_id
+from nearfield.data.examples import Item, PictureItem, identity
+from nearfield.data.picture_files import PictureWriter
 
 _BATCH_ROWS = 32_768
 _BATCH_CHARACTERS = 16 << 20
 
 
 class ItemWriter:
-    """Gives each text its row number and writes each item once.
+    """Gives each item its row number and writes it once; ``pictures`` where the store has any.
 
     Held in memory: the 16-byte id and the row number of each item (about 170 bytes an item in Python's dictionary) and
     the texts of one batch; never the texts of the data set.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, path: Path, schema: pa.Schema, pictures: PictureWriter | None = None) -> None:
         self._schema = schema
         self._writer = pa.ipc.new_stream(str(path), schema)
+        self._pictures = pictures
+        self._images: list[int | None] = []
         self._rows: dict[bytes, int] = {}
         self._all_ids = bytearray()
         self._texts: list[str] = []
@@ -46,16 +49,19 @@ class ItemWriter:
         """The ids of all items end to end, in the order of rows."""
         return bytes(self._all_ids)
 
-    def add(self, text: str) -> int:
-        """The row of a text (in NFC); a text that is new is written."""
-        identity = item_id("text", (("text", text.encode()),))
-        row = self._rows.get(identity)
+    def add(self, item: Item) -> int:
+        """The row of an item; one that is new is written."""
+        key = identity(item)
+        row = self._rows.get(key)
         if row is not None:
             return row
-        row = self._rows[identity] = len(self._rows)
-        self._ids.append(identity)
-        self._all_ids += identity
+        row = self._rows[key] = len(self._rows)
+        text = item.text if isinstance(item, PictureItem) else item
+        self._ids.append(key)
+        self._all_ids += key
         self._texts.append(text)
+        if self._pictures is not None:
+            self._images.append(self._pictures.add(item.picture) if isinstance(item, PictureItem) else None)
         self._characters += len(text)
         if len(self._ids) >= _BATCH_ROWS or self._characters >= _BATCH_CHARACTERS:
             self._flush()
@@ -64,8 +70,10 @@ class ItemWriter:
     def _flush(self) -> None:
         if self._ids:
             columns = [pa.array(self._ids, pa.binary(16)), pa.array(self._texts, pa.large_string())]
+            if self._pictures is not None:
+                columns.append(pa.array(self._images, pa.int64()))
             self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
-        self._ids, self._texts, self._characters = [], [], 0
+        self._ids, self._texts, self._images, self._characters = [], [], [], 0
 
 
 class TableWriter:

@@ -11,11 +11,12 @@ from nearfield.data.cleaning.step import Encoders, Taken, no_encoders
 from nearfield.data.cleaning.table import ExampleTable
 from nearfield.data.cleaning_config import StepConfig
 from nearfield.data.config import DataConfig
-from nearfield.data.store import EXAMPLES_SCHEMA, ITEMS_SCHEMA, WEIGHT, Store
+from nearfield.data.store import EXAMPLES_SCHEMA, WEIGHT, Rows, Store
 from nearfield.data.summary import StepSummary
 from nearfield.errors import BadInputError
 
 _BATCH = 32_768
+_PICTURES = 1024
 
 
 def steps_of(config: DataConfig) -> list[tuple[StepConfig, int | None]]:
@@ -85,10 +86,26 @@ def _write(table: ExampleTable) -> None:
             for name, lists in (("positives", positives), ("negatives", negatives)):
                 columns[name] = pa.array([new[lists[row]].tolist() for row in rows.tolist()], pa.list_(pa.int64()))
             writer.write_table(pa.table(columns, schema=schema))
-    with pa.ipc.new_stream(str(folder / "items.new"), ITEMS_SCHEMA) as writer:
+    pictures = _write_pictures(store, used) if store.has_images else None
+    with pa.ipc.new_stream(str(folder / "items.new"), store.items.schema) as writer:
         ids = store.items["id"]
         for rows, texts in table.texts(used):
-            both = [ids.take(rows).combine_chunks(), pa.array(texts, pa.large_string())]
-            writer.write_batch(pa.record_batch(both, schema=ITEMS_SCHEMA))
-    for name in ("examples", "items"):
+            arrays = [ids.take(rows).combine_chunks(), pa.array(texts, pa.large_string())]
+            if pictures is not None:
+                images = store.picture_rows(rows)
+                arrays.append(pa.array(pictures[images], pa.int64(), mask=images < 0))
+            writer.write_batch(pa.record_batch(arrays, schema=store.items.schema))
+    for name in ("examples", "items", *(() if pictures is None else ("pictures",))):
         (folder / f"{name}.new").replace(folder / f"{name}.arrow")
+
+
+def _write_pictures(store: Store, items: Rows) -> Rows:
+    """The pictures of some items, written anew; returns the new row of each old one."""
+    rows = store.picture_rows(items)
+    used = np.unique(rows[rows >= 0])
+    new = np.full(store.pictures.num_rows + 1, -1, dtype=np.int64)
+    new[used] = np.arange(len(used))
+    with pa.ipc.new_stream(str(store.path / "pictures.new"), store.pictures.schema) as writer:
+        for start in range(0, len(used), _PICTURES):
+            writer.write_table(store.pictures.take(used[start : start + _PICTURES]))
+    return new

@@ -45,9 +45,9 @@ class Taken:
         """One line for each text that goes: of which example, why, and for a duplicate what it repeats."""
         table = self.table
         split = table.store.examples["split"]
-        shown = table.store.texts(texts)
-        queries = table.store.texts(table.query[examples])
-        others = [None] * len(examples) if like is None else table.store.texts(like)
+        shown = table.store.shown(texts)
+        queries = table.store.shown(table.query[examples])
+        others = [None] * len(examples) if like is None else table.store.shown(like)
         for example, reason, text, query, other in zip(examples.tolist(), reasons, shown, queries, others, strict=True):
             entry: dict[str, Any] = {
                 "step": self.number,
