@@ -41,6 +41,10 @@ class EvaluationConfig(Config):
     baselines: tuple[Literal["bm25", "random"], ...] = ("bm25", "random")
     prompts: Literal["contract", "as-is"] = "contract"
     """``contract`` refuses a task whose prompt the model was not trained with; ``as-is`` lets it pass."""
+    dimensions: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Score the trained model's first dimensions too, so many at a time; nothing is encoded again."""
+    analysed_texts: Annotated[int, Field(ge=0)] = 1_000
+    """The report looks at the vectors of so many of the suite's texts; 0 leaves that out."""
 
 
 class StageConfig(Config):

@@ -100,7 +100,7 @@ def test_hostile_texts_do_nothing(page: Page, hostile: Path, view: str) -> None:
     assert str(page.value("document.title")).endswith("– nearfield report")
     assert page.value("document.querySelectorAll('iframe,object,embed,img,form,base,link,video').length") == 0
     assert page.value("document.scripts.length") == 2
-    assert page.value("document.querySelectorAll('main > section').length") == 7
+    assert page.value("document.querySelectorAll('main > section').length") == 8
     assert page.value("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
     assert page.complaints == []
 
@@ -150,7 +150,7 @@ def test_charts_tell_their_values(page: Page, harmless: Path) -> None:
     """By the arrow keys and by the pointer; Escape puts the words away."""
     page.look(**VIEWS["desktop"])
     page.open(harmless)
-    page.value("document.querySelector('figure.plot[tabindex]').focus()")
+    page.value("document.querySelector('svg[data-chart=loss]').closest('figure').focus()")
     page.key("Home", 36)
     tip = "document.activeElement.querySelector('.tip')"
     page.wait(f"!{tip}.hidden")
@@ -169,6 +169,31 @@ def test_charts_tell_their_values(page: Page, harmless: Path) -> None:
     )
     page.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + box[2] / 2, y=box[1] + box[3] / 2)
     page.wait(f"!{tip}.hidden && Math.abs(Number({tip}.textContent.match(/step (\\d+)/)[1]) - 53) < 8")
+    assert page.complaints == []
+
+
+def test_maps_tell_their_texts(page: Page, harmless: Path, tmp_path: Path) -> None:
+    """By the arrow keys, label by label, and by the pointer; charts over logarithms tell their values too."""
+    page.look(**VIEWS["desktop"])
+    page.open(harmless)
+    page.value("document.querySelector('svg[data-map]').closest('figure').focus()")
+    page.key("Home", 36)
+    tip = "document.activeElement.querySelector('.tip')"
+    page.wait(f"!{tip}.hidden")
+    assert str(page.value(f"{tip}.textContent")).startswith("label 0\ntext number ")
+    page.key("End", 35)
+    page.wait(f"{tip}.textContent.startsWith('label 3')")
+    assert page.value("document.querySelectorAll('.mark.chosen').length") == 1
+    page.key("Escape", 27)
+    page.wait(f"{tip}.hidden")
+    page.value("document.activeElement.scrollIntoView({behavior: 'instant', block: 'center'})")
+    mark = "[...document.activeElement.querySelectorAll('.mark')].at(-1).getBoundingClientRect()"
+    box = page.value(f"(({{left, top}}) => [left, top])({mark})")
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + 3, y=box[1] + 3)
+    page.wait(f"!{tip}.hidden")
+    page.value("document.querySelector('svg[data-chart^=truncation]').closest('figure').focus()")
+    page.key("End", 35)
+    page.wait(f"!{tip}.hidden && {tip}.textContent.startsWith('dimensions 12\\n')")
     assert page.complaints == []
 
 

@@ -144,3 +144,26 @@ def test_models_are_analysed_on_lines_of_a_file_and_on_a_suite(
     code, text = call("analyse", "one", "--suite", "tasks", "--limit", "50", "--device", "cpu")
     assert code == 0 and "50 texts" in text
     assert call("analyse", "one")[0] == 2
+
+
+def test_questions_associations_and_values_are_analysed(call: Callable[..., tuple[int, str]], work: Path) -> None:
+    example = Path(__file__).parents[2] / "eval" / "associations" / "example.yaml"
+    texts = sentences(80, seed=9)
+    (work / "values.tsv").write_text("\n".join(f"{text}\t{len(text)}" for text in texts))
+    code, text = call(
+        "analyse", "one", "two", "--suite", "tasks", "--associations", example, "--attribute", "values.tsv",
+        "--json", "b.json", "--html", "b.html", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0 and "questions find a right document first" in text and "after Holm" in text
+    extras = json.loads((work / "b.json").read_text())["extras"]
+    assert extras["search"]["one"]["questions"] == 20 and extras["search"]["one"]["documents"] == 40
+    assert extras["versions"]["matrix"][0][1] is not None and len(extras["associations"]["two"]) == 2
+    rho = extras["rankability"]["one"]["spearman"]
+    assert rho["ridge, 40"] > 0.5 > abs(rho["shuffled"]) and {"two extremes", "ridge, 20"} <= set(rho)
+    page = (work / "b.html").read_text()
+    assert "Associations (WEAT, SEAT)" in page and 'data-map="map-1"' in page and "TinyRetrieval: query" in page
+    (work / "values.tsv").write_text("no number here\n")
+    assert call("analyse", "one", "--suite", "tasks", "--attribute", "values.tsv")[0] == 2
+    (work / "bad.yaml").write_text("- {first: [a], second: [b], a: [c], b: [d]}\n")
+    code, text = call("analyse", "one", "--suite", "tasks", "--associations", "bad.yaml")
+    assert code == 2 and "two targets" in text

@@ -15,6 +15,7 @@ import yaml
 
 from nearfield.data.items import item_id
 from nearfield.data.store import EXAMPLES_SCHEMA, FORMAT_VERSION, ITEMS_SCHEMA
+from tests.reporting.analyses import made_analysis
 
 STEPS = 120
 QUERIES = 40
@@ -265,6 +266,7 @@ def write_names(run: Path, say: Say) -> None:
     }  # fmt: skip
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=False))
     write_comparison(run / "comparison.json", TASK, say)
+    (run / "analysis.json").write_text(json.dumps(made_analysis(say)))
     write_plan_summary(run / "plan", say)
     write_summaries(store, say)
     manifest = {

@@ -26,9 +26,9 @@ ATTRIBUTES = {
     "figure": {"class", "tabindex", "aria-label"}, "details": {"class", "data-query", "open"}, "pre": {"tabindex"},
     "article": {"class"}, "input": {"type", "id", "autocomplete", "spellcheck"},
     "button": {"type", "data-show", "aria-pressed"}, "script": {"type", "id"},
-    "svg": {"class", "viewbox", "role", "aria-labelledby", "data-chart", "data-box", "data-y"}, "title": {"id"}, "desc": {"id"},
+    "svg": {"class", "viewbox", "role", "aria-labelledby", "data-chart", "data-box", "data-y", "data-map"}, "title": {"id"}, "desc": {"id"},
     "line": {"class", "x1", "x2", "y1", "y2"}, "text": {"class", "x", "y", "text-anchor"}, "path": {"class", "d"},
-    "circle": {"class", "cx", "cy", "r"},
+    "circle": {"class", "cx", "cy", "r"}, "rect": {"class", "x", "y", "width", "height", "fill-opacity"},
 }  # fmt: skip
 PLAIN = {
     "head", "style", "body", "h1", "h4", "bdi", "footer", "ol", "dt", "dd", "table", "caption", "thead", "tbody", "summary",
@@ -39,12 +39,13 @@ CLASSES = (
     "skip top kind verdict better worse even untested forest absent missing notes lead tiles figure label aside "
     "columns block facts code scroll num strong item path metric finding task charts plot chart line "
     "faint area dot whisker grid tick s1 s2 s3 s4 filter gain loss query delta text sides side "
-    "relevant doc badge wanted"
+    "relevant doc badge wanted cursor cell mark m0 m1 m2 m3 m4 m5 m6 apart"
 )
 PIECES = {
     "class": set(CLASSES.split()),
     "href": {
-        f"#{name}" for name in ("main", "trained", "comparison", "queries", "curves", "batches", "data", "manifest")
+        f"#{name}"
+        for name in ("main", "trained", "comparison", "queries", "geometry", "curves", "batches", "data", "manifest")
     },
 }
 

@@ -19,7 +19,7 @@ from nearfield.reporting import build_report
 from tests.reporting.runs import QUERIES, STEPS, item, store_of, write_run
 from tests.reporting.test_hostile import Outline, check_structure, outline
 
-SECTIONS = ["trained", "comparison", "queries", "curves", "batches", "data", "manifest"]
+SECTIONS = ["trained", "comparison", "queries", "geometry", "curves", "batches", "data", "manifest"]
 
 
 @pytest.fixture()

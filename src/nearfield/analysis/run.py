@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nearfield.analysis import geometry, likeness
+from nearfield.analysis.checks import LengthBias, NearDuplicates, length_bias, near_duplicates
 from nearfield.analysis.geometry import Floats
+from nearfield.analysis.plane import plane
 
+VERSION = 2
 NEIGHBOURS = 10
+SWEEP = (1, 2, 5, 10, 20, 50)
+DRAWN = 800
+"""Texts of the map, at most: so that the page stays small and its points can be told apart."""
+LETTERS = 160
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
 
 
@@ -39,8 +46,31 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """The texts in the plane: a label and the first words of each, and each model's points and the variance they hold."""
+
+    labels: tuple[str, ...]
+    texts: tuple[str, ...]
+    points: tuple[tuple[tuple[float, float], ...], ...]
+    shares: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a model takes for the same, and what length does, with the sentences that say so."""
+
+    duplicates: NearDuplicates
+    length: LengthBias
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Analysis:
-    """Geometry of each model, and of each pair how alike they are (square tables in the order of ``models``)."""
+    """Geometry of each model, and of each pair how alike they are (square tables in the order of ``models``).
+
+    ``sweep`` is k -> the table of Jaccard@k. What needs texts, questions or a file is empty where these were not given;
+    ``extras`` holds those that a caller adds: ``search``, ``versions``, ``associations``, ``rankability``.
+    """
 
     texts: int
     models: tuple[str, ...]
@@ -49,14 +79,27 @@ class Analysis:
     jaccard: tuple[tuple[float, ...], ...]
     rank_similarity: tuple[tuple[float, ...], ...]
     sentences: tuple[str, ...]
+    sweep: dict[int, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    drawing: Drawing | None = None
+    checks: tuple[Checked, ...] = ()
+    extras: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` writes."""
-        return {"version": 1, **asdict(self)}
+        return {"version": VERSION, **asdict(self)}
 
 
-def analyse(vectors: Mapping[str, NDArray[Any]], *, seed: int = 0) -> Analysis:
-    """Analyse models' vectors ``[texts, dimensions]`` of the same texts, model -> vectors."""
+def analyse(
+    vectors: Mapping[str, NDArray[Any]],
+    *,
+    seed: int = 0,
+    texts: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+) -> Analysis:
+    """Analyse models' vectors ``[texts, dimensions]`` of the same texts, model -> vectors.
+
+    With the texts themselves, near-duplicates and length are looked at and a map is drawn, coloured by ``labels``.
+    """
     names = tuple(vectors)
     found = [np.asarray(vectors[name], dtype=np.float64) for name in names]
     sizes = {len(array) for array in found}
@@ -75,7 +118,64 @@ def analyse(vectors: Mapping[str, NDArray[Any]], *, seed: int = 0) -> Analysis:
                 tables[2, i, j] = tables[2, j, i] = ranks
     sentences = _pair_sentences(names, tables) + list(dict.fromkeys(f"{w.message}." for w in caught))
     cka, jaccard, ranks_alike = (tuple(tuple(float(v) for v in row) for row in table) for table in tables)
-    return Analysis(len(found[0]), names, shapes, cka, jaccard, ranks_alike, tuple(sentences))
+    return Analysis(
+        len(found[0]),
+        names,
+        shapes,
+        cka,
+        jaccard,
+        ranks_alike,
+        tuple(sentences),
+        _sweep(found) if size > 1 else {},
+        None if texts is None else _drawing(found, texts, labels or ["text"] * len(texts), seed),
+        () if texts is None else tuple(_checked(n, v, texts, seed) for n, v in zip(names, found, strict=True)),
+    )
+
+
+def _sweep(found: Sequence[Floats]) -> dict[int, tuple[tuple[float, ...], ...]]:
+    """Mean Jaccard@k of each pair of models for several k: at small k it is low and noisy, even of like models."""
+    widest = min(SWEEP[-1], len(found[0]) - 1)
+    lists = []
+    for array in found:
+        unit = geometry.normalised(array)
+        lists.append(geometry.nearest(unit, unit, widest, itself=True)[1])
+    tables = {}
+    for k in (k for k in SWEEP if k <= widest):
+        table = np.ones((len(found), len(found)))
+        for i in range(len(found)):
+            for j in range(i):
+                pairs = zip(lists[i][:, :k].tolist(), lists[j][:, :k].tolist(), strict=True)
+                table[i, j] = table[j, i] = np.mean([likeness.jaccard(a, b) for a, b in pairs])
+        tables[k] = tuple(tuple(float(value) for value in row) for row in table)
+    return tables
+
+
+def _drawing(found: Sequence[Floats], texts: Sequence[str], labels: Sequence[str], seed: int) -> Drawing:
+    """At most ``DRAWN`` of the texts; the axes are those of all of them."""
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.permutation(len(texts))[:DRAWN]).tolist()
+    planes = [plane(array) for array in found]
+    return Drawing(
+        tuple(labels[row] for row in rows),
+        tuple(texts[row][:LETTERS] for row in rows),
+        tuple(tuple((float(f"{x:.4g}"), float(f"{y:.4g}")) for x, y in one.points[rows]) for one in planes),
+        tuple(one.shares for one in planes),
+    )
+
+
+def _checked(name: str, vectors: Floats, texts: Sequence[str], seed: int) -> Checked:
+    same = near_duplicates(vectors, texts)
+    length = length_bias(vectors, [len(text.split()) for text in texts], NEIGHBOURS, seed=seed)
+    return Checked(
+        same,
+        length,
+        (
+            f"{name}: {same.texts} of {len(texts)} texts have another within a cosine of {same.cut:g}; {same.unlike} of them "
+            "share fewer than half of their words with it. That may be a paraphrase or a blind spot: read the pair.",
+            f"{name}: the length of a text and the mean length of its ten nearest correlate by {length.neighbours:+.2f} "
+            f"(p = {length.p:.3g}). Texts of one kind are of one length, so this alone is no fault.",
+        ),
+    )
 
 
 def truncation_curves(vectors: Floats, seed: int = 0) -> dict[str, list[tuple[int, float]]]:

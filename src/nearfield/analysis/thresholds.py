@@ -49,6 +49,41 @@ def recall_threshold(
     return Threshold(cut, float(low), float(high), *_rates(right, wrong, cut))
 
 
+def precision_cut(right: Floats, wrong: Floats, precision: float) -> float | None:
+    """The lowest cut above which ``precision`` of the pairs are right; None where no cut reaches that."""
+    scores = np.concatenate([right, wrong])
+    labels = np.concatenate([np.ones(len(right)), np.zeros(len(wrong))])
+    order = np.argsort(-scores, kind="stable")
+    ordered, found = scores[order], np.cumsum(labels[order])
+    last = np.concatenate([ordered[1:] != ordered[:-1], [True]])
+    reached = last & (found >= precision * np.arange(1, len(scores) + 1) - 1e-9)
+    return float(ordered[np.flatnonzero(reached)[-1]]) if reached.any() else None
+
+
+def precision_threshold(
+    right: Floats, wrong: Floats, precision: float = 0.95, samples: int = 1_000, rng: np.random.Generator | None = None
+) -> Threshold | None:
+    """The lowest cut that reaches ``precision`` among these right and random pairs, its interval over resampled pairs.
+
+    It depends on how many wrong pairs come with a right one: among more of them precision is lower. None where no cut
+    reaches it; resamples in which none does are left out of the interval.
+    """
+    rng = rng if rng is not None else np.random.default_rng(0)
+    cut = precision_cut(right, wrong, precision)
+    if cut is None:
+        return None
+    drawn = [
+        precision_cut(
+            right[rng.integers(len(right), size=len(right))],
+            wrong[rng.integers(len(wrong), size=len(wrong))],
+            precision,
+        )
+        for _ in range(samples)
+    ]
+    low, high = np.quantile([one for one in drawn if one is not None] or [cut], [0.025, 0.975])
+    return Threshold(cut, float(low), float(high), *_rates(right, wrong, cut))
+
+
 def best_f1_cut(right: Floats, wrong: Floats) -> float:
     """The cut between right and wrong similarities with the largest F1 (the lowest of equals)."""
     scores = np.concatenate([right, wrong])

@@ -11,6 +11,7 @@ from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
     from nearfield.analysis.run import Analysis
+    from nearfield.pipeline.analysing import Sample
 
 
 def register(app: typer.Typer) -> None:
@@ -23,6 +24,13 @@ def analyse_command(
     suite: Annotated[Path | None, typer.Option("--suite", help="Take the texts of a suite.")] = None,
     texts: Annotated[Path | None, typer.Option("--texts", help="Take the lines of this file.")] = None,
     limit: Annotated[int, typer.Option("--limit", help="Draw at most so many of them.")] = 5_000,
+    associations: Annotated[
+        Path | None, typer.Option("--associations", help="YAML with tests of association (WEAT, SEAT).")
+    ] = None,
+    attribute: Annotated[
+        Path | None,
+        typer.Option("--attribute", help="Lines of a text, a tab and a number: is it ordered by a direction?"),
+    ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a page with pictures here; it needs no network.")
@@ -30,62 +38,63 @@ def analyse_command(
     device: Annotated[str | None, typer.Option("--device", help="E.g. cpu or cuda:0.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the drawing.")] = 0,
 ) -> None:
-    """Isotropy, spectrum, intrinsic dimension, truncation and hubs of each model; CKA and shared neighbours of each pair."""
+    """Isotropy, spectrum, intrinsic dimension, truncation, hubs, near-duplicates and length of each model; CKA and shared
+    neighbours of each pair; with a suite's questions thresholds and whether one model reads another's index."""
     from nearfield.cli.printing import quiet_libraries
 
     quiet_libraries()
     from rich.text import Text
 
-    from nearfield.analysis.run import NEIGHBOURS, analyse
+    from nearfield.analysis.run import NEIGHBOURS
     from nearfield.console import stdout_console
     from nearfield.encoders.encode import text_encoder
     from nearfield.files import write_json
+    from nearfield.pipeline.analysing import analyse_models, sample_of
 
     if (suite is None) == (texts is None):
         raise BadInputError(
             "the texts come from --suite or from --texts", where="command line", hint="Give one of them."
         )
-    found = _suite_texts(suite) if suite is not None else _lines(texts)
-    chosen = _drawn(found, limit, seed)
-    if len(chosen) < 4 * NEIGHBOURS:
+    if suite is not None:
+        from nearfield.evaluation.suite import open_suite
+
+        sample = sample_of(open_suite(suite), limit, seed)
+    else:
+        assert texts is not None
+        sample = _lines(texts, limit, seed)
+    if len(sample.texts) < 4 * NEIGHBOURS:
         raise BadInputError(
-            f"there are {len(chosen)} distinct texts; {4 * NEIGHBOURS} are needed", where=str(suite or texts)
+            f"there are {len(sample.texts)} distinct texts; {4 * NEIGHBOURS} are needed", where=str(suite or texts)
         )
-    vectors = {model: text_encoder(model, device=device)(chosen) for model in dict.fromkeys(models)}
-    analysis = analyse(vectors, seed=seed)
+    encoders = {model: text_encoder(model, device=device) for model in dict.fromkeys(models)}
+    analysis = analyse_models(encoders, sample, seed=seed, associations=associations, attribute=attribute)
     if json_out is not None:
         write_json(json_out, analysis.to_json())
     if html is not None:
-        _write_page(html, analysis)
+        from nearfield.reporting.analysis import write_analysis_page
+
+        write_analysis_page(analysis.to_json(), html)
     console = stdout_console()
     console.print(_table(analysis))
-    for sentence in [*(line for one in analysis.geometry for line in one.sentences), *analysis.sentences]:
+    for sentence in sentences_of(analysis):
         console.print(Text(sentence))
 
 
-def _suite_texts(suite: Path) -> list[str]:
-    from nearfield.evaluation.suite import open_suite
-    from nearfield.evaluation.texts import benchmark_tasks
+def sentences_of(analysis: Analysis) -> list[str]:
+    """What the figures mean and what they do not: of each model, then of models together."""
+    shapes = [line for one in analysis.geometry for line in one.sentences]
+    return [*shapes, *(line for one in analysis.checks for line in one.sentences), *analysis.sentences]
 
-    return [text.text for task in benchmark_tasks(open_suite(suite)) for text in task.texts()]
 
+def _lines(path: Path, limit: int, seed: int) -> Sample:
+    from nearfield.pipeline.analysing import Sample, drawn
 
-def _lines(path: Path | None) -> list[str]:
-    assert path is not None
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"this file of texts cannot be read ({error})", where=str(path)) from error
-
-
-def _drawn(texts: list[str], limit: int, seed: int) -> list[str]:
-    from nearfield.randomness import generator
-
-    distinct = list(dict.fromkeys(text for text in texts if text.strip()))
-    if len(distinct) <= limit:
-        return distinct
-    rows = generator(seed, "analyse").choice(len(distinct), size=limit, replace=False)
-    return [distinct[row] for row in sorted(rows)]
+    chosen = drawn(list(dict.fromkeys(line for line in lines if line.strip())), limit, seed, "texts")
+    return Sample(tuple(chosen), (path.stem,) * len(chosen))
 
 
 ROWS = (
@@ -114,52 +123,3 @@ def _table(analysis: Analysis) -> object:
     for title, field, form in ROWS:
         table.add_row(title, *(format(getattr(one, field), form) for one in analysis.geometry))
     return table
-
-
-def _write_page(path: Path, analysis: Analysis) -> None:
-    """Pictures by plotly in one file: spectrum, truncation, and heat maps with like models side by side."""
-    import html
-
-    import numpy as np
-    import plotly.graph_objects as go
-    import plotly.io as pio
-    from scipy.cluster.hierarchy import leaves_list, linkage
-    from scipy.spatial.distance import squareform
-
-    from nearfield.files import write_text
-
-    figures = []
-    spectrum = go.Figure(layout={"title": "Share of variance by principal axis", "yaxis": {"type": "log"}})
-    for model, one in zip(analysis.models, analysis.geometry, strict=True):
-        spectrum.add_scatter(y=[share or None for share in one.spectrum], name=model)
-    figures.append(spectrum)
-    curves = go.Figure(layout={"title": "Ten nearest texts kept by fewer dimensions", "xaxis": {"type": "log"}})
-    for model, one in zip(analysis.models, analysis.geometry, strict=True):
-        for control, points in one.truncation.items():
-            x, y = zip(*points, strict=True)
-            curves.add_scatter(x=x, y=y, name=f"{model}, {control}", mode="lines+markers")
-    figures.append(curves)
-    if len(analysis.models) > 1:
-        for title, square in (("CKA", analysis.cka), ("Jaccard@10", analysis.jaccard)):
-            values = np.array(square)
-            order = leaves_list(linkage(squareform(1 - values, checks=False), "average"))
-            names = [analysis.models[i] for i in order]
-            figures.append(
-                go.Figure(
-                    go.Heatmap(
-                        z=values[np.ix_(order, order)], x=names, y=names, zmin=0, zmax=1, texttemplate="%{z:.2f}"
-                    ),
-                    layout={"title": f"{title}, like models side by side"},
-                )
-            )
-    parts = [
-        pio.to_html(figure, full_html=False, include_plotlyjs=number == 0, config={"responsive": True})
-        for number, figure in enumerate(figures)
-    ]
-    said = "".join(
-        f"<p>{html.escape(line)}</p>"
-        for line in [*(line for one in analysis.geometry for line in one.sentences), *analysis.sentences]
-    )
-    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    title = "<title>Embeddings</title><body style='font-family:sans-serif;max-width:60rem;margin:auto'>"
-    write_text(path, f"{head}{title}<h1>{analysis.texts} texts</h1>{said}{''.join(parts)}</body></html>\n")

@@ -45,6 +45,8 @@ class ScoreRow:
     reason: str | None
     scope: str | None = None
     """What the interval speaks of."""
+    type: str | None = None
+    """The task's type as mteb names it."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,21 @@ def _compare_task(
         low, high = _ends(interval)
         scope = None if interval is None else scores.SCOPES[of.kind]
         rows.append(
-            ScoreRow(task, subset, split, of.metric, name, of.score, low, high, units, clusters, of.reason, scope)
+            ScoreRow(
+                task,
+                subset,
+                split,
+                of.metric,
+                name,
+                of.score,
+                low,
+                high,
+                units,
+                clusters,
+                of.reason,
+                scope,
+                of.task_type or None,
+            )
         )
     if base not in found:
         return rows, []

@@ -33,12 +33,25 @@ class MtebTasks(Config):
     """Keep these subsets of the named tasks."""
     splits: list[str] | None = None
     """Score these splits instead of the tasks' own."""
+    types: list[str] | None = None
+    """Keep tasks of these types, e.g. ``Retrieval``. Without names and benchmark: of all that mteb has."""
+    domains: list[str] | None = None
+    """Keep tasks that have one of these domains, e.g. ``Legal``."""
+    modalities: list[str] | None = None
+    """Keep tasks with no other modalities than these, e.g. ``[text]``."""
+
+    @property
+    def filtered(self) -> bool:
+        """Whether tasks are kept by type, domain or modality."""
+        return any(part is not None for part in (self.types, self.domains, self.modalities))
 
     @model_validator(mode="after")
     def _says_which(self) -> Self:
-        if bool(self.names) == (self.benchmark is not None):
-            raise ValueError("give either 'names' or 'benchmark'")
-        if self.benchmark is not None and (self.subsets is not None or self.splits is not None):
+        if (self.names and self.benchmark is not None) or not (self.names or self.benchmark or self.filtered):
+            raise ValueError("give either 'names', 'benchmark' or filters ('types', 'domains', 'modalities')")
+        if self.names and self.filtered:
+            raise ValueError("'types', 'domains' and 'modalities' do not go with 'names': these say all")
+        if not self.names and (self.subsets is not None or self.splits is not None):
             raise ValueError("'subsets' and 'splits' go with 'names': a benchmark brings its own")
         return self
 
@@ -91,7 +104,26 @@ class LimitTask(Config):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-TaskEntry = Annotated[MtebTasks | FolderTasks | HeldOutTask | LimitTask, Field(discriminator="kind")]
+Probe = Literal[
+    "Length", "WordContent", "Depth", "TopConstituents", "BigramShift", "Tense", "SubjNumber", "ObjNumber", "OddManOut",
+    "CoordinationInversion",
+]  # fmt: skip
+
+
+class ProbingTasks(Config):
+    """SentEval's ten probes on sentences that are made here: what a linear classifier reads off a frozen vector."""
+
+    kind: Literal["probing"] = "probing"
+    only: list[Probe] | None = None
+    """Some of the probes; null takes all ten."""
+    sentences: Annotated[int, Field(ge=60, le=20_000)] = 1_200
+    """For training, and as many for testing, in equal classes."""
+    samples: Annotated[int, Field(ge=2)] = 100
+    """Training sentences a class in each of mteb's ten draws."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+TaskEntry = Annotated[MtebTasks | FolderTasks | HeldOutTask | LimitTask | ProbingTasks, Field(discriminator="kind")]
 
 
 class SuiteConfig(Config):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation.config import FolderTasks, HeldOutTask, LimitTask, MtebTasks, SuiteConfig
+from nearfield.evaluation.config import FolderTasks, HeldOutTask, LimitTask, MtebTasks, ProbingTasks, SuiteConfig
 from nearfield.evaluation.folder import folder_task, task_folders
 from nearfield.evaluation.heldout import OpenStore, default_open_store, heldout_task
 from nearfield.evaluation.limit import limit_task
 from nearfield.evaluation.local import SuiteTask
+from nearfield.evaluation.probing import probing_tasks
 
 
 def open_suite(
@@ -29,6 +30,8 @@ def open_suite(
             tasks += [folder_task(folder) for folder in task_folders(entry.path, entry.only)]
         elif isinstance(entry, LimitTask):
             tasks.append(limit_task(entry))
+        elif isinstance(entry, ProbingTasks):
+            tasks += probing_tasks(entry)
         else:
             assert isinstance(entry, HeldOutTask)
             tasks.append(heldout_task(entry, open_once))
@@ -66,7 +69,10 @@ def _official(entry: MtebTasks, where: str) -> list[SuiteTask]:
 
     try:
         if entry.benchmark is not None:
-            tasks = _in_languages(list(mteb.get_benchmark(entry.benchmark).tasks), entry.languages)
+            tasks = _in_languages(_filtered(mteb.get_benchmark(entry.benchmark).tasks, entry), entry.languages)
+        elif entry.filtered:
+            known = mteb.get_tasks(exclude_superseded=True, exclude_private=True)
+            tasks = _in_languages(_filtered(known, entry), entry.languages)
         else:
             filters = {"languages": entry.languages, "eval_splits": entry.splits, "hf_subsets": entry.subsets}
             tasks = [mteb.get_task(name, **filters) for name in entry.names]
@@ -74,8 +80,23 @@ def _official(entry: MtebTasks, where: str) -> list[SuiteTask]:
         message = str(error.args[0] if error.args else error).removeprefix("KeyError: ")
         raise BadInputError(f"mteb: {message}", where=where) from error
     if not tasks:
-        raise BadInputError(f"no task of {entry.benchmark} is in the languages {entry.languages}", where=where)
+        raise BadInputError(
+            f"no task of {entry.benchmark or 'mteb'} is left by types, domains, modalities and languages", where=where
+        )
     return [SuiteTask(task) for task in tasks]
+
+
+def _filtered(tasks: Iterable[Any], entry: MtebTasks) -> list[Any]:
+    """The tasks of the types, domains and modalities that are asked for."""
+
+    def kept(metadata: Any) -> bool:
+        return (
+            (entry.types is None or metadata.type in entry.types)
+            and (entry.domains is None or bool(set(metadata.domains or ()) & set(entry.domains)))
+            and (entry.modalities is None or set(metadata.modalities) <= set(entry.modalities))
+        )
+
+    return [task for task in tasks if kept(task.metadata)]
 
 
 def _in_languages(tasks: list[Any], languages: Sequence[str] | None) -> list[Any]:

@@ -115,3 +115,75 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping):
         for member in value.values():
             yield from _strings(member)
+
+
+def labelled_texts(task: Any) -> Iterator[tuple[str, str]]:
+    """The texts of a task, each with its class where the task has classes, else with the task's name and its role."""
+    for part in parts_of(task):
+        name = str(part.metadata.name)
+        label, column = getattr(part, "label_column_name", None), getattr(part, "input_column_name", None)
+        if label is None or column is None or isinstance(part, AbsTaskRetrieval):
+            for text in task_texts(part):
+                yield text.text, f"{name}: {text.role}"
+            continue
+        was_loaded = part.data_loaded
+        part.load_data()
+        try:
+            for _, split in _splits(part):
+                for row in split:
+                    value, of = row.get(column), row.get(label)
+                    # A clustering's row may be a list of texts with a list of classes.
+                    pairs = (
+                        zip(value, of, strict=True)
+                        if isinstance(value, list) and isinstance(of, list)
+                        else [(value, of)]
+                    )
+                    for text, one in pairs:
+                        if isinstance(text, str):
+                            yield text, f"{name}: {one}"
+        finally:
+            if not was_loaded and part.data_loaded:
+                part.unload_data()
+
+
+def questions_of(
+    task: Any, most: int, documents: int, seed: int
+) -> tuple[list[str], list[str], list[tuple[int, ...]]] | None:
+    """Questions of a retrieval task's first split, documents (the right ones first, others drawn), and the rows of the right
+    ones of each question; None for a task of another kind."""
+    from nearfield.randomness import generator
+
+    task = parts_of(task)[0]
+    if not isinstance(task, AbsTaskRetrieval):
+        return None
+    was_loaded = task.data_loaded
+    task.load_data()
+    try:
+        task.convert_v1_dataset_format_to_v2(num_proc=None)
+        for _, split in _splits(task):
+            if split.get("top_ranked"):
+                return None
+            rng = generator(seed, "questions")
+            corpus = {row["id"]: _forms(row)[:1] for row in split["corpus"]}
+            asked = []
+            for row in split["queries"]:
+                scores = split["relevant_docs"].get(row["id"], {})
+                right = [document for document, score in scores.items() if score > 0 and corpus.get(document)]
+                texts = list(_strings(row.get("text")))
+                if right and texts:
+                    asked.append((texts[0], right))
+            kept = [asked[i] for i in sorted(rng.permutation(len(asked))[:most].tolist())]
+            chosen = list(dict.fromkeys(document for _, right in kept for document in right))
+            known = set(chosen)
+            rest = [document for document, forms in corpus.items() if forms and document not in known]
+            chosen += [rest[i] for i in rng.permutation(len(rest))[: max(documents - len(chosen), 0)].tolist()]
+            row_of = {document: i for i, document in enumerate(chosen)}
+            return (
+                [text for text, _ in kept],
+                [corpus[document][0] for document in chosen],
+                [tuple(row_of[document] for document in right) for _, right in kept],
+            )
+    finally:
+        if not was_loaded and task.data_loaded:
+            task.unload_data()
+    return None

@@ -133,7 +133,8 @@ class Freshness:
             {"version": EVALUATE_VERSION, "train": found["train"], "suite": self._suite_inputs()}
         )
         found["compare"] = fingerprint({"evaluate": found["evaluate"]})
-        found["report"] = fingerprint({"compare": found["compare"]})
+        looked_at = recipe.evaluation.analysed_texts if recipe.evaluation is not None else 0
+        found["report"] = fingerprint({"compare": found["compare"], "analysed_texts": looked_at})
         return found
 
     @property
@@ -159,7 +160,9 @@ class Freshness:
         evaluation = self.recipe.evaluation
         if evaluation is None:
             return None
-        settings = evaluation.model_dump(mode="json", exclude={"suite"})
+        # What the report looks at scores nothing; without cut dimensions a run is what it was before there were any.
+        left_out = {"suite", "analysed_texts"} | (set() if evaluation.dimensions else {"dimensions"})
+        settings = evaluation.model_dump(mode="json", exclude=left_out)
         return [settings, *suite_content(evaluation.suite, self.run.checked.suite)]
 
     # Where the outputs are.

@@ -27,11 +27,7 @@ class ScoringStages(Artifacts):
         }
         if evaluation.before:
             models["before"] = (self._untrained(), None)
-        trained: str | LoadedEncoder = str(self.run.folder / "model")
-        if self.recipe.encoder.adapter is not None and self.recipe.encoder.adapter.save == "adapter":
-            # The folder names its base, but not where on this machine that lies.
-            trained = load_encoder(str(trained), base=self.recipe.encoder.model)
-        models["after"] = (trained, f"nearfield/{self.recipe.name}")
+        models["after"] = (self._trained(), f"nearfield/{self.recipe.name}")
         folders, failures = {}, {}
         for label, (model, name) in models.items():
             logger.info("Evaluating %s (%s)", label, name or model)
@@ -42,18 +38,38 @@ class ScoringStages(Artifacts):
                 name=name,
                 open_store=self._open_store,
                 prompts="as-is" if label == "before" else evaluation.prompts,
-                # The base model is the same in many runs; a trained one is scored once.
-                cache=self.run.cache / "vectors" if label == "before" else None,
+                # The base model is the same in many runs; a trained one is scored once, but for its cut vectors.
+                cache=self.run.cache / "vectors" if label == "before" or evaluation.dimensions else None,
             )
             folders[label] = str(result.results_dir.relative_to(self.run.folder))
             if result.failures:
                 failures[label] = {task: str(reason) for task, reason in result.failures.items()}
+        for dimensions in evaluation.dimensions:
+            cut = evaluate(
+                models["after"][0],
+                self.run.checked.suite or evaluation.suite,
+                self.run.folder / "results",
+                name=models["after"][1],
+                open_store=self._open_store,
+                prompts=evaluation.prompts,
+                cache=self.run.cache / "vectors",
+                dimensions=dimensions,
+            )
+            if cut.failures:
+                failures[cut.model] = {task: str(reason) for task, reason in cut.failures.items()}
         if failures:
             lines = [
                 f"{label}: {task}: {reason}" for label, tasks in failures.items() for task, reason in tasks.items()
             ]
             raise NearfieldError("some tasks failed:\n" + "\n".join(lines), where=str(self.run.folder / "results"))
         return {"results": folders}
+
+    def _trained(self) -> str | LoadedEncoder:
+        folder = str(self.run.folder / "model")
+        if self.recipe.encoder.adapter is not None and self.recipe.encoder.adapter.save == "adapter":
+            # The folder names its base, but not where on this machine that lies.
+            return load_encoder(folder, base=self.recipe.encoder.model)
+        return folder
 
     def _untrained(self) -> str:
         """The base model as the recipe builds it: by name where the recipe changes nothing, else saved beside the run."""
@@ -81,8 +97,32 @@ class ScoringStages(Artifacts):
         return {"baseline": baseline}
 
     def report(self) -> dict[str, Any]:
-        """Write the HTML report."""
+        """Look at the embeddings, and write the HTML report."""
         from nearfield.reporting import build_report
 
+        try:
+            self._look()
+        except (NearfieldError, ValueError) as error:
+            # Scores and curves are told all the same.
+            logger.warning("The embeddings cannot be looked at: %s", error)
         result = build_report(self.run.folder)
         return {"bytes": result.size}
+
+    def _look(self) -> None:
+        """Write ``analysis.json``: the shape of the suite's texts before and after, and how alike both are."""
+        from nearfield.analysis.run import NEIGHBOURS
+        from nearfield.encoders.encode import text_encoder
+        from nearfield.evaluation.suite import open_suite
+        from nearfield.pipeline.analysing import Encode, analyse_models, sample_of
+
+        evaluation = self.recipe.evaluation
+        if evaluation is None or not evaluation.analysed_texts:
+            return
+        tasks = open_suite(self.run.checked.suite or evaluation.suite, open_store=self._open_store)
+        sample = sample_of(tasks, evaluation.analysed_texts, self.recipe.seed)
+        if len(sample.texts) < 4 * NEIGHBOURS:
+            raise NearfieldError(f"the suite has {len(sample.texts)} texts; {4 * NEIGHBOURS} are needed")
+        encoders: dict[str, Encode] = {"before": text_encoder(self._untrained())} if evaluation.before else {}
+        encoders["after"] = text_encoder(self._trained())
+        analysis = analyse_models(encoders, sample, seed=self.recipe.seed)
+        write_json(self.run.folder / "analysis.json", analysis.to_json())

@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from nearfield.reporting import text
 from nearfield.reporting.run import AbsentError, Json, listing, load_object, mapping, real, string
-from nearfield.reporting.svg import Whisker, interval_plot
+from nearfield.reporting.suite import SuiteTable, dimension_chart, suite_tables
+from nearfield.reporting.svg import Whisker, interval_plot, line_chart
 
 STYLES = {"before": "s2", "after": "s1"}
 FOREST = 60
@@ -82,6 +83,9 @@ class Comparison:
     notes: list[str]
     forest: Markup
     raw: object
+    suite: list[SuiteTable]
+    truncation: Markup
+    charts: dict[str, object]
 
 
 def metric_words(metric: str) -> str:
@@ -114,6 +118,12 @@ def build_comparison(run: Path) -> Comparison:
         for number, key in enumerate(keys)
     ]
     models = [mapping(row) for row in listing(made.get("models"))]
+    paths = {string(row.get("label")) or "?": string(row.get("path")) for row in models}
+    # A run that was moved keeps its results below itself; a path is only compared with what is there.
+    there = {folder.parts[-2:]: folder for folder in sorted((run / "results").glob("*/*")) if folder.is_dir()}
+    ends = {label: Path(path).parts[-2:] for label, path in paths.items() if path}
+    folders = {label: there[end] for label, end in ends.items() if end in there}
+    cut = dimension_chart(run / "results", folders)
     return Comparison(
         confidence=f"{text.number(100 * level)} %",
         models=[[string(row.get(name)) or "–" for name in ("label", "name", "revision")] for row in models],
@@ -123,6 +133,9 @@ def build_comparison(run: Path) -> Comparison:
         + _method(mapping(made.get("settings"))),
         forest=_forest(differences, baseline),
         raw={name: made.get(name) for name in ("baseline", "settings", "models", "scores", "differences")},
+        suite=suite_tables(scores, differences),
+        truncation=Markup("") if cut is None else line_chart(cut[0]),
+        charts={} if cut is None else {cut[0].key: cut[1]},
     )
 
 

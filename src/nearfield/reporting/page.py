@@ -19,6 +19,7 @@ from markupsafe import Markup
 from nearfield.errors import BadInputError
 from nearfield.files import write_text
 from nearfield.reporting import ReportResult, text
+from nearfield.reporting.analysis import AnalysisSection, build_analysis
 from nearfield.reporting.batches import build_batches
 from nearfield.reporting.comparison import Comparison, Finding, build_comparison
 from nearfield.reporting.curves import Curves, build_curves
@@ -41,6 +42,7 @@ KNOWN_FILES = (
     "manifest.json",
     "metrics.jsonl",
     "comparison.json",
+    "analysis.json",
     "plan",
     "results",
     "model",
@@ -116,12 +118,14 @@ def read_page(run: Path) -> tuple[Page, dict[str, object]]:
     limit = real(training.get("max_steps"))
     comparison = part("comparison.json", lambda: build_comparison(run))
     queries = part("the queries", lambda: build_queries(run, manifest, store))
+    geometry = part("analysis.json", lambda: build_analysis(run))
     overview = part("the overview", lambda: build_overview(run, recipe, manifest, curves, sources))
     made = manifest if isinstance(manifest, Missing) else part("the manifest", lambda: build_manifest(manifest, run))
     sections = [
         Section("trained", "What was trained", "What was trained on what", overview),
         Section("comparison", "Before and after", "Before and after", comparison),
         Section("queries", "Queries", "Ten queries, before and after", queries),
+        Section("geometry", "Embeddings", "Shape of the embeddings", geometry),
         Section("curves", "Curves", "Training curves", curves),
         Section(
             "batches", "Batches", "Which examples met", part("the plan", lambda: build_batches(run, sources, limit))
@@ -134,11 +138,15 @@ def read_page(run: Path) -> tuple[Page, dict[str, object]]:
     page = Page(
         name, run.resolve().name, f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC", verdict, sections
     )
-    return page, figures(name, curves, comparison, queries)
+    return page, figures(name, curves, comparison, queries, geometry)
 
 
 def figures(
-    name: str, curves: Curves | Missing, comparison: Comparison | Missing, queries: Queries | Missing
+    name: str,
+    curves: Curves | Missing,
+    comparison: Comparison | Missing,
+    queries: Queries | Missing,
+    geometry: AnalysisSection | Missing,
 ) -> dict[str, object]:
     """What the page's script and other programs read: curves, scores and queries, not cut and not made visible."""
     charts: dict[str, object] = {}
@@ -149,10 +157,13 @@ def figures(
                 "x": chart.x,
                 "series": [{"label": label, "y": [float(f"{value:.5g}") for value in y]} for label, y in chart.series],
             }
+    charts |= {} if isinstance(comparison, Missing) else comparison.charts
+    charts |= {} if isinstance(geometry, Missing) else geometry.charts
     return {
         "format": FORMAT,
         "run": name,
         "charts": charts,
+        "maps": {} if isinstance(geometry, Missing) else geometry.maps,
         "comparison": [] if isinstance(comparison, Missing) else comparison.raw,
         "queries": [] if isinstance(queries, Missing) else queries.raw,
     }

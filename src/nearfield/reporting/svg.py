@@ -42,6 +42,8 @@ class LineChart:
     x_label: str = "step"
     from_zero: bool = False
     description: str = ""
+    log: bool = False
+    """Whether x is drawn by its logarithm, with a tick at each value."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def line_chart(chart: LineChart) -> Markup:
     x_ticks = [tick for tick in ticks(x_low, x_high) if x_low <= tick <= x_high and tick.is_integer()]
     top = _TOP + (20 if len(chart.series) > 1 else 0)
     px, py = _scales((x_low, x_high), (y_ticks[0], y_ticks[-1]), top)
+    if chart.log:
+        px, x_ticks = _log_scale(x_low, x_high), sorted(set(xs))
     parts = [*_axes(px, py, x_ticks, y_ticks, chart.x_label)]
     parts += [_path(chart.x, series, px, py) for series in chart.series]
     if len(chart.series) > 1:
@@ -152,7 +156,8 @@ def interval_plot(key: str, title: str, rows: Sequence[Whisker], description: st
     if zero:
         ends.append(0.0)
     scale = ticks(min(ends), max(ends), 4)
-    left, row_height = 110, 30
+    # A phone shows the chart at two thirds of its size: at most 26 letters.
+    left, row_height = max(110.0, min(26, max(len(text.visible(row.label)) for row in rows)) * 6.6 + 14), 30
     height = 12 + row_height * len(rows) + 28
 
     def px(value: float) -> float:
@@ -167,7 +172,7 @@ def interval_plot(key: str, title: str, rows: Sequence[Whisker], description: st
     for index, row in enumerate(rows):
         y = 12 + row_height * (index + 0.5)
         label = text.visible(row.label)
-        parts.append(_words(left - 10, y + 4, "end", label if len(label) <= 16 else f"{label[:15]}…"))
+        parts.append(_words(left - 10, y + 4, "end", label if len(label) <= 26 else f"{label[:25]}…"))
         if row.low is not None and row.high is not None and math.isfinite(row.low) and math.isfinite(row.high):
             parts.append(_rule(f"whisker {row.style}", px(row.low), px(row.high), y, y))
         parts.append(_dot(row.style, px(row.value), y, 5))
@@ -208,6 +213,13 @@ def _scales(xs: tuple[float, float], ys: tuple[float, float], top: float) -> tup
         return HEIGHT - _BOTTOM - (value - ys[0]) / (ys[1] - ys[0]) * (HEIGHT - top - _BOTTOM)
 
     return px, py
+
+
+def _log_scale(low: float, high: float) -> Scale:
+    def px(value: float) -> float:
+        return _LEFT + math.log(value / low) / math.log(high / low) * (WIDTH - _LEFT - _RIGHT)
+
+    return px
 
 
 def _axes(px: Scale, py: Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], label: str) -> Iterator[Markup]:

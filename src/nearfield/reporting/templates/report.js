@@ -12,8 +12,10 @@
   function addTooltip(figure, svg, chart) {
     const [left, right, top, bottom] = svg.dataset.box.split(" ").map(Number);
     const xs = chart.x;
-    const low = xs.length > 1 ? xs[0] : xs[0] - 0.5;
-    const high = xs.length > 1 ? xs[xs.length - 1] : xs[0] + 0.5;
+    const scaled = chart.log ? Math.log : (value) => value;
+    const low = scaled(xs.length > 1 ? xs[0] : xs[0] - 0.5);
+    const high = scaled(xs.length > 1 ? xs[xs.length - 1] : xs[0] + 0.5);
+    const unit = chart.unit ?? "step";
     const tip = document.createElement("div");
     tip.className = "tip";
     tip.hidden = true;
@@ -29,12 +31,12 @@
 
     function show(index) {
       at = Math.max(0, Math.min(xs.length - 1, index));
-      const x = left + ((xs[at] - low) / (high - low)) * (right - left);
+      const x = left + ((scaled(xs[at]) - low) / (high - low)) * (right - left);
       cursor.setAttribute("x1", x);
       cursor.setAttribute("x2", x);
       cursor.setAttribute("visibility", "visible");
       const lines = chart.series.map((one) => `${one.label}: ${words(one.y[at])}`);
-      tip.textContent = [`step ${words(Math.round(xs[at]))}`, ...lines].join("\n");
+      tip.textContent = [`${unit} ${words(Math.round(xs[at]))}`, ...lines].join("\n");
       tip.hidden = false;
       const box = svg.getBoundingClientRect();
       const home = figure.getBoundingClientRect();
@@ -55,7 +57,7 @@
       const wanted = low + ((place - left) / (right - left)) * (high - low);
       let best = 0;
       for (let index = 1; index < xs.length; index += 1) {
-        if (Math.abs(xs[index] - wanted) < Math.abs(xs[best] - wanted)) best = index;
+        if (Math.abs(scaled(xs[index]) - wanted) < Math.abs(scaled(xs[best]) - wanted)) best = index;
       }
       return best;
     }
@@ -76,6 +78,63 @@
   for (const svg of document.querySelectorAll("svg[data-chart]")) {
     const chart = Object.hasOwn(data.charts, svg.dataset.chart) ? data.charts[svg.dataset.chart] : null;
     if (chart && chart.x.length) addTooltip(svg.closest("figure"), svg, chart);
+  }
+
+  function addMap(figure, svg, map) {
+    const marks = [...svg.querySelectorAll(".mark")].slice(-map.texts.length);
+    const order = map.labels.map((_, index) => index).sort((a, b) => map.labels[a].localeCompare(map.labels[b]) || a - b);
+    const tip = document.createElement("div");
+    tip.className = "tip wide";
+    tip.hidden = true;
+    tip.setAttribute("role", "status");
+    figure.append(tip);
+    let at = -1;
+
+    function hide() {
+      tip.hidden = true;
+      if (at >= 0) marks[at].classList.remove("chosen");
+    }
+
+    function show(index) {
+      hide();
+      at = index;
+      marks[at].classList.add("chosen");
+      marks[at].parentNode.append(marks[at]);
+      tip.textContent = `${map.labels[at]}\n${map.texts[at]}`;
+      tip.hidden = false;
+      const mark = marks[at].getBoundingClientRect();
+      const home = figure.getBoundingClientRect();
+      const room = Math.max(0, home.width - tip.offsetWidth);
+      tip.style.left = `${Math.max(0, Math.min(room, mark.left - home.left + 12))}px`;
+      tip.style.top = `${mark.bottom - home.top + 6}px`;
+    }
+
+    figure.addEventListener("pointermove", (event) => {
+      let best = -1;
+      let least = 24;
+      for (const [index, mark] of marks.entries()) {
+        const box = mark.getBoundingClientRect();
+        const far = Math.hypot(box.left + box.width / 2 - event.clientX, box.top + box.height / 2 - event.clientY);
+        if (far < least) [best, least] = [index, far];
+      }
+      if (best >= 0) show(best);
+      else hide();
+    });
+    figure.addEventListener("pointerleave", hide);
+    figure.addEventListener("blur", hide);
+    figure.addEventListener("keydown", (event) => {
+      const place = at < 0 ? -1 : order.indexOf(at);
+      const moves = { ArrowRight: place + 1, ArrowLeft: place - 1, PageDown: place + 20, PageUp: place - 20, Home: 0, End: order.length - 1 };
+      if (event.key === "Escape") hide();
+      if (!(event.key in moves)) return;
+      event.preventDefault();
+      show(order[Math.max(0, Math.min(order.length - 1, moves[event.key]))]);
+    });
+  }
+
+  for (const svg of document.querySelectorAll("svg[data-map]")) {
+    const map = data.maps && Object.hasOwn(data.maps, svg.dataset.map) ? data.maps[svg.dataset.map] : null;
+    if (map && map.texts.length) addMap(svg.closest("figure"), svg, map);
   }
 
   const bar = document.querySelector(".filter");

@@ -1,0 +1,77 @@
+"""How many documents free vectors of d dimensions can serve if every pair must be found, beside the published numbers.
+
+    python scripts/limit_curve.py --dimensions 4,5,6 --minutes 5 --out results/limit/curve.json
+
+For each d the documents go from two below the published critical number to two above it, and on while they are solved; at each number up to ``--starts``
+random starts are tried until one finds every pair. A number that no start solves is not proven to be impossible. What does not
+fit in the time is left out, and the file says so; a second call goes on where the first stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from nearfield.analysis.capacity import PUBLISHED, best_accuracy
+from nearfield.files import write_json
+
+
+def tried(documents: int, dimensions: int, starts: int) -> dict[str, Any]:
+    """What the starts reach, until one of them finds all pairs."""
+    best, count, began = 0.0, 0, time.process_time()
+    for seed in range(starts):
+        best, count = max(best, best_accuracy(documents, dimensions, seed=seed)), count + 1
+        if best == 1.0:
+            break
+    spent = round(time.process_time() - began, 1)
+    return {"documents": documents, "best_accuracy": round(best, 4), "starts": count, "cpu_seconds": spent}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown with a row a dimension."""
+    lines = [
+        "| d | published | largest solved | smallest not solved (best accuracy; starts) |",
+        "| ---: | ---: | ---: | --- |",
+    ]
+    for d, rows in found["curve"].items():
+        solved = [row["documents"] for row in rows if row["best_accuracy"] == 1.0]
+        failed = [row for row in rows if row["best_accuracy"] < 1.0]
+        first = min(failed, key=lambda row: row["documents"]) if failed else None
+        said = "" if first is None else f"{first['documents']} ({first['best_accuracy']:.4f}; {first['starts']})"
+        lines.append(f"| {d} | {PUBLISHED[int(d)]} | {max(solved, default='')} | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Try, write after each number of documents, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dimensions", default="4,5,6,7,8", help="of the published ones")
+    parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=5.0, help="of CPU time; what does not fit is left out")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"starts": arguments.starts, "curve": {}}
+    if arguments.out.is_file():
+        found = json.loads(arguments.out.read_text(encoding="utf-8"))
+    began = time.process_time()
+    for d in [int(part) for part in arguments.dimensions.split(",")]:
+        rows = found["curve"].setdefault(str(d), [])
+        for documents in range(PUBLISHED[d] - 2, PUBLISHED[d] + 3):
+            if (
+                any(row["documents"] == documents for row in rows)
+                or time.process_time() - began > 60 * arguments.minutes
+            ):
+                continue
+            rows.append(tried(documents, d, arguments.starts))
+            write_json(arguments.out, found)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""The section and the page on embeddings: an analysis as tables, pictures and sentences."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from markupsafe import Markup
+
+from nearfield.errors import BadInputError
+from nearfield.files import write_text
+from nearfield.reporting import text
+from nearfield.reporting.maps import clustered, heat_map, scatter
+from nearfield.reporting.run import AbsentError, Json, listing, load_object, mapping, real, string
+from nearfield.reporting.svg import Histogram, LineChart, Series, Whisker, histogram, interval_plot, line_chart
+
+MOST_MODELS = 4
+"""Models that have a curve of their own; styles for more are not told apart."""
+FIGURES = (
+    ("dimensions", "dimensions", 0),
+    ("IsoScore", "iso_score", 4),
+    ("average cosine", "average_cosine", 3),
+    ("partition ratio", "partition_ratio", 4),
+    ("effective rank", "effective_rank", 1),
+    ("TwoNN", "two_nn", 1),
+    ("ABID", "abid", 1),
+    ("uniformity", "uniformity", 3),
+    ("hubs: skewness", "hub_skewness", 2),
+    ("hubs: largest", "largest_hub", 0),
+    ("share of texts near none", "orphans", 3),
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with its caption, and whether the page's script reads its values."""
+
+    caption: str
+    svg: Markup
+    live: bool = False
+
+
+@dataclass(frozen=True)
+class Tab:
+    """A table: caption, heads, rows."""
+
+    caption: str
+    heads: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class AnalysisSection:
+    """All that the template shows, and the values that go to the page's script: ``charts`` and ``maps``."""
+
+    texts: str
+    tables: list[Tab]
+    pictures: list[Picture]
+    sentences: list[str]
+    charts: dict[str, object] = field(default_factory=dict)
+    maps: dict[str, object] = field(default_factory=dict)
+
+
+def build_analysis(run: Path) -> AnalysisSection:
+    """The section of a run folder, from its ``analysis.json``."""
+    absent = "No analysis.json: the embeddings were not looked at. `nearfield analyse MODEL --suite SUITE --json RUN/analysis.json` writes it."
+    return analysis_section(load_object(run / "analysis.json", absent))
+
+
+def analysis_section(made: Json) -> AnalysisSection:
+    """The section of what ``nearfield analyse --json`` wrote; parts that are not there are left out."""
+    full = [string(name) or "?" for name in listing(made.get("models"))]
+    models = short_names(full)
+    made = {**made, "extras": _renamed(mapping(made.get("extras")), dict(zip(full, models, strict=True)))}
+    shapes = [mapping(one) for one in listing(made.get("geometry"))]
+    if not models or len(models) != len(shapes):
+        raise AbsentError("analysis.json holds no model.")
+    section = AnalysisSection(text.count(real(made.get("texts")) or 0), [], [], [])
+    rows = [[name, *(_figure(shape.get(key), digits) for shape in shapes)] for name, key, digits in FIGURES]
+    section.tables.append(Tab("Shape of the embeddings", ["figure", *models], rows))
+    _maps(section, models, mapping(made.get("drawing")))
+    _curves(section, models, shapes)
+    _likeness(section, models, made)
+    extras = mapping(made.get("extras"))
+    _search(section, mapping(extras.get("search")))
+    _versions(section, mapping(extras.get("versions")))
+    _associations(section, mapping(extras.get("associations")))
+    _rankability(section, mapping(extras.get("rankability")))
+    groups = [*shapes, *(mapping(one) for one in listing(made.get("checks"))), made]
+    section.sentences.extend(line for one in groups for line in map(string, listing(one.get("sentences"))) if line)
+    return section
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """Models' names without their folders or organisations where these are not needed to tell them apart."""
+    short = [Path(name).parent.name if Path(name).name == "model" else Path(name).name for name in models]
+    return [brief if brief and short.count(brief) == 1 else name for brief, name in zip(short, models, strict=True)]
+
+
+def _renamed(extras: Json, names: Mapping[str, str]) -> dict[str, object]:
+    """What is said by model, under the models' short names."""
+    found: dict[str, object] = {}
+    for part, value in extras.items():
+        inner = mapping(value)
+        if part == "versions":
+            inner["models"] = [names.get(str(name), str(name)) for name in listing(inner.get("models"))]
+            audits = mapping(inner.get("audits"))
+            inner["audits"] = {" → ".join(names.get(n, n) for n in k.split(" -> ")): v for k, v in audits.items()}
+            found[part] = inner
+        else:
+            found[part] = {names.get(model, model): of for model, of in inner.items()}
+    return found
+
+
+def _figure(value: object, digits: int) -> str:
+    number = real(value)
+    return "–" if number is None else text.count(number) if not digits else f"{number:.{digits}f}".replace("-", "−")
+
+
+def _numbers(value: object) -> list[float]:
+    return [float("nan") if number is None else number for number in map(real, listing(value))]
+
+
+def _maps(section: AnalysisSection, models: Sequence[str], drawing: Json) -> None:
+    labels = [string(one) or "" for one in listing(drawing.get("labels"))]
+    texts = [string(one) or "" for one in listing(drawing.get("texts"))]
+    for number, (model, points, shares) in enumerate(
+        zip(models, listing(drawing.get("points")), listing(drawing.get("shares")), strict=False)
+    ):
+        places = [pair for pair in (_numbers(point) for point in listing(points)) if len(pair) == 2]
+        if len(places) != len(labels) or len(texts) != len(labels) or any(x != x or y != y for x, y in places):
+            continue
+        key = f"map-{number}"
+        held = sum(_numbers(shares))
+        svg = scatter(key, f"Texts of {model} in the plane", [(x, y) for x, y in places], labels)
+        caption = f"{model}: texts on the two principal axes, which hold {100 * held:.0f} % of the variance; far texts may fall together"
+        section.pictures.append(Picture(caption, svg, live=True))
+        section.maps[key] = {"labels": labels, "texts": texts}
+
+
+def _curves(section: AnalysisSection, models: Sequence[str], shapes: Sequence[Json]) -> None:
+    kept: dict[tuple[int, ...], list[Series]] = {}
+    for number, (model, shape) in enumerate(zip(models, shapes, strict=True)):
+        curves = {
+            name: [_numbers(point) for point in listing(of)] for name, of in mapping(shape.get("truncation")).items()
+        }
+        for name, points in curves.items():
+            xs = tuple(int(point[0]) for point in points)
+            style = {"first": 1, "principal": 2, "random": 4}.get(name, 3) if len(models) == 1 else number % 4 + 1
+            if len(models) == 1 or (name == "first" and number < MOST_MODELS):
+                label = f"{name} dimensions" if len(models) == 1 else model
+                kept.setdefault(xs, []).append(Series(label, [point[1] for point in points], f"s{style}"))
+        if len(models) > 1 and number < MOST_MODELS and curves:
+            xs = tuple(int(point[0]) for point in next(iter(curves.values())))
+            styles = {"first": "s1", "principal": "s2", "random": "s4"}
+            series = [Series(n, [p[1] for p in pts], styles.get(n, "s3")) for n, pts in curves.items()]
+            _line(section, f"truncation-{number}", f"{model}: ten nearest texts kept by fewer dimensions", xs, series)
+    for number, (xs, series) in enumerate(kept.items()):
+        _line(section, f"truncations-{number}", "Ten nearest texts kept by the first dimensions", xs, series)
+    series = []
+    for number, (model, shape) in enumerate(zip(models, shapes, strict=True)):
+        shares, total, sums = _numbers(shape.get("spectrum")), 0.0, []
+        for share in shares:
+            total += share
+            sums.append(total)
+        if number < MOST_MODELS and sums:
+            series.append(Series(model, sums, f"s{number + 1}"))
+    longest = max((len(one.y) for one in series), default=0)
+    series = [Series(one.label, [*one.y, *[float("nan")] * (longest - len(one.y))], one.style) for one in series]
+    _line(
+        section,
+        "spectrum",
+        "Variance held by the first principal axes",
+        range(1, longest + 1),
+        series,
+        "axes",
+        log=False,
+    )
+
+
+def _line(
+    section: AnalysisSection,
+    key: str,
+    title: str,
+    xs: Sequence[float],
+    series: Sequence[Series],
+    label: str = "dimensions",
+    *,
+    log: bool = True,
+) -> None:
+    x = [float(value) for value in xs]
+    if len(x) < 2 or not series or min(x) <= 0:
+        return
+    chart = LineChart(key, title, x, series, label, from_zero=True, log=log)
+    section.pictures.append(Picture(title, line_chart(chart), live=True))
+    values = [{"label": one.label, "y": [float(f"{value:.5g}") for value in one.y]} for one in series]
+    section.charts[key] = {"title": title, "x": x, "series": values, "log": log, "unit": label}
+
+
+def _likeness(section: AnalysisSection, models: Sequence[str], made: Json) -> None:
+    if len(models) < 2:
+        return
+    titles = {"cka": "CKA", "jaccard": "Jaccard@10 of nearest texts", "rank_similarity": "Likeness of ranks@10"}
+    numbered = ""
+    for key, title in titles.items():
+        table = [_numbers(row) for row in listing(made.get(key))]
+        if len(table) != len(models) or any(len(row) != len(models) for row in table):
+            continue
+        order = clustered(table)
+        numbered = ", ".join(f"{i + 1} {models[row]}" for i, row in enumerate(order))
+        caption = f"{title}, like models side by side ({numbered})"
+        section.pictures.append(
+            Picture(caption, heat_map(f"heat-{key.replace('_', '-')}", title, models, table, order))
+        )
+    sweep = {int(k): [_numbers(row) for row in listing(table)] for k, table in mapping(made.get("sweep")).items()}
+    pairs = [(i, j) for i in range(len(models)) for j in range(i)][:MOST_MODELS]
+    series = [
+        Series(f"{models[j]}, {models[i]}" if len(models) > 2 else "both", [sweep[k][i][j] for k in sweep], f"s{n + 1}")
+        for n, (i, j) in enumerate(pairs)
+    ]
+    _line(section, "sweep", "Jaccard of the k nearest texts", list(sweep), series, "k")
+
+
+def _search(section: AnalysisSection, found: Json) -> None:
+    if not found:
+        return
+    rows, whiskers, cuts = [], [], []
+    for number, (model, value) in enumerate(found.items()):
+        one = mapping(value)
+        accuracy = [mapping(of) for of in listing(one.get("accuracy"))]
+        for of in accuracy:
+            share = real(of.get("value"))
+            if share is not None:
+                words = f"{model}, {of.get('k')}"
+                whiskers.append(Whisker(words, share, real(of.get("low")), real(of.get("high")), f"s{number % 4 + 1}"))
+        for rule, name in (("recall", "95 % recall"), ("precision", "95 % precision"), ("f1", "best F1")):
+            cut = mapping(one.get(rule))
+            value_of = real(cut.get("cut"))
+            if value_of is None:
+                rows.append([model, name, "none reaches it", "–", "–", "–"])
+                continue
+            low, high = real(cut.get("low")), real(cut.get("high"))
+            cuts.append(Whisker(f"{name}, {model}", value_of, low, high, f"s{number % 4 + 1}"))
+            between = "–" if low is None or high is None else f"{text.score(low)} to {text.score(high)}"
+            rates = [_figure(cut.get(side), 3) for side in ("precision", "recall")]
+            rows.append([model, name, text.score(value_of), between, *rates])
+        samples = [
+            Series(name, _numbers(values), style)
+            for (name, values), style in zip(mapping(one.get("counts")).items(), ("s1", "s2", "s4"), strict=False)
+        ]
+        told = ", ".join(f"{name} {real(share) or 0:.2f}" for name, share in mapping(one.get("overlaps")).items())
+        caption = f"{model}: cosines of questions with right, first ten and random documents (overlaps: {told})"
+        chart = Histogram(
+            f"samples-{number}", caption, _numbers(one.get("edges")), samples, "cosine", f"Overlaps: {told}."
+        )
+        section.pictures.append(Picture(caption, histogram(chart)))
+    heads = ["model", "rule", "cut", "95 % interval", "precision", "recall"]
+    section.tables.append(Tab("Cuts between right and random documents", heads, rows))
+    described = "; ".join(f"{one.label} {one.value:.3f}" for one in whiskers)
+    title = "Questions with a right document among the first k"
+    section.pictures.append(Picture(title, interval_plot("accuracy", title, whiskers, described)))
+    described = "; ".join(f"{one.label} {one.value:.3f}" for one in cuts)
+    title = "Cuts and their bootstrap intervals over questions"
+    section.pictures.append(Picture(title, interval_plot("cuts", title, cuts, described)))
+
+
+def _versions(section: AnalysisSection, found: Json) -> None:
+    models = [string(name) or "?" for name in listing(found.get("models"))]
+    table = [[real(value) for value in listing(row)] for row in listing(found.get("matrix"))]
+    if len(models) > 1 and len(table) == len(models) and all(len(row) == len(models) for row in table):
+        order = list(range(len(models)))
+        title = "Questions by the row's model on the index of the column's: a right document first"
+        section.pictures.append(Picture(title, heat_map("versions", title, models, table, order)))
+    for number, (pair, points) in enumerate(list(mapping(found.get("audits")).items())[:MOST_MODELS]):
+        places = [_numbers(point) for point in listing(points)]
+        series = [Series("found again", [place[1] for place in places], "s3")]
+        _line(
+            section,
+            f"audit-{number}",
+            f"{pair}: texts found again by a rotation",
+            [p[0] for p in places],
+            series,
+            "known pairs",
+        )
+
+
+def _associations(section: AnalysisSection, found: Json) -> None:
+    rows, points = [], []
+    for number, (model, tests) in enumerate(found.items()):
+        for test in map(mapping, listing(tests)):
+            name, effect = string(test.get("name")) or "?", real(test.get("effect")) or 0.0
+            points.append(Whisker(f"{name}, {model}", effect, None, None, f"s{number % 4 + 1}"))
+            kind = "degenerate" if test.get("degenerate") else "exact" if test.get("exact") else "sampled"
+            dropped = text.count(real(test.get("dropped")) or 0)
+            rows.append(
+                [
+                    model,
+                    name,
+                    f"{effect:+.2f}",
+                    _figure(test.get("p"), 4),
+                    _figure(test.get("p_adjusted"), 4),
+                    kind,
+                    dropped,
+                ]
+            )
+    if not rows:
+        return
+    heads = ["model", "test", "effect", "p", "p, Holm", "test is", "targets left out"]
+    section.tables.append(Tab("Associations (WEAT, SEAT)", heads, rows))
+    described = "; ".join(f"{one.label} {one.value:+.2f}" for one in points)
+    title = "Effects of associations, from −2 to 2"
+    section.pictures.append(Picture(title, interval_plot("associations", title, points, described, zero=True)))
+
+
+def _rankability(section: AnalysisSection, found: Json) -> None:
+    points = []
+    for number, (model, value) in enumerate(found.items()):
+        for axis, rho in mapping(mapping(value).get("spearman")).items():
+            points.append(Whisker(f"{axis}, {model}", real(rho) or 0.0, None, None, f"s{number % 4 + 1}"))
+    if points:
+        described = "; ".join(f"{one.label} {one.value:.2f}" for one in points)
+        title = "Order of unseen items along a direction (Spearman)"
+        section.pictures.append(Picture(title, interval_plot("rankability", title, points, described, zero=True)))
+
+
+def write_analysis_page(made: Mapping[str, object], out: Path) -> Path:
+    """Write a page of its own on an analysis; it loads nothing from a network."""
+    from nearfield.reporting.page import TEMPLATES, content_policy, embedded_json, environment
+
+    if out.is_dir():
+        raise BadInputError("the page is one file, and this is a folder", where=str(out), hint="Name a file.")
+    part = analysis_section(made)
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    html = (
+        environment()
+        .get_template("analysis.html.j2")
+        .render(
+            part=part,
+            name=", ".join(string(model) or "?" for model in listing(made.get("models"))),
+            policy=content_policy(script, style),
+            style=Markup(style),
+            script=Markup(script),
+            data=embedded_json({"format": 1, "charts": part.charts, "maps": part.maps}),
+            version=importlib.metadata.version("nearfield"),
+        )
+    )
+    try:
+        write_text(out, html)
+    except OSError as error:
+        raise BadInputError(f"the page cannot be written ({error.strerror})", where=str(out)) from error
+    return out
