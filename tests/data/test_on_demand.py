@@ -99,7 +99,7 @@ def test_without_apt_there_is_one_message(tmp_path: Path, monkeypatch: pytest.Mo
 def test_without_lists_there_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debian.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(debian, "_CAT", tmp_path)
-    monkeypatch.setattr(debian, "_run", lambda command, check=True: "")
+    monkeypatch.setattr(debian, "run_apt", lambda command, check=True: "")
     with pytest.raises(BadInputError, match="could not fetch Debian's Packages"):
         DebianDescriptions(cache=tmp_path / "cache").inputs()
 

@@ -45,7 +45,7 @@ def _fingerprint(config: DataConfig, readers: Sequence[Reader]) -> str:
         # A source without weights has the fingerprint that it had before there were any.
         if source["weight"] is None:
             del source["weight"]
-        # The same for pictures; where they lie does not count.
+        # The same for images; where they lie does not count.
         if source["images"] is None:
             del source["images"]
         else:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from nearfield.config import Config, ConfigPath
 from nearfield.data.cleaning_config import StepConfig
 from nearfield.data.picture_config import ImagesConfig
+from nearfield.data.picture_readers import EmojiReader, PictureReader
 from nearfield.data.prompt_templates import TEMPLATES, TemplateName, render
 
 if TYPE_CHECKING:
@@ -204,7 +205,14 @@ class DocstringsReader(Config):
 
 
 ReaderConfig = Annotated[
-    JsonlReader | CsvReader | ParquetReader | HubReader | EmbeddedReader | DebianReader | DocstringsReader,
+    JsonlReader
+    | CsvReader
+    | ParquetReader
+    | HubReader
+    | EmbeddedReader
+    | DebianReader
+    | DocstringsReader
+    | EmojiReader,
     Field(discriminator="kind"),
 ]
 
@@ -312,7 +320,7 @@ class SourceConfig(Config):
 
     def pictures(self) -> ImagesConfig | None:
         """The settings for the pictures of this source; None for a source of texts."""
-        return self.images
+        return ImagesConfig() if self.images is None and isinstance(self.reader, PictureReader) else self.images
 
     def columns(self) -> tuple[str, ...]:
         """The columns that a row of this source must have, in a fixed order, without repetition."""

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from nearfield.data.readers.apt import HINT, own_lists, run_apt
 from nearfield.data.readers.on_demand import OnDemand, cache_folder, kept_file
 from nearfield.errors import BadInputError
 
 MIN_WORDS = 4
 _CAT = Path("/usr/lib/apt/apt-helper")
-_HINT = "This data set needs a Debian (or a container of it) with apt-get and, once, its network."
 Stanza = Mapping[str, str]
 
 logger = logging.getLogger("nearfield.data")
@@ -37,42 +36,18 @@ class DebianDescriptions(OnDemand):
 def build_rows(max_repeats: int) -> list[dict[str, str]]:
     """Read apt's lists (fetching them into a temporary folder where there are none) and put the rows together."""
     if shutil.which("apt-get") is None or not _CAT.exists():
-        raise BadInputError("there is no apt here, so the Debian descriptions cannot be built", hint=_HINT)
+        raise BadInputError("there is no apt here, so the Debian descriptions cannot be built", hint=HINT)
     packages, translations = _lists([])
     if packages and translations:
         return _read(packages, translations, max_repeats)
     with tempfile.TemporaryDirectory(prefix="nearfield-apt-") as folder:
         logger.info("Fetching the package lists with apt-get into a temporary folder")
-        options = _options(Path(folder))
-        _run(["apt-get", "update", "-q", *options], check=False)
+        options = own_lists(Path(folder))
+        run_apt(["apt-get", "update", "-q", *options], check=False)
         packages, translations = _lists(options)
         if not packages or not translations:
-            raise BadInputError("apt-get could not fetch Debian's Packages and Translation-en lists", hint=_HINT)
+            raise BadInputError("apt-get could not fetch Debian's Packages and Translation-en lists", hint=HINT)
         return _read(packages, translations, max_repeats)
-
-
-def _options(folder: Path) -> list[str]:
-    """Options that make apt-get work in a folder of its own, without root, with English translations."""
-    (folder / "lists" / "partial").mkdir(parents=True)
-    (folder / "cache" / "archives" / "partial").mkdir(parents=True)
-    settings = {
-        "Dir::State::Lists": f"{folder}/lists",
-        "Dir::Cache": f"{folder}/cache",
-        "Debug::NoLocking": "true",
-        "APT::Sandbox::User": "",
-        "Acquire::Languages": "en",
-        "Acquire::http::Timeout": "60",
-    }
-    return [part for key, value in settings.items() for part in ("-o", f"{key}={value}")]
-
-
-def _run(command: list[str], check: bool = True) -> str:
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=check, timeout=600)
-    except (OSError, subprocess.SubprocessError) as error:
-        message = str(getattr(error, "stderr", "") or error).strip()[-300:]
-        raise BadInputError(f"{command[0]} failed: {message}", where=" ".join(command[:2]), hint=_HINT) from error
-    return result.stdout
 
 
 def _lists(options: list[str]) -> tuple[list[Path], list[Path]]:
@@ -80,7 +55,7 @@ def _lists(options: list[str]) -> tuple[list[Path], list[Path]]:
     form = "$(CREATED_BY)\t$(ORIGIN)\t$(COMPONENT)\t$(LANGUAGE)\t$(FILENAME)"
     packages: list[Path] = []
     translations: list[Path] = []
-    for line in _run(["apt-get", "indextargets", *options, "--format", form]).splitlines():
+    for line in run_apt(["apt-get", "indextargets", *options, "--format", form]).splitlines():
         kind, origin, component, language, name = (line.split("\t") + [""] * 5)[:5]
         if origin != "Debian" or component != "main" or not name or not Path(name).is_file():
             continue
@@ -94,7 +69,7 @@ def _lists(options: list[str]) -> tuple[list[Path], list[Path]]:
 def _read(packages: list[Path], translations: list[Path], max_repeats: int) -> list[dict[str, str]]:
     def stanzas(files: list[Path]) -> Iterator[Stanza]:
         for file in files:
-            yield from parse_stanzas(_run([str(_CAT), "cat-file", str(file)]).splitlines())
+            yield from parse_stanzas(run_apt([str(_CAT), "cat-file", str(file)]).splitlines())
 
     return description_rows(stanzas(packages), stanzas(translations), max_repeats)
 
