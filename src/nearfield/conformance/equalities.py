@@ -75,6 +75,7 @@ class Suite:
         yield self.unequal_shares()
         yield from self.dropout()
         yield from self.packing()
+        yield from self.pictures()
         yield self.figures()
         yield self.averaging()
         yield self.clipping()
@@ -187,6 +188,24 @@ class Suite:
             raise AssertionError("the tiny BERT must be packed")
         worst = max(self._difference(problem, 60, keep_graph=keep, packing="auto") for keep in (True, False))
         yield self.line("packed = padded", worst)
+
+    def pictures(self) -> Iterator[Line]:
+        """Two towers: chunks of pictures and chunks of texts = one forward of each."""
+        if self.backend not in ("single", "ddp"):
+            return
+        problem = self.make(OBJECTIVES["infonce, both directions"], 8).with_pictures()
+        reference = problem.reference()
+        worst = max(
+            self._difference(problem, budget, keep_graph=keep, reference=reference)
+            for budget in (16, 60, 10**6)
+            for keep in (True, False)
+        )
+        yield self.line("pictures and texts in chunks of their own = one forward of each", worst)
+        alone = problem.engine(Launch(), "single", dropout=True)
+        _, gradient = problem.gradient(alone, problem.work(alone, 60), keep_graph=True)
+        engine = problem.engine(self.launch, self.backend, dropout=True)
+        _, found = problem.gradient(engine, problem.work(engine, 60), keep_graph=False)
+        yield self.line("pictures, dropout on: any number of ranks, cached = one", difference(found, gradient))
 
     def figures(self) -> Line:
         """What is told of the learning, with masks, weights and a learnt temperature."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,9 @@ from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows, VectorsOf
 from nearfield.batching.rows import Floats, Lists
 from nearfield.conformance.tiny import save_tiny_bert
-from nearfield.data.tokens import TokenCache, TokenTable
+from nearfield.data.tokens import IMAGE, TokenCache, TokenTable
 from nearfield.encoders.build import build_encoder
-from nearfield.encoders.config import EncoderConfig
+from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings, Surroundings
 from nearfield.objectives.objective import Objective
@@ -26,13 +26,14 @@ from nearfield.objectives.queue import MemoryQueue
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.config import TrainingConfig
-from nearfield.training.engine import EmbeddingModule, Engine, build_engine
+from nearfield.training.engine import EmbeddingModule, Engine, Pictures, build_engine
 from nearfield.training.exchange import contrastive_batch
 from nearfield.training.launch import Launch
 from nearfield.training.step import StepResult, Work, run_step
 from nearfield.training.teacher_scores import TeacherScores
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from sentence_transformers import SentenceTransformer
 
 CPU = torch.device("cpu")
@@ -78,6 +79,24 @@ def random_batch(queries: int, seed: int = 0) -> tuple[Batch, dict[int, Rows]]:
     return batch, known
 
 
+TINY_VISION: dict[str, int | float | bool | str | tuple[int, ...]] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "patch_size": 4,
+    "hidden_dropout_prob": 0.1,
+}
+
+
+def random_pictures(items: Rows) -> list[Image | None]:
+    """For each item its picture, of a size of its own."""
+    import PIL.Image
+
+    random = [np.random.default_rng(int(item)) for item in items]
+    return [PIL.Image.fromarray(r.integers(0, 256, (*r.integers(9, 40, 2), 3), dtype=np.uint8)) for r in random]
+
+
 def sgd(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
     """Plain SGD: a step of rate 1 subtracts the gradient."""
     return torch.optim.SGD(parameters, lr=rate)
@@ -98,6 +117,8 @@ class Problem:
     dtype: torch.dtype = torch.float64
     weights: Floats | None = None
     """What each example counts; none where all count alike."""
+    towers: bool = False
+    """Whether every item whose number is odd is a picture, for a tower of its own."""
 
     @classmethod
     def make(
@@ -114,7 +135,23 @@ class Problem:
 
     def encoder(self) -> SentenceTransformer:
         """The encoder, new."""
-        return build_encoder(EncoderConfig(model=str(self.model_folder)), "cpu").model.to(self.dtype)
+        tower = ImageTowerConfig(architecture="vit", settings=TINY_VISION, size=16) if self.towers else None
+        config = EncoderConfig(model=str(self.model_folder), image_tower=tower)
+        return build_encoder(config, "cpu").model.to(self.dtype)
+
+    def with_pictures(self) -> Problem:
+        """The same with pictures for every other item: as queries, positives and negatives."""
+        table = self.tokens.tables[0]
+        rows = [table.tokens(item) for item in range(TEXTS)]
+        picture = np.full(16, IMAGE, dtype=np.int32)
+        return replace(
+            self, tokens=memory_tokens([picture if n % 2 else row for n, row in enumerate(rows)]), towers=True
+        )
+
+    @property
+    def pictures(self) -> Pictures | None:
+        """Random pictures of several sizes, where the problem has some."""
+        return random_pictures if self.towers else None
 
     def engine(
         self,
@@ -157,6 +194,7 @@ class Problem:
             weights=self.weights,
             teacher_scores=self.teacher_scores,
             two_views=self.objective.two_views,
+            pictures=self.pictures,
         )
         if engine.queue is not None:
             self.fill(engine.queue)
@@ -239,10 +277,15 @@ class Problem:
             queue=self.fill(MemoryQueue(size)) if size else None,
             teacher_scores=self.teacher_scores,
             two_views=self.objective.two_views,
+            pictures=self.pictures,
         )
         work = self.work(engine, 10**9)
-        whole = np.arange(len(work.pool.items))
-        embeddings = encoder(dict(engine.make_features(work.pool)(whole)))["sentence_embedding"]
+        images = engine.images(work.pool)
+        apart = np.zeros(len(work.pool.items), dtype=bool) if images is None else images
+        parts = [part for part in (np.flatnonzero(~apart), np.flatnonzero(apart)) if len(part)]
+        features = engine.make_features(work.pool)
+        encoded = torch.cat([encoder(dict(features(part)))["sentence_embedding"] for part in parts])
+        embeddings = encoded[torch.from_numpy(np.argsort(np.concatenate(parts)))]
         draw = derive_seed(SEED, "objective", STEP, work.first_number)
         loss = objective(
             contrastive_batch(work.pool, embeddings, work.known_positives, None, draw, work.guide, work.queue)

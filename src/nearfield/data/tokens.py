@@ -25,6 +25,11 @@ Rows = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
 Tokenize = Callable[[Sequence[str], str], list[Ids]]
 """(texts, prompt) -> the token ids of each text with the prompt before it, special tokens included."""
+TokenizeItems = Callable[["Store", Rows, str], list[Ids]]
+"""(store, item rows, prompt) -> what each item takes: token ids, or for a picture :data:`IMAGE` as often as it counts."""
+
+IMAGE = -1
+"""Stands in the place of each token that a picture counts as, where pictures have an encoder of their own."""
 
 VERSION = 1
 _BATCH = 1024
@@ -57,6 +62,11 @@ class TokenTable:
         """The token ids of one item."""
         position = int(self.positions(np.asarray([row], dtype=np.int64))[0])
         return np.asarray(self.ids[self.offsets[position] : self.offsets[position + 1]])
+
+    def are_images(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Whether each item is a picture for an encoder of its own."""
+        starts = self.offsets[self.positions(rows)]
+        return np.asarray(self.ids[starts] == IMAGE) if len(rows) else np.zeros(0, dtype=bool)
 
 
 class TokenCache:
@@ -98,18 +108,28 @@ def build_tokens(
     prompt_length: Callable[[str], int],
     out: Path,
     fingerprint: str,
+    *,
+    tokenize_items: TokenizeItems | None = None,
 ) -> TokenCache:
-    """Tokenise the wanted item rows of each prompt into the folder ``out``, written aside and renamed."""
+    """Tokenise the wanted item rows of each prompt into the folder ``out``, written aside and renamed.
+
+    ``tokenize_items`` takes the place of ``tokenize`` in a store with pictures.
+    """
     with atomic_path(out) as aside:
         aside.mkdir()
         prompts = []
-        for number, (prompt, rows) in enumerate(sorted(wanted.items())):
-            unique = np.unique(np.asarray(rows, dtype=np.int64))
+        for number, (prompt, asked) in enumerate(sorted(wanted.items())):
+            unique = np.unique(np.asarray(asked, dtype=np.int64))
             stem = aside / f"prompt-{number}"
             offsets = np.zeros(len(unique) + 1, dtype=np.int64)
             with stem.with_suffix(".ids.bin").open("wb") as file:
                 for start in track(range(0, len(unique), _BATCH), "Tokenising"):
-                    part = tokenize(store.texts(unique[start : start + _BATCH]), prompt)
+                    rows = unique[start : start + _BATCH]
+                    part = (
+                        tokenize(store.texts(rows), prompt)
+                        if tokenize_items is None
+                        else tokenize_items(store, rows, prompt)
+                    )
                     offsets[start + 1 : start + 1 + len(part)] = [len(ids) for ids in part]
                     file.write(np.concatenate(part).astype(np.int32).tobytes())
             np.save(stem.with_suffix(".rows.npy"), unique)

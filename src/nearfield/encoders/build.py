@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,8 @@ from nearfield.encoders.gguf import gguf_file, load_gguf
 from nearfield.encoders.heads import own_modules, set_heads, ship_modules
 from nearfield.encoders.offline import find_offline
 from nearfield.encoders.prompts import CONTRACT_FILE
-from nearfield.encoders.trunk import append_eos, keep_layers, read_plain_texts
+from nearfield.encoders.towers import add_image_tower, freeze_unused
+from nearfield.encoders.trunk import append_eos, draw_anew, keep_layers, read_plain_texts
 from nearfield.errors import BadInputError
 from nearfield.files import hash_file, hash_folder
 
@@ -279,6 +280,8 @@ def build_encoder(
     model = loaded.model
     if has_adapter(model):
         _merge_base_adapter(loaded, config)
+    if config.fresh is not None:
+        draw_anew(model, config.fresh, seed)
     if config.layers is not None:
         keep_layers(model, config.layers)
     if config.attention is not None:
@@ -296,6 +299,10 @@ def build_encoder(
             )
         model.max_seq_length = config.max_length
     _freeze_pooler(model)
+    if config.image_tower is not None:
+        model = add_image_tower(model, config.image_tower, seed, dtype)
+        loaded = replace(loaded, model=model)
+    freeze_unused(model)
     if config.adapter is not None:
         transformer = getattr(model[0], "auto_model", None)
         if config.adapter.save == "adapter" and loaded.path.endswith(".gguf"):

@@ -69,6 +69,24 @@ def safetensors_names(file: Path) -> list[str]:
     return list(header)
 
 
+def _renamed(model: SentenceTransformer, stored: set[str]) -> tuple[str, ...]:
+    """The prefixes of transformers whose files have all their weights under the names of earlier versions of transformers."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    endings = {name.split(".", skipped)[-1] for name in stored for skipped in range(name.count(".") + 1)}
+    found = []
+    for prefix, module in model[0].named_modules():
+        # Of a module that wraps a transformer both are looked at; the wrapped one's names are the file's.
+        if not hasattr(module, "get_input_embeddings") or any(prefix.startswith(f"{known}") for known in found):
+            continue
+        given = module.state_dict()
+        saved = revert_weight_conversion(module, given)  # type: ignore[arg-type]
+        needed = [name for name in saved if "pooler" not in name and not name.endswith("position_ids")]
+        if saved.keys() != given.keys() and all(name in endings for name in needed):
+            found.append(f"{prefix}." if prefix else "")
+    return tuple(found)
+
+
 def check_weights(folder: Path, model: SentenceTransformer, base: Path | None) -> None:
     """transformers fills tensors that a file lacks with random numbers and only warns: refuse such a model instead."""
     stored = {name for file in folder.rglob("*.safetensors") for name in safetensors_names(file)}
@@ -89,7 +107,10 @@ def check_weights(folder: Path, model: SentenceTransformer, base: Path | None) -
         else set()
     )
     missing = []
+    renamed = _renamed(model, names)
     for name, _ in model[0].named_parameters():
+        if name.startswith(renamed):
+            continue
         tail = saved_name(name.removeprefix("model."))
         # BERT's pooler is never used by an encoder of ours, and checkpoints of encoders often lack it. Bottleneck adapters
         # load with all their weights or fail.

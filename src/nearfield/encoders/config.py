@@ -147,6 +147,39 @@ class ProjectionConfig(Config):
     activation: Literal["identity", "tanh", "gelu", "relu"] = "identity"
 
 
+class ImageTowerConfig(Config):
+    """A model of pictures beside the one of texts, projected to the same width (CLIP, arXiv 2103.00020; ALIGN, 2102.05918).
+
+    Either a trained one by folder or hub id, or one of a transformers architecture with new weights.
+    """
+
+    model: Annotated[str, AfterValidator(resolve_model)] | None = None
+    """A folder (relative to the recipe), or a hub id."""
+    revision: str | None = None
+    """The commit of the hub model; null takes the newest."""
+    architecture: Annotated[str, Field(min_length=1)] | None = None
+    """Draw new weights: a vision architecture as transformers names it, such as ``vit``, ``convnext`` or
+    ``siglip_vision_model``."""
+    settings: dict[str, int | float | bool | str | tuple[int, ...]] = {}
+    """Of the architecture's config, such as ``hidden_size``; what is not said is its default."""
+    size: Annotated[int, Field(ge=8, le=4096)] = 224
+    """Pixels of a side that pictures are brought to, where the weights are new; a trained model says it itself."""
+    pooling: Literal["mean", "cls", "own"] = "mean"
+    """How the vectors of a picture's patches become one: their mean, the first, or by the model's own pooling."""
+    bias: bool = False
+    """Whether the projection behind it has one."""
+
+    @model_validator(mode="after")
+    def _trained_or_new(self) -> ImageTowerConfig:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError("give either 'model', a trained one, or 'architecture', whose weights are new")
+        if self.architecture is None and (self.settings or "size" in self.model_fields_set):
+            raise ValueError("'settings' and 'size' go with 'architecture': a trained model brings its own")
+        if self.architecture is not None and self.revision is not None:
+            raise ValueError("'revision' goes with 'model'")
+        return self
+
+
 class EncoderConfig(Config):
     """A sentence-transformers model, or a plain transformers encoder or decoder, by folder, GGUF file or hub id."""
 
@@ -155,6 +188,9 @@ class EncoderConfig(Config):
     """A folder or a GGUF file (relative to the recipe), or a hub id."""
     revision: str | None = None
     """The commit of the hub model; null takes the newest, or the pinned one of the offline package."""
+    fresh: dict[str, int | float | bool | str] | None = None
+    """Keep the tokenizer alone and draw the transformer's weights anew, with these settings of its config changed (such as
+    ``hidden_size``; ``{}`` changes none); null keeps the weights."""
     attention: Literal["causal", "bidirectional"] | None = None
     """Which way a decoder's tokens look; null keeps what the model says. What it says is tried out when it is loaded."""
     layers: Annotated[int, Field(ge=1)] | None = None
@@ -177,6 +213,8 @@ class EncoderConfig(Config):
     """Longest input in tokens, special tokens and prompt included; null keeps what the model says."""
     adapter: AdapterConfig | None = None
     """Train an adapter instead of the transformer's own weights."""
+    image_tower: ImageTowerConfig | None = None
+    """A model of pictures beside this one of texts; null adds none."""
     trust_remote_code: bool = False
     """Run code from the model's folder or repository. Only for models that you trust."""
 
@@ -185,6 +223,16 @@ class EncoderConfig(Config):
         """Whether the model before training is another than the one that ``model`` names."""
         kept = {"kind", "model", "revision", "adapter", "trust_remote_code"}
         return self.model_dump(exclude=kept) != EncoderConfig().model_dump(exclude=kept)
+
+    @model_validator(mode="after")
+    def _new_weights_and_towers_are_trained_whole(self) -> EncoderConfig:
+        if self.adapter is not None and (self.fresh is not None or self.image_tower is not None):
+            key = "fresh" if self.fresh is not None else "image_tower"
+            raise ValueError(
+                f"'adapter' and '{key}' do not go together: an adapter leaves a trained transformer as it is. To train the "
+                "image tower alone, say training.freeze: ['0.sub_modules.text.*']"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapters_alone_load_on_the_base_as_it_is(self) -> EncoderConfig:

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.data.tokens import IMAGE
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
+from nearfield.encoders.towers import image_tokens, takes_images
+from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from nearfield.data.store import Store
+    from nearfield.data.tokens import Rows
 
 _BLOCK = 1024
 
@@ -45,6 +50,36 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str], prompt: str) -> list[npt.NDArray[np.int32]]:
         """The token ids of each text, by :func:`token_ids`."""
         return token_ids(self.model, texts, prompt)
+
+    def of_items(self, store: Store, rows: Rows, prompt: str) -> list[npt.NDArray[np.int32]]:
+        """What each item of a store with pictures takes: a picture counts as so many tokens as it has patches.
+
+        Raises :class:`BadInputError` where the encoder takes no pictures, or an item has a text beside its picture.
+        """
+        texts, pictured = store.texts(rows), store.image_sizes(rows)[:, 0] > 0
+        found: list[npt.NDArray[np.int32]] = [np.empty(0, dtype=np.int32)] * len(rows)
+        plain = np.flatnonzero(~pictured)
+        for place, ids in zip(plain.tolist(), self([texts[i] for i in plain], prompt), strict=True):
+            found[place] = ids
+        if pictured.any():
+            if not takes_images(self.model):
+                raise BadInputError(
+                    "the data has pictures, and this encoder takes none",
+                    where="encoder",
+                    hint="Set encoder.image_tower, or name a model of both such as CLIP.",
+                )
+            both = next((i for i in np.flatnonzero(pictured).tolist() if texts[i]), None)
+            if both is not None:
+                raise BadInputError(
+                    f"item {int(rows[both])} has a text ({texts[both][:60]!r}) beside its picture, and two towers embed one or "
+                    "the other",
+                    where=str(store.path),
+                    hint="Use a model that reads both together.",
+                )
+            ids = np.full(image_tokens(self.model), IMAGE, dtype=np.int32)
+            for place in np.flatnonzero(pictured).tolist():
+                found[place] = ids
+        return found
 
     def prompt_length(self, prompt: str) -> int:
         """By :func:`prompt_tokens`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nearfield.encoders.layers import layers_of
@@ -11,6 +13,55 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _TRIAL = "a text of some words"
+
+
+def draw_anew(model: SentenceTransformer, settings: Mapping[str, Any], seed: int) -> None:
+    """Replace the transformer by a new one of its architecture with these settings and random weights from ``seed``.
+
+    The tokenizer stays. Pooling keeps its way; what stood behind it, trained for the old weights, goes.
+    """
+    import torch
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+    from transformers import AutoModel
+
+    module = model[0]
+    if not hasattr(module, "auto_model") or set(getattr(module, "modality_config", {"text": {}})) != {"text"}:
+        raise BadInputError("new weights can be drawn for a transformer of texts alone", where="encoder.fresh")
+    config = module.auto_model.config
+    check_settings(config, settings, "encoder.fresh")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            # A config checks that its parts fit when it is made.
+            changed = type(config).from_dict({**config.to_dict(), **settings})
+            transformer = AutoModel.from_config(changed).to(device=model.device, dtype=model.dtype)
+        except Exception as error:  # what a wrong combination of settings raises differs by architecture
+            raise BadInputError(
+                f"no {config.model_type} can be made of these settings: {str(error).splitlines()[0]}",
+                where="encoder.fresh",
+            ) from error
+    module.model = transformer
+    poolings = [each for each in model if isinstance(each, Pooling)]
+    normalized = isinstance(model[-1], Normalize)
+    del model[1:]
+    if poolings:
+        width = int(module.get_embedding_dimension())
+        model.append(Pooling(width, poolings[0].pooling_mode, include_prompt=poolings[0].include_prompt))
+    if normalized:
+        model.append(Normalize())
+
+
+def check_settings(config: Any, settings: Mapping[str, Any], where: str) -> None:
+    """Refuse settings that a transformers config does not have."""
+    known = [key for key in config.to_dict() if not key.startswith("_")]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 3, 0.5)
+            raise BadInputError(
+                f"a {config.model_type} has no setting {key!r}",
+                where=where,
+                hint=f"Nearest: {', '.join(near)}." if near else None,
+            )
 
 
 def keep_layers(model: SentenceTransformer, count: int) -> None:

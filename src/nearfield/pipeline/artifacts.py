@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nearfield.data.in_context import ExampleSet
     from nearfield.data.store import Store
     from nearfield.data.tokens import TokenCache
+    from nearfield.training.engine import Pictures
 
 
 class Artifacts(Freshness):
@@ -30,6 +31,11 @@ class Artifacts(Freshness):
         from nearfield.data.store import Store
 
         return Store.open(self.store_path)
+
+    def pictures(self) -> Pictures | None:
+        """How a training gets the pictures of items; none where the data has no pictures."""
+        store = self._store()
+        return store.images if store.has_images else None
 
     def _example_sets(self, store: Store) -> dict[str, list[ExampleSet]]:
         """The in-context examples of each source that gets some: a function of the store, the recipe and its seed."""

@@ -150,6 +150,7 @@ def _measure(stages: Stages, trial_seconds: float) -> tuple[Forecast, int, int |
         weights=stages._store().weights(),
         teacher_scores=stages.teacher_scores(),
         two_views=stages.recipe.objective.two_views,
+        pictures=stages.pictures(),
     )
     with torch.random.fork_rng(), launch.process_group(device, recipe.training.collective_timeout):
         forecast, steps, found = _try_out(stages, encoder.model, inputs, device, trial_seconds)
@@ -184,6 +185,7 @@ def _try_out(
         weights=inputs.weights,
         teacher_scores=inputs.teacher_scores,
         two_views=inputs.two_views,
+        pictures=inputs.pictures,
     )
     if launch.is_main:
         load_trackers(config)

@@ -72,7 +72,7 @@ class Freshness:
         """The fingerprint that each stage of this recipe should have."""
         recipe = self.recipe
         found = {"data": self._data_print}
-        encoder = recipe.encoder.model_dump(mode="json", exclude={"model", "revision"})
+        encoder = self._encoder_print
         teachers = self._teacher_prints
         if teachers:
             found["vectors"] = fingerprint(list(teachers.values()))
@@ -86,6 +86,7 @@ class Freshness:
                 self.base.revision,
                 recipe.encoder.max_length,
                 *(["append_eos"] if recipe.encoder.append_eos else []),
+                *([encoder["image_tower"]] if recipe.encoder.image_tower is not None else []),
             ],
             "prompts": self.contract.inputs(),
             "split": recipe.split,
@@ -136,6 +137,17 @@ class Freshness:
         looked_at = recipe.evaluation.analysed_texts if recipe.evaluation is not None else 0
         found["report"] = fingerprint({"compare": found["compare"], "analysed_texts": looked_at})
         return found
+
+    @cached_property
+    def _encoder_print(self) -> dict[str, Any]:
+        """The settings of the encoder, with an image tower by what it holds instead of where it lies."""
+        encoder = self.recipe.encoder
+        found = encoder.model_dump(mode="json", exclude={"model", "revision"})
+        if encoder.image_tower is not None and encoder.image_tower.model is not None:
+            source = locate(encoder.image_tower.model, encoder.image_tower.revision)
+            found["image_tower"] |= {"model": source.name, "revision": source.revision}
+        # What a recipe did not say before there were such settings leaves its runs as fresh as they were.
+        return {key: value for key, value in found.items() if value is not None or key not in ("fresh", "image_tower")}
 
     @property
     def source_names(self) -> list[str]:

@@ -76,6 +76,7 @@ class PreparingStages(MiningStages):
             tokenizer.prompt_length,
             self.tokens_path,
             self.fingerprints["tokens"],
+            tokenize_items=tokenizer.of_items if store.has_images else None,
         )
         return {"tokens": sum(int(table.offsets[-1]) for table in cache.tables)}
 

@@ -71,7 +71,9 @@ class Run:
         if not self.before or (self.folder_of_base / "model").is_dir():
             return self
         earlier = self.before[-1].preview().recipe.encoder
-        encoder = self.recipe.encoder.model_copy(update={"model": earlier.model, "revision": earlier.revision})
+        encoder = self.recipe.encoder.model_copy(
+            update={key: getattr(earlier, key) for key in ("model", "revision", "fresh", "image_tower")}
+        )
         recipe = self.recipe.model_copy(update={"encoder": encoder})
         return replace(
             self, loaded=replace(self.loaded, config=recipe), checked=replace(self.checked, recipe=recipe), before=()
@@ -189,9 +191,9 @@ def _run(loaded: Loaded[Recipe], folder: str | Path | None, overrides: tuple[str
     for number, recipe in enumerate(stage_recipes(loaded)):
         last = number >= len(stages) - 1
         if before:
-            started = recipe.config.encoder.model_copy(
-                update={"model": str(before[-1].folder / "model"), "revision": None}
-            )
+            # Where an earlier stage drew new weights or added a tower, its model has them.
+            made = {"revision": None, "fresh": None, "image_tower": None}
+            started = recipe.config.encoder.model_copy(update={"model": str(before[-1].folder / "model"), **made})
             recipe = replace(recipe, config=recipe.config.model_copy(update={"encoder": started}))
         place = folder if last else folder / "stages" / stages[number].name
         name = stages[number].name if stages else None

@@ -57,6 +57,7 @@ class TrainingStage(ChangingStages):
             weights=store.weights(),
             teacher_scores=self.teacher_scores(),
             two_views=self.recipe.objective.two_views,
+            pictures=self.pictures(),
             about=self.recipe.model_dump(mode="json"),
         )
         result = train(

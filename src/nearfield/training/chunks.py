@@ -12,6 +12,8 @@ import numpy.typing as npt
 from nearfield.batching.plan import SEVERAL_SOURCES, Batch
 from nearfield.batching.planner import Rows
 
+Bools = npt.NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class Pool:

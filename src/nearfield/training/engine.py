@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows, VectorsOf
 from nearfield.batching.rows import Floats
-from nearfield.data.tokens import TokenCache
+from nearfield.data.tokens import IMAGE, TokenCache
 from nearfield.encoders.dropout import use_fast_dropout
 from nearfield.encoders.packing import Features, PackingKind, embed, packed_features, packing_kind, padded_features
 from nearfield.encoders.sparse import sparse_embedding_gradients
+from nearfield.encoders.towers import image_features
 from nearfield.errors import BadInputError
 from nearfield.objectives.infonce import InfoNCE, can_ring
 from nearfield.objectives.objective import Objective
 from nearfield.objectives.queue import MemoryQueue
 from nearfield.training.backends.base import Backend
 from nearfield.training.backends.common import MakeOptimizer
-from nearfield.training.chunks import Pool, pool_batch
+from nearfield.training.chunks import Bools, Pool, pool_batch
 from nearfield.training.chunks import two_views as pool_two_views
 from nearfield.training.config import TrainingConfig
 from nearfield.training.launch import BackendName, Launch, asked_backend, check_launch, wants_several
@@ -40,9 +41,14 @@ from nearfield.training.step import MakeFeatures, Work, cut_work
 from nearfield.training.teacher_scores import TeacherScores
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger("nearfield.training")
+
+
+Pictures = Callable[[Rows], "Sequence[Image | None]"]
+"""Item rows -> their pictures, RGB."""
 
 
 class EmbeddingModule(nn.Module):
@@ -83,6 +89,8 @@ class Engine:
     """Whether a batch is its queries alone, each encoded twice."""
     queue: MemoryQueue | None = None
     """Positives of earlier steps, where the objective asks for them."""
+    pictures: Pictures | None = None
+    """The pictures of items, where the data has some."""
     ring: bool = False
     """Whether ranks pass their parts round instead of gathering them."""
 
@@ -109,6 +117,16 @@ class Engine:
             lengths[mine] = self.tokens.tables[int(prompt)].lengths(pool.items[mine])
         return lengths
 
+    def images(self, pool: Pool) -> Bools | None:
+        """(n,) which items of the pool go to the encoder of pictures; none where all are texts."""
+        if self.pictures is None:
+            return None
+        found = np.zeros(len(pool.items), dtype=bool)
+        for prompt in np.unique(pool.prompts):
+            mine = pool.prompts == prompt
+            found[mine] = self.tokens.tables[int(prompt)].are_images(pool.items[mine])
+        return found
+
     def work(
         self, batch: Batch, known_positives: Callable[[int], Rows], budget: int, *, first_number: int = 0
     ) -> tuple[Work, Rows]:
@@ -123,6 +141,7 @@ class Engine:
             budget=budget,
             padded=self.padded,
             by_prompt=self.by_prompt,
+            images=self.images(pool),
             rank=self.launch.rank,
             world_size=self.launch.world_size,
             first_number=first_number,
@@ -144,9 +163,20 @@ class Engine:
 
         def features(chunk: Rows) -> Features:
             rows = [self.tokens.tables[int(pool.prompts[i])].tokens(int(pool.items[i])) for i in chunk]
-            return self.features(rows, self.tokens.tables[int(pool.prompts[chunk[0]])].prompt_length)
+            prompt_length = self.tokens.tables[int(pool.prompts[chunk[0]])].prompt_length
+            return self.item_features(pool.items[chunk], rows, prompt_length)
 
         return features
+
+    def item_features(
+        self, items: Rows, rows: list[np.ndarray[tuple[int], np.dtype[np.int32]]], prompt_length: int
+    ) -> Features:
+        """Items of one modality with what the token cache says of them -> what the encoder takes."""
+        if self.pictures is None or not len(rows) or rows[0][0] != IMAGE:
+            return self.features(rows, prompt_length)
+        pictures = [picture for picture in self.pictures(items) if picture is not None]
+        assert len(pictures) == len(items)
+        return image_features(self.encoder, pictures, self.backend.device)
 
     def features(self, rows: list[np.ndarray[tuple[int], np.dtype[np.int32]]], prompt_length: int) -> Features:
         """Token ids of texts -> what the encoder takes."""
@@ -221,10 +251,11 @@ def build_engine(
     weights: Floats | None = None,
     teacher_scores: TeacherScores | None = None,
     two_views: bool = False,
+    pictures: Pictures | None = None,
 ) -> Engine:
     """Put the model on its devices; the process group of several ranks must exist.
 
-    ``guide``, ``weights``, ``teacher_scores`` and ``two_views`` are those of :class:`Engine`.
+    ``guide``, ``weights``, ``teacher_scores``, ``two_views`` and ``pictures`` are those of :class:`Engine`.
     """
     name = asked_backend(config.backend, launch.world_size)
     check_sharded(config.optimizer, name)
@@ -248,6 +279,13 @@ def build_engine(
         raise BadInputError("this model does not say how wide its embeddings are", where="encoder.model")
     backend = open_backend(name, config, module, make_optimizer, device, launch)
     backend.verify()
+    if pictures is not None and backend.same_chunk_count and launch.world_size > 1:
+        raise BadInputError(
+            f"with {name} all ranks go through the same layers at once, and with two towers one rank has a picture where "
+            "another has a text",
+            where="training.backend",
+            hint="Use ddp.",
+        )
     if launch.is_main:
         precision = pick_precision(config, device)
         logger.info("Backend %s in effect on %d process(es), %s, %s", name, launch.world_size, device.type, precision)
@@ -267,6 +305,7 @@ def build_engine(
         ring=launch.world_size > 1 and config.exchange == "ring",
         teacher_scores=teacher_scores,
         two_views=two_views,
+        pictures=pictures,
     )
 
 

@@ -21,6 +21,8 @@ import torch
 from torch import nn
 
 from nearfield.batching.rows import Rows
+from nearfield.data.tokens import IMAGE
+from nearfield.encoders.packing import Features
 from nearfield.encoders.tokenize import prompt_tokens, token_ids
 from nearfield.errors import BadInputError
 from nearfield.training.chunks import chunk_tokens, cut_chunks, deal_chunks
@@ -61,15 +63,33 @@ def encode_texts(
 def encode_items(engine: Engine, prompt: int, items: Rows, budget: int, stop: Callable[[], bool]) -> Embeddings:
     """(n, d) embeddings of items of the token cache with the prompt of this number; else as :func:`encode_texts`."""
     table = engine.tokens.tables[prompt]
-    return _encode(engine, [table.tokens(int(item)) for item in items], table.prompt_length, budget, stop)
+    tokens = [table.tokens(int(item)) for item in items]
+    return _encode(engine, tokens, table.prompt_length, budget, stop, items)
 
 
 def _encode(
-    engine: Engine, tokens: Sequence[Any], prompt_length: int, budget: int, stop: Callable[[], bool]
+    engine: Engine,
+    tokens: Sequence[Any],
+    prompt_length: int,
+    budget: int,
+    stop: Callable[[], bool],
+    items: Rows | None = None,
 ) -> Embeddings:
     backend, launch = engine.backend, engine.launch
+
+    def features(chunk: Rows) -> Features:
+        rows = [tokens[i] for i in chunk]
+        return (
+            engine.features(rows, prompt_length)
+            if items is None
+            else engine.item_features(items[chunk], rows, prompt_length)
+        )
+
     lengths = np.asarray([len(row) for row in tokens], dtype=np.int64)
-    chunks = cut_chunks(lengths, budget, padded=engine.padded)
+    apart = None
+    if items is not None and engine.pictures is not None:
+        apart = np.asarray([row[0] == IMAGE for row in tokens], dtype=np.int64)
+    chunks = cut_chunks(lengths, budget, apart, padded=engine.padded)
     found = np.empty((len(tokens), engine.dimension), dtype=np.float32)
     for start in range(0, len(chunks), _CHUNKS_AT_A_TIME * launch.world_size):
         if any_rank(stop(), backend.device, launch.world_size):
@@ -81,10 +101,7 @@ def _encode(
         extra = max(map(len, shares)) - len(turns) if backend.same_chunk_count else 0
         own = torch.zeros((0, engine.dimension), device=backend.device)
         with torch.no_grad():
-            parts = [
-                encode_chunk(backend, engine.features([tokens[i] for i in part[turn]], prompt_length))
-                for turn in [*turns, *[0] * extra]
-            ]
+            parts = [encode_chunk(backend, features(part[turn])) for turn in [*turns, *[0] * extra]]
         if turns:
             own = torch.cat(parts[: len(turns)])
         places = np.cumsum([0, *map(len, part)])

@@ -10,6 +10,7 @@ from nearfield.batching.plan import Batch, Plan
 from nearfield.batching.planner import Rows, VectorsOf
 from nearfield.batching.rows import Floats
 from nearfield.data.tokens import TokenCache
+from nearfield.training.engine import Pictures
 from nearfield.training.evaluating import Evaluate
 from nearfield.training.negatives import NegativeInputs
 from nearfield.training.teacher_scores import TeacherScores
@@ -37,6 +38,8 @@ class TrainingInputs:
     """What the miner's teacher gave, where the objective learns from it."""
     two_views: bool = False
     """Whether a batch is its queries alone, each encoded twice."""
+    pictures: Pictures | None = None
+    """The pictures of items, where the data has some."""
     weights: Floats | None = None
     """What each example of the data counts, by its row; None where all count alike."""
     about: Mapping[str, Any] = field(default_factory=dict)

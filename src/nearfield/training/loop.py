@@ -137,6 +137,7 @@ def _train(
         weights=inputs.weights,
         teacher_scores=inputs.teacher_scores,
         two_views=inputs.two_views,
+        pictures=inputs.pictures,
     )
     backend = engine.backend
     saved, extra = resume(engine, checkpoints, identity, steps)

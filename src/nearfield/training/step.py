@@ -24,7 +24,7 @@ from nearfield.objectives.objective import Objective
 from nearfield.objectives.watching import watch as watch_learning
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.base import Backend
-from nearfield.training.chunks import Pool, chunk_tokens, cut_chunks, deal_chunks
+from nearfield.training.chunks import Bools, Pool, chunk_tokens, cut_chunks, deal_chunks
 from nearfield.training.communication import ControlWord, Shares, exchange_control
 from nearfield.training.exchange import Exchange, Gathered, Passed
 
@@ -90,6 +90,7 @@ def cut_work(
     budget: int,
     padded: bool,
     by_prompt: bool,
+    images: Bools | None = None,
     rank: int,
     world_size: int,
     first_number: int = 0,
@@ -97,8 +98,15 @@ def cut_work(
     queue: Queued | None = None,
     ring: bool = False,
 ) -> Work:
-    """Cut a batch whose texts have ``lengths`` (n,) into chunks of ``budget`` tokens and deal these to ranks."""
-    chunks = cut_chunks(lengths, budget, pool.prompts if by_prompt else None, padded=padded)
+    """Cut a batch whose items have ``lengths`` (n,) into chunks of ``budget`` tokens and deal these to ranks.
+
+    ``images`` (n,) tells the items that another encoder takes: they share no chunk with the others.
+    """
+    groups = pool.prompts if by_prompt else None
+    if images is not None and images.any():
+        # No prompt is put before a picture.
+        groups = np.where(images, -1, 0 if groups is None else groups)
+    chunks = cut_chunks(lengths, budget, groups, padded=padded)
     tokens = [chunk_tokens(lengths, chunk, padded=padded) for chunk in chunks]
     return Work(
         pool, chunks, tokens, deal_chunks(tokens, world_size), rank, known_positives, first_number, guide, queue, ring

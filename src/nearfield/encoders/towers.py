@@ -1,0 +1,236 @@
+"""Two towers: a model of pictures beside one of texts, both projected to one width.
+
+The towers are the routes of a sentence-transformers ``Router``, which sends each input to the one of its modality: saved,
+they load in plain ``SentenceTransformer(folder)``. A folder of CLIP or its kin, whose towers are one module, is fed alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nearfield.encoders.config import ImageTowerConfig
+from nearfield.encoders.trunk import check_settings
+from nearfield.errors import BadInputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from sentence_transformers import SentenceTransformer
+
+    from nearfield.encoders.packing import Features
+
+_WHERE = "encoder.image_tower"
+_PATCH = 16
+"""What a side of a patch counts as for the budget, in pixels, where an architecture has no patches."""
+
+
+def takes_images(model: SentenceTransformer) -> bool:
+    """Whether the model embeds pictures."""
+    return "image" in model.modalities
+
+
+def add_image_tower(
+    model: SentenceTransformer, config: ImageTowerConfig, seed: int, dtype: str = "float32"
+) -> SentenceTransformer:
+    """A model of the text model's modules and, beside them, a tower for pictures; new weights are drawn from ``seed``.
+
+    The projection of pictures has the width of the text model's embeddings. Raises :class:`BadInputError` where the
+    text model takes pictures already, and for a vision model that cannot be a tower.
+    """
+    from sentence_transformers import SentenceTransformer as Model
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router
+
+    if takes_images(model):
+        raise BadInputError("this model takes pictures already", where=_WHERE, hint="Remove 'image_tower'.")
+    text = list(model)
+    behind = [text.pop()] if isinstance(text[-1], Normalize) else []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tower = _new_tower(config) if config.architecture is not None else _trained_tower(config, dtype)
+        batch_norms = [type(part).__name__ for part in tower.modules() if "BatchNorm" in type(part).__name__]
+        if batch_norms:
+            raise BadInputError(
+                f"this vision model has {len(batch_norms)} layers of batch normalisation: a picture's embedding would "
+                "depend on the others that are encoded with it, and on how a batch is cut",
+                where=_WHERE,
+                hint="Use one with layer normalisation, such as vit or convnext.",
+            )
+        image: list[nn.Module] = [tower]
+        width = _width(tower)
+        if tower.module_output_name == "token_embeddings":
+            image.append(Pooling(width, "cls" if config.pooling == "cls" else "mean"))
+        shared = int(model.get_embedding_dimension() or 0)
+        image.append(Dense(width, shared, bias=config.bias, activation_function=None))
+    router = Router(
+        {"text": text, "image": image},
+        default_route="text",
+        route_mappings={(None, "text"): "text", (None, "image"): "image"},
+    )
+    return Model(
+        modules=[router.to(getattr(torch, dtype)), *behind],
+        device=str(model.device),
+        prompts=dict(model.prompts),
+        default_prompt_name=model.default_prompt_name,
+        similarity_fn_name=model.similarity_fn_name,
+    )
+
+
+def _new_tower(config: ImageTowerConfig) -> Any:
+    """A module of the architecture with random weights, and an image processor that only resizes and scales."""
+    from safetensors.torch import save_model
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel
+
+    assert config.architecture is not None
+    if config.architecture not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(config.architecture, list(CONFIG_MAPPING), 3, 0.4)
+        raise BadInputError(
+            f"transformers has no architecture {config.architecture!r}",
+            where=f"{_WHERE}.architecture",
+            hint=f"Nearest: {', '.join(near)}." if near else None,
+        )
+    plain = CONFIG_MAPPING[config.architecture]()
+    takes = getattr(MODEL_MAPPING.get(type(plain), None), "main_input_name", None)
+    if takes != "pixel_values":
+        raise BadInputError(
+            f"{config.architecture} is no architecture of pictures alone",
+            where=f"{_WHERE}.architecture",
+            hint="Such are vit, deit, dinov2, clip_vision_model, siglip_vision_model, convnext, swin.",
+        )
+    check_settings(plain, config.settings, f"{_WHERE}.settings")
+    settings: dict[str, Any] = {"image_size": config.size} if hasattr(plain, "image_size") else {}
+    settings |= {key: list(value) if isinstance(value, tuple) else value for key, value in config.settings.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model = AutoModel.from_config(type(plain)(**settings))
+        except Exception as error:  # what a wrong combination of settings raises differs by architecture
+            raise BadInputError(
+                f"no {config.architecture} can be made of these settings: {str(error).strip().splitlines()[0]}",
+                where=f"{_WHERE}.settings",
+            ) from error
+        # Of several ranks transformers lets only the first save.
+        model.config.to_json_file(f"{folder}/config.json", use_diff=False)
+        save_model(model, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        _processor(config.size).to_json_file(f"{folder}/preprocessor_config.json")
+        return _module(folder, config)
+
+
+def _processor(size: int) -> Any:
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    # Pillow's, which needs no torchvision and gives the same pixels on every machine.
+    return ViTImageProcessorPil(size={"height": size, "width": size})
+
+
+def _trained_tower(config: ImageTowerConfig, dtype: str) -> Any:
+    from nearfield.encoders.build import locate
+
+    assert config.model is not None
+    source = locate(config.model, config.revision)
+    try:
+        return _module(source.path, config, revision=config.revision, dtype=dtype)
+    except BadInputError:
+        raise
+    except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
+        from pathlib import Path
+
+        from nearfield.encoders.checks import load_error
+
+        raise load_error(config.model, Path(source.path), error) from error
+
+
+def _module(path: str, config: ImageTowerConfig, *, revision: str | None = None, dtype: str = "float32") -> Any:
+    from sentence_transformers.sentence_transformer.modules import Transformer
+
+    kwargs: dict[str, Any] = {"model_kwargs": {"dtype": dtype}}
+    if revision is not None:
+        kwargs = {key: {**kwargs.get(key, {}), "revision": revision} for key in _KWARGS}
+    own = {"image": {"method": "forward", "method_output_name": "pooler_output"}}
+    module = Transformer(
+        path,
+        **kwargs,
+        **({"modality_config": own, "module_output_name": "sentence_embedding"} if config.pooling == "own" else {}),
+    )
+    if set(module.modality_config) != {"image"}:
+        raise BadInputError(
+            f"an image tower takes pictures alone, and this model takes {', '.join(map(str, module.modality_config))}",
+            where=config.model or _WHERE,
+            hint="A model of both is named under encoder.model.",
+        )
+    return module
+
+
+_KWARGS = ("model_kwargs", "processor_kwargs", "config_kwargs")
+
+
+def _width(tower: nn.Module) -> int:
+    """The width of what a tower gives for one picture, by trial."""
+    with torch.no_grad():
+        output = tower.eval()(tower.preprocess([_blank()]))[tower.module_output_name]  # type: ignore[operator]
+    if output is None:
+        raise BadInputError("this vision model has no pooling of its own", where=f"{_WHERE}.pooling", hint="Use mean.")
+    return int(output.shape[-1])
+
+
+def _blank() -> Image:
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise BadInputError(
+            "pictures need Pillow, which is not installed", hint="Install it with: pip install 'nearfield[image]'."
+        ) from error
+    return PIL.Image.new("RGB", (64, 64), (128, 160, 192))
+
+
+def image_tokens(model: SentenceTransformer) -> int:
+    """As how many tokens a picture counts: its patches. All pictures are brought to one size."""
+    pixels = model.preprocess([_blank()])["pixel_values"]
+    if pixels.dim() == 3:
+        return int(pixels.shape[1])
+    sides = [int(side) // _patch(model) for side in pixels.shape[-2:]]
+    return max(1, sides[0] * sides[1])
+
+
+def _patch(model: SentenceTransformer) -> int:
+    configs = [getattr(part, "config", None) for part in model.modules()]
+    for config in configs:
+        patch = getattr(getattr(config, "vision_config", config), "patch_size", None)
+        if isinstance(patch, int) and patch > 1:
+            return patch
+    return _PATCH
+
+
+def image_features(model: SentenceTransformer, images: Sequence[Image], device: torch.device) -> Features:
+    """What :func:`nearfield.encoders.packing.embed` takes for n pictures, by the model's own image processor."""
+    features = model.preprocess(list(images))
+    dtype = next(model.parameters()).dtype
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+        for name, value in features.items()
+    }
+
+
+def freeze_unused(model: SentenceTransformer) -> None:
+    """Take the gradient from parameters of the image tower that its embeddings do not depend on, found by trial.
+
+    Such are the head that a vision model was pretrained with, and the layer before it.
+    """
+    routes = getattr(model[0], "sub_modules", None)
+    if routes is None or "image" not in routes:
+        return
+    tower = routes["image"]
+    trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+    modes = [(part, part.training) for part in tower.modules()]
+    tower.eval()
+    with torch.enable_grad():
+        embedding = model(image_features(model, [_blank()], model.device))["sentence_embedding"]
+        gradients = torch.autograd.grad(embedding.float().sum(), trained, allow_unused=True)
+    for part, mode in modes:
+        part.training = mode
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        if gradient is None:
+            parameter.requires_grad_(False)
