@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nearfield.data.pictures import pillow
 from nearfield.encoders.config import ImageTowerConfig
 from nearfield.encoders.trunk import check_settings
 from nearfield.errors import BadInputError
@@ -32,6 +33,13 @@ _PATCH = 16
 def takes_images(model: SentenceTransformer) -> bool:
     """Whether the model embeds pictures."""
     return "image" in model.modalities
+
+
+def reads_together(model: SentenceTransformer) -> bool:
+    """Whether the model embeds a text and a picture as one item, rather than one or the other."""
+    return "message" in model.modalities or any(
+        isinstance(each, tuple) and "image" in each for each in model.modalities
+    )
 
 
 def add_image_tower(
@@ -177,13 +185,7 @@ def _width(tower: nn.Module) -> int:
 
 
 def _blank() -> Image:
-    try:
-        import PIL.Image
-    except ImportError as error:
-        raise BadInputError(
-            "pictures need Pillow, which is not installed", hint="Install it with: pip install 'nearfield[image]'."
-        ) from error
-    return PIL.Image.new("RGB", (64, 64), (128, 160, 192))
+    return pillow().new("RGB", (64, 64), (128, 160, 192))
 
 
 def image_tokens(model: SentenceTransformer) -> int:

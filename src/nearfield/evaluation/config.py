@@ -69,7 +69,7 @@ class HeldOutTask(Config):
     """The held-out split of a data recipe's source, as a task of the kind that its examples allow.
 
     Retrieval examples become a retrieval task, graded pairs an STS task, labelled items a classification (or, with
-    ``as: clustering``, a clustering) task.
+    ``as: clustering``, a clustering) task. Items may be texts or pictures; of pictures, a classification is a linear probe.
     """
 
     kind: Literal["heldout"] = "heldout"
@@ -80,7 +80,16 @@ class HeldOutTask(Config):
     split: str = "test"
     train_split: str = "train"
     """Where a classification task takes its few training items from."""
-    as_: Literal["auto", "clustering"] = Field("auto", alias="as")
+    as_: Literal["auto", "clustering", "zero_shot"] = Field("auto", alias="as")
+    """Labelled items alone: ``zero_shot`` gives each the label whose name, as a text, is the most similar."""
+    template: Annotated[str, Field(pattern=r"\{label\}")] = "{label}"
+    """The text of a label in ``zero_shot``."""
+    reverse: bool = False
+    """Retrieval examples alone: ask with the documents for the queries."""
+    metric: Annotated[str, Field(pattern=r"^(ndcg|map|recall|precision|hit_rate|mrr)_at_(1|3|5|10|20|100)$")] | None = (
+        None
+    )
+    """The main score of a retrieval task; null is ``ndcg_at_10``."""
     distractors: Annotated[int, Field(ge=0)] = 10_000
     """Documents of the source's other splits that are added to a retrieval corpus."""
     max_queries: Annotated[int, Field(ge=1)] | None = None

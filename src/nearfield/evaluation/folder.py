@@ -182,7 +182,13 @@ def _columns_split(folder: Path, subset: str, split: str, task_type: str, result
         keys = table.column("cluster").to_pylist()
         result.clusters[subset, split] = {str(i): str(key) for i, key in enumerate(keys) if key is not None}
         table = table.drop_columns(["cluster"])
-    return _dataset(table)
+    data = _dataset(table)
+    names = read_json(folder / META, "task description").get("label_names")
+    if isinstance(names, list) and "label" in data.features:
+        import datasets
+
+        data = data.cast_column("label", datasets.ClassLabel(names=[str(name) for name in names]))
+    return data
 
 
 def _retrieval_split(folder: Path, subset: str, split: str, result: SuiteTask) -> RetrievalSplit:

@@ -58,6 +58,11 @@ class _Rows:
         values: list[Any] = self.store.examples.column(name).take(rows).to_pylist()
         return values
 
+    def items(self, column: str, rows: Ints) -> Ints:
+        """The distinct items in a column of some examples."""
+        values = self.column(column, rows)
+        return np.unique(_flat(values) if column == "positives" else np.array(values, dtype=np.int64))
+
 
 def heldout_task(config: HeldOutTask, open_store: OpenStore) -> SuiteTask:
     """The task of a held-out split. The store is opened now; texts are read when the task runs.
@@ -72,9 +77,14 @@ def heldout_task(config: HeldOutTask, open_store: OpenStore) -> SuiteTask:
             f"the source {config.source!r} has examples of kind {rows.kind!r}, which cannot be scored",
             where=str(config.data),
         )
-    if config.as_ == "clustering" and rows.kind != "labelled":
+    if config.as_ != "auto" and rows.kind != "labelled":
         raise BadInputError(
-            f"'as: clustering' needs labelled examples; the source {config.source!r} has {rows.kind} ones",
+            f"'as: {config.as_}' needs labelled examples; the source {config.source!r} has {rows.kind} ones",
+            where=str(config.data),
+        )
+    if (config.reverse or config.metric is not None) and rows.kind != "retrieval":
+        raise BadInputError(
+            f"'reverse' and 'metric' are for retrieval examples; the source {config.source!r} has {rows.kind} ones",
             where=str(config.data),
         )
     return builders[rows.kind](config, rows)
@@ -115,19 +125,16 @@ def _sample(config: HeldOutTask, rows: Ints, limit: int | None, purpose: str) ->
 
 
 def _retrieval(config: HeldOutTask, rows: _Rows) -> SuiteTask:
-    store, known = rows.store, rows.store.known_positives()
-    queries = np.unique(np.array(rows.column("query", rows.held_out), dtype=np.int64))
-    queries = _sample(config, queries, config.max_queries, "queries")
-    gold = np.unique(_flat(rows.column("positives", rows.held_out)))
+    store = rows.store
+    asking, answering = ("positives", "query") if config.reverse else ("query", "positives")
+    queries = _sample(config, rows.items(asking, rows.held_out), config.max_queries, "queries")
+    gold = rows.items(answering, rows.held_out)
     others = np.setdiff1d(rows.all, rows.held_out)
-    pool = np.setdiff1d(np.unique(_flat(rows.column("positives", others))), gold)
+    pool = np.setdiff1d(rows.items(answering, others), gold)
     distractors = _sample(config, pool, config.distractors, "distractors")
     corpus = np.union1d(gold, distractors)
-    in_corpus = np.zeros(store.items.num_rows, dtype=bool)
-    in_corpus[corpus] = True
-    relevant = {int(q): [int(d) for d in known.of(int(q)) if in_corpus[d]] for q in queries}
-    relevant = {query: documents for query, documents in relevant.items() if documents}
-    clusters = query_clusters(relevant, _document_keys(rows))
+    relevant = _relevant(store, queries, corpus, config.reverse)
+    clusters = query_clusters(relevant, _document_keys(rows, answering))
     sizes = Counter(clusters.values())
     ids = _item_ids(store)
     result = SuiteTask(
@@ -151,18 +158,53 @@ def _retrieval(config: HeldOutTask, rows: _Rows) -> SuiteTask:
     def load() -> dict[str, Any]:
         query_rows = np.array(sorted(relevant), dtype=np.int64)
         split = {
-            "corpus": _text_dataset(store, corpus, ids),
-            "queries": _text_dataset(store, query_rows, ids),
+            "corpus": _dataset(store, corpus, ids, modalities[1]),
+            "queries": _dataset(store, query_rows, ids, modalities[0]),
             "relevant_docs": {query: dict(documents) for query, documents in qrels.items()},
             "top_ranked": None,
         }
         return {"default": {config.split: split}}
 
+    modalities = _modality(config, store, queries), _modality(config, store, corpus)
     content = {"qrels": qrels, "corpus": [ids(int(document)) for document in corpus]}
-    task_type = _task_type(rows, "Retrieval")
+    plain = modalities == ("text", "text")
+    task_type = _task_type(rows, "Retrieval" if plain else "Any2AnyRetrieval")
     attributes = {"k_values": K_VALUES} if TYPES[task_type].main_score == "ndcg_at_10" else {}
-    result.task = _make(config, task_type, fingerprint(content), load, attributes)
+    category = None if plain else "2".join(_LETTERS[modality] for modality in modalities)
+    result.task = _make(config, task_type, fingerprint(content), load, attributes, config.metric, category)
     return result
+
+
+_LETTERS = {"text": "t", "image": "i", "text+image": "it"}
+
+
+def _modality(config: HeldOutTask, store: Any, rows: Ints) -> str:
+    """What all of these items are; :class:`BadInputError` where some are texts and some pictures."""
+    found = set(store.modalities(rows)) if store.has_images else {"text"}
+    if len(found) > 1:
+        raise BadInputError(
+            f"the source {config.source!r} has items of several kinds on one side ({', '.join(sorted(found))}), which no task of "
+            "mteb's can hold",
+            where=str(config.data),
+        )
+    return str(found.pop()) if found else "text"
+
+
+def _relevant(store: Any, queries: Ints, corpus: Ints, reverse: bool) -> dict[int, list[int]]:
+    """Query -> its relevant documents in the corpus, for queries that have one; ``reverse``: which are positives' queries."""
+    known = store.known_positives()
+    wanted = np.zeros(store.items.num_rows, dtype=bool)
+    if not reverse:
+        wanted[corpus] = True
+        found = {int(query): [int(d) for d in known.of(int(query)) if wanted[d]] for query in queries}
+        return {query: documents for query, documents in found.items() if documents}
+    wanted[queries] = True
+    turned: dict[int, list[int]] = {}
+    for document in corpus.tolist():
+        for query in known.of(document).tolist():
+            if wanted[query]:
+                turned.setdefault(query, []).append(document)
+    return dict(sorted(turned.items()))
 
 
 def query_clusters(relevant: dict[int, list[int]], document_keys: dict[int, set[str]]) -> dict[int, int]:
@@ -186,12 +228,12 @@ def query_clusters(relevant: dict[int, list[int]], document_keys: dict[int, set[
     return {query: first.setdefault(sets.find(place[relevant[query][0]]), query) for query in sorted(relevant)}
 
 
-def _document_keys(rows: _Rows) -> dict[int, set[str]]:
+def _document_keys(rows: _Rows, answering: str) -> dict[int, set[str]]:
     keys: dict[int, set[str]] = {}
-    columns = (rows.column("positives", rows.all), rows.column("cluster", rows.all))
+    columns = (rows.column(answering, rows.all), rows.column("cluster", rows.all))
     for documents, cluster in zip(*columns, strict=True):
         if cluster is not None:
-            for document in documents:
+            for document in documents if isinstance(documents, list) else [documents]:
                 keys.setdefault(document, set()).add(cluster)
     return keys
 
@@ -225,6 +267,8 @@ def _labelled(config: HeldOutTask, rows: _Rows) -> SuiteTask:
     chosen = _sample(config, rows.held_out, config.max_queries, "items")
     store, ids = rows.store, _item_ids(rows.store)
     splits = {config.split: chosen}
+    if config.as_ == "zero_shot":
+        return _zero_shot(config, rows, chosen)
     clustering = config.as_ == "clustering"
     if not clustering:
         train = np.sort(np.asarray(store.select(config.source, config.train_split), dtype=np.int64))
@@ -241,14 +285,19 @@ def _labelled(config: HeldOutTask, rows: _Rows) -> SuiteTask:
     keys = rows.column("cluster", chosen)
     result = SuiteTask(None, details={**_about(config, store), "items": len(chosen), "labels": len(numbers)})
     result.clusters["default", config.split] = {str(i): key for i, key in enumerate(keys) if key is not None}
-    text_name, label_name = ("sentences", "labels") if clustering else ("text", "label")
+    images = _modality(config, store, np.concatenate(list(items.values()))) == "image"
+    item_name = "image" if images else "sentences" if clustering else "text"
+    label_name = "labels" if clustering else "label"
 
     def load() -> dict[str, Any]:
         import datasets
 
         data = {
             split: datasets.Dataset.from_dict(
-                {text_name: store.texts(items[split]), label_name: [numbers[label] for label in labels[split]]}
+                {
+                    item_name: store.images(items[split]) if images else store.texts(items[split]),
+                    label_name: [numbers[label] for label in labels[split]],
+                }
             )
             for split in splits
         }
@@ -261,8 +310,35 @@ def _labelled(config: HeldOutTask, rows: _Rows) -> SuiteTask:
         attributes = {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": size}
     else:
         attributes = {"train_split": config.train_split}
-    kind = "Clustering" if clustering else _task_type(rows, "Classification")
+    if images:
+        attributes |= {"input_column_name": "image"}
+    allowed = ("Image" if images else "") + ("Clustering" if clustering else "Classification")
+    kind = allowed if clustering else _task_type(rows, allowed)
     result.task = _make(config, kind, fingerprint(content), load, attributes)
+    return result
+
+
+def _zero_shot(config: HeldOutTask, rows: _Rows, chosen: Ints) -> SuiteTask:
+    """Each picture against the names of all labels of the split."""
+    store, ids = rows.store, _item_ids(rows.store)
+    items, labels = np.array(rows.column("query", chosen), dtype=np.int64), rows.column("label", chosen)
+    if _modality(config, store, items) != "image":
+        raise BadInputError("'as: zero_shot' is for pictures", where=str(config.data))
+    names = sorted(set(labels))
+    texts = [config.template.replace("{label}", name) for name in names]
+    result = SuiteTask(None, details={**_about(config, store), "items": len(chosen), "labels": len(names)})
+    keys = rows.column("cluster", chosen)
+    result.clusters["default", config.split] = {str(i): key for i, key in enumerate(keys) if key is not None}
+
+    def load() -> dict[str, Any]:
+        import datasets
+
+        columns = {"image": store.images(items), "label": [names.index(label) for label in labels]}
+        return {config.split: datasets.Dataset.from_dict(columns)}
+
+    attributes = {"get_candidate_labels": lambda self: list(texts)}
+    content = [[ids(int(item)) for item in items], labels, texts]
+    result.task = _make(config, "ZeroShotClassification", fingerprint(content), load, attributes)
     return result
 
 
@@ -276,6 +352,8 @@ def _make(
     content_hash: str,
     load: Callable[[], dict[str, Any]],
     attributes: dict[str, Any] | None = None,
+    main_score: str | None = None,
+    category: str | None = None,
 ) -> Any:
     return make_task(
         TYPES[task_type].base,
@@ -287,6 +365,8 @@ def _make(
         splits=[config.split],
         load=load,
         attributes=attributes,
+        main_score=main_score,
+        category=category,
     )
 
 
@@ -299,7 +379,12 @@ def _item_ids(store: Any) -> Callable[[int], str]:
     return lambda row: str(column[int(row)].as_py().hex())
 
 
-def _text_dataset(store: Any, rows: Ints, ids: Callable[[int], str]) -> Any:
+def _dataset(store: Any, rows: Ints, ids: Callable[[int], str], modality: str) -> Any:
     import datasets
 
-    return datasets.Dataset.from_dict({"id": [ids(int(row)) for row in rows], "text": store.texts(rows)})
+    columns: dict[str, Any] = {"id": [ids(int(row)) for row in rows]}
+    if "text" in modality:
+        columns["text"] = store.texts(rows)
+    if "image" in modality:
+        columns["image"] = store.images(rows)
+    return datasets.Dataset.from_dict(columns)

@@ -15,6 +15,7 @@ from mteb.abstasks import (
     AbsTaskPairClassification,
     AbsTaskRetrieval,
     AbsTaskSTS,
+    AbsTaskZeroShotClassification,
 )
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.task_metadata import TaskMetadata
@@ -46,6 +47,10 @@ TYPES: dict[str, TypeDefaults] = {
         AbsTaskPairClassification, "max_ap", "t2t", ("sentence1", "sentence2", "labels")
     ),
     "Clustering": TypeDefaults(AbsTaskClustering, "v_measure", "t2c", ("sentences", "labels")),
+    "Any2AnyRetrieval": TypeDefaults(AbsTaskRetrieval, "ndcg_at_10", "t2i", ()),
+    "ImageClassification": TypeDefaults(AbsTaskClassification, "accuracy", "i2c", ("image", "label")),
+    "ImageClustering": TypeDefaults(AbsTaskClustering, "v_measure", "i2c", ("image", "labels")),
+    "ZeroShotClassification": TypeDefaults(AbsTaskZeroShotClassification, "accuracy", "i2t", ("image", "label")),
     "BitextMining": TypeDefaults(AbsTaskBitextMining, "f1", "t2t", ("sentence1", "sentence2")),
 }
 
@@ -96,14 +101,18 @@ def make_task(
     load: Callable[[], dict[str, Any]],
     like: TaskMetadata | None = None,
     attributes: Mapping[str, Any] | None = None,
+    main_score: str | None = None,
+    category: str | None = None,
 ) -> Any:
     """An instance of a new subclass of one of mteb's task classes.
 
     ``load`` returns subset -> split -> data; ``languages`` gives the languages of each subset. ``like`` is the metadata
-    of the official task whose main score and category hold here too.
+    of the official task whose main score and category hold here too; ``main_score`` and ``category`` take the place of
+    those of the type.
     """
     defaults = TYPES.get(task_type)
     only_default = list(languages) == ["default"]
+    category = category or (like.category if like else defaults.category if defaults else None)
     metadata = TaskMetadata(
         name=name,
         type=task_type,
@@ -111,9 +120,9 @@ def make_task(
         dataset={"path": f"local/{name}", "revision": LOCAL + content_hash},
         eval_splits=list(splits),
         eval_langs=list(languages["default"]) if only_default else {s: list(langs) for s, langs in languages.items()},
-        main_score=like.main_score if like else defaults.main_score if defaults else "accuracy",
-        category=like.category if like else defaults.category if defaults else None,
-        modalities=like.modalities if like else ["text"],
+        main_score=main_score or (like.main_score if like else defaults.main_score if defaults else "accuracy"),
+        category=category,
+        modalities=like.modalities if like else _modalities(category),
     )
 
     def load_data(self: Any, *_: Any, **__: Any) -> None:
@@ -131,3 +140,9 @@ def make_task(
     if issubclass(base, AbsTaskClustering):
         body["_evaluate_subset"] = evaluate_subset
     return type("Local" + "".join(c if c.isalnum() else "_" for c in name), (base,), body)()
+
+
+def _modalities(category: str | None) -> list[str]:
+    """What the items of a task of this category are, those that are asked first."""
+    letters = {"t": "text", "i": "image"}
+    return list(dict.fromkeys(letters[each] for each in category or "" if each in letters)) or ["text"]

@@ -21,6 +21,7 @@ from mteb.abstasks import (
     AbsTaskPairClassification,
     AbsTaskRetrieval,
     AbsTaskSTS,
+    AbsTaskZeroShotClassification,
 )
 from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
 
@@ -74,6 +75,8 @@ class Recorder:
             self._keep_pairs(predictions, hf_subset, hf_split)
         elif isinstance(task, AbsTaskBitextMining):
             self._keep_bitext(predictions, hf_subset, hf_split)
+        elif isinstance(task, AbsTaskZeroShotClassification):
+            self._keep_zero_shot(predictions, hf_subset, hf_split)
         elif isinstance(task, AbsTaskClassification):
             self._keep_classification(predictions, hf_subset, hf_split)
         elif not isinstance(task, AbsTaskClustering | AbsTaskClusteringLegacy):
@@ -173,6 +176,15 @@ class Recorder:
             self._rows(key, split, "sentence", "match", matches)
             if main not in ("accuracy", "f1"):
                 self._no_interval(key, split, f"the score {main} is no mean over sentences, so no interval is given")
+
+    def _keep_zero_shot(self, predictions: Any, subset: str, split: str) -> None:
+        task, data = self.suite_task.task, self._data(subset, split)
+        labels = task._normalize_labels(data[task.label_column_name][:], task.get_candidate_labels())
+        right = np.argmax(np.asarray(predictions), axis=1) == np.asarray(labels)
+        self._rows(subset, split, "item", "accuracy", {str(i): float(value) for i, value in enumerate(right)})
+        if task.metadata.main_score != "accuracy":
+            reason = f"the score {task.metadata.main_score} is no mean over items, so no interval is given"
+            self._no_interval(subset, split, reason)
 
     def _keep_classification(self, predictions: Any, subset: str, split: str) -> None:
         task = self.suite_task.task
