@@ -46,7 +46,7 @@ class MiningStages(Artifacts):
 
     def vectors(self) -> dict[str, Any]:
         """Encode the items of the training split with every teacher that makes vectors."""
-        store = self._store()
+        store = self._text_store("making vectors")
         wanted = items_by_role(store, self.source_names, self.recipe.split)
         counts = {}
         for number, teacher in enumerate(teachers_of_vectors(self.recipe)):
@@ -146,7 +146,7 @@ class MiningStages(Artifacts):
         from nearfield.mining.negatives import write_negatives
         from nearfield.mining.pool import mine_pool
 
-        mining, store = self.recipe.mining, self._store()
+        mining, store = self.recipe.mining, self._text_store("mining")
         assert mining is not None
         mined, recalls = [], {}
         for number, pool in enumerate(self._pools(store)):

@@ -1,0 +1,122 @@
+"""A run on pictures and their names: trained, scored both ways, resumed to the bit, loaded by sentence-transformers alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from nearfield.errors import BadInputError
+from nearfield.pipeline import open_run, run_stages
+from tests.data.making import write_rows
+
+COLOURS = {"word1": (220, 30, 30), "word2": (30, 200, 40), "word3": (30, 40, 220), "word4": (230, 220, 40)}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Pictures of one colour with a brightness, named by both."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for number in range(64):
+        colour, shade = list(COLOURS)[number % 4], number // 4 % 8
+        pixels = (np.array(COLOURS[colour]) * (0.4 + 0.075 * shade)).astype(np.uint8)
+        Image.new("RGB", (10 + number % 5, 12), tuple(pixels.tolist())).save(folder / f"{number}.png")
+        name = f"{colour} word{20 + shade}"
+        rows.append({"name": name, "image": f"{number}.png", "split": "test" if number >= 32 else "train"})
+    write_rows(folder / "rows.jsonl", rows)
+    (folder / "data.yaml").write_text(
+        """\
+name: colours
+sources:
+  - name: colours
+    task_type: Any2AnyRetrieval
+    reader: {kind: jsonl, path: rows.jsonl}
+    examples: {kind: retrieval, query: name, positives: image}
+    images: {columns: [image]}
+    split: {kind: column, column: split}
+"""
+    )
+    (folder / "suite.yaml").write_text(
+        """\
+name: colours
+tasks:
+  - {kind: heldout, name: Find, data: data.yaml, source: colours, distractors: 0, metric: recall_at_10}
+  - {kind: heldout, name: Name, data: data.yaml, source: colours, distractors: 0, metric: recall_at_10, reverse: true}
+"""
+    )
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"""\
+name: colours
+data: data.yaml
+encoder:
+  model: {tiny_model}
+  normalize: true
+  image_tower:
+    architecture: vit
+    size: 16
+    settings: {{patch_size: 8, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}}
+objective: {{kind: infonce, temperature: 0.1, both_directions: true, learn_temperature: true}}
+batches: {{kind: single_source, batch_size: 16}}
+training:
+  epochs: 20
+  max_steps: 24
+  learning_rate: 5.0e-3
+  micro_batch_tokens: 48
+  gradient_cache: always
+  checkpoints: {{every_steps: 12}}
+  trackers: []
+evaluation: {{suite: suite.yaml, baselines: [random]}}
+"""
+    )
+    return path
+
+
+def test_a_run_learns_which_name_goes_with_which_picture(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "colours"
+    run_stages(open_run(recipe, (), folder))
+    model = SentenceTransformer(str(folder / "model"), device="cpu")
+    assert model.modalities == ["image", "text"]
+    pictures = [Image.new("RGB", (20, 20), colour) for colour in COLOURS.values()]
+    similarity = model.encode(list(COLOURS)) @ model.encode(pictures).T
+    assert similarity.argmax(axis=1).tolist() == [0, 1, 2, 3]
+    results = json.loads((folder / "manifest.json").read_text())["stages"]["evaluate"]["results"]
+    for task in ("Find", "Name"):
+        before, after = (
+            json.loads((folder / results[side] / f"{task}.json").read_text())["scores"]["test"][0]["main_score"]
+            for side in ("before", "after")
+        )
+        assert after > before + 0.1, task
+    report = (folder / "report.html").read_text()
+    assert "data:image/" in report
+    # From the checkpoint in the middle: the same weights.
+    again = tmp_path / "runs" / "again"
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "checkpoints" / "step-00000024")
+    shutil.rmtree(again / "model")
+    run_stages(open_run(recipe, (), again), "train")
+    for name in ("text_0_Transformer", "image_0_Transformer"):
+        one, other = (load_file(run / "model" / name / "model.safetensors") for run in (folder, again))
+        assert all(np.array_equal(one[key], other[key]) for key in one), name
+    # Another budget cuts other chunks, and gives the same gradient up to rounding.
+    run_stages(open_run(recipe, ["training.micro_batch_tokens=10000"], tmp_path / "runs" / "whole"), "train")
+    one, other = (
+        load_file(tmp_path / "runs" / run / "model" / "image_0_Transformer" / "model.safetensors")
+        for run in ("colours", "whole")
+    )
+    assert max(np.abs(one[key] - other[key]).max() for key in one) < 0.05
+
+
+def test_what_cannot_work_with_pictures_is_refused(recipe: Path, tmp_path: Path) -> None:
+    mining = ["mining={negatives: 1}", "batches.negatives=1"]
+    with pytest.raises(BadInputError, match="this data has pictures"):
+        run_stages(open_run(recipe, mining, tmp_path / "runs" / "mined"), "mine")
+    with pytest.raises(BadInputError, match="this encoder takes none"):
+        run_stages(open_run(recipe, ["encoder.image_tower=null"], tmp_path / "runs" / "texts"), "tokens")
