@@ -105,13 +105,6 @@ def test_a_run_learns_which_name_goes_with_which_picture(recipe: Path, tmp_path:
     for name in ("text_0_Transformer", "image_0_Transformer"):
         one, other = (load_file(run / "model" / name / "model.safetensors") for run in (folder, again))
         assert all(np.array_equal(one[key], other[key]) for key in one), name
-    # Another budget cuts other chunks, and gives the same gradient up to rounding.
-    run_stages(open_run(recipe, ["training.micro_batch_tokens=10000"], tmp_path / "runs" / "whole"), "train")
-    one, other = (
-        load_file(tmp_path / "runs" / run / "model" / "image_0_Transformer" / "model.safetensors")
-        for run in ("colours", "whole")
-    )
-    assert max(np.abs(one[key] - other[key]).max() for key in one) < 0.05
 
 
 def test_what_cannot_work_with_pictures_is_refused(recipe: Path, tmp_path: Path) -> None:

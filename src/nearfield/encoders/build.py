@@ -29,7 +29,6 @@ from nearfield.encoders.gguf import gguf_file, load_gguf
 from nearfield.encoders.heads import own_modules, set_heads, ship_modules
 from nearfield.encoders.offline import find_offline
 from nearfield.encoders.prompts import CONTRACT_FILE
-from nearfield.encoders.towers import add_image_tower, freeze_unused
 from nearfield.encoders.trunk import append_eos, draw_anew, keep_layers, read_plain_texts
 from nearfield.errors import BadInputError
 from nearfield.files import hash_file, hash_folder
@@ -299,6 +298,8 @@ def build_encoder(
             )
         model.max_seq_length = config.max_length
     _freeze_pooler(model)
+    from nearfield.encoders.towers import add_image_tower, freeze_unused
+
     if config.image_tower is not None:
         model = add_image_tower(model, config.image_tower, seed, dtype)
         loaded = replace(loaded, model=model)

@@ -74,13 +74,13 @@ def _renamed(model: SentenceTransformer, stored: set[str]) -> tuple[str, ...]:
     from transformers.core_model_loading import revert_weight_conversion
 
     endings = {name.split(".", skipped)[-1] for name in stored for skipped in range(name.count(".") + 1)}
-    found = []
+    found: list[str] = []
     for prefix, module in model[0].named_modules():
         # Of a module that wraps a transformer both are looked at; the wrapped one's names are the file's.
         if not hasattr(module, "get_input_embeddings") or any(prefix.startswith(f"{known}") for known in found):
             continue
         given = module.state_dict()
-        saved = revert_weight_conversion(module, given)  # type: ignore[arg-type]
+        saved = revert_weight_conversion(module, given)
         needed = [name for name in saved if "pooler" not in name and not name.endswith("position_ids")]
         if saved.keys() != given.keys() and all(name in endings for name in needed):
             found.append(f"{prefix}." if prefix else "")

@@ -185,7 +185,8 @@ def _width(tower: nn.Module) -> int:
 
 
 def _blank() -> Image:
-    return pillow().new("RGB", (64, 64), (128, 160, 192))
+    blank: Image = pillow().new("RGB", (64, 64), (128, 160, 192))
+    return blank
 
 
 def image_tokens(model: SentenceTransformer) -> int:
@@ -230,7 +231,7 @@ def freeze_unused(model: SentenceTransformer) -> None:
     tower.eval()
     with torch.enable_grad():
         embedding = model(image_features(model, [_blank()], model.device))["sentence_embedding"]
-        gradients = torch.autograd.grad(embedding.float().sum(), trained, allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(embedding.sum(), trained, allow_unused=True)
     for part, mode in modes:
         part.training = mode
     for parameter, gradient in zip(trained, gradients, strict=True):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from nearfield.reporting import text
 from nearfield.reporting.comparison import metric_words
+from nearfield.reporting.pictures import data_uri
 from nearfield.reporting.run import AbsentError, Json, Missing, logger, mapping, string
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Result:
     text: str
     score: str
     relevant: bool | None
+    picture: str | None = None
+    """A data URI, where the document is a picture or has one."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Query:
     about: str
     sides: list[Side]
     wanted: list[str]
+    picture: str | None = None
+    wanted_pictures: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,15 @@ class Texts:
         if one not in self.rows:
             return None
         store, row = self.rows[one]
-        return store.texts([row])[0]
+        return store.shown([row])[0]
+
+    def picture(self, one: str) -> str | None:
+        """The picture of an id as a data URI; None where it has none."""
+        if one not in self.rows:
+            return None
+        store, row = self.rows[one]
+        image = store.images([row])[0] if store.has_images else None
+        return None if image is None else data_uri(image)
 
     def relevant(self, query: str) -> set[str] | None:
         """The ids of the documents that the data calls positives of a query; None where the query is not known."""
@@ -297,7 +310,14 @@ def _query(change: Change, tops: dict[tuple[str, str], Top], texts: Texts) -> tu
             known = texts.text(document)
             marked = None if relevant is None else document in relevant
             results.append(
-                Result(rank, document, document if known is None else known, f"{points:.3f}".replace("-", "−"), marked)
+                Result(
+                    rank,
+                    document,
+                    document if known is None else known,
+                    f"{points:.3f}".replace("-", "−"),
+                    marked,
+                    texts.picture(document),
+                )
             )
         seen |= {document for _, document, _ in found}
         ranks = [result.rank for result in results if result.relevant]
@@ -325,11 +345,15 @@ def _query(change: Change, tops: dict[tuple[str, str], Top], texts: Texts) -> tu
     unseen = sorted((relevant or set()) - seen)
     texts.find(unseen)
     wanted = [document for document in (texts.text(one) for one in unseen[:3]) if document is not None]
+    found_one = any(result.relevant for side in sides for result in side.results)
+    pictures = [picture for picture in (texts.picture(one) for one in unseen[:3]) if picture is not None]
     full = Query(
         text=change.query if query is None else query,
         delta=text.signed(change.delta),
         about=f"{about} · {change.task}",
         sides=sides,
-        wanted=wanted if not any(result.relevant for side in sides for result in side.results) else [],
+        wanted=[] if found_one else wanted,
+        picture=texts.picture(change.query),
+        wanted_pictures=[] if found_one else pictures,
     )
     return full, record
