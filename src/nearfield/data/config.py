@@ -10,7 +10,15 @@ from pydantic import Field, field_validator, model_validator
 from nearfield.config import Config, ConfigPath
 from nearfield.data.cleaning_config import StepConfig
 from nearfield.data.picture_config import ImagesConfig
-from nearfield.data.picture_readers import EmojiReader, PictureReader
+from nearfield.data.picture_readers import (
+    EmojiReader,
+    ImageFolderReader,
+    ImageTripletsReader,
+    MmebReader,
+    OpenClipartReader,
+    PictureReader,
+    WebDatasetReader,
+)
 from nearfield.data.prompt_templates import TEMPLATES, TemplateName, render
 
 if TYPE_CHECKING:
@@ -212,7 +220,12 @@ ReaderConfig = Annotated[
     | EmbeddedReader
     | DebianReader
     | DocstringsReader
-    | EmojiReader,
+    | EmojiReader
+    | OpenClipartReader
+    | ImageFolderReader
+    | WebDatasetReader
+    | MmebReader
+    | ImageTripletsReader,
     Field(discriminator="kind"),
 ]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 from nearfield.data.config import SourceConfig
 from nearfield.data.examples import BadRowError
 from nearfield.data.picture_config import ImagesConfig
-from nearfield.data.pictures import BothRef, ImageRef, PictureError, reference
+from nearfield.data.pictures import BothRef, ImageRef, PictureError, hash_named, reference
 from nearfield.data.readers.base import Reader
 
 
@@ -49,16 +48,7 @@ def picture_inputs(source: SourceConfig, reader: Reader) -> dict[str, str]:
                 path = member.get("path") if isinstance(member, Mapping) and not member.get("bytes") else member
                 if isinstance(path, str):
                     paths.add(path)
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(paths):
-        try:
-            raw = ImageRef(path, None, path, folder).read(images.max_bytes)
-        except PictureError as error:
-            # A file that appears or is mended later makes another store.
-            raw = str(error).encode()
-        digest.update(hashlib.blake2b(path.encode("utf-8", "surrogatepass"), digest_size=16).digest())
-        digest.update(hashlib.blake2b(raw, digest_size=16).digest())
-    return {"pictures": digest.hexdigest()} if paths else {}
+    return {"pictures": hash_named(sorted(paths), folder)} if paths else {}
 
 
 def _pictures(value: object, column: str, folder: Path) -> object:

@@ -5,10 +5,11 @@ Every reason why a picture cannot be used is a :class:`PictureError`; nothing el
 
 from __future__ import annotations
 
+import hashlib
 import io
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ from nearfield.files import inside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_HASHED = 1 << 30
 
 
 class PictureError(Exception):
@@ -40,7 +44,7 @@ class ImageRef:
 
     def read(self, limit: int) -> bytes:
         """The bytes of the file, at most ``limit``; raise :class:`PictureError` where they cannot be had."""
-        raw = self.data if self.data is not None else _read_file(self.path, self.folder or Path(), limit)
+        raw = self.data if self.data is not None else read_inside(self.path, self.folder or Path(), limit)
         if not raw:
             raise PictureError("an empty file")
         if len(raw) > limit:
@@ -56,7 +60,8 @@ class BothRef:
     image: ImageRef
 
 
-def _read_file(path: str, folder: Path, limit: int) -> bytes:
+def read_inside(path: str, folder: Path, limit: int) -> bytes:
+    """The bytes of a file below a folder, at most one over ``limit``; raise :class:`PictureError` where they cannot be had."""
     try:
         # Links are followed before the check, so one that points out of the folder is refused, too.
         file = inside(folder, path)
@@ -74,6 +79,20 @@ def _read_file(path: str, folder: Path, limit: int) -> bytes:
     except (OSError, ValueError, RuntimeError) as error:
         # A name with a NUL byte is a ValueError, a loop of links a RuntimeError or an OSError.
         raise PictureError("a file that cannot be read") from error
+
+
+def hash_named(names: Sequence[str], folder: Path) -> str:
+    """32 hex digits over the names and contents of files below a folder; a file that cannot be read counts as that."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in names:
+        try:
+            raw = read_inside(name, folder, _HASHED)
+        except PictureError as error:
+            # A file that appears or is mended later makes another store.
+            raw = str(error).encode()
+        digest.update(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+        digest.update(hashlib.blake2b(raw, digest_size=16).digest())
+    return digest.hexdigest()
 
 
 def reference(value: object, folder: Path) -> ImageRef | None:
