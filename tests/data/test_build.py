@@ -110,6 +110,17 @@ def test_labelled_items(tmp_path: Path) -> None:
     assert read_summary(store.path).conflicts.labels == 1
 
 
+def test_plain_texts(tmp_path: Path) -> None:
+    rows = [{"text": "a"}, {"text": "b"}, {"text": "a"}]
+    examples = {"kind": "text", "text": "text"}
+    store = build_rows(tmp_path, rows, examples=examples, task_type="Clustering")
+    assert store.texts(store.examples.column("query").to_pylist()) == ["a", "b"]
+    assert store.examples.column("positives").to_pylist() == [[], []]
+    assert store.examples.column("label").null_count == 2
+    summary = read_summary(store.path).sources[0]
+    assert (store.sources[0].kind, summary.duplicates) == ("text", 1)
+
+
 def test_several_labels_are_no_conflict_where_they_are_meant(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": 1}, {"text": "a", "label": 2}]
     store = build_rows(tmp_path, rows, examples=LABELLED, task_type="MultilabelClassification")

@@ -15,9 +15,9 @@ from nearfield.training.chunks import (
     cut_chunks,
     deal_chunks,
     pool_batch,
+    pool_views,
     split_batch,
     split_rows,
-    two_views,
 )
 
 TEXTS = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 2)), min_size=1, max_size=80)
@@ -175,7 +175,7 @@ def test_two_views_of_a_batch() -> None:
         np.zeros(3, dtype=np.int64),
         4,
     )
-    pool = two_views(batch)
+    pool = pool_views(batch, 2)
     assert pool.items.tolist() == [5, 7, 7, 5, 7, 7]
     assert pool.prompts.tolist() == [1, 1, 2, 1, 1, 2]
     assert pool.queries.tolist() == [1, 0, 2]

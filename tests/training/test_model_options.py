@@ -16,8 +16,10 @@ from nearfield.training.model_options import (
     compile_transformer,
     enable_checkpointing,
     freeze_parameters,
+    set_attention_dropout,
     set_training_mode,
 )
+from tests.encoders.tiny import save_tiny
 
 
 def features(rows: int = 3, length: int = 7) -> dict[str, Tensor]:
@@ -34,6 +36,27 @@ def gradients(model: Any, batch: dict[str, Tensor], seed: int = 0) -> tuple[Tens
     weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(1))
     (embeddings * weights).sum().backward()
     return embeddings.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert", "llama", "gpt2", "gpt_neox"])
+def test_attention_drops_out_as_much_as_is_said(tmp_path: Path, architecture: str) -> None:
+    model = load_encoder(str(save_tiny(tmp_path, architecture)), device="cpu").model
+    config = model[0].auto_model.config
+    for name in ("hidden_dropout_prob", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+        if hasattr(config, name):
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+    before = config.to_dict()
+    set_attention_dropout(model, 0.0)
+    set_training_mode(model, dropout=True)
+    off = model(features())["sentence_embedding"]
+    assert torch.equal(model(features())["sentence_embedding"], off)
+    set_attention_dropout(model, 0.3)
+    assert not torch.equal(model(features())["sentence_embedding"], off)
+    set_training_mode(model, dropout=False)
+    torch.testing.assert_close(model(features())["sentence_embedding"], off)
+    assert config.to_dict() == before, "what is saved"
 
 
 def test_freezing_by_pattern(tiny_model: Path) -> None:

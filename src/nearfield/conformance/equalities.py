@@ -111,7 +111,9 @@ class Suite:
 
     def chunks(self) -> Iterator[Line]:
         """Any chunks, kept or cached = one padded forward, for every objective."""
-        for name in OBJECTIVES:
+        for name, config in OBJECTIVES.items():
+            if config.token_task is not None and self.backend not in ("single", "ddp"):
+                continue  # refused there
             problem = self.problem(name, 8)
             reference = problem.reference()
             every = name == "infonce"
@@ -234,8 +236,8 @@ class Suite:
                 engine.backend,
                 engine.objective,
                 work,
-                engine.make_features(work.pool),
-                dimension=engine.dimension,
+                engine.make_features(work.pool, 5, 3),
+                dimension=engine.columns,
                 seed=5,
                 step=3,
                 keep_graph=False,
@@ -300,7 +302,7 @@ class Suite:
         with CountTraffic() as count:
             one_step(engine, problem, 24, step=1)
         shares = work.pool_shares()
-        embeddings = len(shares.rows) * shares.longest * engine.dimension * torch.finfo(problem.dtype).bits // 8
+        embeddings = len(shares.rows) * shares.longest * engine.columns * torch.finfo(problem.dtype).bits // 8
         small = 8 * (3 + len(engine.backend.used())) + 64
         # What is left after the embeddings' gradient (once) and small words (control, norms) is parameter gradient.
         reductions = sorted(count.traffic.reductions())
@@ -343,8 +345,8 @@ def one_step(
         engine.backend,
         engine.objective,
         work,
-        engine.make_features(work.pool),
-        dimension=engine.dimension,
+        engine.make_features(work.pool, 5, step),
+        dimension=engine.columns,
         seed=5,
         step=step,
         keep_graph=False,

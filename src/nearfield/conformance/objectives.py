@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nearfield.encoders.token_config import DecoderConfig
 from nearfield.objectives.config import (
     FocalConfig,
     HardnessConfig,
@@ -16,6 +17,7 @@ from nearfield.objectives.kinds import (
     CombinedConfig,
     CoSENTConfig,
     EmbeddingDistillationConfig,
+    MaskedTokensConfig,
     PartConfig,
     ScoreDistillationConfig,
     SigLIPConfig,
@@ -58,6 +60,13 @@ OBJECTIVES: dict[str, ObjectiveSettings] = {
     "siglip": SigLIPConfig(),
     "unicom, a part of prototypes and features": UnicomConfig(classes=0.8, features=0.5),
     "simcse": SimCSEConfig(),
+    "masked tokens, with a decoder": MaskedTokensConfig(share=0.4, decoder=DecoderConfig(share=0.5, weight=0.7)),
+    "masked next tokens beside infonce": CombinedConfig(
+        parts=(
+            PartConfig(objective=InfoNCEConfig(temperature=0.1)),
+            PartConfig(objective=MaskedTokensConfig(predict="next", share=0.5), weight=0.3),
+        )
+    ),
     "distillation of scores, own and in batch": CombinedConfig(
         parts=(
             PartConfig(objective=ScoreDistillationConfig()),

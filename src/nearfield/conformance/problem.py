@@ -19,6 +19,7 @@ from nearfield.conformance.tiny import save_tiny_bert
 from nearfield.data.tokens import IMAGE, TokenCache, TokenTable
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
+from nearfield.encoders.token_task import TokenTask
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings, Surroundings
 from nearfield.objectives.objective import Objective
@@ -177,14 +178,14 @@ class Problem:
                 "exchange": exchange,
             }
         )
-        objective = self.build()
+        encoder, objective = self.encoder(), self.build()
 
         def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
             return optimizer([parameter for _, parameter in named], rate)
 
         engine = build_engine(
             config,
-            self.encoder(),
+            encoder,
             objective,
             make_optimizer,
             self.tokens,
@@ -193,12 +194,18 @@ class Problem:
             guide=self.guide,
             weights=self.weights,
             teacher_scores=self.teacher_scores,
-            two_views=self.objective.two_views,
+            views=self.objective.views,
+            token_task=self.token_task(encoder),
             pictures=self.pictures,
         )
         if engine.queue is not None:
             self.fill(engine.queue)
         return engine
+
+    def token_task(self, encoder: SentenceTransformer) -> TokenTask | None:
+        """What hides tokens, where the objective asks for it."""
+        config = self.objective.token_task
+        return None if config is None else TokenTask(encoder, config, str(self.model_folder), SEED).to(self.dtype)
 
     def fill(self, queue: MemoryQueue) -> MemoryQueue:
         """Let a queue remember random vectors of some texts, one of which a query has as a positive."""
@@ -248,8 +255,8 @@ class Problem:
             engine.backend,
             engine.objective,
             work,
-            engine.make_features(work.pool),
-            dimension=engine.dimension,
+            engine.make_features(work.pool, seed, step),
+            dimension=engine.columns,
             seed=seed,
             step=step,
             keep_graph=keep_graph,
@@ -262,7 +269,8 @@ class Problem:
         encoder = self.encoder().eval()
         objective = self.build()
         size = self.objective.queue if isinstance(self.objective, InfoNCEConfig) else 0
-        module = EmbeddingModule(encoder, objective)
+        token_task = self.token_task(encoder)
+        module = EmbeddingModule(encoder, objective, token_task)
         engine = Engine(
             ReplicatedBackend(module, lambda named: sgd([p for _, p in named], 1.0), CPU, 1, False),
             encoder,
@@ -276,15 +284,16 @@ class Problem:
             weights=self.weights,
             queue=self.fill(MemoryQueue(size)) if size else None,
             teacher_scores=self.teacher_scores,
-            two_views=self.objective.two_views,
+            views=self.objective.views,
+            token_task=token_task,
             pictures=self.pictures,
         )
         work = self.work(engine, 10**9)
         images = engine.images(work.pool)
         apart = np.zeros(len(work.pool.items), dtype=bool) if images is None else images
         parts = [part for part in (np.flatnonzero(~apart), np.flatnonzero(apart)) if len(part)]
-        features = engine.make_features(work.pool)
-        encoded = torch.cat([encoder(dict(features(part)))["sentence_embedding"] for part in parts])
+        features = engine.make_features(work.pool, SEED, STEP)
+        encoded = torch.cat([module(features(part)) for part in parts])
         embeddings = encoded[torch.from_numpy(np.argsort(np.concatenate(parts)))]
         draw = derive_seed(SEED, "objective", STEP, work.first_number)
         loss = objective(

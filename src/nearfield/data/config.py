@@ -264,7 +264,16 @@ class LabelledExamples(Config):
     label: Column
 
 
-ExamplesConfig = Annotated[RetrievalExamples | GradedExamples | LabelledExamples, Field(discriminator="kind")]
+class TextExamples(Config):
+    """A text alone, for objectives that need nothing else (``simcse``, ``masked_tokens``)."""
+
+    kind: Literal["text"] = "text"
+    text: Column
+
+
+ExamplesConfig = Annotated[
+    RetrievalExamples | GradedExamples | LabelledExamples | TextExamples, Field(discriminator="kind")
+]
 
 
 class DuplicateGroups(Config):
@@ -343,8 +352,10 @@ class SourceConfig(Config):
             wanted += [examples.query, *as_tuple(examples.positives), *as_tuple(examples.negatives)]
         elif isinstance(examples, GradedExamples):
             wanted += [examples.first, examples.second, examples.score]
-        else:
+        elif isinstance(examples, LabelledExamples):
             wanted += [examples.item, examples.label]
+        else:
+            wanted += [examples.text]
         wanted += [self.group if isinstance(self.group, str) else None, self.cluster, self.weight]
         if isinstance(self.split, HashSplit):
             wanted.append(self.split.by)

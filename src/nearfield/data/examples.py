@@ -14,9 +14,9 @@ from nearfield.data.config import (
     ExamplesConfig,
     GradedExamples,
     HashSplit,
-    LabelledExamples,
     RetrievalExamples,
     SourceConfig,
+    TextExamples,
     as_tuple,
 )
 from nearfield.data.items import canonical_text, item_id
@@ -116,7 +116,8 @@ def _items(examples: ExamplesConfig, values: Mapping[str, object], limit: _Limit
     if isinstance(examples, GradedExamples):
         first, second = (_item(_value(values, name), name, limit) for name in (examples.first, examples.second))
         return first, (second,), (), _score(values, examples), None
-    assert isinstance(examples, LabelledExamples)
+    if isinstance(examples, TextExamples):
+        return _item(_value(values, examples.text), examples.text, limit), (), (), None, None
     item = _item(_value(values, examples.item), examples.item, limit)
     return item, (), (), None, _key(values, examples.label)
 

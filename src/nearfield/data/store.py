@@ -53,7 +53,7 @@ class SourceInfo:
 
     name: str
     kind: str
-    """``retrieval``, ``graded`` or ``labelled``."""
+    """``retrieval``, ``graded``, ``labelled`` or ``text``."""
     task_type: str
     prompts: Prompts
 

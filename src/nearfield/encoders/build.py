@@ -136,7 +136,7 @@ def load_encoder(
 
     try:
         with (
-            _quiet_transformers(),
+            quiet_transformers(),
             contextlib.nullcontext(source.path) if base_path is None else joined_with_base(folder, base_path) as path,
         ):
             if gguf is not None:
@@ -225,7 +225,7 @@ def _is_there(place: str) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Bars and loading reports go unseen: what they warn of (tensors that a file lacks) is checked here and is an error."""
     import torch
     from transformers.utils import logging as transformers_logging
@@ -257,7 +257,7 @@ def save_encoder(model: SentenceTransformer, folder: Path, *, adapter: Literal["
     if has_adapter(model) and adapter == "merged":
         model = copy.deepcopy(model)
         merge_adapter(model)
-    with _quiet_transformers(), saved_alone(model, adapter == "adapter"):
+    with quiet_transformers(), saved_alone(model, adapter == "adapter"):
         if has_adapter(model):
             save_adapter(model, folder)
         else:

@@ -46,7 +46,7 @@ def padded_features(
 
     The length is of use to poolings that leave the prompt out; these need texts of one prompt.
     """
-    ids, mask = _rectangle(rows, pad_token, side)
+    ids, mask = rectangle(rows, pad_token, side)
     return {
         "input_ids": torch.from_numpy(ids).to(device),
         "attention_mask": torch.from_numpy(mask).to(device),
@@ -54,9 +54,10 @@ def padded_features(
     }
 
 
-def _rectangle(
+def rectangle(
     rows: Sequence[npt.NDArray[Any]], fill: int, side: str = "right"
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows of unlike length as one array, (n, longest) int64, and a mask of which of its places are a row's own."""
     width = max(len(row) for row in rows)
     values = np.full((len(rows), width), fill, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)
@@ -109,15 +110,15 @@ def packed_features(
         features["segments"] = Segments(tuple(lengths), device)
     else:
         packed = pack_rows(lengths, ROW_TOKENS.get(device.type, 512) if width is None else width)
-    ids, real = _rectangle([np.concatenate([rows[i] for i in texts]) for texts in packed], pad_token)
-    positions, _ = _rectangle([np.concatenate([np.arange(lengths[i]) for i in texts]) for texts in packed], 0)
+    ids, real = rectangle([np.concatenate([rows[i] for i in texts]) for texts in packed], pad_token)
+    positions, _ = rectangle([np.concatenate([np.arange(lengths[i]) for i in texts]) for texts in packed], 0)
     order = [i for texts in packed for i in texts]
     targets = np.concatenate([i * longest + np.arange(lengths[i]) for i in order])
     mask = np.arange(longest)[None, :] < np.asarray(lengths)[:, None]
     arrays = {"input_ids": ids, "position_ids": positions, "attention_mask": mask.astype(np.int64)}
     if kind == "block":
         # Padding at a row's end has a segment of its own, so that no query is without a key.
-        arrays["text_ids"], _ = _rectangle([np.repeat(texts, [lengths[i] for i in texts]) for texts in packed], -1)
+        arrays["text_ids"], _ = rectangle([np.repeat(texts, [lengths[i] for i in texts]) for texts in packed], -1)
         arrays["token_sources"] = np.flatnonzero(real)
     arrays["token_targets"] = targets
     features |= {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
@@ -134,6 +135,15 @@ def embed(model: SentenceTransformer, features: Features) -> Tensor:
     if "token_targets" not in features:
         embeddings: Tensor = model(dict(features))["sentence_embedding"]
         return embeddings
+    packed: Tensor = pool(model, token_states(model, features))["sentence_embedding"]
+    return packed
+
+
+def token_states(model: SentenceTransformer, features: Features) -> Features:
+    """What poolings take for n texts: ``token_embeddings`` (n, longest, d) and which of them are a text's own."""
+    if "token_targets" not in features:
+        found: Features = model[0](dict(features))
+        return found
     transformer = model[0].auto_model
     mask = unmasked(features["input_ids"].device) if "segments" in features else _block_masks(transformer, features)
     extra = {"segments": features["segments"]} if "segments" in features else {}
@@ -144,17 +154,24 @@ def embed(model: SentenceTransformer, features: Features) -> Tensor:
         return_dict=True,
         **extra,
     )
-    pooled: Features = {
+    states: Features = {
         "token_embeddings": _unpacked(output.last_hidden_state, features),
         "attention_mask": features["attention_mask"],
         "prompt_length": features["prompt_length"],
     }
     if getattr(transformer.config, "output_hidden_states", False):
-        pooled["all_layer_embeddings"] = tuple(_unpacked(hidden, features) for hidden in output.hidden_states)
+        states["all_layer_embeddings"] = tuple(_unpacked(hidden, features) for hidden in output.hidden_states)
+    return states
+
+
+def pool(model: SentenceTransformer, states: Features) -> Features:
+    """The modules behind the transformer: ``sentence_embedding`` (n, d), and ``pooled``, what it was before heads and norms."""
+    states = dict(states)
     for module in list(model)[1:]:
-        pooled = module(pooled)
-    result: Tensor = pooled["sentence_embedding"]
-    return result
+        states = module(states)
+        if "sentence_embedding" in states:
+            states.setdefault("pooled", states["sentence_embedding"])
+    return states
 
 
 def _unpacked(hidden: Tensor, features: Features) -> Tensor:
@@ -222,7 +239,7 @@ def packing_kind(model: SentenceTransformer, device: torch.device, *, bf16: bool
         return None
     half = bf16 or next(transformer.parameters()).dtype in (torch.float16, torch.bfloat16)
     kinds: list[PackingKind] = ["block"]
-    if device.type == "cpu" or (half and (has_flash_attn() or not _attention_dropout(transformer.config))):
+    if device.type == "cpu" or (half and (has_flash_attn() or not _attention_dropout(transformer))):
         kinds.insert(0, "varlen")
     for kind in kinds:
         before = transformer.config._attn_implementation
@@ -241,9 +258,11 @@ def packing_kind(model: SentenceTransformer, device: torch.device, *, bf16: bool
     return None
 
 
-def _attention_dropout(config: Any) -> float:
+def _attention_dropout(transformer: nn.Module) -> float:
+    """By the config, or by what modules say where a training has set another."""
     names = ("attention_probs_dropout_prob", "attention_dropout")
-    return max(float(getattr(config, name, 0.0) or 0.0) for name in names)
+    rates = [getattr(owner, name, 0.0) for owner in (transformer.config, *transformer.modules()) for name in names]
+    return max(float(rate) for rate in rates if isinstance(rate, (int, float)))
 
 
 def _windows_known(model: SentenceTransformer, transformer: nn.Module) -> bool:

@@ -97,6 +97,8 @@ class ContrastiveBatch:
     """(Q,) float: the score of each graded pair, not a number where an example has none."""
     teacher_scores: Tensor | None = None
     """(D,) float: a teacher's score of each document for its owner, not a number where there is none."""
+    token_losses: Tensor | None = None
+    """(Q, 2 k) float: for each of k losses on tokens, the sum over the tokens of each query, and how many they are."""
     draw: int | None = None
     """The seed of what is drawn at this step, the same on all processes."""
     progress: float = 0.0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from nearfield.config import Config
+from nearfield.encoders.token_config import TokenTaskConfig
 
 if TYPE_CHECKING:
     from nearfield.objectives.infonce import InfoNCE
@@ -140,9 +141,14 @@ class ObjectiveSettings(Config):
         return False
 
     @property
-    def two_views(self) -> bool:
-        """Whether a batch is its queries alone, each encoded twice with other dropout."""
-        return False
+    def views(self) -> int | None:
+        """How often each query is encoded (twice: with other dropout) where a batch is its queries alone; None where it is not."""
+        return None
+
+    @property
+    def token_task(self) -> TokenTaskConfig | None:
+        """The losses on tokens that the batch must bring, if any."""
+        return None
 
     @property
     def summary(self) -> str:

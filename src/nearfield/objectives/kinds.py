@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from nearfield.config import Config
+from nearfield.encoders.token_config import TokenTaskConfig
 from nearfield.errors import BadInputError
 from nearfield.objectives.config import InfoNCEConfig, NotNegative, ObjectiveSettings, Positive, Surroundings
 
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from nearfield.objectives.prototypes import Unicom
     from nearfield.objectives.sigmoid import SigLIP
     from nearfield.objectives.supervised import SupCon
+    from nearfield.objectives.token_losses import TokenLosses
     from nearfield.objectives.triplet import Triplet
 
 Names = Mapping[int, str] | Sequence[str]
+ANY_EXAMPLES = ("retrieval", "graded", "labelled", "text")
 Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 
@@ -207,17 +210,46 @@ class SimCSEConfig(ObjectiveSettings):
     The queries of any examples (the first of a pair, a labelled text) are the texts; what else an example has is not used.
     """
 
-    example_kinds: ClassVar[tuple[str, ...]] = ("retrieval", "graded", "labelled")
+    example_kinds: ClassVar[tuple[str, ...]] = ANY_EXAMPLES
 
     kind: Literal["simcse"] = "simcse"
     temperature: Positive = 0.05
 
     @property
-    def two_views(self) -> bool:
-        return True
+    def views(self) -> int:
+        return 2
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> InfoNCE:
         return InfoNCEConfig(temperature=self.temperature).build()
+
+
+class MaskedTokensConfig(TokenTaskConfig, ObjectiveSettings):
+    """Hidden tokens of texts shall be told, before embeddings are trained: masked words, MNTP, or with a decoder RetroMAE.
+
+    The queries of any examples are the texts; alone in a batch, what else an example has is not used.
+    """
+
+    example_kinds: ClassVar[tuple[str, ...]] = ANY_EXAMPLES
+
+    kind: Literal["masked_tokens"] = "masked_tokens"
+
+    @property
+    def views(self) -> int:
+        return 1
+
+    @property
+    def token_task(self) -> TokenTaskConfig:
+        return self
+
+    @property
+    def summary(self) -> str:
+        decoder = "" if self.decoder is None else f", a decoder that does not see {self.decoder.share:g}"
+        return f"masked_tokens, {self.predict}, {self.share:g} of the tokens{decoder}"
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> TokenLosses:
+        from nearfield.objectives.token_losses import TokenLosses
+
+        return TokenLosses([1.0] if self.decoder is None else [1.0, self.decoder.weight])
 
 
 SingleObjective = Annotated[
@@ -230,7 +262,8 @@ SingleObjective = Annotated[
     | EmbeddingDistillationConfig
     | SupConConfig
     | SigLIPConfig
-    | UnicomConfig,
+    | UnicomConfig
+    | MaskedTokensConfig,
     Field(discriminator="kind"),
 ]
 
@@ -273,6 +306,16 @@ class CombinedConfig(ObjectiveSettings):
     kind: Literal["combined"] = "combined"
     parts: Annotated[tuple[PartConfig, ...], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _one_task_on_tokens(self) -> CombinedConfig:
+        if sum(part.objective.token_task is not None for part in self.parts) > 1:
+            raise ValueError("only one part can be masked_tokens: a text is read with one set of hidden tokens")
+        return self
+
+    @property
+    def token_task(self) -> TokenTaskConfig | None:
+        return next((part.objective.token_task for part in self.parts if part.objective.token_task is not None), None)
+
     @property
     def learns_from(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(kind for part in self.parts for kind in part.objective.learns_from))
@@ -311,6 +354,7 @@ ObjectiveConfig = Annotated[
     | SigLIPConfig
     | UnicomConfig
     | SimCSEConfig
+    | MaskedTokensConfig
     | CombinedConfig,
     Field(discriminator="kind"),
 ]

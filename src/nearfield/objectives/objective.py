@@ -10,6 +10,9 @@ from nearfield.objectives.batch import ContrastiveBatch
 class Objective(nn.Module):
     """Takes a :class:`ContrastiveBatch` and returns a :class:`LossSum`; its parameters are trained with the encoder's."""
 
+    contrasts = True
+    """Whether it holds queries and documents against each other, so that it tells something how alike they are."""
+
     def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
         """Figures that say how the learning goes, by name; called without gradient, now and then, by one process."""
         return {}

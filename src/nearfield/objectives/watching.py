@@ -69,7 +69,7 @@ def similarities(batch: ContrastiveBatch) -> dict[str, float]:
 def watch(objective: Objective, batch: ContrastiveBatch) -> dict[str, float]:
     """All figures but :func:`similarities`; the objective adds its own."""
     with torch.autocast(batch.queries.device.type, enabled=False):
-        return {**geometry(batch), **objective.watch(batch)}
+        return {**(geometry(batch) if objective.contrasts else {}), **objective.watch(batch)}
 
 
 def geometry(batch: ContrastiveBatch) -> dict[str, float]:

@@ -149,7 +149,8 @@ def _measure(stages: Stages, trial_seconds: float) -> tuple[Forecast, int, int |
         guide=stages.guide_vectors(),
         weights=stages._store().weights(),
         teacher_scores=stages.teacher_scores(),
-        two_views=stages.recipe.objective.two_views,
+        views=stages.recipe.objective.views,
+        token_task=stages._token_task(encoder),
         pictures=stages.pictures(),
     )
     with torch.random.fork_rng(), launch.process_group(device, recipe.training.collective_timeout):
@@ -184,7 +185,8 @@ def _try_out(
         guide=inputs.guide,
         weights=inputs.weights,
         teacher_scores=inputs.teacher_scores,
-        two_views=inputs.two_views,
+        views=inputs.views,
+        token_task=inputs.token_task,
         pictures=inputs.pictures,
     )
     if launch.is_main:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
+    from nearfield.encoders.token_task import TokenTask
     from nearfield.objectives.objective import Objective
     from nearfield.training.loop import TrainingResult
 
@@ -56,7 +57,8 @@ class TrainingStage(ChangingStages):
             guide=self.guide_vectors(),
             weights=store.weights(),
             teacher_scores=self.teacher_scores(),
-            two_views=self.recipe.objective.two_views,
+            views=self.recipe.objective.views,
+            token_task=self._token_task(encoder),
             pictures=self.pictures(),
             about=self.recipe.model_dump(mode="json"),
         )
@@ -102,6 +104,13 @@ class TrainingStage(ChangingStages):
         )
         return self.recipe.objective.build([source.name for source in self._store().sources], around)
 
+    def _token_task(self, encoder: LoadedEncoder) -> TokenTask | None:
+        """What hides tokens and tells them, where the objective of the recipe asks for it."""
+        from nearfield.encoders.token_task import TokenTask
+
+        config = self.recipe.objective.token_task
+        return None if config is None else TokenTask(encoder.model, config, encoder.path, self.recipe.seed)
+
     def _encoder(self, device: torch.device) -> LoadedEncoder:
         """The encoder of the recipe in the precision that weights have in training, the same on all ranks."""
         from nearfield.training.engine import pick_precision
@@ -122,7 +131,8 @@ class TrainingStage(ChangingStages):
         from nearfield.training.engine import EmbeddingModule
 
         encoder = self._encoder(device)
-        load_into(EmbeddingModule(encoder.model, self._objective(encoder.model)), open_checkpoint(result.checkpoint))
+        module = EmbeddingModule(encoder.model, self._objective(encoder.model), self._token_task(encoder))
+        load_into(module, open_checkpoint(result.checkpoint))
         encoder.model.prompts = dict(self.trained_contract.model_prompts)
         with atomic_path(self.run.folder / "model") as aside:
             adapter = self.recipe.encoder.adapter
@@ -159,7 +169,12 @@ class TrainingStage(ChangingStages):
         """Refuse what this rank could never train with its launcher, devices and libraries."""
         from nearfield.training.engine import check_can_train
 
-        check_can_train(self.recipe.training, self.launch, adapter=self.recipe.encoder.adapter is not None)
+        check_can_train(
+            self.recipe.training,
+            self.launch,
+            adapter=self.recipe.encoder.adapter is not None,
+            token_task=self.recipe.objective.token_task is not None,
+        )
 
     def check_resumable(self) -> None:
         """Refuse to go on from nothing."""

@@ -43,6 +43,8 @@ class Pool:
     """(Q,) of graded pairs; not a number where an example has none."""
     teacher_scores: npt.NDArray[np.float64] | None = None
     """(D,) a teacher's score of each document for its owner; not a number where there is none."""
+    token_columns: int = 0
+    """How many numbers behind each embedding are losses of tokens."""
 
 
 def pool_batch(batch: Batch) -> Pool:
@@ -71,15 +73,15 @@ def pool_batch(batch: Batch) -> Pool:
     )
 
 
-def two_views(batch: Batch) -> Pool:
-    """The queries of a batch alone, each text encoded twice: its second embedding is its positive."""
+def pool_views(batch: Batch, views: int) -> Pool:
+    """The queries of a batch alone, each text encoded once or twice: its last embedding is its positive."""
     pairs, where = np.unique(np.stack([batch.query, batch.query_prompt]), axis=1, return_inverse=True)
     where, size = where.reshape(-1), len(batch.query)
-    items, prompts = np.concatenate([pairs, pairs], axis=1)
+    items, prompts = np.concatenate([pairs] * views, axis=1)
     source = None if batch.source == SEVERAL_SOURCES else batch.source
     labels = None if source is None else batch.label
     owner, positive = np.arange(size), np.ones(size, dtype=bool)
-    documents = where + pairs.shape[1]
+    documents = where + (views - 1) * pairs.shape[1]
     return Pool(items, prompts, where, documents, owner, positive, labels, source, batch.sources, scores=batch.score)
 
 

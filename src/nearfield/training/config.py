@@ -117,6 +117,9 @@ class TrainingConfig(Config):
     """Compile the transformer with torch.compile, for any length. Worth it on a GPU and a long run only."""
     dropout: bool = True
     """Whether the model's own dropout is on."""
+    attention_dropout: Share | None = None
+    """The rate of dropout in attention while this trains, for models made without one (LLM2Vec's SimCSE: 0.3); null keeps
+    the model's own, which is also what is saved."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     log_every: Annotated[int, Field(ge=1)] = 1
     """Steps between lines of metrics."""

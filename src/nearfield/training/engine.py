@@ -19,6 +19,7 @@ from nearfield.data.tokens import IMAGE, TokenCache
 from nearfield.encoders.dropout import use_fast_dropout
 from nearfield.encoders.packing import Features, PackingKind, embed, packed_features, packing_kind, padded_features
 from nearfield.encoders.sparse import sparse_embedding_gradients
+from nearfield.encoders.token_task import TARGETS, TokenTask
 from nearfield.encoders.towers import image_features
 from nearfield.errors import BadInputError
 from nearfield.objectives.infonce import InfoNCE, can_ring
@@ -26,14 +27,14 @@ from nearfield.objectives.objective import Objective
 from nearfield.objectives.queue import MemoryQueue
 from nearfield.training.backends.base import Backend
 from nearfield.training.backends.common import MakeOptimizer
-from nearfield.training.chunks import Bools, Pool, pool_batch
-from nearfield.training.chunks import two_views as pool_two_views
+from nearfield.training.chunks import Bools, Pool, pool_batch, pool_views
 from nearfield.training.config import TrainingConfig
 from nearfield.training.launch import BackendName, Launch, asked_backend, check_launch, wants_several
 from nearfield.training.model_options import (
     compile_transformer,
     enable_checkpointing,
     freeze_parameters,
+    set_attention_dropout,
     set_training_mode,
 )
 from nearfield.training.optimizer_configs import check_sharded
@@ -54,13 +55,17 @@ Pictures = Callable[[Rows], "Sequence[Image | None]"]
 class EmbeddingModule(nn.Module):
     """The encoder and what the objective learns, in one module, so that all parameters are treated alike."""
 
-    def __init__(self, encoder: SentenceTransformer, objective: nn.Module) -> None:
+    def __init__(self, encoder: SentenceTransformer, objective: nn.Module, token_task: TokenTask | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self.objective = objective
+        self.token_task = token_task
 
     def forward(self, features: Features) -> Tensor:
-        """Features of n texts, padded or packed -> (n, d) embeddings."""
+        """Features of n texts, padded or packed -> (n, d) embeddings, and losses of tokens where features have targets."""
+        if self.token_task is not None and TARGETS in features:
+            rows: Tensor = self.token_task.forward(self.encoder, features)
+            return rows
         embeddings: Tensor = embed(self.encoder, features)
         return embeddings
 
@@ -85,14 +90,21 @@ class Engine:
     """What each example of the data counts, by its row; none where all count alike."""
     teacher_scores: TeacherScores | None = None
     """What the miner's teacher gave, where the objective learns from it."""
-    two_views: bool = False
-    """Whether a batch is its queries alone, each encoded twice."""
+    views: int | None = None
+    """How often each query is encoded where a batch is its queries alone; none where it is not."""
+    token_task: TokenTask | None = None
+    """What hides tokens and gives the losses on them, where the objective asks for that."""
     queue: MemoryQueue | None = None
     """Positives of earlier steps, where the objective asks for them."""
     pictures: Pictures | None = None
     """The pictures of items, where the data has some."""
     ring: bool = False
     """Whether ranks pass their parts round instead of gathering them."""
+
+    @property
+    def columns(self) -> int:
+        """The width of what the module gives for each text in a step: its embedding, and losses of its tokens."""
+        return self.dimension + (0 if self.token_task is None else self.token_task.columns)
 
     @property
     def retries_in_place(self) -> bool:
@@ -153,18 +165,28 @@ class Engine:
 
     def pool(self, batch: Batch) -> Pool:
         """The texts of a planned batch, with what its examples count."""
-        pool = pool_two_views(batch) if self.two_views else pool_batch(batch)
+        pool = pool_batch(batch) if self.views is None else pool_views(batch, self.views)
+        if self.token_task is not None:
+            pool = replace(pool, token_columns=self.token_task.columns)
         if self.weights is not None:
             pool = replace(pool, weights=self.weights[batch.example])
         return pool if self.teacher_scores is None else replace(pool, teacher_scores=self.teacher_scores.of(batch))
 
-    def make_features(self, pool: Pool) -> MakeFeatures:
-        """The function that turns a chunk of a pool into features."""
+    def make_features(self, pool: Pool, seed: int = 0, step: int = 0) -> MakeFeatures:
+        """The function that turns a chunk of a pool into features; which tokens are hidden depends on seed, step and text."""
+        queries = np.zeros(len(pool.items), dtype=bool)
+        queries[pool.queries] = True
 
         def features(chunk: Rows) -> Features:
             rows = [self.tokens.tables[int(pool.prompts[i])].tokens(int(pool.items[i])) for i in chunk]
             prompt_length = self.tokens.tables[int(pool.prompts[chunk[0]])].prompt_length
-            return self.item_features(pool.items[chunk], rows, prompt_length)
+            if self.token_task is None:
+                return self.item_features(pool.items[chunk], rows, prompt_length)
+            keys = [(seed, step, int(pool.items[i]), int(pool.prompts[i])) for i in chunk]
+            side = self.encoder.tokenizer.padding_side if self.padded else "right"
+            device, chosen = self.backend.device, queries[chunk].tolist()
+            read, targets = self.token_task.hide(rows, keys, chosen, prompt_length, side, device)
+            return {**self.features(read, prompt_length), TARGETS: targets}
 
         return features
 
@@ -193,9 +215,21 @@ class Engine:
         )
 
 
-def check_can_train(config: TrainingConfig, launch: Launch, *, adapter: bool) -> None:
-    """Refuse, before any data is built, what this rank could never train; ``adapter``: the encoder has one."""
+def check_token_task(backend: BackendName) -> None:
+    """Refuse losses on tokens where parameters are taken apart: a head shares its matrix with the table of embeddings."""
+    if backend not in ("single", "ddp"):
+        raise BadInputError(
+            f"losses on tokens share a matrix between embeddings and head, which {backend} would take apart",
+            where="objective",
+            hint="Use training.backend=ddp.",
+        )
+
+
+def check_can_train(config: TrainingConfig, launch: Launch, *, adapter: bool, token_task: bool = False) -> None:
+    """Refuse, before any data is built, what this rank could never train: ``adapter`` and ``token_task`` say what it has."""
     name = check_launch(config.backend, launch)
+    if token_task:
+        check_token_task(name)
     device = pick_device(config, launch)
     check_sharded(config.optimizer, name)
     if name == "fsdp2" and adapter and pick_precision(config, device) == "bf16-pure":
@@ -250,30 +284,38 @@ def build_engine(
     guide: VectorsOf | None = None,
     weights: Floats | None = None,
     teacher_scores: TeacherScores | None = None,
-    two_views: bool = False,
+    views: int | None = None,
+    token_task: TokenTask | None = None,
     pictures: Pictures | None = None,
 ) -> Engine:
     """Put the model on its devices; the process group of several ranks must exist.
 
-    ``guide``, ``weights``, ``teacher_scores``, ``two_views`` and ``pictures`` are those of :class:`Engine`.
+    ``guide``, ``weights``, ``teacher_scores``, ``views``, ``token_task`` and ``pictures`` are those of :class:`Engine`.
     """
     name = asked_backend(config.backend, launch.world_size)
     check_sharded(config.optimizer, name)
+    if token_task is not None:
+        check_token_task(name)
+        if pictures is not None:
+            raise BadInputError("tokens are told of texts, and the data has pictures", where="objective")
     if config.exchange == "ring":
         check_ring(objective)
     freeze_parameters(encoder.named_parameters(), config.freeze)
     if config.gradient_checkpointing:
         enable_checkpointing(encoder)
+    if config.attention_dropout is not None:
+        set_attention_dropout(encoder, config.attention_dropout)
     packing = None
     if config.packing == "auto":
         packing = packing_kind(encoder.to(device), device, bf16=pick_precision(config, device) == "bf16-mixed")
     use_fast_dropout(encoder)
-    if name in ("single", "ddp"):
+    # A head that is tied to the table of embeddings gives all of its rows a gradient.
+    if name in ("single", "ddp") and token_task is None:
         sparse_embedding_gradients(encoder)
     set_training_mode(encoder, dropout=config.dropout)
     if config.compile:
         compile_transformer(encoder)
-    module = EmbeddingModule(encoder, objective)
+    module = EmbeddingModule(encoder, objective, token_task)
     dimension = encoder.get_embedding_dimension()
     if dimension is None:
         raise BadInputError("this model does not say how wide its embeddings are", where="encoder.model")
@@ -289,7 +331,7 @@ def build_engine(
     if launch.is_main:
         precision = pick_precision(config, device)
         logger.info("Backend %s in effect on %d process(es), %s, %s", name, launch.world_size, device.type, precision)
-    by_prompt = leaves_prompt_out(encoder)
+    by_prompt = leaves_prompt_out(encoder) or token_task is not None
     return Engine(
         backend,
         encoder,
@@ -304,7 +346,8 @@ def build_engine(
         queue=open_queue(config, objective),
         ring=launch.world_size > 1 and config.exchange == "ring",
         teacher_scores=teacher_scores,
-        two_views=two_views,
+        views=views,
+        token_task=token_task,
         pictures=pictures,
     )
 

@@ -45,6 +45,11 @@ def contrastive_batch(
     before. ``device`` is where all but the embeddings are; by default where these are.
     """
     place, device = embeddings.device, device or embeddings.device
+    token_losses = None
+    if pool.token_columns:
+        width = embeddings.shape[1] - pool.token_columns
+        token_losses = embeddings[torch.from_numpy(pool.queries).to(place), width:]
+        embeddings = embeddings[:, :width]
 
     def guided(role: str, places: Rows) -> Tensor | None:
         # A copy: torch takes no memory that is mapped for reading only.
@@ -53,8 +58,8 @@ def contrastive_batch(
     sources = pool.sources
     if sources is None and pool.source is not None:
         sources = np.full(len(pool.queries), pool.source, dtype=np.int64)
-    width = max((len(known) for known in known_positives), default=0)
-    known = np.full((len(known_positives), max(1, width)), -1, dtype=np.int64)
+    most = max((len(known) for known in known_positives), default=0)
+    known = np.full((len(known_positives), max(1, most)), -1, dtype=np.int64)
     for line, items in enumerate(known_positives):
         known[line, : len(items)] = items
     return ContrastiveBatch(
@@ -74,6 +79,7 @@ def contrastive_batch(
         queue=queue,
         scores=None if pool.scores is None else torch.from_numpy(pool.scores).to(device),
         teacher_scores=None if pool.teacher_scores is None else torch.from_numpy(pool.teacher_scores).to(device),
+        token_losses=token_losses,
         draw=draw,
     )
 

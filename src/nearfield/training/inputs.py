@@ -10,6 +10,7 @@ from nearfield.batching.plan import Batch, Plan
 from nearfield.batching.planner import Rows, VectorsOf
 from nearfield.batching.rows import Floats
 from nearfield.data.tokens import TokenCache
+from nearfield.encoders.token_task import TokenTask
 from nearfield.training.engine import Pictures
 from nearfield.training.evaluating import Evaluate
 from nearfield.training.negatives import NegativeInputs
@@ -36,8 +37,10 @@ class TrainingInputs:
     """A guide's vectors of the items, where the objective asks for them."""
     teacher_scores: TeacherScores | None = None
     """What the miner's teacher gave, where the objective learns from it."""
-    two_views: bool = False
-    """Whether a batch is its queries alone, each encoded twice."""
+    views: int | None = None
+    """How often each query is encoded where a batch is its queries alone; None where it is not."""
+    token_task: TokenTask | None = None
+    """What hides tokens and gives the losses on them, where the objective asks for that."""
     pictures: Pictures | None = None
     """The pictures of items, where the data has some."""
     weights: Floats | None = None

@@ -136,7 +136,8 @@ def _train(
         guide=inputs.guide,
         weights=inputs.weights,
         teacher_scores=inputs.teacher_scores,
-        two_views=inputs.two_views,
+        views=inputs.views,
+        token_task=inputs.token_task,
         pictures=inputs.pictures,
     )
     backend = engine.backend
@@ -289,7 +290,7 @@ def _train(
                         "tokens": tokens,
                         "padded_tokens": padded,
                         "seconds": round(time.monotonic() - began, 4),
-                        **(similarities(result.batch) if result.batch is not None else {}),
+                        **(similarities(result.batch) if result.batch is not None and objective.contrasts else {}),
                         **result.figures,
                         **figures,
                         **used_memory(device),

@@ -119,7 +119,7 @@ def _measure(engine: Engine, batch: Batch, known_positives: Callable[[int], Rows
     pool = engine.pool(batch)
     known = [known_positives(int(query)) for query in batch.query]
     device = engine.backend.device
-    leaf = torch.randn(len(pool.items), engine.dimension, device=device).requires_grad_()
+    leaf = torch.randn(len(pool.items), engine.columns, device=device).requires_grad_()
     learnt = [p for p in engine.objective.parameters() if p.requires_grad]
 
     def run(look: Callable[[], None]) -> None:

@@ -80,6 +80,29 @@ def enable_checkpointing(model: SentenceTransformer) -> None:
         transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
+def set_attention_dropout(model: SentenceTransformer, rate: float) -> None:
+    """Let attention leave out so many of its weights in training. The model's config, which is saved, keeps its own rate."""
+    transformer = transformer_of(model, "attention_dropout")
+    found = False
+    for module in transformer.modules():
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            part = getattr(module, name, None)
+            # Where a plain ``dropout`` is one of attention, the module has queries beside it.
+            if name == "dropout" and not any(hasattr(module, query) for query in ("query", "q_lin", "q")):
+                continue
+            if isinstance(part, nn.Dropout):
+                part.p, found = rate, True
+            elif isinstance(part, float):
+                setattr(module, name, rate)
+                found = True
+    if not found:
+        raise BadInputError(
+            f"it is not clear where {type(transformer).__name__} drops out attention",
+            where="training.attention_dropout",
+            hint="Leave it null.",
+        )
+
+
 def set_training_mode(model: SentenceTransformer, *, dropout: bool) -> None:
     """Put the model into training mode, with or without its dropout.
 

@@ -205,7 +205,7 @@ def run_step(
 ) -> StepResult:
     """Leave this rank's part of the gradient of the batch's mean loss in the backend.
 
-    ``dimension`` is the width of embeddings. With ``keep_graph`` one backward goes through the graphs of all chunks,
+    ``dimension`` is the width of what the module gives for each text. With ``keep_graph`` one backward goes through the graphs of all chunks,
     else each chunk is encoded a second time and only its own graph is in memory. A backend whose forwards are collective
     has every rank run as many chunks as the rank with the most; the missing ones are copies whose gradient is zero.
 
@@ -287,6 +287,8 @@ def run_step(
     seen = None
     if not word.out_of_memory:
         seen = replace(batch, queries=batch.queries.detach(), documents=batch.documents.detach(), rows=None, ring=None)
+        if batch.token_losses is not None:
+            seen = replace(seen, token_losses=batch.token_losses.detach())
     return StepResult(word, batch.denominator(), seen, figures=figures)
 
 
