@@ -207,6 +207,9 @@ def print_stats(stats: StoreStats) -> None:
         )
     console.print(table)
     print_steps(stats.steps, Path(stats.path))
+    for source in stats.sources:
+        if source.pictures:
+            console.print(f"{escape(source.name)}: {source.pictures:,} different pictures")
     console.print(f"Lengths in {escape(stats.unit)}:")
     for source in stats.sources:
         for lengths in source.lengths:

@@ -87,7 +87,7 @@ def print_guess(guess: Guess) -> None:
         parts += [("positive" if example.score is None else "second", text) for text in example.positives]
         parts += [("negative", text) for text in example.negatives]
         for name, text in parts:
-            console.print(Text(f"  {name:<9}{text[:200]}"))
+            console.print(Text(f"  {name:<9}{str(text)[:200]}"))
         if example.score is not None:
             console.print(Text(f"  score    {example.score:g}"))
         if example.label is not None:

@@ -165,7 +165,87 @@ class RemovalListStep(StepBase):
         return RemovalList(self)
 
 
+class PictureSizeStep(StepBase):
+    """Pictures whose files are too small, or much longer than wide. The defaults take nothing out.
+
+    ALIGN keeps a shorter side of more than 200 pixels and sides of less than 3 to 1.
+    """
+
+    kind: Literal["picture_size"] = "picture_size"
+    min_side: Annotated[int, Field(ge=0)] = 0
+    """Of the shorter side, in pixels of the file."""
+    max_ratio: Annotated[float, Field(ge=1)] | None = None
+    """Longer to shorter side; one that is exactly this stays."""
+    sides: Sides = EVERY_SIDE
+
+    def build(self) -> Step:
+        from nearfield.data.cleaning.pictures import PictureSize
+
+        return PictureSize(self)
+
+
+class SharedStep(StepBase):
+    """Pictures with too many different texts, and texts of too many different pictures. Null takes nothing out.
+
+    A pair is a query and a positive of which one has a picture and the other has none. Run it before anything is drawn from
+    the data. ALIGN's bounds are 1,000 and 10.
+    """
+
+    kind: Literal["shared"] = "shared"
+    texts_per_picture: Annotated[int, Field(ge=1)] | None = None
+    pictures_per_text: Annotated[int, Field(ge=1)] | None = None
+
+    def build(self) -> Step:
+        from nearfield.data.cleaning.pictures import Shared
+
+        return Shared(self)
+
+
+class RareWordsStep(StepBase):
+    """Texts with a word, or two words side by side, that the data set hardly has. The defaults take nothing out."""
+
+    kind: Literal["rare_words"] = "rare_words"
+    vocabulary: Annotated[int, Field(ge=1)] | None = None
+    """So many of the most frequent words and pairs are known, and those as frequent as the last; ALIGN's are 100 million."""
+    least: Annotated[int, Field(ge=1)] = 1
+    """A word or pair is known if it occurs so often in the examples."""
+    sides: Sides = ("query", "positives")
+
+    def build(self) -> Step:
+        from nearfield.data.cleaning.pictures import RareWords
+
+        return RareWords(self)
+
+
+class NearPicturesStep(_Duplicates):
+    """Examples whose pictures look like an earlier example's, by a difference hash of 64 bits and by colour.
+
+    With ``compare: query`` or ``positives`` the pictures of that side alone count; ``keep: [test]`` takes copies of test
+    pictures out of training. Pictures that are one item with a text are not compared.
+    """
+
+    kind: Literal["near_pictures"] = "near_pictures"
+    bits: Annotated[int, Field(ge=0, le=16)] | None = 3
+    """Bits of the hash that may differ; null takes nothing out."""
+    tolerance: Annotated[float, Field(ge=0, le=255)] = 8
+    """Mean difference of the pictures at 8 x 8 pixels, of 255."""
+
+    def build(self) -> Step:
+        from nearfield.data.cleaning.pictures import NearPictures
+
+        return NearPictures(self)
+
+
 StepConfig = Annotated[
-    LengthStep | CharactersStep | LanguageStep | NearDuplicatesStep | NearVectorsStep | RemovalListStep,
+    LengthStep
+    | CharactersStep
+    | LanguageStep
+    | NearDuplicatesStep
+    | NearVectorsStep
+    | RemovalListStep
+    | PictureSizeStep
+    | SharedStep
+    | RareWordsStep
+    | NearPicturesStep,
     Field(discriminator="kind"),
 ]

@@ -97,6 +97,8 @@ class ContaminationReport:
     tasks: tuple[TaskContamination, ...]
     contaminated: int
     """Training texts that match a benchmark text that is no distractor."""
+    pictures: int = 0
+    """Training pictures without a text, which were not compared with anything."""
     removals: tuple[Removal, ...] = ()
     """Training texts that match a benchmark text that is no distractor. Not part of the JSON: see :meth:`save_removals`."""
 
@@ -104,6 +106,8 @@ class ContaminationReport:
         """All but the list of removals, whose length it has."""
         values = dataclasses.asdict(dataclasses.replace(self, removals=()))
         del values["removals"]
+        if not self.pictures:
+            del values["pictures"]
         return {"version": REPORT_VERSION, **values}
 
     def save(self, path: Path) -> None:

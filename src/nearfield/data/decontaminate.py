@@ -6,6 +6,7 @@ hashes (8 bytes a word), the word sequences (16 bytes each), 700 bytes of MinHas
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ _BLOCK = 8192
 _BLOCK_CHARACTERS = 16 << 20
 _PIECE = 8_000_000
 _SHOWN = 5
+
+logger = logging.getLogger("nearfield.data")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,12 @@ class TrainingTexts:
             for number, column in ((1, "positives"), (2, "negatives")):
                 roles[number, part[column].combine_chunks().flatten().to_numpy()] = True
         self.items: Rows = np.flatnonzero(roles.any(axis=0)).astype(np.int64)
+        self.pictures = 0
+        """Items that are a picture without a text: they are not compared."""
+        if store.has_images:
+            wordless = np.asarray([kind == "image" for kind in store.modalities(self.items)], dtype=np.bool_)
+            self.pictures = int(wordless.sum())
+            self.items = self.items[~wordless]
         self.roles = roles[:, self.items]
 
     def batches(self) -> Iterator[list[str]]:
@@ -309,6 +318,16 @@ def decontaminate(
     config = config or DecontaminationConfig()
     names = tuple(source.name for source in store.sources) if sources is None else tuple(sources)
     training = TrainingTexts(store, names, split)
+    if training.pictures:
+        logger.warning(
+            "%s training pictures are not compared with the suite: only texts are; see the cleaning step near_pictures",
+            f"{training.pictures:,}",
+        )
+    if training.pictures and not len(training.items):
+        raise BadInputError(
+            f"the examples of {', '.join(names)} in the split {split!r} are pictures alone, and only texts can be compared",
+            where=str(store.path),
+        )
     if not len(training.items):
         raise BadInputError(f"no example of {', '.join(names)} is in the split {split!r}", where=str(store.path))
     index = TrainingIndex(track(training.batches(), "Indexing the training texts"), config, encode)
@@ -337,6 +356,7 @@ def decontaminate(
         encoder=encoder,
         training={role: int(n) for role, n in zip(TRAINING_ROLES, training.roles.sum(axis=1).tolist(), strict=True)},
         texts=len(training.items),
+        pictures=training.pictures,
         tasks=tuple(results),
         contaminated=len(removals),
         removals=removals,

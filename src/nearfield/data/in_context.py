@@ -40,6 +40,11 @@ def draw_example_sets(store: Store, source: str, split: str, config: InContextCo
             f"the source {source!r} has {len(rows)} examples in the split {split!r}; examples before a query need two",
             hint="Leave it out of prompts.in_context.sources.",
         )
+    if store.has_images and _with_pictures(store, rows):
+        raise BadInputError(
+            f"the source {source!r} has pictures, and examples before a query are texts",
+            hint="Leave it out of prompts.in_context.sources.",
+        )
     random = generator(seed, "in-context", source)
     sets = []
     for _ in range(config.draws):
@@ -54,6 +59,12 @@ def draw_example_sets(store: Store, source: str, split: str, config: InContextCo
             items += [example["query"], *firsts]
         sets.append(ExampleSet("".join(parts), tuple(items)))
     return sets
+
+
+def _with_pictures(store: Store, examples: Rows) -> bool:
+    part = store.examples.take(examples)
+    items = [part["query"].to_numpy(), part["positives"].combine_chunks().flatten().to_numpy(zero_copy_only=False)]
+    return bool((store.picture_rows(np.concatenate(items)) >= 0).any())
 
 
 def fill(template: str, query: str, document: str) -> str:

@@ -60,6 +60,8 @@ class SourceStats:
     """Mean share of the query's different words that occur in its first positive; null without positives."""
     labels: int
     lengths: tuple[Lengths, ...]
+    pictures: int = 0
+    """Different pictures of its items."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,20 @@ def store_stats(
                 overlap=_overlap(store, measured),
                 labels=labels,
                 lengths=_lengths(store, measured, count_tokens),
+                pictures=_pictures(store, rows),
             )
         )
     counts = (store.items.num_rows, store.examples.num_rows)
     return StoreStats(store.name, str(store.path), unit, *counts, tuple(sources), built.steps)
+
+
+def _pictures(store: Store, rows: Rows) -> int:
+    if not store.has_images:
+        return 0
+    parts = [store.examples["query"].take(rows).to_numpy()]
+    parts += [pc.list_flatten(store.examples[name].take(rows)).to_numpy() for name in ("positives", "negatives")]
+    found = np.unique(store.picture_rows(np.concatenate(parts).astype(np.int64)))
+    return int(np.count_nonzero(found >= 0))
 
 
 def _lengths(store: Store, rows: Rows, count_tokens: CountTokens) -> tuple[Lengths, ...]:
@@ -127,6 +139,8 @@ def _lengths(store: Store, rows: Rows, count_tokens: CountTokens) -> tuple[Lengt
             column = store.examples.column(name).take(rows)
             parts.append((pc.list_flatten(column) if name != "query" else column).to_numpy())
         items = np.unique(np.concatenate(parts)).astype(np.int64)
+        if store.has_images:
+            items = items[np.asarray([kind != "image" for kind in store.modalities(items)], dtype=np.bool_)]
         if len(items):
             batches = range(0, len(items), _BATCH)
             lengths = np.concatenate(
@@ -165,7 +179,8 @@ def _overlap(store: Store, rows: Rows) -> float | None:
         queries = [q for q, positives in zip(part.column("query").to_pylist(), lists, strict=True) if positives]
         for query, document in zip(store.texts(queries), store.texts(firsts), strict=True):
             words = set(_WORD.findall(query.lower()))
-            if words:
+            # A document without a text is a picture.
+            if words and document:
                 total += len(words & set(_WORD.findall(document.lower()))) / len(words)
                 count += 1
     return total / count if count else None

@@ -13,7 +13,7 @@ from nearfield.data.cleaning_config import NearDuplicatesStep, NearVectorsStep
 from nearfield.data.near import first_of_each_vector, representatives, unit
 from nearfield.data.store import Rows
 
-_SIDES = {"example": ("query", "positives"), "query": ("query",), "positives": ("positives",)}
+SIDES = {"example": ("query", "positives"), "query": ("query",), "positives": ("positives",)}
 
 
 class NearDuplicates:
@@ -28,11 +28,16 @@ class NearDuplicates:
         if not (config.words or config.normalised):
             return
         examples = in_order(table, sources, config.keep)
-        items = by_first_use(table, examples, _SIDES[config.compare])
-        texts = (part for _, part in track(table.texts(items), "Cleaning: near-duplicates by words"))
+        items = by_first_use(table, examples, SIDES[config.compare])
+        # An item with a picture is like no other by its words alone.
+        compared = np.flatnonzero(table.store.picture_rows(items) < 0)
+        texts = (part for _, part in track(table.texts(items[compared]), "Cleaning: near-duplicates by words"))
         rule = config.rule() if config.words else None
-        first = representatives(texts, rule, normalised=config.normalised)
-        take_out_repeats(table, examples, config.compare, items, items[first], "near-duplicate by words", taken)
+        leaders = items.copy()
+        if len(compared):
+            first = representatives(texts, rule, normalised=config.normalised)
+            leaders[compared] = items[compared[first]]
+        take_out_repeats(table, examples, config.compare, items, leaders, "near-duplicate by words", taken)
 
 
 class NearVectors:
@@ -48,11 +53,12 @@ class NearVectors:
             return
         encode = encoders(config.model)
         examples = in_order(table, sources, config.keep)
-        items = by_first_use(table, examples, _SIDES[config.compare])
+        items = by_first_use(table, examples, SIDES[config.compare])
         places, vectors = [], []
         done = 0
         for rows, texts in track(table.texts(items), "Cleaning: near-duplicates by vectors"):
-            long = [place for place, text in enumerate(texts) if len(text.split()) >= config.min_words]
+            seen = table.store.picture_rows(rows) >= 0
+            long = [p for p, text in enumerate(texts) if len(text.split()) >= config.min_words and not seen[p]]
             if long:
                 vectors.append(unit(encode([texts[place] for place in long])))
                 places.append(np.asarray(long, dtype=np.int64) + done)

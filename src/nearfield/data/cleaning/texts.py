@@ -41,7 +41,8 @@ class TextFilter:
         bad: dict[int, str] = {}
         for rows, texts in track(table.texts(table.items(examples, self.sides)), f"Cleaning: {taken.kind}"):
             for row, text in zip(rows.tolist(), texts, strict=True):
-                why = self.reason(text)
+                # What has no text is a picture: nothing is known of it here.
+                why = self.reason(text) if text else None
                 if why is not None:
                     bad[row] = why
         take_out_texts(table, examples, self.sides, bad, taken)
