@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nearfield.data import Store, build_data
+from nearfield.data import DataConfig, Store, build_data
 from nearfield.data.build import data_fingerprint
 from nearfield.data.pictures import BothRef, ImageRef
 from nearfield.data.readers import openclipart
@@ -318,6 +318,12 @@ def test_drawings_with_title_and_tags(tmp_path: Path, monkeypatch: pytest.Monkey
         OpenClipart(tmp_path / "elsewhere").inputs()
 
 
+def test_the_recipe_of_open_clipart() -> None:
+    (source,) = DataConfig.load(Path(__file__).parents[2] / "data_recipes" / "openclipart.yaml").sources
+    assert set(source.read_columns()) <= set(openclipart.COLUMNS)
+    assert source.pictures() is not None
+
+
 def test_labels_of_pictures(tmp_path: Path) -> None:
     for label in ("cats", "dogs"):
         (tmp_path / "in" / label).mkdir(parents=True)
@@ -335,3 +341,19 @@ def test_labels_of_pictures(tmp_path: Path) -> None:
     assert (
         json.loads((tmp_path / "store" / "store.json").read_text())["sources"][0]["task_type"] == "ImageClassification"
     )
+
+
+def test_pictures_of_a_hugging_face_data_set(tmp_path: Path) -> None:
+    import datasets
+
+    raw = saved(picture(9))
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    rows = {"image": [{"bytes": raw, "path": None}, {"bytes": b"no", "path": None}], "caption": ["a", "b"]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "set"))
+    reader = {"kind": "hub", "path": str(tmp_path / "set")}
+    examples = {"kind": "retrieval", "query": "image", "positives": "caption"}
+    recipe = config(source(reader=reader, examples=examples, images={"columns": ["image"]}), max_bad_rows=0.5)
+    summary = build_data(recipe, tmp_path / "store")
+    assert sum(summary.sources[0].quarantined.values()) == 1
+    (image,) = Store.open(tmp_path / "store").images([0])
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(picture(9)))

@@ -6,6 +6,7 @@ import builtins
 import io
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,17 @@ from nearfield.data.pictures import ImageRef, PictureError, decode, encode, open
 from nearfield.data.summary import DataSummary
 from nearfield.errors import BadInputError
 from tests.data.making import config, source, write_rows
-from tests.data.picture_making import picture, png_header, saved
+from tests.data.picture_making import chunk, picture, png_header, saved
 
 PNG = saved(picture(0))
 JPEG = saved(picture(1, 64, 64), "JPEG")
 RULES = ImagesConfig()
+
+
+def with_text(png: bytes, size: int) -> bytes:
+    """A PNG with a packed comment that becomes large when it is read."""
+    packed = zlib.compress(bytes(size), 9)
+    return png[:33] + chunk(b"zTXt", b"Comment\0\0" + packed) + chunk(b"iCCP", b"x\0\0" + packed) + png[33:]
 
 
 def pixels(image: Image.Image | None) -> np.ndarray[Any, Any]:
@@ -45,6 +52,7 @@ def pixels(image: Image.Image | None) -> np.ndarray[Any, Any]:
         (png_header(50_000, 50_000), "over 67,108,864 pixels"),
         (png_header(9_000, 9_000), "over 67,108,864 pixels"),
         (png_header(100, 100), "broken or cut short"),
+        (with_text(PNG, 80 << 20), "broken or cut short"),
         (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "no png, jpeg, webp"),
         (b"<!DOCTYPE html><html><body>404</body></html>", "no png, jpeg, webp"),
         (b"\x00" * 64, "no png, jpeg, webp"),

@@ -32,12 +32,16 @@ class HubDataset:
         return hash_files(sorted(file for file in config.path.rglob("*") if file.suffix in (".arrow", ".json")))
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
-        from datasets import Dataset
+        from datasets import Dataset, Image
 
         data = self._load()
         if not isinstance(data, Dataset):
             raise BadInputError("this is not a data set with rows", where=self._where())
         check_header(data.column_names, columns, self._where())
+        for column, feature in data.features.items():
+            if isinstance(feature, Image):
+                # Pictures come as bytes: they are checked before they are decoded.
+                data = data.cast_column(column, Image(decode=False))
         name = self._config.name or (self._config.path or Path()).name
         for index, values in enumerate(data.select_columns(list(columns) or data.column_names)):
             yield Row(name, index + 1, values)
