@@ -222,7 +222,7 @@ def _check_teacher(loaded: Loaded[Recipe]) -> None:
 def _check_scores(loaded: Loaded[Recipe], sources: Sequence[SourceConfig]) -> None:
     if loaded.config.objective.views == 2 and not loaded.config.training.dropout:
         raise BadInputError(
-            "simcse tells a text's two embeddings apart by dropout, and it is off",
+            f"{loaded.config.objective.kind} tells a text's two embeddings apart by dropout, and it is off",
             where=loaded.where(("training", "dropout")),
             hint="Set training.dropout=true.",
         )

@@ -26,6 +26,8 @@ from nearfield.objectives.kinds import (
     TripletConfig,
     UnicomConfig,
 )
+from nearfield.objectives.label_kinds import HiPrBERTConfig, SBCLConfig, SimLAPConfig
+from nearfield.objectives.more_kinds import CAROLConfig, CMIMConfig, MCSEConfig
 
 SEVERAL = "infonce and cosent at once, each of its source"
 WEIGHTED = "infonce, guide mask, examples with weights"
@@ -67,6 +69,12 @@ OBJECTIVES: dict[str, ObjectiveSettings] = {
             PartConfig(objective=MaskedTokensConfig(predict="next", share=0.5), weight=0.3),
         )
     ),
+    "sbcl, subclasses of labels": SBCLConfig(),
+    "hiprbert, levels of labels": HiPrBERTConfig(),
+    "simlap, gates of pairs of labels": SimLAPConfig(label_width=8, hidden=8, project=16, project_hidden=8),
+    "carol, decoding and contrast": CAROLConfig(delete=0.0, inner=8),
+    "cmim": CMIMConfig(inner=8),
+    "mcse, texts and features of pictures": MCSEConfig(weight=0.5, projection=16),
     "distillation of scores, own and in batch": CombinedConfig(
         parts=(
             PartConfig(objective=ScoreDistillationConfig()),

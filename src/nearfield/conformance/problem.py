@@ -218,7 +218,8 @@ class Problem:
 
     def build(self) -> Objective:
         """The objective, new; even rows are of the source "a", odd ones of "b"."""
-        around = Surroundings(width=32, guide_width=GUIDE_WIDTH, labels=5)
+        names = [("a", f"{n // 2}/{n % 2}") for n in range(5)]
+        around = Surroundings(width=32, guide_width=GUIDE_WIDTH, labels=5, label_names=names, vocabulary=256)
         return self.objective.build(("a", "b"), around).to(self.dtype)
 
     @property

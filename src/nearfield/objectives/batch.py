@@ -99,6 +99,8 @@ class ContrastiveBatch:
     """(D,) float: a teacher's score of each document for its owner, not a number where there is none."""
     token_losses: Tensor | None = None
     """(Q, 2 k) float: for each of k losses on tokens, the sum over the tokens of each query, and how many they are."""
+    query_tokens: Tensor | None = None
+    """(Q, T) int64: the tokens of each query's whole text, padded with -1."""
     draw: int | None = None
     """The seed of what is drawn at this step, the same on all processes."""
     progress: float = 0.0

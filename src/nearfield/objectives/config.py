@@ -108,6 +108,10 @@ class Surroundings:
     guide_width: int | None = None
     labels: int = 0
     """How many labels the examples have."""
+    label_names: Sequence[tuple[str, str]] = ()
+    """(source, label) of each; none where they have no names."""
+    vocabulary: int = 0
+    """Of the encoder's tokens."""
 
 
 class ObjectiveSettings(Config):

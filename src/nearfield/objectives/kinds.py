@@ -11,6 +11,8 @@ from nearfield.config import Config
 from nearfield.encoders.token_config import TokenTaskConfig
 from nearfield.errors import BadInputError
 from nearfield.objectives.config import InfoNCEConfig, NotNegative, ObjectiveSettings, Positive, Surroundings
+from nearfield.objectives.label_kinds import HiPrBERTConfig, SBCLConfig, SimLAPConfig
+from nearfield.objectives.more_kinds import CAROLConfig, CMIMConfig, MCSEConfig
 
 if TYPE_CHECKING:
     from nearfield.objectives.combined import Combined
@@ -263,7 +265,9 @@ SingleObjective = Annotated[
     | SupConConfig
     | SigLIPConfig
     | UnicomConfig
-    | MaskedTokensConfig,
+    | MaskedTokensConfig
+    | HiPrBERTConfig
+    | SimLAPConfig,
     Field(discriminator="kind"),
 ]
 
@@ -353,8 +357,14 @@ ObjectiveConfig = Annotated[
     | SupConConfig
     | SigLIPConfig
     | UnicomConfig
+    | HiPrBERTConfig
+    | SimLAPConfig
+    | SBCLConfig
+    | CAROLConfig
+    | CMIMConfig
     | SimCSEConfig
     | MaskedTokensConfig
+    | MCSEConfig
     | CombinedConfig,
     Field(discriminator="kind"),
 ]

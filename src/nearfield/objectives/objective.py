@@ -12,6 +12,10 @@ class Objective(nn.Module):
 
     contrasts = True
     """Whether it holds queries and documents against each other, so that it tells something how alike they are."""
+    wants_tokens = False
+    """Whether the batch must bring the tokens of its queries."""
+    deleted = 0.0
+    """The share of a text's tokens that are left out when it is encoded."""
 
     def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
         """Figures that say how the learning goes, by name; called without gradient, now and then, by one process."""

@@ -17,6 +17,7 @@ from torch.nn import functional
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.masks import Join
 from nearfield.objectives.objective import Objective
+from nearfield.objectives.probes import class_scatter, probe_accuracy
 from nearfield.objectives.problem import floor
 from nearfield.objectives.vectors import accumulation_dtype
 from nearfield.randomness import derive_seed
@@ -69,7 +70,25 @@ def similarities(batch: ContrastiveBatch) -> dict[str, float]:
 def watch(objective: Objective, batch: ContrastiveBatch) -> dict[str, float]:
     """All figures but :func:`similarities`; the objective adds its own."""
     with torch.autocast(batch.queries.device.type, enabled=False):
-        return {**(geometry(batch) if objective.contrasts else {}), **objective.watch(batch)}
+        alike = {**geometry(batch), **labels_seen(batch)} if objective.contrasts else {}
+        return {**alike, **objective.watch(batch)}
+
+
+def labels_seen(batch: ContrastiveBatch) -> dict[str, float]:
+    """Of the watched queries: ``label_probe`` and ``source_probe``, how well a linear map finds their label and their source, and
+    ``class_scatter``, the share of their spread that lies within labels."""
+    rows = watched_rows(batch)
+    vectors, found = batch.queries[rows].double(), {}
+    if batch.labels is not None:
+        known = batch.labels[rows] >= 0
+        labels = batch.labels[rows][known]
+        found = {
+            "label_probe": probe_accuracy(vectors[known], labels, batch.draw),
+            "class_scatter": class_scatter(vectors[known], labels),
+        }
+    if batch.sources is not None:
+        found["source_probe"] = probe_accuracy(vectors, batch.sources[rows], batch.draw)
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def geometry(batch: ContrastiveBatch) -> dict[str, float]:

@@ -96,11 +96,14 @@ class TrainingStage(ChangingStages):
         """The objective of the recipe, which may name sources, for this encoder."""
         from nearfield.objectives.config import Surroundings
 
+        labels = self._plans()[0][0].metadata.get("labels", ())
         around = Surroundings(
             kinds={source.name: source.examples.kind for source in self.run.checked.sources},
             width=model.get_embedding_dimension(),
             guide_width=self.guide_width(),
-            labels=len(self._plans()[0][0].metadata.get("labels", ())),
+            labels=len(labels),
+            label_names=[(source, label) for source, label in labels],
+            vocabulary=len(model.tokenizer),
         )
         return self.recipe.objective.build([source.name for source in self._store().sources], around)
 

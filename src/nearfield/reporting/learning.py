@@ -54,6 +54,18 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...], bool, bool], ...] = (
         False,
         True,
     ),
+    (
+        "labels",
+        "What a linear map finds, and the spread within labels",
+        (
+            ("label_probe", "labels found"),
+            ("subclass_probe", "subclasses found"),
+            ("source_probe", "sources found"),
+            ("class_scatter", "spread within labels"),
+        ),
+        False,
+        True,
+    ),
 )
 """As in :mod:`nearfield.reporting.curves`."""
 

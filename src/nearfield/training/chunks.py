@@ -45,6 +45,8 @@ class Pool:
     """(D,) a teacher's score of each document for its owner; not a number where there is none."""
     token_columns: int = 0
     """How many numbers behind each embedding are losses of tokens."""
+    query_tokens: Rows | None = None
+    """(Q, T) the tokens of each query's whole text, padded with -1, where the objective asks for them."""
 
 
 def pool_batch(batch: Batch) -> Pool:

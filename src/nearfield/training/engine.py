@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nearfield.training")
 
+Tokens = np.ndarray[tuple[int], np.dtype[np.int32]]
+
 
 Pictures = Callable[[Rows], "Sequence[Image | None]"]
 """Item rows -> their pictures, RGB."""
@@ -170,7 +172,20 @@ class Engine:
             pool = replace(pool, token_columns=self.token_task.columns)
         if self.weights is not None:
             pool = replace(pool, weights=self.weights[batch.example])
+        if self.objective.wants_tokens:
+            pool = replace(pool, query_tokens=self._query_tokens(pool))
         return pool if self.teacher_scores is None else replace(pool, teacher_scores=self.teacher_scores.of(batch))
+
+    def _query_tokens(self, pool: Pool) -> Rows:
+        """(Q, T) tokens of the queries' whole texts, padded with -1."""
+        where = zip(pool.prompts[pool.queries].tolist(), pool.items[pool.queries].tolist(), strict=True)
+        rows = [self.tokens.tables[prompt].tokens(item) for prompt, item in where]
+        if any(self._are_pictures([row]) for row in rows):
+            raise BadInputError("this objective decodes texts, and some queries are pictures", where="objective")
+        found = np.full((len(rows), max(len(row) for row in rows)), -1, dtype=np.int64)
+        for line, row in enumerate(rows):
+            found[line, : len(row)] = row
+        return found
 
     def make_features(self, pool: Pool, seed: int = 0, step: int = 0) -> MakeFeatures:
         """The function that turns a chunk of a pool into features; which tokens are hidden depends on seed, step and text."""
@@ -180,6 +195,8 @@ class Engine:
         def features(chunk: Rows) -> Features:
             rows = [self.tokens.tables[int(pool.prompts[i])].tokens(int(pool.items[i])) for i in chunk]
             prompt_length = self.tokens.tables[int(pool.prompts[chunk[0]])].prompt_length
+            if self.objective.deleted and not self._are_pictures(rows):
+                rows = [delete_tokens(row, self.objective.deleted, prompt_length) for row in rows]
             if self.token_task is None:
                 return self.item_features(pool.items[chunk], rows, prompt_length)
             keys = [(seed, step, int(pool.items[i]), int(pool.prompts[i])) for i in chunk]
@@ -190,17 +207,19 @@ class Engine:
 
         return features
 
-    def item_features(
-        self, items: Rows, rows: list[np.ndarray[tuple[int], np.dtype[np.int32]]], prompt_length: int
-    ) -> Features:
+    def _are_pictures(self, rows: list[Tokens]) -> bool:
+        """Whether these are the entries of pictures in the token cache."""
+        return self.pictures is not None and len(rows) > 0 and bool(rows[0][0] == IMAGE)
+
+    def item_features(self, items: Rows, rows: list[Tokens], prompt_length: int) -> Features:
         """Items of one modality with what the token cache says of them -> what the encoder takes."""
-        if self.pictures is None or not len(rows) or rows[0][0] != IMAGE:
+        if self.pictures is None or not self._are_pictures(rows):
             return self.features(rows, prompt_length)
         pictures = [picture for picture in self.pictures(items) if picture is not None]
         assert len(pictures) == len(items)
         return image_features(self.encoder, pictures, self.backend.device)
 
-    def features(self, rows: list[np.ndarray[tuple[int], np.dtype[np.int32]]], prompt_length: int) -> Features:
+    def features(self, rows: list[Tokens], prompt_length: int) -> Features:
         """Token ids of texts -> what the encoder takes."""
         device = self.backend.device
         if self.packing is not None:
@@ -213,6 +232,17 @@ class Engine:
             device=device,
             prompt_length=prompt_length,
         )
+
+
+def delete_tokens(row: Tokens, share: float, prompt_length: int) -> Tokens:
+    """A text without some of its tokens, each deleted with the chance ``share``; its prompt, its first and its last token stay.
+
+    What is drawn follows from torch's global generator, which a step seeds for each chunk: a second encoding draws the same.
+    """
+    kept = torch.rand(len(row)).numpy() >= share
+    kept[: max(1, prompt_length)] = True
+    kept[-1] = True
+    return row[kept]
 
 
 def check_token_task(backend: BackendName) -> None:

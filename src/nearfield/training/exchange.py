@@ -80,6 +80,7 @@ def contrastive_batch(
         scores=None if pool.scores is None else torch.from_numpy(pool.scores).to(device),
         teacher_scores=None if pool.teacher_scores is None else torch.from_numpy(pool.teacher_scores).to(device),
         token_losses=token_losses,
+        query_tokens=None if pool.query_tokens is None else torch.from_numpy(pool.query_tokens).to(device),
         draw=draw,
     )
 

@@ -1,0 +1,114 @@
+"""Pairs of different labels as positives, within a learnt subspace of that pair of labels
+(Hydra, later SimLAP, arXiv 2410.18200)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.objectives.of_texts import OfTexts, in_tiles
+from nearfield.objectives.supervised import labelled_texts
+from nearfield.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from nearfield.objectives.label_kinds import SimLAPConfig
+
+
+class SimLAP(OfTexts):
+    """Text i with label y has a partner label y'; a gate of both weighs the dimensions in which i is compared.
+
+    Positives of i are the texts of y', negatives those of neither label. Every positive has a denominator of its own,
+    itself and the negatives; all pairs of the batch count alike. Beside it, the cross-entropy of a linear map from embeddings to
+    labels, which embeddings get no gradient from unless asked.
+    """
+
+    def __init__(self, config: SimLAPConfig, labels: int, width: int) -> None:
+        super().__init__()
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            # The same on all ranks, and when it is built again for a checkpoint.
+            torch.manual_seed(derive_seed(0, "gates"))
+            self.table = nn.Parameter(torch.randn(labels, config.label_width))
+            self.first = nn.Linear(config.label_width, config.hidden)
+            self.second = nn.Linear(config.hidden, config.project or width)
+            self.probe = nn.Linear(width, labels)
+            if config.project:
+                self.project = nn.ModuleList([nn.Linear(width, config.project_hidden), nn.Linear(config.project_hidden, config.project), nn.LayerNorm(config.project)])  # fmt: skip
+
+    def losses(self, vectors: Tensor, labels: Tensor, anchors: Tensor, batch: ContrastiveBatch) -> Tensor:
+        config = self.config
+        partners = self.partners(labels, batch.draw)
+        gate = self.gates(labels, partners).square()
+        points = self.projected(vectors)
+        # Each pair counts alike, whichever row it is of: all processes know all labels.
+        size = torch.bincount(labels, minlength=len(self.table))
+        pairs = int((size[partners] - (labels == partners).long()).sum())
+        numbers = torch.arange(len(points), device=points.device)
+
+        def part(some: Tensor) -> Tensor:
+            logits = gated_cosine(points[some], points, gate[some]) / config.temperature
+            mine, other = labels[some][:, None], partners[some][:, None]
+            positive = (labels[None, :] == other) & (some[:, None] != numbers[None, :])
+            negative = (labels[None, :] != mine) & (labels[None, :] != other)
+            lowest = torch.finfo(logits.dtype).min / 2
+            summed = logits.masked_fill(~negative, lowest).logsumexp(dim=1)
+            return torch.where(positive, functional.softplus(summed[:, None] - logits), 0).sum(dim=1)
+
+        each = in_tiles(part, anchors, len(points), points) * (len(points) / max(1, pairs))
+        if config.probe:
+            seen = vectors.detach() if config.probe_detached else vectors
+            # Not by calling modules: ZeRO 3 would take their parameters away again behind the call.
+            logits = self.probe.forward(seen[anchors])
+            each = each + config.probe * functional.cross_entropy(logits, labels[anchors], reduction="none")
+        return each
+
+    def partners(self, labels: Tensor, seed: int | None) -> Tensor:
+        """(n,) the other label of each text: of a drawn text, its own, or a drawn other one; the same on all processes."""
+        if self.config.partner == "identical":
+            return labels
+        generator = torch.Generator().manual_seed(derive_seed(seed or 0, "partners"))
+        if self.config.partner == "arbitrary":
+            return labels[torch.randperm(len(labels), generator=generator).to(labels.device)]
+        step = torch.randint(1, max(2, len(self.table)), (len(labels),), generator=generator).to(labels.device)
+        return (labels + step) % len(self.table)
+
+    def gates(self, labels: Tensor, partners: Tensor) -> Tensor:
+        """(n, w) in (0, 1), the same for both orders of two labels. Normalised over the texts of the global batch."""
+        hidden = (self.table[labels] + self.table[partners]) / 2
+        hidden = self.first.forward(_normal(hidden.relu()))
+        return self.second.forward(_normal(hidden.relu())).sigmoid()
+
+    def projected(self, vectors: Tensor) -> Tensor:
+        """The space of the loss: a head that is no part of the model, where there is one."""
+        if not self.config.project:
+            return vectors
+        first, second, norm = self.project
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and isinstance(norm, nn.LayerNorm)
+        return norm.forward(second.forward(first.forward(vectors).relu()))
+
+    @torch.no_grad()
+    def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
+        """``probe_accuracy`` of the linear map, on the texts before they are learnt from; ``gate``, the mean of gates."""
+        texts, labels, _ = labelled_texts(batch)
+        vectors = torch.cat([batch.queries, batch.documents])[texts]
+        right = self.probe.forward(vectors).argmax(dim=1) == labels
+        gates = self.gates(labels, self.partners(labels, batch.draw))
+        return {"probe_accuracy": float(right.double().mean()), "gate": float(gates.mean())} if len(labels) else {}
+
+
+def gated_cosine(rows: Tensor, columns: Tensor, squared: Tensor) -> Tensor:
+    """(a, w), (n, w) vectors and (a, w) squared gates of the rows -> (a, n) cosines of gated vectors, by two products."""
+    left = rows * squared
+    own = (left * rows).sum(dim=1).clamp_min(1e-24)
+    other = (squared @ columns.square().T).clamp_min(1e-24)
+    return left @ columns.T / (own[:, None] * other).sqrt()
+
+
+def _normal(values: Tensor) -> Tensor:
+    """Batch normalisation by the batch's own moments; of one line, itself less its mean."""
+    centred = values - values.mean(dim=0)
+    return centred / (centred.square().mean(dim=0) + 1e-5).sqrt()

@@ -1,0 +1,120 @@
+"""Text and pictures: a text twice with other dropout, and captions with their picture's given features (MCSE, arXiv 2204.10931)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nearfield.errors import BadInputError
+from nearfield.objectives.batch import ContrastiveBatch, LossSum
+from nearfield.objectives.config import InfoNCEConfig
+from nearfield.objectives.objective import Objective
+from nearfield.objectives.of_texts import in_tiles
+from nearfield.objectives.vectors import accumulation_dtype
+from nearfield.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from nearfield.objectives.more_kinds import MCSEConfig
+
+
+class MCSE(Objective):
+    """SimCSE of tanh(W embedding), plus weight x grounding: -log softmax of a caption's picture among the batch's pictures,
+    the mean over both passes of the text, captions and pictures each with a head of their own.
+
+    Pictures with the same features are one picture, and no negative of its captions. No gradient reaches the features. The heads
+    are no part of the saved model.
+    """
+
+    def __init__(self, config: MCSEConfig, sources: Mapping[int, str], width: int, image_width: int) -> None:
+        super().__init__()
+        self.config = config
+        missing = sorted(set(config.captions or ()) - set(sources.values()))
+        if missing:
+            known = ", ".join(sources.values()) or "none was given to the objective"
+            raise BadInputError(
+                f"there is no source {missing[0]!r}", where="objective.captions", hint=f"Sources: {known}."
+            )
+        self.captions = [number for number, name in sources.items() if name in (config.captions or ())]
+        self.between_texts = InfoNCEConfig(temperature=config.temperature).build()
+        with torch.random.fork_rng(devices=[]):
+            # The same on all ranks, and when it is built again for a checkpoint.
+            torch.manual_seed(derive_seed(0, "grounding"))
+            self.text = nn.Linear(width, config.projection)
+            self.caption = nn.Linear(width, config.projection)
+            self.image = nn.Linear(image_width, config.projection)
+
+    def forward(self, batch: ContrastiveBatch) -> LossSum:
+        """The sum over this process's rows."""
+        # Not by calling modules: ZeRO 3 would take their parameters away again behind the call.
+        queries, documents = (self.text.forward(_sums(side)).tanh() for side in (batch.queries, batch.documents))
+        found = self.between_texts.forward(replace(batch, queries=queries, documents=documents))
+        grounded = self.grounding(batch)
+        losses = self.config.weight * batch.weighed(grounded)
+        unused = [parameter.sum() * 0 for parameter in self.parameters()]
+        total = torch.stack([found.total, losses.sum(), *unused]).sum()
+        return LossSum(total, found.denominator, found.rows + losses.detach())
+
+    def grounding(self, batch: ContrastiveBatch) -> Tensor:
+        """(R,) of this process's rows; 0 for a row without a picture."""
+        rows = batch.local_rows()
+        if batch.guide_queries is None:
+            raise BadInputError(
+                "grounding wants the features of each caption's picture, and there are none",
+                where="objective",
+                hint="Name a 'guide' of kind vectors whose vectors of queries are those of their pictures.",
+            )
+        images = batch.guide_queries.detach().to(accumulation_dtype(batch.queries.dtype))
+        has = images.isfinite().all(dim=1) & (images != 0).any(dim=1)
+        if self.config.captions is not None:
+            if batch.sources is None:
+                raise BadInputError("captions want the source of each example", where="objective.captions")
+            has &= torch.isin(batch.sources, torch.tensor(self.captions, device=has.device))
+        captions = has.nonzero().squeeze(1)
+        losses = images.new_zeros(len(rows))
+        if not len(captions):
+            return losses
+        pictures, which = torch.unique(images[captions], dim=0, return_inverse=True)
+        number = torch.full((len(has),), -1, dtype=torch.int64, device=has.device)
+        number[captions] = which
+        points = functional.normalize(self.image.forward(pictures).tanh(), dim=1)
+        place = torch.full((len(has),), -1, dtype=torch.int64, device=has.device)
+        place[rows] = torch.arange(len(rows), device=has.device)
+        mine = captions[place[captions] >= 0]
+        seconds = (batch.is_positive & (place[batch.owner] >= 0) & has[batch.owner]).nonzero().squeeze(1)
+        # Of a text that somehow stands with several, each pass counts its share.
+        each = torch.bincount(batch.owner[seconds], minlength=len(has)).clamp_min(1)
+        for vectors, owner, share in (
+            (batch.queries[mine], mine, torch.full((len(mine),), 0.5, device=has.device)),
+            (batch.documents[seconds], batch.owner[seconds], 0.5 / each[batch.owner[seconds]]),
+        ):
+            unit = functional.normalize(self.caption.forward(_sums(vectors)).tanh(), dim=1)
+            found = self._softmax(unit, points, number[owner]) * share.to(unit.dtype)
+            losses = losses.index_add(0, place[owner], found)
+        # The mean over the captions of the batch, whatever else is in it.
+        return losses * (len(batch.queries) / len(captions))
+
+    def _softmax(self, unit: Tensor, points: Tensor, target: Tensor) -> Tensor:
+        def part(some: Tensor) -> Tensor:
+            logits = unit[some] @ points.T / self.config.image_temperature
+            return functional.cross_entropy(logits, target[some], reduction="none")
+
+        return in_tiles(part, torch.arange(len(unit), device=unit.device), len(points), unit)
+
+    @torch.no_grad()
+    def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
+        """Those of the softmax between texts, and ``grounding``, the mean loss of captions against pictures."""
+        from nearfield.objectives.watching import watched_rows
+
+        some = replace(batch, rows=watched_rows(batch))
+        queries, documents = (self.text.forward(_sums(side)).tanh() for side in (batch.queries, batch.documents))
+        figures = self.between_texts.watch(replace(batch, queries=queries, documents=documents))
+        return {**figures, "grounding": float(self.grounding(some).mean())}
+
+
+def _sums(vectors: Tensor) -> Tensor:
+    return vectors.to(accumulation_dtype(vectors.dtype))

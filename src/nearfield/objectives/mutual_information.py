@@ -1,0 +1,91 @@
+"""An encoder and a decoder with telling latents, without second views (cMIM, arXiv 2509.21511)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nearfield.objectives.batch import ContrastiveBatch, LossSum
+from nearfield.objectives.objective import Objective
+from nearfield.objectives.of_texts import in_tiles
+from nearfield.objectives.token_decoder import TokenDecoder, query_tokens
+from nearfield.objectives.vectors import accumulation_dtype
+from nearfield.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from nearfield.objectives.more_kinds import CMIMConfig
+
+
+class CMIM(Objective):
+    """MIM: -(log p(text | z) + log p(z) + log q(z | text)) / 2, z drawn from a normal distribution around the embedding with a
+    learnt deviation a dimension, p(z) the standard normal; plus weight x -log P(z belongs to its text), where
+    P_i = e^(1/t) / (e^(1/t) + mean over others j of e^(cos(z_i, z_j)/t)). The mean makes P independent of the batch's size.
+    """
+
+    wants_tokens = True
+    contrasts = False
+
+    def __init__(self, config: CMIMConfig, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = TokenDecoder(vocabulary, width, config.inner)
+        self.log_deviation = nn.Parameter(torch.full((width,), math.log(config.deviation)))
+
+    def forward(self, batch: ContrastiveBatch) -> LossSum:
+        """The sum over this process's rows."""
+        rows = batch.local_rows()
+        with torch.autocast(batch.queries.device.type, enabled=False):
+            latents, noise = self.draw(batch)
+            own, tokens = latents[rows], query_tokens(batch)[1]
+            constant = own.shape[1] * math.log(2 * math.pi)
+            prior = -(own.square().sum(dim=1) + constant) / 2
+            posterior = -(noise[rows].square().sum(dim=1) + constant) / 2 - self.log_deviation.sum()
+            losses = -(self.decoder.log_probability(own, tokens) + prior + posterior) / 2
+            if self.config.weight:
+                losses = losses + self.config.weight * belonging(latents, rows, self.config.temperature)
+            losses = batch.weighed(losses)
+        # The documents and, on a process without rows, the parameters still get a gradient, of zero.
+        unused = [batch.documents.sum() * 0, batch.queries.sum() * 0, *(p.sum() * 0 for p in self.parameters())]
+        return LossSum(torch.stack([losses.sum(), *unused]).sum(), batch.denominator(), losses.detach())
+
+    def draw(self, batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
+        """(Q, d) latents of all queries and the noise that they were drawn with, the same on all processes."""
+        generator = torch.Generator().manual_seed(derive_seed(batch.draw or 0, "latents"))
+        centres = batch.queries.to(accumulation_dtype(batch.queries.dtype))
+        noise = torch.randn(centres.shape, generator=generator, dtype=torch.float64).to(centres)
+        return centres + noise * self.log_deviation.to(centres.dtype).exp(), noise
+
+    def informative(self, latents: Tensor, tokens: Tensor) -> Tensor:
+        """(n, d) latents and (n, T) tokens of the same texts -> (n, inner) the mean of the decoder's states: cMIM's informative
+        embeddings, which take no training."""
+        states, known = self.decoder.hidden(latents, tokens), (tokens >= 0)[..., None]
+        return torch.where(known, states, 0).sum(dim=1) / known.sum(dim=1)
+
+    @torch.no_grad()
+    def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
+        """``deviation`` of the latents, and ``belonging``, the mean probability P."""
+        from nearfield.objectives.watching import watched_rows
+
+        found = belonging(self.draw(batch)[0], watched_rows(batch), self.config.temperature)
+        return {"deviation": float(self.log_deviation.exp().mean()), "belonging": float((-found).exp().mean())}
+
+
+def belonging(latents: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    """(n, d) latents -> (R,) -log P of some; 0 where there is no other."""
+    unit = functional.normalize(latents, dim=1)
+    numbers = torch.arange(len(unit), device=unit.device)
+    if len(unit) < 2:
+        return unit.sum(dim=1)[rows] * 0
+
+    def part(some: Tensor) -> Tensor:
+        logits = unit[some] @ unit.T / temperature
+        own = some[:, None] == numbers[None, :]
+        others = logits.masked_fill(own, torch.finfo(logits.dtype).min / 2).logsumexp(dim=1) - math.log(len(unit) - 1)
+        # A latent's cosine with itself is 1, whatever it is.
+        return functional.softplus(others - 1 / temperature)
+
+    return in_tiles(part, rows, len(unit), unit)
