@@ -39,6 +39,7 @@ def test_defaults() -> None:
         "matryoshka": None,
         "spread": None,
         "implementation": "auto",
+        "tiles": "auto",
     }
     assert InfoNCEConfig(focal=FocalConfig()).model_dump()["focal"] == {"gamma": 0.5, "detach": True}
     assert MixingConfig().model_dump() == {"pairs": 1, "lists": True, "list_temperature": 0.05}
