@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+ANY_EXAMPLES = ("retrieval", "graded", "labelled", "text")
 Direction = Literal["query_document", "query_query", "document_query", "document_document"]
 
 

@@ -10,7 +10,14 @@ from pydantic import Field, model_validator
 from nearfield.config import Config
 from nearfield.encoders.token_config import TokenTaskConfig
 from nearfield.errors import BadInputError
-from nearfield.objectives.config import InfoNCEConfig, NotNegative, ObjectiveSettings, Positive, Surroundings
+from nearfield.objectives.config import (
+    ANY_EXAMPLES,
+    InfoNCEConfig,
+    NotNegative,
+    ObjectiveSettings,
+    Positive,
+    Surroundings,
+)
 from nearfield.objectives.label_kinds import HiPrBERTConfig, SBCLConfig, SimLAPConfig
 from nearfield.objectives.more_kinds import CAROLConfig, CMIMConfig, MCSEConfig
 
@@ -26,7 +33,6 @@ if TYPE_CHECKING:
     from nearfield.objectives.triplet import Triplet
 
 Names = Mapping[int, str] | Sequence[str]
-ANY_EXAMPLES = ("retrieval", "graded", "labelled", "text")
 Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 
