@@ -158,6 +158,8 @@ def test_neutral_figures() -> None:
         known_positives=torch.arange(4)[:, None],
         query_ids=torch.arange(4),
         weights=None,
+        labels=None,
+        sources=None,
     )
     found = {**similarities(batch), **watch(objective(mask_known_positives=False), batch)}
     assert found == pytest.approx(
