@@ -12,8 +12,8 @@ seed share all three. So differences between arms are paired by seed, and the t 
 the same kind, other orders and other dropout at once. ``detects`` is the true difference that such a paired t-test of
 this many seeds finds in 80 % of studies (two-sided, 5 %), by the spread of the differences that was found.
 
-The model is the first layers of all-MiniLM-L6-v2, which is cheap enough for many runs; the teacher of mining and of planners
-is the whole all-MiniLM-L6-v2.
+The model is the first layers of all-MiniLM-L6-v2, or of the ``model`` that the study names, which is cheap enough for many
+runs; the teacher of mining and of planners is the whole all-MiniLM-L6-v2.
 """
 
 from __future__ import annotations
@@ -95,20 +95,17 @@ class Study:
 # Data and model, drawn and cut by seed
 
 
-def cut_model(folder: Path, layers: int) -> Path:
-    """The first layers of MiniLM as a model of its own."""
-    path = folder / f"minilm-{layers}-layers"
+def cut_model(folder: Path, name: str, layers: int) -> Path:
+    """The first layers of a model as a model of its own."""
+    path = folder / f"{name.rpartition('/')[2]}-{layers}-layers"
     if not path.is_dir():
-        from sentence_transformers import SentenceTransformer
+        from nearfield.encoders.build import load_encoder, save_encoder
+        from nearfield.encoders.trunk import keep_layers
 
-        from nearfield.encoders.build import locate
-
-        model = SentenceTransformer(str(locate(MINILM, None).path), device="cpu")
-        transformer = model[0].auto_model
-        transformer.encoder.layer = transformer.encoder.layer[:layers]
-        transformer.config.num_hidden_layers = layers
+        model = load_encoder(name, device="cpu").model
+        keep_layers(model, layers)
         with atomic_path(path) as aside:
-            model.save(str(aside), create_model_card=False)
+            save_encoder(model, aside)
     return path
 
 
@@ -207,7 +204,8 @@ def merged(*settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_recipe(study: Study, arm: Arm, seed: int, work: Path) -> Path:
-    data, model = draw_set(study, arm.set, seed, work), cut_model(work, study.content["layers"])
+    data = draw_set(study, arm.set, seed, work)
+    model = cut_model(work, study.content.get("model", MINILM), study.content["layers"])
     own = {
         "name": f"{arm.set}-{arm.name}-{seed}",
         "seed": seed,
@@ -267,11 +265,21 @@ def run_arm(study_path: str, set_name: str, arm_name: str, seed: int, work: str)
         "negatives": pc.sum(pc.list_value_length(negatives)).as_py(),
         "tokens": plan["tokens"],
         "dropped": plan["dropped"],
+        "trained": trained_parameters(run_folder),
         "cpu_s": spent,
     }
     record |= plan.get("hardness") or {}
     shutil.rmtree(run_folder)
     return record
+
+
+def trained_parameters(run_folder: Path) -> int:
+    """How many numbers the training changes: those that its checkpoints hold."""
+    from safetensors import safe_open
+
+    newest = sorted((run_folder / "checkpoints").glob("step-*"))[-1]
+    with safe_open(newest / "model.safetensors", framework="np") as tensors:
+        return sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
 
 
 def task_scores(run_folder: Path) -> tuple[dict[str, float], dict[str, int]]:
@@ -328,6 +336,7 @@ def arms_table(study: Study, name: str, arms: list[Arm]) -> list[str]:
         "negatives",
         "rows",
         "steps",
+        *(["trained"] if _differ(study, name, "trained") else []),
     ]
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
     for arm in arms:
@@ -339,8 +348,15 @@ def arms_table(study: Study, name: str, arms: list[Arm]) -> list[str]:
             found = [r[figure] for r in runs if figure in r]
             cells.append(format(np.mean(found), form) if found else "")
         cells += [f"{np.mean([r[figure] for r in runs]):,.0f}" for figure in ("negatives", "rows", "steps")]
+        if "trained" in heads:
+            cells.append(f"{np.mean([r['trained'] for r in runs if 'trained' in r]):,.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _differ(study: Study, name: str, figure: str) -> bool:
+    """Whether the arms of a set have different values of a figure."""
+    return len({r[figure] for (s, _, _), r in study.records.items() if s == name and figure in r}) > 1
 
 
 def comparisons_table(study: Study, name: str, family: str, pairs: list[list[str]]) -> list[str]:

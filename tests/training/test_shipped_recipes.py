@@ -10,6 +10,7 @@ from nearfield.encoders.build import build_encoder
 from nearfield.encoders.tokenize import token_ids
 from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages
+from nearfield.pipeline.dry_run import dry_run
 from nearfield.recipe import check_recipe, load_recipe
 from nearfield.shipped import shipped_root
 from nearfield.training.model_options import freeze_parameters
@@ -62,7 +63,7 @@ def test_udever_trains_biases_alone_and_texts_end_with_the_end_token(tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_ten_steps(name: str, tmp_path: Path) -> None:
-    """On the embedded WordNet, with small batches."""
+    """On the embedded WordNet, with small batches, after a dry run that finds nothing in the way."""
     architecture, stages = TINY[name]
     model = save_model(tmp_path / "tiny", architecture)
     settings = [*FOR_A_TEST, f"encoder.model={model}", "evaluation=null", "batches.batch_size=16"]
@@ -77,6 +78,8 @@ def test_ten_steps(name: str, tmp_path: Path) -> None:
         data = RECIPES.parents[1] / "data_recipes" / "wordnet.yaml"
         settings += [f"data={data}", "sources=[gloss]"]
     run = open_run(RECIPES / f"{name}.yaml", settings, tmp_path / "run")
+    looked_at = dry_run(run, trial_seconds=1.0)
+    assert looked_at is not None and looked_at.would_start, looked_at
     run_stages(run, "train")
     for one in (*run.before, run):
         assert (one.folder / "checkpoints" / "step-00000010").is_dir()
