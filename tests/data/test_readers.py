@@ -18,11 +18,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nearfield.data.config import HubReader
 from nearfield.data.readers.delimited import read_delimited
 from nearfield.data.readers.hub import HubDataset
 from nearfield.data.readers.jsonl import JsonlFiles, read_jsonl
 from nearfield.data.readers.parquet import read_parquet
+from nearfield.data.text_readers import HubReader
 from nearfield.errors import BadInputError
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20)

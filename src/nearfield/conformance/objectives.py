@@ -18,6 +18,7 @@ from nearfield.objectives.kinds import (
     CoSENTConfig,
     EmbeddingDistillationConfig,
     MaskedTokensConfig,
+    NTXentConfig,
     PartConfig,
     ScoreDistillationConfig,
     SigLIPConfig,
@@ -62,6 +63,7 @@ OBJECTIVES: dict[str, ObjectiveSettings] = {
     "siglip": SigLIPConfig(),
     "unicom, a part of prototypes and features": UnicomConfig(classes=0.8, features=0.5),
     "simcse": SimCSEConfig(),
+    "ntxent": NTXentConfig(temperature=0.1),
     "masked tokens, with a decoder": MaskedTokensConfig(share=0.4, decoder=DecoderConfig(share=0.5, weight=0.7)),
     "masked next tokens beside infonce": CombinedConfig(
         parts=(

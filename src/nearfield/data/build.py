@@ -40,8 +40,9 @@ def data_fingerprint(config: DataConfig) -> str:
 def _fingerprint(config: DataConfig, readers: Sequence[Reader]) -> str:
     settings = config.model_dump(mode="json")
     for source in settings["sources"]:
-        for place in ("path", "cache", "captions", "image_folder"):
-            source["reader"].pop(place, None)
+        for reader in (source["reader"], source["reader"].get("of", {})):
+            for place in ("path", "cache", "captions", "image_folder"):
+                reader.pop(place, None)
         # A source without weights has the fingerprint that it had before there were any.
         if source["weight"] is None:
             del source["weight"]

@@ -11,21 +11,18 @@ from itertools import islice
 from pathlib import Path
 
 from nearfield.data.config import (
-    CsvReader,
     DuplicateGroups,
     ExamplesConfig,
     GradedExamples,
     HashSplit,
-    HubReader,
-    JsonlReader,
     LabelledExamples,
-    ParquetReader,
     RetrievalExamples,
     SourceConfig,
     TaskType,
 )
 from nearfield.data.examples import BadRowError, Example, identity, read_example
 from nearfield.data.readers import delimited, jsonl, parquet
+from nearfield.data.text_readers import CsvReader, HubReader, JsonlReader, ParquetReader
 from nearfield.errors import BadInputError
 
 LOOK_AT_ROWS = 1000

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nearfield.objectives.distillation import EmbeddingDistillation, ScoreDistillation
     from nearfield.objectives.graded import CosineRegression, Ranking
     from nearfield.objectives.infonce import InfoNCE
+    from nearfield.objectives.ntxent import NTXent
     from nearfield.objectives.prototypes import Unicom
     from nearfield.objectives.sigmoid import SigLIP
     from nearfield.objectives.supervised import SupCon
@@ -212,6 +213,19 @@ class UnicomConfig(ObjectiveSettings):
         return Unicom(self, around.labels, around.width)
 
 
+class NTXentConfig(ObjectiveSettings):
+    """Each query and the mean of its positives' embeddings against all others of the batch, both ways (DeCLUTR, arXiv
+    2006.03659)."""
+
+    kind: Literal["ntxent"] = "ntxent"
+    temperature: Positive = 0.05
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> NTXent:
+        from nearfield.objectives.ntxent import NTXent
+
+        return NTXent(self.temperature)
+
+
 class SimCSEConfig(ObjectiveSettings):
     """A text encoded twice, with other dropout, against the batch's other texts (SimCSE, arXiv 2104.08821).
 
@@ -271,6 +285,7 @@ SingleObjective = Annotated[
     | SupConConfig
     | SigLIPConfig
     | UnicomConfig
+    | NTXentConfig
     | MaskedTokensConfig
     | HiPrBERTConfig
     | SimLAPConfig,
@@ -363,6 +378,7 @@ ObjectiveConfig = Annotated[
     | SupConConfig
     | SigLIPConfig
     | UnicomConfig
+    | NTXentConfig
     | HiPrBERTConfig
     | SimLAPConfig
     | SBCLConfig

@@ -12,7 +12,7 @@ from nearfield.data.readers.delimited import check_header
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
-    from nearfield.data.config import HubReader
+    from nearfield.data.text_readers import HubReader
 
 
 class HubDataset:
