@@ -15,7 +15,7 @@ from nearfield.errors import BadInputError
 
 pytestmark = pytest.mark.conformance
 
-CHECKS = 36
+CHECKS = 42
 """Lines of a launch; of several ranks three more: a resume on another number of them, the ring, and the bytes on the wire."""
 NOT_SHARDED = 2 + 2
 """Lines fewer where all ranks go through the same layers at once (two towers), or where parameters are taken apart (losses on
