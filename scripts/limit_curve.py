@@ -2,8 +2,8 @@
 
     python scripts/limit_curve.py --dimensions 4,5,6 --minutes 5 --out results/limit/curve.json
 
-For each d the documents go from two below the published critical number to two above it, and on while they are solved; at each number up to ``--starts``
-random starts are tried until one finds every pair. A number that no start solves is not proven to be impossible. What does not
+For each d the documents go from two below the published critical number to two above it, and on while all pairs are found; at
+each number up to ``--starts`` random starts are tried until one finds every pair. A number that no start solves is not proven to be impossible. What does not
 fit in the time is left out, and the file says so; a second call goes on where the first stopped.
 """
 
@@ -62,14 +62,14 @@ def main() -> None:
     began = time.process_time()
     for d in [int(part) for part in arguments.dimensions.split(",")]:
         rows = found["curve"].setdefault(str(d), [])
-        for documents in range(PUBLISHED[d] - 2, PUBLISHED[d] + 3):
-            if (
-                any(row["documents"] == documents for row in rows)
-                or time.process_time() - began > 60 * arguments.minutes
-            ):
-                continue
-            rows.append(tried(documents, d, arguments.starts))
-            write_json(arguments.out, found)
+        documents = PUBLISHED[d] - 2
+        while documents <= PUBLISHED[d] + 2 or rows[-1]["best_accuracy"] == 1.0:
+            if not any(row["documents"] == documents for row in rows):
+                if time.process_time() - began > 60 * arguments.minutes:
+                    break
+                rows.append(tried(documents, d, arguments.starts))
+                write_json(arguments.out, found)
+            documents += 1
     print(table(found))
 
 

@@ -52,6 +52,7 @@ for module in (
     "eval",
     "compare",
     "leaderboard",
+    "twins",
     "analyse",
     "submit",
     "report",

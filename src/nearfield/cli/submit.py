@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nearfield.errors import EXIT_FAULT
+from nearfield.errors import EXIT_FAULT, BadInputError
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +33,13 @@ def submit_command(
     out: Annotated[Path, typer.Option("--out", help="The submission's folder; replaced if it is there.")] = Path(
         "submission"
     ),
+    hub: Annotated[
+        str | None,
+        typer.Option(
+            "--hub", help="First push the folder of --model, with its card, to this ORGANISATION/NAME of the hub."
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository that --hub makes is private.")] = False,
 ) -> None:
     """Check what the leaderboard asks for, lay out the submission, and say what is left to do.
 
@@ -47,8 +54,18 @@ def submit_command(
     from nearfield.evaluation.find import find_results
     from nearfield.evaluation.submission import submit
 
-    made = submit(find_results(model, results), out, benchmark=benchmark, facts=facts, model=folder)
+    found = find_results(model, results)
     console = stdout_console()
+    if hub is not None:
+        from nearfield.evaluation.hub import push
+
+        if folder is None:
+            raise BadInputError("--hub pushes a model's folder", where="--hub", hint="Name the folder with --model.")
+        pushed = push(folder, hub, found, private=private)
+        console.print(Text(f"pushed {len(pushed.files)} files to {pushed.repository}, commit {pushed.commit}"))
+        if found.name != pushed.commit:
+            console.print(Text("The leaderboard wants the results of that commit: score it once more, by name."))
+    made = submit(found, out, benchmark=benchmark, facts=facts, model=folder)
     for check in made.checks:
         mark = "ok      " if check.ok else "missing " if check.required else "advised "
         console.print(Text(f"{mark}{check.name}: {check.detail}"))

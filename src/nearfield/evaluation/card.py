@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation import scores, statistics
 from nearfield.evaluation.comparison import drawn_scores, title_of
+from nearfield.evaluation.local import LOCAL
 from nearfield.evaluation.manifest import read_manifest
 from nearfield.files import write_text
 
@@ -30,8 +34,39 @@ def update_card(model: Path, results: Path, *, samples: int = 10_000, level: flo
         text = before + section + rest.partition(END)[2].lstrip("\n")
     else:
         text = text.rstrip("\n") + "\n\n" + section
-    write_text(card, text)
+    write_text(card, with_index(text, model.resolve().name, scores.read_scores(results)))
     return card
+
+
+def with_index(text: str, name: str, found: Mapping[scores.Key, scores.TaskScores]) -> str:
+    """The card with its front matter's ``model-index`` (what the hub shows as evaluation results) made anew.
+
+    Only scores on official data stand there: those on local data are in the table alone.
+    """
+    official = {key: of for key, of in found.items() if not of.data_revision.startswith(LOCAL)}
+    head, rest = {}, text
+    if text.startswith("---\n") and "\n---\n" in text[4:]:
+        front, _, rest = text[4:].partition("\n---\n")
+        head = yaml.safe_load(front) or {}
+    if not isinstance(head, dict) or not (official or "model-index" in head):
+        return text
+    head.pop("model-index", None)
+    if official:
+        head["model-index"] = [{"name": name, "results": [_entry(key, of) for key, of in sorted(official.items())]}]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n{rest}"
+
+
+def _entry(key: scores.Key, of: scores.TaskScores) -> dict[str, Any]:
+    task, subset, split = key
+    data = {
+        "type": f"mteb/{task}",
+        "name": f"MTEB {task}",
+        "config": subset,
+        "split": split,
+        "revision": of.data_revision,
+    }
+    metric = {"type": of.metric, "value": round(100 * of.score, 4)}
+    return {"task": {"type": of.task_type or "feature-extraction"}, "dataset": data, "metrics": [metric]}
 
 
 def scores_section(results: Path, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> str:
