@@ -44,7 +44,8 @@ def with_index(text: str, name: str, found: Mapping[scores.Key, scores.TaskScore
     Only scores on official data stand there: those on local data are in the table alone.
     """
     official = {key: of for key, of in found.items() if not of.data_revision.startswith(LOCAL)}
-    head, rest = {}, text
+    head: Any = {}
+    rest = text
     if text.startswith("---\n") and "\n---\n" in text[4:]:
         front, _, rest = text[4:].partition("\n---\n")
         head = yaml.safe_load(front) or {}

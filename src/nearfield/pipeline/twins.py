@@ -135,7 +135,7 @@ def _drawn(scores: Mapping[Key, TaskScores], samples: int, seed: int) -> Floats 
         if not draws:
             return None
         parts.append(draws[0])
-    return np.mean(parts, axis=0)
+    return np.asarray(np.mean(parts, axis=0), dtype=np.float64)
 
 
 def _gap(
