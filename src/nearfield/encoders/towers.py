@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _WHERE = "encoder.image_tower"
 _PATCH = 16
-"""What a side of a patch counts as for the budget, in pixels, where an architecture has no patches."""
+"""What a side of a patch counts as for the budget, in pixels, where an architecture has no patches of one size."""
 
 
 def takes_images(model: SentenceTransformer) -> bool:
@@ -201,7 +201,11 @@ def image_tokens(model: SentenceTransformer) -> int:
 def _patch(model: SentenceTransformer) -> int:
     configs = [getattr(part, "config", None) for part in model.modules()]
     for config in configs:
-        patch = getattr(getattr(config, "vision_config", config), "patch_size", None)
+        config = getattr(config, "vision_config", config)
+        if hasattr(config, "depths"):
+            # Stages that halve the picture begin with patches of a few pixels, and most of their work is behind them.
+            return _PATCH
+        patch = getattr(config, "patch_size", None)
         if isinstance(patch, int) and patch > 1:
             return patch
     return _PATCH

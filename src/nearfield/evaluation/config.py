@@ -132,7 +132,21 @@ class ProbingTasks(Config):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-TaskEntry = Annotated[MtebTasks | FolderTasks | HeldOutTask | LimitTask | ProbingTasks, Field(discriminator="kind")]
+class MmebTask(Config):
+    """One of MMEB's evaluation files: each row has its own candidates, the first of which is right; the score is hit@1."""
+
+    kind: Literal["mmeb"] = "mmeb"
+    name: TaskName
+    file: ConfigPath
+    """JSONL or Parquet with ``qry_inst``, ``qry_text``, ``qry_img_path``, ``tgt_text`` and ``tgt_img_path``."""
+    images: ConfigPath | None = None
+    """Where the paths of pictures start; null is the folder of the file."""
+    language: Language = "eng-Latn"
+
+
+TaskEntry = Annotated[
+    MtebTasks | FolderTasks | HeldOutTask | LimitTask | ProbingTasks | MmebTask, Field(discriminator="kind")
+]
 
 
 class SuiteConfig(Config):

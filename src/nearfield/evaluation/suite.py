@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation.config import FolderTasks, HeldOutTask, LimitTask, MtebTasks, ProbingTasks, SuiteConfig
+from nearfield.evaluation.config import (
+    FolderTasks,
+    HeldOutTask,
+    LimitTask,
+    MmebTask,
+    MtebTasks,
+    ProbingTasks,
+    SuiteConfig,
+)
 from nearfield.evaluation.folder import folder_task, task_folders
 from nearfield.evaluation.heldout import OpenStore, default_open_store, heldout_task
 from nearfield.evaluation.limit import limit_task
 from nearfield.evaluation.local import SuiteTask
+from nearfield.evaluation.mmeb import mmeb_task
 from nearfield.evaluation.probing import probing_tasks
 
 
@@ -28,6 +37,8 @@ def open_suite(
             tasks += _official(entry, where)
         elif isinstance(entry, FolderTasks):
             tasks += [folder_task(folder) for folder in task_folders(entry.path, entry.only)]
+        elif isinstance(entry, MmebTask):
+            tasks.append(mmeb_task(entry))
         elif isinstance(entry, LimitTask):
             tasks.append(limit_task(entry))
         elif isinstance(entry, ProbingTasks):

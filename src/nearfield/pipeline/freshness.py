@@ -12,7 +12,7 @@ from nearfield.encoders.build import ModelSource, locate
 from nearfield.encoders.prompts import PromptContract, base_prompts, make_contract
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import HeldOutTask, SuiteConfig
-from nearfield.files import fingerprint, hash_folder
+from nearfield.files import fingerprint, hash_file, hash_folder
 from nearfield.mining.config import DenseTeacher
 from nearfield.pipeline.run import Run, StageStatus
 from nearfield.pipeline.teaching import (
@@ -265,11 +265,13 @@ def suite_content(path: Path, suite: SuiteConfig | None) -> list[Any]:
         return [hash_folder(path)]
     inputs: list[Any] = []
     for task in suite.tasks:
-        inputs.append(task.model_dump(mode="json", exclude={"data", "path"}))
+        inputs.append(task.model_dump(mode="json", exclude={"data", "path", "file", "images"}))
         if isinstance(task, HeldOutTask):
             inputs.append(
                 hash_folder(task.data) if task.data.is_dir() else data_fingerprint(DataConfig.load(task.data))
             )
         elif task.kind == "folder":
             inputs.append(hash_folder(task.path))
+        elif task.kind == "mmeb":
+            inputs.append([hash_file(task.file), *([] if task.images is None else [hash_folder(task.images)])])
     return inputs
