@@ -26,4 +26,4 @@ def test_a_held_out_picture_finds_its_name(tmp_path: Path) -> None:
     assert score("after", "EmojiImageToName") >= 0.30
     assert score("after", "EmojiNameToImage") >= 0.30
     assert score("after", "EmojiImageToNameNoFlags") >= 0.30
-    assert (folder / "report.html").read_text().count("data:image/webp;base64,") > 20
+    assert (folder / "report.html").read_text().count("data:image/webp;base64,") >= 5
