@@ -102,7 +102,7 @@ SUITES = {
     "unknown kind": ("name: s\ntasks:\n  - kind: foldr\n    path: x\n", "Did you mean 'folder'"),
     "no kind": ("name: s\ntasks:\n  - path: x\n", "kind"),
     "wrong type": ("name: s\ntasks:\n  - kind: mteb\n    names: STS12\n", "suite.yaml:4"),
-    "nothing named": ("name: s\ntasks:\n  - kind: mteb\n", "either 'names' or 'benchmark'"),
+    "nothing named": ("name: s\ntasks:\n  - kind: mteb\n", "give either 'names', 'benchmark' or filters"),
     "unknown official task": ("name: s\ntasks:\n  - {kind: mteb, names: [SciFacts]}\n", "Did you mean: 'SciFact'"),
     "unknown benchmark": ("name: s\ntasks:\n  - {kind: mteb, benchmark: 'MTEB(eng)x'}\n", "not found"),
     "no language left": (

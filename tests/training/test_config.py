@@ -18,6 +18,7 @@ def test_defaults() -> None:
         "learning_rate": 2e-5,
         "optimizer": {"kind": "adamw", "weight_decay": 0.01, "betas": (0.9, 0.999), "epsilon": 1e-8},
         "layer_decay": 1.0,
+        "attention_dropout": None,
         "freeze": (),
         "schedule": {"kind": "cosine", "warmup": 0.1, "final": 0.0},
         "max_gradient_norm": 1.0,

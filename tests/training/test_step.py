@@ -18,6 +18,7 @@ from nearfield.data.tokens import TokenCache, TokenTable
 from nearfield.encoders.packing import Features
 from nearfield.objectives import InfoNCEConfig
 from nearfield.objectives.infonce import ContrastiveBatch, LossSum
+from nearfield.objectives.objective import Objective
 from nearfield.training import step as module
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.chunks import Pool
@@ -67,7 +68,7 @@ def padding_engine(tokens: TokenCache, pad: int | None, side: str) -> Engine:
     """As much of an engine as turns texts into padded features."""
     encoder: Any = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=pad, padding_side=side))
     backend: Any = SimpleNamespace(device=CPU)
-    return Engine(backend, encoder, nn.Module(), Launch(), tokens, None, False, 3)
+    return Engine(backend, encoder, Objective(), Launch(), tokens, None, False, 3)
 
 
 def test_features_are_padded_on_the_right(tokens: TokenCache, pool: Pool) -> None:
