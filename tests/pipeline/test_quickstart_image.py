@@ -1,4 +1,4 @@
-"""The quickstart on pictures, as it is shipped: one seed, three minutes of one core."""
+"""The quickstart on pictures, as it is shipped: one seed, seven minutes of one core."""
 
 from __future__ import annotations
 
