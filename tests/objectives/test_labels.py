@@ -319,6 +319,12 @@ def test_cmim_is_its_formula() -> None:
     assert ours.informative(latents, batch.query_tokens).shape == (5, 6)
 
 
+def test_cmim_may_be_below_zero() -> None:
+    """A narrow q(z | text) has densities over 1: log q grows by the dimension times the fall of the log deviation."""
+    batch = with_tokens(make(5, negatives=0))
+    assert mean(cmim(deviation=0.1), batch) > 0 > mean(cmim(deviation=1e-9), batch)
+
+
 def test_cmim_does_not_depend_on_the_number_of_negatives() -> None:
     """The mean of their exponentials: doubling each negative, or equal cosines at any size, changes nothing."""
     latents = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
