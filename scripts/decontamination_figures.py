@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from nearfield.data.contamination import KINDS
-from nearfield.data.decontaminate import TrainingIndex
 from nearfield.data.decontamination_config import DecontaminationConfig
 from nearfield.data.readers.wordnet import FOLDER, fold_of, read_synsets
 from nearfield.data.splits import split_of
+from nearfield.data.training_index import TrainingIndex
 
 FRACTIONS = {"train": 0.85, "validation": 0.05, "test": 0.10}
 Edit = Callable[[str, random.Random], str]

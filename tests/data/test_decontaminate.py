@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from nearfield.data import Store, build_data
 from nearfield.data.contamination import KINDS, ContaminationReport, read_report
-from nearfield.data.decontaminate import BenchmarkTask, BenchmarkText, TrainingIndex, decontaminate
+from nearfield.data.decontaminate import BenchmarkTask, BenchmarkText, decontaminate
 from nearfield.data.decontamination_config import DecontaminationConfig
 from nearfield.data.normal import normal_form, words
+from nearfield.data.training_index import TrainingIndex
 from nearfield.errors import BadInputError
 from tests.data.making import GRADED, build_rows, config, source, write_rows
 from tests.data.test_near import brute_near
@@ -262,8 +263,9 @@ def test_blocks_do_not_change_the_report(tmp_path: Path, monkeypatch: pytest.Mon
     store = build_rows(tmp_path, [row(a, b) for a, b in zip(texts[:70], texts[70:140], strict=True)])
     tasks = task("T", *[(pick.choice(("query", "document", "distractor")), text) for text in texts[60:]])
     whole = compare(store, tasks, ngram=5)
-    monkeypatch.setattr("nearfield.data.decontaminate._BLOCK", 7)
-    monkeypatch.setattr("nearfield.data.decontaminate._PIECE", 50)
+    monkeypatch.setattr("nearfield.data.decontaminate.BLOCK", 7)
+    monkeypatch.setattr("nearfield.data.training_index.BLOCK", 7)
+    monkeypatch.setattr("nearfield.data.training_index._PIECE", 50)
     parts = compare(store, tasks, ngram=5)
     strip = [{**report.to_json(), "tasks": None} for report in (whole, parts)]
     assert strip[0] == strip[1]

@@ -1,7 +1,6 @@
 """Training texts against the texts of benchmarks.
 
-The training side is indexed once, the texts of each task stream by. Held in memory: for each training text its words as
-hashes (8 bytes a word), the word sequences (16 bytes each), 700 bytes of MinHash and, with an encoder, its vector.
+The training side is indexed once and held in memory, the texts of each task stream by.
 """
 
 from __future__ import annotations
@@ -26,11 +25,10 @@ from nearfield.data.contamination import (
     TaskContamination,
 )
 from nearfield.data.decontamination_config import DecontaminationConfig
-from nearfield.data.items import canonical_text
-from nearfield.data.near import Encode, NearIndex, TextSets, Vectors, near_vectors, normal_keys, unit
-from nearfield.data.normal import WordHashes, hash64
+from nearfield.data.near import Encode
 from nearfield.data.readers.base import excerpt
-from nearfield.data.shingles import Ragged, Rows, concatenate, hash_words, starts
+from nearfield.data.shingles import Rows
+from nearfield.data.training_index import BLOCK, Found, TrainingIndex, TrainingTexts
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -39,9 +37,7 @@ if TYPE_CHECKING:
 VERSION = 1
 """Raised when the same texts give another report."""
 
-_BLOCK = 8192
 _BLOCK_CHARACTERS = 16 << 20
-_PIECE = 8_000_000
 _SHOWN = 5
 
 logger = logging.getLogger("nearfield.data")
@@ -65,152 +61,6 @@ class BenchmarkTask:
     texts: Callable[[], Iterable[BenchmarkText]]
 
 
-@dataclass
-class _Found:
-    """Matches of a block: pairs (training text, benchmark text) with their similarity, for one kind."""
-
-    pairs: Rows
-    similarity: npt.NDArray[np.float64]
-
-
-class TrainingTexts:
-    """The different texts of a store's training examples, and what they are there."""
-
-    def __init__(self, store: Store, sources: Sequence[str], split: str) -> None:
-        self.store = store
-        roles = np.zeros((len(TRAINING_ROLES), store.items.num_rows), dtype=np.bool_)
-        for name in sources:
-            part = store.examples.take(store.select(name, split))
-            roles[0, part["query"].to_numpy()] = True
-            for number, column in ((1, "positives"), (2, "negatives")):
-                roles[number, part[column].combine_chunks().flatten().to_numpy()] = True
-        self.items: Rows = np.flatnonzero(roles.any(axis=0)).astype(np.int64)
-        self.pictures = 0
-        """Items that are a picture without a text: they are not compared."""
-        if store.has_images:
-            wordless = np.asarray([kind == "image" for kind in store.modalities(self.items)], dtype=np.bool_)
-            self.pictures = int(wordless.sum())
-            self.items = self.items[~wordless]
-        self.roles = roles[:, self.items]
-
-    def batches(self) -> Iterator[list[str]]:
-        """The texts in the order of ``items``."""
-        for start in range(0, len(self.items), _BLOCK):
-            yield self.store.texts(self.items[start : start + _BLOCK])
-
-
-class TrainingIndex:
-    """Everything that benchmark texts are compared with."""
-
-    def __init__(
-        self, batches: Iterable[Sequence[str]], config: DecontaminationConfig, encode: Encode | None = None
-    ) -> None:
-        self.config = config
-        self.encode = encode
-        self.known = WordHashes()
-        sets, grams, exact, normal = [], [], [], []
-        vectors: list[Vectors] = []
-        for texts in batches:
-            split = hash_words(texts, self.known)
-            sets.append(TextSets.of(texts, self.known, split))
-            grams.append(split.sequences(config.ngram).distinct())
-            exact.append(_exact_keys(texts))
-            normal.append(normal_keys(texts))
-            if encode is not None:
-                vectors.append(unit(encode(texts)))
-        self.near = NearIndex(TextSets.join(sets), config.rule())
-        self.exact = _Keys(exact)
-        forms = np.concatenate([np.empty(0, dtype=np.uint64), *normal])
-        some = np.flatnonzero(forms)
-        # A text of signs alone has no normal form; equal ones are exact matches.
-        self.normal = _Keys([forms[some]], some)
-        every = concatenate(grams)
-        self.gram_sizes = every.sizes
-        self.grams = _Keys([every.values], every.owners)
-        self.vectors = np.concatenate(vectors) if vectors else None
-        self.long = (self.near.sets.split.sizes >= config.min_words) & (self.near.sets.letters >= config.min_characters)
-
-    def __len__(self) -> int:
-        return len(self.gram_sizes)
-
-    def matches(self, texts: Sequence[str]) -> tuple[dict[str, _Found], Rows]:
-        """Matches of benchmark texts by kind, and the training texts that share any word sequence with one."""
-        split = hash_words(texts, self.known)
-        sets = TextSets.of(texts, self.known, split)
-        found = {
-            "exact": _ones(self.exact.pairs(_exact_keys(texts))),
-            "normalised": _ones(self.normal.pairs(normal_keys(texts))),
-        }
-        found["ngram"], some = self._sequences(split.sequences(self.config.ngram).distinct())
-        found["minhash"] = _Found(*self.near.matches(sets))
-        if self.encode is not None and self.vectors is not None:
-            found["embedding"] = self._vectors(texts, sets)
-        return found, some
-
-    def _sequences(self, grams: Ragged) -> tuple[_Found, Rows]:
-        """Pairs by the share of the word sequences of the text with fewer."""
-        owners, sizes = grams.owners, grams.sizes
-        width = len(grams)
-        pieces = self.grams.pieces(grams.values, self.config.common)
-        parts = [pairs[:, 0] * width + owners[pairs[:, 1]] for pairs in pieces]
-        keys, times = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *parts]), return_counts=True)
-        pairs = np.stack([keys // max(width, 1), keys % max(width, 1)], axis=1)
-        share = times / np.maximum(np.minimum(self.gram_sizes[pairs[:, 0]], sizes[pairs[:, 1]]), 1)
-        kept = share >= self.config.ngram_share
-        return _Found(pairs[kept], share[kept]), np.unique(pairs[:, 0])
-
-    def _vectors(self, texts: Sequence[str], sets: TextSets) -> _Found:
-        assert self.encode is not None and self.vectors is not None
-        mine = np.flatnonzero(self.long)
-        config = self.config
-        theirs = np.flatnonzero((sets.split.sizes >= config.min_words) & (sets.letters >= config.min_characters))
-        pairs, cosines = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.float64)]
-        if len(theirs) and len(mine):
-            vectors = unit(self.encode([texts[place] for place in theirs.tolist()]))
-            for part, cosine in near_vectors(self.vectors[mine], vectors, config.cosine):
-                pairs.append(np.stack([mine[part[:, 0]], theirs[part[:, 1]]], axis=1))
-                cosines.append(cosine.astype(np.float64))
-        return _Found(np.concatenate(pairs), np.concatenate(cosines))
-
-
-class _Keys:
-    """Hashes of training texts, sorted, with the text of each."""
-
-    def __init__(self, parts: Sequence[npt.NDArray[np.uint64]], owners: Rows | None = None) -> None:
-        keys = np.concatenate([np.empty(0, dtype=np.uint64), *parts])
-        order = np.argsort(keys, kind="stable")
-        self._sorted = keys[order]
-        self._owners = order.astype(np.int64) if owners is None else owners[order]
-
-    def pairs(self, queries: npt.NDArray[np.uint64]) -> Rows:
-        """Pairs (training text, query) of equal hashes, [p, 2]."""
-        return np.concatenate([np.empty((0, 2), dtype=np.int64), *self.pieces(queries)])
-
-    def pieces(self, queries: npt.NDArray[np.uint64], most: int | None = None) -> Iterator[Rows]:
-        """The same in pieces of bounded size; a hash of more than ``most`` training texts is passed over."""
-        low = np.searchsorted(self._sorted, queries, "left")
-        counts = np.searchsorted(self._sorted, queries, "right") - low
-        if most is not None:
-            counts[counts > most] = 0
-        total = starts(counts)
-        begin = 0
-        while begin < len(queries):
-            end = max(int(np.searchsorted(total, total[begin] + _PIECE, "right")) - 1, begin + 1)
-            part = counts[begin:end]
-            offsets = starts(part)
-            places = np.arange(offsets[-1]) + np.repeat(low[begin:end] - offsets[:-1], part)
-            yield np.stack([self._owners[places], np.repeat(np.arange(begin, end), part)], axis=1)
-            begin = end
-
-
-def _exact_keys(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
-    return np.fromiter((hash64(canonical_text(text)) for text in texts), dtype=np.uint64, count=len(texts))
-
-
-def _ones(pairs: Rows) -> _Found:
-    return _Found(pairs, np.ones(len(pairs)))
-
-
 class _Tally:
     """The matches of one task, added up block by block."""
 
@@ -226,7 +76,7 @@ class _Tally:
         self.examples: dict[int, list[MatchExample]] = {}
         self._last: tuple[str, str] | None = None
 
-    def add(self, texts: Sequence[BenchmarkText], found: dict[str, _Found], some: Rows) -> None:
+    def add(self, texts: Sequence[BenchmarkText], found: dict[str, Found], some: Rows) -> None:
         """Take in the matches of a block."""
         for text in texts:
             if (text.role, text.id) != self._last:
@@ -244,7 +94,7 @@ class _Tally:
                 self.matched[key] = min(self.matched.get(key, kind), kind)
             self._show(kind, texts, found[name], roles)
 
-    def _show(self, kind: int, texts: Sequence[BenchmarkText], found: _Found, roles: Rows) -> None:
+    def _show(self, kind: int, texts: Sequence[BenchmarkText], found: Found, roles: Rows) -> None:
         shown = self.examples.setdefault(kind, [])
         if len(shown) >= _SHOWN or not len(found.pairs):
             return
@@ -398,7 +248,7 @@ def _blocks(texts: Iterable[BenchmarkText]) -> Iterator[list[BenchmarkText]]:
     for text in texts:
         block.append(text)
         characters += len(text.text)
-        if len(block) >= _BLOCK or characters >= _BLOCK_CHARACTERS:
+        if len(block) >= BLOCK or characters >= _BLOCK_CHARACTERS:
             yield block
             block, characters = [], 0
     if block:
