@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nearfield.training.feed import Feed
 from nearfield.training.inputs import TrainingInputs
 from tests.training.making import make_plan, make_tokens
 
@@ -17,7 +18,7 @@ def inputs(tmp_path: Path) -> TrainingInputs:
     return TrainingInputs(
         plans=[make_plan(tmp_path / f"epoch-{epoch}.parquet", epoch) for epoch in (0, 1)],
         plan_hashes=("a", "b"),
-        tokens=make_tokens(),
+        feed=Feed(make_tokens()),
         known_positives=lambda query: np.array([query + 20]),
         item_ids=lambda items: [f"id{item}" for item in items.tolist()],
     )

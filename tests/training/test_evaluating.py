@@ -20,12 +20,14 @@ from nearfield.errors import BadInputError, StoppedError
 from nearfield.objectives import InfoNCEConfig
 from nearfield.training import TrainingConfig, evaluating, gradient
 from nearfield.training.checkpoint import checkpoint_paths, open_checkpoint
-from nearfield.training.engine import Engine, build_engine
+from nearfield.training.engine import Engine
 from nearfield.training.evaluating import EncodeTexts, EvaluationState, encode_texts, undisturbed
+from nearfield.training.feed import Feed
 from nearfield.training.inputs import TrainingInputs
 from nearfield.training.launch import Launch
 from nearfield.training.loop import TrainingResult, train
 from nearfield.training.metrics import read_metrics
+from nearfield.training.opening import build_engine
 from nearfield.training.optimizers import make_optimizer
 from tests.training.making import make_tokens
 
@@ -41,7 +43,7 @@ def make_engine(model: Path, **settings: Any) -> Engine:
         encoder,
         InfoNCEConfig().build(),
         lambda named: make_optimizer(named, config, CPU),
-        make_tokens(),
+        Feed(make_tokens()),
         CPU,
         Launch(),
     )

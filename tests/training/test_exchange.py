@@ -16,8 +16,8 @@ from nearfield.objectives.objective import Objective
 from nearfield.training.chunks import Pool, split_rows
 from nearfield.training.communication import Shares
 from nearfield.training.config import TrainingConfig
-from nearfield.training.engine import check_ring, open_queue
 from nearfield.training.exchange import Passed, contrastive_batch, part_of
+from nearfield.training.opening import check_ring, open_queue
 
 
 def make_pool(queries: int, seed: int) -> Pool:

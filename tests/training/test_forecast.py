@@ -33,7 +33,7 @@ CONFIG = TrainingConfig(device="cpu", precision="fp32", averaged_batches=1)
 def engine(tiny_model: Path, inputs: TrainingInputs) -> Engine:
     """A tiny BERT with dropout, in float32, over the tokens of ``inputs``."""
     problem = Problem.make(InfoNCEConfig(), folder=tiny_model, dtype=torch.float32)
-    problem.tokens = inputs.tokens
+    problem.tokens = inputs.feed.tokens
     return problem.engine(Launch(), "single", dropout=True)
 
 

@@ -16,14 +16,16 @@ from nearfield.errors import BadInputError, NonFiniteError
 from nearfield.objectives import watching
 from nearfield.objectives.infonce import ContrastiveBatch, LossSum
 from nearfield.objectives.watching import similarities
-from nearfield.training import TrainingConfig, engine
+from nearfield.training import TrainingConfig
 from nearfield.training.chunks import Pool
 from nearfield.training.communication import ControlWord
-from nearfield.training.engine import Engine, pick_device, pick_precision
+from nearfield.training.engine import Engine
+from nearfield.training.feed import Feed
 from nearfield.training.inputs import TrainingInputs, batch_of_step
 from nearfield.training.launch import Launch
 from nearfield.training.memory import FAST_MICRO_BATCH_TOKENS, Budget
 from nearfield.training.non_finite import non_finite_error
+from nearfield.training.opening import open_backend, pick_device, pick_precision
 from nearfield.training.optimizer_configs import AdamWConfig
 from nearfield.training.optimizers import make_optimizer
 from nearfield.training.out_of_memory import halve_budget
@@ -81,7 +83,7 @@ def test_devices_that_are_not_here_and_launchers(monkeypatch: pytest.MonkeyPatch
 def test_one_process_has_nothing_to_spread(name: Any) -> None:
     module: Any = torch.nn.Linear(2, 2)
     with pytest.raises(BadInputError) as error:
-        engine.open_backend(name, TrainingConfig(), module, torch.optim.SGD, torch.device("cpu"), Launch())  # type: ignore[arg-type]
+        open_backend(name, TrainingConfig(), module, torch.optim.SGD, torch.device("cpu"), Launch())  # type: ignore[arg-type]
     assert error.value.what == f"{name} spreads a model over several processes, and there is one"
     assert error.value.where == "training.backend"
     assert error.value.hint is not None
@@ -136,7 +138,7 @@ def test_steps_run_through_the_epochs(inputs: TrainingInputs) -> None:
 def test_lengths_are_those_with_the_prompt() -> None:
     items, prompts = np.array([3, 9, 3, 0]), np.array([1, 0, 0, 1])
     nothing: Any = None
-    part = Engine(nothing, nothing, nothing, Launch(), make_tokens(), None, False, 3)
+    part = Engine(nothing, nothing, nothing, Launch(), Feed(make_tokens()), None, False, 3)
     none = np.zeros(0, dtype=np.int64)
     lengths = part.lengths(Pool(items, prompts, none, none, none, none.astype(bool)))
     assert lengths.tolist() == (SIZES[items] + prompts).tolist()

@@ -16,6 +16,7 @@ from nearfield.objectives.batch import ContrastiveBatch, LossSum
 from nearfield.objectives.objective import Objective
 from nearfield.training import loss_cost
 from nearfield.training.engine import Engine
+from nearfield.training.feed import Feed
 from nearfield.training.launch import Launch
 from nearfield.training.loss_cost import LossCost, implementation, measure_loss
 from tests.training.making import make_tokens
@@ -33,7 +34,7 @@ RICH = {
 def make_engine(objective: Objective, ranks: int = 1) -> Engine:
     backend: Any = SimpleNamespace(device=CPU, whole=lambda learnt: contextlib.nullcontext())
     encoder: Any = None
-    return Engine(backend, encoder, objective, Launch(0, ranks), make_tokens(), None, False, DIMENSION)
+    return Engine(backend, encoder, objective, Launch(0, ranks), Feed(make_tokens()), None, False, DIMENSION)
 
 
 def make_batch(size: int) -> Batch:

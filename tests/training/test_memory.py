@@ -34,7 +34,7 @@ from nearfield.training.state_size import optimizer_bytes, state_size
 def engine(tiny_model: Path, inputs: TrainingInputs) -> Engine:
     """A tiny BERT with dropout, in float32, over the tokens of ``inputs``."""
     problem = Problem.make(InfoNCEConfig(), folder=tiny_model, dtype=torch.float32)
-    problem.tokens = inputs.tokens
+    problem.tokens = inputs.feed.tokens
     return problem.engine(Launch(), "single", dropout=True)
 
 
@@ -145,7 +145,7 @@ def test_heavy_batches(inputs: TrainingInputs) -> None:
     totals = sorted((int(t) for plan in inputs.plans for t in plan.tokens()), reverse=True)
 
     def tokens(batch) -> int:  # type: ignore[no-untyped-def]
-        prompt0, prompt1 = inputs.tokens.tables
+        prompt0, prompt1 = inputs.feed.tokens.tables
         documents = np.concatenate([*batch.positives, *batch.negatives])
         return int(prompt0.lengths(batch.query).sum() + prompt1.lengths(documents).sum())
 

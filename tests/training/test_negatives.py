@@ -371,7 +371,7 @@ def test_a_refreshed_pool_is_the_nearest_by_the_weights_in_training(
     for generation, state in weights.items():
         model.load_state_dict(state)
         model.eval()
-        tables = inputs.tokens.tables
+        tables = inputs.feed.tokens.tables
         prompts = mining.prompts[0]
 
         def embed(prompt: int, items: Rows, tables: Any = tables) -> np.ndarray[Any, Any]:

@@ -25,6 +25,7 @@ from nearfield.training.chunks import Pool
 from nearfield.training.communication import ControlWord
 from nearfield.training.engine import Engine
 from nearfield.training.exchange import contrastive_batch
+from nearfield.training.feed import Feed
 from nearfield.training.launch import Launch
 from nearfield.training.step import (
     StepResult,
@@ -68,7 +69,7 @@ def padding_engine(tokens: TokenCache, pad: int | None, side: str) -> Engine:
     """As much of an engine as turns texts into padded features."""
     encoder: Any = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=pad, padding_side=side))
     backend: Any = SimpleNamespace(device=CPU)
-    return Engine(backend, encoder, Objective(), Launch(), tokens, None, False, 3)
+    return Engine(backend, encoder, Objective(), Launch(), Feed(tokens), None, False, 3)
 
 
 def test_features_are_padded_on_the_right(tokens: TokenCache, pool: Pool) -> None:

@@ -27,9 +27,11 @@ from nearfield.objectives.queue import MemoryQueue
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.config import TrainingConfig
-from nearfield.training.engine import EmbeddingModule, Engine, Pictures, build_engine
+from nearfield.training.engine import EmbeddingModule, Engine
 from nearfield.training.exchange import contrastive_batch
+from nearfield.training.feed import Feed, Pictures
 from nearfield.training.launch import Launch
+from nearfield.training.opening import build_engine
 from nearfield.training.step import StepResult, Work, run_step
 from nearfield.training.teacher_scores import TeacherScores
 
@@ -183,14 +185,15 @@ class Problem:
         def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
             return optimizer([parameter for _, parameter in named], rate)
 
-        engine = build_engine(
-            config,
-            encoder,
-            objective,
-            make_optimizer,
+        engine = build_engine(config, encoder, objective, make_optimizer, self.feed(encoder), CPU, launch)
+        if engine.queue is not None:
+            self.fill(engine.queue)
+        return engine
+
+    def feed(self, encoder: SentenceTransformer) -> Feed:
+        """What the batch's items and examples are."""
+        return Feed(
             self.tokens,
-            CPU,
-            launch,
             guide=self.guide,
             weights=self.weights,
             teacher_scores=self.teacher_scores,
@@ -198,9 +201,6 @@ class Problem:
             token_task=self.token_task(encoder),
             pictures=self.pictures,
         )
-        if engine.queue is not None:
-            self.fill(engine.queue)
-        return engine
 
     def token_task(self, encoder: SentenceTransformer) -> TokenTask | None:
         """What hides tokens, where the objective asks for it."""
@@ -270,24 +270,18 @@ class Problem:
         encoder = self.encoder().eval()
         objective = self.build()
         size = self.objective.queue if isinstance(self.objective, InfoNCEConfig) else 0
-        token_task = self.token_task(encoder)
-        module = EmbeddingModule(encoder, objective, token_task)
+        feed = self.feed(encoder)
+        module = EmbeddingModule(encoder, objective, feed.token_task)
         engine = Engine(
             ReplicatedBackend(module, lambda named: sgd([p for _, p in named], 1.0), CPU, 1, False),
             encoder,
             objective,
             Launch(),
-            self.tokens,
+            feed,
             None,
             False,
             encoder.get_embedding_dimension(),
-            guide=self.guide,
-            weights=self.weights,
             queue=self.fill(MemoryQueue(size)) if size else None,
-            teacher_scores=self.teacher_scores,
-            views=self.objective.views,
-            token_task=token_task,
-            pictures=self.pictures,
         )
         work = self.work(engine, 10**9)
         images = engine.images(work.pool)

@@ -132,8 +132,8 @@ def _measure(stages: Stages, trial_seconds: float) -> tuple[Forecast, int, int |
     """The forecast, the steps it rests on, the maximum length, and what blocks; *collective*."""
     import torch
 
-    from nearfield.training.engine import pick_device
     from nearfield.training.inputs import TrainingInputs
+    from nearfield.training.opening import pick_device
 
     recipe, launch = stages.recipe, stages.launch
     device = pick_device(recipe.training, launch)
@@ -143,15 +143,9 @@ def _measure(stages: Stages, trial_seconds: float) -> tuple[Forecast, int, int |
     inputs = TrainingInputs(
         plans,
         hashes,
-        stages._tokens(),
+        stages._feed(encoder),
         known.of,
         lambda rows: [str(row) for row in rows],
-        guide=stages.guide_vectors(),
-        weights=stages._store().weights(),
-        teacher_scores=stages.teacher_scores(),
-        views=stages.recipe.objective.views,
-        token_task=stages._token_task(encoder),
-        pictures=stages.pictures(),
     )
     with torch.random.fork_rng(), launch.process_group(device, recipe.training.collective_timeout):
         forecast, steps, found = _try_out(stages, encoder.model, inputs, device, trial_seconds)
@@ -162,33 +156,16 @@ def _try_out(
     stages: Stages, model: SentenceTransformer, inputs: TrainingInputs, device: Any, trial_seconds: float
 ) -> tuple[Forecast, int, list[Complaint]]:
     from nearfield.training.costs import plan_costs
-    from nearfield.training.engine import build_engine
     from nearfield.training.forecast import FILE, held_bytes, load_trackers, predict
     from nearfield.training.memory import choose_budget, measure_profile
-    from nearfield.training.optimizers import make_optimizer
+    from nearfield.training.opening import build_engine
+    from nearfield.training.optimizers import optimizer_of
     from nearfield.training.trial import run_trial
 
     recipe, launch = stages.recipe, stages.launch
     config, plans, known = recipe.training, inputs.plans, inputs.known_positives
-
-    def optimizer_of(parameters: Any) -> Any:
-        return make_optimizer(parameters, config, device, no_decay=lambda name: name.startswith("objective."))
-
-    engine = build_engine(
-        config,
-        model,
-        stages._objective(model),
-        optimizer_of,
-        inputs.tokens,
-        device,
-        launch,
-        guide=inputs.guide,
-        weights=inputs.weights,
-        teacher_scores=inputs.teacher_scores,
-        views=inputs.views,
-        token_task=inputs.token_task,
-        pictures=inputs.pictures,
-    )
+    objective, optimizer = stages._objective(model), optimizer_of(config, device)
+    engine = build_engine(config, model, objective, optimizer, inputs.feed, device, launch)
     if launch.is_main:
         load_trackers(config)
     held = held_bytes(device)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from nearfield.encoders.token_task import TokenTask
     from nearfield.objectives.objective import Objective
+    from nearfield.training.feed import Feed
     from nearfield.training.loop import TrainingResult
 
 logger = logging.getLogger("nearfield.pipeline")
@@ -32,9 +33,9 @@ class TrainingStage(ChangingStages):
 
     def train(self) -> dict[str, Any]:
         """Train from the newest checkpoint on and save the model."""
-        from nearfield.training.engine import pick_device
         from nearfield.training.inputs import TrainingInputs
         from nearfield.training.loop import train
+        from nearfield.training.opening import pick_device
 
         store, folder = self._store(), self.run.folder
         plans, hashes = self._plans()
@@ -45,21 +46,15 @@ class TrainingStage(ChangingStages):
         config = self.recipe.training
         device = pick_device(config, self.launch)
         encoder = self._encoder(device)
-        tokens = self._tokens()
+        feed = self._feed(encoder)
         inputs = TrainingInputs(
             plans=plans,
             plan_hashes=hashes,
-            tokens=tokens,
+            feed=feed,
             known_positives=known.of,
             item_ids=lambda rows: [ids[int(row)].as_py().hex() for row in rows],
             evaluate=evaluation_during_training(self, encoder.model, self._open_store),
-            negatives=self.negative_inputs(store, tokens),
-            guide=self.guide_vectors(),
-            weights=store.weights(),
-            teacher_scores=self.teacher_scores(),
-            views=self.recipe.objective.views,
-            token_task=self._token_task(encoder),
-            pictures=self.pictures(),
+            negatives=self.negative_inputs(store, feed.tokens),
             about=self.recipe.model_dump(mode="json"),
         )
         result = train(
@@ -92,6 +87,20 @@ class TrainingStage(ChangingStages):
             **({} if result.best is None else {"best": {"step": result.best[0], "score": result.best[1]}}),
         }
 
+    def _feed(self, encoder: LoadedEncoder) -> Feed:
+        """What the items and examples of the store are to this encoder and the recipe's objective."""
+        from nearfield.training.feed import Feed
+
+        return Feed(
+            self._tokens(),
+            guide=self.guide_vectors(),
+            weights=self._store().weights(),
+            teacher_scores=self.teacher_scores(),
+            views=self.recipe.objective.views,
+            token_task=self._token_task(encoder),
+            pictures=self.pictures(),
+        )
+
     def _objective(self, model: SentenceTransformer) -> Objective:
         """The objective of the recipe, which may name sources, for this encoder."""
         from nearfield.objectives.config import Surroundings
@@ -116,7 +125,7 @@ class TrainingStage(ChangingStages):
 
     def _encoder(self, device: torch.device) -> LoadedEncoder:
         """The encoder of the recipe in the precision that weights have in training, the same on all ranks."""
-        from nearfield.training.engine import pick_precision
+        from nearfield.training.opening import pick_precision
 
         recipe = self.recipe
         pure = pick_precision(recipe.training, device) == "bf16-pure"
@@ -170,7 +179,7 @@ class TrainingStage(ChangingStages):
 
     def check_can_train(self) -> None:
         """Refuse what this rank could never train with its launcher, devices and libraries."""
-        from nearfield.training.engine import check_can_train
+        from nearfield.training.opening import check_can_train
 
         check_can_train(
             self.recipe.training,

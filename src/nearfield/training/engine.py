@@ -1,10 +1,8 @@
-"""What a step runs on: the model and its objective on the devices at hand, and how texts become what it takes."""
+"""What a step runs on: the model and its objective on the devices at hand, and how items become what it takes."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,45 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from nearfield.batching.plan import Batch
-from nearfield.batching.planner import Rows, VectorsOf
-from nearfield.batching.rows import Floats
-from nearfield.data.tokens import IMAGE, TokenCache
-from nearfield.encoders.dropout import use_fast_dropout
-from nearfield.encoders.packing import Features, PackingKind, embed, packed_features, packing_kind, padded_features
-from nearfield.encoders.sparse import sparse_embedding_gradients
+from nearfield.batching.planner import Rows
+from nearfield.data.tokens import IMAGE
+from nearfield.encoders.packing import Features, PackingKind, embed, packed_features, padded_features
 from nearfield.encoders.token_task import TARGETS, TokenTask
 from nearfield.encoders.towers import image_features
 from nearfield.errors import BadInputError
-from nearfield.objectives.infonce import InfoNCE, can_ring
 from nearfield.objectives.objective import Objective
 from nearfield.objectives.queue import MemoryQueue
 from nearfield.training.backends.base import Backend
-from nearfield.training.backends.common import MakeOptimizer
 from nearfield.training.chunks import Bools, Pool, pool_batch, pool_views
-from nearfield.training.config import TrainingConfig
-from nearfield.training.launch import BackendName, Launch, asked_backend, check_launch, wants_several
-from nearfield.training.model_options import (
-    compile_transformer,
-    enable_checkpointing,
-    freeze_parameters,
-    set_attention_dropout,
-    set_training_mode,
-)
-from nearfield.training.optimizer_configs import check_sharded
+from nearfield.training.feed import Feed
+from nearfield.training.launch import Launch
 from nearfield.training.step import MakeFeatures, Work, cut_work
-from nearfield.training.teacher_scores import TeacherScores
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from sentence_transformers import SentenceTransformer
 
-logger = logging.getLogger("nearfield.training")
-
 Tokens = np.ndarray[tuple[int], np.dtype[np.int32]]
-
-
-Pictures = Callable[[Rows], "Sequence[Image | None]"]
-"""Item rows -> their pictures, RGB."""
 
 
 class EmbeddingModule(nn.Module):
@@ -80,33 +57,21 @@ class Engine:
     encoder: SentenceTransformer
     objective: Objective
     launch: Launch
-    tokens: TokenCache
+    feed: Feed
     packing: PackingKind | None
     """How texts are packed, none where they are padded."""
     by_prompt: bool
     """Whether a chunk must have one prompt, since the pooling leaves it out."""
     dimension: int
-    guide: VectorsOf | None = None
-    """A guide's vectors of the items of the data, where the objective asks for them."""
-    weights: Floats | None = None
-    """What each example of the data counts, by its row; none where all count alike."""
-    teacher_scores: TeacherScores | None = None
-    """What the miner's teacher gave, where the objective learns from it."""
-    views: int | None = None
-    """How often each query is encoded where a batch is its queries alone; none where it is not."""
-    token_task: TokenTask | None = None
-    """What hides tokens and gives the losses on them, where the objective asks for that."""
     queue: MemoryQueue | None = None
     """Positives of earlier steps, where the objective asks for them."""
-    pictures: Pictures | None = None
-    """The pictures of items, where the data has some."""
     ring: bool = False
     """Whether ranks pass their parts round instead of gathering them."""
 
     @property
     def columns(self) -> int:
         """The width of what the module gives for each text in a step: its embedding, and losses of its tokens."""
-        return self.dimension + (0 if self.token_task is None else self.token_task.columns)
+        return self.dimension + (0 if self.feed.token_task is None else self.feed.token_task.columns)
 
     @property
     def retries_in_place(self) -> bool:
@@ -128,17 +93,17 @@ class Engine:
         lengths = np.zeros(len(pool.items), dtype=np.int64)
         for prompt in np.unique(pool.prompts):
             mine = pool.prompts == prompt
-            lengths[mine] = self.tokens.tables[int(prompt)].lengths(pool.items[mine])
+            lengths[mine] = self.feed.tokens.tables[int(prompt)].lengths(pool.items[mine])
         return lengths
 
     def images(self, pool: Pool) -> Bools | None:
         """(n,) which items of the pool go to the encoder of pictures; none where all are texts."""
-        if self.pictures is None:
+        if self.feed.pictures is None:
             return None
         found = np.zeros(len(pool.items), dtype=bool)
         for prompt in np.unique(pool.prompts):
             mine = pool.prompts == prompt
-            found[mine] = self.tokens.tables[int(prompt)].are_images(pool.items[mine])
+            found[mine] = self.feed.tokens.tables[int(prompt)].are_images(pool.items[mine])
         return found
 
     def work(
@@ -159,7 +124,7 @@ class Engine:
             rank=self.launch.rank,
             world_size=self.launch.world_size,
             first_number=first_number,
-            guide=self.guide,
+            guide=self.feed.guide,
             queue=None if self.queue is None else self.queue.queued(),
             ring=self.ring,
         )
@@ -167,19 +132,23 @@ class Engine:
 
     def pool(self, batch: Batch) -> Pool:
         """The texts of a planned batch, with what its examples count."""
-        pool = pool_batch(batch) if self.views is None else pool_views(batch, self.views)
-        if self.token_task is not None:
-            pool = replace(pool, token_columns=self.token_task.columns)
-        if self.weights is not None:
-            pool = replace(pool, weights=self.weights[batch.example])
+        pool = pool_batch(batch) if self.feed.views is None else pool_views(batch, self.feed.views)
+        if self.feed.token_task is not None:
+            pool = replace(pool, token_columns=self.feed.token_task.columns)
+        if self.feed.weights is not None:
+            pool = replace(pool, weights=self.feed.weights[batch.example])
         if self.objective.wants_tokens:
             pool = replace(pool, query_tokens=self._query_tokens(pool))
-        return pool if self.teacher_scores is None else replace(pool, teacher_scores=self.teacher_scores.of(batch))
+        return (
+            pool
+            if self.feed.teacher_scores is None
+            else replace(pool, teacher_scores=self.feed.teacher_scores.of(batch))
+        )
 
     def _query_tokens(self, pool: Pool) -> Rows:
         """(Q, T) tokens of the queries' whole texts, padded with -1."""
         where = zip(pool.prompts[pool.queries].tolist(), pool.items[pool.queries].tolist(), strict=True)
-        rows = [self.tokens.tables[prompt].tokens(item) for prompt, item in where]
+        rows = [self.feed.tokens.tables[prompt].tokens(item) for prompt, item in where]
         if any(self._are_pictures([row]) for row in rows):
             raise BadInputError("this objective decodes texts, and some queries are pictures", where="objective")
         found = np.full((len(rows), max(len(row) for row in rows)), -1, dtype=np.int64)
@@ -193,29 +162,29 @@ class Engine:
         queries[pool.queries] = True
 
         def features(chunk: Rows) -> Features:
-            rows = [self.tokens.tables[int(pool.prompts[i])].tokens(int(pool.items[i])) for i in chunk]
-            prompt_length = self.tokens.tables[int(pool.prompts[chunk[0]])].prompt_length
+            rows = [self.feed.tokens.tables[int(pool.prompts[i])].tokens(int(pool.items[i])) for i in chunk]
+            prompt_length = self.feed.tokens.tables[int(pool.prompts[chunk[0]])].prompt_length
             if self.objective.deleted and not self._are_pictures(rows):
                 rows = [delete_tokens(row, self.objective.deleted, prompt_length) for row in rows]
-            if self.token_task is None:
+            if self.feed.token_task is None:
                 return self.item_features(pool.items[chunk], rows, prompt_length)
             keys = [(seed, step, int(pool.items[i]), int(pool.prompts[i])) for i in chunk]
             side = self.encoder.tokenizer.padding_side if self.padded else "right"
             device, chosen = self.backend.device, queries[chunk].tolist()
-            read, targets = self.token_task.hide(rows, keys, chosen, prompt_length, side, device)
+            read, targets = self.feed.token_task.hide(rows, keys, chosen, prompt_length, side, device)
             return {**self.features(read, prompt_length), TARGETS: targets}
 
         return features
 
     def _are_pictures(self, rows: list[Tokens]) -> bool:
         """Whether these are the entries of pictures in the token cache."""
-        return self.pictures is not None and len(rows) > 0 and bool(rows[0][0] == IMAGE)
+        return self.feed.pictures is not None and len(rows) > 0 and bool(rows[0][0] == IMAGE)
 
     def item_features(self, items: Rows, rows: list[Tokens], prompt_length: int) -> Features:
         """Items of one modality with what the token cache says of them -> what the encoder takes."""
-        if self.pictures is None or not self._are_pictures(rows):
+        if self.feed.pictures is None or not self._are_pictures(rows):
             return self.features(rows, prompt_length)
-        pictures = [picture for picture in self.pictures(items) if picture is not None]
+        pictures = [picture for picture in self.feed.pictures(items) if picture is not None]
         assert len(pictures) == len(items)
         return image_features(self.encoder, pictures, self.backend.device)
 
@@ -243,196 +212,3 @@ def delete_tokens(row: Tokens, share: float, prompt_length: int) -> Tokens:
     kept[: max(1, prompt_length)] = True
     kept[-1] = True
     return row[kept]
-
-
-def check_token_task(backend: BackendName) -> None:
-    """Refuse losses on tokens where parameters are taken apart: a head shares its matrix with the table of embeddings."""
-    if backend not in ("single", "ddp"):
-        raise BadInputError(
-            f"losses on tokens share a matrix between embeddings and head, which {backend} would take apart",
-            where="objective",
-            hint="Use training.backend=ddp.",
-        )
-
-
-def check_can_train(config: TrainingConfig, launch: Launch, *, adapter: bool, token_task: bool = False) -> None:
-    """Refuse, before any data is built, what this rank could never train: ``adapter`` and ``token_task`` say what it has."""
-    name = check_launch(config.backend, launch)
-    if token_task:
-        check_token_task(name)
-    device = pick_device(config, launch)
-    check_sharded(config.optimizer, name)
-    if name == "fsdp2" and adapter and pick_precision(config, device) == "bf16-pure":
-        raise BadInputError(
-            "FSDP2 shards parameters of one type; bf16-pure holds the base in bfloat16 and the adapter in float32",
-            where="training.precision",
-            hint="Use training.precision=bf16-mixed, or another backend.",
-        )
-    if name.startswith("zero"):
-        from nearfield.training.backends.zero import check_deepspeed
-
-        check_deepspeed(name, launch.world_size)
-
-
-def pick_device(config: TrainingConfig, launch: Launch) -> torch.device:
-    """The device of this rank; ``auto`` follows accelerate's ``use_cpu``."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise BadInputError("training.device is cuda, but no CUDA device is here", hint="Use training.device=auto.")
-    unwanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    if config.device == "cpu" or not torch.cuda.is_available() or (config.device == "auto" and unwanted):
-        return torch.device("cpu")
-    if launch.local_rank >= torch.cuda.device_count():
-        raise BadInputError(
-            f"local rank {launch.local_rank} has no GPU: {torch.cuda.device_count()} are here",
-            hint="Start one process a GPU.",
-        )
-    return torch.device("cuda", launch.local_rank)
-
-
-def pick_precision(config: TrainingConfig, device: torch.device) -> str:
-    """``fp32``, ``bf16-mixed`` or ``bf16-pure``."""
-    if config.precision != "auto":
-        return config.precision
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16-mixed" if native else "fp32"
-
-
-def leaves_prompt_out(model: nn.Module) -> bool:
-    """Whether a pooling of the model skips the prompt's tokens, so that a chunk must have one prompt."""
-    return any(getattr(module, "include_prompt", True) is False for module in model.modules())
-
-
-def build_engine(
-    config: TrainingConfig,
-    encoder: SentenceTransformer,
-    objective: Objective,
-    make_optimizer: MakeOptimizer,
-    tokens: TokenCache,
-    device: torch.device,
-    launch: Launch,
-    *,
-    guide: VectorsOf | None = None,
-    weights: Floats | None = None,
-    teacher_scores: TeacherScores | None = None,
-    views: int | None = None,
-    token_task: TokenTask | None = None,
-    pictures: Pictures | None = None,
-) -> Engine:
-    """Put the model on its devices; the process group of several ranks must exist.
-
-    ``guide``, ``weights``, ``teacher_scores``, ``views``, ``token_task`` and ``pictures`` are those of :class:`Engine`.
-    """
-    name = asked_backend(config.backend, launch.world_size)
-    check_sharded(config.optimizer, name)
-    if token_task is not None:
-        check_token_task(name)
-        if pictures is not None:
-            raise BadInputError("tokens are told of texts, and the data has pictures", where="objective")
-    if config.exchange == "ring":
-        check_ring(objective)
-    freeze_parameters(encoder.named_parameters(), config.freeze)
-    if config.gradient_checkpointing:
-        enable_checkpointing(encoder)
-    if config.attention_dropout is not None:
-        set_attention_dropout(encoder, config.attention_dropout)
-    packing = None
-    if config.packing == "auto":
-        packing = packing_kind(encoder.to(device), device, bf16=pick_precision(config, device) == "bf16-mixed")
-    use_fast_dropout(encoder)
-    # A head that is tied to the table of embeddings gives all of its rows a gradient.
-    if name in ("single", "ddp") and token_task is None:
-        sparse_embedding_gradients(encoder)
-    set_training_mode(encoder, dropout=config.dropout)
-    if config.compile:
-        compile_transformer(encoder)
-    module = EmbeddingModule(encoder, objective, token_task)
-    dimension = encoder.get_embedding_dimension()
-    if dimension is None:
-        raise BadInputError("this model does not say how wide its embeddings are", where="encoder.model")
-    backend = open_backend(name, config, module, make_optimizer, device, launch)
-    backend.verify()
-    if pictures is not None and backend.same_chunk_count and launch.world_size > 1:
-        raise BadInputError(
-            f"with {name} all ranks go through the same layers at once, and with two towers one rank has a picture where "
-            "another has a text",
-            where="training.backend",
-            hint="Use ddp.",
-        )
-    if launch.is_main:
-        precision = pick_precision(config, device)
-        logger.info("Backend %s in effect on %d process(es), %s, %s", name, launch.world_size, device.type, precision)
-    by_prompt = leaves_prompt_out(encoder) or token_task is not None
-    return Engine(
-        backend,
-        encoder,
-        objective,
-        launch,
-        tokens,
-        packing,
-        by_prompt,
-        dimension,
-        guide=guide,
-        weights=weights,
-        queue=open_queue(config, objective),
-        ring=launch.world_size > 1 and config.exchange == "ring",
-        teacher_scores=teacher_scores,
-        views=views,
-        token_task=token_task,
-        pictures=pictures,
-    )
-
-
-def check_ring(objective: nn.Module) -> None:
-    """Refuse an objective that cannot be computed while parts of a batch are passed round."""
-    known = isinstance(objective, InfoNCE)
-    if isinstance(objective, InfoNCE) and can_ring(objective.config) and not objective.config.queue:
-        return
-    raise BadInputError(
-        "a spread-out regulariser and a queue look at all embeddings of a batch, which a ring never brings together"
-        if known
-        else "this objective looks at all embeddings of a batch, which a ring never brings together",
-        where="training.exchange",
-        hint="Use training.exchange=gather.",
-    )
-
-
-def open_queue(config: TrainingConfig, objective: nn.Module) -> MemoryQueue | None:
-    """The memory that the objective asks for, empty; none where it asks for none."""
-    sizes = [part.config.queue for part in objective.modules() if isinstance(part, InfoNCE)]
-    if not any(sizes):
-        return None
-    if config.averaged_batches > 1:
-        raise BadInputError(
-            "a queue takes in whole batches, which training.averaged_batches cuts",
-            where="training.averaged_batches",
-            hint="Leave it at 1: a large batch fits by gradient caching.",
-        )
-    return MemoryQueue(max(sizes))
-
-
-def open_backend(
-    name: BackendName,
-    config: TrainingConfig,
-    module: EmbeddingModule,
-    make_optimizer: MakeOptimizer,
-    device: torch.device,
-    launch: Launch,
-) -> Backend:
-    """The backend of a name."""
-    precision = pick_precision(config, device)
-    mixed = precision == "bf16-mixed"
-    world = launch.world_size
-    if name in ("single", "ddp"):
-        from nearfield.training.backends.replicated import ReplicatedBackend
-
-        return ReplicatedBackend(module, make_optimizer, device, world, mixed)
-    if world == 1:
-        raise wants_several(name)
-    if name == "fsdp2":
-        from nearfield.training.backends.fsdp2 import Fsdp2Backend
-
-        return Fsdp2Backend(module, list(module.objective.parameters()), make_optimizer, device, world, mixed)
-    from nearfield.training.backends.zero import ZeroBackend
-
-    bf16 = precision.startswith("bf16")
-    return ZeroBackend(name, module, make_optimizer, device, world, bf16, config.max_gradient_norm)

@@ -62,7 +62,7 @@ def encode_texts(
 
 def encode_items(engine: Engine, prompt: int, items: Rows, budget: int, stop: Callable[[], bool]) -> Embeddings:
     """(n, d) embeddings of items of the token cache with the prompt of this number; else as :func:`encode_texts`."""
-    table = engine.tokens.tables[prompt]
+    table = engine.feed.tokens.tables[prompt]
     tokens = [table.tokens(int(item)) for item in items]
     return _encode(engine, tokens, table.prompt_length, budget, stop, items)
 
@@ -87,7 +87,7 @@ def _encode(
 
     lengths = np.asarray([len(row) for row in tokens], dtype=np.int64)
     apart = None
-    if items is not None and engine.pictures is not None:
+    if items is not None and engine.feed.pictures is not None:
         apart = np.asarray([row[0] == IMAGE for row in tokens], dtype=np.int64)
     chunks = cut_chunks(lengths, budget, apart, padded=engine.padded)
     found = np.empty((len(tokens), engine.dimension), dtype=np.float32)

@@ -7,14 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nearfield.batching.plan import Batch, Plan
-from nearfield.batching.planner import Rows, VectorsOf
-from nearfield.batching.rows import Floats
-from nearfield.data.tokens import TokenCache
-from nearfield.encoders.token_task import TokenTask
-from nearfield.training.engine import Pictures
+from nearfield.batching.planner import Rows
 from nearfield.training.evaluating import Evaluate
+from nearfield.training.feed import Feed
 from nearfield.training.negatives import NegativeInputs
-from nearfield.training.teacher_scores import TeacherScores
 
 
 @dataclass(frozen=True)
@@ -24,7 +20,7 @@ class TrainingInputs:
     plans: Sequence[Plan]
     """One an epoch."""
     plan_hashes: Sequence[str]
-    tokens: TokenCache
+    feed: Feed
     known_positives: Callable[[int], Rows]
     """Query item row -> its known positive item rows."""
     item_ids: Callable[[Rows], list[str]]
@@ -33,18 +29,6 @@ class TrainingInputs:
     """What scores the model during the training, where the configuration asks for it."""
     negatives: NegativeInputs | None = None
     """What changing negatives are made of; None where those of the plans stay."""
-    guide: VectorsOf | None = None
-    """A guide's vectors of the items, where the objective asks for them."""
-    teacher_scores: TeacherScores | None = None
-    """What the miner's teacher gave, where the objective learns from it."""
-    views: int | None = None
-    """How often each query is encoded where a batch is its queries alone; None where it is not."""
-    token_task: TokenTask | None = None
-    """What hides tokens and gives the losses on them, where the objective asks for that."""
-    pictures: Pictures | None = None
-    """The pictures of items, where the data has some."""
-    weights: Floats | None = None
-    """What each example of the data counts, by its row; None where all count alike."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What trackers show beside the figures: the run's name and settings."""
 

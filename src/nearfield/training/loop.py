@@ -8,7 +8,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -19,7 +19,6 @@ from nearfield.objectives.watching import similarities
 from nearfield.training.checkpoint import CheckpointWriter, checkpoint_paths
 from nearfield.training.communication import any_rank
 from nearfield.training.config import TrainingConfig
-from nearfield.training.engine import build_engine, pick_device, pick_precision
 from nearfield.training.evaluating import Evaluations, InterruptedEvaluationError
 from nearfield.training.forecast import begin_forecast, end_forecast
 from nearfield.training.gradient import batch_gradient
@@ -29,7 +28,8 @@ from nearfield.training.memory import Budget
 from nearfield.training.metrics import TrainingProgress, used_memory
 from nearfield.training.negatives import open_negatives
 from nearfield.training.non_finite import non_finite_error
-from nearfield.training.optimizers import make_optimizer
+from nearfield.training.opening import build_engine, pick_device, pick_precision
+from nearfield.training.optimizers import optimizer_of
 from nearfield.training.out_of_memory import ShrinkBudget, halve_budget, stops_for_memory
 from nearfield.training.resuming import resume
 from nearfield.training.schedule import rate_factor
@@ -121,25 +121,7 @@ def _train(
 ) -> TrainingResult:
     checkpoints = run / "checkpoints"
     identity = {"fingerprint": fingerprint, "plans": list(inputs.plan_hashes), "seed": seed}
-
-    def optimizer_of(parameters: Any) -> torch.optim.Optimizer:
-        return make_optimizer(parameters, config, device, no_decay=lambda name: name.startswith("objective."))
-
-    engine = build_engine(
-        config,
-        model,
-        objective,
-        optimizer_of,
-        inputs.tokens,
-        device,
-        launch,
-        guide=inputs.guide,
-        weights=inputs.weights,
-        teacher_scores=inputs.teacher_scores,
-        views=inputs.views,
-        token_task=inputs.token_task,
-        pictures=inputs.pictures,
-    )
+    engine = build_engine(config, model, objective, optimizer_of(config, device), inputs.feed, device, launch)
     backend = engine.backend
     saved, extra = resume(engine, checkpoints, identity, steps)
     first = int(saved["step"]) if saved is not None else 0

@@ -123,7 +123,7 @@ def _measure(engine: Engine, batch: Batch, known_positives: Callable[[int], Rows
     learnt = [p for p in engine.objective.parameters() if p.requires_grad]
 
     def run(look: Callable[[], None]) -> None:
-        contrastive = contrastive_batch(pool, leaf, known, draw=0, guide=engine.guide)
+        contrastive = contrastive_batch(pool, leaf, known, draw=0, guide=engine.feed.guide)
         loss = engine.objective.forward(contrastive)
         torch.autograd.grad(loss.total / loss.denominator, [leaf, *learnt])
 

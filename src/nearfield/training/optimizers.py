@@ -11,6 +11,7 @@ from torch import nn
 
 from nearfield.encoders.layers import EMBEDDING, LAYER
 from nearfield.errors import BadInputError
+from nearfield.training.backends.common import MakeOptimizer
 from nearfield.training.config import TrainingConfig
 
 
@@ -58,6 +59,11 @@ def make_optimizer(
     # What is decayed first, fast before slow: the same order whatever the order of the model's modules.
     ordered = sorted(groups.values(), key=lambda group: (not group.decayed, not group.hidden, -group.factor))
     return config.optimizer.build(ordered, config.learning_rate, device)
+
+
+def optimizer_of(config: TrainingConfig, device: torch.device) -> MakeOptimizer:
+    """The recipe's optimiser as backends ask for it; what the objective learns is not decayed."""
+    return lambda named: make_optimizer(named, config, device, no_decay=lambda name: name.startswith("objective."))
 
 
 def layer_factors(names: Sequence[str], decay: float) -> dict[str, float]:
