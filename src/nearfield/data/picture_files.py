@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any
 
 import pyarrow as pa
 
@@ -14,6 +13,7 @@ from nearfield.data.examples import PictureItem
 from nearfield.data.items import item_id
 from nearfield.data.picture_config import ImagesConfig
 from nearfield.data.pictures import ImageRef, decode, encode
+from nearfield.data.writing import BatchWriter
 
 _BATCH_BYTES = 16 << 20
 _BATCH_ROWS = 4096
@@ -42,7 +42,7 @@ class Picture:
     original: tuple[int, int] = (0, 0)
 
 
-class PictureWriter:
+class PictureWriter(BatchWriter):
     """Gives each picture its row number and writes it once.
 
     Pictures with equal pixels are one, whatever their files hold. Held in memory: the ids and row numbers, about 170 bytes
@@ -50,20 +50,11 @@ class PictureWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._writer = pa.ipc.new_stream(str(path), PICTURES_SCHEMA)
+        super().__init__(path, PICTURES_SCHEMA)
         self._by_file: dict[bytes, int] = {}
         self._by_pixels: dict[bytes, int] = {}
         self._open: list[Picture] = []
         self._bytes = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._flush()
-        self._writer.close()
 
     def knows(self, raw_id: bytes) -> bool:
         """Whether the picture of this file is written."""
@@ -84,17 +75,14 @@ class PictureWriter:
         self._by_file[picture.raw_id] = row
         return row
 
-    def _flush(self) -> None:
-        if self._open:
-            columns = [
-                [picture.id for picture in self._open],
-                [picture.data for picture in self._open],
-                *([picture.size[side] for picture in self._open] for side in (0, 1)),
-                *([picture.original[side] for picture in self._open] for side in (0, 1)),
-            ]
-            arrays = [pa.array(values, field.type) for values, field in zip(columns, PICTURES_SCHEMA, strict=True)]
-            self._writer.write_batch(pa.record_batch(arrays, schema=PICTURES_SCHEMA))
-        self._open, self._bytes = [], 0
+    def _take(self) -> list[list[Any]]:
+        rows, self._open, self._bytes = self._open, [], 0
+        return [
+            [picture.id for picture in rows],
+            [picture.data for picture in rows],
+            *([picture.size[side] for picture in rows] for side in (0, 1)),
+            *([picture.original[side] for picture in rows] for side in (0, 1)),
+        ]
 
 
 class Preparer:
