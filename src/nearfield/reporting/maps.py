@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from nearfield.reporting import text
-from nearfield.reporting.svg import WIDTH
+from nearfield.reporting.svg import WIDTH, chart_svg, words_at
 
 COLOURS = 6
 """Labels with a colour of their own; the rarer ones share the last style."""
 MAP_HEIGHT = 400
-_NOTHING = Markup("")
 
 
 def clustered(values: Sequence[Sequence[float]]) -> list[int]:
@@ -40,8 +39,8 @@ def heat_map(
     parts = []
     for i, row in enumerate(order):
         y = top + side * i
-        parts.append(_words(left - 8, y + side / 2 + 4, "end", _short(names[row], 18)))
-        parts.append(_words(left + side * (i + 0.5), top + side * len(order) + 18, "middle", str(i + 1)))
+        parts.append(words_at(left - 8, y + side / 2 + 4, "end", _short(names[row], 18)))
+        parts.append(words_at(left + side * (i + 0.5), top + side * len(order) + 18, "middle", str(i + 1)))
         for j, column in enumerate(order):
             value = values[row][column]
             if value is None:
@@ -60,7 +59,7 @@ def heat_map(
         for b in order[:i]
         if (value := values[a][b]) is not None
     )
-    return _svg(key, title, told or "One model.", height, parts)
+    return chart_svg(key, title, told or "One model.", height, parts)
 
 
 def scatter(key: str, title: str, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> Markup:
@@ -80,7 +79,7 @@ def scatter(key: str, title: str, points: Sequence[tuple[float, float]], labels:
     for i, label in enumerate(kinds):
         x, y = 12 + (i % 2) * WIDTH / 2, 14.0 + 18 * (i // 2)
         parts.append(_mark(style_of.get(label, "m0"), x, y - 4))
-        parts.append(_words(x + 10, y, "start", _short(label, 32)))
+        parts.append(words_at(x + 10, y, "start", _short(label, 32)))
     width = (high[0] - low[0]) * scale
     for (x, y), label in zip(points, labels, strict=True):
         place = (WIDTH - width) / 2 + (x - low[0]) * scale, top + 10 + (high[1] - y) * scale
@@ -89,7 +88,7 @@ def scatter(key: str, title: str, points: Sequence[tuple[float, float]], labels:
         f"{count} {label}" for label, count in Counter(labels).most_common(8)
     )
     height = top + 20 + (high[1] - low[1]) * scale
-    return _svg(key, title, f"{described}.", height, parts, Markup(' data-map="{}"').format(key))
+    return chart_svg(key, title, f"{described}.", height, parts, Markup(' data-map="{}"').format(key))
 
 
 def _mark(style: str, x: float, y: float) -> Markup:
@@ -101,18 +100,3 @@ def _short(words: str, length: int) -> str:
     if len(words) <= length:
         return words
     return f"…{words[1 - length :]}" if "/" in words else f"{words[: length - 1]}…"
-
-
-def _words(x: float, y: float, anchor: str, words: str) -> Markup:
-    return Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, words)
-
-
-def _svg(
-    key: str, title: str, described: str, height: float, parts: Sequence[Markup], more: Markup = _NOTHING
-) -> Markup:
-    head = Markup(
-        '<svg class="chart" viewBox="0 0 {} {:.0f}" role="img" aria-labelledby="{}-title {}-text"{}>'
-        '<title id="{}-title">{}</title><desc id="{}-text">{}</desc>{}</svg>'
-    )
-    inner = Markup("").join(parts)
-    return head.format(WIDTH, height, key, key, more, key, text.visible(title), key, text.visible(described), inner)

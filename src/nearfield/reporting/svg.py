@@ -123,7 +123,7 @@ def line_chart(chart: LineChart) -> Markup:
     place = Markup(' data-chart="{}" data-box="{} {} {} {}"').format(
         chart.key, _LEFT, WIDTH - _RIGHT, top, HEIGHT - _BOTTOM
     )
-    return _svg(chart.key, chart.title, chart.description or describe(chart), HEIGHT, parts, place)
+    return chart_svg(chart.key, chart.title, chart.description or describe(chart), HEIGHT, parts, place)
 
 
 def histogram(chart: Histogram) -> Markup:
@@ -144,7 +144,7 @@ def histogram(chart: Histogram) -> Markup:
         parts.append(Markup('<path class="area {}" d="{}"/>').format(side.style, "".join(commands)))
     if len(chart.sides) > 1:
         parts.append(_legend(chart.sides))
-    return _svg(chart.key, chart.title, chart.description, HEIGHT, parts)
+    return chart_svg(chart.key, chart.title, chart.description, HEIGHT, parts)
 
 
 def interval_plot(key: str, title: str, rows: Sequence[Whisker], description: str, *, zero: bool = False) -> Markup:
@@ -166,17 +166,17 @@ def interval_plot(key: str, title: str, rows: Sequence[Whisker], description: st
     parts = []
     for tick, words in zip(scale, tick_words(scale), strict=True):
         parts.append(_rule("grid", px(tick), px(tick), 8, height - 26))
-        parts.append(_words(px(tick), height - 8, "middle", words))
+        parts.append(words_at(px(tick), height - 8, "middle", words))
     if zero:
         parts.append(_rule("cursor", px(0.0), px(0.0), 8, height - 26))
     for index, row in enumerate(rows):
         y = 12 + row_height * (index + 0.5)
         label = text.visible(row.label)
-        parts.append(_words(left - 10, y + 4, "end", label if len(label) <= 26 else f"{label[:25]}…"))
+        parts.append(words_at(left - 10, y + 4, "end", label if len(label) <= 26 else f"{label[:25]}…"))
         if row.low is not None and row.high is not None and math.isfinite(row.low) and math.isfinite(row.high):
             parts.append(_rule(f"whisker {row.style}", px(row.low), px(row.high), y, y))
         parts.append(_dot(row.style, px(row.value), y, 5))
-    return _svg(key, title, description, height, parts)
+    return chart_svg(key, title, description, height, parts)
 
 
 def describe(chart: LineChart) -> str:
@@ -192,11 +192,12 @@ def describe(chart: LineChart) -> str:
     return " ".join(sentences)
 
 
-def _svg(
+def chart_svg(
     key: str, title: str, description: str, height: float, parts: Sequence[Markup], more: Markup = _NOTHING
 ) -> Markup:
+    """A picture with its title and description in words; ``more`` are attributes."""
     head = Markup(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-title {}-text"{}>'
+        '<svg class="chart" viewBox="0 0 {} {:.0f}" role="img" aria-labelledby="{}-title {}-text"{}>'
         '<title id="{}-title">{}</title><desc id="{}-text">{}</desc>{}</svg>'
     )
     inner = Markup("").join(parts)
@@ -225,10 +226,10 @@ def _log_scale(low: float, high: float) -> Scale:
 def _axes(px: Scale, py: Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], label: str) -> Iterator[Markup]:
     for tick, words in zip(y_ticks, tick_words(y_ticks), strict=True):
         yield _rule("grid", _LEFT, WIDTH - _RIGHT, py(tick), py(tick))
-        yield _words(_LEFT - 8, py(tick) + 4, "end", words)
+        yield words_at(_LEFT - 8, py(tick) + 4, "end", words)
     for tick, words in zip(x_ticks, tick_words(x_ticks), strict=True):
-        yield _words(px(tick), HEIGHT - 22, "middle", words)
-    yield _words(WIDTH - _RIGHT, HEIGHT - 4, "end", text.visible(label))
+        yield words_at(px(tick), HEIGHT - 22, "middle", words)
+    yield words_at(WIDTH - _RIGHT, HEIGHT - 4, "end", text.visible(label))
 
 
 def _rule(style: str, x1: float, x2: float, y1: float, y2: float) -> Markup:
@@ -236,7 +237,8 @@ def _rule(style: str, x1: float, x2: float, y1: float, y2: float) -> Markup:
     return line.format(style, x1, x2, y1, y2)
 
 
-def _words(x: float, y: float, anchor: str, words: str) -> Markup:
+def words_at(x: float, y: float, anchor: str, words: str) -> Markup:
+    """Small words that start, end or have their middle at a place."""
     return Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, words)
 
 
@@ -267,6 +269,6 @@ def _legend(series: Sequence[Series]) -> Markup:
     for one in series:
         label = text.visible(one.label)
         parts.append(_rule(f"line {one.style} faint" if one.faint else f"line {one.style}", x, x + 16, 12, 12))
-        parts.append(_words(x + 21, 16, "start", label))
+        parts.append(words_at(x + 21, 16, "start", label))
         x += 40 + 7.6 * len(label)
     return Markup("").join(parts)
