@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nearfield.cli.options import RESULTS, ResultsFolder, TaskNames
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ def compare_command(
             "runs), to compare ways to train."
         ),
     ],
-    results: Annotated[Path, typer.Option("--results", help="The folder that nearfield eval filed results in.")] = Path(
-        "results"
-    ),
+    results: ResultsFolder = RESULTS,
     runs: Annotated[Path, typer.Option("--runs", help="Where the runs of recipes are looked for.")] = Path("runs"),
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="Compare with this one of the models instead of the first.")
@@ -41,7 +40,7 @@ def compare_command(
         typer.Option("--against", help="Published results: a folder of mteb's files, or 'mteb' for its repository."),
     ] = None,
     labels: Annotated[str | None, typer.Option("--labels", help="Names for the table, separated by commas.")] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Only these tasks, separated by commas.")] = None,
+    tasks: TaskNames = None,
     margin: Annotated[
         float | None, typer.Option("--margin", help="Test equivalence within this many points (of 100) too.")
     ] = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nearfield.cli.options import Overrides
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from nearfield.data.summary import DataSummary, StepSummary
 
 CACHE = Path("runs/.cache")
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value.", metavar="[KEY=VALUE]...")]
 DataRecipe = Annotated[Path, typer.Argument(help="A data recipe, a YAML file.", metavar="RECIPE")]
 StoreOrRecipe = Annotated[Path, typer.Argument(help="A built store (folder) or a data recipe.", metavar="STORE|RECIPE")]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nearfield.cli.options import RESULTS, TaskNames
 from nearfield.errors import EXIT_FAULT, BadInputError
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ def evaluate_command(
     suite: Annotated[Path, typer.Option("--suite", help="A suite YAML, or a folder of local tasks.")],
     out: Annotated[
         Path, typer.Option("--out", help="Where results are filed: <out>/<org>__<model>/<revision>.")
-    ] = Path("results"),
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Only these tasks, separated by commas.")] = None,
+    ] = RESULTS,
+    tasks: TaskNames = None,
     json_out: Annotated[
         Path | None,
         typer.Option("--json", help="Write {task: {subset: main score}} here (by model with --dims, --quantize)."),

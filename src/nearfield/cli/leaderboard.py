@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nearfield.cli.options import RESULTS, ResultsFolder, TaskNames
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -22,11 +23,9 @@ def leaderboard_command(
     models: Annotated[
         list[str] | None, typer.Argument(help="Results folders or models; all models below --results by default.")
     ] = None,
-    results: Annotated[Path, typer.Option("--results", help="The folder that nearfield eval filed results in.")] = Path(
-        "results"
-    ),
+    results: ResultsFolder = RESULTS,
     labels: Annotated[str | None, typer.Option("--labels", help="Names for the table, separated by commas.")] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Only these tasks, separated by commas.")] = None,
+    tasks: TaskNames = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the whole table here.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the table here, as Markdown.")] = None,
     samples: Annotated[int, typer.Option("--samples", help="Joint draws of all models.")] = 2_000,

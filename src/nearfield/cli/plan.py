@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nearfield.cli.default_command import DEFAULT, DefaultGroup
-from nearfield.cli.recipe import Overrides, RecipeFile
-from nearfield.cli.train import RunFolder
+from nearfield.cli.options import Overrides, RecipeFile, RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value.", metavar="[KEY=VALUE]...")]
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
+from nearfield.cli.options import Overrides, RecipeFile
 
 
 def register(app: typer.Typer) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nearfield.cli.recipe import Overrides
+from nearfield.cli.options import Overrides
 
 
 def register(app: typer.Typer) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nearfield.cli.options import RESULTS, ResultsFolder
 from nearfield.errors import EXIT_FAULT, BadInputError
 
 
@@ -18,9 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def submit_command(
     model: Annotated[str, typer.Argument(help="A results folder, or a model found below --results.")],
-    results: Annotated[Path, typer.Option("--results", help="The folder that nearfield eval filed results in.")] = Path(
-        "results"
-    ),
+    results: ResultsFolder = RESULTS,
     benchmark: Annotated[
         str | None,
         typer.Option("--benchmark", help="The benchmark whose tasks must be complete, e.g. 'MTEB(eng, v2)'."),
@@ -81,9 +80,7 @@ def card_command(
     scored: Annotated[
         str | None, typer.Option("--scores", help="A results folder or a model's name; by default the model's own.")
     ] = None,
-    results: Annotated[Path, typer.Option("--results", help="The folder that nearfield eval filed results in.")] = Path(
-        "results"
-    ),
+    results: ResultsFolder = RESULTS,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the intervals' resamples.")] = 0,
 ) -> None:
     """Write a model's scores with their intervals, prompts and versions into its card; the rest of it stays."""

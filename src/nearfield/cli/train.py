@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nearfield.cli.recipe import Overrides, RecipeFile
+from nearfield.cli.options import Overrides, RecipeFile, RunFolder
 from nearfield.errors import EXIT_BAD_INPUT, BadInputError
-
-# Not `--run`: torchrun would take that for a beginning of its own `--run-path`.
-RunFolder = Annotated[Path | None, typer.Option("--run-folder", help="The run's folder; runs/NAME by default.")]
 
 
 def register(app: typer.Typer) -> None:

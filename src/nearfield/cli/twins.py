@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nearfield.cli.options import RESULTS, ResultsFolder
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -22,9 +23,7 @@ def twins_command(
     models: Annotated[list[str], typer.Argument(help="Results folders, or models found below --results.")],
     general: Annotated[Path, typer.Option("--general", help="The general suite, or a folder of local tasks.")],
     domain: Annotated[Path, typer.Option("--domain", help="The domain's suite: tasks of the same types.")],
-    results: Annotated[Path, typer.Option("--results", help="The folder that nearfield eval filed results in.")] = Path(
-        "results"
-    ),
+    results: ResultsFolder = RESULTS,
     measures: Annotated[
         Path | None,
         typer.Option("--measures", help="JSON {measure: {task: value}}: an LLM's errors, dependency distances, ..."),

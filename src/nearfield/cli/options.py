@@ -1,0 +1,16 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value.", metavar="[KEY=VALUE]...")]
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
+# Not `--run`: torchrun would take that for a beginning of its own `--run-path`.
+RunFolder = Annotated[Path | None, typer.Option("--run-folder", help="The run's folder; runs/NAME by default.")]
+ResultsFolder = Annotated[Path, typer.Option("--results", help="The folder that nearfield eval filed results in.")]
+RESULTS = Path("results")
+TaskNames = Annotated[str | None, typer.Option("--tasks", help="Only these tasks, separated by commas.")]
