@@ -58,7 +58,7 @@ def write_negatives(
                     line = {
                         "source": pool.name,
                         "example": int(pool.examples[number]),
-                        "query": store.texts(pool.queries[number : number + 1])[0][:_SHOWN],
+                        "query": store.shown(pool.queries[number : number + 1])[0][:_SHOWN],
                         "negatives": len(result.of(number)),
                         "wanted": result.wanted,
                     }

@@ -45,7 +45,7 @@ class VectorFile:
         missing = self.ids[place] != wanted if len(self.ids) else np.ones(len(wanted), dtype=bool)
         if missing.any():
             first = int(np.flatnonzero(missing)[0])
-            text = store.texts(item_rows[first : first + 1])[0][:_SHOWN]
+            text = store.shown(item_rows[first : first + 1])[0][:_SHOWN]
             raise BadInputError(
                 f"{int(missing.sum()):,} of {len(wanted):,} items have no vector here, the first is "
                 f"{bytes(wanted[first]).hex()} ({text!r})",

@@ -112,6 +112,13 @@ class ContrastiveBatch:
         """(R,) int64: the queries whose loss this process computes."""
         return self.rows if self.rows is not None else torch.arange(len(self.queries), device=self.queries.device)
 
+    def row_places(self) -> Tensor:
+        """(Q,) int64: where each query stands among the rows of this process, -1 where another process has it."""
+        rows = self.local_rows()
+        place = torch.full((len(self.queries),), -1, dtype=torch.int64, device=rows.device)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        return place
+
     def weighed(self, losses: Tensor) -> Tensor:
         """(R,) losses of this process's rows, each times the weight of its example."""
         return losses if self.weights is None else losses * self.weights[self.local_rows()].to(losses.dtype)

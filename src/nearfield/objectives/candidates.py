@@ -49,8 +49,7 @@ def lay_out(
     """
     _complain(config, batch)
     rows = batch.local_rows()
-    place = torch.full((len(batch.queries),), NONE, dtype=torch.int64, device=rows.device)
-    place[rows] = torch.arange(len(rows), device=rows.device)
+    place = batch.row_places()
     mine = place[batch.owner] >= 0
     positives = (mine & batch.is_positive).nonzero().squeeze(1)
     wanted = mine & ~batch.is_positive

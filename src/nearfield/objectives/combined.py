@@ -69,9 +69,7 @@ class Combined(Objective):
     def forward(self, batch: ContrastiveBatch) -> LossSum:
         """This process's share of the weighted sum; the denominator is that of the whole batch."""
         rows, denominator = batch.local_rows(), batch.denominator()
-        # What no part has a use for in this batch still gets a gradient, of zero, on every process.
-        unused = [parameter.sum() * 0 for parameter in self.parameters()]
-        total = torch.stack([batch.queries.sum() * 0, batch.documents.sum() * 0, *unused]).sum()
+        total = self.zero(batch.queries, batch.documents)
         losses = batch.queries.new_zeros(len(rows))
         for objective, _, weight, some, keep in self._batches(batch):
             # Not by calling the module: ZeRO 3 would take its parameters away again behind the call.

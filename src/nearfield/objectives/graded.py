@@ -11,7 +11,6 @@ from torch.nn import functional
 from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch, LossSum
 from nearfield.objectives.objective import Objective
-from nearfield.objectives.pairs import places
 
 
 def graded_pairs(batch: ContrastiveBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +65,7 @@ class CosineRegression(Objective):
     def forward(self, batch: ContrastiveBatch) -> LossSum:
         """The sum over this process's rows."""
         owner, documents, scores = graded_pairs(batch)
-        row = places(batch)[owner]
+        row = batch.row_places()[owner]
         mine = row >= 0
         owner, documents, row = owner[mine], documents[mine], row[mine]
         cosine = functional.cosine_similarity(batch.queries[owner], batch.documents[documents])

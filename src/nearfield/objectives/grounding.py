@@ -55,9 +55,7 @@ class MCSE(Objective):
         found = self.between_texts.forward(replace(batch, queries=queries, documents=documents))
         grounded = self.grounding(batch)
         losses = self.config.weight * batch.weighed(grounded)
-        unused = [parameter.sum() * 0 for parameter in self.parameters()]
-        total = torch.stack([found.total, losses.sum(), *unused]).sum()
-        return LossSum(total, found.denominator, found.rows + losses.detach())
+        return LossSum(found.total + losses.sum() + self.zero(), found.denominator, found.rows + losses.detach())
 
     def grounding(self, batch: ContrastiveBatch) -> Tensor:
         """(R,) of this process's rows; 0 for a row without a picture."""
@@ -82,8 +80,7 @@ class MCSE(Objective):
         number = torch.full((len(has),), -1, dtype=torch.int64, device=has.device)
         number[captions] = which
         points = functional.normalize(self.image.forward(pictures).tanh(), dim=1)
-        place = torch.full((len(has),), -1, dtype=torch.int64, device=has.device)
-        place[rows] = torch.arange(len(rows), device=has.device)
+        place = batch.row_places()
         mine = captions[place[captions] >= 0]
         seconds = (batch.is_positive & (place[batch.owner] >= 0) & has[batch.owner]).nonzero().squeeze(1)
         # Of a text that somehow stands with several, each pass counts its share.

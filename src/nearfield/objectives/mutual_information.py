@@ -48,9 +48,8 @@ class CMIM(Objective):
             if self.config.weight:
                 losses = losses + self.config.weight * belonging(latents, rows, self.config.temperature)
             losses = batch.weighed(losses)
-        # The documents and, on a process without rows, the parameters still get a gradient, of zero.
-        unused = [batch.documents.sum() * 0, batch.queries.sum() * 0, *(p.sum() * 0 for p in self.parameters())]
-        return LossSum(torch.stack([losses.sum(), *unused]).sum(), batch.denominator(), losses.detach())
+        total = losses.sum() + self.zero(batch.queries, batch.documents)
+        return LossSum(total, batch.denominator(), losses.detach())
 
     def draw(self, batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
         """(Q, d) latents of all queries and the noise that they were drawn with, the same on all processes."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nearfield.objectives.batch import ContrastiveBatch
 
@@ -16,6 +17,11 @@ class Objective(nn.Module):
     """Whether the batch must bring the tokens of its queries."""
     deleted = 0.0
     """The share of a text's tokens that are left out when it is encoded."""
+
+    def zero(self, *others: Tensor) -> Tensor:
+        """0, of which all parameters and ``others`` are a part: what a process has no use for still gets a gradient, of zero,
+        as the reductions between processes want."""
+        return torch.stack([tensor.sum() * 0 for tensor in (*self.parameters(), *others)]).sum()
 
     def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
         """Figures that say how the learning goes, by name; called without gradient, now and then, by one process."""

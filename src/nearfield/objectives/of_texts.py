@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nearfield.objectives.batch import ContrastiveBatch, LossSum
 from nearfield.objectives.objective import Objective
-from nearfield.objectives.supervised import labelled_texts, row_places
+from nearfield.objectives.supervised import labelled_texts
 from nearfield.objectives.vectors import accumulation_dtype, tiles
 
 CELLS = 2**22
@@ -28,7 +28,7 @@ class OfTexts(Objective):
         """The sum over this process's rows."""
         texts, labels, owner = labelled_views(batch) if self.views else labelled_texts(batch)
         rows = batch.local_rows()
-        place = row_places(rows, len(batch.queries))
+        place = batch.row_places()
         anchors = (place[owner] >= 0).nonzero().squeeze(1)
         with torch.autocast(batch.queries.device.type, enabled=False):
             vectors = torch.cat([batch.queries, batch.documents])[texts]
@@ -37,10 +37,7 @@ class OfTexts(Objective):
             # Rows have different numbers of texts, and the caller divides by the rows.
             share = len(batch.queries) / max(1, len(texts))
             losses = batch.weighed(each.new_zeros(len(rows)).index_add(0, place[owner[anchors]], each * share))
-        # What a process without anchors has no use for still gets a gradient, of zero.
-        unused = [parameter.sum() * 0 for parameter in self.parameters()]
-        total = torch.stack([losses.sum(), vectors.sum() * 0, *unused]).sum()
-        return LossSum(total, batch.denominator(), losses.detach())
+        return LossSum(losses.sum() + self.zero(vectors), batch.denominator(), losses.detach())
 
     @abstractmethod
     def losses(self, vectors: Tensor, labels: Tensor, anchors: Tensor, batch: ContrastiveBatch) -> Tensor:

@@ -7,20 +7,10 @@ from torch import Tensor
 
 from nearfield.objectives.batch import ContrastiveBatch
 
-NONE = -1
-
-
-def places(batch: ContrastiveBatch) -> Tensor:
-    """(Q,) int64: where each query stands among the rows of this process, -1 for none."""
-    rows = batch.local_rows()
-    place = torch.full((len(batch.queries),), NONE, dtype=torch.int64, device=rows.device)
-    place[rows] = torch.arange(len(rows), device=rows.device)
-    return place
-
 
 def own_documents(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
     """(n,) documents of this process's rows, and (n,) the row of each by its place."""
-    place = places(batch)[batch.owner]
+    place = batch.row_places()[batch.owner]
     documents = (place >= 0).nonzero().squeeze(1)
     return documents, place[documents]
 

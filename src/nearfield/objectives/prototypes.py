@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nearfield.objectives.batch import ContrastiveBatch, LossSum
 from nearfield.objectives.objective import Objective
-from nearfield.objectives.supervised import labelled_texts, row_places
+from nearfield.objectives.supervised import labelled_texts
 from nearfield.objectives.vectors import accumulation_dtype, tiles
 from nearfield.randomness import derive_seed
 
@@ -40,7 +40,7 @@ class Unicom(Objective):
         """The sum over this process's rows."""
         texts, labels, owner = labelled_texts(batch)
         rows = batch.local_rows()
-        place = row_places(rows, len(batch.queries))
+        place = batch.row_places()
         mine = place[owner] >= 0
         with torch.autocast(batch.queries.device.type, enabled=False):
             vectors = torch.cat([batch.queries, batch.documents])[texts[mine]]

@@ -33,7 +33,7 @@ class SupCon(Objective):
         """The sum over this process's rows."""
         texts, labels, owner = labelled_texts(batch)
         rows = batch.local_rows()
-        place = row_places(rows, len(batch.queries))
+        place = batch.row_places()
         anchors = (place[owner] >= 0).nonzero().squeeze(1)
         with torch.autocast(batch.queries.device.type, enabled=False):
             vectors = torch.cat([batch.queries, batch.documents])[texts]
@@ -67,13 +67,6 @@ class SupCon(Objective):
         return weights / weights.mean()
 
 
-def row_places(rows: Tensor, count: int) -> Tensor:
-    """(count,) where each query stands among this process's rows, -1 where another process has it."""
-    place = torch.full((count,), -1, dtype=torch.int64, device=rows.device)
-    place[rows] = torch.arange(len(rows), device=rows.device)
-    return place
-
-
 def labelled_texts(batch: ContrastiveBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Texts with a label, each once: (n,) places among queries and then documents, (n,) labels, (n,) whose row they are of."""
     if batch.labels is None:
@@ -98,4 +91,4 @@ def labelled_texts(batch: ContrastiveBatch) -> tuple[Tensor, Tensor, Tensor]:
     return texts, labels[texts], owner[texts]
 
 
-__all__ = ["SupCon", "labelled_texts", "row_places"]
+__all__ = ["SupCon", "labelled_texts"]
