@@ -6,6 +6,7 @@ The client speaks WebSocket (RFC 6455) with the standard library alone; it needs
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -165,6 +166,21 @@ class Page:
             if time.monotonic() > end:
                 raise TimeoutError(f"never true in the page: {condition}")
             time.sleep(0.05)
+
+    def point(self, element: str, condition: str, seconds: float = 30) -> None:
+        """Move the pointer to the middle of an element until an expression is true. The element is looked for anew each time: a
+        page that is still being laid out moves it away."""
+        end = time.monotonic() + seconds
+        while True:
+            self.value(f"{element}.scrollIntoView({{behavior: 'instant', block: 'center'}})")
+            box = f"(({{left, top, width, height}}) => [left + width / 2, top + height / 2])({element}.getBoundingClientRect())"
+            x, y = self.value(box)
+            self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+            with contextlib.suppress(TimeoutError):
+                self.wait(condition, 1)
+                return
+            if time.monotonic() > end:
+                raise TimeoutError(f"never true in the page with the pointer at {x:.0f}, {y:.0f}: {condition}")
 
     def value(self, expression: str) -> Any:
         """The value of an expression in the page."""
