@@ -170,11 +170,13 @@ def test_parts_before_training_train_nothing(staged: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_stages_on_two_ranks(staged: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_stages_on_two_ranks(staged: Path, tmp_path: Path, backend: str) -> None:
     """In one launch; the last model is that of one process to the rounding of float32."""
     folder = tmp_path / "runs" / "two"
     overrides = ["training.dropout=false", "training.optimizer.kind=sgd"]
     command = [*TORCHRUN, "-m", "nearfield", "train", str(staged), *overrides, "--until", "train"]
+    command.append(f"training.backend={backend}")
     done = launch([*command, "--run-folder", str(folder)], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     alone = run_stages(open_run(staged, overrides, tmp_path / "runs" / "one"), "train").model

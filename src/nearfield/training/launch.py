@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -256,7 +257,10 @@ class Launch:
         finally:
             # In this order: should the group's end hang on a dead rank, the heartbeat ends this one.
             with contextlib.suppress(Exception):
-                dist.destroy_process_group()
+                # DeepSpeed keeps groups of its own, which a later training in these processes would find dead.
+                deepspeed = sys.modules.get("deepspeed.comm")
+                owner = deepspeed if deepspeed is not None and deepspeed.is_initialized() else dist
+                owner.destroy_process_group()
             heartbeat.stop()
 
 
