@@ -230,3 +230,10 @@ def test_commands(toy_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "valid. Trains on pairs." in printed
     assert "override seed=9" in printed
     assert json.loads((tmp_path / "s.json").read_text()) == recipe_schema()
+
+
+@pytest.mark.parametrize("objective", ["{kind: simcse}", "{kind: combined, parts: [{objective: {kind: simcse}}]}"])
+def test_two_views_want_dropout(toy_recipe: Path, objective: str) -> None:
+    check_recipe(load_recipe(toy_recipe, [f"objective={objective}"]))
+    with pytest.raises(BadInputError, match="tells a text's two embeddings apart by dropout, and it is off"):
+        check_recipe(load_recipe(toy_recipe, [f"objective={objective}", "training.dropout=false"]))

@@ -220,9 +220,14 @@ def _check_teacher(loaded: Loaded[Recipe]) -> None:
 
 
 def _check_scores(loaded: Loaded[Recipe], sources: Sequence[SourceConfig]) -> None:
-    if loaded.config.objective.views == 2 and not loaded.config.training.dropout:
+    objective = loaded.config.objective
+    try:
+        readings = objective.readings({source.name: source.examples.kind for source in sources})
+    except BadInputError as error:
+        raise BadInputError(error.what, where=loaded.where(("objective", "parts")), hint=error.hint) from error
+    if any(reading.views == 2 for reading in readings.values()) and not loaded.config.training.dropout:
         raise BadInputError(
-            f"{loaded.config.objective.kind} tells a text's two embeddings apart by dropout, and it is off",
+            f"{objective.kind} tells a text's two embeddings apart by dropout, and it is off",
             where=loaded.where(("training", "dropout")),
             hint="Set training.dropout=true.",
         )

@@ -11,7 +11,7 @@ import torch
 from nearfield.errors import BadInputError
 from nearfield.objectives import CombinedConfig
 from nearfield.objectives.combined import Combined
-from nearfield.objectives.config import Surroundings
+from nearfield.objectives.config import Reading, Surroundings
 from nearfield.objectives.kinds import PartConfig
 from tests.objectives.test_family import assert_same, build, gradients, make, mean
 
@@ -148,3 +148,39 @@ def test_what_it_learns_from() -> None:
     assert config.summary == "infonce, temperature 0.1; cosent, temperature 0.05"
     teacher = {"objective": {"kind": "distil_scores"}}
     assert CombinedConfig.model_validate({"parts": [teacher]}).needs_teacher_scores
+
+
+def parts(*found: dict[str, Any]) -> CombinedConfig:
+    return CombinedConfig.model_validate({"parts": found})
+
+
+def test_each_source_is_read_as_its_parts_want() -> None:
+    kinds = {"search": "retrieval", "pairs": "graded", "topics": "labelled", "plain": "text"}
+    config = parts(
+        {**INFONCE, "sources": ["search"]},
+        COSENT,
+        {"objective": {"kind": "carol", "delete": 0.4}},
+        {"objective": {"kind": "simcse"}, "sources": ["plain"]},
+        {"objective": {"kind": "masked_tokens"}, "sources": ["plain", "search"]},
+    )
+    expected = {"search": Reading(), "pairs": Reading(), "topics": Reading(deleted=0.4), "plain": Reading(views=2)}
+    assert config.readings(kinds) == expected
+    assert parts({"objective": {"kind": "masked_tokens"}}, COSENT).readings(kinds)["plain"] == Reading(views=1)
+    with pytest.raises(BadInputError, match="infonce and simcse do not read the texts of the source 'search' alike"):
+        parts(INFONCE, {"objective": {"kind": "simcse"}}).readings(kinds)
+
+
+def test_a_part_that_decodes_texts() -> None:
+    """CAROL of the labelled examples beside InfoNCE of the others: the batch must bring tokens, each part has its rows."""
+    around = Surroundings(kinds=KINDS, width=8, vocabulary=30)
+    carol = {"kind": "carol", "delete": 0.0, "inner": 6, "reconstruction": 0.4}
+    config = parts({**INFONCE, "sources": ["search"]}, {"objective": carol, "sources": ["pairs"]})
+    objective = config.build(SOURCES, around).double()
+    assert objective.wants_tokens and not combined(INFONCE).wants_tokens
+    batch, other = mixed()
+    tokens = torch.randint(0, 30, (len(other), 5), generator=torch.Generator().manual_seed(0))
+    batch = replace(batch, query_tokens=tokens, labels=torch.arange(len(other)) % 2)
+    alone = build(**carol, around=around)
+    alone.load_state_dict(objective.objectives[1].state_dict())
+    search = mean(build(**INFONCE["objective"]), batch.select(~other))
+    assert_same(mean(objective, batch), search + mean(alone, batch.select(other)), batch)

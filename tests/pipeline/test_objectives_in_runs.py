@@ -173,6 +173,9 @@ def test_what_does_not_fit_is_said(tmp_path: Path, tiny_model: Path, data: Path)
         train(tmp_path, tiny_model, data, "{kind: cosent}", MINING.replace(", model: TEACHER", ""))
     with pytest.raises(BadInputError, match="the objective 'cosent' learns from graded examples"):
         train(tmp_path, tiny_model, data, "{kind: cosent}", "sources: [search]")
+    twice = "{kind: combined, parts: [{objective: {kind: infonce}}, {objective: {kind: simcse}}]}"
+    with pytest.raises(BadInputError, match="infonce and simcse do not read the texts of the source 'search' alike"):
+        train(tmp_path, tiny_model, data, twice)
     with pytest.raises(BadInputError, match="has no use for one"):
         train(tmp_path, tiny_model, data, "{kind: cosent}", "guide: {kind: sentence_transformer}")
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nearfield.batching.plan import Batch
+from nearfield.objectives.config import Reading
 from nearfield.training.chunks import (
     chunk_tokens,
     cut_chunks,
     deal_chunks,
     pool_batch,
-    pool_views,
     split_batch,
     split_rows,
 )
@@ -163,10 +163,10 @@ def test_parts_of_a_batch_are_the_batch(size: int, parts: int) -> None:
     assert {part.source for part in found} == {7}
 
 
-def test_two_views_of_a_batch() -> None:
-    """Each distinct query twice, the second as the document of its own; what else the batch has is left out."""
+def repeated() -> Batch:
+    """Three examples, of which the first and the last have the same query with other prompts."""
     nothing = np.zeros(0, dtype=np.int64)
-    batch = Batch(
+    return Batch(
         np.arange(3),
         np.array([7, 5, 7]),
         [np.array([8])] * 3,
@@ -175,7 +175,11 @@ def test_two_views_of_a_batch() -> None:
         np.zeros(3, dtype=np.int64),
         4,
     )
-    pool = pool_views(batch, 2)
+
+
+def test_two_views_of_a_batch() -> None:
+    """Each distinct query twice, the second as the document of its own; what else the batch has is left out."""
+    pool = pool_batch(repeated(), [Reading(views=2)] * 3)
     assert pool.items.tolist() == [5, 7, 7, 5, 7, 7]
     assert pool.prompts.tolist() == [1, 1, 2, 1, 1, 2]
     assert pool.queries.tolist() == [1, 0, 2]
@@ -183,3 +187,22 @@ def test_two_views_of_a_batch() -> None:
     assert pool.owner.tolist() == [0, 1, 2]
     assert pool.is_positive.all()
     assert pool.source == 4
+    assert pool.deleted is None
+
+
+def test_one_view_of_a_batch() -> None:
+    pool = pool_batch(repeated(), [Reading(views=1)] * 3)
+    assert list(zip(pool.items.tolist(), pool.prompts.tolist(), strict=True)) == [(5, 1), (7, 1), (7, 2)]
+    assert pool.documents.tolist() == pool.queries.tolist() == [1, 0, 2]
+
+
+def test_examples_that_are_read_in_ways_of_their_own() -> None:
+    """The first by two views, the second with its document, the third with tokens deleted, apart from whole texts."""
+    pool = pool_batch(repeated(), [Reading(views=2), Reading(), Reading(deleted=0.5)])
+    assert pool.deleted is not None
+    encoded = list(zip(pool.items.tolist(), pool.prompts.tolist(), pool.deleted.tolist(), strict=True))
+    assert [encoded[i] for i in pool.queries] == [(7, 1, 0.0), (5, 1, 0.0), (7, 2, 0.5)]
+    assert [encoded[i] for i in pool.documents] == [(7, 1, 0.0), (8, 0, 0.0), (8, 0, 0.5)]
+    assert pool.documents[0] != pool.queries[0]
+    assert (pool.owner.tolist(), pool.is_positive.tolist()) == ([0, 1, 2], [True] * 3)
+    assert len(encoded) == 6

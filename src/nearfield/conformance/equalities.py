@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nearfield.batching.plan import SEVERAL_SOURCES
 from nearfield.conformance.counting import CountTraffic
-from nearfield.conformance.objectives import OBJECTIVES, SEVERAL, WEIGHTED
+from nearfield.conformance.objectives import OBJECTIVES, SEVERAL, VIEWS, WEIGHTED
 from nearfield.conformance.problem import CPU, Problem, difference
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings
 from nearfield.objectives.infonce import can_ring
@@ -115,7 +115,7 @@ class Suite:
     def problem(self, name: str, queries: int) -> Problem:
         """A problem with one of the objectives."""
         found = self.make(OBJECTIVES[name], queries)
-        if name == SEVERAL:
+        if name in (SEVERAL, VIEWS):
             sources = np.arange(queries) % 2
             return replace(found, batch=replace(found.batch, source=SEVERAL_SOURCES, sources=sources))
         return replace(found, weights=np.linspace(0.0, 2.0, queries)) if name == WEIGHTED else found

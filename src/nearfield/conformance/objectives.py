@@ -31,6 +31,7 @@ from nearfield.objectives.label_kinds import HiPrBERTConfig, SBCLConfig, SimLAPC
 from nearfield.objectives.more_kinds import CAROLConfig, CMIMConfig, MCSEConfig
 
 SEVERAL = "infonce and cosent at once, each of its source"
+VIEWS = "simcse of one source beside infonce of another"
 WEIGHTED = "infonce, guide mask, examples with weights"
 OBJECTIVES: dict[str, ObjectiveSettings] = {
     "infonce": InfoNCEConfig(temperature=0.1),
@@ -85,6 +86,12 @@ OBJECTIVES: dict[str, ObjectiveSettings] = {
         )
     ),
     "distillation of embeddings, projected": EmbeddingDistillationConfig(),
+    VIEWS: CombinedConfig(
+        parts=(
+            PartConfig(objective=SimCSEConfig(temperature=0.1), sources=("a",)),
+            PartConfig(objective=InfoNCEConfig(temperature=0.1), sources=("b",), weight=0.8),
+        )
+    ),
     SEVERAL: CombinedConfig(
         parts=(
             PartConfig(objective=InfoNCEConfig(temperature=0.1, learn_temperature=True), sources=("a",)),

@@ -197,7 +197,7 @@ class Problem:
             guide=self.guide,
             weights=self.weights,
             teacher_scores=self.teacher_scores,
-            views=self.objective.views,
+            readings=dict(enumerate(self.objective.readings(dict.fromkeys("ab", "retrieval")).values())),
             token_task=self.token_task(encoder),
             pictures=self.pictures,
         )

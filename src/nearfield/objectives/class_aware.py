@@ -27,7 +27,7 @@ class CAROL(Objective):
 
     def __init__(self, config: CAROLConfig, width: int, vocabulary: int) -> None:
         super().__init__()
-        self.config, self.deleted = config, config.delete
+        self.config = config
         self.contrast = SupCon(config.temperature, config.class_weights == "inverse")
         self.decoder = TokenDecoder(vocabulary, width, config.inner)
 

@@ -34,7 +34,7 @@ class Combined(Objective):
         for part in config.parts:
             names = part.sources
             if names is None and kinds:
-                names = tuple(name for name, kind in kinds.items() if kind in part.objective.learns_from)
+                names = tuple(name for name, kind in kinds.items() if part.takes(name, kind))
             missing = sorted(set(names or ()) - set(sources.values()))
             if missing:
                 known = ", ".join(sources.values()) or "none was given to the objective"
@@ -43,6 +43,7 @@ class Combined(Objective):
             self.parts.append((part, self._name(part), numbers))
             built.append(part.objective.build(sources, around))
         self.objectives = nn.ModuleList(built)
+        self.wants_tokens = any(objective.wants_tokens for objective in built)
 
     def _name(self, part: PartConfig) -> str:
         name = part.name or part.objective.kind

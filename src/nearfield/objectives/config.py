@@ -115,6 +115,17 @@ class Surroundings:
     """Of the encoder's tokens."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the texts of a source's examples are read."""
+
+    views: int | None = None
+    """How often each query is encoded (twice: with other dropout) where its examples are their queries alone; None where their
+    documents are read too."""
+    deleted: float = 0.0
+    """The share of a text's tokens that are left out when it is encoded."""
+
+
 class ObjectiveSettings(Config):
     """What the settings of every objective answer."""
 
@@ -146,9 +157,13 @@ class ObjectiveSettings(Config):
         return False
 
     @property
-    def views(self) -> int | None:
-        """How often each query is encoded (twice: with other dropout) where a batch is its queries alone; None where it is not."""
-        return None
+    def reading(self) -> Reading:
+        """How the texts that it learns from are read."""
+        return Reading()
+
+    def readings(self, kinds: Mapping[str, str]) -> dict[str, Reading]:
+        """Source -> the kind of its examples, of all that are trained on -> source -> how its texts are read."""
+        return dict.fromkeys(kinds, self.reading)
 
     @property
     def token_task(self) -> TokenTaskConfig | None:

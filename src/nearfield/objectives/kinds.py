@@ -16,6 +16,7 @@ from nearfield.objectives.config import (
     NotNegative,
     ObjectiveSettings,
     Positive,
+    Reading,
     Surroundings,
 )
 from nearfield.objectives.label_kinds import HiPrBERTConfig, SBCLConfig, SimLAPConfig
@@ -238,8 +239,8 @@ class SimCSEConfig(ObjectiveSettings):
     temperature: Positive = 0.05
 
     @property
-    def views(self) -> int:
-        return 2
+    def reading(self) -> Reading:
+        return Reading(views=2)
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> InfoNCE:
         return InfoNCEConfig(temperature=self.temperature).build()
@@ -256,8 +257,8 @@ class MaskedTokensConfig(TokenTaskConfig, ObjectiveSettings):
     kind: Literal["masked_tokens"] = "masked_tokens"
 
     @property
-    def views(self) -> int:
-        return 1
+    def reading(self) -> Reading:
+        return Reading(views=1)
 
     @property
     def token_task(self) -> TokenTaskConfig:
@@ -274,7 +275,7 @@ class MaskedTokensConfig(TokenTaskConfig, ObjectiveSettings):
         return TokenLosses([1.0] if self.decoder is None else [1.0, self.decoder.weight])
 
 
-SingleObjective = Annotated[
+Single = (
     InfoNCEConfig
     | CoSENTConfig
     | AngleConfig
@@ -283,20 +284,24 @@ SingleObjective = Annotated[
     | ScoreDistillationConfig
     | EmbeddingDistillationConfig
     | SupConConfig
-    | SigLIPConfig
-    | UnicomConfig
-    | NTXentConfig
-    | MaskedTokensConfig
+    | SBCLConfig
     | HiPrBERTConfig
-    | SimLAPConfig,
-    Field(discriminator="kind"),
-]
+    | SimLAPConfig
+    | CAROLConfig
+    | UnicomConfig
+    | SigLIPConfig
+    | SimCSEConfig
+    | MCSEConfig
+    | NTXentConfig
+    | CMIMConfig
+    | MaskedTokensConfig
+)
 
 
 class PartConfig(Config):
     """One of several objectives: its sources, and its weight over the run."""
 
-    objective: SingleObjective
+    objective: Annotated[Single, Field(discriminator="kind")]
     name: str | None = None
     """What figures call it; null takes the objective's kind."""
     sources: tuple[str, ...] | None = None
@@ -314,6 +319,10 @@ class PartConfig(Config):
         if self.begin > self.end:
             raise ValueError(f"begin {self.begin:g} is after end {self.end:g}")
         return self
+
+    def takes(self, source: str, kind: str) -> bool:
+        """Whether it learns from a source whose examples are of this kind."""
+        return kind in self.objective.learns_from if self.sources is None else source in self.sources
 
     def weight_at(self, progress: float) -> float:
         """The weight when this share of the run is done."""
@@ -345,6 +354,23 @@ class CombinedConfig(ObjectiveSettings):
     def learns_from(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(kind for part in self.parts for kind in part.objective.learns_from))
 
+    def readings(self, kinds: Mapping[str, str]) -> dict[str, Reading]:
+        found = {}
+        for name, kind in kinds.items():
+            parts = [part.objective for part in self.parts if part.takes(name, kind)]
+            # Losses on tokens are of the queries, however the other parts read the rest.
+            ways = {part.reading for part in parts if part.token_task is None} or {part.reading for part in parts}
+            if len(ways) > 1:
+                listed = " and ".join(dict.fromkeys(part.kind for part in parts if part.token_task is None))
+                raise BadInputError(
+                    f"{listed} do not read the texts of the source {name!r} alike (each query's documents or its own second"
+                    " view, with or without tokens deleted)",
+                    where="objective.parts",
+                    hint="Give each part its 'sources', or make one of them a stage of its own.",
+                )
+            found[name] = ways.pop() if ways else Reading()
+        return found
+
     @property
     def needs_guide(self) -> bool:
         return any(part.objective.needs_guide for part in self.parts)
@@ -367,27 +393,5 @@ class CombinedConfig(ObjectiveSettings):
         return Combined(self, dict(sources) if isinstance(sources, Mapping) else dict(enumerate(sources)), around)
 
 
-ObjectiveConfig = Annotated[
-    InfoNCEConfig
-    | CoSENTConfig
-    | AngleConfig
-    | CosineRegressionConfig
-    | TripletConfig
-    | ScoreDistillationConfig
-    | EmbeddingDistillationConfig
-    | SupConConfig
-    | SigLIPConfig
-    | UnicomConfig
-    | NTXentConfig
-    | HiPrBERTConfig
-    | SimLAPConfig
-    | SBCLConfig
-    | CAROLConfig
-    | CMIMConfig
-    | SimCSEConfig
-    | MaskedTokensConfig
-    | MCSEConfig
-    | CombinedConfig,
-    Field(discriminator="kind"),
-]
+ObjectiveConfig = Annotated[Single | CombinedConfig, Field(discriminator="kind")]
 """The union of all objectives' settings."""

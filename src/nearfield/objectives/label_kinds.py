@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from nearfield.errors import BadInputError
-from nearfield.objectives.config import NotNegative, ObjectiveSettings, Positive, Surroundings
+from nearfield.objectives.config import NotNegative, ObjectiveSettings, Positive, Reading, Surroundings
 
 if TYPE_CHECKING:
     from nearfield.objectives.gates import SimLAP
@@ -34,8 +34,8 @@ class SBCLConfig(ObjectiveSettings):
     """Whether the coarse part has a temperature for each class, by how wide it lies."""
 
     @property
-    def views(self) -> int:
-        return 2
+    def reading(self) -> Reading:
+        return Reading(views=2)
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> SBCL:
         from nearfield.objectives.hierarchy import Tree

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from nearfield.errors import BadInputError
-from nearfield.objectives.config import ANY_EXAMPLES, NotNegative, ObjectiveSettings, Positive, Surroundings
+from nearfield.objectives.config import ANY_EXAMPLES, NotNegative, ObjectiveSettings, Positive, Reading, Surroundings
 
 if TYPE_CHECKING:
     from nearfield.objectives.class_aware import CAROL
@@ -35,8 +35,8 @@ class MCSEConfig(ObjectiveSettings):
     """Sources whose queries are captions; null takes every text with features that are not all 0."""
 
     @property
-    def views(self) -> int:
-        return 2
+    def reading(self) -> Reading:
+        return Reading(views=2)
 
     @property
     def needs_guide(self) -> bool:
@@ -71,8 +71,8 @@ class CMIMConfig(ObjectiveSettings):
     """Width of the decoder, which is no part of the saved model."""
 
     @property
-    def views(self) -> int:
-        return 1
+    def reading(self) -> Reading:
+        return Reading(views=1)
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> CMIM:
         from nearfield.objectives.mutual_information import CMIM
@@ -94,6 +94,10 @@ class CAROLConfig(ObjectiveSettings):
     """The share of tokens that are left out of each text when it is encoded."""
     inner: Annotated[int, Field(gt=0)] = 256
     """Width of the decoder, which is no part of the saved model."""
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(deleted=self.delete)
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> CAROL:
         from nearfield.objectives.class_aware import CAROL

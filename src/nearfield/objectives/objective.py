@@ -15,8 +15,6 @@ class Objective(nn.Module):
     """Whether it holds queries and documents against each other, so that it tells something how alike they are."""
     wants_tokens = False
     """Whether the batch must bring the tokens of its queries."""
-    deleted = 0.0
-    """The share of a text's tokens that are left out when it is encoded."""
 
     def zero(self, *others: Tensor) -> Tensor:
         """0, of which all parameters and ``others`` are a part: what a process has no use for still gets a gradient, of zero,

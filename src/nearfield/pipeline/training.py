@@ -91,15 +91,21 @@ class TrainingStage(ChangingStages):
         """What the items and examples of the store are to this encoder and the recipe's objective."""
         from nearfield.training.feed import Feed
 
+        named = self.recipe.objective.readings(self._kinds())
+        readings = {number: named[s.name] for number, s in enumerate(self._store().sources) if s.name in named}
         return Feed(
             self._tokens(),
             guide=self.guide_vectors(),
             weights=self._store().weights(),
             teacher_scores=self.teacher_scores(),
-            views=self.recipe.objective.views,
+            readings=readings,
             token_task=self._token_task(encoder),
             pictures=self.pictures(),
         )
+
+    def _kinds(self) -> dict[str, str]:
+        """Source -> the kind of its examples, of the sources that are trained on."""
+        return {source.name: source.examples.kind for source in self.run.checked.sources}
 
     def _objective(self, model: SentenceTransformer) -> Objective:
         """The objective of the recipe, which may name sources, for this encoder."""
@@ -107,7 +113,7 @@ class TrainingStage(ChangingStages):
 
         labels = self._plans()[0][0].metadata.get("labels", ())
         around = Surroundings(
-            kinds={source.name: source.examples.kind for source in self.run.checked.sources},
+            kinds=self._kinds(),
             width=model.get_embedding_dimension(),
             guide_width=self.guide_width(),
             labels=len(labels),

@@ -11,13 +11,14 @@ import numpy.typing as npt
 
 from nearfield.batching.plan import SEVERAL_SOURCES, Batch
 from nearfield.batching.planner import Rows
+from nearfield.objectives.config import Reading
 
 Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The distinct (item, prompt) pairs of a batch: each is encoded once, however many roles it plays."""
+    """The distinct (item, prompt) pairs of a batch: each is encoded once, however many roles it plays, but for second views."""
 
     items: Rows
     """(n,) item rows."""
@@ -32,7 +33,7 @@ class Pool:
     is_positive: npt.NDArray[np.bool_]
     """(D,) whether the document is a positive of its owner, rather than an explicit negative."""
     labels: Rows | None = None
-    """(Q,) label of each example, -1 for none; none where the plan has none, or several sources with labels of their own."""
+    """(Q,) label of each example, -1 for none; none where the plan has none."""
     source: int | None = None
     """The source of all examples; none where they have several."""
     sources: Rows | None = None
@@ -47,44 +48,51 @@ class Pool:
     """How many numbers behind each embedding are losses of tokens."""
     query_tokens: Rows | None = None
     """(Q, T) the tokens of each query's whole text, padded with -1, where the objective asks for them."""
+    deleted: npt.NDArray[np.float64] | None = None
+    """(n,) the share of each text's tokens that are left out when it is encoded; none where all are read whole."""
 
 
-def pool_batch(batch: Batch) -> Pool:
-    """The pool of a planned batch. Documents are in the order of their owners, positives before negatives."""
-    documents = [np.concatenate([p, n]) for p, n in zip(batch.positives, batch.negatives, strict=True)]
-    counts = [len(part) for part in documents]
-    owner = np.repeat(np.arange(len(documents)), counts)
-    is_positive = np.concatenate([np.arange(n) < len(p) for n, p in zip(counts, batch.positives, strict=True)])
-    items = np.concatenate([batch.query, *documents])
-    prompts = np.concatenate([batch.query_prompt, batch.document_prompt[owner]])
-    pairs, where = np.unique(np.stack([items, prompts]), axis=1, return_inverse=True)
-    where = where.reshape(-1)
+def pool_batch(batch: Batch, readings: Sequence[Reading] | None = None) -> Pool:
+    """The pool of a planned batch; ``readings`` are those of its examples, plain ones where there are none.
+
+    Documents are in the order of their owners, positives before negatives; those of an example with views are its last view.
+    """
     size = len(batch.query)
-    source = None if batch.source == SEVERAL_SOURCES else batch.source
+    ways = [Reading()] * size if readings is None else readings
+    documents = [
+        batch.query[row : row + 1] if way.views else np.concatenate([positives, negatives])
+        for row, (way, positives, negatives) in enumerate(zip(ways, batch.positives, batch.negatives, strict=True))
+    ]
+    counts = [len(part) for part in documents]
+    owner = np.repeat(np.arange(size), counts)
+    is_positive = np.concatenate([np.arange(n) < len(p) for n, p in zip(counts, batch.positives, strict=True)])
+    views = np.asarray([way.views or 0 for way in ways])
+    is_positive |= views[owner] > 0
+    # A text is encoded apart for each view, and for each share of its tokens that is deleted.
+    shares, share = np.unique([way.deleted for way in ways], return_inverse=True)
+    key = np.stack(
+        [
+            np.concatenate([np.zeros(size, dtype=np.int64), np.maximum(views - 1, 0)[owner]]),
+            np.concatenate([share, share[owner]]),
+            np.concatenate([batch.query, *documents]),
+            np.concatenate([batch.query_prompt, np.where(views > 0, batch.query_prompt, batch.document_prompt)[owner]]),
+        ]
+    )
+    pairs, where = np.unique(key, axis=1, return_inverse=True)
+    where = where.reshape(-1)
     return Pool(
-        pairs[0],
-        pairs[1],
+        pairs[2],
+        pairs[3],
         where[:size],
         where[size:],
         owner,
         is_positive,
-        None if source is None else batch.label,
-        source,
+        batch.label,
+        None if batch.source == SEVERAL_SOURCES else batch.source,
         batch.sources,
         scores=batch.score,
+        deleted=shares[pairs[1]] if shares.any() else None,
     )
-
-
-def pool_views(batch: Batch, views: int) -> Pool:
-    """The queries of a batch alone, each text encoded once or twice: its last embedding is its positive."""
-    pairs, where = np.unique(np.stack([batch.query, batch.query_prompt]), axis=1, return_inverse=True)
-    where, size = where.reshape(-1), len(batch.query)
-    items, prompts = np.concatenate([pairs] * views, axis=1)
-    source = None if batch.source == SEVERAL_SOURCES else batch.source
-    labels = None if source is None else batch.label
-    owner, positive = np.arange(size), np.ones(size, dtype=bool)
-    documents = where + (views - 1) * pairs.shape[1]
-    return Pool(items, prompts, where, documents, owner, positive, labels, source, batch.sources, scores=batch.score)
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:

@@ -17,10 +17,11 @@ from nearfield.encoders.packing import Features, PackingKind, embed, packed_feat
 from nearfield.encoders.token_task import TARGETS, TokenTask
 from nearfield.encoders.towers import image_features
 from nearfield.errors import BadInputError
+from nearfield.objectives.config import Reading
 from nearfield.objectives.objective import Objective
 from nearfield.objectives.queue import MemoryQueue
 from nearfield.training.backends.base import Backend
-from nearfield.training.chunks import Bools, Pool, pool_batch, pool_views
+from nearfield.training.chunks import Bools, Pool, pool_batch
 from nearfield.training.feed import Feed
 from nearfield.training.launch import Launch
 from nearfield.training.step import MakeFeatures, Work, cut_work
@@ -132,7 +133,8 @@ class Engine:
 
     def pool(self, batch: Batch) -> Pool:
         """The texts of a planned batch, with what its examples count."""
-        pool = pool_batch(batch) if self.feed.views is None else pool_views(batch, self.feed.views)
+        sources = [batch.source] * len(batch.query) if batch.sources is None else batch.sources.tolist()
+        pool = pool_batch(batch, [self.feed.readings.get(source, Reading()) for source in sources])
         if self.feed.token_task is not None:
             pool = replace(pool, token_columns=self.feed.token_task.columns)
         if self.feed.weights is not None:
@@ -164,8 +166,9 @@ class Engine:
         def features(chunk: Rows) -> Features:
             rows = [self.feed.tokens.tables[int(pool.prompts[i])].tokens(int(pool.items[i])) for i in chunk]
             prompt_length = self.feed.tokens.tables[int(pool.prompts[chunk[0]])].prompt_length
-            if self.objective.deleted and not self._are_pictures(rows):
-                rows = [delete_tokens(row, self.objective.deleted, prompt_length) for row in rows]
+            if pool.deleted is not None and not self._are_pictures(rows):
+                shares = pool.deleted[chunk].tolist()
+                rows = [delete_tokens(row, share, prompt_length) for row, share in zip(rows, shares, strict=True)]
             if self.feed.token_task is None:
                 return self.item_features(pool.items[chunk], rows, prompt_length)
             keys = [(seed, step, int(pool.items[i]), int(pool.prompts[i])) for i in chunk]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nearfield.batching.planner import Rows, VectorsOf
 from nearfield.batching.rows import Floats
 from nearfield.data.tokens import TokenCache
 from nearfield.encoders.token_task import TokenTask
+from nearfield.objectives.config import Reading
 from nearfield.training.teacher_scores import TeacherScores
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class Feed:
     """What each example counts, by its row; None where all count alike."""
     teacher_scores: TeacherScores | None = None
     """What the miner's teacher gave, where the objective learns from it."""
-    views: int | None = None
-    """How often each query is encoded where a batch is its queries alone; None where it is not."""
+    readings: Mapping[int, Reading] = field(default_factory=dict)
+    """The number of a source -> how the texts of its examples are read; those that are not named are read plainly."""
     token_task: TokenTask | None = None
     """What hides tokens and gives the losses on them, where the objective asks for that."""
     pictures: Pictures | None = None
