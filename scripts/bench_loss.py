@@ -183,7 +183,7 @@ def measure(name: str, size: int, dim: int, repeats: int, check: bool, pipe: Any
         value = loss(queries, documents)
         if value.requires_grad:
             value.backward()
-        if repeat:
+        if repeat or not repeats:
             samples.append(time.process_time() - start)
         if repeat == 0:
             done.set()
@@ -212,7 +212,7 @@ def main() -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--dims", type=int, nargs="+", default=[384, 1024])
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="after one to warm up; 0 counts that one")
     parser.add_argument(
         "--check-to", type=int, default=16384, help="largest batch whose gradient is checked in float64"
     )

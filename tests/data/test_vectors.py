@@ -106,3 +106,14 @@ def test_a_folder_that_is_no_vectors(tmp_path: Path) -> None:
     (tmp_path / "v" / "meta.json").write_text('{"version": 0}')
     with pytest.raises(BadInputError, match="version 0"):
         ItemVectors.open(tmp_path / "v")
+
+
+def test_zeros_stay_zeros_where_they_may_be(tmp_path: Path) -> None:
+    def some(role: str, rows: Any) -> Any:
+        return np.where((rows % 2 == 0)[:, None], 0.0, encode(role, rows))
+
+    vectors = build_vectors(WANTED, some, tmp_path / "v", "p", zeros=True).of("document", np.arange(2, 60))
+    assert not vectors[::2].any()
+    np.testing.assert_array_equal(vectors[1::2], true("document", range(3, 60, 2)))
+    with pytest.raises(BadInputError, match="not finite"):
+        build_vectors(WANTED, lambda role, rows: np.full((len(rows), 3), np.nan), tmp_path / "n", "p", zeros=True)

@@ -6,6 +6,8 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,8 @@ from nearfield.training.metrics import read_metrics
 from nearfield.training.model_options import freeze_parameters
 from tests.encoders.tiny import save_tiny
 
-METHODS = sorted((Path(__file__).parents[2] / "training" / "recipes" / "methods").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+METHODS = sorted((ROOT / "training" / "recipes" / "methods").glob("*.yaml"))
 SOURCES = """\
 name: small
 sources:
@@ -48,6 +51,8 @@ sources:
 """
 ARCHITECTURES = {"llm2vec": "llama", "udever": "bloom"}
 """The others train a BERT."""
+DATA = {"align": "emoji", "mcse": "captions"}
+"""Recipes that want pictures or captions train on data that is in the package."""
 SETTINGS = {
     "b3": ["batches.community_size=4", "batches.rank_from=3", "batches.rank_to=40"],
     # The lists of a random teacher are much alike, and no batch holds an item twice.
@@ -87,6 +92,7 @@ def test_there_are_recipes() -> None:
     names = {path.stem for path in METHODS}
     assert names >= {
         "adapters",
+        "align",
         "b3",
         "conan",
         "e5",
@@ -95,6 +101,7 @@ def test_there_are_recipes() -> None:
         "kalm-v2",
         "lg-anna",
         "llm2vec",
+        "mcse",
         "nv-embed",
         "retromae",
         "rzenembed",
@@ -142,17 +149,47 @@ def test_udever_trains_biases_alone_and_texts_end_with_the_end_token(tmp_path: P
         freeze_parameters(llama.model.named_parameters(), recipe.training.freeze)
 
 
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a tiny ResNet gives for the pictures of the emoji, by the script that MCSE's recipe names."""
+    from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetModel
+
+    folder = tmp_path_factory.mktemp("features")
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(folder / "vision")
+    ConvNextImageProcessorPil(size={"shortest_edge": 32}).save_pretrained(folder / "vision")
+    data, out = ROOT / "data_recipes", folder / "captions.npy"
+    arguments = [str(data / "emoji.yaml"), "--captions", str(data / "captions.yaml"), "--model", str(folder / "vision")]
+    command = [sys.executable, str(ROOT / "scripts" / "picture_features.py"), *arguments, "--out", str(out)]
+    done = subprocess.run([*command, "--cache", str(folder / "cache")], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1,846 of 58,576 texts have pictures (1,846)" in done.stdout
+    return out
+
+
+def test_features_want_pictures(tmp_path: Path) -> None:
+    data = ROOT / "data_recipes"
+    command = [sys.executable, str(ROOT / "scripts" / "picture_features.py"), str(data / "wordnet-texts.yaml")]
+    command += ["--captions", str(data / "captions.yaml"), "--model", "nowhere", "--cache", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, "this data has no pictures" in done.stderr) == (2, True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
-def test_a_recipe_trains_ten_steps(path: Path, small: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_recipe_trains_ten_steps(
+    path: Path, small: Path, tiny_model: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """On a tiny model of its architecture, after a dry run that finds nothing in the way."""
     architecture = ARCHITECTURES.get(path.stem)
     model = tiny_model if architecture is None else save_model(tmp_path / "tiny", architecture)
     text = path.read_text().partition("\nevaluation:")[0]
     for before, after in (SMALLER | dict.fromkeys(BASES, str(model))).items():
         text = text.replace(before, after)
+    if path.stem == "mcse":
+        text = re.sub("documents: .*captions.npy", f"documents: {request.getfixturevalue('features')}", text)
+    data = ROOT / "data_recipes" / f"{DATA[path.stem]}.yaml" if path.stem in DATA else small
     recipe = tmp_path / path.name
-    recipe.write_text(re.sub(r"(?m)^( *data:) .*$", rf"\1 {small}", text))
+    recipe.write_text(re.sub(r"(?m)^( *data:) .*$", rf"\1 {data}", text))
     config = load_recipe(recipe).config
     overrides = ["encoder.max_length=64", "training.max_steps=10", "training.trackers=[]", "training.epochs=10"]
     if "batches" in config.model_fields_set:

@@ -107,6 +107,7 @@ def build_vectors(
     shared: bool = False,
     shard: int = SHARD,
     divide: Callable[[Callable[[int], None]], None] | None = None,
+    zeros: bool = False,
 ) -> ItemVectors:
     """Encode the wanted item rows of each role into the folder ``out``.
 
@@ -114,7 +115,8 @@ def build_vectors(
     called :func:`encode_share` for the rest.
 
     ``shared`` says that a vector does not depend on the role: then each item is encoded once. ``about`` is kept in
-    ``meta.json``. Vectors are brought to length 1; one that is not finite or is zero is an error that names its item.
+    ``meta.json``. Vectors are brought to length 1; one that is not finite, or is zero unless ``zeros`` may be, is an error that
+    names its item.
     """
     tables = _tables(wanted, shared)
     parts, plan = _parts(out), _plan(tables, fingerprint, shard)
@@ -123,9 +125,9 @@ def build_vectors(
         parts.mkdir(parents=True)
         write_json(parts / "plan.json", plan)
     if divide is not None:
-        divide(lambda ranks: _encode(tables, encode, parts, shard, (0, ranks)))
+        divide(lambda ranks: _encode(tables, encode, parts, shard, (0, ranks), zeros))
     # All of it, or what others were asked for and could not put here.
-    _encode(tables, encode, parts, shard, (0, 1))
+    _encode(tables, encode, parts, shard, (0, 1), zeros)
     dimension = 0
     with atomic_path(out) as aside:
         aside.mkdir()
@@ -167,6 +169,7 @@ def encode_share(
     share: tuple[int, int],
     shared: bool = False,
     shard: int = SHARD,
+    zeros: bool = False,
 ) -> None:
     """Encode every n-th shard, from the m-th on, for a :func:`build_vectors` of another process; ``share`` is (m, n).
 
@@ -174,7 +177,7 @@ def encode_share(
     """
     tables = _tables(wanted, shared)
     if _begun(_parts(out), _plan(tables, fingerprint, shard)):
-        _encode(tables, encode, _parts(out), shard, share)
+        _encode(tables, encode, _parts(out), shard, share, zeros)
 
 
 def _tables(wanted: Mapping[str, Rows], shared: bool) -> list[tuple[Sequence[str], Rows]]:
@@ -196,7 +199,12 @@ def _begun(parts: Path, plan: dict[str, Any]) -> bool:
 
 
 def _encode(
-    tables: Sequence[tuple[Sequence[str], Rows]], encode: EncodeItems, parts: Path, shard: int, share: tuple[int, int]
+    tables: Sequence[tuple[Sequence[str], Rows]],
+    encode: EncodeItems,
+    parts: Path,
+    shard: int,
+    share: tuple[int, int],
+    zeros: bool,
 ) -> None:
     """Make the shards of a share that are not there yet."""
     pieces = [(n, start) for n, (_, rows) in enumerate(tables) for start in range(0, len(rows), shard)]
@@ -205,16 +213,19 @@ def _encode(
     for number, start in track(missing, f"Encoding {total:,} items in shards of {shard:,}"):
         roles, rows = tables[number]
         chosen = rows[start : start + shard]
-        vectors = unit(np.asarray(encode(roles[0], chosen)), chosen)
+        vectors = unit(np.asarray(encode(roles[0], chosen)), chosen, zeros=zeros)
         with atomic_path(parts / f"{number}-{start}.npy") as aside, aside.open("wb") as stream:
             np.save(stream, vectors)
 
 
-def unit(vectors: npt.NDArray[Any], item_rows: Rows) -> Vectors:
-    """Vectors [n, d] brought to length 1, as float32; raise :class:`BadInputError` where one has no direction."""
+def unit(vectors: npt.NDArray[Any], item_rows: Rows, *, zeros: bool = False) -> Vectors:
+    """Vectors [n, d] brought to length 1, as float32; raise :class:`BadInputError` where one has no direction, unless ``zeros``
+    may stay what they are."""
     if vectors.ndim != 2 or len(vectors) != len(item_rows):
         raise BadInputError(f"the teacher gave an array of shape {vectors.shape} for {len(item_rows):,} items")
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    if zeros:
+        lengths[lengths == 0] = 1
     wrong = ~np.isfinite(lengths) | (lengths == 0)
     if wrong.any():
         row = int(item_rows[np.flatnonzero(wrong)[0]])

@@ -46,6 +46,8 @@ class VectorsTeacher(Config):
     documents: ConfigPath
     queries: ConfigPath | None = None
     """Null looks queries up in the file of documents."""
+    zeros: bool = False
+    """Whether an item may have a vector of zeros: none, as `mcse` reads it; its cosine with all others is 0."""
 
 
 class BM25Teacher(Config):

@@ -36,7 +36,7 @@ class Artifacts(Freshness):
     def _text_store(self, what: str) -> Store:
         """The store, for what looks at texts alone; :class:`BadInputError` where it has pictures."""
         store = self._store()
-        if store.has_images:
+        if store.has_images and store.pictures.num_rows:
             raise BadInputError(
                 f"{what} here is by texts alone, and this data has pictures",
                 where=self.run.loaded.where(("mining",) if what == "mining" else ("batches",)),

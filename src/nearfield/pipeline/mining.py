@@ -12,7 +12,13 @@ import numpy as np
 from nearfield.data.store import Rows, Store
 from nearfield.data.vectors import EncodeItems, ItemVectors, build_vectors, encode_share
 from nearfield.files import atomic_path
-from nearfield.mining.config import DenseTeacher, PairTeacher, RefreshedNegatives, SentenceTransformerTeacher
+from nearfield.mining.config import (
+    DenseTeacher,
+    PairTeacher,
+    RefreshedNegatives,
+    SentenceTransformerTeacher,
+    VectorsTeacher,
+)
 from nearfield.mining.documents import ArrayDocuments, Documents, IndexedDocuments, Vectors
 from nearfield.mining.pool import search_share
 from nearfield.mining.search import Neighbours
@@ -46,10 +52,12 @@ class MiningStages(Artifacts):
 
     def vectors(self) -> dict[str, Any]:
         """Encode the items of the training split with every teacher that makes vectors."""
-        store = self._text_store("making vectors")
+        teachers = teachers_of_vectors(self.recipe)
+        given = all(isinstance(teacher, VectorsTeacher) for teacher in teachers)
+        store = self._store() if given else self._text_store("making vectors")
         wanted = items_by_role(store, self.source_names, self.recipe.split)
         counts = {}
-        for number, teacher in enumerate(teachers_of_vectors(self.recipe)):
+        for number, teacher in enumerate(teachers):
             path = self.vectors_path(teacher)
             if path.is_dir():
                 continue
@@ -58,7 +66,8 @@ class MiningStages(Artifacts):
             if self.engine == "ray" and isinstance(teacher, SentenceTransformerTeacher):
                 divide = on_ray(wanted, encode, path, shared)
             about = {"teacher": identity(teacher, self.recipe)}
-            made = build_vectors(wanted, encode, path, path.name, about, shared=shared, divide=divide)
+            zeros = isinstance(teacher, VectorsTeacher) and teacher.zeros
+            made = build_vectors(wanted, encode, path, path.name, about, shared=shared, divide=divide, zeros=zeros)
             counts[teacher.kind] = {role: len(table.rows) for role, table in sorted(made.tables.items())}
         return {"vectors": counts}
 
@@ -76,7 +85,8 @@ class MiningStages(Artifacts):
             path = self.vectors_path(teacher)
             wanted = items_by_role(store, self.source_names, self.recipe.split)
             encode, shared = self._encode_items(teacher, store), self._shares_vectors(teacher)
-            encode_share(wanted, encode, path, path.name, share=share, shared=shared)
+            zeros = isinstance(teacher, VectorsTeacher) and teacher.zeros
+            encode_share(wanted, encode, path, path.name, share=share, shared=shared, zeros=zeros)
             return
         mining = self.recipe.mining
         assert kind == "search" and mining is not None

@@ -84,7 +84,8 @@ def identity(teacher: TeacherConfig, recipe: Recipe) -> Any:
         for file in files:
             if not file.is_file():
                 raise BadInputError("this file of vectors does not exist", where=str(file))
-        return [teacher.kind, [hash_file(file) for file in [*files, *listed] if file.is_file()]]
+        zeros = ["zeros"] if teacher.zeros else []
+        return [teacher.kind, [hash_file(file) for file in [*files, *listed] if file.is_file()], *zeros]
     if isinstance(teacher, CrossEncoderTeacher):
         source = locate(teacher.model, teacher.revision)
         settings = teacher.model_dump(mode="json", include={"scale", "max_length"})
