@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from nearfield.encoders import load_encoder
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.folder import folder_task, task_folders
+from nearfield.mining.encode import cut
 
 PROMPTS = {
     "plain": {},
@@ -32,14 +34,19 @@ PROMPTS = {
 
 
 def fed(model: Any) -> list[tuple[int, ...]]:
-    """From now on, collect the token ids of every text that goes into the model, without padding."""
+    """From now on, collect the token ids of every text that goes into the model, padded or packed."""
     rows: list[tuple[int, ...]] = []
 
-    def hook(_module: Any, args: tuple[Any, ...]) -> None:
+    def padded(_module: Any, args: tuple[Any, ...]) -> None:
         for ids, mask in zip(args[0]["input_ids"], args[0]["attention_mask"], strict=True):
             rows.append(tuple(ids[mask.bool()].tolist()))
 
-    model[0].register_forward_pre_hook(hook)
+    def packed(_module: Any, _args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        assert named["input_ids"].shape == (1, sum(named["segments"].lengths))
+        rows.extend(tuple(text.tolist()) for text in named["input_ids"][0].split(list(named["segments"].lengths)))
+
+    model[0].register_forward_pre_hook(padded)
+    model[0].auto_model.register_forward_pre_hook(packed, with_kwargs=True)
     return rows
 
 
@@ -59,6 +66,7 @@ def test_every_task_type_gets_the_strings_and_scores_of_mteb(
     theirs, ours = load_encoder(str(folder), device="cpu").model, load_encoder(str(folder), device="cpu").model
     their_rows, our_rows = fed(theirs), fed(ours)
     encoder = TaskEncoder(ours, name="local/tiny", revision="1")
+    assert encoder._packed is not None
     for task_folder in task_folders(every_type):
         their_rows.clear(), our_rows.clear(), encoder.forget()
         expected, got = run(theirs, task_folder), run(encoder, task_folder)
@@ -104,16 +112,66 @@ def test_embeddings_equal_those_of_sentence_transformers(
     assert encoder.encoded == 73
 
 
-def test_chunks_stay_within_the_token_budget(model_folder: Path, some_sentences: Callable[..., list[str]]) -> None:
-    model = load_encoder(str(model_folder), device="cpu").model
-    encoder = TaskEncoder(model, name="local/tiny", revision="1", batch_tokens=200)
-    texts = some_sentences(60, longest=8)
-    chunks = encoder._chunks(texts)
-    assert sorted(text for chunk in chunks for text in chunk) == sorted(texts)
+@pytest.mark.parametrize("padded", [True, False])
+def test_chunks_stay_within_the_token_budget(padded: bool) -> None:
+    lengths = np.random.default_rng(0).integers(0, 40, size=60).tolist()
+    lengths[7] = 300
+    chunks = cut(lengths, 200, padded=padded, most=12)
+    order = [i for chunk in chunks for i in chunk]
+    assert sorted(order) == list(range(60)) and [lengths[i] for i in order] == sorted(lengths, reverse=True)
     for chunk in chunks:
-        lengths = encoder._lengths(chunk)
-        assert len(chunk) * max(lengths) <= 200 or len(chunk) == 1
-    assert torch.get_default_dtype() is torch.float32
+        longest = lengths[chunk[0]]
+        cost = len(chunk) * longest if padded else sum(lengths[i] for i in chunk)
+        assert len(chunk) == 1 or (cost <= 200 and len(chunk) <= 12)
+    # No chunk could have taken the first text of the next.
+    for chunk, following in itertools.pairwise(chunks):
+        more = lengths[chunk[0]] if padded else lengths[following[0]]
+        cost = len(chunk) * lengths[chunk[0]] if padded else sum(lengths[i] for i in chunk)
+        assert cost + more > 200 or len(chunk) == 12
+
+
+ARGUMENTS: dict[str, Any] = {
+    "task_metadata": mteb.get_task("SciFact").metadata,
+    "hf_split": "test",
+    "hf_subset": "default",
+}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_packed_or_padded_a_text_gets_the_vector_of_its_role(
+    packed: bool, make_model: Callable[..., Path], some_sentences: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Prompts that poolings leave out, and cut dimensions; where roles have lengths of their own, nothing is packed."""
+    from mteb._create_dataloaders import _create_dataloader_from_texts
+
+    folder = make_model(tmp_path / "model", {"query": "query: ", "document": "passage: "})
+    model = load_encoder(str(folder), device="cpu").model
+    model[1].include_prompt = False
+    model.truncate_dim = 20
+    if not packed:
+        model[0].query_length = 9
+    encoder = TaskEncoder(model, name="local/tiny", revision="1")
+    assert (encoder._packed is not None) == packed
+    texts = [*some_sentences(40, longest=20), ""]
+    found = {}
+    for role, alone in (("query", model.encode_query), ("document", model.encode_document)):
+        found[role] = encoder.encode(
+            _create_dataloader_from_texts(texts), prompt_type=mteb.types.PromptType(role), **ARGUMENTS
+        )
+        np.testing.assert_allclose(found[role], alone(texts, show_progress_bar=False), atol=2e-6, rtol=0)
+        assert found[role].shape == (41, 20)
+    assert np.abs(found["query"] - found["document"]).max() > 0.01
+
+
+def test_what_waits_for_the_next_chunk_is_in_no_inference_mode(
+    model_folder: Path, some_sentences: Callable[..., list[str]]
+) -> None:
+    model = load_encoder(str(model_folder), device="cpu").model.train()
+    encoder = TaskEncoder(model, name="local/tiny", revision="1", batch_tokens=30)
+    vectors = encoder._embed(some_sentences(10), ARGUMENTS["task_metadata"], None)
+    next(vectors)
+    assert not torch.is_inference_mode_enabled() and model[0].training
+    assert len(list(vectors)) == 9
 
 
 def test_the_model_is_filed_under_its_own_name(model_folder: Path) -> None:

@@ -99,7 +99,7 @@ def test_a_second_model_name_costs_nothing_and_scores_the_same(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(TaskEncoder, "_chunks", never)
+    monkeypatch.setattr(TaskEncoder, "_embed", never)
     again = evaluate(str(model_folder), every_type, tmp_path / "two", name="other/name", **arguments)
     assert again.scores == first.scores
     (line,) = read_manifest(again.results_dir)

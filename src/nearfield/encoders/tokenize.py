@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from sentence_transformers.sentence_transformer.modules import Transformer
 
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.build import build_encoder
@@ -26,12 +27,25 @@ _BLOCK = 1024
 def token_ids(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> list[npt.NDArray[np.int32]]:
     """The token ids of each text with the prompt before it, cut to the model's maximum length."""
     rows: list[npt.NDArray[np.int32]] = []
+    ragged = _ragged(model)
     for start in range(0, len(texts), _BLOCK):
-        features = model.preprocess(list(texts[start : start + _BLOCK]), prompt=prompt or None)
+        block = list(texts[start : start + _BLOCK])
+        if ragged is not None:
+            features = model.preprocess(block, prompt=prompt or None, processing_kwargs=ragged)
+            rows += [np.array(ids, dtype=np.int32) for ids in features["input_ids"]]
+            continue
+        features = model.preprocess(block, prompt=prompt or None)
         ids = features["input_ids"].numpy().astype(np.int32)
         mask = features["attention_mask"].numpy().astype(bool)
         rows += [row[keep] for row, keep in zip(ids, mask, strict=True)]
     return rows
+
+
+def _ragged(model: SentenceTransformer) -> dict[str, dict[str, Any]] | None:
+    """Settings of a call that leaves rows without padding, which takes half of the time; null where chat templates have a say."""
+    first = model[0]
+    plain = isinstance(first, Transformer) and not first.can_flatten_inputs and "message" not in first.modality_config
+    return {"text": {"padding": False}, "common": {"return_tensors": None}} if plain else None
 
 
 def prompt_tokens(model: SentenceTransformer, prompt: str) -> int:

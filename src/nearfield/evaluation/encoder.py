@@ -5,6 +5,7 @@ Which prompt applies is decided by mteb's and sentence-transformers' own code; o
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from nearfield.console import track
 from nearfield.encoders.heads import shipped_files
 from nearfield.encoders.towers import reads_together
 from nearfield.evaluation.vectors import compress
+from nearfield.mining.encode import TextEncoder, cut
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -33,6 +35,8 @@ GPU_BATCH_TOKENS = 65_536
 _MAX_KEPT_TEXTS = 500_000
 _MAX_ROWS = 2_048
 _CHARACTERS_A_TOKEN = 3
+_PLAIN = {"input_ids", "attention_mask", "token_type_ids", "modality"}
+"""What a tokenizer gives where a text is nothing but its tokens."""
 
 
 def _rgb(picture: Any) -> Any:
@@ -137,15 +141,35 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
     def _embed(
         self, texts: Sequence[str], task_metadata: Any, prompt_type: PromptType | None
     ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Each of some distinct texts with its embedding, by sentence-transformers' own functions."""
+        """Each of some distinct texts with its embedding: packed, or padded by sentence-transformers' own functions."""
+        says = f"{task_metadata.name}: encoding {len(texts)} texts"
+        if self._packed is not None:
+            prompt = self.prompt_for(task_metadata, prompt_type)
+            for rows, vectors in self._packed.by_chunks(texts, prompt, says=says):
+                yield from zip((texts[i] for i in rows), vectors[:, : self.model.truncate_dim], strict=True)
+            return
         prompt = get_prompt(self.model_prompts, task_metadata, prompt_type)
         role = None if prompt_type is None else prompt_type.value
         function = {None: self.model.encode, "query": self.model.encode_query, "document": self.model.encode_document}[
             role
         ]
-        for chunk in track(self._chunks(texts), f"{task_metadata.name}: encoding {len(texts)} texts"):
+        for rows in track(cut(self._lengths(texts), self.batch_tokens, padded=True, most=_MAX_ROWS), says):
+            chunk = [texts[i] for i in rows]
             vectors = function(chunk, prompt=prompt, batch_size=len(chunk), show_progress_bar=False)
             yield from zip(chunk, np.asarray(vectors, dtype=np.float32), strict=True)
+
+    @functools.cached_property
+    def _packed(self) -> TextEncoder | None:
+        """Encodes without padding; null where texts are not plainly tokens of one kind that are encoded alike in all roles."""
+        first = self.model[0]
+        by_role = any(getattr(first, name, None) is not None for name in ("query_length", "document_length"))
+        if self.model.get_model_kwargs() or by_role or getattr(first, "query_expansion", None) is not None:
+            return None
+        features = self.model.preprocess(["a"])
+        if not set(features) <= _PLAIN or ("token_type_ids" in features and bool(features["token_type_ids"].any())):
+            return None
+        made = TextEncoder(self.model, self.batch_tokens)
+        return made if made.packing is not None else None
 
     def _embed_pictures(self, inputs: Any, task_metadata: Any, prompt_type: PromptType | None) -> NDArray[np.float32]:
         """The embeddings of a loader's items, batch by batch: pictures, or texts and pictures together.
@@ -173,19 +197,6 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
                 parts.append((added / np.maximum(lengths, 1e-12)).astype(np.float32))
             self.encoded += len(pictures)
         return np.concatenate(parts)
-
-    def _chunks(self, texts: Sequence[str]) -> list[list[str]]:
-        """Cut texts, longest first, so that rows times the longest row stay within the token budget."""
-        lengths = self._lengths(texts)
-        chunks: list[list[str]] = []
-        longest = 0
-        for i in sorted(range(len(texts)), key=lambda i: -lengths[i]):
-            full = not chunks or (len(chunks[-1]) + 1) * longest > self.batch_tokens or len(chunks[-1]) >= _MAX_ROWS
-            if full:
-                chunks.append([])
-                longest = max(lengths[i], 1)
-            chunks[-1].append(texts[i])
-        return chunks
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         limit = self.model.max_seq_length

@@ -129,7 +129,8 @@ class Recorder:
     def _pairs_of_texts(self, subset: str, split: str, data: Any, columns: Sequence[Any]) -> None:
         if all(isinstance(name, str) for name in columns):
             texts = [
-                data[name][0] if len(data) == 1 and isinstance(data[name][0], list) else data[name] for name in columns
+                data[name][0] if len(data) == 1 and isinstance(data[name][0], list) else data[name][:]
+                for name in columns
             ]
             if all(isinstance(text, str) for column in texts for text in column):
                 pairs = {str(i): pair for i, pair in enumerate(zip(*texts, strict=True))}
@@ -139,7 +140,7 @@ class Recorder:
         main = self.suite_task.task.metadata.main_score
         data = self._data(subset, split)
         self._pairs_of_texts(subset, split, data, self.suite_task.task.column_names)
-        gold = [float(score) for score in data["score"]]
+        gold = [float(score) for score in data["score"][:]]
         scores = predictions.get(_STS_SCORES.get(main, ""))
         if main == "spearman" and scores is None:
             scores = predictions["cosine_scores"]
@@ -153,7 +154,7 @@ class Recorder:
         task = self.suite_task.task
         data = self._data(subset, split)
         labels = data[task.label_column_name]
-        labels = np.asarray(labels[0] if len(data) == 1 else labels, dtype=np.float64)
+        labels = np.asarray(labels[0] if len(data) == 1 else labels[:], dtype=np.float64)
         main = task.metadata.main_score
         scores, given = _pair_scores(main, predictions, labels)
         self._pairs_of_texts(subset, split, data, [task.input1_column_name, task.input2_column_name])
@@ -193,7 +194,7 @@ class Recorder:
                 subset, split, "the task is cross-validated: its folds share items, so no interval is given"
             )
             return
-        labels = np.asarray(self._data(subset, split)[task.label_column_name])
+        labels = np.asarray(self._data(subset, split)[task.label_column_name][:])
         if labels.ndim != 1 or any(len(run) != len(labels) for run in predictions):
             self._no_interval(subset, split, "the task's items have several labels, so no interval is given")
             return

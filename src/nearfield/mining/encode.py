@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.console import track
 from nearfield.data.store import Rows, Store
 from nearfield.encoders.build import load_encoder
 from nearfield.encoders.packing import embed, evaluating, packed_features, packing_kind, padded_features
@@ -22,6 +23,24 @@ if TYPE_CHECKING:
     from nearfield.mining.documents import Vectors
 
 CHUNK_TOKENS = {"cpu": 512, "cuda": 16_384}
+
+
+def cut(lengths: Sequence[int], budget: int, *, padded: bool, most: int | None = None) -> list[list[int]]:
+    """Texts of so many tokens, longest first, cut where a chunk would pass the budget of tokens, or ``most`` texts.
+
+    ``padded``: each text costs as much as the longest of its chunk.
+    """
+    chunks: list[list[int]] = []
+    used = longest = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        cost = longest if padded else lengths[i]
+        if not chunks or used + cost > budget or len(chunks[-1]) == most:
+            chunks.append([])
+            used, longest = 0, max(lengths[i], 1)
+            cost = longest
+        chunks[-1].append(i)
+        used += cost
+    return chunks
 
 
 class TextEncoder:
@@ -58,35 +77,31 @@ class TextEncoder:
 
     def __call__(self, texts: Sequence[str], prompt: str = "") -> Vectors:
         """The model's vectors [n, d] of texts with a prompt before each; float32."""
-        import torch
-
-        rows = token_ids(self.model, texts, prompt)
-        length = prompt_tokens(self.model, prompt)
-        found: list[npt.NDArray[np.float32]] = []
-        chunks = self._chunks([len(row) for row in rows])
-        with torch.inference_mode(), evaluating(self.model):
-            for chunk in chunks:
-                vectors = embed(self.model, self._features([rows[i] for i in chunk], length))
-                found.append(vectors.float().cpu().numpy())
-        if not found:
+        result: Vectors | None = None
+        for chunk, vectors in self.by_chunks(texts, prompt):
+            if result is None:
+                result = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
+            result[chunk] = vectors
+        if result is None:
             return np.empty((0, int(self.model.get_embedding_dimension() or 0)), dtype=np.float32)
-        result = np.empty((len(rows), found[0].shape[1]), dtype=np.float32)
-        result[np.concatenate(chunks)] = np.concatenate(found)
         return result
 
-    def _chunks(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Texts, longest first, cut where a chunk would pass the token budget (with padding, where there is any)."""
-        chunks: list[list[int]] = []
-        used = longest = 0
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            cost = longest if self.packing is None else lengths[i]
-            if not chunks or used + cost > self.chunk_tokens:
-                chunks.append([])
-                used, longest = 0, lengths[i]
-                cost = lengths[i]
-            chunks[-1].append(i)
-            used += cost
-        return chunks
+    def by_chunks(
+        self, texts: Sequence[str], prompt: str = "", *, says: str | None = None
+    ) -> Iterator[tuple[list[int], Vectors]]:
+        """Chunk by chunk the numbers of some texts, longest first, and their vectors; ``says`` is said of the progress."""
+        rows = token_ids(self.model, texts, prompt)
+        length = prompt_tokens(self.model, prompt)
+        chunks = cut([len(row) for row in rows], self.chunk_tokens, padded=self.packing is None)
+        for chunk in track(chunks, says) if says is not None else chunks:
+            yield chunk, self._vectors([rows[i] for i in chunk], length)
+
+    def _vectors(self, rows: list[npt.NDArray[np.int32]], prompt_length: int) -> Vectors:
+        import torch
+
+        with torch.inference_mode(), evaluating(self.model):
+            vectors: Vectors = embed(self.model, self._features(rows, prompt_length)).float().cpu().numpy()
+        return vectors
 
     def _features(self, rows: list[npt.NDArray[np.int32]], prompt_length: int) -> Features:
         device = self.model.device
