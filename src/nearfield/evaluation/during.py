@@ -16,6 +16,7 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from nearfield.errors import BadInputError
+from nearfield.evaluation.columns import read_columns_whole
 from nearfield.evaluation.config import SuiteConfig
 from nearfield.evaluation.contract import check_prompts
 from nearfield.evaluation.encoder import TaskEncoder
@@ -121,6 +122,7 @@ class DuringTraining:
     def _score(self, task: Any) -> TaskResult:
         if isinstance(task, AbsTaskAggregate):
             return task.combine_task_results([self._score(part) for part in task.metadata.tasks])
+        read_columns_whole(task)
         # A task draws samples from generators that it made when it was opened: each call must draw the same.
         task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)
         try:

@@ -19,6 +19,7 @@ from mteb.results import TaskResult
 
 from nearfield.encoders import LoadedEncoder
 from nearfield.errors import BadInputError, NearfieldError
+from nearfield.evaluation.columns import read_columns_whole
 from nearfield.evaluation.config import SuiteConfig
 from nearfield.evaluation.contract import check_contract, roles_of
 from nearfield.evaluation.heldout import OpenStore
@@ -249,6 +250,7 @@ class _Run:
         task, wrapper, encoder = suite_task.task, self.scored.wrapper, self.scored.encoder
         before = (encoder.encoded, encoder.reused) if encoder is not None else (0, 0)
         task.load_data()
+        read_columns_whole(task)
         recorder = Recorder(suite_task)
         recorder.attach()
         # bm25s draws progress bars that cannot be turned off through mteb.
