@@ -25,6 +25,7 @@ import torch
 
 from nearfield.cli import main
 from nearfield.errors import BadInputError
+from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.pipeline.stages import Stages
 from nearfield.training import exchange, gradient, launch, loop
 
@@ -117,16 +118,17 @@ def types_seen() -> Iterator[dict[str, list[str]]]:
     found.update({name: sorted(values) for name, values in seen.items()})
 
 
-def forget_deepspeed() -> None:
-    """DeepSpeed keeps groups of ranks for the life of a process; the group they belonged to is gone."""
-    if "deepspeed" in sys.modules:
-        import deepspeed
+@contextlib.contextmanager
+def texts_encoded() -> Iterator[list[int]]:
+    """How many texts this rank encodes for an evaluation, call by call."""
+    embed, counts = TaskEncoder.embed, []
 
-        deepspeed.comm.comm.cdb = None
-        groups = deepspeed.utils.groups
-        for name, value in vars(groups).items():
-            if name.startswith("_") and name.isupper() and not name.startswith("__"):
-                setattr(groups, name, {} if isinstance(value, dict) else None)
+    def counted(self: TaskEncoder, texts: Any, *args: Any) -> Any:
+        counts.append(len(texts))
+        return embed(self, texts, *args)
+
+    with mock.patch.object(TaskEncoder, "embed", counted):
+        yield counts
 
 
 def run(number: int, scenario: dict[str, Any], out: Path) -> None:
@@ -142,6 +144,7 @@ def run(number: int, scenario: dict[str, Any], out: Path) -> None:
         for name, values in scenario.get("faults", {}).get(str(rank), {}).items():
             stack.enter_context(FAULTS[name](*values))
         seen = stack.enter_context(types_seen())
+        counts = stack.enter_context(texts_encoded())
         stack.enter_context(contextlib.redirect_stderr(errors))
         stack.enter_context(contextlib.redirect_stdout(errors))
         try:
@@ -152,9 +155,9 @@ def run(number: int, scenario: dict[str, Any], out: Path) -> None:
         except Exception as error:
             code = f"{type(error).__name__}: {error}"
     told = {"code": code, "seconds": time.monotonic() - began, "stderr": errors.getvalue(), "seen": seen}
+    told["encoded"] = sum(counts)
     (out / f"{scenario['name']}-{rank}.json").write_text(json.dumps(told))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    forget_deepspeed()
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nearfield.evaluation import evaluate
 from nearfield.pipeline import open_run, run_stages
 from nearfield.shipped import copy_shipped
 from nearfield.training.checkpoint import checkpoint_paths
 from tests.conftest import write_toy_recipe
+from tests.evaluation.conftest import Tasks
 from tests.training.launching import (
     BIN,
     PYTHONPATH,
@@ -48,8 +50,11 @@ def single(folder: Path) -> Path:
     return folder / "runs" / "single" / "model"
 
 
-def scenarios(folder: Path) -> Iterator[dict[str, Any]]:
+def scenarios(folder: Path, model: Path) -> Iterator[dict[str, Any]]:
     """What the ranks of one launch go through, one after the other."""
+    score = ["eval", str(model), "--suite", str(folder / "tasks"), "--no-cache", "--out"]
+    yield {"name": "scored", "arguments": [*score, str(folder / "scored"), "--json", str(folder / "scored.json")]}
+    yield {"name": "unscored", "arguments": [*score, str(folder / "unscored"), "--tasks", "Nothing"]}
 
     def scenario(name: str, *settings: str, **more: Any) -> dict[str, Any]:
         run = ["--run-folder", str(folder / "runs" / name), "--until", "train"]
@@ -112,10 +117,11 @@ REFUSED: dict[str, tuple[str, dict[str, str], str]] = {
 
 
 @pytest.fixture(scope="module")
-def told(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
+def told(folder: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
     """What both ranks said of each scenario."""
     out = tmp_path_factory.mktemp("told")
-    cases = list(scenarios(folder))
+    Tasks(folder / "tasks").sts(count=200)
+    cases = list(scenarios(folder, tiny_model))
     (out / "scenarios.json").write_text(json.dumps(cases))
     script = str(Path(__file__).with_name("ranks_launched.py"))
     done = launch([*TORCHRUN, script, str(out / "scenarios.json"), str(out)], PYTHONPATH=PYTHONPATH)
@@ -226,6 +232,23 @@ def test_an_adapter_in_another_type_than_its_base_cannot_be_sharded(folder: Path
         check_can_train(config, Launch(0, 2, 0), adapter=True)
     assert error.value.hint is not None and "bf16-mixed" in error.value.hint
     check_can_train(config, Launch(0, 2, 0), adapter=False)
+
+
+def test_all_ranks_encode_what_the_first_scores(told: Told, folder: Path, tiny_model: Path) -> None:
+    """Of 400 texts each rank encodes half; the score is that of one process."""
+    for rank in told["scored"]:
+        assert rank["code"] == 0, rank["stderr"]
+        assert rank["encoded"] == 200
+    assert "does not share" not in told["scored"][0]["stderr"]
+    alone = evaluate(str(tiny_model), folder / "tasks", folder / "alone").scores["TinySTS"]["default"]
+    assert json.loads((folder / "scored.json").read_text())["TinySTS"]["default"] == pytest.approx(alone, abs=1e-6)
+    assert [path.name for path in (folder / "scored").iterdir()] == ["local__tiny-bert"], "no files of the exchange are left"
+
+
+def test_a_suite_that_cannot_be_scored_ends_all_ranks(told: Told) -> None:
+    here, there = told["unscored"]
+    assert (here["code"], there["code"]) == (2, 2)
+    assert "Nothing" in here["stderr"] and "rank 0 could not prepare the run" in there["stderr"]
 
 
 def test_a_data_stage_may_outlast_the_collective_timeout(told: Told, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,7 @@ from nearfield.errors import EXIT_FAULT, BadInputError
 
 if TYPE_CHECKING:
     from nearfield.evaluation import EvaluationResult
+    from nearfield.evaluation.encoder import TaskEncoder
 
 
 def register(app: typer.Typer) -> None:
@@ -56,12 +59,18 @@ def evaluate_command(
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the suite file: key.path=value.")] = None,
 ) -> None:
-    """Score a model on a suite; results are filed in mteb's format, with the score of every query beside them."""
+    """Score a model on a suite; results are filed in mteb's format, with the score of every query beside them.
+
+    Under `torchrun` or `accelerate launch` all processes encode, each on its GPU, and the first scores.
+    """
     from nearfield.cli.printing import quiet_libraries
 
     quiet_libraries()
     from nearfield.evaluation import SuiteConfig, evaluate
+    from nearfield.evaluation.crew import Crew
+    from nearfield.evaluation.models import open_model
     from nearfield.files import write_json
+    from nearfield.training.launch import Launch
 
     config: SuiteConfig | Path = suite
     if overrides:
@@ -71,28 +80,53 @@ def evaluate_command(
     chosen = [task.strip() for task in tasks.split(",") if task.strip()] if tasks is not None else None
     if chosen == []:
         raise BadInputError("--tasks names no task", where="--tasks", hint="Give names separated by commas.")
-    scores, failed = {}, False
-    for dimensions, rounding in _variants(dims, quantize):
-        result = evaluate(
-            model,
-            config,
-            out,
-            name=name,
-            prompts=prompts,
-            overwrite=overwrite,
-            device=device,
-            batch_tokens=batch_tokens,
-            tasks=chosen,
-            cache=None if no_cache else cache,
-            dimensions=dimensions,
-            quantize=rounding,
-        )
-        scores[result.model] = result.scores
-        failed = failed or bool(result.failures)
-        _show(result)
+    variants, launch = _variants(dims, quantize), Launch.from_environment()
+    crew = Crew(launch, out / ".encoding") if launch.world_size > 1 else None
+    device = device or (None if crew is None else launch.device)
+    results: list[EvaluationResult] = []
+
+    def score(say: Callable[[str], None]) -> str:
+        for dimensions, rounding in variants:
+            say(f"scoring {model}")
+            result = evaluate(
+                model,
+                config,
+                out,
+                name=name,
+                prompts=prompts,
+                overwrite=overwrite,
+                device=device,
+                batch_tokens=batch_tokens,
+                tasks=chosen,
+                cache=None if no_cache else cache,
+                dimensions=dimensions,
+                quantize=rounding,
+                crew=crew,
+            )
+            results.append(result)
+            _show(result)
+        return ""
+
+    @functools.cache
+    def helper() -> TaskEncoder | None:
+        return open_model(model, name=name, device=device, batch_tokens=batch_tokens).encoder
+
+    def help(task: str) -> None:
+        encoder = helper()
+        assert crew is not None and encoder is not None
+        crew.help(task, encoder.embed)
+
+    try:
+        launch.prepare(score, lambda word: None, help)
+    finally:
+        if crew is not None and launch.is_main:
+            crew.close()
+    if not launch.is_main:
+        return
+    scores = {result.model: result.scores for result in results}
     if json_out is not None:
         write_json(json_out, next(iter(scores.values())) if len(scores) == 1 else scores)
-    if failed:
+    if any(result.failures for result in results):
         raise typer.Exit(EXIT_FAULT)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nearfield.console import track
 from nearfield.encoders.heads import shipped_files
 from nearfield.encoders.towers import reads_together
+from nearfield.evaluation.crew import Crew, Pairs, Wording
 from nearfield.evaluation.vectors import compress
 from nearfield.mining.encode import TextEncoder, cut
 
@@ -47,7 +48,7 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
     """A sentence-transformers model under the name and revision that its results are filed by.
 
     ``batch_tokens`` bounds rows times longest row of a chunk, in tokens; null takes 1,024 on a CPU (small chunks stay in its
-    cache), 65,536 elsewhere. ``cache`` keeps whole vectors; ``dimensions`` and ``quantize`` change what mteb gets of them.
+    cache), 65,536 elsewhere. ``cache`` keeps whole vectors; where a ``crew`` is set, its processes share the texts; ``dimensions`` and ``quantize`` change what mteb gets of them.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         on_cpu = model.device.type == "cpu"
         self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
         self.cache, self.dimensions, self.quantize = cache, dimensions, quantize
+        self.crew: Crew | None = None
         self.encoded = 0
         self.reused = 0
         self._kept: dict[tuple[str | None, str | None], dict[str, NDArray[np.float32]]] = {}
@@ -138,24 +140,27 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         self.encoded += len(missing)
         return compress(np.stack([kept[text] for text in texts]), self.dimensions, self.quantize)
 
-    def _embed(
-        self, texts: Sequence[str], task_metadata: Any, prompt_type: PromptType | None
-    ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Each of some distinct texts with its embedding: packed, or padded by sentence-transformers' own functions."""
+    def _embed(self, texts: Sequence[str], task_metadata: Any, prompt_type: PromptType | None) -> Pairs:
+        """Each of some distinct texts with its embedding."""
+        role = None if prompt_type is None else prompt_type.value
+        prompt = get_prompt(self.model_prompts, task_metadata, prompt_type)
+        wording = Wording(role, prompt, self.prompt_for(task_metadata, prompt_type))
         says = f"{task_metadata.name}: encoding {len(texts)} texts"
+        if self.crew is None:
+            return self.embed(texts, wording, says)
+        return self.crew.embed(texts, wording, says, self.embed)
+
+    def embed(self, texts: Sequence[str], wording: Wording, says: str) -> Pairs:
+        """Each of some texts with its embedding, by this process: packed, or padded by sentence-transformers' own functions."""
         if self._packed is not None:
-            prompt = self.prompt_for(task_metadata, prompt_type)
-            for rows, vectors in self._packed.by_chunks(texts, prompt, says=says):
+            for rows, vectors in self._packed.by_chunks(texts, wording.before, says=says):
                 yield from zip((texts[i] for i in rows), vectors[:, : self.model.truncate_dim], strict=True)
             return
-        prompt = get_prompt(self.model_prompts, task_metadata, prompt_type)
-        role = None if prompt_type is None else prompt_type.value
-        function = {None: self.model.encode, "query": self.model.encode_query, "document": self.model.encode_document}[
-            role
-        ]
+        functions = {None: self.model.encode, "query": self.model.encode_query, "document": self.model.encode_document}
+        function = functions[wording.role]
         for rows in track(cut(self._lengths(texts), self.batch_tokens, padded=True, most=_MAX_ROWS), says):
             chunk = [texts[i] for i in rows]
-            vectors = function(chunk, prompt=prompt, batch_size=len(chunk), show_progress_bar=False)
+            vectors = function(chunk, prompt=wording.prompt, batch_size=len(chunk), show_progress_bar=False)
             yield from zip(chunk, np.asarray(vectors, dtype=np.float32), strict=True)
 
     @functools.cached_property

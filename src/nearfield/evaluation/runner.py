@@ -22,6 +22,7 @@ from nearfield.errors import BadInputError, NearfieldError
 from nearfield.evaluation.columns import read_columns_whole
 from nearfield.evaluation.config import SuiteConfig
 from nearfield.evaluation.contract import check_contract, roles_of
+from nearfield.evaluation.crew import Crew
 from nearfield.evaluation.heldout import OpenStore
 from nearfield.evaluation.local import SuiteTask, parts_of
 from nearfield.evaluation.manifest import write_manifest
@@ -90,6 +91,7 @@ def evaluate(
     cache: Path | None = None,
     dimensions: int | None = None,
     quantize: str = "none",
+    crew: Crew | None = None,
 ) -> EvaluationResult:
     """Score a model on a suite and write the results under ``out``.
 
@@ -97,7 +99,8 @@ def evaluate(
     folder of tasks; ``tasks`` keeps the named ones. ``name`` replaces the model's name in the results. ``open_store``
     turns the path of a data recipe (or store) into an open store. ``prompts`` is ``contract`` (stop where the model was
     not trained with the prompts it would get) or ``as-is``. Vectors are kept below ``cache`` and taken from there;
-    ``dimensions`` (the first so many) and ``quantize`` (``int8``, ``binary``) score what is left of them.
+    ``dimensions`` (the first so many) and ``quantize`` (``int8``, ``binary``) score what is left of them. The processes of a
+    ``crew`` share the encoding of texts.
 
     A task that fails is recorded in ``failures`` and does not stop the others. Raises :class:`BadInputError` for a
     model or suite that cannot be used, before any task runs.
@@ -118,6 +121,8 @@ def evaluate(
         dimensions=dimensions,
         quantize=quantize,
     )
+    if scored.encoder is not None:
+        scored.encoder.crew = crew
     meta = scored.wrapper.mteb_model_meta
     applicable, not_applicable = [], {}
     for suite_task in suite_tasks:

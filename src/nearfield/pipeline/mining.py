@@ -146,7 +146,7 @@ class MiningStages(Artifacts):
             teacher.model or base.model,
             base.revision if own else teacher.revision,
             teacher_prompts(teacher, self.recipe),
-            device=_device(self.launch.local_rank) if self.engine == "local" else None,
+            device=self.launch.device if self.engine == "local" else None,
             max_length=teacher.max_length or (base.max_length if own else None),
             trust_remote_code=base.trust_remote_code if own else teacher.trust_remote_code,
         )
@@ -197,7 +197,7 @@ class MiningStages(Artifacts):
 
         mining = self.recipe.mining
         assert mining is not None
-        searching = Searching(mining.search, mining.memory_mib << 20, _device(self.launch.local_rank), self.recipe.seed)
+        searching = Searching(mining.search, mining.memory_mib << 20, self.launch.device, self.recipe.seed)
         return make_scorer(
             mining_teacher(self.recipe),
             (len(pool.queries), len(pool.documents)),
@@ -320,10 +320,3 @@ def items_by_role(store: Store, sources: list[str], split: str) -> dict[str, Row
             # The planner takes other items of a label as positives.
             found["document"].append(part["query"].to_numpy())
     return {role: np.unique(np.concatenate(rows)).astype(np.int64) for role, rows in found.items()}
-
-
-def _device(local_rank: int) -> str | None:
-    """A GPU for each process of a node, as far as there are some."""
-    import torch
-
-    return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None

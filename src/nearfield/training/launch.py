@@ -60,6 +60,13 @@ class Launch:
         return cls(rank, world, local)
 
     @property
+    def device(self) -> str | None:
+        """A GPU for each process of a node, as far as there are some, for what is done beside training."""
+        import torch
+
+        return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0

@@ -1,0 +1,104 @@
+"""The processes of one launch, which encode their shares of a task's texts while the first of them scores.
+
+Texts and vectors are exchanged as files in a folder. A process that does not see it, as on a machine without the shared file
+system, leaves its share to the first.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfield.files import atomic_path, read_json, write_json
+
+if TYPE_CHECKING:
+    from nearfield.training.launch import Launch
+
+logger = logging.getLogger("nearfield.evaluation")
+
+Pairs = Iterable[tuple[str, NDArray[np.float32]]]
+BLOCK = 16_384
+"""Texts of a process that are encoded before vectors are gathered, so that little is lost when a run ends."""
+LEAST = 64
+"""Texts a process below which it is not worth it."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How mteb would have some texts encoded."""
+
+    role: str | None
+    """``query``, ``document`` or none."""
+    prompt: str | None
+    """What mteb found for the task; none leaves it to the model."""
+    before: str
+    """What is put before each text in the end."""
+
+
+Embed = Callable[[Sequence[str], Wording, str], Pairs]
+"""(texts, wording, what to say meanwhile) -> each text with its embedding, in any order."""
+
+
+class Crew:
+    """What the first process calls to have texts encoded by all, and what the others do (:meth:`help`)."""
+
+    def __init__(self, launch: Launch, folder: Path) -> None:
+        self.launch, self.folder = launch, folder
+        self._number = 0
+        if launch.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+    def close(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def embed(
+        self, texts: Sequence[str], wording: Wording, says: str, own: Embed
+    ) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """As ``own`` does, but by all processes; long and short texts are dealt evenly."""
+        ranks = self.launch.world_size
+        if len(texts) < LEAST * ranks:
+            yield from own(texts, wording, says)
+            return
+        for start in range(0, len(texts), BLOCK * ranks):
+            block = sorted(texts[start : start + BLOCK * ranks], key=len)
+            self._number += 1
+            task = {"texts": block, "role": wording.role, "prompt": wording.prompt, "before": wording.before}
+            write_json(self._texts(self._number), task)
+            found: list[tuple[str, NDArray[np.float32]]] = []
+            self.launch.divide(f"encode {self._number}", lambda: found.extend(own(block[::ranks], wording, says)))  # noqa: B023
+            yield from found
+            for rank in range(1, ranks):
+                file, share = self._vectors(self._number, rank), block[rank::ranks]
+                if file.is_file():
+                    yield from zip(share, np.load(file, allow_pickle=False), strict=True)
+                    file.unlink()
+                else:
+                    logger.warning("Rank %d does not share %s: its texts are encoded here", rank, self.folder)
+                    yield from own(share, wording, says)
+            self._texts(self._number).unlink()
+
+    def help(self, task: str, own: Embed) -> None:
+        """Do this process's share of a task of :meth:`embed`."""
+        number = int(task.split()[1])
+        if not self._texts(number).is_file():
+            return
+        told = read_json(self._texts(number))
+        share = told["texts"][self.launch.rank :: self.launch.world_size]
+        vectors = dict(own(share, Wording(told["role"], told["prompt"], told["before"]), ""))
+        with atomic_path(self._vectors(number, self.launch.rank)) as aside, aside.open("wb") as stream:
+            np.save(stream, np.stack([vectors[text] for text in share]))
+
+    def _texts(self, number: int) -> Path:
+        return self.folder / f"{number}.json"
+
+    def _vectors(self, number: int, rank: int) -> Path:
+        return self.folder / f"{number}-{rank}.npy"
