@@ -15,11 +15,11 @@ from nearfield.errors import BadInputError
 
 pytestmark = pytest.mark.conformance
 
-CHECKS = 42
+CHECKS = 43
 """Lines of a launch; of several ranks three more: a resume on another number of them, the ring, and the bytes on the wire."""
-NOT_SHARDED = 2 + 2
-"""Lines fewer where all ranks go through the same layers at once (two towers), or where parameters are taken apart (losses on
-tokens)."""
+NOT_SHARDED = 3 + 2
+"""Lines fewer where all ranks go through the same layers at once (pictures, in two towers and in one), or where parameters are
+taken apart (losses on tokens)."""
 
 
 @pytest.fixture(scope="module")

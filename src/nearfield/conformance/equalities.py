@@ -77,6 +77,7 @@ class Suite:
         yield from self.dropout()
         yield from self.packing()
         yield from self.pictures()
+        yield from self.one_tower()
         yield self.figures()
         yield self.averaging()
         yield self.clipping()
@@ -219,6 +220,19 @@ class Suite:
         engine = problem.engine(self.launch, self.backend, dropout=True)
         _, found = problem.gradient(engine, problem.work(engine, 60), keep_graph=False)
         yield self.line("pictures, dropout on: any number of ranks, cached = one", difference(found, gradient))
+
+    def one_tower(self) -> Iterator[Line]:
+        """Pictures and texts in one transformer: chunks that mix them = one forward of all."""
+        if self.backend not in ("single", "ddp"):
+            return
+        problem = self.make(OBJECTIVES["infonce, both directions"], 8).in_one_tower()
+        reference = problem.reference()
+        worst = max(
+            self._difference(problem, budget, keep_graph=keep, reference=reference)
+            for budget in (16, 90, 10**6)
+            for keep in (True, False)
+        )
+        yield self.line("pictures and texts in one tower, in chunks that mix them = one forward of all", worst)
 
     def figures(self) -> Line:
         """What is told of the learning, with masks, weights and a learnt temperature."""

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows, VectorsOf
 from nearfield.batching.rows import Floats, Lists
-from nearfield.conformance.tiny import save_tiny_bert
+from nearfield.conformance.tiny import WORDS, save_tiny_bert
+from nearfield.conformance.tiny_vlm import save_tiny_vlm
 from nearfield.data.tokens import IMAGE, TokenCache, TokenTable
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
+from nearfield.encoders.one_tower import row_ids
 from nearfield.encoders.token_task import TokenTask
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings, Surroundings
@@ -100,6 +102,11 @@ def random_pictures(items: Rows) -> list[Image | None]:
     return [PIL.Image.fromarray(r.integers(0, 256, (*r.integers(9, 40, 2), 3), dtype=np.uint8)) for r in random]
 
 
+def mixed_pictures(items: Rows) -> list[Image | None]:
+    """The same for items of which every third is a text alone."""
+    return [picture if item % 3 else None for item, picture in zip(items.tolist(), random_pictures(items), strict=True)]
+
+
 def sgd(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
     """Plain SGD: a step of rate 1 subtracts the gradient."""
     return torch.optim.SGD(parameters, lr=rate)
@@ -122,6 +129,8 @@ class Problem:
     """What each example counts; none where all count alike."""
     towers: bool = False
     """Whether every item whose number is odd is a picture, for a tower of its own."""
+    together: bool = False
+    """Whether items are texts, pictures, or both, all for one transformer."""
 
     @classmethod
     def make(
@@ -139,7 +148,8 @@ class Problem:
     def encoder(self) -> SentenceTransformer:
         """The encoder, new."""
         tower = ImageTowerConfig(architecture="vit", settings=TINY_VISION, size=16) if self.towers else None
-        config = EncoderConfig(model=str(self.model_folder), image_tower=tower)
+        last = "last" if self.together else None
+        config = EncoderConfig(model=str(self.model_folder), image_tower=tower, pooling=last)
         return build_encoder(config, "cpu").model.to(self.dtype)
 
     def with_pictures(self) -> Problem:
@@ -151,9 +161,22 @@ class Problem:
             self, tokens=memory_tokens([picture if n % 2 else row for n, row in enumerate(rows)]), towers=True
         )
 
+    def in_one_tower(self, architecture: str = "qwen2_vl") -> Problem:
+        """The same with a tiny model of an architecture that reads both in one, and texts, pictures and items of both."""
+        folder = save_tiny_vlm(Path(tempfile.mkdtemp(prefix="nearfield-conformance-")) / "model", architecture)
+        problem = replace(self, model_folder=folder, together=True)
+        table, items = self.tokens.tables[0], np.arange(TEXTS)
+        texts = [" ".join(WORDS[token] for token in table.tokens(item)[1:-1]) for item in items.tolist()]
+        shown = mixed_pictures(items)
+        sizes = [None if picture is None else picture.size for picture in shown]
+        rows = row_ids(problem.encoder(), ["" if n % 3 == 1 else text for n, text in enumerate(texts)], sizes, "")
+        return replace(problem, tokens=memory_tokens(rows))
+
     @property
     def pictures(self) -> Pictures | None:
         """Random pictures of several sizes, where the problem has some."""
+        if self.together:
+            return mixed_pictures
         return random_pictures if self.towers else None
 
     def engine(

@@ -40,7 +40,7 @@ logger = logging.getLogger("nearfield.encoders")
 
 Dtype = Literal["float32", "bfloat16"]
 
-_IDENTITY_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".bin", ".gguf")
+_IDENTITY_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".bin", ".gguf", ".jinja")
 _IGNORED_FILES = (CONTRACT_FILE, "data_config.json")
 
 
@@ -133,10 +133,13 @@ def load_encoder(
     from sentence_transformers import SentenceTransformer
 
     from nearfield.encoders.direction import check_claimed_direction
+    from nearfield.encoders.one_tower import own_processors, read_in_a_row
+    from nearfield.encoders.one_tower_checks import check_one_tower
 
     try:
         with (
             quiet_transformers(),
+            own_processors(),
             contextlib.nullcontext(source.path) if base_path is None else joined_with_base(folder, base_path) as path,
         ):
             if gguf is not None:
@@ -160,7 +163,9 @@ def load_encoder(
         record_base(model[0].auto_model, stands_on)
     if gguf is not None or not _knows_its_inputs(folder, revision):
         read_plain_texts(model)
+        read_in_a_row(model)
     check_claimed_direction(model, name_or_path)
+    check_one_tower(model, name_or_path)
     if folder.is_dir() and gguf is None:
         check_weights(folder, model, None if base_path is None else Path(base_path))
         return LoadedEncoder(model, source.name, source.revision, source.path, source.note)
@@ -277,6 +282,9 @@ def build_encoder(
         config.model, config.revision, device, config.trust_remote_code, dtype=dtype, quantize=quantize
     )
     model = loaded.model
+    from nearfield.encoders.one_tower_checks import check_verified
+
+    check_verified(model, config)
     if has_adapter(model):
         _merge_base_adapter(loaded, config)
     if config.fresh is not None:
@@ -291,7 +299,9 @@ def build_encoder(
         append_eos(model)
     set_heads(model, config, seed)
     if config.max_length is not None:
-        limit = getattr(getattr(model[0], "config", None), "max_position_embeddings", None)
+        config_of: Any = getattr(model[0], "config", None)
+        text = config_of.get_text_config() if hasattr(config_of, "get_text_config") else config_of
+        limit = getattr(text, "max_position_embeddings", None)
         if limit is not None and config.max_length > limit:
             raise BadInputError(
                 f"max_length {config.max_length} is more than the model's {limit} positions", where="encoder.max_length"

@@ -227,7 +227,8 @@ def packing_kind(model: SentenceTransformer, device: torch.device, *, bf16: bool
     padded calls as before and leaves no trace in saved files.
     """
     transformer = getattr(model[0], "auto_model", None)
-    reads = (getattr(model[0], "modality_config", None) or {}).get("text", {})
+    modalities = getattr(model[0], "modality_config", None) or {}
+    reads = modalities.get("text", {})
     plain = reads.get("method") == "forward" and reads.get("method_output_name") in (
         "last_hidden_state",
         ("last_hidden_state",),
@@ -235,7 +236,9 @@ def packing_kind(model: SentenceTransformer, device: torch.device, *, bf16: bool
     )
     # A prefix stands in padded rows: packed texts would pass it by.
     prefixed = bool(getattr(model[0], "prefix_length", 0))
-    if transformer is None or prefixed or not plain or not _windows_known(model, transformer):
+    # Tokens of a picture have places of their own, which packed rows do not know.
+    pictured = "image" in modalities
+    if transformer is None or prefixed or pictured or not plain or not _windows_known(model, transformer):
         return None
     half = bf16 or next(transformer.parameters()).dtype in (torch.float16, torch.bfloat16)
     kinds: list[PackingKind] = ["block"]

@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
+from nearfield.encoders.one_tower import family_of, row_ids
 from nearfield.encoders.towers import image_tokens, takes_images
 from nearfield.errors import BadInputError
 
@@ -27,9 +28,12 @@ _BLOCK = 1024
 def token_ids(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> list[npt.NDArray[np.int32]]:
     """The token ids of each text with the prompt before it, cut to the model's maximum length."""
     rows: list[npt.NDArray[np.int32]] = []
-    ragged = _ragged(model)
+    ragged, together = _ragged(model), family_of(model) is not None
     for start in range(0, len(texts), _BLOCK):
         block = list(texts[start : start + _BLOCK])
+        if together:
+            rows += row_ids(model, block, [None] * len(block), prompt)
+            continue
         if ragged is not None:
             features = model.preprocess(block, prompt=prompt or None, processing_kwargs=ragged)
             rows += [np.array(ids, dtype=np.int32) for ids in features["input_ids"]]
@@ -50,7 +54,7 @@ def _ragged(model: SentenceTransformer) -> dict[str, dict[str, Any]] | None:
 
 def prompt_tokens(model: SentenceTransformer, prompt: str) -> int:
     """Tokens of the prompt and of the special tokens before it, as poolings that leave the prompt out count them."""
-    if not prompt:
+    if not prompt or family_of(model) is not None:
         return 0
     return int(model.preprocess(["a"], prompt=prompt).get("prompt_length", 0))
 
@@ -66,11 +70,17 @@ class Tokenizer:
         return token_ids(self.model, texts, prompt)
 
     def of_items(self, store: Store, rows: Rows, prompt: str) -> list[npt.NDArray[np.int32]]:
-        """What each item of a store with pictures takes: a picture counts as so many tokens as it has patches.
+        """What each item of a store with pictures takes: a picture of a tower counts as so many tokens as it has patches.
 
-        Raises :class:`BadInputError` where the encoder takes no pictures, or an item has a text beside its picture.
+        Where one transformer reads both, the tokens of a picture stand among those of its text. Raises
+        :class:`BadInputError` where the encoder takes no pictures, or an item has a text beside its picture and it takes
+        one or the other.
         """
-        texts, pictured = store.texts(rows), store.image_sizes(rows)[:, 0] > 0
+        texts, sizes = store.texts(rows), store.image_sizes(rows)
+        pictured = sizes[:, 0] > 0
+        if family_of(self.model) is not None:
+            shown = [(width, height) if width else None for width, height in sizes.tolist()]
+            return row_ids(self.model, texts, shown, prompt)
         found: list[npt.NDArray[np.int32]] = [np.empty(0, dtype=np.int32)] * len(rows)
         plain = np.flatnonzero(~pictured)
         for place, ids in zip(plain.tolist(), self([texts[i] for i in plain], prompt), strict=True):

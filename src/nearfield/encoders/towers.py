@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from nearfield.data.pictures import pillow
 from nearfield.encoders.config import ImageTowerConfig
+from nearfield.encoders.one_tower import family_of
+from nearfield.encoders.one_tower_checks import unused_parameters
 from nearfield.encoders.trunk import check_settings
 from nearfield.errors import BadInputError
 
@@ -222,10 +224,14 @@ def image_features(model: SentenceTransformer, images: Sequence[Image], device: 
 
 
 def freeze_unused(model: SentenceTransformer) -> None:
-    """Take the gradient from parameters of the image tower that its embeddings do not depend on, found by trial.
+    """Take the gradient from parameters of a model of pictures that its embeddings do not depend on, found by trial.
 
     Such are the head that a vision model was pretrained with, and the layer before it.
     """
+    if family_of(model) is not None:
+        for parameter in unused_parameters(model):
+            parameter.requires_grad_(False)
+        return
     routes = getattr(model[0], "sub_modules", None)
     if routes is None or "image" not in routes:
         return

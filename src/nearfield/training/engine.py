@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows
 from nearfield.data.tokens import IMAGE
+from nearfield.encoders.one_tower import family_of, picture_token, row_features
 from nearfield.encoders.packing import Features, PackingKind, embed, packed_features, padded_features
 from nearfield.encoders.token_task import TARGETS, TokenTask
 from nearfield.encoders.towers import image_features
@@ -151,7 +152,7 @@ class Engine:
         """(Q, T) tokens of the queries' whole texts, padded with -1."""
         where = zip(pool.prompts[pool.queries].tolist(), pool.items[pool.queries].tolist(), strict=True)
         rows = [self.feed.tokens.tables[prompt].tokens(item) for prompt, item in where]
-        if any(self._are_pictures([row]) for row in rows):
+        if any(map(self._has_picture, rows)):
             raise BadInputError("this objective decodes texts, and some queries are pictures", where="objective")
         found = np.full((len(rows), max(len(row) for row in rows)), -1, dtype=np.int64)
         for line, row in enumerate(rows):
@@ -166,9 +167,11 @@ class Engine:
         def features(chunk: Rows) -> Features:
             rows = [self.feed.tokens.tables[int(pool.prompts[i])].tokens(int(pool.items[i])) for i in chunk]
             prompt_length = self.feed.tokens.tables[int(pool.prompts[chunk[0]])].prompt_length
-            if pool.deleted is not None and not self._are_pictures(rows):
-                shares = pool.deleted[chunk].tolist()
-                rows = [delete_tokens(row, share, prompt_length) for row, share in zip(rows, shares, strict=True)]
+            if pool.deleted is not None:
+                rows = [
+                    row if self._has_picture(row) else delete_tokens(row, share, prompt_length)
+                    for row, share in zip(rows, pool.deleted[chunk].tolist(), strict=True)
+                ]
             if self.feed.token_task is None:
                 return self.item_features(pool.items[chunk], rows, prompt_length)
             keys = [(seed, step, int(pool.items[i]), int(pool.prompts[i])) for i in chunk]
@@ -179,13 +182,22 @@ class Engine:
 
         return features
 
-    def _are_pictures(self, rows: list[Tokens]) -> bool:
-        """Whether these are the entries of pictures in the token cache."""
-        return self.feed.pictures is not None and len(rows) > 0 and bool(rows[0][0] == IMAGE)
+    def _has_picture(self, row: Tokens) -> bool:
+        """Whether this is the entry of a picture in the token cache, or of a text with one."""
+        if self.feed.pictures is None:
+            return False
+        if family_of(self.encoder) is None:
+            return bool(row[0] == IMAGE)
+        return bool((row == picture_token(self.encoder)).any())
 
     def item_features(self, items: Rows, rows: list[Tokens], prompt_length: int) -> Features:
-        """Items of one modality with what the token cache says of them -> what the encoder takes."""
-        if self.feed.pictures is None or not self._are_pictures(rows):
+        """Items of a chunk with what the token cache says of them -> what the encoder takes.
+
+        Where pictures have a tower of their own, all of a chunk's items are pictures or none is.
+        """
+        if self.feed.pictures is not None and family_of(self.encoder) is not None:
+            return row_features(self.encoder, rows, self.feed.pictures(items), self.backend.device)
+        if self.feed.pictures is None or not self._has_picture(rows[0]):
             return self.features(rows, prompt_length)
         pictures = [picture for picture in self.feed.pictures(items) if picture is not None]
         assert len(pictures) == len(items)

@@ -135,8 +135,8 @@ def build_engine(
     backend.verify()
     if feed.pictures is not None and backend.same_chunk_count and launch.world_size > 1:
         raise BadInputError(
-            f"with {name} all ranks go through the same layers at once, and with two towers one rank has a picture where "
-            "another has a text",
+            f"with {name} all ranks go through the same layers at once, and those for pictures are not gone through where a "
+            "rank has texts alone",
             where="training.backend",
             hint="Use ddp.",
         )

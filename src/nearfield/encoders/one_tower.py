@@ -1,0 +1,334 @@
+"""One tower: a transformer that reads pictures and texts as one row of tokens (VLM2Vec, arXiv 2410.05160).
+
+The model is sentence-transformers' own ``Transformer`` around a vision-language model without its language head, with a
+chat template that puts a picture's mark, the prompt and the text in a row and nothing else: saved, it loads in plain
+``SentenceTransformer(folder)``. Only architectures that were tried out are read; each is tried out again when it is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from nearfield.data.pictures import pillow
+from nearfield.data.readers.interleaved import MARK
+from nearfield.encoders.packing import padded_features
+from nearfield.errors import BadInputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from sentence_transformers import SentenceTransformer
+
+    from nearfield.encoders.packing import Features
+
+Ids = npt.NDArray[np.int32]
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of an architecture."""
+
+    processor: Callable[[Any], Any]
+    """The module ``transformers`` -> the class of its processor, without a part for videos."""
+    mark: str
+    """What stands for a picture in a text of the model's own."""
+    reserved: tuple[str, ...]
+    """Words that the processor puts around or in the place of pictures: in a text they are taken out."""
+    nested: bool = False
+    """Whether its image processor takes the pictures of each item as a list."""
+    token_types: bool = False
+    """Whether it is told which tokens are a picture's, to place them in two dimensions."""
+
+
+def _without_videos(name: str, videos: str) -> Callable[[Any], Any]:
+    """A processor's class whose part for videos is not made: it would need torchvision, and no item is a video.
+
+    The settings of that part are kept and saved, since plain transformers asks for them.
+    """
+
+    def kind(transformers: Any) -> Any:
+        whole = getattr(transformers, name)
+
+        def begin(
+            self: Any,
+            image_processor: Any = None,
+            tokenizer: Any = None,
+            video_processor: Any = None,
+            chat_template: Any = None,
+        ) -> None:
+            whole.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
+            self.video_processor = video_processor or {"video_processor_type": videos}
+
+        parts = classmethod(lambda cls: ["image_processor", "tokenizer"])
+        return type(name, (whole,), {"__init__": begin, "get_attributes": parts, "__module__": whole.__module__})
+
+    return kind
+
+
+def _named(name: str) -> Callable[[Any], Any]:
+    return lambda transformers: getattr(transformers, name)
+
+
+_QWEN_WORDS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_pad|>")
+_IDEFICS_WORDS = ("<fake_token_around_image>", "<image>", "<global-img>", "<video>")
+_QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": Family(
+        _without_videos("Qwen2VLProcessor", "Qwen2VLVideoProcessor"), _QWEN_MARK, _QWEN_WORDS, token_types=True
+    ),
+    "qwen2_5_vl": Family(
+        _without_videos("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"), _QWEN_MARK, _QWEN_WORDS, token_types=True
+    ),
+    "qwen3_vl": Family(
+        _without_videos("Qwen3VLProcessor", "Qwen3VLVideoProcessor"), _QWEN_MARK, _QWEN_WORDS, token_types=True
+    ),
+    # The processor of Idefics3 gives the same for pictures, and needs neither torchvision nor num2words.
+    "smolvlm": Family(_named("Idefics3Processor"), "<image>", _IDEFICS_WORDS, nested=True),
+    "idefics3": Family(_named("Idefics3Processor"), "<image>", _IDEFICS_WORDS, nested=True),
+    "llava": Family(_named("LlavaProcessor"), "<image>", ("<image>",)),
+    "llava_next": Family(_named("LlavaNextProcessor"), "<image>", ("<image>",)),
+}
+"""By transformers' name of the architecture."""
+
+_TEMPLATE = """\
+{%- set item = namespace(prompt='', text='', pictures=0) -%}
+{%- for message in messages -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}{%- set item.pictures = item.pictures + 1 -%}
+{%- elif message.role == 'system' -%}{%- set item.prompt = item.prompt ~ part.text -%}
+{%- else -%}{%- set item.text = item.text ~ part.text -%}{%- endif -%}
+{%- endfor -%}
+{%- endfor -%}
+{%- if item.pictures > 1 -%}{{- raise_exception('an item has one picture, not ' ~ item.pictures) -}}{%- endif -%}
+{%- set parts = item.text.split(MARK) -%}
+{%- set between = item.pictures and parts|length > 1 and parts[0]|trim -%}
+{%- set words = namespace(before='', behind='') -%}
+{%- if between -%}
+{%- set words.before = item.prompt.replace(MARK, ' ') ~ parts[0] -%}{%- set words.behind = parts[1:]|join(' ') -%}
+{%- else -%}
+{%- set words.behind = item.prompt.replace(MARK, ' ') ~ parts|join(' ')|trim -%}
+{%- endif -%}
+{%- for word in RESERVED -%}
+{%- set words.before = words.before.replace(word, ' ') -%}{%- set words.behind = words.behind.replace(word, ' ') -%}
+{%- endfor -%}
+{%- if between -%}{{- words.before.lstrip() ~ PICTURE ~ words.behind.rstrip() -}}
+{%- elif item.pictures and words.behind|trim -%}{{- PICTURE ~ '\\n' ~ words.behind|trim -}}
+{%- elif item.pictures -%}{{- PICTURE -}}
+{%- else -%}{{- words.behind|trim -}}{%- endif -%}
+"""
+"""Picture, prompt, text; where the text has a mark between its words, the picture stands there. The model's own words for
+pictures are taken out of texts, so that no text can name a picture that it does not have."""
+
+
+def template_of(family: Family, start: str | None) -> str:
+    """The chat template of a family; ``start`` is the token that its tokenizer begins a text with, if it has one."""
+    reserved = [*family.reserved, *([start] if start else [])]
+    fixed = {"MARK": MARK, "RESERVED": reserved, "PICTURE": family.mark}
+    # Not with `format`: the template is full of braces.
+    text = _TEMPLATE
+    for name, value in fixed.items():
+        text = text.replace(name, json.dumps(value))
+    return text
+
+
+def family_of(model: SentenceTransformer) -> Family | None:
+    """The family of a model that reads texts and pictures in one transformer; None for any other model."""
+    module = model[0]
+    if "message" not in (getattr(module, "modality_config", None) or {}) or "image" not in module.modality_config:
+        return None
+    return FAMILIES.get(module.config.model_type)
+
+
+def picture_token(model: SentenceTransformer) -> int:
+    """The token that stands in each place of a picture, of a model that :func:`family_of` knows."""
+    return int(model[0].processor.image_token_id)
+
+
+class _Processors:
+    """In the place of transformers' ``AutoProcessor``: processors of these families without videos, with Pillow's pixels."""
+
+    @staticmethod
+    def from_pretrained(path: str, **kwargs: Any) -> Any:
+        import transformers
+
+        where = {k: v for k, v in kwargs.items() if k in _WHERE}
+        config = transformers.AutoConfig.from_pretrained(path, **where)
+        family = FAMILIES.get(config.model_type)
+        if family is None:
+            return transformers.AutoProcessor.from_pretrained(path, **kwargs)
+        processor = family.processor(transformers).from_pretrained(path, **kwargs)
+        # The same pixels on every machine, with torchvision or without.
+        processor.image_processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil", **where)
+        return processor
+
+
+_WHERE = ("revision", "token", "cache_folder", "cache_dir", "trust_remote_code", "local_files_only")
+
+
+@contextlib.contextmanager
+def own_processors() -> Iterator[None]:
+    """While sentence-transformers loads a model, give those of these families the processors above."""
+    from sentence_transformers.base.modules import transformer
+
+    theirs = transformer.AutoProcessor
+    transformer.AutoProcessor = _Processors
+    try:
+        yield
+    finally:
+        transformer.AutoProcessor = theirs
+
+
+def read_in_a_row(model: SentenceTransformer) -> None:
+    """Let a model of plain transformers read pictures and texts by the template of its family."""
+    family = family_of_plain(model)
+    if family is None:
+        return
+    module: Any = model[0]
+    tokenizer = module.tokenizer
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    module.processor.chat_template = template_of(family, tokenizer.bos_token)
+    tokenizer.chat_template = None
+    reads = {"method": "forward", "method_output_name": "last_hidden_state"}
+    module.modality_config = {"text": reads, "image": reads, "message": {**reads, "format": "structured"}}
+    module.module_output_name = "token_embeddings"
+    module.input_formatter.message_format = "structured"
+    module.input_formatter.supported_modalities = list(module.modality_config)
+
+
+def family_of_plain(model: SentenceTransformer) -> Family | None:
+    """The family of a model by its architecture alone, whether or not it has a template yet."""
+    return FAMILIES.get(getattr(getattr(model[0], "config", None), "model_type", ""))
+
+
+def row_ids(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    sizes: Sequence[Size | None],
+    prompt: str,
+    *,
+    cut: bool = True,
+) -> list[Ids]:
+    """The token ids of n items as the model reads them: each a text, a picture of a size, or both.
+
+    A picture's tokens are all there, so a row is as long as what is computed. Words behind the longest input are cut, unless
+    ``cut`` is false; raises :class:`BadInputError` where a picture would be.
+    """
+    if not texts:
+        return []
+    module: Any = model[0]
+    processor, tokenizer = module.processor, module.tokenizer
+    rendered = _rendered(module, texts, [size is not None for size in sizes], prompt)
+    # As transformers does with the whole of a template's output.
+    special = not (tokenizer.bos_token and rendered[0].startswith(tokenizer.bos_token))
+    ending = _ending(tokenizer) if special else 0
+    # What closes a picture's mark is one token, in those that have it.
+    family = family_of(model)
+    behind = int(family is not None and not family.mark.endswith(processor.image_token))
+    limit = model.max_seq_length if cut else None
+    lines = tokenizer(rendered, truncation=False, padding=False, add_special_tokens=special, verbose=False)
+    found: list[Ids] = []
+    for text, size, line in zip(texts, sizes, lines["input_ids"], strict=True):
+        ids = np.asarray(line, dtype=np.int32)
+        places = np.flatnonzero(ids == picture_token(model))
+        if len(places) != (size is not None):
+            raise BadInputError(
+                f"an item with {'a' if size else 'no'} picture has {len(places)} places for one: {text[:60]!r}",
+                hint="Its text holds a word that stands for pictures in this model.",
+            )
+        if size is None:
+            if limit is not None and len(ids) > limit:
+                ids = module.preprocess([text], prompt=prompt or None)["input_ids"][0].numpy().astype(np.int32)
+            found.append(ids)
+            continue
+        run = _run(model, size)
+        ids = np.concatenate([ids[: places[0]], run, ids[places[0] + 1 :]])
+        if limit is not None and len(ids) > limit:
+            end = int(places[0]) + len(run) + behind
+            if end + ending > limit:
+                raise BadInputError(
+                    f"a picture of {size[0]} x {size[1]} pixels ends at token {end}, and the model's longest input is {limit}",
+                    where="encoder.max_length",
+                    hint="Raise it, or let the data keep smaller pictures (images.max_side).",
+                )
+            ids = np.concatenate([ids[: limit - ending], ids[len(ids) - ending :]])
+        found.append(ids)
+    return found
+
+
+def _rendered(module: Any, texts: Sequence[str], pictured: Sequence[bool], prompt: str) -> list[str]:
+    """The strings that the template makes of items."""
+    conversations = []
+    for text, picture in zip(texts, pictured, strict=True):
+        parts = [*([{"type": "image"}] if picture else []), *([{"type": "text", "text": text}] if text else [])]
+        system = [{"role": "system", "content": [{"type": "text", "text": prompt}]}] if prompt else []
+        conversations.append([*system, {"role": "user", "content": parts}])
+    found: list[str] = module.processor.apply_chat_template(conversations, tokenize=False) if conversations else []
+    return found
+
+
+def _ending(tokenizer: Any) -> int:
+    """How many tokens the tokenizer puts behind every text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return len(whole) - start - len(plain)
+
+
+_RUNS: WeakKeyDictionary[nn.Module, dict[Size, Ids]] = WeakKeyDictionary()
+
+
+def _run(model: SentenceTransformer, size: Size) -> Ids:
+    """The tokens that a picture of a size takes; they depend on the size alone."""
+    runs = _RUNS.setdefault(model[0], {})
+    if size not in runs:
+        processor: Any = model[0].processor
+        blank = pillow().new("RGB", size, (128, 160, 192))
+        mark = processor.image_token
+        output = processor(text=[mark], images=[[blank]], add_special_tokens=False)
+        runs[size] = np.asarray(output["input_ids"][0], dtype=np.int32)
+    return runs[size]
+
+
+def row_features(
+    model: SentenceTransformer, rows: Sequence[Ids], pictures: Sequence[Image | None], device: torch.device
+) -> Features:
+    """What :func:`nearfield.encoders.packing.embed` takes for n items, by their token ids and pictures (None for texts).
+
+    Pixels are those of the items of this chunk alone, in their order: models find them by the order of their places.
+    """
+    module: Any = model[0]
+    family = family_of(model)
+    assert family is not None
+    tokenizer, image_token = module.tokenizer, picture_token(model)
+    for row, picture in zip(rows, pictures, strict=True):
+        if bool((row == image_token).any()) != (picture is not None):
+            raise ValueError("the tokens of an item and its picture do not belong together")
+    features = padded_features(
+        rows, pad_token=tokenizer.pad_token_id or 0, side=tokenizer.padding_side, device=device, prompt_length=0
+    )
+    features["modality"] = "message"
+    shown = [picture for picture in pictures if picture is not None]
+    if not shown:
+        return features
+    pixels = module.processor.image_processor(
+        [[each] for each in shown] if family.nested else shown, return_tensors="pt"
+    )
+    dtype = next(model.parameters()).dtype
+    for name, value in pixels.items():
+        if isinstance(value, Tensor) and name not in ("rows", "cols"):
+            features[name] = value.to(device, dtype if value.is_floating_point() else None)
+    if family.token_types:
+        features["mm_token_type_ids"] = (features["input_ids"] == image_token).int()
+    return features
