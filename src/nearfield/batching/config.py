@@ -104,6 +104,17 @@ class ShuffledConfig(CommonConfig):
     """Shuffled batches that mix the examples of all sources: the classic way, to compare the others with."""
 
     kind: Literal["shuffled"] = "shuffled"
+    run: Annotated[int, Field(ge=1)] = 1
+    """Examples of one source in a row (interleaved sub-batches, VLM2Vec, arXiv 2507.04590): a batch is made of runs of so many;
+    ``batch_size`` is a multiple of it. 1 mixes example by example."""
+
+    @model_validator(mode="after")
+    def _runs_fill_a_batch(self) -> Self:
+        if self.batch_size % self.run:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of run {self.run}: a batch is made of whole runs"
+            )
+        return self
 
     def build(self) -> StreamPlanner:
         """The planner."""

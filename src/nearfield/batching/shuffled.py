@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from nearfield.batching.config import ShuffledConfig
 from nearfield.batching.drawing import Stream
 from nearfield.batching.fitting import arrange
 from nearfield.batching.planner import NOT_FILLED, NOT_REACHED, EpochBatches, Request, StreamPlanner
@@ -12,8 +15,24 @@ from nearfield.batching.rows import Lists, Rows, join_rows
 from nearfield.batching.sampling import targets
 
 
+def in_runs(order: Rows, source: Rows, size: int, random: np.random.Generator) -> Rows:
+    """An order of rows in which ``size`` rows of one source follow each other, run after run; ``source`` (n,) is each row's.
+
+    Rows that fill no run come last.
+    """
+    runs, rest = [], []
+    for number in np.unique(source):
+        mine = order[source[order] == number]
+        whole = len(mine) // size * size
+        runs += list(mine[:whole].reshape(-1, size))
+        rest.append(mine[whole:])
+    return np.concatenate([*(runs[i] for i in random.permutation(len(runs))), *rest])
+
+
 class ShuffledPlanner(StreamPlanner):
     """All sources' examples in one order, cut into batches: the classic way."""
+
+    config: ShuffledConfig
 
     def plan_streams(self, streams: Sequence[Stream], request: Request, among: Mapping[str, Rows]) -> EpochBatches:
         """The batches; the sampling of sources counts examples here, not batches."""
@@ -35,6 +54,8 @@ class ShuffledPlanner(StreamPlanner):
                 rest -= len(parts[-1])
         rows = join_rows(parts)
         order = request.random("mixing").permutation(len(rows))
+        if config.run > 1:
+            order = in_runs(order, rows.source, config.run, request.random("runs"))
         made = arrange(order, config.batch_size, self.claims(rows, request), keep_small=not config.drop_last)
         dropped[NOT_FILLED] += len(made.left)
         offsets = Lists.from_counts(made.sizes, rows.example).offsets

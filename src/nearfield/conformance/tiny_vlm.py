@@ -33,6 +33,7 @@ def save_tiny_vlm(folder: Path, architecture: str = "qwen2_vl", *, seed: int = 0
     Weights are larger than usual, so that attention and pictures matter; texts are padded on ``side``.
     """
     import torch
+    from safetensors.torch import save_model
     from transformers import AutoModel
 
     vocabulary = {word: number for number, word in enumerate([*_SPECIAL, *WORDS])}
@@ -43,7 +44,10 @@ def save_tiny_vlm(folder: Path, architecture: str = "qwen2_vl", *, seed: int = 0
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.2)
-    model.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Of several ranks transformers lets only the first save.
+    model.config.to_json_file(f"{folder}/config.json", use_diff=False)
+    save_model(model, f"{folder}/model.safetensors", metadata={"format": "pt"})
     _save_tokenizer(folder, vocabulary, side)
     _save_processor(folder, architecture)
     return folder

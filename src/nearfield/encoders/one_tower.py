@@ -163,8 +163,8 @@ class _Processors:
         import transformers
 
         where = {k: v for k, v in kwargs.items() if k in _WHERE}
-        config = transformers.AutoConfig.from_pretrained(path, **where)
-        family = FAMILIES.get(config.model_type)
+        config, _ = transformers.PreTrainedConfig.get_config_dict(path, **where)
+        family = FAMILIES.get(config.get("model_type", ""))
         if family is None:
             return transformers.AutoProcessor.from_pretrained(path, **kwargs)
         processor = family.processor(transformers).from_pretrained(path, **kwargs)
@@ -173,7 +173,7 @@ class _Processors:
         return processor
 
 
-_WHERE = ("revision", "token", "cache_folder", "cache_dir", "trust_remote_code", "local_files_only")
+_WHERE = ("revision", "subfolder", "token", "cache_dir", "trust_remote_code", "local_files_only")
 
 
 @contextlib.contextmanager
