@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from nearfield.encoders.packing import embed, packing_kind
 from nearfield.encoders.tokenize import prompt_tokens, token_ids
 from nearfield.errors import BadInputError
 from nearfield.objectives.config import InfoNCEConfig
+from nearfield.objectives.more_kinds import CAROLConfig
+from nearfield.training import opening
 from nearfield.training.launch import Launch
 
 CPU = torch.device("cpu")
@@ -174,6 +177,40 @@ def test_a_chunk_is_counted_by_what_is_computed() -> None:
         assert made["attention_mask"].sum(dim=1).tolist() == lengths[chunk].tolist()
     mixed = [len({item % 3 == 0 for item in work.pool.items[chunk]}) == 2 for chunk in work.chunks]
     assert any(mixed), "texts and pictures share chunks"
+
+
+def test_words_are_deleted_where_there_is_no_picture() -> None:
+    problem = Problem.make(InfoNCEConfig()).in_one_tower("qwen2_vl")
+    engine = problem.engine(Launch(), "single", dropout=False)
+    pool = engine.pool(problem.batch)
+    lengths, pictured = engine.lengths(pool), pool.items % 3 > 0
+    torch.manual_seed(0)
+    features = engine.make_features(replace(pool, deleted=np.full(len(pool.items), 0.5)))
+    kept = features(np.arange(len(pool.items)))["attention_mask"].sum(dim=1).numpy()
+    assert kept[pictured].tolist() == lengths[pictured].tolist()
+    assert kept[~pictured].sum() < lengths[~pictured].sum()
+
+
+def test_an_objective_that_decodes_texts_takes_no_pictures() -> None:
+    problem = Problem.make(CAROLConfig()).in_one_tower("qwen2_vl")
+    engine = problem.engine(Launch(), "single", dropout=False)
+    with pytest.raises(BadInputError, match="some queries are pictures"):
+        problem.work(engine, 60)
+
+
+def test_backends_that_go_through_layers_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem.make(InfoNCEConfig()).in_one_tower("qwen2_vl")
+    opened = opening.open_backend
+
+    def sharding(name: Any, config: Any, module: Any, make: Any, device: Any, launch: Launch) -> Any:
+        backend = opened("single", config, module, make, device, Launch())
+        backend.same_chunk_count = True  # type: ignore[misc]
+        return backend
+
+    monkeypatch.setattr(opening, "open_backend", sharding)
+    problem.engine(Launch(), "single", dropout=False)
+    with pytest.raises(BadInputError, match="all ranks go through the same layers at once"):
+        problem.engine(Launch(rank=0, world_size=2), "fsdp2", dropout=False)
 
 
 def test_pictures_come_first_or_where_their_mark_stands(tmp_path: Path) -> None:

@@ -49,6 +49,9 @@ def model_fingerprint(model: SentenceTransformer) -> str:
     else:
         words = canonical_json(tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else repr(tokenizer)
     settings = [repr(model), model.max_seq_length, getattr(model, "truncate_dim", None), words, _own_code(model)]
+    template = getattr(getattr(model[0], "processor", None), "chat_template", None)
+    if template is not None:
+        settings.append(template)
     digest.update(canonical_json([VERSION, settings]).encode())
     return digest.hexdigest()
 
