@@ -313,6 +313,54 @@ def test_low_rank_adapters_go_on_and_are_merged(tmp_path: Path) -> None:
     np.testing.assert_allclose(merged.encode(inputs([0, 3])), expected, atol=1e-5)
 
 
+def as_on_a_hub(folder: Path, processor: str) -> None:
+    """The files of a processor as checkpoints of earlier versions of transformers have them."""
+    saved = json.loads((folder / "processor_config.json").read_text())
+    images = saved.pop("image_processor")
+    images["image_processor_type"] = images["image_processor_type"].removesuffix("Pil")
+    saved.pop("video_processor", None)
+    (folder / "preprocessor_config.json").write_text(json.dumps({**images, "processor_class": processor}))
+    (folder / "processor_config.json").write_text(json.dumps({**saved, "processor_class": processor}))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }} of a chat"}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "processor"),
+    [("qwen2_vl", "Qwen2VLProcessor"), ("smolvlm", "SmolVLMProcessor"), ("llava", "LlavaProcessor")],
+)
+def test_checkpoints_of_earlier_versions_are_read_alike(architecture: str, processor: str, tmp_path: Path) -> None:
+    expected = embeddings(built(tmp_path, architecture), [0, 1, 2, 3])
+    base = tmp_path / "base"
+    as_on_a_hub(base, processor)
+    settings = {"model": str(base), "pooling": "last", "append_eos": True, "normalize": True}
+    model = build_encoder(EncoderConfig.model_validate(settings), "cpu").model.double()
+    torch.testing.assert_close(embeddings(model, [0, 1, 2, 3]), expected, rtol=0, atol=0)
+
+
+def test_the_token_that_begins_a_text_stands_there_once(tmp_path: Path) -> None:
+    """Llama's tokenizers put one before each text; a text that begins with its name gets no second one."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    base = save_tiny_vlm(tmp_path / "base", "llava")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    number = tokenizer.convert_tokens_to_ids("word199")
+    tokenizer.bos_token = "word199"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="word199 $A", pair="word199 $A $B", special_tokens=[("word199", number)]
+    )
+    tokenizer.save_pretrained(base)
+    settings = {"model": str(base), "pooling": "last", "append_eos": True, "max_length": 24}
+    model = build_encoder(EncoderConfig.model_validate(settings), "cpu").model
+    long = " ".join(f"word{n}" for n in range(60))
+    for text, picture in (*ITEMS, ("word199 word1", None), ("word199", PICTURES[0]), (long, None), (long, PICTURES[0])):
+        (row,) = row_ids(model, [text], [None if picture is None else picture.size], "")
+        item = {key: value for key, value in (("image", picture), ("text", text)) if value}
+        assert row.tolist() == model.preprocess([item])["input_ids"][0].tolist()
+        assert row[0] == number and (row == number).sum() == 1
+        assert row[-1] == model.tokenizer.eos_token_id and len(row) <= 24
+
+
 def broken(model: SentenceTransformer, fault: str) -> None:
     """Let a model read pictures wrongly."""
     transformer = model[0].auto_model

@@ -68,7 +68,8 @@ def unused_parameters(model: SentenceTransformer) -> list[nn.Parameter]:
     return [each for each in model.parameters() if each.requires_grad and id(each) not in used]
 
 
-_TRIAL_SIZES: tuple[Size, ...] = ((56, 56), (84, 56), (56, 112))
+_TRIAL_SIZES: tuple[Size, ...] = ((112, 14), (14, 112), (70, 14))
+"""Long and thin: of those that are cut into tiles, some models make the fewest."""
 
 
 def _trial(model: SentenceTransformer, items: Sequence[tuple[int | None, int]]) -> Features:
@@ -111,11 +112,12 @@ def check_one_tower(model: SentenceTransformer, where: str) -> None:
 
 
 def _complaint(model: SentenceTransformer) -> str | None:
-    items: list[tuple[int | None, int]] = [(0, 1), (None, 0), (1, 2), (2, 0)]
+    # Few pictures: of some models each is a thousand tokens.
+    items: list[tuple[int | None, int]] = [(0, 1), (None, 0), (1, 2)]
     together = embed(model, _trial(model, items)).double()
     scale = float(together.abs().max())
     tolerance = 0.05 if next(model.parameters()).dtype in (torch.float16, torch.bfloat16) else 1e-4
-    for place, item in enumerate(items):
+    for place, item in enumerate(items[:2]):
         alone = embed(model, _trial(model, [item])).double()[0]
         if not float((alone - together[place]).abs().max()) <= tolerance * scale:
             what = "text" if item[0] is None else "text with a picture"
