@@ -7,10 +7,10 @@ from typing import Any
 
 from nearfield.conformance.tiny import WORDS
 
-ONE_TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "llava", "llava_next")
+ONE_TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "llava", "llava_next", "llava_onevision")
 _QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
-_IDEFICS = ("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *_TILES)
+_IDEFICS = ("<fake_token_around_image>", "<image>", "<video>", "<global-img>", "<end_of_utterance>", *_TILES)
 _SPECIAL = ("<pad>", "<eos>", "<unk>", *_QWEN, *_IDEFICS)
 _TEXT = {
     "hidden_size": 32,
@@ -24,6 +24,7 @@ _TEXT = {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
+_GRIDS = [[16, 32], [32, 16], [32, 32]]
 _VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -99,12 +100,16 @@ def _config(architecture: str, vocabulary: dict[str, int]) -> Any:
         vision |= {"image_size": 16, "patch_size": 4}
         own |= {"scale_factor": 2, "pad_token_id": 0}
         text["model_type"] = "llama"
+    elif architecture == "llava_onevision":
+        vision |= {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 4, "vision_use_head": False}
+        text["model_type"] = "llama"
+        own |= {"video_token_id": vocabulary["<video>"], "image_grid_pinpoints": _GRIDS}
     else:
         vision |= {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, "projection_dim": 16}
         text["model_type"] = "llama"
         own |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
         if architecture == "llava_next":
-            own["image_grid_pinpoints"] = [[16, 32], [32, 16], [32, 32]]
+            own["image_grid_pinpoints"] = _GRIDS
     return CONFIG_MAPPING[architecture](text_config=text, vision_config=vision, **own)
 
 
@@ -130,6 +135,13 @@ def _save_processor(folder: Path, architecture: str) -> None:
         kind = SmolVLMImageProcessorPil if architecture == "smolvlm" else Idefics3ImageProcessorPil
         images = kind(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
         own = {"image_seq_len": 4}
+    elif architecture == "llava_onevision":
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil,
+        )
+
+        images = LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=_GRIDS)
+        own = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
     else:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -137,7 +149,7 @@ def _save_processor(folder: Path, architecture: str) -> None:
         own = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
         shape = {"size": {"shortest_edge": 16}, "crop_size": square}
         if architecture == "llava_next":
-            images = LlavaNextImageProcessorPil(image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]], **shape)
+            images = LlavaNextImageProcessorPil(image_grid_pinpoints=_GRIDS, **shape)
         else:
             images = CLIPImageProcessorPil(**shape)
     kind_of = FAMILIES[architecture].processor(transformers)

@@ -66,8 +66,18 @@ def _without_videos(name: str, videos: str) -> Callable[[Any], Any]:
             tokenizer: Any = None,
             video_processor: Any = None,
             chat_template: Any = None,
+            num_image_tokens: int | None = None,
+            vision_feature_select_strategy: str | None = None,
+            vision_aspect_ratio: str | None = None,
         ) -> None:
-            whole.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
+            # The last three are LLaVA-OneVision's.
+            own = {
+                "num_image_tokens": num_image_tokens,
+                "vision_feature_select_strategy": vision_feature_select_strategy,
+                "vision_aspect_ratio": vision_aspect_ratio,
+            }
+            given = {key: value for key, value in own.items() if value is not None}
+            whole.__init__(self, image_processor, tokenizer, None, chat_template=chat_template, **given)
             self.video_processor = video_processor or {"video_processor_type": videos}
 
         parts = classmethod(lambda cls: ["image_processor", "tokenizer"])
@@ -98,6 +108,12 @@ FAMILIES: dict[str, Family] = {
     "idefics3": Family(_named("Idefics3Processor"), "<image>", _IDEFICS_WORDS, nested=True),
     "llava": Family(_named("LlavaProcessor"), "<image>", ("<image>",)),
     "llava_next": Family(_named("LlavaNextProcessor"), "<image>", ("<image>",)),
+    "llava_onevision": Family(
+        _without_videos("LlavaOnevisionProcessor", "LlavaOnevisionVideoProcessor"),
+        "<image>",
+        ("<image>", "<video>"),
+        nested=True,
+    ),
 }
 """By transformers' name of the architecture."""
 
