@@ -48,7 +48,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if number < 24:
             names = [name, *(each for each in COLOURS if each != name)]
             about = {"qry_inst": "<|image_1|>\nword100", "qry_text": "word101", "qry_img_path": f"{number}.png"}
-            evaluation.append({**about, "tgt_text": names, "tgt_img_path": [""] * 4})
+            evaluation.append(
+                {**about, "tgt_text": [f"{each} word{110 + number}" for each in names], "tgt_img_path": [""] * 4}
+            )
     for file, rows in (("classify", classify), ("find", find), ("rows", evaluation)):
         write_rows(folder / f"{file}.jsonl", rows)
     source = """\
@@ -80,11 +82,11 @@ objective: {{kind: infonce, temperature: 0.1}}
 batches: {{kind: single_source, batch_size: 8, negatives: 1}}
 training:
   epochs: 20
-  max_steps: 10
-  learning_rate: 2.0e-3
+  max_steps: 40
+  learning_rate: 8.0e-3
   micro_batch_tokens: 120
   gradient_cache: always
-  checkpoints: {{every_steps: 5}}
+  checkpoints: {{every_steps: 20}}
   trackers: []
 evaluation: {{suite: suite.yaml, baselines: [random]}}
 """
@@ -109,12 +111,18 @@ def test_a_run_from_a_try_to_a_model(recipe: Path, tmp_path: Path) -> None:
     plain = SentenceTransformer(str(folder / "model"), device="cpu")
     np.testing.assert_array_equal(ours.encode(list(COLOURS)), plain.encode(list(COLOURS)))
     np.testing.assert_array_equal(ours.encode(pictures), plain.encode(pictures))
-    assert score(folder, "after", "Colours") > score(folder, "before", "Colours") + 0.2
+    assert score(folder, "after", "Colours") > score(folder, "before", "Colours") + 0.3
+    hits = []
+    for row in map(json.loads, (recipe.parent / "rows.jsonl").read_text().splitlines()):
+        asked = {"text": "word100 word101", "image": Image.open(recipe.parent / row["qry_img_path"])}
+        (query,) = plain.encode([asked], prompt="word120 ")
+        hits.append(int((plain.encode(row["tgt_text"]) @ query).argmax()) == 0)
+    assert score(folder, "after", "Colours") == pytest.approx(np.mean(hits), abs=1e-6)
     assert 0 <= score(folder, "after", "Find") <= 1
     # From the checkpoint in the middle: the same weights.
     again = tmp_path / "runs" / "again"
     shutil.copytree(folder, again)
-    shutil.rmtree(again / "checkpoints" / "step-00000010")
+    shutil.rmtree(again / "checkpoints" / "step-00000040")
     shutil.rmtree(again / "model")
     run_stages(open_run(recipe, (), again), "train")
     one, other = (load_file(each / "model" / "model.safetensors") for each in (folder, again))

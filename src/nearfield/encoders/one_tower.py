@@ -341,7 +341,8 @@ def row_features(
     pixels = module.processor.image_processor(
         [[each] for each in shown] if family.nested else shown, return_tensors="pt"
     )
-    dtype = next(model.parameters()).dtype
+    # Of a base in 4 bits some parameters are no numbers.
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     for name, value in pixels.items():
         if isinstance(value, Tensor) and name not in ("rows", "cols"):
             features[name] = value.to(device, dtype if value.is_floating_point() else None)

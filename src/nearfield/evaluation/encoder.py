@@ -195,7 +195,8 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
             if texts is None:
                 parts.append(embed(pictures))
             elif reads_together(self.model):
-                parts.append(embed([{"text": t, "image": p} for t, p in zip(texts, pictures, strict=True)]))
+                # In the order that training reads them.
+                parts.append(embed([{"image": p, "text": t} for t, p in zip(texts, pictures, strict=True)]))
             else:
                 added = embed(pictures) + embed(list(texts))
                 lengths = np.linalg.norm(added, axis=1, keepdims=True)
