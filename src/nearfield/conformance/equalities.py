@@ -77,7 +77,6 @@ class Suite:
         yield from self.dropout()
         yield from self.packing()
         yield from self.pictures()
-        yield from self.one_tower()
         yield self.figures()
         yield self.averaging()
         yield self.clipping()
@@ -204,35 +203,27 @@ class Suite:
         yield self.line("packed = padded", worst)
 
     def pictures(self) -> Iterator[Line]:
-        """Two towers: chunks of pictures and chunks of texts = one forward of each."""
+        """Two towers: chunks of pictures and chunks of texts = one forward of each. One tower: chunks of both = one of all."""
         if self.backend not in ("single", "ddp"):
             return
-        problem = self.make(OBJECTIVES["infonce, both directions"], 8).with_pictures()
-        reference = problem.reference()
-        worst = max(
-            self._difference(problem, budget, keep_graph=keep, reference=reference)
-            for budget in (16, 60, 10**6)
-            for keep in (True, False)
-        )
-        yield self.line("pictures and texts in chunks of their own = one forward of each", worst)
+        plain = self.make(OBJECTIVES["infonce, both directions"], 8)
+        problem = plain.with_pictures()
+        for each, check in (
+            (problem, "pictures and texts in chunks of their own = one forward of each"),
+            (plain.in_one_tower(), "pictures and texts in one tower, in chunks that mix them = one forward of all"),
+        ):
+            reference = each.reference()
+            worst = max(
+                self._difference(each, budget, keep_graph=keep, reference=reference)
+                for budget in (16, 60, 10**6)
+                for keep in (True, False)
+            )
+            yield self.line(check, worst)
         alone = problem.engine(Launch(), "single", dropout=True)
         _, gradient = problem.gradient(alone, problem.work(alone, 60), keep_graph=True)
         engine = problem.engine(self.launch, self.backend, dropout=True)
         _, found = problem.gradient(engine, problem.work(engine, 60), keep_graph=False)
         yield self.line("pictures, dropout on: any number of ranks, cached = one", difference(found, gradient))
-
-    def one_tower(self) -> Iterator[Line]:
-        """Pictures and texts in one transformer: chunks that mix them = one forward of all."""
-        if self.backend not in ("single", "ddp"):
-            return
-        problem = self.make(OBJECTIVES["infonce, both directions"], 8).in_one_tower()
-        reference = problem.reference()
-        worst = max(
-            self._difference(problem, budget, keep_graph=keep, reference=reference)
-            for budget in (16, 90, 10**6)
-            for keep in (True, False)
-        )
-        yield self.line("pictures and texts in one tower, in chunks that mix them = one forward of all", worst)
 
     def figures(self) -> Line:
         """What is told of the learning, with masks, weights and a learnt temperature."""
