@@ -242,7 +242,9 @@ def test_all_ranks_encode_what_the_first_scores(told: Told, folder: Path, tiny_m
     assert "does not share" not in told["scored"][0]["stderr"]
     alone = evaluate(str(tiny_model), folder / "tasks", folder / "alone").scores["TinySTS"]["default"]
     assert json.loads((folder / "scored.json").read_text())["TinySTS"]["default"] == pytest.approx(alone, abs=1e-6)
-    assert [path.name for path in (folder / "scored").iterdir()] == ["local__tiny-bert"], "no files of the exchange are left"
+    assert [path.name for path in (folder / "scored").iterdir()] == ["local__tiny-bert"], (
+        "no files of the exchange are left"
+    )
 
 
 def test_a_suite_that_cannot_be_scored_ends_all_ranks(told: Told) -> None:
