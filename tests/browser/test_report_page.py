@@ -12,7 +12,7 @@ import pytest
 from nearfield.reporting import build_report
 from tests.browser.chromium import Browser, Page, find_chromium
 from tests.reporting.hostile import HOSTILE, PWN
-from tests.reporting.runs import write_run
+from tests.reporting.runs import write_run, write_suite
 
 pytestmark = pytest.mark.browser
 
@@ -52,6 +52,13 @@ CONTRAST = """
   }
   return [...bad];
 })()
+"""
+
+BEYOND = """
+[...document.querySelectorAll("svg.chart text")].filter((one) => {
+  const { left, right } = one.getBoundingClientRect();
+  return left < 0 || right > innerWidth;
+}).map((one) => one.textContent)
 """
 
 
@@ -102,6 +109,7 @@ def test_hostile_texts_do_nothing(page: Page, hostile: Path, view: str) -> None:
     assert page.value("document.scripts.length") == 2
     assert page.value("document.querySelectorAll('main > section').length") == 8
     assert page.value("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
+    assert page.value(BEYOND) == [], "words of a chart leave the page"
     assert page.complaints == []
 
 
@@ -135,6 +143,46 @@ def test_a_complaint_of_the_page_is_heard(page: Page, tmp_path: Path) -> None:
     told = "\n".join(page.complaints)
     for sign in ("console error", "exception", "dialog: hey", "request: http://example.org/x.png"):
         assert sign in told, page.complaints
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a run that was scored on ten tasks of four types."""
+    run = write_run(tmp_path_factory.mktemp("suite"))
+    write_suite(run)
+    return build_report(run).path
+
+
+def test_a_suite_fits_a_phone(page: Page, suite: Path) -> None:
+    """Tables of scores are read without scrolling; a wider one scrolls in its frame and keeps its first column in sight."""
+    page.look(width=390, height=844, phone=True)
+    page.open(suite)
+    page.value("for (const one of document.querySelectorAll('details')) one.open = true")
+    wide = "[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > one.clientWidth + 1)"
+    captions = page.value(f"{wide}.map((one) => one.querySelector('caption').textContent)")
+    assert set(captions) == {"Values at some steps", "Sources of the store"}
+    page.value(f"for (const one of {wide}) one.scrollLeft = 60")
+    lefts = page.value(
+        f"{wide}.map((one) => [one.getBoundingClientRect().left, ...[...one.querySelectorAll('th:first-child, caption')]"
+        ".map((cell) => cell.getBoundingClientRect().left)])"
+    )
+    assert lefts and all(abs(left - row[0]) < 1 for row in lefts for left in row)
+    assert page.value("document.documentElement.scrollWidth") == 390
+    assert page.value(BEYOND) == []
+
+
+def test_the_charts_of_a_suite_are_no_larger_than_the_others(page: Page, suite: Path) -> None:
+    """The plot of all differences keeps the size of its letters where there is room for two charts."""
+    page.look(**VIEWS["desktop"])
+    page.open(suite)
+    letters = "(one) => one.getBoundingClientRect().width / one.viewBox.baseVal.width"
+    scales = page.value(f"[...document.querySelectorAll('svg.chart')].map({letters})")
+    assert max(scales) < 1.2 * min(scales)
+    assert page.value("document.querySelectorAll('figure.forest .whisker').length") == 10
+
+
+def test_a_page_with_the_longest_texts_is_small(hostile: Path, suite: Path) -> None:
+    assert max(hostile.stat().st_size, suite.stat().st_size) < 1_000_000
 
 
 @pytest.mark.parametrize("view", ["desktop", "dark", "phone", "print"])

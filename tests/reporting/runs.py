@@ -249,6 +249,42 @@ def write_run(folder: Path, say: Say = str, count: int = QUERIES, ranks: tuple[R
     return run
 
 
+SUITE = {
+    "Retrieval": ["SciFact", "NFCorpus", "ArguAna", "CQADupstackGamingRetrieval"],
+    "STS": ["STSBenchmark", "SICK-R", "STSBenchmarkMultilingualSTS"],
+    "Classification": ["Banking77Classification", "TweetSentimentExtractionClassification"],
+    "Clustering": ["ArXivHierarchicalClusteringP2P"],
+}
+
+
+def write_suite(run: Path) -> None:
+    """Ten tasks of four types in place of a run's comparison, with made scores of four models."""
+    whole = json.loads((run / "comparison.json").read_text())
+    whole |= {"scores": [], "differences": []}
+    rng = np.random.default_rng(0)
+    for kind, tasks in SUITE.items():
+        for task in tasks:
+            about = {"task": task, "subset": "default", "split": "test", "metric": "accuracy", "type": kind}
+            about |= {"units": 300, "clusters": 250, "reason": None}
+            base, learnt = rng.uniform(0.3, 0.7), rng.normal(0.02, 0.03)
+            for model, value in {"before": 0.0, "after": learnt, "bm25": -0.1, "random": -0.3}.items():
+                ends = {"low": base + value - 0.02, "high": base + value + 0.02}
+                whole["scores"].append({**about, "model": model, "score": base + value, **ends})
+                if model != "before":
+                    verdict = "not separable" if abs(value) < 0.02 else "better" if value > 0 else "worse"
+                    row = {
+                        "difference": value,
+                        "low": value - 0.02,
+                        "high": value + 0.02,
+                        "p": 0.01,
+                        "p_adjusted": 0.04,
+                    }
+                    sentence = f"{model} and before on {task}: {verdict}."
+                    row |= {"model": model, "baseline": "before", "verdict": verdict, "sentence": sentence}
+                    whole["differences"].append({**about, **row})
+    (run / "comparison.json").write_text(json.dumps(whole))
+
+
 def store_of(run: Path) -> Path:
     """The folder of a run's store."""
     return run.parent / ".cache" / "data" / ("f" * 32)

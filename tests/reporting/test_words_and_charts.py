@@ -20,8 +20,10 @@ from nearfield.reporting.svg import (
     LineChart,
     Series,
     Whisker,
+    clipped,
     histogram,
     interval_plot,
+    label_width,
     line_chart,
     tick_words,
     ticks,
@@ -149,3 +151,13 @@ def test_the_loss_is_told_as_means_of_the_first_and_last_tenth(tmp_path: Path) -
     curves = build_curves(tmp_path)
     assert curves.first_loss == pytest.approx(sum(line["loss"] for line in lines[:10]) / 10)
     assert curves.last_loss == pytest.approx(sum(line["loss"] for line in lines[90:]) / 10)
+
+
+def test_labels_are_cut_by_their_width_and_paths_at_their_beginning() -> None:
+    assert clipped("SciFact", 15) == "SciFact" and clipped("", 15) == ""
+    assert clipped("i" * 30, 15) == "i" * 30
+    assert clipped("W" * 30, 15) == "W" * 13 + "…"
+    assert clipped("漢" * 30, 15) == "漢" * 13 + "…"
+    assert clipped("a" * 30 + "/model", 6.5).startswith("…") and clipped("a" * 30 + "/model", 6.5).endswith("/model")
+    assert len(clipped("x" * 5_000_000, 15)) < 40
+    assert label_width(["W"]) < label_width(["W", "WW"])

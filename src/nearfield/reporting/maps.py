@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from nearfield.reporting import text
-from nearfield.reporting.svg import WIDTH, chart_svg, words_at
+from nearfield.reporting.svg import WIDTH, chart_svg, clipped, label_width, words_at
 
 COLOURS = 6
 """Labels with a colour of their own; the rarer ones share the last style."""
@@ -33,13 +32,14 @@ def heat_map(
     key: str, title: str, names: Sequence[str], values: Sequence[Sequence[float | None]], order: Sequence[int]
 ) -> Markup:
     """An SVG of a square table, darker for larger values from 0 to 1; rows and columns in ``order``, empty for null."""
-    left, top = 130.0, 12.0
+    labels = [clipped(names[row], 12.0) for row in order]
+    left, top = max(130.0, label_width(labels)), 12.0
     side = min((WIDTH - left - 10) / len(order), 44.0)
     height = top + side * len(order) + 34
     parts = []
     for i, row in enumerate(order):
         y = top + side * i
-        parts.append(words_at(left - 8, y + side / 2 + 4, "end", _short(names[row], 18)))
+        parts.append(words_at(left - 8, y + side / 2 + 4, "end", labels[i]))
         parts.append(words_at(left + side * (i + 0.5), top + side * len(order) + 18, "middle", str(i + 1)))
         for j, column in enumerate(order):
             value = values[row][column]
@@ -79,7 +79,7 @@ def scatter(key: str, title: str, points: Sequence[tuple[float, float]], labels:
     for i, label in enumerate(kinds):
         x, y = 12 + (i % 2) * WIDTH / 2, 14.0 + 18 * (i // 2)
         parts.append(_mark(style_of.get(label, "m0"), x, y - 4))
-        parts.append(words_at(x + 10, y, "start", _short(label, 32)))
+        parts.append(words_at(x + 10, y, "start", clipped(label, 14.0)))
     width = (high[0] - low[0]) * scale
     for (x, y), label in zip(points, labels, strict=True):
         place = (WIDTH - width) / 2 + (x - low[0]) * scale, top + 10 + (high[1] - y) * scale
@@ -93,10 +93,3 @@ def scatter(key: str, title: str, points: Sequence[tuple[float, float]], labels:
 
 def _mark(style: str, x: float, y: float) -> Markup:
     return Markup('<circle class="mark {}" cx="{:.1f}" cy="{:.1f}" r="3.2"/>').format(style, x, y)
-
-
-def _short(words: str, length: int) -> str:
-    words = text.visible(words)
-    if len(words) <= length:
-        return words
-    return f"…{words[1 - length :]}" if "/" in words else f"{words[: length - 1]}…"

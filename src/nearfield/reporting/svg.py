@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from nearfield.reporting import text
 WIDTH, HEIGHT = 460, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 14, 40
 _NOTHING = Markup("")
+LABEL_EMS = 15.0
+"""What a row's label may take, in the height of its letters: half of a chart on a phone."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,8 @@ def interval_plot(key: str, title: str, rows: Sequence[Whisker], description: st
     if zero:
         ends.append(0.0)
     scale = ticks(min(ends), max(ends), 4)
-    # A phone shows the chart at two thirds of its size: at most 26 letters.
-    left, row_height = max(110.0, min(26, max(len(text.visible(row.label)) for row in rows)) * 6.6 + 14), 30
+    labels = [clipped(row.label, LABEL_EMS) for row in rows]
+    left, row_height = max(110.0, label_width(labels)), 30
     height = 12 + row_height * len(rows) + 28
 
     def px(value: float) -> float:
@@ -169,14 +172,44 @@ def interval_plot(key: str, title: str, rows: Sequence[Whisker], description: st
         parts.append(words_at(px(tick), height - 8, "middle", words))
     if zero:
         parts.append(_rule("cursor", px(0.0), px(0.0), 8, height - 26))
-    for index, row in enumerate(rows):
+    for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
         y = 12 + row_height * (index + 0.5)
-        label = text.visible(row.label)
-        parts.append(words_at(left - 10, y + 4, "end", label if len(label) <= 26 else f"{label[:25]}…"))
+        parts.append(words_at(left - 10, y + 4, "end", label))
         if row.low is not None and row.high is not None and math.isfinite(row.low) and math.isfinite(row.high):
             parts.append(_rule(f"whisker {row.style}", px(row.low), px(row.high), y, y))
         parts.append(_dot(row.style, px(row.value), y, 5))
     return chart_svg(key, title, description, height, parts)
+
+
+def _ems(words: str) -> float:
+    """About how wide words are in a usual sans-serif font, rather too wide, in the height of its letters."""
+    total = 0.0
+    for one in words:
+        if one in "fijlrtI.,:;'|!()[]/ ":
+            total += 0.4
+        elif one in "mwMW@%…" or unicodedata.east_asian_width(one) in "WF":
+            total += 1.05
+        else:
+            total += 0.64 if one.isalnum() and not one.isupper() else 0.85
+    return total
+
+
+def label_width(labels: Sequence[str]) -> float:
+    """What labels to the left of a chart take: a phone shows the chart smaller and its letters, at 14.5 units, larger."""
+    return max(map(_ems, labels)) * 14.5 + 14
+
+
+def clipped(words: str, most: float) -> str:
+    """Words of at most so many ems, made visible, with a sign where some were left out: of a path, the first."""
+    words = text.visible(words)
+    longest = int(most / 0.4)
+    if len(words) <= longest and _ems(words) <= most:
+        return words
+    path = "/" in words
+    kept = words[-longest:] if path else words[:longest]
+    while _ems(kept) > most - 1.05:
+        kept = kept[1:] if path else kept[:-1]
+    return f"…{kept}" if path else f"{kept}…"
 
 
 def describe(chart: LineChart) -> str:
