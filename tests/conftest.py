@@ -15,6 +15,8 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton reads this when it is imported, which torch may do in any test: its kernels are tested in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from nearfield.conformance.tiny import WORDS, save_tiny_bert
 

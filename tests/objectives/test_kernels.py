@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -19,13 +18,6 @@ from tests.objectives.test_blockwise import RICH, evaluate
 
 installed = importlib.util.find_spec("triton") is not None
 interpreted = pytest.mark.skipif(not installed, reason="triton is not installed: `pip install triton` (Linux)")
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield
 
 
 def build(config: InfoNCEConfig, tiles: str, tile: int, dtype: torch.dtype = torch.float64) -> InfoNCE:
@@ -48,15 +40,13 @@ def compare(config: InfoNCEConfig, seed: int, size: int, tile: int) -> None:
 @interpreted
 @given(config=configs(), seed=st.integers(0, 2**32), size=st.integers(1, 9), tile=st.sampled_from([2, 5, 64]))
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
-def test_kernels_equal_the_whole_matrix(
-    interpreter: None, config: InfoNCEConfig, seed: int, size: int, tile: int
-) -> None:
+def test_kernels_equal_the_whole_matrix(config: InfoNCEConfig, seed: int, size: int, tile: int) -> None:
     compare(config, seed, size, tile)
 
 
 @interpreted
 @pytest.mark.parametrize("matryoshka", [True, False])
-def test_kernels_equal_the_whole_matrix_over_several_programs(interpreter: None, matryoshka: bool) -> None:
+def test_kernels_equal_the_whole_matrix_over_several_programs(matryoshka: bool) -> None:
     """Tiles that a kernel cuts into ragged parts of rows and columns, with all masks and sums."""
     more = {"label_smoothing": 0.1, "guide_mask": RICH.score_mask, "mask_same_label": True, "queue": 5}
     config = RICH.model_copy(update={**more, "matryoshka": RICH.matryoshka if matryoshka else None})
@@ -66,7 +56,7 @@ def test_kernels_equal_the_whole_matrix_over_several_programs(interpreter: None,
 
 
 @interpreted
-def test_single_precision_and_half_precision_inputs(interpreter: None) -> None:
+def test_single_precision_and_half_precision_inputs() -> None:
     """Sums are in float32: the error against float64 is at most twice that of the whole matrix."""
     config, exact = InfoNCEConfig(temperature=0.05, score_mask=RICH.score_mask), random_batch(5, 40, repeats=False)
     exact = replace(exact, queue=None)
