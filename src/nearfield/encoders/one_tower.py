@@ -207,7 +207,7 @@ def own_processors() -> Iterator[None]:
 
 def read_in_a_row(model: SentenceTransformer) -> None:
     """Let a model of plain transformers read pictures and texts by the template of its family."""
-    family = family_of_plain(model)
+    family = FAMILIES.get(getattr(getattr(model[0], "config", None), "model_type", ""))
     if family is None:
         return
     module: Any = model[0]
@@ -221,11 +221,6 @@ def read_in_a_row(model: SentenceTransformer) -> None:
     module.module_output_name = "token_embeddings"
     module.input_formatter.message_format = "structured"
     module.input_formatter.supported_modalities = list(module.modality_config)
-
-
-def family_of_plain(model: SentenceTransformer) -> Family | None:
-    """The family of a model by its architecture alone, whether or not it has a template yet."""
-    return FAMILIES.get(getattr(getattr(model[0], "config", None), "model_type", ""))
 
 
 def row_ids(

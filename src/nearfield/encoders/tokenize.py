@@ -90,7 +90,7 @@ class Tokenizer:
                 raise BadInputError(
                     "the data has pictures, and this encoder takes none",
                     where="encoder",
-                    hint="Set encoder.image_tower, or name a model of both such as CLIP.",
+                    hint="Set encoder.image_tower, or name a model of both such as CLIP or Qwen2-VL.",
                 )
             both = next((i for i in np.flatnonzero(pictured).tolist() if texts[i]), None)
             if both is not None:
@@ -98,7 +98,7 @@ class Tokenizer:
                     f"item {int(rows[both])} has a text ({texts[both][:60]!r}) beside its picture, and two towers embed one or "
                     "the other",
                     where=str(store.path),
-                    hint="Use a model that reads both together.",
+                    hint="Use a model that reads both together, such as Qwen2-VL.",
                 )
             ids = np.full(image_tokens(self.model), IMAGE, dtype=np.int32)
             for place in np.flatnonzero(pictured).tolist():
