@@ -14,8 +14,9 @@ import typer
 from nearfield.cli import analyse as analyse_module
 from nearfield.cli import leaderboard as leaderboard_module
 from nearfield.cli import submit as submit_module
+from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
-from nearfield.evaluation import evaluate
+from nearfield.evaluation import evaluate, hub
 from nearfield.evaluation.submission import as_python, read_meta, submit
 from tests.evaluation.conftest import Tasks, build_model, sentences
 
@@ -103,6 +104,43 @@ def test_local_results_are_no_submission_and_it_says_why(call: Callable[..., tup
     assert code == 1
     assert "missing name and revision" in text and "left out, scored on local data: TinyRetrieval, TinySTS" in text
     assert "0 of 41 tasks" in text and "advised contamination report" in text
+    assert "  license: apache-2.0\n" in text and "not complete yet" in text
+
+
+def test_what_a_submission_lacks_is_said_as_a_file_to_fill(call: Callable[..., tuple[int, str]], work: Path) -> None:
+    """The examples are accepted as they stand; the parameters are counted in the model's folder."""
+    official = f"results/org__one/{COMMIT}"
+    code, text = call("submit", official, "--out", "away", "--model", "one")
+    counted = sum(part.numel() for part in load_encoder("one", device="cpu").model.parameters())
+    assert code == 1 and f"ok      n_parameters: {counted}" in text
+    lines = [line for line in text.splitlines() if line.startswith("  ")]
+    assert "  release_date: 2026-01-31" in lines and not any("n_parameters" in line for line in lines)
+    (work / "facts.yaml").write_text("\n".join(line.strip() for line in lines))
+    code, text = call("submit", official, "--out", "away", "--model", "one", "--facts", "facts.yaml")
+    assert code == 0 and "missing" not in text and "  license" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "nowhere"], "no such folder"),
+        (["--facts", "nowhere.yaml"], "these facts cannot be read"),
+        (["--facts", "broken.yaml"], "mteb does not accept this description"),
+        (["--benchmark", "MTEB(nowhere)"], "mteb: "),
+        (["--hub", "org/one"], "--hub pushes a model's folder"),
+        (["--hub", "org/one", "--model", "one", "--facts", "nowhere.yaml"], "these facts cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_stops_before_anything_is_pushed(
+    call: Callable[..., tuple[int, str]], work: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("pushed")
+
+    monkeypatch.setattr(hub, "push", never)
+    (work / "broken.yaml").write_text("n_parameters: many\n")
+    code, text = call("submit", f"results/org__one/{COMMIT}", "--out", "away", *options)
+    assert code == 2 and words in text
 
 
 def test_a_submission_is_read_back_by_mteb(work: Path, tmp_path: Path) -> None:

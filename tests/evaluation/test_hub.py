@@ -83,6 +83,14 @@ def test_a_card_is_rebuilt_without_growing(model: Path, results: Path) -> None:
     assert "model-index" not in with_index(first, "n", read_scores(local))
 
 
+def test_a_card_whose_front_matter_is_broken_stays_as_it_is(model: Path, results: Path) -> None:
+    card = model / "README.md"
+    card.write_text("---\ntags: [a\n---\n# Mine\n")
+    with pytest.raises(BadInputError, match="front matter of this card is no YAML"):
+        update_card(model, results)
+    assert card.read_text() == "---\ntags: [a\n---\n# Mine\n"
+
+
 def test_what_must_not_be_pushed(model: Path, results: Path, tmp_path: Path) -> None:
     api = Remembers()
     with pytest.raises(BadInputError, match="organisation/name"):

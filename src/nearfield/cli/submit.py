@@ -34,9 +34,7 @@ def submit_command(
     ),
     hub: Annotated[
         str | None,
-        typer.Option(
-            "--hub", help="First push the folder of --model, with its card, to this ORGANISATION/NAME of the hub."
-        ),
+        typer.Option("--hub", help="Push the folder of --model, with its card, to this ORGANISATION/NAME of the hub."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="A repository that --hub makes is private.")] = False,
 ) -> None:
@@ -55,20 +53,27 @@ def submit_command(
 
     found = find_results(model, results)
     console = stdout_console()
-    if hub is not None:
+    if hub is not None and folder is None:
+        raise BadInputError("--hub pushes a model's folder", where="--hub", hint="Name the folder with --model.")
+    # What cannot be read is said before anything is pushed.
+    made = submit(found, out, benchmark=benchmark, facts=facts, model=folder)
+    if hub is not None and folder is not None:
         from nearfield.evaluation.hub import push
 
-        if folder is None:
-            raise BadInputError("--hub pushes a model's folder", where="--hub", hint="Name the folder with --model.")
         pushed = push(folder, hub, found, private=private)
         console.print(Text(f"pushed {len(pushed.files)} files to {pushed.repository}, commit {pushed.commit}"))
         if found.name != pushed.commit:
             console.print(Text("The leaderboard wants the results of that commit: score it once more, by name."))
-    made = submit(found, out, benchmark=benchmark, facts=facts, model=folder)
     for check in made.checks:
         mark = "ok      " if check.ok else "missing " if check.required else "advised "
         console.print(Text(f"{mark}{check.name}: {check.detail}"))
+    if made.unstated:
+        console.print(Text("A file for --facts states what is true of this model, in this form:"))
+        for line in made.unstated:
+            console.print(Text(f"  {line}"))
     console.print(Text(f"submission: {made.folder}"))
+    if not made.complete:
+        console.print(Text("It is not complete yet: see 'missing' above. Then:"))
     for number, step in enumerate(made.steps, start=1):
         console.print(Text(f"{number}. {step}"))
     if not made.complete:

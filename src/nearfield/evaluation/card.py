@@ -34,7 +34,16 @@ def update_card(model: Path, results: Path, *, samples: int = 10_000, level: flo
         text = before + section + rest.partition(END)[2].lstrip("\n")
     else:
         text = text.rstrip("\n") + "\n\n" + section
-    write_text(card, with_index(text, model.resolve().name, scores.read_scores(results)))
+    try:
+        text = with_index(text, model.resolve().name, scores.read_scores(results))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInputError(
+            f"the front matter of this card is no YAML ({reason})",
+            where=str(card),
+            hint="It stands between two lines '---'.",
+        ) from error
+    write_text(card, text)
     return card
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,11 +23,26 @@ from nearfield.evaluation.local import LOCAL, parts_of
 from nearfield.evaluation.manifest import MANIFEST, failed_tasks, read_manifest
 from nearfield.files import atomic_path, read_json, write_text
 
-ASKED = (
-    "release_date", "languages", "n_parameters", "max_tokens", "embed_dim", "license", "open_weights", "framework",
-    "similarity_fn_name", "use_instructions", "training_datasets", "public_training_code", "public_training_data",
-)  # fmt: skip
-"""What a model's description must say. ``training_datasets`` may be an empty list, but not be left out."""
+ASKED = {
+    "release_date": "2026-01-31",
+    "languages": "[eng-Latn]",
+    "n_parameters": "22713216",
+    "max_tokens": "256",
+    "embed_dim": "384",
+    "license": "apache-2.0",
+    "open_weights": "true",
+    "framework": "[Sentence Transformers, PyTorch]",
+    "similarity_fn_name": "cosine",
+    "use_instructions": "false",
+    "training_datasets": "[MSMARCO]",
+    "public_training_code": "https://github.com/organisation/name",
+    "public_training_data": "https://huggingface.co/datasets/organisation/name",
+}
+"""What a model's description must say, with an example. ``training_datasets`` may be an empty list, but not be left out."""
+_LONGEST_HEADER = 100_000_000
+"""Bytes; that of the format."""
+_NO_WEIGHTS = ("I64", "I32", "BOOL")
+"""Types of positions and masks that are kept beside the weights."""
 _MAY_BE_NULL = ("public_training_code", "public_training_data")
 CONTAMINATION = "## Benchmark texts in the training data"
 
@@ -48,6 +64,8 @@ class Submission:
     folder: Path
     checks: tuple[Check, ...]
     steps: tuple[str, ...]
+    unstated: tuple[str, ...] = ()
+    """Fields of the description that are asked for and not known, each with an example: ``license: apache-2.0``."""
 
     @property
     def complete(self) -> bool:
@@ -64,7 +82,9 @@ def submit(
     with fields of mteb's ModelMeta that nobody but the author knows; ``model`` the model's folder, for its card.
     Results of local data are left out: the leaderboard takes official tasks only.
     """
-    meta = read_meta(results / "model_meta.json", facts)
+    if model is not None and not model.is_dir():
+        raise BadInputError("there is no such folder", where=str(model), hint="Name the model's folder with --model.")
+    meta = read_meta(results / "model_meta.json", facts, model)
     found, local = _results(results)
     checks = [
         _named(meta),
@@ -84,15 +104,22 @@ def submit(
         (folder / "model_meta.json").write_text(json.dumps(meta.to_dict(), indent=2, default=str) + "\n")
         write_text(aside / "model_meta.py", as_python(meta))
     checks.append(_read_back(out, meta, sorted(found)))
-    return Submission(out, tuple(checks), _steps(out, meta, name))
+    unstated = tuple(
+        f"{field}: {example}"
+        for field, example in ASKED.items()
+        if getattr(meta, field) is None and field not in _MAY_BE_NULL
+    )
+    return Submission(out, tuple(checks), _steps(out, meta, name), unstated)
 
 
-def read_meta(path: Path, facts: Path | None) -> ModelMeta:
-    """mteb's description of a model from its file, with the author's facts in it."""
+def read_meta(path: Path, facts: Path | None, model: Path | None = None) -> ModelMeta:
+    """mteb's description of a model from its file, with the author's facts in it, and the parameters of its folder."""
     value = read_json(path, "model description")
     if not isinstance(value, dict):
         raise BadInputError("this is no model description", where=str(path))
     value = {key: part for key, part in value.items() if key in ModelMeta.model_fields and key != "loader"}
+    if model is not None and value.get("n_parameters") is None:
+        value["n_parameters"] = parameters(model)
     if facts is not None:
         try:
             stated = yaml.safe_load(facts.read_text(encoding="utf-8"))
@@ -114,6 +141,21 @@ def read_meta(path: Path, facts: Path | None) -> ModelMeta:
         return ModelMeta.create_empty(value)
     except (ValidationError, ValueError) as error:
         raise BadInputError(f"mteb does not accept this description: {error}", where=str(facts or path)) from error
+
+
+def parameters(model: Path) -> int | None:
+    """How many numbers a model's safetensors files hold, by their headers; null where there are none that can be read."""
+    total = 0
+    for path in sorted(model.rglob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(size, _LONGEST_HEADER)))
+            header.pop("__metadata__", None)
+            total += sum(math.prod(of["shape"]) for of in header.values() if of["dtype"] not in _NO_WEIGHTS)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+    return total or None
 
 
 def as_python(meta: ModelMeta) -> str:
@@ -166,7 +208,9 @@ def _described(meta: ModelMeta) -> list[Check]:
     for field in ASKED:
         value = getattr(meta, field)
         known = value is not None or field in _MAY_BE_NULL
-        shown = "not stated; state it in the file of --facts" if value is None else str(value)
+        shown = str(value)
+        if value is None:
+            shown = "not public, or not stated" if known else "not stated; state it in the file of --facts"
         checks.append(Check(field, known, shown, required=field not in _MAY_BE_NULL))
     return checks
 
