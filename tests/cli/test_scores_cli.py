@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,18 @@ def test_local_results_are_no_submission_and_it_says_why(call: Callable[..., tup
     assert "  license: apache-2.0\n" in text and "not complete yet" in text
 
 
-def test_what_a_submission_lacks_is_said_as_a_file_to_fill(call: Callable[..., tuple[int, str]], work: Path) -> None:
+@pytest.fixture
+def official(work: Path, tmp_path: Path) -> Path:
+    """The results as if on official data, where the command line finds them: by the name of their file of units."""
+    folder = Path(shutil.copytree(work / "results" / "org__one" / COMMIT, tmp_path / "org__one" / COMMIT))
+    (folder / "STS12.units.parquet").touch()
+    return folder
+
+
+def test_what_a_submission_lacks_is_said_as_a_file_to_fill(
+    call: Callable[..., tuple[int, str]], work: Path, official: Path
+) -> None:
     """The examples are accepted as they stand; the parameters are counted in the model's folder."""
-    official = f"results/org__one/{COMMIT}"
     code, text = call("submit", official, "--out", "away", "--model", "one")
     counted = sum(part.numel() for part in load_encoder("one", device="cpu").model.parameters())
     assert code == 1 and f"ok      n_parameters: {counted}" in text
@@ -132,14 +142,19 @@ def test_what_a_submission_lacks_is_said_as_a_file_to_fill(call: Callable[..., t
     ],
 )
 def test_what_cannot_be_read_stops_before_anything_is_pushed(
-    call: Callable[..., tuple[int, str]], work: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
+    call: Callable[..., tuple[int, str]],
+    work: Path,
+    official: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    words: str,
 ) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("pushed")
 
     monkeypatch.setattr(hub, "push", never)
     (work / "broken.yaml").write_text("n_parameters: many\n")
-    code, text = call("submit", f"results/org__one/{COMMIT}", "--out", "away", *options)
+    code, text = call("submit", official, "--out", "away", *options)
     assert code == 2 and words in text
 
 
