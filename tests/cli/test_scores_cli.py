@@ -127,7 +127,7 @@ def test_what_a_submission_lacks_is_said_as_a_file_to_fill(
     assert "  release_date: 2026-01-31" in lines and not any("n_parameters" in line for line in lines)
     (work / "facts.yaml").write_text("\n".join(line.strip() for line in lines))
     code, text = call("submit", official, "--out", "away", "--model", "one", "--facts", "facts.yaml")
-    assert code == 0 and "missing" not in text and "  license" not in text
+    assert code == 0 and "missing" not in text and "\n  license" not in text
 
 
 @pytest.mark.parametrize(
