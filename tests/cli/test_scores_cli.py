@@ -155,7 +155,7 @@ def test_what_cannot_be_read_stops_before_anything_is_pushed(
     monkeypatch.setattr(hub, "push", never)
     (work / "broken.yaml").write_text("n_parameters: many\n")
     code, text = call("submit", official, "--out", "away", *options)
-    assert code == 2 and words in text
+    assert code == 2 and words in text, text
 
 
 def test_a_submission_is_read_back_by_mteb(work: Path, tmp_path: Path) -> None:

@@ -138,7 +138,8 @@ def read_meta(path: Path, facts: Path | None, model: Path | None = None) -> Mode
     if value.get("release_date") is not None:
         value["release_date"] = str(value["release_date"])
     try:
-        return ModelMeta.create_empty(value)
+        # Once more, since its own maker takes values as they are.
+        return ModelMeta.model_validate(dict(ModelMeta.create_empty(value)))
     except (ValidationError, ValueError) as error:
         raise BadInputError(f"mteb does not accept this description: {error}", where=str(facts or path)) from error
 
