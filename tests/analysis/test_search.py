@@ -56,6 +56,11 @@ def test_better_vectors_have_less_overlap_and_equal_documents_are_no_hit() -> No
     assert searched(flat, samples=20).accuracy[2].value == 0.0
 
 
+def test_alignment_is_over_all_pairs_of_a_question_and_a_right_document() -> None:
+    of = Questions(np.eye(20), np.vstack([np.eye(20), -np.eye(20)]), ((0, 20), *((i,) for i in range(1, 20))))
+    assert searched(of, samples=20).alignment == pytest.approx(4 / 21)
+
+
 def test_precision_cuts() -> None:
     assert precision_cut(np.array([3.0, 2.0, 0.5]), np.array([1.0, 0.0]), 1.0) == 2.0
     assert precision_cut(np.array([3.0, 2.0, 0.5]), np.array([1.0, 0.0]), 0.75) == 0.5

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfield.analysis.geometry import Floats, normalised
+from nearfield.analysis.geometry import Floats, alignment, normalised
 from nearfield.analysis.likeness import compatibility, paired_audit
 from nearfield.analysis.thresholds import (
     Threshold,
@@ -47,11 +47,12 @@ class Searched:
     """One model's questions: accuracies, three samples of similarities, their overlaps, cuts with intervals.
 
     ``edges`` and ``counts`` are a histogram of the similarities with right documents, with the first ten, and with random
-    ones (shares of each sample). ``precision`` is null where no cut reaches the target.
+    ones (shares of each sample). ``alignment`` is that of questions with their right documents. ``precision`` is null where no cut reaches the target.
     """
 
     questions: int
     documents: int
+    alignment: float
     accuracy: tuple[Accuracy, ...]
     edges: tuple[float, ...]
     counts: dict[str, tuple[float, ...]]
@@ -98,10 +99,13 @@ def searched(of: Questions, *, target: float = 0.95, samples: int = 1_000, seed:
     every = np.concatenate(list(named.values()))
     edges = np.linspace(every.min(), max(every.max(), every.min() + 1e-9), BINS + 1)
     counts = {name: tuple((np.histogram(one, edges)[0] / len(one)).tolist()) for name, one in named.items()}
+    asked = [question for question, rows in enumerate(of.right) for _ in rows]
+    answers = [row for rows in of.right for row in rows]
     pairs = (("right", "random"), ("right", "first ten"), ("first ten", "random"))
     return Searched(
         questions=len(right),
         documents=len(of.documents),
+        alignment=alignment(of.questions[asked], of.documents[answers]),
         accuracy=tuple(accuracy),
         edges=tuple(edges.tolist()),
         counts=counts,

@@ -31,6 +31,13 @@ def analyse_command(
         Path | None,
         typer.Option("--attribute", help="Lines of a text, a tab and a number: is it ordered by a direction?"),
     ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            "--scores",
+            help="RESULTS/MODEL/REVISION of `nearfield eval --dims ... --axes first,random,principal`: a chart a type.",
+        ),
+    ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a page with pictures here; it needs no network.")
@@ -68,12 +75,13 @@ def analyse_command(
         )
     encoders = {model: text_encoder(model, device=device) for model in dict.fromkeys(models)}
     analysis = analyse_models(encoders, sample, seed=seed, associations=associations, attribute=attribute)
+    made = {**analysis.to_json(), **({} if scores is None else {"scores_by_type": _scores(scores)})}
     if json_out is not None:
-        write_json(json_out, analysis.to_json())
+        write_json(json_out, made)
     if html is not None:
         from nearfield.reporting.analysis import write_analysis_page
 
-        write_analysis_page(analysis.to_json(), html)
+        write_analysis_page(made, html)
     console = stdout_console()
     console.print(_table(analysis))
     for sentence in sentences_of(analysis):
@@ -84,6 +92,25 @@ def sentences_of(analysis: Analysis) -> list[str]:
     """What the figures mean and what they do not: of each model, then of models together."""
     shapes = [line for one in analysis.geometry for line in one.sentences]
     return [*shapes, *(line for one in analysis.checks for line in one.sentences), *analysis.sentences]
+
+
+def _scores(folder: Path) -> dict[str, object]:
+    """Which dimensions were kept -> how many, and the mean score of each task type."""
+    from nearfield.reporting.suite import scores_by_type
+
+    if not folder.is_dir():
+        raise BadInputError("there is no such folder of results", where=str(folder))
+    found = scores_by_type(folder.resolve().parents[1], folder.resolve())
+    if not found:
+        raise BadInputError(
+            "there are no scores of cut vectors beside these",
+            where=str(folder),
+            hint="`nearfield eval MODEL --suite SUITE --dims 32,64,128 --axes first,random,principal` makes them.",
+        )
+    return {
+        axes: {"dimensions": numbers, "types": {kind: means for kind, (_, means) in types.items()}}
+        for axes, (numbers, types) in found.items()
+    }
 
 
 def _lines(path: Path, limit: int, seed: int) -> Sample:

@@ -14,6 +14,7 @@ from nearfield.errors import EXIT_FAULT, BadInputError
 
 if TYPE_CHECKING:
     from nearfield.evaluation import EvaluationResult
+    from nearfield.evaluation.axes import Axes
     from nearfield.evaluation.encoder import TaskEncoder
 
 
@@ -54,6 +55,10 @@ def evaluate_command(
         str | None,
         typer.Option("--dims", help="Score these first dimensions too, e.g. 32,64,128: nothing is encoded again."),
     ] = None,
+    axes: Annotated[
+        str,
+        typer.Option("--axes", help="Which dimensions --dims keeps: first, random, principal; several with commas."),
+    ] = "first",
     quantize: Annotated[
         str | None, typer.Option("--quantize", help="Score these roundings of the vectors too: int8, binary.")
     ] = None,
@@ -80,13 +85,13 @@ def evaluate_command(
     chosen = [task.strip() for task in tasks.split(",") if task.strip()] if tasks is not None else None
     if chosen == []:
         raise BadInputError("--tasks names no task", where="--tasks", hint="Give names separated by commas.")
-    variants, launch = _variants(dims, quantize), Launch.from_environment()
+    variants, launch = _variants(dims, quantize, axes), Launch.from_environment()
     crew = Crew(launch, out / ".encoding") if launch.world_size > 1 else None
     device = device or (None if crew is None else launch.device)
     results: list[EvaluationResult] = []
 
     def score(say: Callable[[str], None]) -> str:
-        for dimensions, rounding in variants:
+        for dimensions, kept, rounding in variants:
             say(f"scoring {model}")
             result = evaluate(
                 model,
@@ -101,6 +106,7 @@ def evaluate_command(
                 cache=None if no_cache else cache,
                 dimensions=dimensions,
                 quantize=rounding,
+                axes=kept,
                 crew=crew,
             )
             results.append(result)
@@ -130,14 +136,21 @@ def evaluate_command(
         raise typer.Exit(EXIT_FAULT)
 
 
-def _variants(dims: str | None, quantize: str | None) -> list[tuple[int | None, str]]:
-    """The whole vectors, then each number of dimensions, then each rounding (of all of these)."""
+def _variants(dims: str | None, quantize: str | None, axes: str) -> list[tuple[int | None, Axes, str]]:
+    """The whole vectors, then each number of dimensions of all kinds of axes, then each rounding (of all of these)."""
+    from nearfield.evaluation.axes import AXES
+
+    kinds = [kind for kind in AXES if kind in [part.strip() for part in axes.split(",")]]
+    unknown = sorted({part.strip() for part in axes.split(",")} - set(AXES))
+    if unknown or not kinds:
+        raise BadInputError(f"unknown axes {', '.join(unknown)!r}", where="--axes", hint=f"Known: {', '.join(AXES)}.")
     try:
         numbers = [int(part) for part in dims.split(",") if part.strip()] if dims is not None else []
     except ValueError as error:
         raise BadInputError(f"{dims!r} are no numbers of dimensions", where="--dims", hint="E.g. 32,64,128.") from error
     roundings = [part.strip() for part in quantize.split(",") if part.strip()] if quantize is not None else []
-    return [(number, rounding) for rounding in ("none", *roundings) for number in (None, *numbers)]
+    cuts: list[tuple[int | None, Axes]] = [(None, "first"), *((number, kind) for kind in kinds for number in numbers)]
+    return [(number, kind, rounding) for rounding in ("none", *roundings) for number, kind in cuts]
 
 
 def _show(result: EvaluationResult) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nearfield.console import track
 from nearfield.encoders.heads import shipped_files
 from nearfield.encoders.towers import reads_together
+from nearfield.evaluation.axes import Turn
 from nearfield.evaluation.crew import Crew, Pairs, Wording
 from nearfield.evaluation.vectors import compress
 from nearfield.mining.encode import TextEncoder, cut
@@ -76,6 +77,7 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         on_cpu = model.device.type == "cpu"
         self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
         self.cache, self.dimensions, self.quantize = cache, dimensions, quantize
+        self.turn: Turn | None = None
         self.crew: Crew | None = None
         self.encoded = 0
         self.reused = 0
@@ -84,6 +86,16 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
     def forget(self) -> None:
         """Drop the embeddings that were kept for the texts of a task."""
         self._kept.clear()
+
+    def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(n, d) whole vectors of texts without prompt or role, of unit length or not as the model makes them."""
+        part = None if self.cache is None else self.cache.part(None, "")
+        found = {} if part is None else part.get(texts)
+        missing = [text for text in dict.fromkeys(texts) if text not in found]
+        if missing:
+            made = self.embed(missing, Wording(None, None, ""), f"encoding {len(missing)} texts")
+            found.update(made if part is None else part.put(made))
+        return np.stack([found[text] for text in texts])
 
     def prompt_for(self, task_metadata: Any, prompt_type: PromptType | None) -> str:
         """The string that is put before a text of this role in this task; empty for none.
@@ -119,7 +131,9 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
                 **kwargs,
             )
         if "image" in inputs.dataset.features:
-            return compress(self._embed_pictures(inputs, task_metadata, prompt_type), self.dimensions, self.quantize)
+            return compress(
+                self._embed_pictures(inputs, task_metadata, prompt_type), self.dimensions, self.quantize, self.turn
+            )
         texts = [text for batch in inputs for text in batch["text"]]
         prompt = get_prompt(self.model_prompts, task_metadata, prompt_type)
         role = None if prompt_type is None else prompt_type.value
@@ -138,7 +152,7 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         elif missing:
             kept.update(self._embed(missing, task_metadata, prompt_type))
         self.encoded += len(missing)
-        return compress(np.stack([kept[text] for text in texts]), self.dimensions, self.quantize)
+        return compress(np.stack([kept[text] for text in texts]), self.dimensions, self.quantize, self.turn)
 
     def _embed(self, texts: Sequence[str], task_metadata: Any, prompt_type: PromptType | None) -> Pairs:
         """Each of some distinct texts with its embedding."""

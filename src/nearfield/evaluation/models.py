@@ -8,6 +8,7 @@ from typing import Any
 
 from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.errors import BadInputError
+from nearfield.evaluation.axes import AXES, SUFFIXES, Axes, turn_of
 from nearfield.evaluation.config import BASELINES
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.vectors import QUANTIZATIONS, VectorCache, model_fingerprint
@@ -43,12 +44,14 @@ def open_model(
     cache: Path | None = None,
     dimensions: int | None = None,
     quantize: str = "none",
+    axes: Axes = "first",
 ) -> ScoredModel:
     """Load a model by name, folder or baseline name; ``name`` replaces the name that results are filed under.
 
-    Vectors are kept below ``cache``. A model that is cut to ``dimensions`` or quantised is filed under a name that says so.
+    Vectors are kept below ``cache``. A model that is cut to ``dimensions`` (of its own ``axes``, drawn or principal ones) or
+    quantised is filed under a name that says so.
     """
-    _check_variant(model, dimensions, quantize)
+    _check_variant(model, dimensions, quantize, axes)
     if name is not None and (name.count("/") > 1 or not all(part.strip() for part in name.split("/"))):
         raise BadInputError(f"the name {name!r} is not of the form organisation/model", where="name")
     if isinstance(model, str) and model in BASELINES:
@@ -62,7 +65,7 @@ def open_model(
         full = loaded.model.get_embedding_dimension()
         if full is not None and dimensions > full:
             raise BadInputError(f"the model has {full} dimensions; {dimensions} were asked for", where="dimensions")
-        filed = f"{filed}-dim{dimensions}"
+        filed = f"{filed}-{SUFFIXES[axes]}{dimensions}"
     if quantize != "none":
         filed = f"{filed}-{quantize}"
     kept = None
@@ -77,14 +80,22 @@ def open_model(
         dimensions=dimensions,
         quantize=quantize,
     )
+    if dimensions is not None and axes != "first":
+        wrapper.turn = turn_of(axes, int(loaded.model.get_embedding_dimension() or 0), wrapper.vectors)
     folder = Path(loaded.path) if Path(loaded.path).is_dir() else None
     return ScoredModel(wrapper, filed, loaded.revision, folder, loaded.note)
 
 
-def _check_variant(model: str | LoadedEncoder, dimensions: int | None, quantize: str) -> None:
+def _check_variant(model: str | LoadedEncoder, dimensions: int | None, quantize: str, axes: str) -> None:
     if quantize not in QUANTIZATIONS:
         raise BadInputError(
             f"unknown quantisation {quantize!r}", where="quantize", hint=f"Known: {', '.join(QUANTIZATIONS)}."
+        )
+    if axes not in AXES:
+        raise BadInputError(f"unknown axes {axes!r}", where="axes", hint=f"Known: {', '.join(AXES)}.")
+    if axes != "first" and dimensions is None:
+        raise BadInputError(
+            f"the axes {axes!r} are for vectors that are cut", where="axes", hint="Give dimensions, too."
         )
     if dimensions is not None and dimensions < 1:
         raise BadInputError(f"the dimensions must be positive; they are {dimensions}", where="dimensions")

@@ -19,6 +19,7 @@ from mteb.results import TaskResult
 
 from nearfield.encoders import LoadedEncoder
 from nearfield.errors import BadInputError, NearfieldError
+from nearfield.evaluation.axes import Axes
 from nearfield.evaluation.columns import read_columns_whole
 from nearfield.evaluation.config import SuiteConfig
 from nearfield.evaluation.contract import check_contract, roles_of
@@ -91,6 +92,7 @@ def evaluate(
     cache: Path | None = None,
     dimensions: int | None = None,
     quantize: str = "none",
+    axes: Axes = "first",
     crew: Crew | None = None,
 ) -> EvaluationResult:
     """Score a model on a suite and write the results under ``out``.
@@ -99,7 +101,8 @@ def evaluate(
     folder of tasks; ``tasks`` keeps the named ones. ``name`` replaces the model's name in the results. ``open_store``
     turns the path of a data recipe (or store) into an open store. ``prompts`` is ``contract`` (stop where the model was
     not trained with the prompts it would get) or ``as-is``. Vectors are kept below ``cache`` and taken from there;
-    ``dimensions`` (the first so many) and ``quantize`` (``int8``, ``binary``) score what is left of them. The processes of a
+    ``dimensions`` (the first so many, or so many ``random`` or ``principal`` ``axes``) and ``quantize`` (``int8``, ``binary``)
+    score what is left of them. The processes of a
     ``crew`` share the encoding of texts.
 
     A task that fails is recorded in ``failures`` and does not stop the others. Raises :class:`BadInputError` for a
@@ -120,6 +123,7 @@ def evaluate(
         cache=cache,
         dimensions=dimensions,
         quantize=quantize,
+        axes=axes,
     )
     if scored.encoder is not None:
         scored.encoder.crew = crew

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nearfield.evaluation.axes import Turn
 from nearfield.files import atomic_path, canonical_json, fingerprint, write_json
 
 if TYPE_CHECKING:
@@ -181,15 +182,19 @@ def _load(file: Path) -> tuple[NDArray[Any], NDArray[np.float32]] | None:
 QUANTIZATIONS = ("none", "int8", "binary")
 
 
-def compress(vectors: NDArray[np.float32], dimensions: int | None, quantize: str) -> NDArray[np.float32]:
+def compress(
+    vectors: NDArray[np.float32], dimensions: int | None, quantize: str, turn: Turn | None = None
+) -> NDArray[np.float32]:
     """The first ``dimensions`` of vectors ``[n, d]``, of unit length again, then rounded as storage would round them.
+
+    With a ``turn``, the first of its axes instead of the vectors' own.
 
     ``int8``: each vector times 127 over its largest coordinate, rounded; ``binary``: the signs. Both come back as
     float32, with the geometry that the small numbers have.
     """
-    made = vectors
-    if dimensions is not None and dimensions < vectors.shape[1]:
-        made = vectors[:, :dimensions]
+    made = vectors if turn is None else turn(vectors)
+    if dimensions is not None and (dimensions < made.shape[1] or turn is not None):
+        made = made[:, :dimensions]
         lengths = np.linalg.norm(made, axis=1, keepdims=True)
         made = made / np.maximum(lengths, 1e-12)
     if quantize == "int8":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,9 +80,14 @@ def analysis_section(made: Json) -> AnalysisSection:
         raise AbsentError("analysis.json holds no model.")
     section = AnalysisSection(text.count(real(made.get("texts")) or 0), [], [], [])
     rows = [[name, *(_figure(shape.get(key), digits) for shape in shapes)] for name, key, digits in FIGURES]
+    asked = mapping(mapping(made["extras"]).get("search"))
+    if asked:
+        found = [_figure(mapping(asked.get(model)).get("alignment"), 3) for model in models]
+        rows.append(["alignment of questions with right documents", *found])
     section.tables.append(Tab("Shape of the embeddings", ["figure", *models], rows))
     _maps(section, models, mapping(made.get("drawing")))
     _curves(section, models, shapes)
+    _scores(section, mapping(made.get("scores_by_type")))
     _likeness(section, models, made)
     extras = mapping(made.get("extras"))
     _search(section, mapping(extras.get("search")))
@@ -178,6 +184,18 @@ def _curves(section: AnalysisSection, models: Sequence[str], shapes: Sequence[Js
         "axes",
         log=False,
     )
+
+
+def _scores(section: AnalysisSection, found: Json) -> None:
+    """A chart a task type: the mean score by the dimensions kept, first, drawn and principal ones."""
+    styles, charts = {"first": "s1", "principal": "s2", "random": "s4"}, defaultdict(list)
+    for axes, read in found.items():
+        parts = mapping(read)
+        xs = tuple(int(value) for value in _numbers(parts.get("dimensions")))
+        for kind, scores in mapping(parts.get("types")).items():
+            charts[kind, xs].append(Series(f"{axes} dimensions", _numbers(scores), styles.get(axes, "s3")))
+    for number, ((kind, xs), series) in enumerate(charts.items()):
+        _line(section, f"scores-{number}", f"{kind}: mean score by the dimensions kept", xs, series)
 
 
 def _line(

@@ -13,7 +13,9 @@ from nearfield.reporting import text
 from nearfield.reporting.run import AbsentError, Json, listing, load_object, mapping, real, string
 from nearfield.reporting.svg import LineChart, Series
 
-CUT = re.compile(r"^(?P<name>.+)-dim(?P<dimensions>\d+)$")
+CUT = re.compile(r"^(?P<name>.+)-(?P<axes>dim|random|pca)(?P<dimensions>\d+)$")
+AXES = {"dim": "first", "random": "random", "pca": "principal"}
+"""What is in the name of a model that was cut -> which dimensions were kept."""
 TYPES = 4
 """Task types that have a curve."""
 
@@ -74,33 +76,53 @@ def dimension_chart(results: Path, scored: Mapping[str, Path]) -> tuple[LineChar
     label = "after" if "after" in scored else next(iter(scored), None)
     if label is None:
         return None
-    whole = scored[label]
-    folders: dict[int, Path] = {}
+    read = scores_by_type(results, scored[label]).get("first")
+    if read is None:
+        return None
+    dimensions, types = read
+    series = [
+        Series(f"{kind} ({of[0]})", of[1], f"s{i + 1}") for i, (kind, of) in enumerate(list(types.items())[:TYPES])
+    ]
+    title = f"Mean score of {label} by the first dimensions kept"
+    chart = LineChart("dimensions", title, [float(d) for d in dimensions], series, "dimensions", log=True)
+    values = [{"label": one.label, "y": list(one.y)} for one in series]
+    return chart, {"title": title, "x": list(chart.x), "series": values, "log": True, "unit": "dimensions"}
+
+
+ByType = dict[str, tuple[int, list[float]]]
+"""Task type -> its number of tasks, and their mean score at each number of dimensions."""
+
+
+def scores_by_type(results: Path, whole: Path) -> dict[str, tuple[list[int], ByType]]:
+    """Which dimensions were kept (``first``, ``random``, ``principal``) -> how many, ascending, and the scores by task type.
+
+    ``whole`` is the folder of a model's results; those of cut vectors lie in folders of ``results`` called ``MODEL-dimN``,
+    ``MODEL-randomN`` and ``MODEL-pcaN``. Only tasks that all of them have count, so that no mean is over other tasks than its
+    neighbour.
+    """
+    folders: dict[str, dict[int, Path]] = defaultdict(dict)
     for folder in sorted(results.glob("*")):
         found = CUT.match(folder.name)
         if found and found["name"] == whole.parent.name and (folder / whole.name).is_dir():
-            folders[int(found["dimensions"])] = folder / whole.name
+            folders[AXES[found["axes"]]][int(found["dimensions"])] = folder / whole.name
     full = _dimensions(whole)
-    if not folders or full is None:
-        return None
-    folders[full] = whole
-    read = {dimensions: _main_scores(folder) for dimensions, folder in sorted(folders.items())}
-    shared = set.intersection(*(set(tasks) for tasks in read.values()))
-    by_type: dict[str, list[str]] = defaultdict(list)
-    for task in sorted(shared):
-        by_type[read[full][task][0]].append(task)
-    series = [
-        Series(
-            f"{kind} ({len(tasks)})", [sum(of[t][1] for t in tasks) / len(tasks) for of in read.values()], f"s{i + 1}"
-        )
-        for i, (kind, tasks) in enumerate(list(by_type.items())[:TYPES])
-    ]
-    if not series or len(read) < 2:
-        return None
-    title = f"Mean score of {label} by the first dimensions kept"
-    chart = LineChart("dimensions", title, [float(d) for d in read], series, "dimensions", log=True)
-    values = [{"label": one.label, "y": list(one.y)} for one in series]
-    return chart, {"title": title, "x": list(chart.x), "series": values, "log": True, "unit": "dimensions"}
+    if full is None:
+        return {}
+    read = {axes: {n: _main_scores(f) for n, f in sorted({**of, full: whole}.items())} for axes, of in folders.items()}
+    everything = [set(tasks) for of in read.values() for tasks in of.values()]
+    shared = sorted(set.intersection(*everything)) if everything else []
+    made = {}
+    for axes, of in read.items():
+        by_type: dict[str, list[str]] = defaultdict(list)
+        for task in shared:
+            by_type[of[full][task][0]].append(task)
+        types = {
+            kind: (len(tasks), [sum(scores[t][1] for t in tasks) / len(tasks) for scores in of.values()])
+            for kind, tasks in by_type.items()
+        }
+        if types and len(of) > 1:
+            made[axes] = (list(of), types)
+    return made
 
 
 def _dimensions(folder: Path) -> int | None:

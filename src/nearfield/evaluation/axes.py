@@ -1,0 +1,67 @@
+"""Other axes than a model's own, to see what its first dimensions are worth: drawn ones, and those of most variance.
+
+Controls of "truncation" (papers on how far embeddings can be cut): a curve of first dimensions says little without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Axes = Literal["first", "random", "principal"]
+AXES: tuple[Axes, ...] = ("first", "random", "principal")
+SUFFIXES: dict[Axes, str] = {"first": "dim", "random": "random", "principal": "pca"}
+"""What a model that is cut to 64 dimensions is filed under: ``MODEL-dim64``, ``MODEL-random64``, ``MODEL-pca64``."""
+FITTED_ON = 5_000
+"""Texts that principal axes are fitted on, at most."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Vectors less ``mean`` on the columns of ``columns``."""
+
+    mean: NDArray[np.float32]
+    """(d,)"""
+    columns: NDArray[np.float32]
+    """(d, k), the most important axis first."""
+
+    def __call__(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(n, d) -> (n, k)."""
+        return np.asarray((vectors - self.mean) @ self.columns, dtype=np.float32)
+
+
+def random_turn(dimensions: int, seed: int = 0) -> Turn:
+    """The dimensions in an order that is drawn, the same for all models of this width."""
+    order = np.random.default_rng(seed).permutation(dimensions)
+    return Turn(np.zeros(dimensions, dtype=np.float32), np.eye(dimensions, dtype=np.float32)[:, order])
+
+
+def principal_turn(vectors: NDArray[np.float32]) -> Turn:
+    """The principal axes of (n, d) vectors, without whitening; there are at most n."""
+    exact: NDArray[np.float64] = vectors.astype(np.float64)
+    mean = exact.mean(axis=0)
+    _, _, axes = np.linalg.svd(exact - mean, full_matrices=False)
+    return Turn(mean.astype(np.float32), axes.T.astype(np.float32))
+
+
+def held_out_texts() -> list[str]:
+    """What principal axes are fitted on: glosses of the training split of the embedded WordNet, texts of no test split."""
+    from nearfield.data.readers.wordnet import FOLDER, fold_of, read_synsets
+    from nearfield.data.splits import split_of
+
+    fractions = {"train": 0.85, "validation": 0.05, "test": 0.10}
+    synsets = read_synsets(FOLDER / "synsets.jsonl.xz")
+    glosses = [s.gloss for s in synsets if split_of(str(fold_of(s.hypernym)), fractions, 0) == "train"]
+    distinct = list(dict.fromkeys(glosses))
+    return distinct[:: max(1, len(distinct) // FITTED_ON)][:FITTED_ON]
+
+
+def turn_of(axes: Axes, dimensions: int, embed: Callable[[Sequence[str]], NDArray[np.float32]]) -> Turn | None:
+    """The axes of a model of this width, of whose texts ``embed`` makes vectors; None for its own."""
+    if axes == "random":
+        return random_turn(dimensions)
+    return principal_turn(embed(held_out_texts())) if axes == "principal" else None
