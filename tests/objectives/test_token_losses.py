@@ -12,6 +12,7 @@ from torch import Tensor
 from nearfield.errors import BadInputError
 from nearfield.objectives import ObjectiveConfig
 from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.objectives.config import Reading
 from nearfield.objectives.kinds import CombinedConfig, MaskedTokensConfig, SimCSEConfig
 from nearfield.objectives.token_losses import TokenLosses
 
@@ -66,10 +67,11 @@ def test_figures_are_those_of_a_token() -> None:
 def test_settings() -> None:
     masked = PARSE({"kind": "masked_tokens", "predict": "next", "decoder": {"share": 0.6}})
     assert isinstance(masked, MaskedTokensConfig)
-    assert (masked.views, masked.token_task) == (1, masked)
+    assert (masked.reading, masked.token_task) == (Reading(views=1), masked)
     assert masked.summary == "masked_tokens, next, 0.2 of the tokens, a decoder that does not see 0.6"
-    assert (SimCSEConfig().views, SimCSEConfig().token_task) == (2, None)
+    assert (SimCSEConfig().reading, SimCSEConfig().token_task) == (Reading(views=2), None)
     both = PARSE({"kind": "combined", "parts": [{"objective": {"kind": "infonce"}}, {"objective": masked}]})
-    assert isinstance(both, CombinedConfig) and both.views is None and both.token_task == masked
+    assert isinstance(both, CombinedConfig) and both.token_task == masked
+    assert both.readings({"pairs": "retrieval", "plain": "text"}) == {"pairs": Reading(), "plain": Reading(views=1)}
     with pytest.raises(ValidationError, match="only one part can be masked_tokens"):
         PARSE({"kind": "combined", "parts": [{"objective": masked}] * 2})
