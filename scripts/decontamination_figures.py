@@ -25,20 +25,16 @@ import numpy as np
 
 from nearfield.data.contamination import KINDS
 from nearfield.data.decontamination_config import DecontaminationConfig
-from nearfield.data.readers.wordnet import FOLDER, fold_of, read_synsets
-from nearfield.data.splits import split_of
+from nearfield.data.readers.wordnet import glosses_by_split
 from nearfield.data.training_index import TrainingIndex
 
-FRACTIONS = {"train": 0.85, "validation": 0.05, "test": 0.10}
 Edit = Callable[[str, random.Random], str]
 
 
 @functools.cache
 def disjoint_glosses() -> tuple[list[str], list[str]]:
     """The glosses of the training and of the test split of the shipped WordNet recipe."""
-    sides: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for synset in read_synsets(FOLDER / "synsets.jsonl.xz"):
-        sides[split_of(str(fold_of(synset.hypernym)), FRACTIONS, 0)].append(synset.gloss)
+    sides = glosses_by_split()
     return sides["train"], sides["test"]
 
 

@@ -19,6 +19,7 @@ from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.dry_run import dry_run
 from tests.data.making import write_rows
+from tests.pipeline.scores import score
 
 COLOURS = {"word1": (220, 30, 30), "word2": (30, 200, 40), "word3": (30, 40, 220), "word4": (230, 220, 40)}
 TASK = "<|image_1|>\nword100 word101"
@@ -92,12 +93,6 @@ evaluation: {{suite: suite.yaml, baselines: [random]}}
 """
     )
     return path
-
-
-def score(folder: Path, side: str, task: str) -> float:
-    results = json.loads((folder / "manifest.json").read_text())["stages"]["evaluate"]["results"]
-    found = json.loads((folder / results[side] / f"{task}.json").read_text())["scores"]["test"][0]["main_score"]
-    return float(found)
 
 
 def test_a_run_from_a_try_to_a_model(recipe: Path, tmp_path: Path) -> None:

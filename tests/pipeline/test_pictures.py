@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages
 from tests.data.making import write_rows
+from tests.pipeline.scores import score
 
 COLOURS = {"word1": (220, 30, 30), "word2": (30, 200, 40), "word3": (30, 40, 220), "word4": (230, 220, 40)}
 
@@ -87,13 +87,8 @@ def test_a_run_learns_which_name_goes_with_which_picture(recipe: Path, tmp_path:
     pictures = [Image.new("RGB", (20, 20), colour) for colour in COLOURS.values()]
     similarity = model.encode(list(COLOURS)) @ model.encode(pictures).T
     assert similarity.argmax(axis=1).tolist() == [0, 1, 2, 3]
-    results = json.loads((folder / "manifest.json").read_text())["stages"]["evaluate"]["results"]
     for task in ("Find", "Name"):
-        before, after = (
-            json.loads((folder / results[side] / f"{task}.json").read_text())["scores"]["test"][0]["main_score"]
-            for side in ("before", "after")
-        )
-        assert after > before + 0.1, task
+        assert score(folder, "after", task) > score(folder, "before", task) + 0.1, task
     report = (folder / "report.html").read_text()
     assert "data:image/" in report
     # From the checkpoint in the middle: the same weights.

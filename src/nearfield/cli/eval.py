@@ -140,9 +140,9 @@ def _variants(dims: str | None, quantize: str | None, axes: str) -> list[tuple[i
     """The whole vectors, then each number of dimensions of all kinds of axes, then each rounding (of all of these)."""
     from nearfield.evaluation.axes import AXES
 
-    kinds = [kind for kind in AXES if kind in [part.strip() for part in axes.split(",")]]
-    unknown = sorted({part.strip() for part in axes.split(",")} - set(AXES))
-    if unknown or not kinds:
+    asked = {part.strip() for part in axes.split(",")}
+    kinds, unknown = [kind for kind in AXES if kind in asked], sorted(asked - set(AXES))
+    if unknown:
         raise BadInputError(f"unknown axes {', '.join(unknown)!r}", where="--axes", hint=f"Known: {', '.join(AXES)}.")
     try:
         numbers = [int(part) for part in dims.split(",") if part.strip()] if dims is not None else []

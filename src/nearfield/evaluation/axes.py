@@ -50,13 +50,9 @@ def principal_turn(vectors: NDArray[np.float32]) -> Turn:
 
 def held_out_texts() -> list[str]:
     """What principal axes are fitted on: glosses of the training split of the embedded WordNet, texts of no test split."""
-    from nearfield.data.readers.wordnet import FOLDER, fold_of, read_synsets
-    from nearfield.data.splits import split_of
+    from nearfield.data.readers.wordnet import glosses_by_split
 
-    fractions = {"train": 0.85, "validation": 0.05, "test": 0.10}
-    synsets = read_synsets(FOLDER / "synsets.jsonl.xz")
-    glosses = [s.gloss for s in synsets if split_of(str(fold_of(s.hypernym)), fractions, 0) == "train"]
-    distinct = list(dict.fromkeys(glosses))
+    distinct = list(dict.fromkeys(glosses_by_split()["train"]))
     return distinct[:: max(1, len(distinct) // FITTED_ON)][:FITTED_ON]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,13 +89,23 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
 
     def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(n, d) whole vectors of texts without prompt or role, of unit length or not as the model makes them."""
-        part = None if self.cache is None else self.cache.part(None, "")
-        found = {} if part is None else part.get(texts)
-        missing = [text for text in dict.fromkeys(texts) if text not in found]
-        if missing:
-            made = self.embed(missing, Wording(None, None, ""), f"encoding {len(missing)} texts")
-            found.update(made if part is None else part.put(made))
+        wording = Wording(None, None, "")
+        found = self._known_or(texts, None, "", lambda some: self.embed(some, wording, f"encoding {len(some)} texts"))
         return np.stack([found[text] for text in texts])
+
+    def _known_or(
+        self, texts: Sequence[str], role: str | None, before: str, make: Callable[[Sequence[str]], Pairs]
+    ) -> dict[str, NDArray[np.float32]]:
+        """Whole vectors of distinct texts: those that are kept from earlier runs, and what ``make`` gives of the others."""
+        part = None if self.cache is None else self.cache.part(role, before)
+        found = {} if part is None else part.get(texts)
+        self.reused += len(found)
+        missing = [text for text in texts if text not in found]
+        if missing:
+            made = make(missing)
+            found.update(made if part is None else part.put(made))
+        self.encoded += len(missing)
+        return found
 
     def prompt_for(self, task_metadata: Any, prompt_type: PromptType | None) -> str:
         """The string that is put before a text of this role in this task; empty for none.
@@ -141,17 +151,11 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         missing = [text for text in dict.fromkeys(texts) if text not in kept]
         if sum(map(len, self._kept.values())) + len(missing) > _MAX_KEPT_TEXTS:
             kept = {text: kept[text] for text in texts if text in kept}
-        if missing and self.cache is not None:
-            part = self.cache.part(role, self.prompt_for(task_metadata, prompt_type))
-            known = part.get(missing)
-            kept.update(known)
-            missing = [text for text in missing if text not in known]
-            self.reused += len(known)
-            if missing:
-                kept.update(part.put(self._embed(missing, task_metadata, prompt_type)))
-        elif missing:
-            kept.update(self._embed(missing, task_metadata, prompt_type))
-        self.encoded += len(missing)
+        if missing:
+            before = self.prompt_for(task_metadata, prompt_type)
+            kept.update(
+                self._known_or(missing, role, before, lambda some: self._embed(some, task_metadata, prompt_type))
+            )
         return compress(np.stack([kept[text] for text in texts]), self.dimensions, self.quantize, self.turn)
 
     def _embed(self, texts: Sequence[str], task_metadata: Any, prompt_type: PromptType | None) -> Pairs:

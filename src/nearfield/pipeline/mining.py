@@ -66,7 +66,7 @@ class MiningStages(Artifacts):
             if self.engine == "ray" and isinstance(teacher, SentenceTransformerTeacher):
                 divide = on_ray(wanted, encode, path, shared)
             about = {"teacher": identity(teacher, self.recipe)}
-            zeros = isinstance(teacher, VectorsTeacher) and teacher.zeros
+            zeros = _may_be_zero(teacher)
             made = build_vectors(wanted, encode, path, path.name, about, shared=shared, divide=divide, zeros=zeros)
             counts[teacher.kind] = {role: len(table.rows) for role, table in sorted(made.tables.items())}
         return {"vectors": counts}
@@ -85,7 +85,7 @@ class MiningStages(Artifacts):
             path = self.vectors_path(teacher)
             wanted = items_by_role(store, self.source_names, self.recipe.split)
             encode, shared = self._encode_items(teacher, store), self._shares_vectors(teacher)
-            zeros = isinstance(teacher, VectorsTeacher) and teacher.zeros
+            zeros = _may_be_zero(teacher)
             encode_share(wanted, encode, path, path.name, share=share, shared=shared, zeros=zeros)
             return
         mining = self.recipe.mining
@@ -297,6 +297,11 @@ class MiningStages(Artifacts):
         """The vectors that the objective gets of its guide, where it asks for one."""
         teacher = guide_teacher(self.recipe)
         return None if teacher is None else ItemVectors.open(self.vectors_path(teacher)).of
+
+
+def _may_be_zero(teacher: DenseTeacher) -> bool:
+    """Whether a vector of zeros says that an item has none, rather than that something is wrong."""
+    return isinstance(teacher, VectorsTeacher) and teacher.zeros
 
 
 def on_ray(

@@ -17,6 +17,7 @@ from typing import Literal
 from nearfield.data.readers.base import Row, hash_files
 from nearfield.data.readers.delimited import check_header
 from nearfield.data.readers.jsonl import read_jsonl
+from nearfield.data.splits import split_of
 from nearfield.errors import BadInputError
 
 FOLDER = Path(__file__).parent.parent / "embedded" / "wordnet"
@@ -71,6 +72,15 @@ def read_synsets(path: Path) -> list[Synset]:
     return [
         Synset(str(v["id"]), str(v["hypernym"]), tuple(_strings(v["lemmas"])), str(v["gloss"])) for v in _values(path)
     ]
+
+
+def glosses_by_split() -> dict[str, list[str]]:
+    """The shipped glosses by the splits of the shipped data recipes: no gloss, and no sibling of one, is in two of them."""
+    fractions = {"train": 0.85, "validation": 0.05, "test": 0.10}
+    sides: dict[str, list[str]] = {split: [] for split in fractions}
+    for synset in read_synsets(FOLDER / "synsets.jsonl.xz"):
+        sides[split_of(str(fold_of(synset.hypernym)), fractions, 0)].append(synset.gloss)
+    return sides
 
 
 def lemma_rows(synsets: Sequence[Synset]) -> Iterator[dict[str, object]]:
