@@ -1,14 +1,15 @@
-"""Build the embedded emoji data set from Debian's packages fonts-noto-color-emoji and unicode-cldr-core.
+"""Build the embedded emoji data set from Debian's packages fonts-noto-color-emoji, unicode-cldr-core and unicode-data.
 
     python scripts/build_emoji.py                                     # fetches the packages; root is not needed
-    python scripts/build_emoji.py --deb FONT.deb --deb CLDR.deb
+    python scripts/build_emoji.py --deb FONT.deb --deb CLDR.deb --deb DATA.deb
 
 Writes pictures.zip, names.jsonl.xz, the two licences and SHA256SUMS. The same packages, with the same version of Pillow,
 give the same bytes.
 
 Rules: every sequence that CLDR names in English, without skin tones, for which the font has one coloured glyph; of
 sequences with the same picture (the flags of some islands) the one with the shortest name. Pictures are 64 x 64 on white.
-Names and keywords are CLDR's, in ten languages; a keyword that is the name is left out.
+Names and keywords are CLDR's, in ten languages; a keyword that is the name is left out. Categories are the groups and
+subgroups of Unicode's emoji-test.txt; a sign that it lists only as a keycap ("hash sign") has the keycap's.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ from nearfield.data.readers.apt import unpacked
 from nearfield.data.readers.emoji import FOLDER, LANGUAGES, SIDE
 from nearfield.data.readers.wordnet import pack
 
-PACKAGES = ("fonts-noto-color-emoji", "unicode-cldr-core")
+PACKAGES = ("fonts-noto-color-emoji", "unicode-cldr-core", "unicode-data")
 FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 CLDR = "usr/share/unicode/cldr/common"
+CATEGORIES = "usr/share/unicode/emoji/emoji-test.txt"
 LICENCES = {"LICENSE-OFL-1.1": "fonts-noto-color-emoji", "LICENSE-Unicode-DFS-2016": "unicode-cldr-core"}
 STRIKE = 109
 """The one size that the font has."""
 GLYPH = 136
 """Its width; the height is 128."""
+KEYCAP = "\u20e3"
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 QUALITY = 75
 Annotations = dict[str, tuple[str, list[str]]]
@@ -92,6 +95,26 @@ def chosen(font: ImageFont.FreeTypeFont, english: Annotations) -> dict[str, Imag
     return {sequence: pictures[sequence] for sequence in sorted(best.values())}
 
 
+def categories(path: Path) -> dict[str, tuple[str, str]]:
+    """Sequence, without variation selectors -> Unicode's group and subgroup."""
+    found: dict[str, tuple[str, str]] = {}
+    group = subgroup = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# group: "):
+            group = line.removeprefix("# group: ").strip()
+        elif line.startswith("# subgroup: "):
+            subgroup = line.removeprefix("# subgroup: ").strip()
+        elif line and not line.startswith("#"):
+            sequence = "".join(chr(int(code, 16)) for code in line.partition(";")[0].split())
+            found.setdefault(bare(sequence), (group, subgroup))
+    return found
+
+
+def bare(sequence: str) -> str:
+    """Without variation selectors, which CLDR leaves out."""
+    return sequence.replace("\ufe0f", "")
+
+
 def code_of(sequence: str) -> str:
     """Code points in hex, e.g. ``1f468-200d-1f466``."""
     return "-".join(f"{ord(character):x}" for character in sequence)
@@ -114,7 +137,7 @@ def licence(path: Path, name: str) -> str:
     head = {
         "LICENSE-OFL-1.1": "The pictures in pictures.zip are made from the font Noto Color Emoji (SIL Open Font License 1.1,\n"
         "called SIL-1.1 below), made smaller and without the font's other content.",
-        "LICENSE-Unicode-DFS-2016": "The names and keywords in names.jsonl.xz are from the Unicode CLDR.",
+        "LICENSE-Unicode-DFS-2016": "The names and keywords in names.jsonl.xz are from the Unicode CLDR, the categories from its emoji-test.txt.",
     }[name]
     return f"{head}\n\nWhat Debian's package says of copyright and licence:\n\n{path.read_text(encoding='utf-8').strip()}\n"
 
@@ -124,12 +147,15 @@ def build(root: Path, out: Path) -> None:
     font = ImageFont.truetype(str(root / FONT), STRIKE, layout_engine=ImageFont.Layout.RAQM)
     known = {language: annotations(root / CLDR, language) for language in LANGUAGES}
     pictures = chosen(font, known["en"])
+    placed = categories(root / CATEGORIES)
     rows = []
     for sequence in pictures:
         names = {language: found[sequence][0] for language, found in known.items()}
         keywords = {language: found[sequence][1] for language, found in known.items()}
         flag = known["en"][sequence][0].startswith("flag: ")
-        rows.append({"code": code_of(sequence), "flag": flag, "names": names, "keywords": keywords})
+        category, subcategory = placed.get(bare(sequence)) or placed[bare(sequence) + KEYCAP]
+        row = {"code": code_of(sequence), "flag": flag, "category": category, "subcategory": subcategory}
+        rows.append({**row, "names": names, "keywords": keywords})
     out.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
     sums = []
@@ -146,7 +172,7 @@ def build(root: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deb", type=Path, action="append", help="a package, fetched before; give both")
+    parser.add_argument("--deb", type=Path, action="append", help="a package, fetched before; give all three")
     parser.add_argument("--out", type=Path, default=FOLDER)
     arguments = parser.parse_args()
     if not arguments.deb:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nearfield.config import read_yaml
 from nearfield.errors import BadInputError
 from nearfield.recipe import Recipe, check_recipe, load_recipe, recipe_schema, resolve
 
@@ -85,6 +86,8 @@ WRONG = {
         ["objective: unknown kind 'infonse'", "Did you mean 'infonce'?"],
     ),
     "duplicate key": ("name: toy", "name: toy\nname: toy2", ["line 2", "'name' stands twice"]),
+    "merged with no mapping": ("name: toy", "<<: toy\nname: toy", ["only keys and values can be merged"]),
+    "merged with an unknown key": ("name: toy", "<<: {nome: toy}\nname: toy", ["'nome'"]),
     "bad YAML": ("name: toy", "name: [toy", ["not valid YAML"]),
     "a list": ("name: toy", "- name: toy\n", ["not valid YAML"]),
     "missing key": ("name: toy\n", "", ["'name' is missing"]),
@@ -191,6 +194,22 @@ def test_overrides_reach_into_lists_and_defaults(toy_recipe: Path) -> None:
     assert recipe.sources == ("other",)
     assert recipe.prompts.fallback.query == "q"
     assert recipe.training.optimizer.betas == (0.8, 0.9)
+
+
+def test_mappings_are_merged_as_yaml_says(tmp_path: Path) -> None:
+    file = tmp_path / "merged.yaml"
+    file.write_text(
+        "a: &a {x: 1, deep: {y: 2}}\nb: &b\n  x: 3\n  z: 4\nc: {w: 5, <<: *a, x: 6}\nd:\n  <<: [*a, *b]\n  w: 7\n"
+    )
+    value, origins = read_yaml(file)
+    assert value["c"] == {"x": 6, "deep": {"y": 2}, "w": 5}
+    assert value["d"] == {"x": 1, "z": 4, "deep": {"y": 2}, "w": 7}, "of several the first counts"
+    assert (
+        origins["c", "x"] == f"{file}:5"
+        and origins["c", "deep", "y"] == f"{file}:1"
+        and origins["d", "z"] == f"{file}:4"
+    )
+    assert value["c"] == yaml.safe_load(file.read_text())["c"] and value["d"] == yaml.safe_load(file.read_text())["d"]
 
 
 def test_what_a_recipe_names_must_fit(toy_recipe: Path, tmp_path: Path, toy_data: Path) -> None:

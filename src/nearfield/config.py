@@ -76,6 +76,7 @@ def dotted(key: KeyPath) -> str:
 
 
 _COLLECTION_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+_MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 def _construct(node: yaml.Node, key: KeyPath, path: Path, origins: dict[KeyPath, str], loader: yaml.SafeLoader) -> Any:
@@ -86,7 +87,16 @@ def _construct(node: yaml.Node, key: KeyPath, path: Path, origins: dict[KeyPath,
         raise BadInputError(f"this is not valid YAML here: the tag {node.tag!r} is not allowed", where=where)
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        for value_node in (value for key_node, value in node.value if key_node.tag == _MERGE_TAG):
+            for each in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+                if not isinstance(each, yaml.MappingNode):
+                    raise BadInputError("only keys and values can be merged with '<<'", where=where)
+                # Of several the first counts, and what the mapping states itself counts more.
+                merged = {**_construct(each, key, path, origins, loader), **merged}
         for key_node, value_node in node.value:
+            if key_node.tag == _MERGE_TAG:
+                continue
             name = loader.construct_object(key_node, deep=True)
             here = f"{path}:{key_node.start_mark.line + 1}"
             if not isinstance(name, str):
@@ -95,7 +105,7 @@ def _construct(node: yaml.Node, key: KeyPath, path: Path, origins: dict[KeyPath,
                 raise BadInputError(f"the key {dotted((*key, name))!r} stands twice", where=here, hint="Keep one.")
             result[name] = _construct(value_node, (*key, name), path, origins, loader)
             origins[(*key, name)] = here
-        return result
+        return {**merged, **result}
     if isinstance(node, yaml.SequenceNode):
         return [_construct(child, (*key, i), path, origins, loader) for i, child in enumerate(node.value)]
     return loader.construct_object(node, deep=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +75,27 @@ def test_languages_and_flags() -> None:
     dog = next(row for row in rows if row is not None and row["code"] == "1f436")
     assert dog["caption"] == "dog face: dog, face, pet"
     assert dog["keywords"] == ["dog", "face", "pet"]
+    assert (dog["category"], dog["subcategory"]) == ("Animals & Nature", "animal-mammal")
+    categories = Counter(str(row["category"]) for row in rows if row is not None and row["language"] == "en")
+    assert len(categories) == 10 and categories["Flags"] == 261 and sum(categories.values()) == 1846
+
+
+def test_variants_are_in_the_same_splits(store: Store, tmp_path: Path) -> None:
+    config = DataConfig.load(RECIPE.parent / "emoji-variants.yaml")
+    assert len(config.sources) == 11 and len({source.name for source in config.sources}) == 11
+    few = config.model_copy(update={"sources": tuple(s for s in config.sources if s.name in ("categories", "chinese"))})
+    build_data(few, tmp_path / "store")
+    other = Store.open(tmp_path / "store")
+
+    def split_of(found: Store, source: str) -> dict[str, str]:
+        rows = found.examples.take(
+            np.concatenate([found.select(source, split) for split in ("train", "validation", "test")])
+        )
+        return dict(zip(rows["cluster"].to_pylist(), rows["split"].to_pylist(), strict=True))
+
+    expected = split_of(store, "emoji")
+    assert len(expected) == 1846
+    assert split_of(other, "categories") == split_of(other, "chinese") == expected
 
 
 def test_a_column_that_is_not_there() -> None:

@@ -1,6 +1,6 @@
 """Emoji with their names and keywords, shipped in the package: a small set of pictures and texts to begin with.
 
-``scripts/build_emoji.py`` makes the files: pictures of Noto Color Emoji, names of the Unicode CLDR.
+``scripts/build_emoji.py`` makes the files: pictures of Noto Color Emoji, names of the Unicode CLDR, categories of Unicode.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nearfield.errors import BadInputError
 FOLDER = Path(__file__).parent.parent / "embedded" / "emoji"
 LANGUAGES = ("en", "de", "fr", "es", "pt", "ru", "ar", "hi", "ja", "zh")
 SIDE = 64
-COLUMNS = ("image", "name", "keywords", "caption", "language", "code", "first", "flag")
+COLUMNS = ("image", "name", "keywords", "caption", "language", "code", "first", "flag", "category", "subcategory")
 
 
 class Emoji:
@@ -27,7 +27,8 @@ class Emoji:
 
     ``image``; ``name``; ``keywords`` (a list, perhaps empty); ``caption``: the name and, after a colon, the keywords;
     ``language``; ``code``: the code points in hex; ``first``: the first of them, by which the set is split, so that a
-    man who does something and another man are on one side; ``flag``: a truth value.
+    man who does something and another man are on one side; ``flag``: a truth value; ``category``, ``subcategory``: Unicode's
+    group ("Food & Drink", one of ten) and subgroup ("food-fruit").
     """
 
     def __init__(
@@ -72,4 +73,8 @@ def _texts(values: object, language: str) -> dict[str, object]:
 
 def _keys(values: object, code: str) -> dict[str, object]:
     assert isinstance(values, dict)
-    return {"code": code, "first": code.partition("-")[0], "flag": values["flag"]}
+    return {
+        "code": code,
+        "first": code.partition("-")[0],
+        **{column: values[column] for column in ("flag", "category", "subcategory")},
+    }
