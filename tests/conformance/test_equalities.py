@@ -15,11 +15,10 @@ from nearfield.errors import BadInputError
 
 pytestmark = pytest.mark.conformance
 
-CHECKS = 44
+CHECKS = 45
 """Lines of a launch; of several ranks three more: a resume on another number of them, the ring, and the bytes on the wire."""
-NOT_SHARDED = 3 + 2
-"""Lines fewer where all ranks go through the same layers at once (pictures, in two towers and in one), or where parameters are
-taken apart (losses on tokens)."""
+NOT_SHARDED = 2
+"""Lines fewer where parameters are taken apart (losses on tokens)."""
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ from nearfield.errors import BadInputError
 from nearfield.evaluation.vectors import model_fingerprint
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.objectives.more_kinds import CAROLConfig
-from nearfield.training import opening
 from nearfield.training.launch import Launch
 
 CPU = torch.device("cpu")
@@ -199,19 +198,17 @@ def test_an_objective_that_decodes_texts_takes_no_pictures() -> None:
         problem.work(engine, 60)
 
 
-def test_backends_that_go_through_layers_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_apart_where_all_ranks_go_through_the_same_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem.make(InfoNCEConfig()).in_one_tower("qwen2_vl")
-    opened = opening.open_backend
-
-    def sharding(name: Any, config: Any, module: Any, make: Any, device: Any, launch: Launch) -> Any:
-        backend = opened("single", config, module, make, device, Launch())
-        backend.same_chunk_count = True  # type: ignore[misc]
-        return backend
-
-    monkeypatch.setattr(opening, "open_backend", sharding)
-    problem.engine(Launch(), "single", dropout=False)
-    with pytest.raises(BadInputError, match="all ranks go through the same layers at once"):
-        problem.engine(Launch(rank=0, world_size=2), "fsdp2", dropout=False)
+    engine = problem.engine(Launch(), "single", dropout=False)
+    mixed = problem.work(engine, 60)
+    assert mixed.kinds is None
+    monkeypatch.setattr(engine.backend, "same_chunk_count", True)
+    work = problem.work(replace(engine, launch=Launch(rank=0, world_size=2)), 60)
+    assert work.kinds is not None and set(work.kinds) == {0, 1}
+    for chunk, kind in zip(work.chunks, work.kinds, strict=True):
+        assert (work.pool.items[chunk] % 3 > 0).tolist() == [kind == 1] * len(chunk), "every third is a text alone"
+    assert any(len(set((mixed.pool.items[chunk] % 3 > 0).tolist())) == 2 for chunk in mixed.chunks)
 
 
 def test_pictures_come_first_or_where_their_mark_stands(tmp_path: Path) -> None:

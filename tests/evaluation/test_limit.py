@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from nearfield.analysis.capacity import PUBLISHED, TEMPERATURE, _loss_and_gradient, _start, best_accuracies, solvable
+from nearfield.analysis.capacity import (
+    PUBLISHED,
+    TEMPERATURE,
+    _loss_and_gradient,
+    _start,
+    best_accuracies,
+    published_fit,
+    solvable,
+)
 from nearfield.evaluation import SuiteConfig, evaluate
 from nearfield.evaluation.config import LimitTask
 from nearfield.evaluation.limit import graph_density, items, make_limit, pairs_of, query_strength
@@ -44,6 +52,7 @@ def test_patterns_and_items() -> None:
 
 def test_few_dimensions_cannot_serve_all_pairs() -> None:
     assert PUBLISHED[4] == 10
+    assert all(abs(published_fit(d) - documents) < 5 for d, documents in PUBLISHED.items() if d <= 20)
     assert solvable(7, 4, seeds=3)
     assert max(best_accuracies(14, 4, seeds=[0], longest=3000)) < 1.0
 

@@ -15,6 +15,7 @@ from nearfield.training.chunks import (
     chunk_tokens,
     cut_chunks,
     deal_chunks,
+    level_turns,
     pool_batch,
     split_batch,
     split_rows,
@@ -85,6 +86,32 @@ def test_the_deal_is_within_four_thirds_of_the_best(tokens: list[int], ranks: in
     )
     dealt = max(sum(tokens[number] for number in share) for share in deal_chunks(tokens, ranks))
     assert best <= dealt <= best * (4 / 3 - 1 / (3 * ranks)) + 1e-9
+
+
+@given(st.lists(st.tuples(st.integers(1, 200), st.integers(0, 2)), max_size=30), st.integers(1, 5))
+def test_in_each_turn_all_ranks_go_through_a_chunk_of_one_kind(chunks: list[tuple[int, int]], ranks: int) -> None:
+    tokens, kinds = [size for size, _ in chunks], [kind for _, kind in chunks]
+    shares = deal_chunks(tokens, ranks, kinds)
+    assert sorted(number for share in shares for number in share) == list(range(len(chunks)))
+    turns = [level_turns(shares, rank, kinds) for rank in range(ranks)]
+    assert len({len(each) for each in turns}) == 1
+    for together in zip(*turns, strict=True):
+        assert len({kinds[turn.chunk] for turn in together}) == 1 and any(turn.own for turn in together)
+    for share, each in zip(shares, turns, strict=True):
+        assert [turn.chunk for turn in each if turn.own] == share, "in the order of the share"
+    for kind in set(kinds):
+        alone = deal_chunks([size for size, other in chunks if other == kind], ranks)
+        assert [sum(kinds[n] == kind for n in share) for share in shares] == [len(share) for share in alone]
+
+
+def test_turns_by_hand() -> None:
+    assert level_turns([[0, 2], [1]], 1) == [(1, True), (0, False)]
+    assert level_turns([[], []], 0) == []
+    kinds = [1, 1, 1, 0]
+    shares = deal_chunks([5, 4, 3, 9], 2, kinds)
+    assert shares == [[3, 0], [1, 2]]
+    assert level_turns(shares, 0, kinds) == [(3, True), (0, True), (0, False)]
+    assert level_turns(shares, 1, kinds) == [(3, False), (1, True), (2, True)]
 
 
 def test_the_deal_by_hand() -> None:

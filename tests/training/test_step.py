@@ -167,7 +167,7 @@ class Noting(ReplicatedBackend):
         super().__init__(whole, lambda named: torch.optim.SGD([p for _, p in named], lr=1.0), CPU, 1, False)
         self.module = self.table
 
-    def backward(self, scalar: Tensor, last: bool) -> None:
+    def backward(self, scalar: Tensor, last: bool, settle: bool = False) -> None:
         assert scalar.shape == ()
         self.pushed.append(last)
         super().backward(scalar, last)

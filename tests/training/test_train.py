@@ -345,8 +345,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: int = 0) -> None:
         factors[0] = NAN
         return embeddings * factors
 
-    def push(self: ReplicatedBackend, scalar: torch.Tensor, last: bool) -> None:
-        backward(self, scalar * NAN if now == [at] else scalar, last)
+    def push(self: ReplicatedBackend, scalar: torch.Tensor, last: bool, settle: bool = False) -> None:
+        backward(self, scalar * NAN if now == [at] else scalar, last, settle)
 
     if what == "the loss":
         monkeypatch.setattr(step_module, "encode_chunk", encode)

@@ -204,8 +204,6 @@ class Suite:
 
     def pictures(self) -> Iterator[Line]:
         """Two towers: chunks of pictures and chunks of texts = one forward of each. One tower: chunks of both = one of all."""
-        if self.backend not in ("single", "ddp"):
-            return
         plain = self.make(OBJECTIVES["infonce, both directions"], 8)
         problem = plain.with_pictures()
         for each, check in (
@@ -224,6 +222,15 @@ class Suite:
         engine = problem.engine(self.launch, self.backend, dropout=True)
         _, found = problem.gradient(engine, problem.work(engine, 60), keep_graph=False)
         yield self.line("pictures, dropout on: any number of ranks, cached = one", difference(found, gradient))
+        # A step without pictures behind one with them: their tower has no part in it, and may keep nothing of the one before.
+        texts = replace(problem, tokens=plain.tokens)
+        engine = problem.engine(self.launch, self.backend, dropout=False)
+        one_step(engine, problem, 60, step=0, rate=0.0)
+        engine = replace(engine, feed=replace(engine.feed, tokens=plain.tokens))
+        _, found = texts.gradient(engine, texts.work(engine, 60), keep_graph=False)
+        yield self.line(
+            "a step without pictures, after one with them = the same alone", difference(found, texts.reference()[1])
+        )
 
     def figures(self) -> Line:
         """What is told of the learning, with masks, weights and a learnt temperature."""

@@ -63,11 +63,6 @@ class TokenTable:
         position = int(self.positions(np.asarray([row], dtype=np.int64))[0])
         return np.asarray(self.ids[self.offsets[position] : self.offsets[position + 1]])
 
-    def are_images(self, rows: Rows) -> npt.NDArray[np.bool_]:
-        """Whether each item is a picture for an encoder of its own."""
-        starts = self.offsets[self.positions(rows)]
-        return np.asarray(self.ids[starts] == IMAGE) if len(rows) else np.zeros(0, dtype=bool)
-
 
 class TokenCache:
     """An opened token cache."""

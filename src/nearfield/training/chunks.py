@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -151,18 +152,48 @@ def chunk_tokens(lengths: Rows, chunk: Rows, *, padded: bool = True) -> int:
     return int(lengths[chunk].max()) * len(chunk) if padded else int(lengths[chunk].sum())
 
 
-def deal_chunks(tokens: Sequence[int], ranks: int) -> list[list[int]]:
+def deal_chunks(tokens: Sequence[int], ranks: int, kinds: Sequence[int] | None = None) -> list[list[int]]:
     """Deal chunks (given by their tokens) to ranks: the largest first, each to the rank with the fewest tokens.
 
-    Returns the numbers of each rank's chunks, ascending. A greedy deal is within 4/3 of the best (Graham 1969).
+    Returns the numbers of each rank's chunks, ascending. A greedy deal is within 4/3 of the best (Graham 1969). Chunks of
+    different ``kinds`` are dealt each kind by itself, so that ranks have about as many of each, and stand one kind after the other.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for number in sorted(range(len(tokens)), key=lambda n: (-tokens[n], n)):
-        rank = min(range(ranks), key=lambda r: (load[r], r))
-        shares[rank].append(number)
-        load[rank] += tokens[number]
-    return [sorted(share) for share in shares]
+    for mine in _by_kind(range(len(tokens)), kinds):
+        load = [0] * ranks
+        dealt: list[list[int]] = [[] for _ in range(ranks)]
+        for number in sorted(mine, key=lambda n: (-tokens[n], n)):
+            rank = min(range(ranks), key=lambda r: (load[r], r))
+            dealt[rank].append(number)
+            load[rank] += tokens[number]
+        for share, more in zip(shares, dealt, strict=True):
+            share += sorted(more)
+    return shares
+
+
+class Turn(NamedTuple):
+    """One of the chunks that a rank goes through."""
+
+    chunk: int
+    own: bool
+    """Whether what it gives counts, or it is gone through for the other ranks' sake alone."""
+
+
+def level_turns(shares: Sequence[Sequence[int]], rank: int, kinds: Sequence[int] | None = None) -> list[Turn]:
+    """A rank's chunks, filled up so that in each turn all ranks go through a chunk of the same of the ``kinds``."""
+    turns: list[Turn] = []
+    for mine in _by_kind((number for share in shares for number in share), kinds):
+        of_kind = [[number for number in share if number in mine] for share in shares]
+        turns += [Turn(number, True) for number in of_kind[rank]]
+        turns += [Turn(min(mine), False)] * (max(map(len, of_kind)) - len(of_kind[rank]))
+    return turns
+
+
+def _by_kind(numbers: Iterable[int], kinds: Sequence[int] | None) -> list[set[int]]:
+    found: dict[int, set[int]] = {}
+    for number in numbers:
+        found.setdefault(0 if kinds is None else kinds[number], set()).add(number)
+    return [found[kind] for kind in sorted(found)]
 
 
 def split_rows(count: int, ranks: int, rank: int) -> Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -99,14 +99,24 @@ class Engine:
         return lengths
 
     def images(self, pool: Pool) -> Bools | None:
-        """(n,) which items of the pool go to the encoder of pictures; none where all are texts."""
+        """(n,) which items of the pool go through layers that texts do not; none where a chunk may hold both."""
         if self.feed.pictures is None:
             return None
         found = np.zeros(len(pool.items), dtype=bool)
         for prompt in np.unique(pool.prompts):
-            mine = pool.prompts == prompt
-            found[mine] = self.feed.tokens.tables[int(prompt)].are_images(pool.items[mine])
+            mine, table = np.flatnonzero(pool.prompts == prompt), self.feed.tokens.tables[int(prompt)]
+            found[mine] = self.go_apart([table.tokens(int(item)) for item in pool.items[mine]])
         return found
+
+    def go_apart(self, rows: Sequence[Tokens]) -> Bools:
+        """(n,) which items, by their tokens, go through layers that others do not and may share no chunk with them."""
+        apart = self.feed.pictures is not None and (family_of(self.encoder) is None or self.level)
+        return np.asarray([apart and self._has_picture(row) for row in rows], dtype=bool)
+
+    @property
+    def level(self) -> bool:
+        """Whether all ranks must go through the same layers at once."""
+        return self.backend.same_chunk_count
 
     def work(
         self, batch: Batch, known_positives: Callable[[int], Rows], budget: int, *, first_number: int = 0
@@ -123,6 +133,7 @@ class Engine:
             padded=self.padded,
             by_prompt=self.by_prompt,
             images=self.images(pool),
+            level=self.level,
             rank=self.launch.rank,
             world_size=self.launch.world_size,
             first_number=first_number,

@@ -21,11 +21,10 @@ import torch
 from torch import nn
 
 from nearfield.batching.rows import Rows
-from nearfield.data.tokens import IMAGE
 from nearfield.encoders.packing import Features
 from nearfield.encoders.tokenize import prompt_tokens, token_ids
 from nearfield.errors import BadInputError
-from nearfield.training.chunks import chunk_tokens, cut_chunks, deal_chunks
+from nearfield.training.chunks import Turn, chunk_tokens, cut_chunks, deal_chunks, level_turns
 from nearfield.training.communication import Shares, any_rank, broadcast_json, gather_embeddings
 from nearfield.training.config import TrainingEvaluationConfig
 from nearfield.training.engine import Engine
@@ -86,24 +85,24 @@ def _encode(
         )
 
     lengths = np.asarray([len(row) for row in tokens], dtype=np.int64)
-    apart = None
-    if items is not None and engine.feed.pictures is not None:
-        apart = np.asarray([row[0] == IMAGE for row in tokens], dtype=np.int64)
+    apart = np.zeros(len(tokens), dtype=np.int64) if items is None else engine.go_apart(tokens).astype(np.int64)
     chunks = cut_chunks(lengths, budget, apart, padded=engine.padded)
     found = np.empty((len(tokens), engine.dimension), dtype=np.float32)
     for start in range(0, len(chunks), _CHUNKS_AT_A_TIME * launch.world_size):
         if any_rank(stop(), backend.device, launch.world_size):
             raise InterruptedEvaluationError
         part = chunks[start : start + _CHUNKS_AT_A_TIME * launch.world_size]
-        shares = deal_chunks([chunk_tokens(lengths, c, padded=engine.padded) for c in part], launch.world_size)
-        turns = list(shares[launch.rank])
-        # Where forwards are collective every rank runs as many; what the missing ones give is thrown away.
-        extra = max(map(len, shares)) - len(turns) if backend.same_chunk_count else 0
+        kinds = [int(apart[chunk[0]]) for chunk in part] if engine.level else None
+        shares = deal_chunks([chunk_tokens(lengths, c, padded=engine.padded) for c in part], launch.world_size, kinds)
+        turns = [Turn(number, True) for number in shares[launch.rank]]
+        if engine.level:
+            # Where forwards are collective every rank runs as many; what the missing ones give is thrown away.
+            turns = level_turns(shares, launch.rank, kinds)
         own = torch.zeros((0, engine.dimension), device=backend.device)
         with torch.no_grad():
-            parts = [encode_chunk(backend, features(part[turn])) for turn in [*turns, *[0] * extra]]
-        if turns:
-            own = torch.cat(parts[: len(turns)])
+            parts = [encode_chunk(backend, features(part[turn.chunk])) for turn in turns]
+        if shares[launch.rank]:
+            own = torch.cat([part for turn, part in zip(turns, parts, strict=True) if turn.own])
         places = np.cumsum([0, *map(len, part)])
         rows = [np.concatenate([np.arange(0), *(np.arange(places[n], places[n + 1]) for n in s)]) for s in shares]
         everyone = gather_embeddings(own.float(), Shares(rows, launch.rank))

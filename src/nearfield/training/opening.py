@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from nearfield.encoders.dropout import use_fast_dropout
-from nearfield.encoders.one_tower import family_of
 from nearfield.encoders.packing import packing_kind
 from nearfield.encoders.sparse import sparse_embedding_gradients
 from nearfield.errors import BadInputError
@@ -134,14 +133,6 @@ def build_engine(
         raise BadInputError("this model does not say how wide its embeddings are", where="encoder.model")
     backend = open_backend(name, config, module, make_optimizer, device, launch)
     backend.verify()
-    shown = feed.pictures is not None or family_of(encoder) is not None
-    if shown and backend.same_chunk_count and launch.world_size > 1:
-        raise BadInputError(
-            f"with {name} all ranks go through the same layers at once, and those for pictures are not gone through where a "
-            "rank has texts alone",
-            where="training.backend",
-            hint="Use ddp.",
-        )
     if launch.is_main:
         precision = pick_precision(config, device)
         logger.info("Backend %s in effect on %d process(es), %s, %s", name, launch.world_size, device.type, precision)

@@ -24,7 +24,7 @@ from nearfield.objectives.objective import Objective
 from nearfield.objectives.watching import watch as watch_learning
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.base import Backend
-from nearfield.training.chunks import Bools, Pool, chunk_tokens, cut_chunks, deal_chunks
+from nearfield.training.chunks import Bools, Pool, Turn, chunk_tokens, cut_chunks, deal_chunks, level_turns
 from nearfield.training.communication import ControlWord, Shares, exchange_control
 from nearfield.training.exchange import Exchange, Gathered, Passed
 
@@ -54,6 +54,8 @@ class Work:
     """Positives of earlier steps, where the objective asks for them."""
     ring: bool = False
     """Whether the parts of ranks are passed round instead of gathered."""
+    kinds: list[int] | None = None
+    """Of each chunk, which layers it goes through, where all ranks must go through the same at once and not all are the same."""
 
     @property
     def own(self) -> list[int]:
@@ -62,8 +64,12 @@ class Work:
 
     @property
     def rounds(self) -> int:
-        """The most chunks that a rank has."""
-        return max(len(share) for share in self.shares)
+        """The chunks that a rank goes through where all go through as many."""
+        return len(self.turns(level=True))
+
+    def turns(self, *, level: bool) -> list[Turn]:
+        """What this rank goes through; ``level``, as many chunks as all others, in each turn of the same kind."""
+        return level_turns(self.shares, self.rank, self.kinds) if level else [Turn(n, True) for n in self.own]
 
     @property
     def heaviest(self) -> int:
@@ -91,6 +97,7 @@ def cut_work(
     padded: bool,
     by_prompt: bool,
     images: Bools | None = None,
+    level: bool = False,
     rank: int,
     world_size: int,
     first_number: int = 0,
@@ -100,17 +107,20 @@ def cut_work(
 ) -> Work:
     """Cut a batch whose items have ``lengths`` (n,) into chunks of ``budget`` tokens and deal these to ranks.
 
-    ``images`` (n,) tells the items that another encoder takes: they share no chunk with the others.
+    ``images`` (n,) tells the items that go through other layers: they share no chunk with the rest. ``level`` says that all
+    ranks must go through the same layers at once.
     """
     groups = pool.prompts if by_prompt else None
+    kinds = None
     if images is not None and images.any():
-        # No prompt is put before a picture.
-        groups = np.where(images, -1, 0 if groups is None else groups)
+        groups = np.zeros(len(images), dtype=np.int64) if groups is None else groups
+        groups = np.where(images, -1 - groups, groups)
     chunks = cut_chunks(lengths, budget, groups, padded=padded)
     tokens = [chunk_tokens(lengths, chunk, padded=padded) for chunk in chunks]
-    return Work(
-        pool, chunks, tokens, deal_chunks(tokens, world_size), rank, known_positives, first_number, guide, queue, ring
-    )
+    if level and images is not None and images.any():
+        kinds = [int(images[chunk[0]]) for chunk in chunks]
+    shares = deal_chunks(tokens, world_size, kinds)
+    return Work(pool, chunks, tokens, shares, rank, known_positives, first_number, guide, queue, ring, kinds)
 
 
 @dataclass(frozen=True)
@@ -207,7 +217,7 @@ def run_step(
 
     ``dimension`` is the width of what the module gives for each text. With ``keep_graph`` one backward goes through the graphs of all chunks,
     else each chunk is encoded a second time and only its own graph is in memory. A backend whose forwards are collective
-    has every rank run as many chunks as the rank with the most; the missing ones are copies whose gradient is zero.
+    has every rank run as many chunks as the rank with the most, of each kind; the missing ones are copies whose gradient is zero.
 
     ``progress`` is the share of the run that is done. With ``watch`` this process looks at how the learning goes. Where a
     step averages several batches, each adds ``weight`` times its gradient, and the last of them is ``final``.
@@ -217,21 +227,18 @@ def run_step(
     """
     guard = _Guard(catch_out_of_memory)
     shares = work.pool_shares()
-    turns: list[int | None] = list(work.own)
-    if backend.same_chunk_count:
-        turns += [None] * (work.rounds - len(turns))
+    turns = work.turns(level=backend.same_chunk_count)
 
     # Only checks of equalities run in float64.
     double = next(backend.module.parameters()).dtype == torch.float64
     nothing = torch.zeros((0, dimension), dtype=torch.float64 if double else torch.float32, device=backend.device)
 
-    def encode(turn: int | None) -> Tensor:
-        number = 0 if turn is None else turn
-        seed_chunk(seed, step, work.first_number + number)
-        return encode_chunk(backend, make_features(work.chunks[number]))
+    def encode(turn: Turn) -> Tensor:
+        seed_chunk(seed, step, work.first_number + turn.chunk)
+        return encode_chunk(backend, make_features(work.chunks[turn.chunk]))
 
     def real(parts: list[Tensor]) -> Tensor:
-        kept = [part for turn, part in zip(turns, parts, strict=True) if turn is not None]
+        kept = [part for turn, part in zip(turns, parts, strict=True) if turn.own]
         return torch.cat(kept) if kept else nothing
 
     parts: list[Tensor] = []
@@ -267,18 +274,22 @@ def run_step(
                 # ZeRO 3 adds to what it finds of the last step where a parameter has no gradient in the first.
                 extra = [(p * g).sum() for p, g in zip(learnt, learnt_gradients, strict=True)]
                 if keep_graph:
-                    unused = [part.sum() * 0 for turn, part in zip(turns, parts, strict=True) if turn is None]
+                    unused = [part.sum() * 0 for turn, part in zip(turns, parts, strict=True) if not turn.own]
                     pieces = [*extra, *unused] if not work.own else [(joined * own).sum(), *extra, *unused]
-                    _push(backend, pieces, last=final)
+                    _push(backend, pieces, last=final, settle=work.kinds is not None)
                 else:
                     position = 0
                     for index, turn in enumerate(turns):
                         part = encode(turn)
                         piece = part.sum() * 0
-                        if turn is not None:
+                        if turn.own:
                             piece = (part * own[position : position + len(part)]).sum()
                             position += len(part)
-                        _push(backend, [piece] if index else [piece, *extra], last=final and index == len(turns) - 1)
+                        ends = index == len(turns) - 1
+                        settle = work.kinds is not None and (
+                            ends or work.kinds[turn.chunk] != work.kinds[turns[index + 1].chunk]
+                        )
+                        _push(backend, [piece] if index else [piece, *extra], last=final and ends, settle=settle)
                     if not turns:
                         _push(backend, extra, last=final)
     word = exchange_control(
@@ -292,6 +303,6 @@ def run_step(
     return StepResult(word, batch.denominator(), seen, figures=figures)
 
 
-def _push(backend: Backend, pieces: Sequence[Tensor], last: bool) -> None:
+def _push(backend: Backend, pieces: Sequence[Tensor], *, last: bool, settle: bool = False) -> None:
     if pieces:
-        backend.backward(torch.stack([piece.reshape(()) for piece in pieces]).sum(), last)
+        backend.backward(torch.stack([piece.reshape(()) for piece in pieces]).sum(), last, settle)

@@ -43,8 +43,11 @@ class Backend(Protocol):
         """While it is open, these parameters can be used outside of the module's forward; *collective*."""
         ...
 
-    def backward(self, scalar: Tensor, last: bool) -> None:
-        """Add the gradient of a local scalar; ``last`` is the last of the step."""
+    def backward(self, scalar: Tensor, last: bool, settle: bool = False) -> None:
+        """Add the gradient of a local scalar; ``last`` is the last of the step.
+
+        ``settle`` says that layers which took part may have no part in what follows, on any rank.
+        """
         ...
 
     def used(self) -> list[bool]:

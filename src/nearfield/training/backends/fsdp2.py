@@ -78,10 +78,13 @@ class Fsdp2Backend:
         """They always can."""
         return nullcontext()
 
-    def backward(self, scalar: Tensor, last: bool) -> None:
-        """The gradient stays whole and local until the last backward, which scatters its sum."""
-        self._fsdp.set_requires_gradient_sync(last)
-        self._fsdp.set_is_last_backward(last)
+    def backward(self, scalar: Tensor, last: bool, settle: bool = False) -> None:
+        """The gradient stays whole and local until the last backward, which scatters its sum.
+
+        Only layers that take part in a backward scatter theirs, hence they must ``settle`` before others follow alone.
+        """
+        self._fsdp.set_requires_gradient_sync(last or settle)
+        self._fsdp.set_is_last_backward(last or settle)
         # fully_shard divides the sum by the number of ranks.
         torch.autograd.backward(scalar * self.world_size)
         if last:

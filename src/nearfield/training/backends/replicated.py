@@ -67,7 +67,7 @@ class ReplicatedBackend:
         """They always can."""
         return nullcontext()
 
-    def backward(self, scalar: Tensor, last: bool) -> None:
+    def backward(self, scalar: Tensor, last: bool, settle: bool = False) -> None:
         """Plain autograd: nothing is sent."""
         torch.autograd.backward(scalar)
 

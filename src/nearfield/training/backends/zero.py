@@ -119,7 +119,10 @@ class ZeroBackend:
         self._bf16 = bf16
 
     def begin(self) -> None:
-        """The engine forgets its gradient after each step."""
+        """The engine forgets its gradient after each step, but for stage 3: there a layer that has no part in a step's first
+        backward would add to that of the step before, and one that has none at all would keep it."""
+        if self.stage == 3:
+            self._zero.grad_partitions_flat_buffer.zero_()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Nothing: the engine casts parameters, the embedding's output is cast back."""
@@ -132,7 +135,7 @@ class ZeroBackend:
         gathered: AbstractContextManager[Any] = self._deepspeed.zero.GatheredParameters(list(parameters))
         return gathered
 
-    def backward(self, scalar: Tensor, last: bool) -> None:
+    def backward(self, scalar: Tensor, last: bool, settle: bool = False) -> None:
         """The engine divides the sum by the number of ranks."""
         self.engine.backward(scalar * self.world_size)
 
