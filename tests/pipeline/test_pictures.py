@@ -11,8 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
+from nearfield.data import Store
 from nearfield.errors import BadInputError
+from nearfield.mining.config import BM25Teacher, SentenceTransformerTeacher
+from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages
+from nearfield.pipeline.auditing import audit_run
+from nearfield.pipeline.stages import Stages
+from nearfield.training.launch import Launch
 from tests.data.making import write_rows
 from tests.pipeline.scores import score
 
@@ -102,9 +108,42 @@ def test_a_run_learns_which_name_goes_with_which_picture(recipe: Path, tmp_path:
         assert all(np.array_equal(one[key], other[key]) for key in one), name
 
 
+def test_pictures_are_mined_and_planned_by_a_teacher_of_both(recipe: Path, tmp_path: Path) -> None:
+    run_stages(open_run(recipe, ["training.max_steps=1"], tmp_path / "runs" / "teacher"), "train")
+    teacher = tmp_path / "runs" / "teacher" / "model"
+    settings = [
+        f"teacher={{kind: sentence_transformer, model: {teacher}}}",
+        "mining={negatives: 2, rules: []}",
+        "batches={kind: communities, batch_size: 8, community_size: 2, rank_from: 1, rank_to: 4, negatives: 0}",
+        "training.max_steps=2",
+        "evaluation=null",
+    ]
+    run_stages(open_run(recipe, settings, tmp_path / "runs" / "mined"))
+    stages = Stages(open_run(recipe, settings, tmp_path / "runs" / "mined"), Launch())
+    store, found = Store.open(stages.store_path), Negatives(stages.negatives_path)
+    model = SentenceTransformer(str(teacher), device="cpu")
+    names = model.encode(store.texts(found.table["query"].to_numpy()), normalize_embeddings=True)
+    shown = model.encode(store.images(found.rows), normalize_embeddings=True)
+    assert len(found.rows) == 2 * len(names) == 64
+    np.testing.assert_allclose((np.repeat(names, 2, axis=0) * shown).sum(axis=1), found.scores, atol=2e-6)
+    positives = store.examples.take(found.examples)["positives"].to_pylist()
+    everything = np.unique([row for rows in positives for row in rows])
+    similarity = names @ model.encode(store.images(everything), normalize_embeddings=True).T
+    seen = audit_run(stages.run, SentenceTransformerTeacher(model=str(teacher)), shown=1)
+    assert seen.sample[0].negatives[0].text.startswith("[image ")
+    with pytest.raises(BadInputError, match="goes by words alone"):
+        audit_run(stages.run, BM25Teacher())
+    for line, own, mined in zip(similarity, positives, found.rows.reshape(-1, 2).tolist(), strict=True):
+        others = [item for item in everything[np.argsort(-line)].tolist() if item not in own]
+        assert mined == others[:2]
+
+
 def test_what_cannot_work_with_pictures_is_refused(recipe: Path, tmp_path: Path) -> None:
     mining = ["mining={negatives: 1}", "batches.negatives=1"]
-    with pytest.raises(BadInputError, match="this data has pictures"):
+    with pytest.raises(BadInputError, match="this encoder takes none"):
         run_stages(open_run(recipe, mining, tmp_path / "runs" / "mined"), "mine")
+    words = ["mining={negatives: 1, teacher: {kind: bm25}}", "batches.negatives=1"]
+    with pytest.raises(BadInputError, match="bm25 goes by words alone"):
+        run_stages(open_run(recipe, words, tmp_path / "runs" / "words"), "mine")
     with pytest.raises(BadInputError, match="this encoder takes none"):
         run_stages(open_run(recipe, ["encoder.image_tower=null"], tmp_path / "runs" / "texts"), "tokens")

@@ -45,6 +45,45 @@ def token_ids(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> 
     return rows
 
 
+def item_token_ids(
+    model: SentenceTransformer, store: Store, rows: Rows, prompt: str, where: str = "encoder"
+) -> list[npt.NDArray[np.int32]]:
+    """What each item of a store with pictures takes: a picture of a tower counts as so many tokens as it has patches.
+
+    Where one transformer reads both, the tokens of a picture stand among those of its text. Raises
+    :class:`BadInputError` where the encoder takes no pictures, or an item has a text beside its picture and it takes
+    one or the other.
+    """
+    texts, sizes = store.texts(rows), store.image_sizes(rows)
+    pictured = sizes[:, 0] > 0
+    if family_of(model) is not None:
+        shown = [(width, height) if width else None for width, height in sizes.tolist()]
+        return row_ids(model, texts, shown, prompt)
+    found: list[npt.NDArray[np.int32]] = [np.empty(0, dtype=np.int32)] * len(rows)
+    plain = np.flatnonzero(~pictured)
+    for place, ids in zip(plain.tolist(), token_ids(model, [texts[i] for i in plain], prompt), strict=True):
+        found[place] = ids
+    if pictured.any():
+        if not takes_images(model):
+            raise BadInputError(
+                "the data has pictures, and this encoder takes none",
+                where=where,
+                hint="Name a model of both such as CLIP or Qwen2-VL; an encoder gets a tower by encoder.image_tower.",
+            )
+        both = next((i for i in np.flatnonzero(pictured).tolist() if texts[i]), None)
+        if both is not None:
+            raise BadInputError(
+                f"item {int(rows[both])} has a text ({texts[both][:60]!r}) beside its picture, and two towers embed one or "
+                "the other",
+                where=str(store.path),
+                hint="Use a model that reads both together, such as Qwen2-VL.",
+            )
+        ids = np.full(image_tokens(model), IMAGE, dtype=np.int32)
+        for place in np.flatnonzero(pictured).tolist():
+            found[place] = ids
+    return found
+
+
 def _ragged(model: SentenceTransformer) -> dict[str, dict[str, Any]] | None:
     """Settings of a call that leaves rows without padding, which takes half of the time; null where chat templates have a say."""
     first = model[0]
@@ -70,40 +109,8 @@ class Tokenizer:
         return token_ids(self.model, texts, prompt)
 
     def of_items(self, store: Store, rows: Rows, prompt: str) -> list[npt.NDArray[np.int32]]:
-        """What each item of a store with pictures takes: a picture of a tower counts as so many tokens as it has patches.
-
-        Where one transformer reads both, the tokens of a picture stand among those of its text. Raises
-        :class:`BadInputError` where the encoder takes no pictures, or an item has a text beside its picture and it takes
-        one or the other.
-        """
-        texts, sizes = store.texts(rows), store.image_sizes(rows)
-        pictured = sizes[:, 0] > 0
-        if family_of(self.model) is not None:
-            shown = [(width, height) if width else None for width, height in sizes.tolist()]
-            return row_ids(self.model, texts, shown, prompt)
-        found: list[npt.NDArray[np.int32]] = [np.empty(0, dtype=np.int32)] * len(rows)
-        plain = np.flatnonzero(~pictured)
-        for place, ids in zip(plain.tolist(), self([texts[i] for i in plain], prompt), strict=True):
-            found[place] = ids
-        if pictured.any():
-            if not takes_images(self.model):
-                raise BadInputError(
-                    "the data has pictures, and this encoder takes none",
-                    where="encoder",
-                    hint="Set encoder.image_tower, or name a model of both such as CLIP or Qwen2-VL.",
-                )
-            both = next((i for i in np.flatnonzero(pictured).tolist() if texts[i]), None)
-            if both is not None:
-                raise BadInputError(
-                    f"item {int(rows[both])} has a text ({texts[both][:60]!r}) beside its picture, and two towers embed one or "
-                    "the other",
-                    where=str(store.path),
-                    hint="Use a model that reads both together, such as Qwen2-VL.",
-                )
-            ids = np.full(image_tokens(self.model), IMAGE, dtype=np.int32)
-            for place in np.flatnonzero(pictured).tolist():
-                found[place] = ids
-        return found
+        """What each item of a store with pictures takes, by :func:`item_token_ids`."""
+        return item_token_ids(self.model, store, rows, prompt)
 
     def prompt_length(self, prompt: str) -> int:
         """By :func:`prompt_tokens`."""

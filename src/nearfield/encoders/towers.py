@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from nearfield.data.pictures import pillow
+from nearfield.data.tokens import IMAGE
 from nearfield.encoders.config import ImageTowerConfig
-from nearfield.encoders.one_tower import family_of
+from nearfield.encoders.one_tower import family_of, row_features
 from nearfield.encoders.one_tower_checks import unused_parameters
 from nearfield.encoders.trunk import check_settings
 from nearfield.errors import BadInputError
@@ -221,6 +224,26 @@ def image_features(model: SentenceTransformer, images: Sequence[Image], device: 
         name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
         for name, value in features.items()
     }
+
+
+def pictured_features(
+    model: SentenceTransformer,
+    rows: Sequence[npt.NDArray[np.int32]],
+    pictures: Callable[[], Sequence[Image | None]],
+    device: torch.device,
+) -> Features | None:
+    """What :func:`nearfield.encoders.packing.embed` takes for n items, by what ``item_token_ids`` says of each, and their pictures.
+
+    None where they are texts beside a tower for pictures, which are read as all texts are. Beside such a tower all of
+    a call's items are pictures or none is.
+    """
+    if family_of(model) is not None:
+        return row_features(model, rows, pictures(), device)
+    if not len(rows[0]) or rows[0][0] != IMAGE:
+        return None
+    shown = [picture for picture in pictures() if picture is not None]
+    assert len(shown) == len(rows)
+    return image_features(model, shown, device)
 
 
 def freeze_unused(model: SentenceTransformer) -> None:

@@ -120,6 +120,12 @@ def dense_teachers(teacher: Any) -> list[DenseTeacher]:
     return found
 
 
+def reads_texts_alone(teacher: Any) -> bool:
+    """Whether a teacher, or one in it, goes by the words of texts, so that pictures are nothing to it."""
+    parts = teacher.members if isinstance(teacher, EnsembleTeacher) else ()
+    return isinstance(teacher, BM25Teacher | CrossEncoderTeacher) or any(map(reads_texts_alone, parts))
+
+
 # Search
 
 

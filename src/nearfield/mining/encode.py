@@ -1,9 +1,10 @@
-"""Texts -> vectors by a sentence-transformers model: length-sorted chunks without padding where the model allows it."""
+"""Texts and pictures -> vectors by a sentence-transformers model: length-sorted chunks without padding where the model allows it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,11 @@ import numpy.typing as npt
 
 from nearfield.console import track
 from nearfield.data.store import Rows, Store
+from nearfield.data.tokens import IMAGE
 from nearfield.encoders.build import load_encoder
 from nearfield.encoders.packing import embed, evaluating, packed_features, packing_kind, padded_features
-from nearfield.encoders.tokenize import prompt_tokens, token_ids
+from nearfield.encoders.tokenize import item_token_ids, prompt_tokens, token_ids
+from nearfield.encoders.towers import pictured_features
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -96,11 +99,35 @@ class TextEncoder:
         for chunk in track(chunks, says) if says is not None else chunks:
             yield chunk, self._vectors([rows[i] for i in chunk], length)
 
+    def of_items(self, store: Store, items: Rows, prompt: str = "", where: str = "encoder") -> Vectors:
+        """The model's vectors [n, d] of items of a store, which may be pictures; the model is named ``where`` it takes none."""
+        if not store.has_images or not (store.picture_rows(items) >= 0).any():
+            return self(store.texts(items), prompt)
+        rows = item_token_ids(self.model, store, items, prompt, where)
+        length, device = prompt_tokens(self.model, prompt), self.model.device
+        lengths = np.array([len(row) for row in rows])
+        towers = np.array([bool(len(row)) and row[0] == IMAGE for row in rows])
+        result: Vectors | None = None
+        for part in (np.flatnonzero(~towers), np.flatnonzero(towers)):
+            chunks = cut(lengths[part].tolist(), self.chunk_tokens, padded=self.packing is None)
+            for chunk in (part[numbers] for numbers in chunks):
+                mine = [rows[i] for i in chunk]
+                features = pictured_features(self.model, mine, partial(store.images, items[chunk]), device)
+                vectors = self._embed(self._features(mine, length) if features is None else features)
+                if result is None:
+                    result = np.empty((len(items), vectors.shape[1]), dtype=np.float32)
+                result[chunk] = vectors
+        assert result is not None
+        return result
+
     def _vectors(self, rows: list[npt.NDArray[np.int32]], prompt_length: int) -> Vectors:
+        return self._embed(self._features(rows, prompt_length))
+
+    def _embed(self, features: Features) -> Vectors:
         import torch
 
         with torch.inference_mode(), evaluating(self.model):
-            vectors: Vectors = embed(self.model, self._features(rows, prompt_length)).float().cpu().numpy()
+            vectors: Vectors = embed(self.model, features).float().cpu().numpy()
         return vectors
 
     def _features(self, rows: list[npt.NDArray[np.int32]], prompt_length: int) -> Features:
@@ -136,4 +163,4 @@ class ItemEncoder:
             )
             self._opened = (Store.open(self.store), encoder)
         store, encoder = self._opened
-        return encoder(store.texts(rows), self.prompts[role])
+        return encoder.of_items(store, rows, self.prompts[role], f"the teacher {self.model}")

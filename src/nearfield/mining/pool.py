@@ -87,7 +87,7 @@ def document_items(store: Store, sources: Sequence[str], split: str) -> Rows:
 
 
 def _same_text(store: Store, documents: Rows, owners: Rows, items: Rows, count: int) -> RowLists:
-    """For each owner, the documents that have the text of one of its items, but for case and white space."""
+    """For each owner, the documents that have the text and picture of one of its items, but for case and white space."""
     all_items, where = np.unique(np.concatenate([documents, items]), return_inverse=True)
     _, keys = np.unique(_text_keys(store, all_items), return_inverse=True)
     document_keys, item_keys = keys[where[: len(documents)]], keys[where[len(documents) :]]
@@ -100,13 +100,17 @@ def _same_text(store: Store, documents: Rows, owners: Rows, items: Rows, count: 
 
 
 def _text_keys(store: Store, items: Rows) -> Rows:
-    """64 bits of each item's text in lower case with single spaces."""
+    """64 bits of each item's text in lower case with single spaces, and of its picture."""
     keys = np.empty(len(items), dtype=np.int64)
     for start in range(0, len(items), _BLOCK):
-        texts = store.texts(items[start : start + _BLOCK])
+        part = items[start : start + _BLOCK]
+        texts, pictures = store.texts(part), store.picture_rows(part).tolist()
+        contents = [
+            " ".join(text.casefold().split()) if picture < 0 else f"{picture}\0{' '.join(text.casefold().split())}"
+            for text, picture in zip(texts, pictures, strict=True)
+        ]
         keys[start : start + len(texts)] = [
-            int.from_bytes(blake2b(" ".join(text.casefold().split()).encode(), digest_size=8).digest(), "big") - 2**63
-            for text in texts
+            int.from_bytes(blake2b(content.encode(), digest_size=8).digest(), "big") - 2**63 for content in contents
         ]
     return keys
 

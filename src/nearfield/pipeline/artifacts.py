@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nearfield.encoders.prompts import PromptContract, add_examples
-from nearfield.errors import BadInputError
 from nearfield.files import hash_file
 from nearfield.pipeline.freshness import Freshness
 from nearfield.pipeline.run import Run
@@ -32,17 +31,6 @@ class Artifacts(Freshness):
         from nearfield.data.store import Store
 
         return Store.open(self.store_path)
-
-    def _text_store(self, what: str) -> Store:
-        """The store, for what looks at texts alone; :class:`BadInputError` where it has pictures."""
-        store = self._store()
-        if store.has_images and store.pictures.num_rows:
-            raise BadInputError(
-                f"{what} here is by texts alone, and this data has pictures",
-                where=self.run.loaded.where(("mining",) if what == "mining" else ("batches",)),
-                hint="Remove 'mining', and use batches that need no vectors (single_source, mixed).",
-            )
-        return store
 
     def pictures(self) -> Pictures | None:
         """How a training gets the pictures of items; none where the data has no pictures."""

@@ -11,13 +11,16 @@ import numpy as np
 
 from nearfield.data.store import Rows, Store
 from nearfield.data.vectors import EncodeItems, ItemVectors, build_vectors, encode_share
+from nearfield.errors import BadInputError
 from nearfield.files import atomic_path
 from nearfield.mining.config import (
     DenseTeacher,
     PairTeacher,
     RefreshedNegatives,
     SentenceTransformerTeacher,
+    TeacherConfig,
     VectorsTeacher,
+    reads_texts_alone,
 )
 from nearfield.mining.documents import ArrayDocuments, Documents, IndexedDocuments, Vectors
 from nearfield.mining.pool import search_share
@@ -53,8 +56,7 @@ class MiningStages(Artifacts):
     def vectors(self) -> dict[str, Any]:
         """Encode the items of the training split with every teacher that makes vectors."""
         teachers = teachers_of_vectors(self.recipe)
-        given = all(isinstance(teacher, VectorsTeacher) for teacher in teachers)
-        store = self._store() if given else self._text_store("making vectors")
+        store = self._store()
         wanted = items_by_role(store, self.source_names, self.recipe.split)
         counts = {}
         for number, teacher in enumerate(teachers):
@@ -156,8 +158,9 @@ class MiningStages(Artifacts):
         from nearfield.mining.negatives import write_negatives
         from nearfield.mining.pool import mine_pool
 
-        mining, store = self.recipe.mining, self._text_store("mining")
+        mining, store = self.recipe.mining, self._store()
         assert mining is not None
+        self._check_reads(mining_teacher(self.recipe), store)
         mined, recalls = [], {}
         for number, pool in enumerate(self._pools(store)):
             scorer, found = self._scorer(store, pool), self._found(number, store, pool)
@@ -176,6 +179,14 @@ class MiningStages(Artifacts):
         return {key: summary[key] for key in ("examples", "short")} | {
             "negatives": sum(source["negatives"] for source in summary["sources"].values())
         }
+
+    def _check_reads(self, teacher: TeacherConfig, store: Store) -> None:
+        if reads_texts_alone(teacher) and store.has_images and store.pictures.num_rows:
+            raise BadInputError(
+                f"{teacher.kind} goes by words alone, and this data has pictures",
+                where=self.run.loaded.where(("mining",)),
+                hint="Name an embedding model that takes both.",
+            )
 
     def _pools(self, store: Store) -> list[Pool]:
         return [self._pool(store, name) for name in self._mined_sources(store)]
@@ -228,6 +239,7 @@ class MiningStages(Artifacts):
         from nearfield.data.vectors import unit
         from nearfield.mining.teachers import make_pair_scorer
 
+        self._check_reads(teacher, store)
         items = {"query": queries, "document": documents}
 
         def vectors(dense: DenseTeacher) -> tuple[Vectors, Documents]:

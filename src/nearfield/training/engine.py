@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows
 from nearfield.data.tokens import IMAGE
-from nearfield.encoders.one_tower import family_of, picture_token, row_features
+from nearfield.encoders.one_tower import family_of, picture_token
 from nearfield.encoders.packing import Features, PackingKind, embed, packed_features, padded_features
 from nearfield.encoders.token_task import TARGETS, TokenTask
-from nearfield.encoders.towers import image_features
+from nearfield.encoders.towers import pictured_features
 from nearfield.errors import BadInputError
 from nearfield.objectives.config import Reading
 from nearfield.objectives.objective import Objective
@@ -202,17 +202,13 @@ class Engine:
         return bool((row == picture_token(self.encoder)).any())
 
     def item_features(self, items: Rows, rows: list[Tokens], prompt_length: int) -> Features:
-        """Items of a chunk with what the token cache says of them -> what the encoder takes.
-
-        Where pictures have a tower of their own, all of a chunk's items are pictures or none is.
-        """
-        if self.feed.pictures is not None and family_of(self.encoder) is not None:
-            return row_features(self.encoder, rows, self.feed.pictures(items), self.backend.device)
-        if self.feed.pictures is None or not self._has_picture(rows[0]):
-            return self.features(rows, prompt_length)
-        pictures = [picture for picture in self.feed.pictures(items) if picture is not None]
-        assert len(pictures) == len(items)
-        return image_features(self.encoder, pictures, self.backend.device)
+        """Items of a chunk with what the token cache says of them -> what the encoder takes."""
+        pictures = self.feed.pictures
+        if pictures is not None:
+            found = pictured_features(self.encoder, rows, lambda: pictures(items), self.backend.device)
+            if found is not None:
+                return found
+        return self.features(rows, prompt_length)
 
     def features(self, rows: list[Tokens], prompt_length: int) -> Features:
         """Token ids of texts -> what the encoder takes."""
