@@ -3,8 +3,8 @@
     python scripts/bench_eval.py --data FOLDER --preset short --json short.json --floor 1.4
 
 FOLDER holds local tasks (docs/evaluation.md). Each measurement is a process of its own, one thread; time is CPU seconds from
-the loaded model to the last score, without reading the data. Both must give the same scores (to 1e-4, one flipped decision of
-a classification). Beside the ratio, of all tasks together and of each: the share of our time outside of the model's forward, the
+the loaded model to the last score, without reading the data. Both must give the same scores; those that differ by more than
+1e-6 (a decision that the last digit of a vector turns) are listed, and none may differ by more than 1e-3. Beside the ratio, of all tasks together and of each: the share of our time outside of the model's forward, the
 real tokens that went in on either side, the share of the machine's matrix peak, and the CPU seconds from nothing to the first
 task. Leaves with 1 if a check fails or the ratio is below --floor.
 """
@@ -29,7 +29,17 @@ MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 PRESETS = {
     # A mean of 13 to 16 tokens a text; the smallest of each type come first.
     "short": ("STS16", "STSBenchmark", "STS13", "STS12", "Tatoeba", "Banking77Classification"),
+    # All tasks of texts that are in the folder.
+    "whole": (),
 }
+
+
+def tasks_of(data: Path) -> list[str]:
+    """The tasks of a folder that a model of texts can do."""
+    from nearfield.evaluation.folder import folder_task, task_folders
+
+    names = [folder.name for folder in task_folders(data, None)]
+    return [name for name in names if set(folder_task(data / name).task.metadata.modalities) == {"text"}]
 
 
 class Counter:
@@ -169,9 +179,8 @@ def main() -> None:
     parser.add_argument("--child", choices=("ours", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    tasks = (
-        [task.strip() for task in arguments.tasks.split(",")] if arguments.tasks else list(PRESETS[arguments.preset])
-    )
+    stated = [task.strip() for task in arguments.tasks.split(",")] if arguments.tasks else PRESETS[arguments.preset]
+    tasks = list(stated) or tasks_of(arguments.data)
     arguments.tasks = ",".join(tasks)
     if arguments.child:
         child(arguments.child, arguments.model, arguments.data, tasks, arguments.out)
@@ -186,9 +195,12 @@ def main() -> None:
         )
     ratios = [pair["peer"]["cpu_seconds"] / pair["ours"]["cpu_seconds"] for pair in samples]
     ours, peer = samples[0]["ours"], samples[0]["peer"]
-    worst = max(
-        abs(score - peer["scores"][task][subset]) for task, of in ours["scores"].items() for subset, score in of.items()
-    )
+    pairs = [
+        (task, subset, score, peer["scores"][task][subset])
+        for task, of in ours["scores"].items()
+        for subset, score in of.items()
+    ]
+    worst = max(abs(mine - theirs) for *_, mine, theirs in pairs)
     same = all(set(ours["scores"][task]) == set(peer["scores"][task]) for task in tasks)
     peak = matrix_peak()
     outside = statistics.median(1 - p["ours"]["forward_seconds"] / p["ours"]["cpu_seconds"] for p in samples)
@@ -209,6 +221,8 @@ def main() -> None:
         "checks": {
             "tasks": tasks,
             "largest score difference": worst,
+            "scores that differ": [each for each in pairs if abs(each[2] - each[3]) > 1e-6],
+            "scores": len(pairs),
             "same subsets": same,
             "rows": {"ours": ours["rows"], "peer": peer["rows"]},
             "real tokens": {"ours": ours["tokens"], "peer": peer["tokens"]},
@@ -226,7 +240,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "samples"}, indent=2))
-    if worst > 1e-4 or not same or result["ratio"] < arguments.floor:
+    if worst > 1e-3 or not same or result["ratio"] < arguments.floor:
         raise SystemExit(1)
 
 

@@ -24,7 +24,7 @@ from nearfield.mining.config import (
     dense_teachers,
 )
 from nearfield.objectives.config import InfoNCEConfig
-from nearfield.objectives.kinds import ObjectiveConfig
+from nearfield.objectives.kinds import CombinedConfig, ObjectiveConfig
 from nearfield.training.config import TrainingConfig, TrainingEvaluationConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -169,6 +169,7 @@ def check_recipe(loaded: Loaded[Recipe]) -> CheckedRecipe:
     training_suite = _suite(recipe.training.evaluation)
     make_contract(sources, recipe.prompts, {})
     _check_teacher(loaded)
+    _check_samples(loaded, sources)
     _check_scores(loaded, sources)
     return CheckedRecipe(recipe, data, sources, suite, training_suite)
 
@@ -217,6 +218,26 @@ def _check_teacher(loaded: Loaded[Recipe]) -> None:
             where=loaded.where(("teacher",)),
             hint="Name one of kind sentence_transformer or vectors here; mining may have its own under mining.teacher.",
         )
+
+
+def _check_samples(loaded: Loaded[Recipe], sources: Sequence[SourceConfig]) -> None:
+    batches, objective = loaded.config.batches, loaded.config.objective
+    if not batches.needs_samples:
+        return
+    parts = objective.parts if isinstance(objective, CombinedConfig) else ()
+    if not parts or not all(part.each_source or len(part.sources or ()) == 1 for part in parts):
+        raise BadInputError(
+            f"in batches of kind {batches.kind!r} a sample's own examples would be negatives of each other",
+            where=loaded.where(("objective",)),
+            hint="Contrast each source by itself: {kind: combined, parts: [{each_source: true, objective: {...}}]}.",
+        )
+    for source in sources:
+        if source.cluster is None:
+            raise BadInputError(
+                f"batches of kind {batches.kind!r} must know which examples of {source.name!r} are of one sample",
+                where=loaded.where(("batches", "kind")),
+                hint="Name the column that says so under 'cluster' in the data recipe.",
+            )
 
 
 def _check_scores(loaded: Loaded[Recipe], sources: Sequence[SourceConfig]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from nearfield.batching import SingleSourceConfig
@@ -90,3 +91,13 @@ def test_what_is_no_plan(runs: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(BadInputError, match=words):
             run("plan", *arguments)
+
+
+def test_shares(toy_recipe: Path, tmp_path: Path) -> None:
+    arguments = ("plan", "shares", toy_recipe, "--run-folder", tmp_path / "run", "--split", "train", "--clusters", 3)
+    (line,) = [line for line in run(*arguments).splitlines() if "sampling:" in line]
+    sampling = yaml.safe_load(line.partition("sampling: ")[2])
+    assert sampling["kind"] == "shares" and sum(sampling["shares"].values()) == pytest.approx(1, abs=1e-3)
+    assert not (tmp_path / "run" / "plan").exists(), "it only says"
+    with pytest.raises(BadInputError, match="there is no source 'nobody'"):
+        run(*arguments, "--towards", "nobody")

@@ -91,6 +91,23 @@ def test_in_batch_negatives_by_source() -> None:
         assert torch.equal(a[mine], b[mine])
 
 
+def test_each_source_is_contrasted_by_itself() -> None:
+    """SAIL's patterns: the losses of all sources are added, each the mean of its own examples, with one temperature to learn."""
+    batch, other = mixed()
+    learnt: dict[str, Any] = {"objective": {**INFONCE["objective"], "learn_temperature": True}, "each_source": True}
+    objective = combined(learnt, kinds={})
+    alone = build(**learnt["objective"])
+    assert_same(mean(objective, batch), mean(alone, batch.select(~other)) + mean(alone, batch.select(other)), batch)
+    assert len(list(objective.parameters())) == 1
+    parts = [mean(objective, replace(batch, rows=torch.arange(*ends))) for ends in ((0, 1), (1, 2), (2, 7))]
+    assert_same(torch.stack(parts).sum(), mean(objective, batch), batch)
+    assert_same(mean(combined({**learnt, "sources": ["pairs"]}), batch), mean(alone, batch.select(other)), batch)
+    one = replace(batch, sources=torch.zeros(7, dtype=torch.long))
+    assert_same(mean(objective, one), mean(alone, one), one)
+    found = objective.watch(batch)
+    assert {"loss/infonce/search", "loss/infonce/pairs"} <= found.keys()
+
+
 def test_what_no_part_uses_has_a_gradient_of_zero() -> None:
     """A batch of a source that no part names, and a learnt temperature: no process is left without a gradient."""
     batch = replace(make(), sources=torch.full((6,), 1))

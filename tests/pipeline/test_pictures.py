@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
@@ -136,6 +138,50 @@ def test_pictures_are_mined_and_planned_by_a_teacher_of_both(recipe: Path, tmp_p
     for line, own, mined in zip(similarity, positives, found.rows.reshape(-1, 2).tolist(), strict=True):
         others = [item for item in everything[np.argsort(-line)].tolist() if item not in own]
         assert mined == others[:2]
+
+
+def test_patterns_of_a_sample_are_scored_in_one_batch(recipe: Path, tmp_path: Path) -> None:
+    text = (recipe.parent / "data.yaml").read_text()
+    text += """\
+    cluster: number
+  - name: words
+    task_type: Retrieval
+    reader: {kind: jsonl, path: words.jsonl}
+    examples: {kind: retrieval, query: name, positives: also}
+    cluster: number
+    split: {kind: column, column: split}
+"""
+    for name in ("data.yaml", "rows.jsonl", "words.jsonl"):
+        rows = [json.loads(line) for line in (recipe.parent / "rows.jsonl").read_text().splitlines()]
+        rows = [{**row, "number": f"n{i}", "also": f"{row['name']} word90"} for i, row in enumerate(rows)]
+        if name == "words.jsonl":
+            rows = [row for i, row in enumerate(rows) if i % 4]
+        (tmp_path / name).write_text(text if name == "data.yaml" else "".join(json.dumps(row) + "\n" for row in rows))
+    for file in recipe.parent.glob("*.png"):
+        shutil.copy(file, tmp_path)
+    settings = [
+        f"data={tmp_path / 'data.yaml'}",
+        "batches={kind: patterns, batch_size: 8, negatives: 0}",
+        "objective={kind: combined, parts: [{each_source: true, objective: {kind: infonce, temperature: 0.1}}]}",
+        "training.max_steps=3",
+        "evaluation=null",
+    ]
+    stages = Stages(open_run(recipe, settings, tmp_path / "runs" / "patterns"), Launch())
+    run_stages(stages.run)
+    plan = pq.read_table(stages.run.folder / "plan" / "epoch-000.parquet")
+    store = Store.open(stages.store_path)
+    samples = store.examples.take(plan["example"])["cluster"].to_pylist()
+    assert len(samples) == 24 + 32
+    for step in range(4):
+        mine = [i for i, number in enumerate(plan["step"].to_pylist()) if number == step]
+        of = [{samples[i] for i in mine if plan["source"][i].as_py() == number} for number in (0, 1)]
+        assert len(of[0]) == 8 and of[1] == {sample for sample in of[0] if int(sample[1:]) % 4}
+    lines = [json.loads(line) for line in (stages.run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all(line["loss"] > 1 for line in lines), "two losses, of 8 and of 6 rows"
+    with pytest.raises(BadInputError, match="negatives of each other"):
+        open_run(recipe, [*settings, "objective={kind: infonce}"], tmp_path / "runs" / "plain")
+    with pytest.raises(BadInputError, match="which examples of 'colours' are of one sample"):
+        open_run(recipe, settings[1:], tmp_path / "runs" / "unknown")
 
 
 def test_what_cannot_work_with_pictures_is_refused(recipe: Path, tmp_path: Path) -> None:

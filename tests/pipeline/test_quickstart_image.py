@@ -1,10 +1,8 @@
-"""The quickstart on pictures, as it is shipped: one seed, seven minutes of one core."""
+"""The quickstart on pictures, as it is shipped, one seed."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-import pytest
 
 from nearfield.pipeline import open_run, run_stages
 from tests.pipeline.scores import score
@@ -12,7 +10,6 @@ from tests.pipeline.scores import score
 RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "emoji.yaml"
 
 
-@pytest.mark.slow
 def test_a_held_out_picture_finds_its_name(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "emoji"
     run_stages(open_run(RECIPE, ["training.trackers=[]", "seed=0"], folder))

@@ -52,7 +52,7 @@ sources:
 """
 ARCHITECTURES = {"llm2vec": "llama", "udever": "bloom", "vlm2vec": "qwen2_vl"}
 """The others train a BERT."""
-DATA = {"align": "emoji", "mcse": "captions", "vlm2vec": "emoji-tasks"}
+DATA = {"align": "emoji", "mcse": "captions", "sail": "emoji-patterns", "vlm2vec": "emoji-tasks"}
 """Recipes that want pictures or captions train on data that is in the package."""
 SETTINGS = {
     "b3": ["batches.community_size=4", "batches.rank_from=3", "batches.rank_to=40"],
@@ -112,6 +112,7 @@ def test_there_are_recipes() -> None:
         "nv-embed",
         "retromae",
         "rzenembed",
+        "sail",
         "simcse",
         "udever",
         "vlm2vec",

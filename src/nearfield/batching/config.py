@@ -56,6 +56,8 @@ class CommonConfig(Config):
 
     needs_vectors: ClassVar[bool] = False
     """Whether the planner cannot do without a teacher's vectors."""
+    needs_samples: ClassVar[bool] = False
+    """Whether it must know which examples are of one sample."""
 
     batch_size: Annotated[int, Field(ge=2)] = 64
     """Examples a step, over all devices."""
@@ -205,6 +207,33 @@ PureConfig = Annotated[
 ]
 
 
+class PatternsConfig(CommonConfig):
+    """Batches of whole samples: what the sources have of one sample (image to text, text to text ...) stands in one batch.
+
+    Pattern matching (SAIL-Embedding, arXiv 2510.12709): the sources are patterns of the same samples, told by the data recipe's
+    ``cluster`` column; what a sample has no example of is left out. Each source is to be contrasted by itself
+    (``each_source`` of an objective's part).
+    """
+
+    needs_samples: ClassVar[bool] = True
+
+    kind: Literal["patterns"] = "patterns"
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    """Samples a step, over all devices; each has up to as many examples as there are sources."""
+
+    @model_validator(mode="after")
+    def _sources_come_with_their_samples(self) -> Self:
+        if self.pools or not isinstance(self.sampling, ProportionalSampling):
+            raise ValueError("whole samples bring all of their sources: neither 'sampling' nor 'pools' can be set")
+        return self
+
+    def build(self) -> StreamPlanner:
+        """The planner."""
+        from nearfield.batching.patterns import PatternsPlanner
+
+        return PatternsPlanner(self)
+
+
 class MixedPart(Config):
     """One kind of a mixture."""
 
@@ -254,7 +283,7 @@ class MixedConfig(CommonConfig):
 
 
 BatchConfig = Annotated[
-    ShuffledConfig | SingleSourceConfig | KMeansStrataConfig | CommunitiesConfig | MixedConfig,
+    ShuffledConfig | SingleSourceConfig | KMeansStrataConfig | CommunitiesConfig | PatternsConfig | MixedConfig,
     Field(discriminator="kind"),
 ]
 """The union of all planners' settings, discriminated by ``kind``."""

@@ -29,6 +29,7 @@ class Stream:
     labels: Rows | None = None
     positive_scores: Floats | None = None
     negative_scores: Floats | None = None
+    samples: Rows | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -67,6 +68,7 @@ def make_streams(sources: Sequence[SourceExamples], pools: dict[str, tuple[str, 
 def _join(name: str, parts: Sequence[SourceExamples]) -> Stream:
     sizes = [len(part) for part in parts]
     labels = _column([part.labels for part in parts], sizes, -1)
+    samples = _column([part.samples for part in parts], sizes, -1)
     positives, negatives = [part.positives for part in parts], [part.negatives for part in parts]
     return Stream(
         name,
@@ -79,6 +81,7 @@ def _join(name: str, parts: Sequence[SourceExamples]) -> Stream:
         None if labels is None else labels.astype(np.int64),
         _column([part.positive_scores for part in parts], [len(one.values) for one in positives], np.nan),
         _column([part.negative_scores for part in parts], [len(one.values) for one in negatives], np.nan),
+        None if samples is None else samples.astype(np.int64),
     )
 
 

@@ -128,6 +128,8 @@ class SourceExamples:
     """A teacher's score of each value of ``positives``."""
     negative_scores: Floats | None = None
     """A teacher's score of each value of ``negatives``."""
+    samples: Rows | None = None
+    """What each example is of, shape (n,): a number that sources share; where the planner asks for it."""
 
     def __len__(self) -> int:
         return len(self.examples)

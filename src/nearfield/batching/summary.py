@@ -54,10 +54,12 @@ def summarise(epoch: EpochBatches, tokens: Rows, names: Mapping[int, str]) -> di
     }
 
 
-def count_exceptions(epoch: EpochBatches, known: KnownPositives | None) -> dict[str, int]:
+def count_exceptions(epoch: EpochBatches, known: KnownPositives | None, apart: bool = False) -> dict[str, int]:
     """How often, in the planned batches, what planners forbid by default is the case: an item that stands twice, an item
-    that is a known positive of another query, a label that stands twice."""
+    that is a known positive of another query, a label that stands twice. Sources that are ``apart`` do not meet."""
     batch = epoch.batch_of_rows()
+    if apart:
+        batch = batch * (int(epoch.rows.source.max(initial=0)) + 1) + epoch.rows.source
     repeated, met = count_clashes(make_claims(epoch.rows, distinct=True, known=None), batch)[0], 0
     if known is not None:
         met = count_clashes(make_claims(epoch.rows, distinct=False, known=known), batch)[1]

@@ -77,6 +77,56 @@ def show_plan(
     console.print(f"pictures: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
+@plan_app.command("shares")
+def find_shares(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    run: RunFolder = None,
+    towards: Annotated[
+        list[str] | None, typer.Option("--towards", metavar="SOURCE", help="Be like this source; may be given again.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split of those sources.")] = "validation",
+    samples: Annotated[int, typer.Option(min=2, help="Queries of each source.")] = 10_000,
+    clusters: Annotated[int, typer.Option(min=1, help="Of each source's queries.")] = 32,
+    temperature: Annotated[float, typer.Option(min=1e-6, help="High: all alike. Low: the most similar alone.")] = 0.05,
+) -> None:
+    """Say how often to draw each source so that training is like what it is to be good at, by optimal transport (SAIL)."""
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    from nearfield.console import stdout_console
+    from nearfield.pipeline import open_run
+    from nearfield.pipeline.specialising import find_shares as find
+
+    found = find(
+        open_run(recipe, overrides or (), run),
+        towards or (),
+        split=split,
+        samples=samples,
+        clusters=clusters,
+        temperature=temperature,
+    )
+    others = list(next(iter(found.scores.values())))
+    table = Table("source", "examples", *(escape(f"like {name}") for name in others), "share", box=None, pad_edge=False)
+    for name, scores in found.scores.items():
+        table.add_row(
+            Text(name),
+            f"{found.sizes[name]:,}",
+            *(f"{scores[other]:.4f}" for other in others),
+            f"{found.shares[name]:.4f}",
+        )
+    console = stdout_console()
+    console.print(table)
+    shares = ", ".join(f"{name}: {share:.4f}" for name, share in found.shares.items())
+    console.print(
+        f"In the recipe, under batches (kind: single_source): sampling: {{kind: shares, exhausted: repeat, shares: {{{shares}}}}}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 @plan_app.command("diff")
 def diff_plans(
     first: PlanPath,

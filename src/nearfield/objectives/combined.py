@@ -28,6 +28,7 @@ class Combined(Objective):
     def __init__(self, config: CombinedConfig, sources: Mapping[int, str], around: Surroundings | None) -> None:
         super().__init__()
         self.config = config
+        self.names = dict(sources)
         self.parts: list[tuple[PartConfig, str, set[int] | None]] = []
         built: list[Objective] = []
         kinds = around.kinds if around is not None else {}
@@ -57,15 +58,20 @@ class Combined(Objective):
         for objective, (part, name, numbers) in zip(self.objectives, self.parts, strict=True):
             assert isinstance(objective, Objective)
             weight = part.weight_at(batch.progress)
-            keep = torch.ones(len(batch.queries), dtype=torch.bool, device=batch.queries.device)
-            if numbers is not None:
-                if batch.sources is None:
-                    raise BadInputError(
-                        "parts of an objective want the source of each example", where="objective.parts"
-                    )
-                keep = torch.isin(batch.sources, torch.tensor(sorted(numbers), device=keep.device))
-            if weight and bool(keep.any()):
-                yield objective, name, weight, batch.select(keep), keep
+            if numbers is None and not part.each_source:
+                wanted = [(name, torch.ones(len(batch.queries), dtype=torch.bool, device=batch.queries.device))]
+            elif batch.sources is None:
+                raise BadInputError("parts of an objective want the source of each example", where="objective.parts")
+            else:
+                mine = sorted(self.names if numbers is None else numbers)
+                groups = [(f"{name}/{self.names[n]}", [n]) for n in mine] if part.each_source else [(name, mine)]
+                wanted = [
+                    (each, torch.isin(batch.sources, torch.tensor(of, device=batch.sources.device)))
+                    for each, of in groups
+                ]
+            for each, keep in wanted:
+                if weight and bool(keep.any()):
+                    yield objective, each, weight, batch.select(keep), keep
 
     def forward(self, batch: ContrastiveBatch) -> LossSum:
         """This process's share of the weighted sum; the denominator is that of the whole batch."""

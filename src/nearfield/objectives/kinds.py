@@ -306,6 +306,8 @@ class PartConfig(Config):
     """What figures call it; null takes the objective's kind."""
     sources: tuple[str, ...] | None = None
     """Whose examples it learns from; null takes all that it can."""
+    each_source: bool = False
+    """Whether the examples of each source are contrasted among themselves, and the losses of all sources added."""
     weight: NotNegative = 1.0
     """What the mean loss of its examples is multiplied by."""
     final_weight: NotNegative | None = None

@@ -76,11 +76,20 @@ class PlanInputs:
 
 
 def read_examples(
-    store: Store, names: Sequence[str], split: str, negatives: Mapping[str, Negatives] | None = None
+    store: Store,
+    names: Sequence[str],
+    split: str,
+    negatives: Mapping[str, Negatives] | None = None,
+    *,
+    samples: bool = False,
 ) -> tuple[list[SourceExamples], list[tuple[str, str]]]:
-    """The examples of sources as columns, and the (source, label) that each label number means."""
+    """The examples of sources as columns, and the (source, label) that each label number means.
+
+    With ``samples`` they know which are of one sample, by the data recipe's ``cluster`` column.
+    """
     sources: list[SourceExamples] = []
     labels: list[tuple[str, str]] = []
+    numbers: dict[str, int] = {}
     for name in names:
         rows = store.select(name, split)
         mined = (negatives or {}).get(name)
@@ -110,6 +119,11 @@ def read_examples(
                 labels=codes,
                 positive_scores=None if mined is None else mined.positive_scores,
                 negative_scores=None if mined is None else mined.scores,
+                samples=np.array(
+                    [numbers.setdefault(key, len(numbers)) for key in part["cluster"].to_pylist()], np.int64
+                )
+                if samples
+                else None,
             )
         )
     return sources, labels
@@ -175,7 +189,7 @@ def write_plans(
         batches = planner.plan(
             inputs.sources, seed, epoch, generation=inputs.generation, known=known, vectors=inputs.vectors
         )
-        measured: dict[str, Any] = {"exceptions": count_exceptions(batches, known)}
+        measured: dict[str, Any] = {"exceptions": count_exceptions(batches, known, config.needs_samples)}
         if inputs.vectors is not None:
             measured |= measure_hardness(batches, inputs.vectors, seed)
         about = {

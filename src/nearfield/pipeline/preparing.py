@@ -87,7 +87,9 @@ class PreparingStages(MiningStages):
 
         store, tokens, recipe = self._store(), self._tokens(), self.recipe
         names = [source.name for source in self.run.checked.sources]
-        sources, labels = read_examples(store, names, recipe.split, self.planned_negatives(store))
+        sources, labels = read_examples(
+            store, names, recipe.split, self.planned_negatives(store), samples=recipe.batches.needs_samples
+        )
         in_context, sets = recipe.prompts.in_context, self._example_sets(store)
         prompts = row_prompts(store, self.contract, sets, tokens.number, in_context, recipe.seed)
         lengths: Lengths = lambda prompt, items: tokens.tables[prompt].lengths(items)  # noqa: E731
