@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nearfield.encoders.packing import evaluating, padded_features, random_tokens
+from nearfield.encoders.packing import evaluating, padded_features, random_tokens, rounding
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _complaint(model: SentenceTransformer) -> str | None:
     layer = _blind_layer(transformer, short)
     if layer is not None:
         return f"in layer {layer} the first token does not see the last one"
-    tolerance = 0.05 if next(transformer.parameters()).dtype in (torch.float16, torch.bfloat16) else 1e-4
+    tolerance = rounding(transformer)
     together, real = _hidden(model, [short, long])
     alone = [_hidden(model, [text])[0][0] for text in (short, long)]
     for states, keep, single in zip(together, real, alone, strict=True):

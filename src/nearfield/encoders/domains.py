@@ -173,7 +173,7 @@ def _check_prefix(model: SentenceTransformer) -> None:
     """Refuse a model in which a prefix does nothing, or in which a text has another embedding beside a longer one."""
     import torch
 
-    from nearfield.encoders.packing import embed, evaluating, padded_features, random_tokens
+    from nearfield.encoders.packing import embed, evaluating, padded_features, random_tokens, rounding
 
     transformer, tokenizer = model[0].auto_model, model.tokenizer
     tokens = random_tokens(transformer, 13)
@@ -195,10 +195,9 @@ def _check_prefix(model: SentenceTransformer) -> None:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise BadInputError(f"{name} takes no prefix ({reason})", where="encoder.adapter") from error
     scale = float(alone.abs().max())
-    half = next(transformer.parameters()).dtype in (torch.float16, torch.bfloat16)
     if float((alone - bare).abs().max()) <= 1e-6 * scale:
         raise BadInputError(f"a prefix changes nothing in {name}", where="encoder.adapter")
-    if float((alone - together).abs().max()) > (0.05 if half else 1e-4) * scale:
+    if float((alone - together).abs().max()) > rounding(transformer) * scale:
         raise BadInputError(
             f"with a prefix, padding changes the embeddings of {name}",
             where="encoder.adapter",

@@ -11,7 +11,7 @@ from torch import nn
 
 from nearfield.data.pictures import pillow
 from nearfield.encoders.one_tower import FAMILIES, Size, family_of, row_features, row_ids
-from nearfield.encoders.packing import embed, evaluating
+from nearfield.encoders.packing import embed, evaluating, rounding
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _complaint(model: SentenceTransformer) -> str | None:
     items: list[tuple[int | None, int]] = [(0, 1), (None, 0), (1, 2)]
     together = embed(model, _trial(model, items)).double()
     scale = float(together.abs().max())
-    tolerance = 0.05 if next(model.parameters()).dtype in (torch.float16, torch.bfloat16) else 1e-4
+    tolerance = rounding(model)
     for place, item in enumerate(items[:2]):
         alone = embed(model, _trial(model, [item])).double()[0]
         if not float((alone - together[place]).abs().max()) <= tolerance * scale:
