@@ -110,9 +110,9 @@ def measure(side: str, folder: Path) -> dict[str, Any]:
         count = len(np.load(folder / "queries.npy", mmap_mode="r"))
         queries, documents = [f"q{i}" for i in range(count)], [f"d{i}" for i in range(count)]
     if side.startswith("nearfield"):
+        from nearfield.encoders.text_encoder import TextEncoder
         from nearfield.mining.config import PercentOfPositiveRule
         from nearfield.mining.documents import RowLists
-        from nearfield.mining.encode import TextEncoder
         from nearfield.mining.mine import mine
 
         if from_texts:

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from nearfield.encoders import load_encoder
+from nearfield.encoders.text_encoder import cut
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.folder import folder_task, task_folders
-from nearfield.mining.encode import cut
 
 PROMPTS = {
     "plain": {},

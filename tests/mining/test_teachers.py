@@ -9,9 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Router, StaticEmbedding
 
 from nearfield.conformance.tiny import WORDS
 from nearfield.data.store import Store
+from nearfield.encoders.text_encoder import TextEncoder
 from nearfield.errors import BadInputError
 from nearfield.mining import teachers
 from nearfield.mining.config import (
@@ -23,7 +26,6 @@ from nearfield.mining.config import (
     dense_teachers,
 )
 from nearfield.mining.documents import ArrayDocuments, RowLists
-from nearfield.mining.encode import TextEncoder
 from nearfield.mining.vector_files import VectorFile, read_vectors
 from tests.data.making import build_rows
 from tests.mining import reference
@@ -253,3 +255,22 @@ def test_texts_are_encoded_as_sentence_transformers_does(tiny_model: Path) -> No
         encoder.packing = packing
         np.testing.assert_allclose(encoder(texts, "word1 word2 "), expected, atol=2e-6)
     assert encoder([]).shape == (0, 32)
+
+
+def test_models_whose_texts_are_more_than_tokens_are_encoded_by_their_own_method(tiny_model: Path) -> None:
+    """A table of words, and a model that reads queries otherwise than documents."""
+    base = SentenceTransformer(str(tiny_model), device="cpu")
+    table = base[0].auto_model.get_input_embeddings().weight.detach().numpy()
+    words = SentenceTransformer(modules=[StaticEmbedding(base.tokenizer.backend_tokenizer, embedding_weights=table)])
+    texts = ["word1 word2 word3", "word4", "", *(f"word{n} word{n + 1}" for n in range(100))]
+    encoder = TextEncoder(words)
+    assert not encoder.by_tokens
+    np.testing.assert_allclose(encoder(texts, "word9 "), words.encode(texts, prompt="word9 "), atol=1e-6)
+    width = table.shape[1]
+    sides = {name: [*base, Dense(width, 8, activation_function=None)] for name in ("query", "document")}
+    both = SentenceTransformer(modules=[Router.for_query_document(sides["query"], sides["document"])], device="cpu")
+    encoder = TextEncoder(both)
+    assert not encoder.by_tokens
+    np.testing.assert_allclose(encoder(texts, "", "query"), both.encode_query(texts), atol=2e-6)
+    np.testing.assert_allclose(encoder(texts, "", "document"), both.encode_document(texts), atol=2e-6)
+    assert np.abs(encoder(texts, "", "query") - encoder(texts, "", "document")).max() > 0.01

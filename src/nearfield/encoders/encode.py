@@ -1,4 +1,4 @@
-"""Texts -> vectors by a sentence-transformers model: the callable that the floors below and above ask for."""
+"""Texts -> unit vectors by a sentence-transformers model: the callable that the floors below and above ask for."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ import numpy.typing as npt
 from nearfield.encoders.build import LoadedEncoder, load_encoder
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    from nearfield.encoders.text_encoder import TextEncoder
 
 
 def text_encoder(
-    model: str | LoadedEncoder, revision: str | None = None, device: str | None = None, batch_size: int = 64
+    model: str | LoadedEncoder, revision: str | None = None, device: str | None = None
 ) -> Callable[[Sequence[str]], npt.NDArray[np.float32]]:
     """A function from n texts to their unit vectors [n, d], without a prompt; the model is loaded when it is first used.
 
     ``model`` is a folder, a hub id or a loaded model. Texts longer than the model's limit are cut by it.
     """
-    loaded: list[SentenceTransformer] = []
+    opened: list[TextEncoder] = []
 
     def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        if not loaded:
-            loaded.append((load_encoder(model, revision, device) if isinstance(model, str) else model).model)
-        vectors = loaded[0].encode(
-            list(texts),
-            prompt="",
-            batch_size=batch_size,
-            convert_to_numpy=True,
-            normalize_embeddings=True,
-            show_progress_bar=False,
+        if not opened:
+            from nearfield.encoders.text_encoder import TextEncoder
+
+            opened.append(
+                TextEncoder((load_encoder(model, revision, device) if isinstance(model, str) else model).model)
+            )
+        vectors = opened[0](list(texts))
+        # As torch's normalize: a vector of zeros stays one.
+        normalised: npt.NDArray[np.float32] = vectors / np.maximum(
+            np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12
         )
-        return np.asarray(vectors, dtype=np.float32)
+        return normalised
 
     return encode

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from nearfield.console import track
 from nearfield.encoders.heads import shipped_files
+from nearfield.encoders.text_encoder import TextEncoder, cut, reads_plainly
 from nearfield.encoders.towers import reads_together
 from nearfield.evaluation.axes import Turn
 from nearfield.evaluation.crew import Crew, Pairs, Wording
 from nearfield.evaluation.vectors import compress
-from nearfield.mining.encode import TextEncoder, cut
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -37,8 +37,6 @@ GPU_BATCH_TOKENS = 65_536
 _MAX_KEPT_TEXTS = 500_000
 _MAX_ROWS = 2_048
 _CHARACTERS_A_TOKEN = 3
-_PLAIN = {"input_ids", "attention_mask", "token_type_ids", "modality"}
-"""What a tokenizer gives where a text is nothing but its tokens."""
 
 
 def _rgb(picture: Any) -> Any:
@@ -184,12 +182,7 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
     @functools.cached_property
     def _packed(self) -> TextEncoder | None:
         """Encodes without padding; null where texts are not plainly tokens of one kind that are encoded alike in all roles."""
-        first = self.model[0]
-        by_role = any(getattr(first, name, None) is not None for name in ("query_length", "document_length"))
-        if self.model.get_model_kwargs() or by_role or getattr(first, "query_expansion", None) is not None:
-            return None
-        features = self.model.preprocess(["a"])
-        if not set(features) <= _PLAIN or ("token_type_ids" in features and bool(features["token_type_ids"].any())):
+        if not reads_plainly(self.model):
             return None
         made = TextEncoder(self.model, self.batch_tokens)
         return made if made.packing is not None else None

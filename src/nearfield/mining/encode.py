@@ -1,140 +1,17 @@
-"""Texts and pictures -> vectors by a sentence-transformers model: length-sorted chunks without padding where the model allows it."""
+"""Items of a store -> vectors by a teacher's model, in this process or in another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from nearfield.console import track
 from nearfield.data.store import Rows, Store
-from nearfield.data.tokens import IMAGE
-from nearfield.encoders.build import load_encoder
-from nearfield.encoders.packing import embed, evaluating, packed_features, packing_kind, padded_features
-from nearfield.encoders.tokenize import item_token_ids, prompt_tokens, token_ids
-from nearfield.encoders.towers import pictured_features
+from nearfield.encoders.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-    from nearfield.encoders.packing import Features
     from nearfield.mining.documents import Vectors
-
-CHUNK_TOKENS = {"cpu": 512, "cuda": 16_384}
-
-
-def cut(lengths: Sequence[int], budget: int, *, padded: bool, most: int | None = None) -> list[list[int]]:
-    """Texts of so many tokens, longest first, cut where a chunk would pass the budget of tokens, or ``most`` texts.
-
-    ``padded``: each text costs as much as the longest of its chunk.
-    """
-    chunks: list[list[int]] = []
-    used = longest = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        cost = longest if padded else lengths[i]
-        if not chunks or used + cost > budget or len(chunks[-1]) == most:
-            chunks.append([])
-            used, longest = 0, max(lengths[i], 1)
-            cost = longest
-        chunks[-1].append(i)
-        used += cost
-    return chunks
-
-
-class TextEncoder:
-    """Encodes texts with a model; what a text becomes depends on the texts that are encoded in the same call.
-
-    (Chunks are cut by length, and sums in another order differ in float32's last digits: the same calls give the same
-    vectors on one machine.)
-    """
-
-    def __init__(self, model: SentenceTransformer, chunk_tokens: int | None = None) -> None:
-        self.model = model
-        device = model.device
-        self.chunk_tokens = chunk_tokens or CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cuda"])
-        self.packing = packing_kind(model, device)
-        tokenizer = model.tokenizer
-        self.pad = getattr(tokenizer, "pad_token_id", None) or 0
-        self.side = getattr(tokenizer, "padding_side", "right")
-
-    @classmethod
-    def load(
-        cls,
-        model: str,
-        revision: str | None = None,
-        *,
-        device: str | None = None,
-        max_length: int | None = None,
-        trust_remote_code: bool = False,
-    ) -> TextEncoder:
-        """Of a folder or a hub id."""
-        loaded = load_encoder(model, revision, device, trust_remote_code).model
-        if max_length is not None:
-            loaded.max_seq_length = max_length
-        return cls(loaded)
-
-    def __call__(self, texts: Sequence[str], prompt: str = "") -> Vectors:
-        """The model's vectors [n, d] of texts with a prompt before each; float32."""
-        result: Vectors | None = None
-        for chunk, vectors in self.by_chunks(texts, prompt):
-            if result is None:
-                result = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
-            result[chunk] = vectors
-        if result is None:
-            return np.empty((0, int(self.model.get_embedding_dimension() or 0)), dtype=np.float32)
-        return result
-
-    def by_chunks(
-        self, texts: Sequence[str], prompt: str = "", *, says: str | None = None
-    ) -> Iterator[tuple[list[int], Vectors]]:
-        """Chunk by chunk the numbers of some texts, longest first, and their vectors; ``says`` is said of the progress."""
-        rows = token_ids(self.model, texts, prompt)
-        length = prompt_tokens(self.model, prompt)
-        chunks = cut([len(row) for row in rows], self.chunk_tokens, padded=self.packing is None)
-        for chunk in track(chunks, says) if says is not None else chunks:
-            yield chunk, self._vectors([rows[i] for i in chunk], length)
-
-    def of_items(self, store: Store, items: Rows, prompt: str = "", where: str = "encoder") -> Vectors:
-        """The model's vectors [n, d] of items of a store, which may be pictures; the model is named ``where`` it takes none."""
-        if not store.has_images or not (store.picture_rows(items) >= 0).any():
-            return self(store.texts(items), prompt)
-        rows = item_token_ids(self.model, store, items, prompt, where)
-        length, device = prompt_tokens(self.model, prompt), self.model.device
-        lengths = np.array([len(row) for row in rows])
-        towers = np.array([bool(len(row)) and row[0] == IMAGE for row in rows])
-        result: Vectors | None = None
-        for part in (np.flatnonzero(~towers), np.flatnonzero(towers)):
-            chunks = cut(lengths[part].tolist(), self.chunk_tokens, padded=self.packing is None)
-            for chunk in (part[numbers] for numbers in chunks):
-                mine = [rows[i] for i in chunk]
-                features = pictured_features(self.model, mine, partial(store.images, items[chunk]), device)
-                vectors = self._embed(self._features(mine, length) if features is None else features)
-                if result is None:
-                    result = np.empty((len(items), vectors.shape[1]), dtype=np.float32)
-                result[chunk] = vectors
-        assert result is not None
-        return result
-
-    def _vectors(self, rows: list[npt.NDArray[np.int32]], prompt_length: int) -> Vectors:
-        return self._embed(self._features(rows, prompt_length))
-
-    def _embed(self, features: Features) -> Vectors:
-        import torch
-
-        with torch.inference_mode(), evaluating(self.model):
-            vectors: Vectors = embed(self.model, features).float().cpu().numpy()
-        return vectors
-
-    def _features(self, rows: list[npt.NDArray[np.int32]], prompt_length: int) -> Features:
-        device = self.model.device
-        if self.packing is None:
-            return padded_features(rows, pad_token=self.pad, side=self.side, device=device, prompt_length=prompt_length)
-        return packed_features(rows, kind=self.packing, device=device, prompt_length=prompt_length)
 
 
 @dataclass
@@ -163,4 +40,4 @@ class ItemEncoder:
             )
             self._opened = (Store.open(self.store), encoder)
         store, encoder = self._opened
-        return encoder.of_items(store, rows, self.prompts[role], f"the teacher {self.model}")
+        return encoder.of_items(store, rows, self.prompts[role], role, f"the teacher {self.model}")
