@@ -3,7 +3,7 @@
     python scripts/bench_eval.py --data FOLDER --preset short --json short.json --floor 1.4
 
 FOLDER holds local tasks (docs/evaluation.md). Each measurement is a process of its own, one thread; time is CPU seconds from
-the loaded model to the last score, without reading the data. Both must give the same scores; those that differ by more than
+the loaded model to the last score, without reading the data. The file is written after each pair, and a second call goes on from it. Both must give the same scores; those that differ by more than
 1e-6 (a decision that the last digit of a vector turns) are listed, and none may differ by more than 1e-3. Beside the ratio, of all tasks together and of each: the share of our time outside of the model's forward, the
 real tokens that went in on either side, the share of the machine's matrix peak, and the CPU seconds from nothing to the first
 task. Leaves with 1 if a check fails or the ratio is below --floor.
@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from nearfield.files import write_json
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -166,33 +168,8 @@ def matrix_peak() -> float:
     return best
 
 
-def main() -> None:
-    """Measure, check, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="short", help="tasks by the kind of their texts")
-    parser.add_argument("--tasks", help="instead of a preset's")
-    parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--floor", type=float, default=0.0)
-    parser.add_argument("--child", choices=("ours", "peer"), help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    stated = [task.strip() for task in arguments.tasks.split(",")] if arguments.tasks else PRESETS[arguments.preset]
-    tasks = list(stated) or tasks_of(arguments.data)
-    arguments.tasks = ",".join(tasks)
-    if arguments.child:
-        child(arguments.child, arguments.model, arguments.data, tasks, arguments.out)
-        return
-    samples = []
-    for number in range(arguments.pairs):
-        pair = {side: measure(side, arguments) for side in ("ours", "peer")}
-        samples.append(pair)
-        print(
-            f"pair {number + 1}: ours {pair['ours']['cpu_seconds']:.1f} s, mteb {pair['peer']['cpu_seconds']:.1f} s",
-            flush=True,
-        )
+def summary(samples: list[dict[str, Any]], tasks: list[str]) -> dict[str, Any]:
+    """What some pairs say."""
     ratios = [pair["peer"]["cpu_seconds"] / pair["ours"]["cpu_seconds"] for pair in samples]
     ours, peer = samples[0]["ours"], samples[0]["peer"]
     pairs = [
@@ -204,7 +181,7 @@ def main() -> None:
     same = all(set(ours["scores"][task]) == set(peer["scores"][task]) for task in tasks)
     peak = matrix_peak()
     outside = statistics.median(1 - p["ours"]["forward_seconds"] / p["ours"]["cpu_seconds"] for p in samples)
-    result = {
+    return {
         "ratio": statistics.median(ratios),
         "spread": [min(ratios), max(ratios)],
         "pairs": len(ratios),
@@ -237,9 +214,46 @@ def main() -> None:
         "machine": platform.processor() or platform.machine(),
         "samples": samples,
     }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def main() -> None:
+    """Measure, check, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="short", help="tasks by the kind of their texts")
+    parser.add_argument("--tasks", help="instead of a preset's")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--floor", type=float, default=0.0)
+    parser.add_argument("--child", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    stated = [task.strip() for task in arguments.tasks.split(",")] if arguments.tasks else PRESETS[arguments.preset]
+    tasks = list(stated) or tasks_of(arguments.data)
+    arguments.tasks = ",".join(tasks)
+    if arguments.child:
+        child(arguments.child, arguments.model, arguments.data, tasks, arguments.out)
+        return
+    samples: list[dict[str, Any]] = []
+    if arguments.json and arguments.json.is_file():
+        made = json.loads(arguments.json.read_text())
+        if made["checks"]["tasks"] != tasks:
+            raise SystemExit(f"{arguments.json} is of other tasks: name another file")
+        samples = made["samples"]
+    result = summary(samples, tasks) if samples else {}
+    for number in range(len(samples), arguments.pairs):
+        pair = {side: measure(side, arguments) for side in ("ours", "peer")}
+        samples.append(pair)
+        print(
+            f"pair {number + 1}: ours {pair['ours']['cpu_seconds']:.1f} s, mteb {pair['peer']['cpu_seconds']:.1f} s",
+            flush=True,
+        )
+        result = summary(samples, tasks)
+        if arguments.json:
+            write_json(arguments.json, result)
     print(json.dumps({key: value for key, value in result.items() if key != "samples"}, indent=2))
+    worst, same = result["checks"]["largest score difference"], result["checks"]["same subsets"]
     if worst > 1e-3 or not same or result["ratio"] < arguments.floor:
         raise SystemExit(1)
 
