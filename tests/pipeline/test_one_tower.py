@@ -14,10 +14,15 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from nearfield.conformance.tiny_vlm import save_tiny_vlm
+from nearfield.data import Store
 from nearfield.encoders.build import load_encoder
+from nearfield.encoders.text_encoder import TextEncoder
 from nearfield.errors import BadInputError
+from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.dry_run import dry_run
+from nearfield.pipeline.stages import Stages
+from nearfield.training.launch import Launch
 from tests.data.making import write_rows
 from tests.pipeline.scores import score
 
@@ -139,6 +144,22 @@ def test_the_score_is_that_of_the_strings_it_was_trained_with(recipe: Path, tmp_
 def test_what_cannot_work_is_refused(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="pixels ends at token"):
         run_stages(open_run(recipe, ["encoder.max_length=12"], tmp_path / "runs" / "short"), "tokens")
-    mining = ["mining={negatives: 1}", "batches.negatives=1"]
-    with pytest.raises(BadInputError, match="this data has pictures"):
-        run_stages(open_run(recipe, mining, tmp_path / "runs" / "mined"), "mine")
+
+
+def test_texts_pictures_and_both_are_mined_by_one_tower(recipe: Path, tmp_path: Path) -> None:
+    settings = ["mining={negatives: 2, rules: []}", "batches.negatives=1"]
+    stages = Stages(open_run(recipe, settings, tmp_path / "runs" / "mined"), Launch())
+    run_stages(stages.run, "mine")
+    store, found = Store.open(stages.store_path), Negatives(stages.negatives_path)
+    encoder = TextEncoder.load(str(recipe.parent / "base"), device="cpu")
+    queries = found.table["query"].to_numpy()
+    assert set(store.modalities(queries)) == {"text", "text+image"}
+    assert set(store.modalities(found.rows)) == {"text", "text+image"}
+
+    def alone(items: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+        vectors = np.concatenate([encoder.of_items(store, items[i : i + 1]) for i in range(len(items))])
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    few = np.arange(0, len(queries), 7)
+    scores = (alone(np.repeat(queries[few], 2)) * alone(found.rows.reshape(-1, 2)[few].ravel())).sum(axis=1)
+    np.testing.assert_allclose(scores, found.scores.reshape(-1, 2)[few].ravel(), atol=1e-5)
