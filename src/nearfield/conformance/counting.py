@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from nearfield.training.backends.base import Backend
 
 _REDUCTIONS = ("allreduce", "reduce_scatter", "reduce_")
 
@@ -49,3 +53,13 @@ def _walk(value: Any, note: Callable[[int], None]) -> None:
     elif isinstance(value, list | tuple):
         for part in value:
             _walk(part, note)
+
+
+def padded_bytes(backend: Backend, parameter: nn.Parameter) -> int:
+    """Bytes of a parameter's gradient on the wire: shards of FSDP2 are equal, so rows are padded to the ranks."""
+    rows = parameter.shape[0] if parameter.ndim else 1
+    world = torch.distributed.get_world_size()
+    if backend.name == "fsdp2":
+        rows = -(-rows // world) * world
+    width = math.prod(parameter.shape[1:])
+    return rows * width * parameter.element_size()

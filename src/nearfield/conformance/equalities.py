@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nearfield.batching.plan import SEVERAL_SOURCES
-from nearfield.conformance.counting import CountTraffic
+from nearfield.conformance.counting import CountTraffic, padded_bytes
 from nearfield.conformance.objectives import OBJECTIVES, SEVERAL, VIEWS, WEIGHTED
 from nearfield.conformance.problem import CPU, Problem, difference
+from nearfield.conformance.steps import count_differences, decoupled_adam, next_loss, one_step, whole
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings
 from nearfield.objectives.infonce import can_ring
 from nearfield.objectives.more_kinds import CAROLConfig
 from nearfield.training import step as step_module
-from nearfield.training.backends.base import Backend
 from nearfield.training.chunks import split_batch
 from nearfield.training.engine import Engine
 from nearfield.training.launch import Launch
@@ -341,64 +341,6 @@ class Suite:
             abs(times / rounds - 1),
             1e-3,
         )
-
-
-def padded_bytes(backend: Backend, parameter: nn.Parameter) -> int:
-    """Bytes of a parameter's gradient on the wire: shards of FSDP2 are equal, so rows are padded to the ranks."""
-    rows = parameter.shape[0] if parameter.ndim else 1
-    world = torch.distributed.get_world_size()
-    if backend.name == "fsdp2":
-        rows = -(-rows // world) * world
-    width = math.prod(parameter.shape[1:])
-    return rows * width * parameter.element_size()
-
-
-def whole(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Copies of all tensors."""
-    return {name: tensor.detach().clone() for name, tensor in tensors}
-
-
-def one_step(
-    engine: Engine, problem: Problem, budget: int, *, step: int, max_norm: float | None = None, rate: float = 1.0
-) -> float:
-    """A step as the loop makes it; returns the gradient's norm."""
-    engine.backend.begin()
-    work = problem.work(engine, budget)
-    result = run_step(
-        engine.backend,
-        engine.objective,
-        work,
-        engine.make_features(work.pool, 5, step),
-        dimension=engine.columns,
-        seed=5,
-        step=step,
-        keep_graph=False,
-    )
-    rates = [rate] * len(engine.backend.optimizer.param_groups)
-    return engine.backend.update(rates, max_norm, result.word.used)
-
-
-def next_loss(engine: Engine, problem: Problem, step: int) -> float:
-    """The loss of one more step, without taking it."""
-    return problem.gradient(engine, problem.work(engine, 60), keep_graph=True, step=step)[0].loss
-
-
-def count_differences(one: Backend, other: Backend) -> float:
-    """Tensors of the model and of the optimiser that differ in at least one bit; *collective*."""
-    count = 0
-    for tensors in (Backend.model_tensors, Backend.optimizer_tensors):
-        name = tensors.__name__
-        a, b = whole(getattr(one, name)()), whole(getattr(other, name)())
-        count += len(a.keys() ^ b.keys())
-        count += sum(not torch.equal(a[key], b[key]) for key in a.keys() & b.keys())
-    return float(count)
-
-
-def decoupled_adam(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    """AdamW in two groups, as recipes have it."""
-    big = [p for p in parameters if p.ndim >= 2]
-    small = [p for p in parameters if p.ndim < 2]
-    return torch.optim.AdamW([{"params": big, "weight_decay": 0.01}, {"params": small, "weight_decay": 0.0}], lr=rate)
 
 
 __all__ = ["CPU", "OBJECTIVES", "Line", "Suite"]
