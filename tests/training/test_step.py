@@ -138,6 +138,16 @@ def test_the_work_is_the_same_on_every_rank_but_for_the_rank(tokens: TokenCache,
     assert sorted(owned) == list(range(5)), "each text is encoded on one rank"
 
 
+def test_a_batch_without_pictures_settles_too_where_others_of_the_step_may_have_some(pool: Pool) -> None:
+    settings: dict[str, Any] = {"budget": 5, "padded": True, "by_prompt": True, "world_size": 2, "rank": 0}
+    lengths, none = np.array([1, 2, 3, 3, 4]), np.zeros(5, dtype=bool)
+    texts = cut_work(pool, lengths, [], **settings, images=none, level=True)
+    assert texts.kinds == [0] * len(texts.chunks)
+    plain = cut_work(pool, lengths, [], **settings)
+    assert plain.kinds is None and plain.shares == texts.shares
+    assert [chunk.tolist() for chunk in texts.chunks] == [chunk.tolist() for chunk in plain.chunks]
+
+
 class Table(nn.Module):
     """An embedding per first token in bfloat16, and a record of how it was asked."""
 

@@ -189,6 +189,11 @@ def level_turns(shares: Sequence[Sequence[int]], rank: int, kinds: Sequence[int]
     return turns
 
 
+def turns_of(shares: Sequence[Sequence[int]], rank: int, kinds: Sequence[int] | None, *, level: bool) -> list[Turn]:
+    """A rank's chunks; ``level``, filled up by :func:`level_turns`."""
+    return level_turns(shares, rank, kinds) if level else [Turn(number, True) for number in shares[rank]]
+
+
 def _by_kind(numbers: Iterable[int], kinds: Sequence[int] | None) -> list[set[int]]:
     found: dict[int, set[int]] = {}
     for number in numbers:

@@ -24,7 +24,7 @@ from nearfield.batching.rows import Rows
 from nearfield.encoders.packing import Features
 from nearfield.encoders.tokenize import prompt_tokens, token_ids
 from nearfield.errors import BadInputError
-from nearfield.training.chunks import Turn, chunk_tokens, cut_chunks, deal_chunks, level_turns
+from nearfield.training.chunks import chunk_tokens, cut_chunks, deal_chunks, turns_of
 from nearfield.training.communication import Shares, any_rank, broadcast_json, gather_embeddings
 from nearfield.training.config import TrainingEvaluationConfig
 from nearfield.training.engine import Engine
@@ -94,10 +94,8 @@ def _encode(
         part = chunks[start : start + _CHUNKS_AT_A_TIME * launch.world_size]
         kinds = [int(apart[chunk[0]]) for chunk in part] if engine.level else None
         shares = deal_chunks([chunk_tokens(lengths, c, padded=engine.padded) for c in part], launch.world_size, kinds)
-        turns = [Turn(number, True) for number in shares[launch.rank]]
-        if engine.level:
-            # Where forwards are collective every rank runs as many; what the missing ones give is thrown away.
-            turns = level_turns(shares, launch.rank, kinds)
+        # Where forwards are collective every rank runs as many; what the missing ones give is thrown away.
+        turns = turns_of(shares, launch.rank, kinds, level=engine.level)
         own = torch.zeros((0, engine.dimension), device=backend.device)
         with torch.no_grad():
             parts = [encode_chunk(backend, features(part[turn.chunk])) for turn in turns]

@@ -24,7 +24,7 @@ from nearfield.objectives.objective import Objective
 from nearfield.objectives.watching import watch as watch_learning
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.base import Backend
-from nearfield.training.chunks import Bools, Pool, Turn, chunk_tokens, cut_chunks, deal_chunks, level_turns
+from nearfield.training.chunks import Bools, Pool, Turn, chunk_tokens, cut_chunks, deal_chunks, turns_of
 from nearfield.training.communication import ControlWord, Shares, exchange_control
 from nearfield.training.exchange import Exchange, Gathered, Passed
 
@@ -69,7 +69,7 @@ class Work:
 
     def turns(self, *, level: bool) -> list[Turn]:
         """What this rank goes through; ``level``, as many chunks as all others, in each turn of the same kind."""
-        return level_turns(self.shares, self.rank, self.kinds) if level else [Turn(n, True) for n in self.own]
+        return turns_of(self.shares, self.rank, self.kinds, level=level)
 
     @property
     def heaviest(self) -> int:
@@ -110,14 +110,13 @@ def cut_work(
     ``images`` (n,) tells the items that go through other layers: they share no chunk with the rest. ``level`` says that all
     ranks must go through the same layers at once.
     """
-    groups = pool.prompts if by_prompt else None
+    groups = pool.prompts if by_prompt else np.zeros(len(lengths), dtype=np.int64)
     kinds = None
-    if images is not None and images.any():
-        groups = np.zeros(len(images), dtype=np.int64) if groups is None else groups
+    if images is not None:
         groups = np.where(images, -1 - groups, groups)
     chunks = cut_chunks(lengths, budget, groups, padded=padded)
     tokens = [chunk_tokens(lengths, chunk, padded=padded) for chunk in chunks]
-    if level and images is not None and images.any():
+    if level and images is not None:
         kinds = [int(images[chunk[0]]) for chunk in chunks]
     shares = deal_chunks(tokens, world_size, kinds)
     return Work(pool, chunks, tokens, shares, rank, known_positives, first_number, guide, queue, ring, kinds)
