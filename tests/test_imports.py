@@ -27,6 +27,7 @@ FLOORS = [
     ["data"],
     ["config", "shipped"],
     ["console", "randomness", "provenance"],
+    ["notices"],
     ["files", "optional"],
     ["errors"],
 ]

@@ -32,6 +32,7 @@ from nearfield.encoders.prompts import CONTRACT_FILE
 from nearfield.encoders.trunk import append_eos, draw_anew, keep_layers, read_plain_texts
 from nearfield.errors import BadInputError
 from nearfield.files import hash_file, hash_folder
+from nearfield.notices import Notice
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -63,6 +64,8 @@ class LoadedEncoder:
     revision: str
     path: str
     note: str | None = None
+    notices: tuple[Notice, ...] = ()
+    """What its users must know, as that its vectors depend on the rest of the batch."""
 
 
 def folder_revision(folder: Path) -> str:

@@ -12,6 +12,7 @@ from nearfield.evaluation.axes import AXES, SUFFIXES, Axes, turn_of
 from nearfield.evaluation.config import BASELINES
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.vectors import QUANTIZATIONS, VectorCache, model_fingerprint
+from nearfield.notices import Notice
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class ScoredModel:
     revision: str
     folder: Path | None
     note: str | None = None
+    notices: tuple[Notice, ...] = ()
+    """What a reader of its scores must know."""
 
     @property
     def encoder(self) -> TaskEncoder | None:
@@ -83,7 +86,7 @@ def open_model(
     if dimensions is not None and axes != "first":
         wrapper.turn = turn_of(axes, int(loaded.model.get_embedding_dimension() or 0), wrapper.vectors)
     folder = Path(loaded.path) if Path(loaded.path).is_dir() else None
-    return ScoredModel(wrapper, filed, loaded.revision, folder, loaded.note)
+    return ScoredModel(wrapper, filed, loaded.revision, folder, loaded.note, loaded.notices)
 
 
 def _check_variant(model: str | LoadedEncoder, dimensions: int | None, quantize: str, axes: str) -> None:
