@@ -131,6 +131,10 @@ class Problem:
     """Whether every item whose number is odd is a picture, for a tower of its own."""
     together: bool = False
     """Whether items are texts, pictures, or both, all for one transformer."""
+    device: torch.device = CPU
+    """Where engines run; the reference is always computed on the CPU."""
+    precision: str = "fp32"
+    """``training.precision`` of engines."""
 
     @classmethod
     def make(
@@ -197,8 +201,8 @@ class Problem:
                 "backend": backend,
                 "dropout": dropout,
                 "packing": packing,
-                "precision": "fp32",
-                "device": "cpu",
+                "precision": self.precision,
+                "device": self.device.type,
                 "max_gradient_norm": max_norm,
                 "exchange": exchange,
             }
@@ -208,7 +212,7 @@ class Problem:
         def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
             return optimizer([parameter for _, parameter in named], rate)
 
-        engine = build_engine(config, encoder, objective, make_optimizer, self.feed(encoder), CPU, launch)
+        engine = build_engine(config, encoder, objective, make_optimizer, self.feed(encoder), self.device, launch)
         if engine.queue is not None:
             self.fill(engine.queue)
         return engine
@@ -339,5 +343,5 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
         elif a.shape != b.shape:
             return float("inf")
         else:
-            worst = max(worst, float((a.double() - b.double()).abs().max()))
+            worst = max(worst, float((a.double().cpu() - b.double().cpu()).abs().max()))
     return worst / scale

@@ -195,7 +195,7 @@ def open_backend(
         from nearfield.training.backends.replicated import ReplicatedBackend
 
         return ReplicatedBackend(module, make_optimizer, device, world, mixed)
-    if world == 1:
+    if world == 1 and not torch.distributed.is_initialized():
         raise wants_several(name)
     if name == "fsdp2":
         from nearfield.training.backends.fsdp2 import Fsdp2Backend
