@@ -492,8 +492,9 @@ def qlora(place: Place) -> Iterator[Finding]:
 def run(place: Place) -> Iterator[Finding]:
     """The whole way: a recipe is trained, saved, and loads in plain sentence-transformers with the run's own vectors."""
     need("datasets", "pyarrow", "mteb", "bm25s", "yaml", "pydantic", "typer")
-    import nearfield
     from sentence_transformers import SentenceTransformer
+
+    import nearfield
 
     save_tiny(place.folder / "base", "bert")
     random = np.random.default_rng(0)
