@@ -1,16 +1,21 @@
 """Notices: facts that a user must know of a run or a score, which do not stop it.
 
 A notice is said where the user looks: in the log, the manifest, the report, the model card and beside the scores. With
-``--strict`` a notice is an error. The part that finds it returns it; the pipeline, the evaluation and the command line say it.
+``--strict`` a notice is an error. The part that finds it returns it, or calls :func:`say` where nobody takes what it returns;
+the pipeline, the evaluation and the command line tell it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nearfield.errors import BadInputError
+
+logger = logging.getLogger("nearfield.notices")
 
 
 @dataclass(frozen=True)
@@ -48,3 +53,77 @@ def refuse(notices: Iterable[Notice], where: str | None = None) -> None:
             where=where,
             hint=" ".join([*hints, "Without --strict this is a warning."]),
         )
+
+
+class Said:
+    """Notices by what they are of: the name of a task, or ``""`` for the model and all else. Each is logged when it is new."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[Notice, None]] = {}
+        self._logged: set[Notice] = set()
+        self._now = ""
+
+    def say(self, notice: Notice, of: str | None = None) -> None:
+        """Keep a notice of ``of``, by default of what :meth:`about` names now."""
+        name = self._now if of is None else of
+        self._found.setdefault(name, {})[notice] = None
+        if notice not in self._logged:
+            self._logged.add(notice)
+            _log(notice, name)
+
+    def of(self, name: str = "") -> tuple[Notice, ...]:
+        """What was said of this, in order."""
+        return tuple(self._found.get(name, {}))
+
+    def all(self) -> dict[str, tuple[Notice, ...]]:
+        """Everything that was said, by what it is of."""
+        return {name: tuple(notices) for name, notices in self._found.items() if notices}
+
+    @contextlib.contextmanager
+    def about(self, name: str) -> Iterator[None]:
+        """What is said inside, without a name, is of ``name``."""
+        before, self._now = self._now, name
+        try:
+            yield
+        finally:
+            self._now = before
+
+
+_LISTENING: list[Said] = []
+
+
+@contextlib.contextmanager
+def listening(said: Said | None = None) -> Iterator[Said]:
+    """Hear what :func:`say` is called with inside; what a listener around it has logged is not logged again."""
+    heard = said or Said()
+    if _LISTENING:
+        heard._logged = _LISTENING[-1]._logged
+    _LISTENING.append(heard)
+    try:
+        yield heard
+    finally:
+        _LISTENING.pop()
+
+
+def say(notice: Notice, of: str | None = None) -> None:
+    """Tell a notice to whoever listens (the evaluation, of the task that it scores, or of the one named ``of``); else log it."""
+    if _LISTENING:
+        _LISTENING[-1].say(notice, of)
+    else:
+        _log(notice, of or "")
+
+
+def _log(notice: Notice, of: str) -> None:
+    words = f"{of}: {notice.what}" if of else notice.what
+    logger.warning("%s", f"{words} ({notice.hint})" if notice.hint else words)
+
+
+def in_file(notices: Iterable[Notice]) -> list[dict[str, Any]]:
+    """Notices as manifests and results keep them, each once."""
+    return [notice.to_json() for notice in dict.fromkeys(notices)]
+
+
+def from_file(value: Any) -> tuple[Notice, ...]:
+    """Notices that :func:`in_file` wrote; none where the file is older than notices."""
+    found: Sequence[Any] = value if isinstance(value, list) else []
+    return tuple(Notice.from_json(one) for one in found if isinstance(one, dict) and {"code", "what"} <= set(one))

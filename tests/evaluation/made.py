@@ -31,6 +31,7 @@ def write_result(
         "main_score": "ndcg_at_10",
         "main_scores": {"test": {"default": main}},
         "dataset_revision": revision,
+        "notices": more.get("notices", []),
     }
     write_record(folder, task, record, metadata)
     return folder

@@ -177,6 +177,7 @@ def show_comparison(comparison: Comparison) -> None:
     from rich.text import Text
 
     from nearfield.console import stdout_console
+    from nearfield.evaluation.noticed import MARK, noticed
 
     console = stdout_console()
     level = f"{comparison.settings['level']:.0%}".rstrip()
@@ -186,17 +187,19 @@ def show_comparison(comparison: Comparison) -> None:
     for heading in ("score", f"{level} interval", "difference", f"{level} interval", "p", "effect", "units"):
         table.add_column(heading, justify="right")
     differences = {(d.task, d.subset, d.split, d.model): d for d in comparison.differences}
+    marked = noticed(comparison.notices)
     for row in comparison.scores:
         difference = differences.get((row.task, row.subset, row.split, row.model))
         title = row.task + (f" {row.subset}" if row.subset != "default" else "")
-        table.add_row(Text(title), Text(row.model), *_numbers(row, difference))
+        score, *numbers = _numbers(row, difference)
+        table.add_row(Text(title), Text(row.model), score + (MARK if (row.model, row.task) in marked else ""), *numbers)
     console.print(table)
     for difference in comparison.differences:
         console.print(Text(difference.sentence))
     for row in comparison.scores:
         if row.reason is not None and row.model == comparison.baseline:
             console.print(Text(f"{row.task} {row.subset}: no interval, because {row.reason}."))
-    for note in comparison.notes:
+    for note in (*comparison.notes, *(notice.sentence for notice in comparison.notices)):
         console.print(Text(note))
 
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nearfield.cli.options import RESULTS, TaskNames
+from nearfield.cli.options import RESULTS, Strict, TaskNames
 from nearfield.errors import EXIT_FAULT, BadInputError
 
 if TYPE_CHECKING:
     from nearfield.evaluation import EvaluationResult
     from nearfield.evaluation.axes import Axes
     from nearfield.evaluation.encoder import TaskEncoder
+    from nearfield.notices import Notice
 
 
 def register(app: typer.Typer) -> None:
@@ -62,6 +63,7 @@ def evaluate_command(
     quantize: Annotated[
         str | None, typer.Option("--quantize", help="Score these roundings of the vectors too: int8, binary.")
     ] = None,
+    strict: Strict = False,
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the suite file: key.path=value.")] = None,
 ) -> None:
     """Score a model on a suite; results are filed in mteb's format, with the score of every query beside them.
@@ -75,6 +77,7 @@ def evaluate_command(
     from nearfield.evaluation.crew import Crew
     from nearfield.evaluation.models import open_model
     from nearfield.files import write_json
+    from nearfield.notices import listening
     from nearfield.training.launch import Launch
 
     config: SuiteConfig | Path = suite
@@ -108,6 +111,7 @@ def evaluate_command(
                 quantize=rounding,
                 axes=kept,
                 crew=crew,
+                strict=strict,
             )
             results.append(result)
             _show(result)
@@ -123,7 +127,9 @@ def evaluate_command(
         crew.help(task, encoder.embed)
 
     try:
-        launch.prepare(score, lambda word: None, help)
+        # Of a model that is scored several times a notice is logged once.
+        with listening():
+            launch.prepare(score, lambda word: None, help)
     finally:
         if crew is not None and launch.is_main:
             crew.close()
@@ -158,6 +164,7 @@ def _show(result: EvaluationResult) -> None:
     from rich.text import Text
 
     from nearfield.console import stdout_console
+    from nearfield.evaluation.noticed import MARK, tasks_in_words
 
     console = stdout_console()
     table = Table(title=Text(f"{result.model} at {result.revision[:12]}"))
@@ -166,9 +173,10 @@ def _show(result: EvaluationResult) -> None:
     table.add_column("score", justify="right")
     table.add_column("", overflow="fold")
     for task, scores in result.scores.items():
+        mark = MARK if result.notices.get(task) or result.notices.get("") else ""
         remark = "was there" if task in result.reused else f"{result.seconds.get(task, 0):.0f} s"
         for subset, score in scores.items():
-            table.add_row(Text(task), Text(subset), f"{score:.4f}", remark)
+            table.add_row(Text(task), Text(subset), f"{score:.4f}{mark}", remark)
     for task, reason in result.not_applicable.items():
         table.add_row(Text(task), "", "n/a", Text(reason))
     for task, reason in result.failures.items():
@@ -180,6 +188,12 @@ def _show(result: EvaluationResult) -> None:
             console.print(Text(f"{task}: {facts}"))
     for note in result.notes:
         console.print(Text(note))
+    said: dict[Notice, list[str]] = {}
+    for task, notices in result.notices.items():
+        for notice in notices:
+            said.setdefault(notice, []).append(task)
+    for notice, tasks in said.items():
+        console.print(Text(f"* {'all tasks' if '' in tasks else tasks_in_words(tasks, False)}: {notice.what}"))
     console.print(Text(f"results: {result.results_dir}"))
 
 

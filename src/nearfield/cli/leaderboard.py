@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,13 +56,15 @@ HEADINGS = ("place", "model", "mean of tasks", "ranks", "mean of types", "Borda"
 
 
 def _cells(board: Leaderboard) -> list[list[str]]:
-    rows = []
+    from nearfield.evaluation.noticed import MARK
+
+    rows, marked = [], {notice.model for notice in board.notices}
     for row in board.rows:
         ranks = "" if row.rank_low is None else _range(row.rank_low, row.rank_high)
         rows.append(
             [
                 str(row.place),
-                row.label,
+                row.label + (MARK if row.label in marked else ""),
                 _words(row.mean_task, 4),
                 ranks,
                 _words(row.mean_type, 4),
@@ -90,19 +93,29 @@ def _about(board: Leaderboard) -> list[str]:
         "models cannot be told apart is not transitive, so models with overlapping sets form no group. Borda points depend "
         "on which models are in the table.",
         *board.notes,
+        *(notice.sentence for notice in board.notices),
     ]
 
 
 def as_markdown(board: Leaderboard) -> str:
     """The table, the scores of each task and the notes as Markdown."""
+    from nearfield.evaluation.noticed import MARK, noticed
+
     lines = ["| " + " | ".join(HEADINGS) + " |", "| --- | --- |" + " ---: |" * (len(HEADINGS) - 2)]
     lines += ["| " + " | ".join(_escape(cell) for cell in cells) + " |" for cells in _cells(board)]
     lines += ["", "| model | " + " | ".join(task.name for task in board.tasks) + " |"]
     lines += ["| --- |" + " ---: |" * len(board.tasks)]
+    marked = noticed(board.notices)
     for row in board.rows:
-        scores = [f"{row.scores[task.name]:.4f}" if task.name in row.scores else "" for task in board.tasks]
+        scores = [
+            f"{row.scores[task.name]:.4f}{MARK if (row.label, task.name) in marked else ''}"
+            if task.name in row.scores
+            else ""
+            for task in board.tasks
+        ]
         lines.append(f"| {_escape(row.label)} | " + " | ".join(scores) + " |")
-    return "\n".join([*lines, "", *_about(board)]) + "\n"
+    # A line that begins with an asterisk would be a list's.
+    return "\n".join([*lines, "", *(re.sub(r"^\*", r"\\*", line) for line in _about(board))]) + "\n"
 
 
 def _escape(cell: str) -> str:

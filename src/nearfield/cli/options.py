@@ -13,4 +13,5 @@ RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", met
 RunFolder = Annotated[Path | None, typer.Option("--run-folder", help="The run's folder; runs/NAME by default.")]
 ResultsFolder = Annotated[Path, typer.Option("--results", help="The folder that nearfield eval filed results in.")]
 RESULTS = Path("results")
+Strict = Annotated[bool, typer.Option("--strict", help="Notices (what a reader must know of the scores) are errors.")]
 TaskNames = Annotated[str | None, typer.Option("--tasks", help="Only these tasks, separated by commas.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nearfield.cli.options import RESULTS, ResultsFolder
+from nearfield.cli.options import RESULTS, ResultsFolder, Strict
 from nearfield.errors import EXIT_FAULT, BadInputError
 
 
@@ -37,10 +37,12 @@ def submit_command(
         typer.Option("--hub", help="Push the folder of --model, with its card, to this ORGANISATION/NAME of the hub."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="A repository that --hub makes is private.")] = False,
+    strict: Strict = False,
 ) -> None:
     """Check what the leaderboard asks for, lay out the submission, and say what is left to do.
 
-    Leaves with 1 if something that is required is missing; the folder is written all the same.
+    Leaves with 1 if something that is required is missing, with 2 under --strict if the scores have notices; the folder is
+    written all the same.
     """
     from nearfield.cli.printing import quiet_libraries
 
@@ -50,6 +52,7 @@ def submit_command(
     from nearfield.console import stdout_console
     from nearfield.evaluation.find import find_results
     from nearfield.evaluation.submission import submit
+    from nearfield.notices import refuse
 
     found = find_results(model, results)
     console = stdout_console()
@@ -57,6 +60,8 @@ def submit_command(
         raise BadInputError("--hub pushes a model's folder", where="--hub", hint="Name the folder with --model.")
     # What cannot be read is said before anything is pushed.
     made = submit(found, out, benchmark=benchmark, facts=facts, model=folder)
+    if strict:
+        refuse(made.notices, where=str(found))
     if hub is not None and folder is not None:
         from nearfield.evaluation.hub import push
 

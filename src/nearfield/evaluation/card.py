@@ -13,6 +13,7 @@ from nearfield.evaluation import scores, statistics
 from nearfield.evaluation.comparison import drawn_scores, title_of
 from nearfield.evaluation.local import LOCAL
 from nearfield.evaluation.manifest import read_manifest
+from nearfield.evaluation.noticed import MARK, score_notices, tasks_in_words
 from nearfield.files import write_text
 
 START, END = "<!-- nearfield: scores -->", "<!-- nearfield: end of scores -->"
@@ -101,8 +102,21 @@ def scores_section(results: Path, *, samples: int = 10_000, level: float = 0.95,
         scope = scores.SCOPES[of.kind] if of.reason is None else of.reason
         prompts = facts.get(key[0], {}).get("prompts", {})
         texts = "; ".join(f"{role}: `{text}`" for role, text in prompts.items() if text) or "none"
-        cells = [f"{title_of(key)} ({of.metric})", f"{of.score:.4f}", ends, counted, scope, texts, of.data_revision]
+        mark = MARK if of.notices else ""
+        cells = [
+            f"{title_of(key)} ({of.metric})",
+            f"{of.score:.4f}{mark}",
+            ends,
+            counted,
+            scope,
+            texts,
+            of.data_revision,
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    said = score_notices({"scores": found}, sorted(found))
+    if said:
+        lines += ["", "What to know of scores with an asterisk:", ""]
+        lines += [f"- {tasks_in_words(notice.tasks, notice.everywhere)}: {notice.what}" for notice in said]
     made = ", ".join(
         f"{name} {versions[name]}" for name in ("mteb", "sentence-transformers", "torch") if name in versions
     )

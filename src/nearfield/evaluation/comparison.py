@@ -10,6 +10,7 @@ from typing import Any
 from nearfield.errors import BadInputError
 from nearfield.evaluation import scores, statistics
 from nearfield.evaluation.config import UNITS_SUFFIX
+from nearfield.evaluation.noticed import ScoreNotice, score_notices
 from nearfield.evaluation.scores import Key, TaskScores
 from nearfield.evaluation.statistics import Floats, Interval
 from nearfield.files import read_json
@@ -100,6 +101,8 @@ class Comparison:
     differences: tuple[DifferenceRow, ...]
     notes: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    notices: tuple[ScoreNotice, ...] = ()
+    """What a reader of the scores must know."""
 
     def to_json(self) -> dict[str, Any]:
         """What ``comparison.json`` holds: only JSON types."""
@@ -111,6 +114,7 @@ class Comparison:
             "scores": [asdict(row) for row in self.scores],
             "differences": [asdict(row) for row in self.differences],
             "notes": list(self.notes),
+            "notices": [asdict(notice) for notice in self.notices],
         }
 
     @classmethod
@@ -125,6 +129,9 @@ class Comparison:
                 differences=tuple(DifferenceRow(**row) for row in value["differences"]),
                 notes=tuple(value["notes"]),
                 settings=value["settings"],
+                notices=tuple(
+                    ScoreNotice(**{**notice, "tasks": tuple(notice["tasks"])}) for notice in value.get("notices", ())
+                ),
             )
         except (KeyError, TypeError) as error:
             raise BadInputError(f"this is no comparison of version {VERSION} ({error})", where=str(path)) from error
@@ -169,7 +176,15 @@ def compare(
         task_scores, task_differences = _compare_task(key, of_key, base, options)
         rows += task_scores
         raw += task_differences
-    return Comparison(tuple(models), base, tuple(rows), tuple(_adjusted(raw, options)), tuple(notes), asdict(options))
+    return Comparison(
+        tuple(models),
+        base,
+        tuple(rows),
+        tuple(_adjusted(raw, options)),
+        tuple(notes),
+        asdict(options),
+        score_notices(read, keys),
+    )
 
 
 def check_settings(samples: int, permutations: int, level: float) -> None:

@@ -24,6 +24,7 @@ from nearfield.evaluation.heldout import OpenStore
 from nearfield.evaluation.local import parts_of
 from nearfield.evaluation.runner import mean_over_splits
 from nearfield.evaluation.suite import open_suite
+from nearfield.notices import Said, listening
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -89,6 +90,8 @@ class DuringTraining:
                 hint="State the prompt under prompts.types, or set training.evaluation.prompts=as-is.",
             )
         self.extra = self._find(metric)
+        self.said = Said()
+        """What was said of the scores so far: logged once, however often the model is scored."""
 
     def _find(self, metric: str) -> tuple[str, str] | None:
         """The task and its metric, if it is not the main score that decides."""
@@ -109,7 +112,8 @@ class DuringTraining:
         scores, found = {}, {}
         try:
             for task in self.tasks:
-                result = self._score(task.task)
+                with listening(self.said), self.said.about(task.name):
+                    result = self._score(task.task)
                 main = _means(result, "main_score")
                 assert main is not None
                 scores[task.name] = main

@@ -12,6 +12,7 @@ import numpy as np
 from nearfield.errors import BadInputError
 from nearfield.evaluation import ranking, statistics
 from nearfield.evaluation.comparison import check_settings, drawn_scores, open_models
+from nearfield.evaluation.noticed import ScoreNotice, score_notices
 from nearfield.evaluation.scores import Key, TaskScores, read_scores
 from nearfield.evaluation.statistics import Floats
 
@@ -67,6 +68,8 @@ class Leaderboard:
     rows: tuple[BoardRow, ...]
     notes: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    notices: tuple[ScoreNotice, ...] = ()
+    """What a reader of the scores must know."""
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` writes."""
@@ -140,7 +143,8 @@ def leaderboard(
             notes.append(f"{model.label} lacks {', '.join(missing)}: it has no means, and earns no points there")
     order = sorted(rows, key=lambda row: (row.place, -(row.mean_task.value or 0.0), row.label))
     settings = {"samples": samples, "level": level, "seed": seed}
-    return Leaderboard(board_tasks, tuple(order), tuple(notes), settings)
+    shown = [key for keys, _ in columns.values() for key in keys]
+    return Leaderboard(board_tasks, tuple(order), tuple(notes), settings, score_notices(read, shown))
 
 
 def _types(tasks: Sequence[BoardTask]) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation.models import ScoredModel
 from nearfield.files import canonical_json, write_text
+from nearfield.notices import Notice, in_file
 from nearfield.provenance import device, now, versions
 
 MANIFEST = "manifest.jsonl"
@@ -18,9 +19,14 @@ MANIFEST = "manifest.jsonl"
 
 
 def write_manifest(
-    folder: Path, scored: ScoredModel, tasks: Mapping[str, Any], failures: Mapping[str, str], prompts: str
+    folder: Path,
+    scored: ScoredModel,
+    tasks: Mapping[str, Any],
+    failures: Mapping[str, str],
+    prompts: str,
+    notices: Mapping[str, Sequence[Notice]],
 ) -> None:
-    """Add a line on the tasks that were scored now, and on those that failed."""
+    """Add a line on the tasks that were scored now, and on those that failed; ``notices`` is task (or ``""``) -> what was said."""
     if not tasks and not failures:
         return
     line: dict[str, Any] = {
@@ -33,6 +39,9 @@ def write_manifest(
         "prompts": prompts,
         "tasks": dict(tasks),
         "failures": dict(failures),
+        "notices": {
+            task: in_file(said) for task, said in notices.items() if said and (not task or task in {*tasks, *failures})
+        },
     }
     encoder = scored.encoder
     if encoder is not None:

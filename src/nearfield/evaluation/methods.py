@@ -13,6 +13,7 @@ from scipy import optimize, stats
 from nearfield.errors import BadInputError
 from nearfield.evaluation import statistics
 from nearfield.evaluation.comparison import title_of
+from nearfield.evaluation.noticed import score_notices
 from nearfield.evaluation.scores import Key, TaskScores, read_scores
 
 VERSION = 1
@@ -130,6 +131,10 @@ def compare_methods(
         if left:
             notes.append(f"seeds without a partner are left out: {', '.join(map(str, left))} ({label}, {base})")
         rows += _rows(label, base, seeds, read[label], read[base], tasks)
+    shown = {(row.task, row.subset, row.split) for row in rows}
+    for label, runs in read.items():
+        said = [notice for seed, of in runs.items() for notice in score_notices({label: of}, sorted(shown & set(of)))]
+        notes += dict.fromkeys(notice.sentence for notice in said)
     return MethodComparison(base, tuple(labels), tuple(_judged(rows, level)), tuple(notes), {"level": level})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from nearfield.errors import BadInputError
 from nearfield.evaluation import scores, statistics
 from nearfield.evaluation.comparison import drawn_scores, open_models, title_of
+from nearfield.evaluation.noticed import score_notices
 from nearfield.evaluation.scores import Key, TaskScores
 from nearfield.files import read_json
 
@@ -136,6 +137,7 @@ def compare_published(
     notes = [CAVEAT]
     if any(row.published_revision != row.data_revision for row in rows):
         notes.append("Some of the published scores are of another revision of the data than ours.")
+    notes += [notice.sentence for notice in score_notices({model.label: ours}, sorted(ours))]
     return Standing(model.label, tuple(rows), places, tuple(notes))
 
 

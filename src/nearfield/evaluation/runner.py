@@ -29,13 +29,14 @@ from nearfield.evaluation.local import SuiteTask, parts_of
 from nearfield.evaluation.manifest import write_manifest
 from nearfield.evaluation.models import ScoredModel, open_model
 from nearfield.evaluation.suite import open_suite
-from nearfield.evaluation.unit_files import read_units, write_record
+from nearfield.evaluation.unit_files import read_units, write_metadata, write_record
 from nearfield.evaluation.units import Recorder
-from nearfield.files import fingerprint
+from nearfield.files import fingerprint, read_json, write_json
+from nearfield.notices import Notice, Said, from_file, in_file, listening, refuse
 
 logger = logging.getLogger("nearfield.evaluation")
 
-VERSION = 2
+VERSION = 3
 """Raised when the same model and data would give other results or other files."""
 PROMPT_MODES = ("contract", "as-is")
 
@@ -48,7 +49,8 @@ class EvaluationResult:
 
     ``results_dir`` is the folder ``<org>__<model>/<revision>``; ``scores`` is task -> subset -> main score (mean over
     the task's splits); ``failures`` is task -> what went wrong; ``not_applicable`` is task -> why the model cannot run
-    it; ``details`` is task -> what is known of a local task (sizes, clusters); ``seconds`` is task -> time it took now.
+    it; ``details`` is task -> what is known of a local task (sizes, clusters); ``seconds`` is task -> time it took now;
+    ``notices`` is task -> what a reader of its score must know, and ``""`` -> what holds for all of them.
     """
 
     results_dir: Path
@@ -61,6 +63,7 @@ class EvaluationResult:
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
     reused: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    notices: dict[str, tuple[Notice, ...]] = field(default_factory=dict)
 
 
 class ResultFolder(ResultCache):  # type: ignore[misc]
@@ -94,6 +97,7 @@ def evaluate(
     quantize: str = "none",
     axes: Axes = "first",
     crew: Crew | None = None,
+    strict: bool = False,
 ) -> EvaluationResult:
     """Score a model on a suite and write the results under ``out``.
 
@@ -103,7 +107,8 @@ def evaluate(
     not trained with the prompts it would get) or ``as-is``. Vectors are kept below ``cache`` and taken from there;
     ``dimensions`` (the first so many, or so many ``random`` or ``principal`` ``axes``) and ``quantize`` (``int8``, ``binary``)
     score what is left of them. The processes of a
-    ``crew`` share the encoding of texts.
+    ``crew`` share the encoding of texts. Notices are logged and filed with the scores; ``strict`` makes them errors: those
+    of the model before any task runs, those of tasks when all are filed.
 
     A task that fails is recorded in ``failures`` and does not stop the others. Raises :class:`BadInputError` for a
     model or suite that cannot be used, before any task runs.
@@ -114,19 +119,34 @@ def evaluate(
         )
     if batch_tokens is not None and batch_tokens < 1:
         raise BadInputError(f"batch_tokens must be positive; it is {batch_tokens}", where="batch_tokens")
-    suite_tasks = open_suite(suite, only=tasks, open_store=open_store)
-    scored = open_model(
-        model,
-        name=name,
-        device=device,
-        batch_tokens=batch_tokens,
-        cache=cache,
-        dimensions=dimensions,
-        quantize=quantize,
-        axes=axes,
-    )
-    if scored.encoder is not None:
-        scored.encoder.crew = crew
+    with listening() as said:
+        suite_tasks = open_suite(suite, only=tasks, open_store=open_store)
+        scored = open_model(
+            model,
+            name=name,
+            device=device,
+            batch_tokens=batch_tokens,
+            cache=cache,
+            dimensions=dimensions,
+            quantize=quantize,
+            axes=axes,
+        )
+        if scored.encoder is not None:
+            scored.encoder.crew = crew
+        for notice in scored.notices:
+            said.say(notice)
+        if strict:
+            refuse(said.of(), where=scored.name)
+        result = _score_tasks(scored, suite_tasks, out, prompts, overwrite, said)
+    if strict:
+        refuse([notice for found in result.notices.values() for notice in found], where=str(result.results_dir))
+    return result
+
+
+def _score_tasks(
+    scored: ScoredModel, suite_tasks: Sequence[SuiteTask], out: Path, prompts: str, overwrite: bool, said: Said
+) -> EvaluationResult:
+    """Score an open model on open tasks, one after the other, and write the manifest."""
     meta = scored.wrapper.mteb_model_meta
     applicable, not_applicable = [], {}
     for suite_task in suite_tasks:
@@ -144,12 +164,13 @@ def evaluate(
 
     files = ResultFolder(out)
     folder = files.get_task_result_path("any", meta).parent
-    run = _Run(scored, files, folder, overwrite)
+    run = _Run(scored, files, folder, overwrite, said)
     started = time.monotonic()
     for number, suite_task in enumerate(applicable, start=1):
         logger.info("task %d of %d: %s%s", number, len(applicable), suite_task.name, _left(run, started, applicable))
-        run.task(suite_task)
-    write_manifest(folder, scored, run.facts, run.failures, prompts)
+        with said.about(suite_task.name):
+            run.task(suite_task)
+    write_manifest(folder, scored, run.facts, run.failures, prompts, said.all())
     return EvaluationResult(
         results_dir=folder,
         model=scored.name,
@@ -161,6 +182,7 @@ def evaluate(
         details=run.details,
         reused=tuple(run.reused),
         seconds=run.seconds,
+        notices=said.all(),
     )
 
 
@@ -175,8 +197,8 @@ def _left(run: _Run, started: float, tasks: Sequence[SuiteTask]) -> str:
 class _Run:
     """The tasks of one evaluation, one after the other."""
 
-    def __init__(self, scored: ScoredModel, cache: ResultFolder, folder: Path, overwrite: bool) -> None:
-        self.scored, self.cache, self.folder, self.overwrite = scored, cache, folder, overwrite
+    def __init__(self, scored: ScoredModel, cache: ResultFolder, folder: Path, overwrite: bool, said: Said) -> None:
+        self.scored, self.cache, self.folder, self.overwrite, self.said = scored, cache, folder, overwrite, said
         self.scores: Scores = {}
         self.failures: dict[str, str] = {}
         self.details: dict[str, dict[str, Any]] = {}
@@ -195,6 +217,7 @@ class _Run:
         known = None if self.overwrite else self._present(suite_task, mark)
         if known is not None:
             self.scores[suite_task.name], self.details[suite_task.name] = known
+            self._keep_notices(suite_task.name)
             self.reused.append(suite_task.name)
             logger.info("%s: present, not scored again", suite_task.name)
             return
@@ -220,13 +243,16 @@ class _Run:
         task, meta = suite_task.task, self.scored.wrapper.mteb_model_meta
         names = [str(part.metadata.name) for part in task.metadata.tasks]
         for part in task.metadata.tasks:
-            self.task(SuiteTask(part))
+            with self.said.about(str(part.metadata.name)):
+                self.task(SuiteTask(part))
         broken = [name for name in names if name not in self.scores]
         if broken:
             self.failures[suite_task.name] = f"its parts failed: {', '.join(broken)}"
             return
         result = task.combine_task_results([self.cache.load_task_result(name, meta) for name in names])
-        self.cache.save_to_cache(result, meta)
+        for notice in dict.fromkeys(notice for name in names for notice in self.said.of(name)):
+            self.said.say(notice, suite_task.name)
+        self._save(result)
         main_scores = {s: {e["hf_subset"]: float(e["main_score"]) for e in of} for s, of in result.scores.items()}
         self.scores[suite_task.name] = mean_over_splits(main_scores)
 
@@ -254,6 +280,33 @@ class _Run:
             logger.info("%s: the present result is of other data or settings; scored anew", suite_task.name)
             return None
         return mean_over_splits(metadata["main_scores"]), metadata["details"]
+
+    def _notices(self, task: str) -> list[Notice]:
+        """What a reader of this task's score must know: of the model, and of the task."""
+        return list(dict.fromkeys([*self.said.of(), *self.said.of(task)]))
+
+    def _keep_notices(self, task: str) -> None:
+        """Say again what was filed with a present score, and file with it what is said of the model for the first time."""
+        _, metadata = read_units(self.folder, task)
+        filed = from_file(metadata.get("notices"))
+        for notice in filed:
+            if notice not in self.said.of():
+                self.said.say(notice, task)
+        if set(self._notices(task)) - set(filed):
+            write_metadata(self.folder, task, {**metadata, "notices": in_file(self._notices(task))})
+            self._into_result(task)
+
+    def _save(self, result: TaskResult) -> None:
+        """File a result as mteb does, with its notices."""
+        self.cache.save_to_cache(result, self.scored.wrapper.mteb_model_meta)
+        self._into_result(str(result.task_name))
+
+    def _into_result(self, task: str) -> None:
+        """Put the notices into mteb's result file, under a key that mteb's readers pass over."""
+        path = self.cache.get_task_result_path(task, self.scored.wrapper.mteb_model_meta)
+        value = read_json(path, "result")
+        value["notices"] = in_file(self._notices(task))
+        write_json(path, value)
 
     def _score(self, suite_task: SuiteTask, mark: str) -> None:
         task, wrapper, encoder = suite_task.task, self.scored.wrapper, self.scored.encoder
@@ -294,10 +347,11 @@ class _Run:
             "revision": self.scored.revision,
             "mteb_version": result.mteb_version,
             "details": suite_task.details,
+            "notices": in_file(self._notices(suite_task.name)),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_record(self.folder, suite_task.name, recorder.record, metadata)
-        self.cache.save_to_cache(result, wrapper.mteb_model_meta)
+        self._save(result)
         self.scores[suite_task.name] = mean_over_splits(main_scores)
         self.details[suite_task.name] = suite_task.details
         self.facts[suite_task.name] = {

@@ -17,6 +17,7 @@ from nearfield.evaluation import resampling, statistics
 from nearfield.evaluation.config import UNITS_SUFFIX
 from nearfield.evaluation.statistics import Floats, Ints
 from nearfield.evaluation.unit_files import EXPERIMENT, read_units
+from nearfield.notices import Notice, from_file
 
 _ROUNDING = 1e-5
 """mteb rounds retrieval scores to five decimals; a unit file's mean must agree with its main score this closely."""
@@ -54,6 +55,8 @@ class TaskScores:
     values: Floats = field(default_factory=lambda: np.empty(0))
     truth: Floats | None = None
     task_type: str = ""
+    notices: tuple[Notice, ...] = ()
+    """What a reader of the score must know."""
 
     @property
     def numbers(self) -> Ints:
@@ -99,7 +102,9 @@ def read_scores(folder: Path) -> dict[Key, TaskScores]:
             scores = TaskScores(metric, score, revision, reason)
             if reason is None:
                 scores = _with_units(rows, metric, score, revision, file)
-            found[task, subset, split] = replace(scores, task_type=str(metadata.get("task_type", "")))
+            found[task, subset, split] = replace(
+                scores, task_type=str(metadata.get("task_type", "")), notices=from_file(metadata.get("notices"))
+            )
     return found
 
 

@@ -22,6 +22,7 @@ from nearfield.errors import BadInputError
 from nearfield.evaluation.local import LOCAL, parts_of
 from nearfield.evaluation.manifest import MANIFEST, failed_tasks, read_manifest
 from nearfield.files import atomic_path, read_json, write_text
+from nearfield.notices import Notice, from_file
 
 ASKED = {
     "release_date": "2026-01-31",
@@ -64,6 +65,8 @@ class Submission:
     steps: tuple[str, ...]
     unstated: tuple[str, ...] = ()
     """Fields of the description that are asked for and not known, each with an example: ``license: apache-2.0``."""
+    notices: tuple[Notice, ...] = ()
+    """What a reader of the submitted scores must know."""
 
     @property
     def complete(self) -> bool:
@@ -84,6 +87,7 @@ def submit(
         raise BadInputError("there is no such folder", where=str(model), hint="Name the model's folder with --model.")
     meta = read_meta(results / "model_meta.json", facts, model)
     found, local = _results(results)
+    said = {task: from_file(read_json(results / f"{task}.json", "result").get("notices")) for task in sorted(found)}
     checks = [
         _named(meta),
         *_described(meta),
@@ -92,6 +96,7 @@ def submit(
         _no_failures(results),
         _prompts(results, sorted(found)),
         _contamination(model),
+        _noticed(said),
     ]
     name = str(meta.name).replace("/", "__").replace(" ", "_")
     with atomic_path(out) as aside:
@@ -107,7 +112,8 @@ def submit(
         for field, example in ASKED.items()
         if getattr(meta, field) is None and field not in _MAY_BE_NULL
     )
-    return Submission(out, tuple(checks), _steps(out, meta, name), unstated)
+    notices = tuple(dict.fromkeys(notice for of in said.values() for notice in of))
+    return Submission(out, tuple(checks), _steps(out, meta, name), unstated, notices)
 
 
 def read_meta(path: Path, facts: Path | None, model: Path | None = None) -> ModelMeta:
@@ -252,6 +258,12 @@ def _prompts(folder: Path, tasks: Sequence[str]) -> Check:
     if lacking:
         detail = f"{MANIFEST} says nothing of {', '.join(lacking)}: score them with nearfield eval --overwrite"
     return Check("prompts", not lacking, detail)
+
+
+def _noticed(said: Mapping[str, Sequence[Notice]]) -> Check:
+    """What was said of the scores when they were made."""
+    lines = [f"{task}: {notice.what}" for task, notices in said.items() for notice in notices]
+    return Check("no notice", not lines, "; ".join(lines) or "none", required=False)
 
 
 def _contamination(model: Path | None) -> Check:

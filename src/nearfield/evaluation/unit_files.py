@@ -57,17 +57,24 @@ class Record:
 
 def write_record(folder: Path, task: str, record: Record, metadata: dict[str, Any]) -> None:
     """Write a task's unit file (always, it carries the metadata) and, for retrieval, the top results."""
-    table = pa.table(record.columns, schema=UNIT_SCHEMA)
-    text = json.dumps({**metadata, "no_interval": record.reasons}, ensure_ascii=False)
-    table = table.replace_schema_metadata({METADATA_KEY: text.encode()})
-    with atomic_path(folder / f"{task}{UNITS_SUFFIX}") as aside:
-        pq.write_table(table, aside, compression="zstd")
+    _write(folder, task, pa.table(record.columns, schema=UNIT_SCHEMA), {**metadata, "no_interval": record.reasons})
     top = folder / f"{task}{TOP_SUFFIX}"
     if record.top["rank"]:
         with atomic_path(top) as aside:
             pq.write_table(pa.table(record.top, schema=TOP_SCHEMA), aside, compression="zstd")
     else:
         top.unlink(missing_ok=True)
+
+
+def write_metadata(folder: Path, task: str, metadata: dict[str, Any]) -> None:
+    """Write a task's unit file again, with other metadata."""
+    _write(folder, task, read_units(folder, task)[0], metadata)
+
+
+def _write(folder: Path, task: str, table: pa.Table, metadata: dict[str, Any]) -> None:
+    text = json.dumps(metadata, ensure_ascii=False)
+    with atomic_path(folder / f"{task}{UNITS_SUFFIX}") as aside:
+        pq.write_table(table.replace_schema_metadata({METADATA_KEY: text.encode()}), aside, compression="zstd")
 
 
 def read_units(folder: Path, task: str) -> tuple[pa.Table, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 from nearfield.encoders.build import LoadedEncoder, build_encoder, load_encoder, save_encoder
 from nearfield.errors import NearfieldError
 from nearfield.files import atomic_path, write_json
+from nearfield.notices import in_file
 from nearfield.pipeline.artifacts import Artifacts
 
 logger = logging.getLogger("nearfield.pipeline")
@@ -29,6 +30,7 @@ class ScoringStages(Artifacts):
             models["before"] = (self._untrained(), None)
         models["after"] = (self._trained(), f"nearfield/{self.recipe.name}")
         folders, failures = {}, {}
+        notices: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for label, (model, name) in models.items():
             logger.info("Evaluating %s (%s)", label, name or model)
             result = evaluate(
@@ -41,6 +43,8 @@ class ScoringStages(Artifacts):
                 # The base model is the same in many runs; a trained one is scored once, but for its cut vectors.
                 cache=self.run.cache / "vectors" if label == "before" or evaluation.dimensions else None,
             )
+            if result.notices:
+                notices[label] = {task: in_file(said) for task, said in result.notices.items()}
             folders[label] = str(result.results_dir.relative_to(self.run.folder))
             if result.failures:
                 failures[label] = {task: str(reason) for task, reason in result.failures.items()}
@@ -62,7 +66,7 @@ class ScoringStages(Artifacts):
                 f"{label}: {task}: {reason}" for label, tasks in failures.items() for task, reason in tasks.items()
             ]
             raise NearfieldError("some tasks failed:\n" + "\n".join(lines), where=str(self.run.folder / "results"))
-        return {"results": folders}
+        return {"results": folders} | ({"notices": notices} if notices else {})
 
     def _trained(self) -> str | LoadedEncoder:
         folder = str(self.run.folder / "model")

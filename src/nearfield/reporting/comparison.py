@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
 
+from nearfield.evaluation.noticed import MARK, tasks_in_words
 from nearfield.reporting import text
 from nearfield.reporting.run import AbsentError, Json, listing, load_object, mapping, real, string
 from nearfield.reporting.suite import SuiteTable, dimension_chart, suite_tables
@@ -33,7 +34,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Score:
-    """A model's score on a task, as words."""
+    """A model's score on a task, as words; an asterisk says that a notice speaks of it."""
 
     label: str
     value: str
@@ -81,6 +82,7 @@ class Comparison:
     tasks: list[Task]
     verdict: list[Finding]
     notes: list[str]
+    notices: list[str]
     forest: Markup
     raw: object
     suite: list[SuiteTable]
@@ -106,6 +108,8 @@ def build_comparison(run: Path) -> Comparison:
         raise AbsentError("comparison.json holds no score.")
     baseline = string(made.get("baseline")) or "the baseline"
     level = real(mapping(made.get("settings")).get("level")) or 0.95
+    noticed = [mapping(row) for row in listing(made.get("notices"))]
+    marked = {(string(row.get("model")) or "?", str(task)) for row in noticed for task in listing(row.get("tasks"))}
     tasks = [
         _task(
             number,
@@ -114,6 +118,7 @@ def build_comparison(run: Path) -> Comparison:
             [row for row in scores if _key(row) == key],
             [row for row in differences if _key(row) == key],
             plotted=len(keys) <= PLOTS,
+            marked={model for model, task in marked if task == key[0]},
         )
         for number, key in enumerate(keys)
     ]
@@ -131,11 +136,22 @@ def build_comparison(run: Path) -> Comparison:
         verdict=_verdict(differences),
         notes=[words for words in map(string, listing(made.get("notes"))) if words]
         + _method(mapping(made.get("settings"))),
+        notices=[_notice(row) for row in noticed],
         forest=_forest(differences, baseline),
-        raw={name: made.get(name) for name in ("baseline", "settings", "models", "scores", "differences")},
-        suite=suite_tables(scores, differences),
+        raw={name: made.get(name) for name in ("baseline", "settings", "models", "scores", "differences", "notices")},
+        suite=suite_tables(scores, differences, marked),
         truncation=Markup("") if cut is None else line_chart(cut[0]),
         charts={} if cut is None else {cut[0].key: cut[1]},
+    )
+
+
+def _notice(row: Json) -> str:
+    """What a reader of a model's scores must know."""
+    tasks = [words for words in map(string, listing(row.get("tasks"))) if words]
+    hint = string(row.get("hint"))
+    return (
+        f"{string(row.get('model')) or '?'} on {tasks_in_words(tasks, row.get('everywhere') is True)}: "
+        f"{string(row.get('what')) or '?'}{f' {hint}' if hint else ''}"
     )
 
 
@@ -212,6 +228,7 @@ def _task(
     differences: Sequence[Json],
     *,
     plotted: bool,
+    marked: Collection[str],
 ) -> Task:
     name, subset, split = key
     labels = [string(row.get("model")) or "?" for row in scores]
@@ -237,7 +254,11 @@ def _task(
         about=" · ".join(part for part in about if part),
         baseline=baseline,
         scores=[
-            Score(label, "–" if value is None else text.score(value), _interval(row, text.score))
+            Score(
+                label,
+                ("–" if value is None else text.score(value)) + (MARK if label in marked else ""),
+                _interval(row, text.score),
+            )
             for label, value, row in zip(labels, values, scores, strict=True)
         ],
         differences=[

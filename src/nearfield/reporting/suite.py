@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nearfield.evaluation.noticed import MARK
 from nearfield.reporting import text
 from nearfield.reporting.run import AbsentError, Json, listing, load_object, mapping, real, string
 from nearfield.reporting.svg import LineChart, Series
@@ -38,8 +39,13 @@ class SuiteTable:
     rows: list[tuple[str, list[Cell | None]]]
 
 
-def suite_tables(scores: Sequence[Json], differences: Sequence[Json]) -> list[SuiteTable]:
-    """A table a task type, in the order in which the types come; nothing for a single task."""
+def suite_tables(
+    scores: Sequence[Json], differences: Sequence[Json], marked: Collection[tuple[str, str]] = ()
+) -> list[SuiteTable]:
+    """A table a task type, in the order in which the types come; nothing for a single task.
+
+    ``marked`` holds model and task of each score that a notice speaks of.
+    """
 
     def place(row: Json) -> tuple[str, str, str]:
         return string(row.get("task")) or "?", string(row.get("subset")) or "", string(row.get("split")) or ""
@@ -53,7 +59,8 @@ def suite_tables(scores: Sequence[Json], differences: Sequence[Json]) -> list[Su
         verdict = verdicts.get((place(row), model))
         tone = "even" if verdict == "not separable" else "apart" if verdict in ("better", "worse") else ""
         interval = "" if low is None or high is None else f"{text.score(low)} to {text.score(high)}"
-        cell = Cell("–" if value is None else text.score(value), interval, tone)
+        mark = MARK if (model, place(row)[0]) in marked else ""
+        cell = Cell(("–" if value is None else text.score(value)) + mark, interval, tone)
         types[string(row.get("type")) or "Tasks"][place(row)][model] = cell
     if sum(len(tasks) for tasks in types.values()) < 2:
         return []
