@@ -4,13 +4,76 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import yaml
+
+if TYPE_CHECKING:
+    from nearfield.encoders.config import EncoderConfig
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model's weights were before training: a sentence, and the hub models that they came from."""
+
+    sentence: str
+    models: tuple[str, ...]
+    """Models of the hub whose weights were trained on; none where all are new or of a local folder."""
+    adapter: bool = False
+    """Whether the folder holds an adapter alone, which needs the model."""
+
+
+def origin_of(config: EncoderConfig, base: tuple[str, str]) -> Origin:
+    """The origin of a recipe's encoder; ``base`` is the name and revision that its model goes by.
+
+    A model that starts with ``local/`` is named in the sentence only, since the hub does not know it.
+    """
+    named = f"`{base[0]}` (revision `{base[1]}`)"
+    adapter = config.adapter
+    alone = adapter is not None and adapter.save == "adapter"
+    if config.fresh is not None:
+        changed = f", with {', '.join(config.fresh)} changed" if config.fresh else ""
+        sentence = f"Trained from new weights, drawn at random, with nearfield; tokenizer and architecture are those of {named}{changed}."
+    elif adapter is not None:
+        kind = {"lora": "low-rank adapter", "bottleneck": "bottleneck adapter", "prefix": "prefix"}[adapter.kind]
+        beside = ", and needs it to load" if alone else f", whose weights are in this folder{_joined(adapter.kind)}"
+        sentence = f"A {kind}, trained with nearfield on {named}{beside}."
+    else:
+        sentence = f"Fine-tuned from {named} with nearfield."
+    models = [] if config.fresh is not None or base[0].startswith("local/") else [base[0]]
+    if config.layers is not None:
+        sentence += f" Of its layers the first {config.layers} are kept."
+    tower = config.image_tower
+    if tower is not None and tower.model is None:
+        sentence += f" The image tower ({tower.architecture}) was trained from new weights."
+    elif tower is not None and tower.model is not None:
+        local = tower.model.startswith(("/", ".", "~"))
+        of = f"the local model `{tower.model.rstrip('/').rpartition('/')[2]}`" if local else f"`{tower.model}`"
+        sentence += f" The image tower is that of {of}."
+        models += [] if local else [tower.model]
+    new = [words for words, there in _new_modules(config).items() if there]
+    if new and config.fresh is None:
+        sentence += f" New, and trained from nothing: {' and '.join(new)}."
+    return Origin(sentence, tuple(models), alone)
+
+
+def _joined(kind: str) -> str:
+    return ", with the adapter added to them" if kind == "lora" else " beside it"
+
+
+def _new_modules(config: EncoderConfig) -> dict[str, bool]:
+    """Modules that a recipe adds with weights of their own."""
+    return {
+        "the pooling": config.pooling is not None and not isinstance(config.pooling, str),
+        "the mixture of layers": config.layer_mix is not None,
+        "the projection": config.projection is not None,
+    }
 
 
 def model_card(
     name: str,
-    base: tuple[str, str],
+    origin: Origin,
     prompts: Mapping[str, Mapping[str, str]],
     facts: Mapping[str, object],
     contamination: Sequence[str] = (),
@@ -18,8 +81,7 @@ def model_card(
 ) -> str:
     """Markdown with the front matter that the hub reads.
 
-    ``base`` is the base model's name and revision; one that starts with ``local/`` is named in the text only, since the hub
-    does not know it. ``prompts`` are source -> role -> text, ``facts`` short statements of the training, ``contamination``
+    ``origin`` says what the weights were before. ``prompts`` are source -> role -> text, ``facts`` short statements of the training, ``contamination``
     lines that say what the training texts share with benchmarks; ``remote_code`` names the files in the folder that
     sentence-transformers must run to load the model.
     """
@@ -29,8 +91,9 @@ def model_card(
         "pipeline_tag": "sentence-similarity",
         "tags": [*tags, "custom_code"] if remote_code else tags,
     }
-    if not base[0].startswith("local/"):
-        front["base_model"] = base[0]
+    if origin.models:
+        front["base_model"] = origin.models[0] if len(origin.models) == 1 else list(origin.models)
+        front["base_model_relation"] = "adapter" if origin.adapter else "finetune"
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -38,7 +101,7 @@ def model_card(
         "",
         f"# {name}",
         "",
-        f"Fine-tuned from `{base[0]}` (revision `{base[1]}`) with nearfield.",
+        origin.sentence,
         "",
         "## Use",
         "",

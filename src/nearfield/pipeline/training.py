@@ -159,7 +159,7 @@ class TrainingStage(ChangingStages):
             write_text(aside / "README.md", self._card(encoder, result))
 
     def _card(self, encoder: LoadedEncoder, result: TrainingResult) -> str:
-        from nearfield.encoders.card import model_card
+        from nearfield.encoders.card import model_card, origin_of
         from nearfield.encoders.heads import shipped_files
 
         recipe = self.recipe
@@ -176,7 +176,7 @@ class TrainingStage(ChangingStages):
         }
         return model_card(
             recipe.name,
-            (encoder.name, encoder.revision),
+            origin_of(recipe.encoder, (encoder.name, encoder.revision)),
             self.contract.sources,
             facts,
             contamination_lines(self),

@@ -1,0 +1,62 @@
+"""Model cards: where the weights come from, for every way in which a recipe makes an encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nearfield.encoders.card import model_card, origin_of
+from nearfield.encoders.config import EncoderConfig
+
+BASE = ("org/base", "abc")
+NAMED = "`org/base` (revision `abc`)"
+
+
+def front_of(settings: dict[str, Any], base: tuple[str, str] = BASE) -> tuple[str, dict[str, Any]]:
+    """The sentence on the origin, and the front matter, of a card for these settings of an encoder."""
+    origin = origin_of(EncoderConfig(**settings), base)
+    text = model_card("mine", origin, {"s": {"query": "", "document": ""}}, {})
+    assert origin.sentence in text
+    return origin.sentence, yaml.safe_load(text.split("---\n")[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "relation"),
+    [
+        ({}, f"Fine-tuned from {NAMED} with nearfield.", "finetune"),
+        ({"fresh": {}}, "Trained from new weights, drawn at random", None),
+        ({"fresh": {"hidden_size": 32}}, f"architecture are those of {NAMED}, with hidden_size changed.", None),
+        ({"layers": 2}, "Of its layers the first 2 are kept.", "finetune"),
+        ({"adapter": {"kind": "lora"}}, f"A low-rank adapter, trained with nearfield on {NAMED}, whose weights", "finetune"),
+        ({"adapter": {"kind": "lora", "save": "adapter"}}, f"on {NAMED}, and needs it to load.", "adapter"),
+        ({"adapter": {"kind": "prefix"}}, "A prefix, trained with nearfield", "finetune"),
+        ({"projection": {"dimensions": 8}}, "New, and trained from nothing: the projection.", "finetune"),
+        ({"pooling": {"kind": "attention"}}, "New, and trained from nothing: the pooling.", "finetune"),
+    ],
+)  # fmt: skip
+def test_a_card_says_what_the_weights_were(settings: dict[str, Any], words: str, relation: str | None) -> None:
+    sentence, front = front_of(settings)
+    assert words in sentence
+    assert ("Fine-tuned" in sentence) == ("fresh" not in settings and "adapter" not in settings)
+    assert front.get("base_model") == (None if relation is None else "org/base")
+    assert front.get("base_model_relation") == relation
+
+
+def test_an_image_tower_is_a_second_base_or_new(tmp_path: Path) -> None:
+    sentence, front = front_of({"image_tower": {"model": "org/pictures"}})
+    assert "The image tower is that of `org/pictures`." in sentence and front["base_model"] == [
+        "org/base",
+        "org/pictures",
+    ]
+    sentence, front = front_of({"image_tower": {"architecture": "vit"}})
+    assert "The image tower (vit) was trained from new weights." in sentence and front["base_model"] == "org/base"
+    sentence, front = front_of({"image_tower": {"model": str(tmp_path)}})
+    assert str(tmp_path.parent) not in sentence and tmp_path.name in sentence and front["base_model"] == "org/base"
+
+
+def test_a_local_base_is_named_in_the_text_alone() -> None:
+    sentence, front = front_of({}, ("local/base", "abc"))
+    assert "`local/base`" in sentence and not {"base_model", "base_model_relation"} & set(front)
