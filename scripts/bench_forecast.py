@@ -34,12 +34,12 @@ SHAPES: dict[str, tuple[str, tuple[int, int], int, list[str]]] = {
     "tiny-cached": ("tiny", (3, 40), 256, ["training.gradient_cache=always"]),
     "minilm-short": (MINILM, (5, 30), 16, []),
     "minilm-no-dropout": (MINILM, (5, 30), 32, ["training.dropout=false"]),
-    "minilm-long": (MINILM, (60, 200), 4, ["encoder.max_length=256"]),
+    "minilm-long": (MINILM, (60, 200), 4, ["training.max_length=256"]),
     "minilm-cached": (MINILM, (5, 30), 32, ["training.gradient_cache=always"]),
     "minilm-sgd": (MINILM, (5, 30), 16, ["training.optimizer={kind: sgd}"]),
     "minilm-frozen": (MINILM, (5, 30), 32, [FROZEN]),
     "minilm-lora": (MINILM, (5, 30), 32, ["encoder.adapter={kind: lora}"]),
-    "minilm-recomputed": (MINILM, (60, 200), 4, ["encoder.max_length=256", "training.gradient_checkpointing=true"]),
+    "minilm-recomputed": (MINILM, (60, 200), 4, ["training.max_length=256", "training.gradient_checkpointing=true"]),
     "minilm-checkpoints": (MINILM, (5, 30), 16, ["training.checkpoints.every_steps=3"]),
 }
 

@@ -42,7 +42,8 @@ def test_a_changed_setting_makes_stale_what_depends_on_it(toy_recipe: Path, tmp_
     assert changed["plan"] == "done"
     assert changed["train"] == "stale"
     assert states(toy_recipe, folder, "batches.batch_size=8")["plan"] == "stale"
-    assert states(toy_recipe, folder, "encoder.max_length=16")["tokens"] == "missing"
+    for length in ("encoder.max_length=16", "training.max_length=16"):
+        assert states(toy_recipe, folder, length)["tokens"] == "missing"
     # Neither the token budget nor the cadence of checkpoints changes what comes out.
     assert set(
         states(toy_recipe, folder, "training.micro_batch_tokens=128", "training.checkpoints.every_steps=3").values()

@@ -15,6 +15,7 @@ import pytest
 from nearfield.conformance.tiny import WORDS
 from nearfield.conformance.tiny_vlm import ONE_TOWERS, save_tiny_vlm
 from nearfield.encoders.build import build_encoder
+from nearfield.encoders.lengths import shorten
 from nearfield.encoders.tokenize import token_ids
 from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages
@@ -145,8 +146,10 @@ def save_model(folder: Path, architecture: str) -> Path:
 def test_udever_trains_biases_alone_and_texts_end_with_the_end_token(tmp_path: Path) -> None:
     recipe = load_recipe(METHODS[0].parent / "udever.yaml").config
     folder = save_model(tmp_path, "bloom")
-    encoder = recipe.encoder.model_copy(update={"model": str(folder), "max_length": 8})
+    encoder = recipe.encoder.model_copy(update={"model": str(folder)})
+    assert recipe.training.max_length == 300
     model = build_encoder(encoder, "cpu").model
+    shorten(model, 8)
     freeze_parameters(model.named_parameters(), recipe.training.freeze)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if name.endswith("bias")}
@@ -202,7 +205,7 @@ def test_a_recipe_trains_ten_steps(
     recipe = tmp_path / path.name
     recipe.write_text(re.sub(r"(?m)^( *data:) .*$", rf"\1 {data}", text))
     config = load_recipe(recipe).config
-    overrides = ["encoder.max_length=64", "training.max_steps=10", "training.trackers=[]", "training.epochs=10"]
+    overrides = ["training.max_length=64", "training.max_steps=10", "training.trackers=[]", "training.epochs=10"]
     if "batches" in config.model_fields_set:
         overrides.append("batches.batch_size=16")
     for number, stage in enumerate(config.stages):

@@ -105,9 +105,9 @@ def test_budgets_are_halved_down_to_the_smallest() -> None:
     with pytest.raises(BadInputError) as error:
         halve_budget(Budget(16, 125), 4)
     assert error.value.what == "memory ran out in step 5 with 16 tokens at a time, and less is no use"
-    assert error.value.where == "encoder.max_length"
+    assert error.value.where == "training.max_length"
     assert error.value.hint is not None
-    assert "Lower encoder.max_length" in error.value.hint
+    assert "Lower training.max_length" in error.value.hint
 
 
 def test_optimizer_settings() -> None:

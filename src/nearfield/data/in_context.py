@@ -142,5 +142,5 @@ def check_room(prompts: Sequence[str], length: Callable[[str], int], limit: int,
             f"the examples before queries of {source!r} take up to {longest} tokens; with {room} for the query that is more "
             f"than the encoder's {limit}",
             where="prompts.in_context",
-            hint="Lower prompts.in_context.most or max_words, or raise encoder.max_length.",
+            hint="Lower prompts.in_context.most or max_words, or raise training.max_length.",
         )

@@ -105,9 +105,9 @@ def training_recipe(guess: Guess) -> dict[str, object]:
         "name": guess.source.name,
         "seed": 0,
         "data": f"../../data_recipes/{guess.source.name}.yaml",
-        "encoder": {"model": "sentence-transformers/all-MiniLM-L6-v2", "max_length": 128},
+        "encoder": {"model": "sentence-transformers/all-MiniLM-L6-v2"},
         "objective": OBJECTIVES[guess.source.examples.kind],
         "batches": batches,
-        "training": {"epochs": 1, "learning_rate": 2.0e-5},
+        "training": {"epochs": 1, "max_length": 128, "learning_rate": 2.0e-5},
         "evaluation": {"suite": f"../../eval/suites/{guess.source.name}.yaml"},
     }

@@ -7,9 +7,9 @@ tokenizer is a callable handed in, so that this module needs no model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +31,49 @@ TokenizeItems = Callable[["Store", Rows, str], list[Ids]]
 IMAGE = -1
 """Stands in the place of each token that a picture counts as, where pictures have an encoder of their own."""
 
-VERSION = 1
+VERSION = 2
 _BATCH = 1024
+
+
+@dataclass(frozen=True)
+class CutTexts:
+    """What a longest input takes off texts."""
+
+    texts: int = 0
+    cut: int = 0
+    """Texts that lost tokens."""
+    tokens: int = 0
+    """Of all texts, uncut."""
+    lost: int = 0
+    """Tokens that are not read."""
+
+    def __add__(self, other: CutTexts) -> CutTexts:
+        return CutTexts(
+            self.texts + other.texts, self.cut + other.cut, self.tokens + other.tokens, self.lost + other.lost
+        )
+
+    def say(self, length: int) -> str:
+        """The share of texts and of tokens, in words."""
+        return (
+            f"{self.cut:,} of {self.texts:,} texts ({self.cut / max(1, self.texts):.1%}) are cut at {length:,} tokens and lose "
+            f"{self.lost:,} of all {self.tokens:,} tokens ({self.lost / max(1, self.tokens):.1%})"
+        )
+
+    def to_json(self) -> dict[str, int]:
+        """The entry of a file."""
+        return asdict(self)
+
+
+class Cut(Protocol):
+    """What cuts texts to a longest input."""
+
+    @property
+    def max_length(self) -> int | None:
+        """In tokens; None where nothing is cut."""
+
+    def lost_tokens(self, store: Store, rows: Rows, prompt: str, kept: Sequence[Ids]) -> Sequence[int]:
+        """How many tokens each item lost, by what is left of it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +86,8 @@ class TokenTable:
     rows: Rows
     offsets: Rows
     ids: Ids
+    cut: CutTexts = field(default_factory=CutTexts)
+    """What the longest input took off its texts."""
 
     def positions(self, rows: Rows) -> Rows:
         """Where the items stand in this table; an item that is not there is an error of the caller."""
@@ -77,9 +120,11 @@ class TokenCache:
                 hint="Delete the folder.",
             )
         self.fingerprint: str = meta["fingerprint"]
+        self.max_length: int | None = meta["max_length"]
+        """The longest input that texts were cut to; None where none was cut."""
         self.tables = [self._open(number, entry) for number, entry in enumerate(meta["prompts"])]
 
-    def _open(self, number: int, entry: dict[str, object]) -> TokenTable:
+    def _open(self, number: int, entry: Mapping[str, Any]) -> TokenTable:
         stem = self.path / f"prompt-{number}"
         rows = np.load(stem.with_suffix(".rows.npy"), mmap_mode="r", allow_pickle=False)
         offsets = np.load(stem.with_suffix(".offsets.npy"), mmap_mode="r", allow_pickle=False)
@@ -89,7 +134,13 @@ class TokenCache:
             if count
             else np.empty(0, np.int32)
         )
-        return TokenTable(str(entry["prompt"]), int(str(entry["prompt_length"])), rows, offsets, ids)
+        cut = CutTexts(**entry["cut"])
+        return TokenTable(str(entry["prompt"]), int(entry["prompt_length"]), rows, offsets, ids, cut)
+
+    @property
+    def cut(self) -> CutTexts:
+        """What the longest input took off the texts of all prompts."""
+        return sum((table.cut for table in self.tables), CutTexts())
 
     def number(self, prompt: str) -> int:
         """The number of the table of a prompt."""
@@ -105,10 +156,12 @@ def build_tokens(
     fingerprint: str,
     *,
     tokenize_items: TokenizeItems | None = None,
+    cut: Cut | None = None,
 ) -> TokenCache:
     """Tokenise the wanted item rows of each prompt into the folder ``out``, written aside and renamed.
 
-    ``tokenize_items`` takes the place of ``tokenize`` in a store with pictures.
+    ``tokenize_items`` takes the place of ``tokenize`` in a store with pictures. ``cut`` says what items lose; without it
+    nothing is cut.
     """
     with atomic_path(out) as aside:
         aside.mkdir()
@@ -117,6 +170,7 @@ def build_tokens(
             unique = np.unique(np.asarray(asked, dtype=np.int64))
             stem = aside / f"prompt-{number}"
             offsets = np.zeros(len(unique) + 1, dtype=np.int64)
+            taken = CutTexts()
             with stem.with_suffix(".ids.bin").open("wb") as file:
                 for start in track(range(0, len(unique), _BATCH), "Tokenising"):
                     rows = unique[start : start + _BATCH]
@@ -126,9 +180,14 @@ def build_tokens(
                         else tokenize_items(store, rows, prompt)
                     )
                     offsets[start + 1 : start + 1 + len(part)] = [len(ids) for ids in part]
+                    lost = [0] if cut is None else cut.lost_tokens(store, rows, prompt, part)
+                    whole = sum(map(len, part)) + sum(lost)
+                    taken += CutTexts(len(part), sum(count > 0 for count in lost), whole, sum(lost))
                     file.write(np.concatenate(part).astype(np.int32).tobytes())
             np.save(stem.with_suffix(".rows.npy"), unique)
             np.save(stem.with_suffix(".offsets.npy"), np.cumsum(offsets))
-            prompts.append({"prompt": prompt, "prompt_length": prompt_length(prompt)})
-        write_json(aside / "tokens.json", {"version": VERSION, "fingerprint": fingerprint, "prompts": prompts})
+            prompts.append({"prompt": prompt, "prompt_length": prompt_length(prompt), "cut": taken.to_json()})
+        longest = None if cut is None else cut.max_length
+        meta = {"version": VERSION, "fingerprint": fingerprint, "max_length": longest, "prompts": prompts}
+        write_json(aside / "tokens.json", meta)
     return TokenCache(out)

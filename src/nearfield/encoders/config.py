@@ -210,7 +210,8 @@ class EncoderConfig(Config):
     normalize: bool | None = None
     """Whether embeddings have length 1; null keeps what the model says."""
     max_length: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
-    """Longest input in tokens, special tokens and prompt included; null keeps what the model says."""
+    """Longest input of the trained model in tokens, special tokens and prompt included; null keeps what the model says. What
+    training reads of a text may be less: ``training.max_length``."""
     adapter: AdapterConfig | None = None
     """Train an adapter instead of the transformer's own weights."""
     image_tower: ImageTowerConfig | None = None
@@ -220,8 +221,8 @@ class EncoderConfig(Config):
 
     @property
     def changes_base(self) -> bool:
-        """Whether the model before training is another than the one that ``model`` names."""
-        kept = {"kind", "model", "revision", "adapter", "trust_remote_code"}
+        """Whether the model before training is another than the one that ``model`` names; its length is that one's always."""
+        kept = {"kind", "model", "revision", "adapter", "max_length", "trust_remote_code"}
         return self.model_dump(exclude=kept) != EncoderConfig().model_dump(exclude=kept)
 
     @model_validator(mode="after")

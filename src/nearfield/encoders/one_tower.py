@@ -271,7 +271,7 @@ def row_ids(
                 raise BadInputError(
                     f"a picture of {size[0]} x {size[1]} pixels ends at token {end}, and the model's longest input is {limit}",
                     where="encoder.max_length",
-                    hint="Raise it, or let the data keep smaller pictures (images.max_side).",
+                    hint="Raise it (and training.max_length, where that is less), or let the data keep smaller pictures (images.max_side).",
                 )
             ids = np.concatenate([ids[: limit - ending], ids[len(ids) - ending :]])
         found.append(ids)

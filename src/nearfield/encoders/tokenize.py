@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
+from nearfield.encoders.lengths import longest_input, lost_tokens, shorten
 from nearfield.encoders.one_tower import family_of, row_ids
 from nearfield.encoders.towers import image_tokens, takes_images
 from nearfield.errors import BadInputError
@@ -101,8 +102,14 @@ def prompt_tokens(model: SentenceTransformer, prompt: str) -> int:
 class Tokenizer:
     """The callable that :func:`nearfield.data.tokens.build_tokens` wants."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, max_length: int | None = None) -> None:
         self.model: SentenceTransformer = build_encoder(config.model_copy(update={"adapter": None}), "cpu").model
+        shorten(self.model, max_length)
+
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens that are read of a text; None where all are."""
+        return longest_input(self.model)
 
     def __call__(self, texts: Sequence[str], prompt: str) -> list[npt.NDArray[np.int32]]:
         """The token ids of each text, by :func:`token_ids`."""
@@ -111,6 +118,15 @@ class Tokenizer:
     def of_items(self, store: Store, rows: Rows, prompt: str) -> list[npt.NDArray[np.int32]]:
         """What each item of a store with pictures takes, by :func:`item_token_ids`."""
         return item_token_ids(self.model, store, rows, prompt)
+
+    def lost_tokens(self, store: Store, rows: Rows, prompt: str, kept: Sequence[npt.NDArray[np.int32]]) -> list[int]:
+        """How many tokens each item of a store loses by the longest input; of a picture none is cut."""
+        lengths = [0 if len(ids) and bool((ids < 0).any()) else len(ids) for ids in kept]
+        if family_of(self.model) is not None and store.has_images:
+            shown = [(width, height) if width else None for width, height in store.image_sizes(rows).tolist()]
+            whole = row_ids(self.model, store.texts(rows), shown, prompt, cut=False)
+            return [len(ids) - length for ids, length in zip(whole, lengths, strict=True)]
+        return lost_tokens(self.model, store.texts(rows), prompt, lengths)
 
     def prompt_length(self, prompt: str) -> int:
         """By :func:`prompt_tokens`."""

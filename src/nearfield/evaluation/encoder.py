@@ -18,7 +18,9 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from nearfield.console import track
+from nearfield.data.tokens import CutTexts
 from nearfield.encoders.heads import shipped_files
+from nearfield.encoders.lengths import count_cuts
 from nearfield.encoders.text_encoder import TextEncoder, cut, reads_plainly
 from nearfield.encoders.towers import reads_together
 from nearfield.evaluation.axes import Turn
@@ -79,6 +81,8 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         self.crew: Crew | None = None
         self.encoded = 0
         self.reused = 0
+        self.cut = CutTexts()
+        """What the model does not read of the texts that it was asked for, each prompt's distinct ones."""
         self._kept: dict[tuple[str | None, str | None], dict[str, NDArray[np.float32]]] = {}
 
     def forget(self) -> None:
@@ -151,6 +155,7 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
             kept = {text: kept[text] for text in texts if text in kept}
         if missing:
             before = self.prompt_for(task_metadata, prompt_type)
+            self.cut += count_cuts(self.model, missing, before)
             kept.update(
                 self._known_or(missing, role, before, lambda some: self._embed(some, task_metadata, prompt_type))
             )

@@ -17,6 +17,7 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.cache import ResultCache
 from mteb.results import TaskResult
 
+from nearfield.data.tokens import CutTexts
 from nearfield.encoders import LoadedEncoder
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.evaluation.axes import Axes
@@ -311,6 +312,8 @@ class _Run:
     def _score(self, suite_task: SuiteTask, mark: str) -> None:
         task, wrapper, encoder = suite_task.task, self.scored.wrapper, self.scored.encoder
         before = (encoder.encoded, encoder.reused) if encoder is not None else (0, 0)
+        if encoder is not None:
+            encoder.cut = CutTexts()
         task.load_data()
         read_columns_whole(task)
         recorder = Recorder(suite_task)
@@ -362,6 +365,7 @@ class _Run:
             else {str(r): encoder.prompt_for(task.metadata, r) for r in roles_of(task)},
             "texts_encoded": None if encoder is None else encoder.encoded - before[0],
             "texts_from_cache": None if encoder is None else encoder.reused - before[1],
+            "texts_cut": None if encoder is None else encoder.cut.to_json(),
             "seconds": round(result.evaluation_time or 0.0, 3),
         }
 

@@ -80,21 +80,19 @@ def prompt_complaints(stages: Freshness) -> Iterator[Complaint]:
                 yield Complaint(f"the {role} prompt of {name} runs into the text: {text!r} does not end in a space")
 
 
-def token_complaints(stages: Freshness, limit: int | None) -> Iterator[Complaint]:
-    """Texts that are cut at the maximum length."""
+def token_complaints(stages: Freshness) -> Iterator[Complaint]:
+    """Texts that are cut in training."""
     from nearfield.data.tokens import TokenCache
 
-    if limit is None:
-        return
-    at_limit = total = 0
-    for table in TokenCache(stages.tokens_path).tables:
-        lengths = np.diff(table.offsets)
-        at_limit, total = at_limit + int((lengths >= limit).sum()), total + len(lengths)
-    if at_limit:
+    cache, asked = TokenCache(stages.tokens_path), stages.recipe.training.max_length
+    if asked is not None and cache.max_length is not None and cache.max_length < asked:
         yield Complaint(
-            f"{at_limit:,} of {total:,} texts ({at_limit / total:.1%}) are cut at {limit} tokens",
-            "Raise encoder.max_length if the model allows it.",
+            f"training.max_length is {asked:,}, and the model reads {cache.max_length:,} tokens: so much of a text is trained on",
+            "Raise encoder.max_length too, if the model allows it.",
         )
+    if cache.cut.cut and cache.max_length is not None:
+        key = "training.max_length" if asked is not None and asked <= cache.max_length else "encoder.max_length"
+        yield Complaint(f"in training {cache.cut.say(cache.max_length)}", f"Raise {key} if the model allows it.")
 
 
 def batch_complaints(stages: Freshness, plans: list[Plan]) -> Iterator[Complaint]:
@@ -176,7 +174,7 @@ def forecast_complaints(forecast: Forecast, facts: dict[str, Any]) -> Iterator[C
         yield Complaint(
             f"the run needs {say_bytes(growth)} more memory on each device than it holds now, and "
             f"{say_bytes(forecast.available)} are available",
-            "Lower encoder.max_length or training.micro_batch_tokens, use gradient_cache: always, gradient "
+            "Lower training.max_length or training.micro_batch_tokens, use gradient_cache: always, gradient "
             "checkpointing, an adapter, or more devices with fsdp2 or zero3.",
             blocks=True,
         )

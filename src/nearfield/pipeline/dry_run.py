@@ -114,10 +114,10 @@ def _dry_run(
     launch.prepare(prepare, verify)
     reached = reached and not blocked
     stages = Stages(run, launch)
-    forecast, steps, limit = None, 0, None
+    forecast, steps = None, 0
     if reached:
         try:
-            forecast, steps, limit, found = _measure(stages, trial_seconds)
+            forecast, steps, found = _measure(stages, trial_seconds)
             blocked += found
         except BadInputError as error:
             if not launch.is_main:
@@ -125,11 +125,11 @@ def _dry_run(
             blocked.append(Complaint.of(error))
     if not launch.is_main:
         return None
-    return _result(stages, built, forecast, steps, limit, blocked, reached)
+    return _result(stages, built, forecast, steps, blocked, reached)
 
 
-def _measure(stages: Stages, trial_seconds: float) -> tuple[Forecast, int, int | None, list[Complaint]]:
-    """The forecast, the steps it rests on, the maximum length, and what blocks; *collective*."""
+def _measure(stages: Stages, trial_seconds: float) -> tuple[Forecast, int, list[Complaint]]:
+    """The forecast, the steps it rests on, and what was found; *collective*."""
     import torch
 
     from nearfield.training.inputs import TrainingInputs
@@ -149,7 +149,7 @@ def _measure(stages: Stages, trial_seconds: float) -> tuple[Forecast, int, int |
     )
     with torch.random.fork_rng(), launch.process_group(device, recipe.training.collective_timeout):
         forecast, steps, found = _try_out(stages, encoder.model, inputs, device, trial_seconds)
-    return forecast, steps, encoder.model.max_seq_length, found
+    return forecast, steps, found
 
 
 def _try_out(
@@ -175,7 +175,7 @@ def _try_out(
     fingerprint = stages.fingerprints["train"]
     forecast = predict(config, engine, plans, planned, budget, profile, fingerprint=fingerprint, held=held)
     growth = forecast.memory.peak - held
-    found: list[Complaint] = []
+    found: list[Complaint] = _long_model(stages, model, profile.forward_seconds) if launch.is_main else []
     if forecast.available and growth > forecast.available:
         return forecast, 0, found  # trying it would end this process, perhaps others too
     trial = run_trial(
@@ -201,12 +201,28 @@ def _try_out(
     return trial.forecast, trial.steps, found
 
 
+def _long_model(stages: Stages, model: SentenceTransformer, token_seconds: float) -> list[Complaint]:
+    """What scoring takes where the model reads long texts."""
+    from nearfield.evaluation.suite import open_suite
+    from nearfield.pipeline.long_models import say_long_model
+
+    evaluation, cut = stages.recipe.evaluation, stages._tokens().cut
+    try:
+        suite = None if evaluation is None else stages.run.checked.suite or evaluation.suite
+        tasks = [] if suite is None else open_suite(suite, open_store=stages._open_store)
+    except BadInputError:
+        tasks = []  # what is wrong with the suite is said by itself
+    models = 1 + (evaluation is not None and evaluation.before)
+    typical = (cut.tokens - cut.lost) / max(1, cut.texts)
+    said = say_long_model(model, tasks, models, token_seconds, typical)
+    return [] if said is None else [Complaint(said, "Lower encoder.max_length where shorter texts are enough.")]
+
+
 def _result(
     stages: Stages,
     built: list[str],
     forecast: Forecast | None,
     steps: int,
-    limit: int | None,
     blocked: list[Complaint],
     reached: bool,
 ) -> DryRun:
@@ -222,7 +238,7 @@ def _result(
     needed, free = 0, free_disk(stages.run.folder)
     if reached:
         plans, _ = stages._plans()
-        complaints += [*data_complaints(stages), *prompt_complaints(stages), *token_complaints(stages, limit)]
+        complaints += [*data_complaints(stages), *prompt_complaints(stages), *token_complaints(stages)]
         complaints += batch_complaints(stages, plans)
         complaints += setting_complaints(stages, min(sum(map(len, plans)), training.max_steps or 2**62))
     if forecast is not None:

@@ -43,6 +43,8 @@ _NOT_IN_TRAINING_FINGERPRINT = {
     "log_every",
     "watch_every",
     "trackers",
+    # It decides what the tokens are, of which the plan is made.
+    "max_length",
     # What of it decides which model comes out is added by itself.
     "evaluation",
 }
@@ -84,7 +86,8 @@ class Freshness:
             "tokenizer": [
                 self.base.name,
                 self.base.revision,
-                recipe.encoder.max_length,
+                # The base's own is in its revision.
+                min(filter(None, [recipe.training.max_length, recipe.encoder.max_length]), default=None),
                 *(["append_eos"] if recipe.encoder.append_eos else []),
                 *([encoder["image_tower"]] if recipe.encoder.image_tower is not None else []),
             ],

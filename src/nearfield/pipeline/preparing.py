@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from nearfield.pipeline.mining import MiningStages
 if TYPE_CHECKING:
     from nearfield.batching.plan import Lengths
     from nearfield.data.tokens import Rows
+
+logger = logging.getLogger("nearfield.pipeline")
 
 
 class PreparingStages(MiningStages):
@@ -63,12 +66,12 @@ class PreparingStages(MiningStages):
         for name, items in self.mined_items(store).items():
             for prompt in self.contract.of(name, "document"):
                 wanted[prompt].append(items)
-        tokenizer = Tokenizer(self.recipe.encoder)
-        in_context, limit = self.recipe.prompts.in_context, tokenizer.model.max_seq_length
+        tokenizer = Tokenizer(self.recipe.encoder, self.recipe.training.max_length)
+        in_context, limit = self.recipe.prompts.in_context, tokenizer.max_length
         if in_context is not None and limit is not None:
             for name in sets:
                 queries = source_prompts(self.contract, sets, name).queries
-                check_room(queries, tokenizer.prompt_length, int(limit), in_context.query_tokens, name)
+                check_room(queries, tokenizer.prompt_length, limit, in_context.query_tokens, name)
         cache = build_tokens(
             store,
             {prompt: np.concatenate(rows) for prompt, rows in wanted.items()},
@@ -77,7 +80,10 @@ class PreparingStages(MiningStages):
             self.tokens_path,
             self.fingerprints["tokens"],
             tokenize_items=tokenizer.of_items if store.has_images else None,
+            cut=tokenizer,
         )
+        if cache.cut.cut and cache.max_length is not None:
+            logger.warning("In training %s", cache.cut.say(cache.max_length))
         return {"tokens": sum(int(table.offsets[-1]) for table in cache.tables)}
 
     def plan(self) -> dict[str, Any]:

@@ -76,14 +76,15 @@ class ScoringStages(Artifacts):
         return folder
 
     def _untrained(self) -> str:
-        """The base model as the recipe builds it: by name where the recipe changes nothing, else saved beside the run."""
+        """The base model, of its own length: by name where the recipe changes nothing, else saved beside the run as the recipe
+        builds it."""
         encoder = self.recipe.encoder
         if not encoder.changes_base:
             return encoder.model
 
         path = self.run.folder / "untrained"
         with atomic_path(path) as aside:
-            plain = encoder.model_copy(update={"adapter": None})
+            plain = encoder.model_copy(update={"adapter": None, "max_length": None})
             save_encoder(build_encoder(plain, "cpu", seed=self.recipe.seed).model, aside)
         return str(path)
 

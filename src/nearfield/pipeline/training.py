@@ -83,9 +83,17 @@ class TrainingStage(ChangingStages):
             "base_model": [encoder.name, encoder.revision],
             "stopped_early": result.stopped_early,
             "contamination": contamination_entry(self),
+            "lengths": self._lengths(encoder.model),
             "checkpoint": result.checkpoint.name,
             **({} if result.best is None else {"best": {"step": result.best[0], "score": result.best[1]}}),
         }
+
+    def _lengths(self, model: SentenceTransformer) -> dict[str, Any]:
+        """How much of a text the training and the model read, and what the training cut off."""
+        from nearfield.encoders.lengths import longest_input
+
+        tokens = self._tokens()
+        return {"training": tokens.max_length, "model": longest_input(model), **tokens.cut.to_json()}
 
     def _feed(self, encoder: LoadedEncoder) -> Feed:
         """What the items and examples of the store are to this encoder and the recipe's objective."""
@@ -173,6 +181,7 @@ class TrainingStage(ChangingStages):
             "learning rate": f"{recipe.training.learning_rate:g}, {recipe.training.schedule.kind}",
             "precision": result.precision,
             "seed": recipe.seed,
+            "length": self._say_lengths(encoder.model),
         }
         return model_card(
             recipe.name,
@@ -182,6 +191,17 @@ class TrainingStage(ChangingStages):
             contamination_lines(self),
             shipped_files(encoder.model),
         )
+
+    def _say_lengths(self, model: SentenceTransformer) -> str:
+        from nearfield.encoders.lengths import longest_input
+
+        tokens, limit = self._tokens(), longest_input(model)
+        whole = "all tokens" if limit is None else f"at most {limit:,} tokens"
+        if tokens.max_length is None or not tokens.cut.cut:
+            read = "nothing was cut in training"
+        else:
+            read = f"in training {tokens.cut.say(tokens.max_length)}"
+        return f"the model reads {whole} of a text; {read}"
 
     def check_can_train(self) -> None:
         """Refuse what this rank could never train with its launcher, devices and libraries."""

@@ -73,6 +73,9 @@ class TrainingConfig(Config):
     epochs: Annotated[int, Field(ge=1)] = 1
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many steps; null runs all epochs."""
+    max_length: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
+    """Longest input in tokens that is read in training, special tokens and prompt included: longer texts are cut. The model's
+    own length (``encoder.max_length``) stays what it is; null reads as much as the model does."""
     learning_rate: Positive = 2e-5
     optimizer: OptimizerConfig = AdamWConfig()
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0

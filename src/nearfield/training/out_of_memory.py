@@ -41,8 +41,8 @@ def halve_budget(budget: Budget, step: int) -> Budget:
     if smaller is None:
         raise BadInputError(
             f"memory ran out in step {step + 1} with {budget.micro_batch_tokens} tokens at a time, and less is no use",
-            where="encoder.max_length",
-            hint="Lower encoder.max_length, use gradient checkpointing, an adapter, or more devices with fsdp2 or zero3.",
+            where="training.max_length",
+            hint="Lower training.max_length, use gradient checkpointing, an adapter, or more devices with fsdp2 or zero3.",
         )
     logger.warning(
         "Memory ran out in step %d: %d tokens at a time from now on (was %d)",
