@@ -159,6 +159,9 @@ def test_an_evaluation_counts_what_the_model_does_not_read(tiny_model: Path, toy
         shorten(loaded.model, SHORT)
         found = evaluate(loaded, suite, tmp_path / out, cache=tmp_path / "vectors")
         counts.append(read_manifest(found.results_dir)[0]["tasks"]["Toy"]["texts_cut"])
+        [notice] = found.notices["Toy"]
+        assert notice.code == "texts-cut"
+        assert f"{counts[-1]['cut']} of {counts[-1]['texts']} texts" in notice.what
     assert counts[0] == counts[1]
     assert 0 < counts[0]["cut"] < counts[0]["texts"]
     assert 0 < counts[0]["lost"] < counts[0]["tokens"]

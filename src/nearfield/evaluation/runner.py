@@ -19,6 +19,7 @@ from mteb.results import TaskResult
 
 from nearfield.data.tokens import CutTexts
 from nearfield.encoders import LoadedEncoder
+from nearfield.encoders.lengths import longest_input
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.evaluation.axes import Axes
 from nearfield.evaluation.columns import read_columns_whole
@@ -332,6 +333,9 @@ class _Run:
             )
         if model_result.exceptions:
             raise RuntimeError(model_result.exceptions[0].exception)
+        limit = None if encoder is None else longest_input(encoder.model)
+        if encoder is not None and limit is not None and encoder.cut.cut:
+            self.said.say(Notice("texts-cut", encoder.cut.say(limit)), suite_task.name)
         result = model_result.task_results[0]
         recorder.finish(result.scores)
         main_scores = {

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path
+from nearfield.notices import Notice, say
 from nearfield.pipeline.mining import MiningStages
 
 if TYPE_CHECKING:
     from nearfield.batching.plan import Lengths
     from nearfield.data.tokens import Rows
-
-logger = logging.getLogger("nearfield.pipeline")
 
 
 class PreparingStages(MiningStages):
@@ -83,7 +81,7 @@ class PreparingStages(MiningStages):
             cut=tokenizer,
         )
         if cache.cut.cut and cache.max_length is not None:
-            logger.warning("In training %s", cache.cut.say(cache.max_length))
+            say(Notice("texts-cut", f"in training {cache.cut.say(cache.max_length)}"))
         return {"tokens": sum(int(table.offsets[-1]) for table in cache.tables)}
 
     def plan(self) -> dict[str, Any]:
