@@ -260,8 +260,3 @@ def joined_with_base(folder: Path, base: str) -> Iterator[Path]:
         repair_dora(joined)
         write_json(joined / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": base, "revision": None})
         yield joined
-
-
-def saved_name(parameter: str) -> str:
-    """The name that a transformer's parameter has in weights files, whether an adapter or a plain model names it."""
-    return parameter.replace(".base_layer.", ".").replace(".default.", ".").replace(f"{_MAGNITUDE}.weight", _MAGNITUDE)

@@ -22,7 +22,7 @@ from nearfield.encoders.adapters import (
     record_base,
     save_adapter,
 )
-from nearfield.encoders.checks import check_folder, check_weights, load_error
+from nearfield.encoders.checks import check_folder, load_error
 from nearfield.encoders.config import EncoderConfig
 from nearfield.encoders.domains import add_bottleneck, add_prefix, has_bottlenecks, saved_alone, weights_hash
 from nearfield.encoders.gguf import gguf_file, load_gguf
@@ -106,56 +106,47 @@ def load_encoder(
     dtype: Dtype = "float32",
     base: str | None = None,
     quantize: str = "none",
+    recipe: EncoderConfig | None = None,
 ) -> LoadedEncoder:
-    """Load a model by folder or hub id.
+    """Load a dense embedding model by folder or hub id.
 
     The folder of an adapter alone is loaded on its base: ``base`` if given, else the one it names. ``quantize`` holds the
-    transformer in 4 or 8 bits (CUDA). Raises :class:`BadInputError` when it is no model, is damaged, or cannot be
-    fetched.
+    transformer in 4 or 8 bits (CUDA). ``recipe`` says what a training that begins from the model replaces of it. Raises
+    :class:`BadInputError` when it is no such model, is damaged or incomplete, or cannot be fetched.
     """
     source = locate(name_or_path, revision)
     folder = Path(source.path)
-    stands_on, base_path, gguf = None, None, gguf_file(folder)
+    base_path, stands_on, gguf = None, None, gguf_file(folder)
     if folder.is_dir() and gguf is None:
         check_folder(folder)
         stands_on = adapter_base(folder)
     if stands_on is not None:
         base_path = _find_base(stands_on, folder, base)
-        found = weights_hash(base_path)
-        if stands_on.weights not in (None, found):
-            raise BadInputError(
-                f"the weights of {base_path} are not those that this adapter was trained on (hash {found}, wanted "
-                f"{stands_on.weights})",
-                where=str(folder),
-            )
+        _check_base_weights(stands_on, base_path, folder)
     if source.note:
         logger.info(source.note)
     kwargs: dict[str, Any] = {"dtype": dtype}
     if quantize != "none":
         kwargs |= quantization_settings(quantize, _device_type(device))
-    from sentence_transformers import SentenceTransformer
-
     from nearfield.encoders.direction import check_claimed_direction
-    from nearfield.encoders.one_tower import own_processors, read_in_a_row
+    from nearfield.encoders.families import check_family, reader_of
+    from nearfield.encoders.one_tower import read_in_a_row
     from nearfield.encoders.one_tower_checks import check_one_tower
+    from nearfield.encoders.weights import check_weights, embedding_trial, recorded_loading
 
+    notices: tuple[Notice, ...] = ()
     try:
         with (
             quiet_transformers(),
-            own_processors(),
             contextlib.nullcontext(source.path) if base_path is None else joined_with_base(folder, base_path) as path,
+            recorded_loading() as loading,
         ):
             if gguf is not None:
                 model = load_gguf(gguf, device, kwargs)
             else:
-                model = SentenceTransformer._load_with_module_classes(
-                    str(path),
-                    own_modules(),
-                    revision=None if folder.is_dir() else revision,
-                    device=device,
-                    trust_remote_code=trust_remote_code,
-                    model_kwargs=kwargs,
-                )
+                read = reader_of(str(path), None if folder.is_dir() else revision)
+                notices += check_family(read, name_or_path, recipe)
+                model = _open(str(path), None if folder.is_dir() else revision, device, trust_remote_code, kwargs)
     except BadInputError:
         raise
     except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
@@ -167,15 +158,42 @@ def load_encoder(
     if gguf is not None or not _knows_its_inputs(folder, revision):
         read_plain_texts(model)
         read_in_a_row(model)
+    if recipe is None or recipe.fresh is None:
+        check_weights(loading, embedding_trial(model), name_or_path)
     check_claimed_direction(model, name_or_path)
     check_one_tower(model, name_or_path)
-    if folder.is_dir() and gguf is None:
-        check_weights(folder, model, None if base_path is None else Path(base_path))
-        return LoadedEncoder(model, source.name, source.revision, source.path, source.note)
-    if gguf is not None:
-        return LoadedEncoder(model, source.name, source.revision, source.path, source.note)
-    commit = getattr(model[0].config, "_commit_hash", None) if hasattr(model[0], "config") else None
-    return LoadedEncoder(model, source.name, commit or source.revision, source.path, source.note)
+    commit = None
+    if not folder.is_dir() and gguf is None and hasattr(model[0], "config"):
+        commit = getattr(model[0].config, "_commit_hash", None)
+    return LoadedEncoder(model, source.name, commit or source.revision, source.path, source.note, notices)
+
+
+def _open(
+    path: str, revision: str | None, device: str | None, trust_remote_code: bool, kwargs: dict[str, Any]
+) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
+
+    from nearfield.encoders.one_tower import own_processors
+
+    with own_processors():
+        return SentenceTransformer._load_with_module_classes(
+            path,
+            own_modules(),
+            revision=revision,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            model_kwargs=kwargs,
+        )
+
+
+def _check_base_weights(stands_on: AdapterBase, base_path: str, folder: Path) -> None:
+    found = weights_hash(base_path)
+    if stands_on.weights not in (None, found):
+        raise BadInputError(
+            f"the weights of {base_path} are not those that this adapter was trained on (hash {found}, wanted "
+            f"{stands_on.weights})",
+            where=str(folder),
+        )
 
 
 def _knows_its_inputs(folder: Path, revision: str | None) -> bool:
@@ -282,7 +300,7 @@ def build_encoder(
     """
     quantize = config.adapter.quantize if config.adapter else "none"
     loaded = load_encoder(
-        config.model, config.revision, device, config.trust_remote_code, dtype=dtype, quantize=quantize
+        config.model, config.revision, device, config.trust_remote_code, dtype=dtype, quantize=quantize, recipe=config
     )
     model = loaded.model
     from nearfield.encoders.one_tower_checks import check_verified

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nearfield.data.pictures import pillow
 from nearfield.encoders.one_tower import FAMILIES, Size, family_of, row_features, row_ids
 from nearfield.encoders.packing import embed, evaluating, rounding
+from nearfield.encoders.weights import leads_to
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -54,18 +55,13 @@ def unused_parameters(model: SentenceTransformer) -> list[nn.Parameter]:
     They are those that the graph of an embedding does not lead to; no gradient is computed.
     """
     with torch.enable_grad(), torch.random.fork_rng(), evaluating(model):
-        ends: list[Any] = [embed(model, _trial(model, [(3, 0)])).grad_fn]
-    seen: set[Any] = set()
-    used: set[int] = set()
-    while ends:
-        node = ends.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            used.add(id(node.variable))
-        ends += [before for before, _ in node.next_functions]
+        used = leads_to([trial_embedding(model)])
     return [each for each in model.parameters() if each.requires_grad and id(each) not in used]
+
+
+def trial_embedding(model: SentenceTransformer) -> Tensor:
+    """(1, d) the embedding of one item with a text and a picture."""
+    return embed(model, _trial(model, [(3, 0)]))
 
 
 _TRIAL_SIZES: tuple[Size, ...] = ((112, 14), (14, 112), (70, 14))

@@ -141,11 +141,15 @@ def _processor(size: int) -> Any:
 
 def _trained_tower(config: ImageTowerConfig, dtype: str) -> Any:
     from nearfield.encoders.build import locate
+    from nearfield.encoders.weights import check_weights, recorded_loading
 
     assert config.model is not None
     source = locate(config.model, config.revision)
     try:
-        return _module(source.path, config, revision=config.revision, dtype=dtype)
+        with recorded_loading() as loading:
+            tower = _module(source.path, config, revision=config.revision, dtype=dtype)
+        check_weights(loading, lambda: [_seen(tower)], config.model)
+        return tower
     except BadInputError:
         raise
     except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
@@ -183,20 +187,26 @@ _KWARGS = ("model_kwargs", "processor_kwargs", "config_kwargs")
 def _width(tower: nn.Module) -> int:
     """The width of what a tower gives for one picture, by trial."""
     with torch.no_grad():
-        output = tower.eval()(tower.preprocess([_blank()]))[tower.module_output_name]  # type: ignore[operator]
+        output = _seen(tower)
     if output is None:
         raise BadInputError("this vision model has no pooling of its own", where=f"{_WHERE}.pooling", hint="Use mean.")
     return int(output.shape[-1])
 
 
-def _blank() -> Image:
+def _seen(tower: nn.Module) -> Any:
+    """What a tower gives for one picture."""
+    return tower.eval()(tower.preprocess([blank_picture()]))[tower.module_output_name]  # type: ignore[operator]
+
+
+def blank_picture() -> Image:
+    """A small picture of one colour, to try models out with."""
     blank: Image = pillow().new("RGB", (64, 64), (128, 160, 192))
     return blank
 
 
 def image_tokens(model: SentenceTransformer) -> int:
     """As how many tokens a picture counts: its patches. All pictures are brought to one size."""
-    pixels = model.preprocess([_blank()])["pixel_values"]
+    pixels = model.preprocess([blank_picture()])["pixel_values"]
     if pixels.dim() == 3:
         return int(pixels.shape[1])
     sides = [int(side) // _patch(model) for side in pixels.shape[-2:]]
@@ -263,7 +273,7 @@ def freeze_unused(model: SentenceTransformer) -> None:
     modes = [(part, part.training) for part in tower.modules()]
     tower.eval()
     with torch.enable_grad():
-        embedding = model(image_features(model, [_blank()], model.device))["sentence_embedding"]
+        embedding = model(image_features(model, [blank_picture()], model.device))["sentence_embedding"]
         gradients: Sequence[Tensor | None] = torch.autograd.grad(embedding.sum(), trained, allow_unused=True)
     for part, mode in modes:
         part.training = mode

@@ -173,15 +173,19 @@ class CrossEncoderScorer(PairScorer):
         from sentence_transformers import CrossEncoder
         from torch import nn
 
+        from nearfield.encoders.build import quiet_transformers
+        from nearfield.encoders.weights import check_weights, pair_trial, recorded_loading
+
         self.retriever, self.texts = retriever, texts
         try:
-            self.model = CrossEncoder(
-                config.model,
-                revision=config.revision,
-                device=device,
-                max_length=config.max_length,
-                trust_remote_code=config.trust_remote_code,
-            )
+            with quiet_transformers(), recorded_loading() as loading:
+                self.model = CrossEncoder(
+                    config.model,
+                    revision=config.revision,
+                    device=device,
+                    max_length=config.max_length,
+                    trust_remote_code=config.trust_remote_code,
+                )
         except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise BadInputError(f"the cross-encoder cannot be loaded: {reason}", where=config.model) from error
@@ -189,6 +193,8 @@ class CrossEncoderScorer(PairScorer):
             raise BadInputError(
                 f"this cross-encoder gives {self.model.num_labels} numbers a pair; one is wanted", where=config.model
             )
+        # sentence-transformers gives a model without a head for pairs one of random weights.
+        check_weights(loading, pair_trial(self.model), config.model)
         self.activation = nn.Sigmoid() if config.scale == "sigmoid" else nn.Identity()
 
     def search(self, depth: int, excluded: RowLists) -> Neighbours:

@@ -1,0 +1,112 @@
+"""Models of other families are no dense embedding models, whatever sentence-transformers makes of their folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nearfield.encoders import EncoderConfig, load_encoder
+from nearfield.encoders.build import build_encoder
+from nearfield.encoders.text_encoder import TextEncoder
+from nearfield.errors import BadInputError
+from nearfield.evaluation.models import open_model
+
+FAMILIES = {
+    "splade": "sparse",
+    "inference-free": "sparse",
+    "colbert": "multi-vector",
+    "pylate": "multi-vector",
+    "pylate-untyped": "multi-vector",
+    "stanford": "multi-vector",
+    "cross": "cross-encoder",
+    "reranker": "cross-encoder",
+}
+
+
+def edit(file: Path, change: Callable[[dict[str, object]], object]) -> None:
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+@pytest.fixture(scope="module")
+def zoo(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a folder of each kind, as the libraries save them."""
+    from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
+    from sentence_transformers.base.modules import Router
+    from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
+    from transformers import AutoConfig, BertForMaskedLM, BertForSequenceClassification
+
+    root = tmp_path_factory.mktemp("families")
+    for name, kind, settings in (
+        ("mlm", BertForMaskedLM, {}),
+        ("reranker", BertForSequenceClassification, {"num_labels": 1}),
+    ):
+        shutil.copytree(tiny_model, root / name)
+        kind(AutoConfig.from_pretrained(tiny_model, **settings)).save_pretrained(root / name)
+    sparse = SparseEncoder(str(root / "mlm"), device="cpu")
+    sparse.save_pretrained(str(root / "splade"))
+    router = Router.for_query_document([SparseStaticEmbedding(sparse.tokenizer, frozen=False)], list(sparse))
+    SparseEncoder(modules=[router], device="cpu").save_pretrained(str(root / "inference-free"))
+    MultiVectorEncoder(str(tiny_model), device="cpu").save_pretrained(str(root / "colbert"))
+    CrossEncoder(str(root / "reranker"), device="cpu").save_pretrained(str(root / "cross"))
+    SentenceTransformer(str(tiny_model), device="cpu").save_pretrained(str(root / "dense"))
+    for name in ("pylate", "pylate-untyped"):
+        shutil.copytree(root / "dense", root / name)
+        types = ["sentence_transformers.models.Transformer", "pylate.models.Dense.Dense"]
+        modules = [{"idx": i, "name": str(i), "path": ["", "1_Dense"][i], "type": t} for i, t in enumerate(types)]
+        (root / name / "modules.json").write_text(json.dumps(modules))
+        own = {"model_type": "ColBERT"} if name == "pylate" else {"similarity_fn_name": "MaxSim"}
+        edit(root / name / "config_sentence_transformers.json", lambda data, own=own: data.update(own))  # type: ignore[misc]
+    shutil.copytree(tiny_model, root / "stanford")
+    edit(root / "stanford" / "config.json", lambda data: data.update(architectures=["HF_ColBERT"]))
+    return root
+
+
+@pytest.mark.parametrize(("name", "family"), FAMILIES.items())
+def test_another_family_is_refused(zoo: Path, name: str, family: str) -> None:
+    folder = str(zoo / name)
+    for use in (
+        lambda: load_encoder(folder, device="cpu"),
+        lambda: open_model(folder, name=None, device="cpu", batch_tokens=None),
+        lambda: TextEncoder.load(folder, device="cpu"),
+        lambda: build_encoder(EncoderConfig(model=folder), "cpu"),
+    ):
+        with pytest.raises(BadInputError, match=f"{family}.*not a dense embedding model") as error:
+            use()
+        assert error.value.where == folder
+        assert "encoder.pooling" in str(error.value.hint) or family == "cross-encoder"
+
+
+@pytest.mark.parametrize("name", ["splade", "inference-free", "colbert", "cross"])
+def test_it_is_told_from_its_modules_too(zoo: Path, tmp_path: Path, name: str) -> None:
+    """Earlier versions wrote no type of the whole model."""
+    folder = Path(shutil.copytree(zoo / name, tmp_path / name))
+    edit(folder / "config_sentence_transformers.json", lambda data: data.pop("model_type"))
+    with pytest.raises(BadInputError, match="not a dense embedding model"):
+        load_encoder(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["splade", "colbert", "pylate", "stanford", "cross", "reranker"])
+def test_a_training_may_begin_from_it_where_the_recipe_says_how(zoo: Path, name: str) -> None:
+    loaded = build_encoder(EncoderConfig(model=str(zoo / name), pooling="cls"), "cpu")
+    assert loaded.model[1].pooling_mode == "cls"
+    assert [notice.code for notice in loaded.notices] == ["other-family"]
+
+
+def test_a_masked_language_model_is_a_base_and_says_so(zoo: Path) -> None:
+    assumed = build_encoder(EncoderConfig(model=str(zoo / "mlm")), "cpu")
+    assert [notice.code for notice in assumed.notices] == ["pooling-assumed"]
+    assert "BertForMaskedLM" in assumed.notices[0].what
+    scored = open_model(str(zoo / "mlm"), name=None, device="cpu", batch_tokens=None)
+    assert [notice.code for notice in scored.notices] == ["pooling-assumed"]
+    assert not build_encoder(EncoderConfig(model=str(zoo / "mlm"), pooling="mean"), "cpu").notices
+
+
+def test_dense_models_load_without_a_word(zoo: Path, tiny_model: Path) -> None:
+    for folder in (zoo / "dense", tiny_model):
+        assert not load_encoder(str(folder), device="cpu").notices
