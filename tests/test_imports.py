@@ -26,7 +26,7 @@ FLOORS = [
     ["encoders"],
     ["data"],
     ["config", "shipped"],
-    ["console", "randomness", "provenance"],
+    ["console", "randomness", "provenance", "yaml12"],
     ["notices"],
     ["files", "optional"],
     ["errors"],

@@ -19,6 +19,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
+from nearfield import yaml12
 from nearfield.errors import BadInputError
 
 KeyPath = tuple[str | int, ...]
@@ -79,7 +80,7 @@ _COLLECTION_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
-def _construct(node: yaml.Node, key: KeyPath, path: Path, origins: dict[KeyPath, str], loader: yaml.SafeLoader) -> Any:
+def _construct(node: yaml.Node, key: KeyPath, path: Path, origins: dict[KeyPath, str], loader: yaml12.Loader) -> Any:
     where = f"{path}:{node.start_mark.line + 1}"
     if key:
         origins[key] = where
@@ -124,7 +125,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
             f"this file is not UTF-8 text ({error.reason} at byte {error.start})", where=str(path)
         ) from error
     origins: dict[KeyPath, str] = {}
-    loader = yaml.SafeLoader(text) if _printable(text, path) else None
+    loader = yaml12.Loader(text) if _printable(text, path) else None
     assert loader is not None
     try:
         node = loader.get_single_node()
@@ -158,7 +159,7 @@ def apply_override(data: dict[str, Any], override: str, origins: dict[KeyPath, s
     if not separator or not name:
         raise BadInputError(f"the override {override!r} is not of the form key.path=value", where="command line")
     try:
-        value = yaml.safe_load(text)
+        value = yaml12.load(text)
     except yaml.YAMLError as error:
         raise BadInputError(
             f"the value of the override {override!r} is not valid YAML", where="command line"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,3 +116,26 @@ def test_model_loads_in_plain_sentence_transformers(toy_recipe: Path, tmp_path: 
     for file in (folder / "model").rglob("*"):
         if file.suffix in (".json", ".md"):
             assert str(tmp_path) not in file.read_text(), f"{file.name} holds a path of this machine"
+
+
+SHAPES: list[Any] = [
+    [],
+    3,
+    {"stages": []},
+    {"stages": {"train": 3}},
+    {"stages": {"data": None}},
+    {"recipe": 3},
+    {"recipe": {"path": 3}},
+    {"recipe": {"overrides": "a=b"}},
+    {"recipe": {"overrides": [3]}},
+]
+
+
+@pytest.mark.parametrize("manifest", SHAPES, ids=json.dumps)
+def test_manifests_of_another_shape(toy_recipe: Path, tmp_path: Path, manifest: Any) -> None:
+    folder = tmp_path / "run"
+    open_run(toy_recipe, [], folder).begin()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadInputError, match="this manifest is not one of a run") as error:
+        run_stages(open_run(folder), "plan")
+    assert error.value.hint == "Delete it to run all stages again."

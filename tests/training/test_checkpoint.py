@@ -325,7 +325,8 @@ def test_a_changed_state_leaves_a_whole_checkpoint_at_every_moment(
     found = newest_checkpoint(tmp_path)
     assert found is not None
     tokens = 256 if crash == "never" else 512
-    assert found.state == {"version": 2, "step": 1, "micro_batch_tokens": tokens, "name": "ü"}
+    files = ["model.safetensors", "optimizer.safetensors"]
+    assert found.state == {"version": 2, "step": 1, "micro_batch_tokens": tokens, "name": "ü", "files": files}
     # And again, from whatever was left.
     for smaller in (128, 64):
         amend_state(path, {"micro_batch_tokens": smaller})
@@ -401,3 +402,35 @@ def test_a_tensor_that_would_only_broadcast_is_refused() -> None:
 
 def test_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "none") is None
+
+
+def test_a_file_that_is_gone_with_its_checksum_is_missed(tmp_path: Path) -> None:
+    """Otherwise a run with a queue, or with negatives that change, would go on with an empty one."""
+    writer = CheckpointWriter(tmp_path, 2, background=False, writes=True)
+    path = writer.save(1, [], [], {}, [("queue.pushed", torch.tensor([3]))])
+    (path / "extra.safetensors").unlink()
+    sums = json.loads((path / "checksums.json").read_text())
+    del sums["extra.safetensors"]
+    (path / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(BadInputError, match="missing") as error:
+        open_checkpoint(path)
+    assert str(error.value.where).endswith("extra.safetensors")
+
+
+@pytest.mark.parametrize("sums", [[], 3, None, {"state.json": 3}, {"state.json": "abc"}, {"model.safetensors": {}}])
+def test_checksums_of_another_shape(tmp_path: Path, sums: Any) -> None:
+    path = save(tmp_path, 1, make())
+    (path / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(BadInputError, match="none of the checkpoints can be used"):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("state", [[], 3, None, "text", {}, {"version": 2}, {"version": 2, "step": "1"}])
+def test_states_of_another_shape(tmp_path: Path, state: Any) -> None:
+    path = save(tmp_path, 1, make())
+    (path / "state.json").write_text(json.dumps(state))
+    sums = json.loads((path / "checksums.json").read_text())
+    sums["state.json"] = [hash_file(path / "state.json")]
+    (path / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(BadInputError, match="none of the checkpoints can be used"):
+        newest_checkpoint(tmp_path)

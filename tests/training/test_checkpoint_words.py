@@ -54,7 +54,8 @@ def test_the_folder(tmp_path: Path) -> None:
     path = saved(tmp_path / "checkpoints")
     assert path == tmp_path / "checkpoints" / "step-00000007"
     assert sorted(file.name for file in path.iterdir()) == FILES
-    assert json.loads((path / "state.json").read_text()) == {"version": 2, "step": 7, "fingerprint": "f"}
+    state = {"version": 2, "step": 7, "fingerprint": "f", "files": ["model.safetensors", "optimizer.safetensors"]}
+    assert json.loads((path / "state.json").read_text()) == state
     assert json.loads((path / "checksums.json").read_text()) == {name: [hash_file(path / name)] for name in FILES[1:]}
     assert sorted(load_file(path / "model.safetensors")) == ["0.bias", "0.weight", "1.bias", "1.weight"]
     assert sorted(load_file(path / "optimizer.safetensors")) == sorted(
@@ -63,9 +64,7 @@ def test_the_folder(tmp_path: Path) -> None:
         for name in ("weight", "bias")
         for key in ("exp_avg", "exp_avg_sq", "step")
     )
-    assert newest_checkpoint(tmp_path / "checkpoints") == Checkpoint(
-        path, 7, {"version": 2, "step": 7, "fingerprint": "f"}
-    )
+    assert newest_checkpoint(tmp_path / "checkpoints") == Checkpoint(path, 7, state)
 
 
 def test_what_is_no_checkpoint_is_not_listed(tmp_path: Path) -> None:
@@ -91,7 +90,7 @@ def test_words_for_a_file_that_is_missing_or_changed(tmp_path: Path, name: str) 
 def test_words_for_checksums_that_are_none(tmp_path: Path) -> None:
     path = saved(tmp_path)
     (path / "checksums.json").write_text('["model.safetensors"]')
-    assert reason(tmp_path) == f"{path / 'model.safetensors'}: this file of the checkpoint does not have its checksum"
+    assert reason(tmp_path) == f"{path / 'checksums.json'}: this list of checksums gives no list for each file"
     (path / "checksums.json").write_text("{")
     assert "list of checksums" in reason(tmp_path)
 

@@ -14,11 +14,13 @@ from nearfield.training import metrics
 from nearfield.training.metrics import TrainingProgress, read_metrics
 
 
-def test_reading_stops_at_a_torn_line(tmp_path: Path) -> None:
+def test_a_line_that_cannot_be_read_takes_no_other_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n', encoding="utf-8")
-    assert read_metrics(path) == [{"step": 1}]
+    bad = [b'{"st', b"null", b"[1]", b'"step"', b'{"loss": 1.0}', b'{"step": "2"}', b"\xff\xfe", b"[" * 100_000]
+    path.write_bytes(b'{"step": 1}\n' + b"\n".join(bad) + b'\n\n{"step": 3}\n{"step": 4, "lo')
+    assert read_metrics(path) == [{"step": 1}, {"step": 3}]
+    assert f"{len(bad) + 1} lines of {path} cannot be read and are left out" in caplog.messages
 
 
 @pytest.fixture()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, NearfieldError
 from nearfield.training.metrics import read_metrics
 from nearfield.training.tracker_configs import TensorBoardConfig, TrackerConfig, WandbConfig
 from nearfield.training.trackers import JsonLines, Trackers
@@ -140,3 +140,44 @@ def test_without_wandb_there_is_one_line_of_help(tmp_path: Path, monkeypatch: py
     with pytest.raises(BadInputError, match="not installed") as error:
         open_trackers(tmp_path, WandbConfig(project="tests"))
     assert error.value.hint == "pip install 'nearfield[wandb]'"
+
+
+class BrokenTracker:
+    """Takes one step, then fails."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def log(self, step: int, figures: Any) -> None:
+        if self.seen:
+            raise OSError(28, "No space left on device")
+        self.seen.append(step)
+
+    def close(self, *, failed: bool) -> None:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_tracker_that_fails_is_given_up_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int
+) -> None:
+    trackers, broken = open_trackers(tmp_path), BrokenTracker()
+    trackers._others.append(broken)
+    with trackers:
+        for step in range(1, steps + 1):
+            trackers.step(line(step))
+    assert broken.seen == [1]
+    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, steps + 1))
+    said = [message for message in caplog.messages if "BrokenTracker failed and gets no more figures" in message]
+    assert len(said) == 1 and "No space left" in said[0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a thing of Linux")
+def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with (
+        pytest.raises(NearfieldError, match="could not be written: No space left on device") as error,
+        open_trackers(tmp_path) as trackers,
+    ):
+        trackers.step(line(1))
+    assert error.value.hint is not None and "goes on from the last checkpoint" in error.value.hint

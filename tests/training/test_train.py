@@ -120,9 +120,13 @@ def test_what_a_run_leaves_behind(go: Go, inputs: TrainingInputs, tmp_path: Path
     ]
     for step in (4, 6):
         saved = json.loads((tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
+        assert 0 < saved.pop("seconds") <= result.seconds
+        assert saved.pop("loss") == {line["step"]: line["loss"] for line in lines}[step]
         assert saved == {
             "version": 2,
             "step": step,
+            "examples": 4 * step,
+            "files": ["model.safetensors", "optimizer.safetensors"],
             "fingerprint": "f",
             "plans": ["a", "b"],
             "seed": 5,
@@ -141,11 +145,11 @@ def test_what_a_run_leaves_behind(go: Go, inputs: TrainingInputs, tmp_path: Path
 
 
 def test_seconds_are_those_of_the_steps(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that moves by one at each look: one look before the steps, two in each, one after."""
+    """A clock that moves by one at each look: one look before the steps, two in each, one at the checkpoint, one after."""
     ticks = iter(range(100, 1000))
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     result = go(max_steps=3)
-    assert result.seconds == 7.0
+    assert result.seconds == 8.0
     assert [line["seconds"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1.0, 1.0, 1.0]
 
 
@@ -274,10 +278,12 @@ def test_a_stop_says_where_it_goes_on(
     assert error.value.hint == "The same command goes on from this checkpoint."
     result = go()
     assert "Resuming from step 2 of 6" in caplog.messages
-    assert (result.steps, result.resumed_from, result.examples) == (6, 2, 16)
+    assert (result.steps, result.resumed_from, result.examples) == (6, 2, 24), "of the run, not of this call"
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     again = go()
-    assert (again.resumed_from, again.examples, again.last_loss) == (6, 0, None)
+    assert again.resumed_from == 6
+    assert (again.examples, again.last_loss) == (24, result.last_loss)
+    assert again.seconds >= result.seconds
 
 
 def test_a_stop_at_the_last_step_is_the_end(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:

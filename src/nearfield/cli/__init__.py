@@ -5,9 +5,17 @@ Nothing heavy (pydantic, torch, mteb) is imported before a command runs, so that
 
 from __future__ import annotations
 
+import errno
 import sys
 
 from nearfield.errors import EXIT_FAULT, NearfieldError
+
+_NO_ROOM = {
+    errno.ENOSPC: "Make room, then run the same command again: what was whole is kept.",
+    errno.EDQUOT: "Make room below the quota, then run the same command again: what was whole is kept.",
+    errno.EROFS: "Name a place that can be written to.",
+    errno.EACCES: "Name a place that can be read and written, or change its rights.",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,4 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"nearfield: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
+        sys.exit(EXIT_FAULT)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"nearfield: {place}{error.strerror}\n  -> {_NO_ROOM[error.errno]}", file=sys.stderr)
         sys.exit(EXIT_FAULT)

@@ -7,8 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from nearfield import yaml12
 from nearfield.data.guess import FRACTIONS, Guess
 from nearfield.files import write_text
 from nearfield.shipped import refuse, target_in
@@ -33,10 +32,7 @@ def write_project(guess: Guess, folder: Path, force: bool = False) -> Project:
     files[f"eval/suites/{name}.yaml"] = suite(name)
     recipe = f"training/recipes/{name}.yaml"
     files[recipe] = training_recipe(guess)
-    texts = {
-        file: _HEAD + yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110)
-        for file, value in files.items()
-    }
+    texts = {file: _HEAD + yaml12.dump(value, width=110) for file, value in files.items()}
     differ = [
         file
         for file, text in texts.items()

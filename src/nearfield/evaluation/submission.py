@@ -18,6 +18,7 @@ from mteb.models.model_meta import ModelMeta
 from mteb.results import TaskResult
 from pydantic import ValidationError
 
+from nearfield import yaml12
 from nearfield.errors import BadInputError
 from nearfield.evaluation.local import LOCAL, parts_of
 from nearfield.evaluation.manifest import MANIFEST, failed_tasks, read_manifest
@@ -126,7 +127,7 @@ def read_meta(path: Path, facts: Path | None, model: Path | None = None) -> Mode
         value["n_parameters"] = parameters(model)
     if facts is not None:
         try:
-            stated = yaml.safe_load(facts.read_text(encoding="utf-8"))
+            stated = yaml12.load(facts.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             raise BadInputError("these facts cannot be read", where=str(facts)) from error
         if not isinstance(stated, dict):

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from nearfield import yaml12
 from nearfield.analysis import rankability
 from nearfield.analysis.association import weat
 from nearfield.analysis.run import Analysis, analyse
@@ -113,7 +114,7 @@ SIDES = ("first", "second", "a", "b")
 def read_associations(path: Path) -> list[dict[str, Any]]:
     """Tests of a YAML file: a list of ``name``, ``first``, ``second``, ``a``, ``b`` and, for SEAT, ``templates`` with ``{}``."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml12.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadInputError(f"these associations cannot be read ({error})", where=str(path)) from error
     if not isinstance(value, list) or not value:

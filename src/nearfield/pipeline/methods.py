@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from nearfield import yaml12
 from nearfield.errors import BadInputError
-from nearfield.files import read_json
-from nearfield.pipeline.run import MANIFEST
+from nearfield.files import canonical_json
+from nearfield.pipeline.run import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
     from nearfield.evaluation.methods import Method
@@ -71,7 +72,7 @@ def find_method(argument: str, runs: Path, label: str | None = None) -> Method:
 def _recipe_of(run: Path) -> dict[str, Any]:
     file = run / "recipe.yaml"
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+        value = yaml12.load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise BadInputError("the recipe of this run cannot be read", where=str(file)) from error
     if not isinstance(value, dict):
@@ -81,12 +82,11 @@ def _recipe_of(run: Path) -> dict[str, Any]:
 
 def _method_of(recipe: dict[str, Any]) -> str:
     kept = {key: value for key, value in recipe.items() if key not in ("seed", "name")}
-    return yaml.safe_dump(kept, sort_keys=True)
+    return canonical_json(kept)
 
 
 def _results_of(run: Path) -> Path | None:
     """The results of the trained model; None where the run has not come so far."""
-    manifest = read_json(run / MANIFEST, "manifest")
-    results = manifest.get("stages", {}).get("evaluate", {}).get("results", {}) if isinstance(manifest, dict) else {}
-    folder = run / str(results["after"]) if "after" in results else None
+    results = read_manifest(run).get("stages", {}).get("evaluate", {}).get("results", {})
+    folder = run / str(results["after"]) if isinstance(results, dict) and "after" in results else None
     return folder if folder is not None and folder.is_dir() else None

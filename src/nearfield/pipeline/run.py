@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from nearfield import yaml12
 from nearfield.config import Loaded
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json, write_text
@@ -86,21 +85,13 @@ class Run:
 
     def manifest(self) -> dict[str, Any]:
         """The manifest, empty for a new run."""
-        path = self.folder / MANIFEST
-        if not path.is_file():
-            return {}
-        manifest = read_json(path, "manifest")
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("stages", {}), dict):
-            raise BadInputError(
-                "this manifest is not one of a run", where=str(path), hint="Delete it to run all stages again."
-            )
-        return manifest
+        return read_manifest(self.folder)
 
     def begin(self) -> None:
         """Write the resolved recipe and the head of the manifest."""
         manifest = self.manifest()
         recipe = self.recipe.model_dump(mode="json")
-        write_text(self.folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        write_text(self.folder / "recipe.yaml", yaml12.dump(recipe))
         head = {
             "name": self.recipe.name,
             "created": manifest.get("created", now()),
@@ -125,7 +116,7 @@ class Run:
     def finish(self, stage: str, entry: dict[str, Any]) -> None:
         """Write in the manifest that a stage is done."""
         manifest = self.manifest()
-        manifest["stages"][stage] = {**entry, "finished": now()}
+        manifest.setdefault("stages", {})[stage] = {**entry, "finished": now()}
         write_json(self.folder / MANIFEST, manifest)
 
     @contextlib.contextmanager
@@ -150,6 +141,24 @@ class Run:
         (self.folder / LOCK).write_text(json.dumps(owner), encoding="utf-8")
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run's folder, empty where there is none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    manifest = read_json(path, "manifest")
+    parts = [manifest.get(key, {}) for key in ("stages", "recipe")] if isinstance(manifest, dict) else [None]
+    stages, recipe = parts[0], parts[-1]
+    whole = isinstance(stages, dict) and all(isinstance(entry, dict) for entry in stages.values())
+    named = isinstance(recipe, dict) and isinstance(recipe.get("path", ""), str)
+    overrides = recipe.get("overrides", []) if isinstance(recipe, dict) else None
+    if not (whole and named and isinstance(overrides, list) and all(isinstance(one, str) for one in overrides)):
+        raise BadInputError(
+            "this manifest is not one of a run", where=str(path), hint="Delete it to run all stages again."
+        )
+    return dict(manifest)
+
+
 def open_run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), folder: str | Path | None = None) -> Run:
     """The run of a recipe file; its folder is ``runs/NAME`` under the current directory unless another is given.
 
@@ -165,7 +174,7 @@ def open_run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), folder:
         if not (recipe / "recipe.yaml").is_file():
             raise BadInputError("this folder is no run (it has no recipe.yaml)", where=str(recipe))
         folder = recipe if folder is None else folder
-        source = read_json(recipe / MANIFEST, "manifest").get("recipe", {}) if (recipe / MANIFEST).is_file() else {}
+        source = read_manifest(recipe).get("recipe", {})
         original, stage = Path(source.get("path", "")), source.get("stage")
         if original.is_file():
             overrides = [*source.get("overrides", []), *overrides]

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from nearfield.encoders.build import LoadedEncoder, build_encoder, load_encoder, save_encoder
-from nearfield.errors import NearfieldError
+from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, write_json
 from nearfield.notices import in_file
 from nearfield.pipeline.artifacts import Artifacts
@@ -92,7 +92,13 @@ class ScoringStages(Artifacts):
         """Intervals for each model and paired differences to the base model."""
         from nearfield.evaluation import compare
 
-        folders = self.run.record("evaluate")["results"]
+        folders = self.run.record("evaluate").get("results")
+        if not isinstance(folders, dict) or not folders:
+            raise BadInputError(
+                "this manifest does not say where the results are",
+                where=str(self.run.folder / "manifest.json"),
+                hint="Delete it to run all stages again.",
+            )
         baseline = "before" if "before" in folders else next(iter(folders))
         labels = sorted(folders, key=lambda label: (label != baseline, list(folders).index(label)))
         comparison = compare(

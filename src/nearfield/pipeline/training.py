@@ -262,9 +262,10 @@ class TrainingStage(ChangingStages):
         if not paths or not (paths[-1] / "state.json").is_file():
             return
         try:
-            old = read_json(paths[-1] / "state.json", "checkpoint state").get("fingerprint")
+            state = read_json(paths[-1] / "state.json", "checkpoint state")
         except BadInputError:
             return
+        old = state.get("fingerprint") if isinstance(state, dict) else None
         if isinstance(old, str) and old != self.fingerprints["train"]:
             set_aside(folder, f"checkpoints-{old[:8]}")
             logger.warning(

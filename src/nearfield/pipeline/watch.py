@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from nearfield import yaml12
 from nearfield.errors import BadInputError
 from nearfield.pipeline.run import LOCK, MANIFEST
 from nearfield.training.metrics import EVALUATIONS, METRICS
@@ -171,7 +172,7 @@ class Watcher:
 
     def _recipe(self) -> dict[str, Any]:
         try:
-            return _mapping(yaml.safe_load((self.folder / "recipe.yaml").read_text(encoding="utf-8")))
+            return _mapping(yaml12.load((self.folder / "recipe.yaml").read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             return {}
 

@@ -157,7 +157,9 @@ def write_checkpoint(
             save_file(optimizer, aside / "optimizer.safetensors")
             if extra:
                 save_file(extra, aside / _EXTRA)
-            write_json(aside / "state.json", {"version": VERSION, "step": step, **state})
+            # The state names its files: one that is gone, and whose checksum is gone too, is missed all the same.
+            files = [file.name for file in sorted(aside.iterdir())]
+            write_json(aside / "state.json", {"version": VERSION, "step": step, **state, "files": files})
             sums = {file.name: [hash_file(file)] for file in sorted(aside.iterdir())}
             write_json(aside / "checksums.json", sums)
     except (OSError, SafetensorError) as error:
@@ -189,7 +191,7 @@ def amend_state(checkpoint: Path, changes: Mapping[str, Any]) -> None:
     """
     state = {**read_json(checkpoint / "state.json", "checkpoint state"), **changes}
     text = json.dumps(state, indent=2, ensure_ascii=False, default=str) + "\n"
-    sums = read_json(checkpoint / "checksums.json", "list of checksums")
+    sums: dict[str, list[str]] = read_json(checkpoint / "checksums.json", "list of checksums")
     with atomic_path(checkpoint / "state.json") as aside:
         aside.write_text(text, encoding="utf-8")
         sums["state.json"] = [*sums["state.json"], hash_file(aside)]
@@ -206,17 +208,26 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 def open_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint, if it is whole."""
     sums = read_json(path / "checksums.json", "list of checksums")
-    extra = (_EXTRA,) if isinstance(sums, dict) and _EXTRA in sums else ()
-    for name in (*_TENSORS, *extra, "state.json"):
-        file = path / name
-        if not file.is_file():
-            raise BadInputError("this file of the checkpoint is missing", where=str(file))
-        if not isinstance(sums, dict) or hash_file(file) not in sums.get(name, []):
-            raise BadInputError("this file of the checkpoint does not have its checksum", where=str(file))
+    if not isinstance(sums, dict) or not all(isinstance(known, list) for known in sums.values()):
+        raise BadInputError("this list of checksums gives no list for each file", where=str(path / "checksums.json"))
+    _check_file(path / "state.json", sums)
     state = read_json(path / "state.json", "checkpoint state")
-    if state.get("version") != VERSION:
-        raise BadInputError(f"this checkpoint has version {state.get('version')}; {VERSION} is wanted", where=str(path))
-    return Checkpoint(path, int(state["step"]), state)
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        version = state.get("version") if isinstance(state, dict) else None
+        raise BadInputError(f"this checkpoint has version {version}; {VERSION} is wanted", where=str(path))
+    if type(state.get("step")) is not int:
+        raise BadInputError("this checkpoint does not say its step", where=str(path / "state.json"))
+    named = state.get("files", [])
+    for name in dict.fromkeys([*_TENSORS, *(named if isinstance(named, list) else []), *({_EXTRA} & sums.keys())]):
+        _check_file(path / name, sums)
+    return Checkpoint(path, state["step"], state)
+
+
+def _check_file(file: Path, sums: Mapping[str, list[str]]) -> None:
+    if not file.is_file():
+        raise BadInputError("this file of the checkpoint is missing", where=str(file))
+    if hash_file(file) not in sums.get(file.name, []):
+        raise BadInputError("this file of the checkpoint does not have its checksum", where=str(file))
 
 
 def newest_checkpoint(folder: Path, accept: Callable[[Checkpoint], None] | None = None) -> Checkpoint | None:

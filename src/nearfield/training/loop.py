@@ -8,7 +8,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -50,10 +50,11 @@ class TrainingResult:
     """Steps done."""
     resumed_from: int
     examples: int
-    """Examples of the steps that this call ran."""
+    """Examples of all steps, those before a resume counted."""
     last_loss: float | None
+    """The loss of the last step; None where no step was made."""
     seconds: float
-    """Seconds of the steps that this call ran."""
+    """Seconds of all steps, those before a resume counted."""
     device: str
     precision: str
     backend: str
@@ -164,9 +165,16 @@ def _train(
     )
     writer.newest = None if saved is None else first
 
+    def told() -> dict[str, Any]:
+        """The figures of the run so far."""
+        seconds = before["seconds"]
+        if start is not None:
+            seconds += time.monotonic() - start - evaluations.seconds - negatives.seconds
+        return {"examples": examples, "seconds": seconds, "loss": loss_value}
+
     def save(step: int) -> Path:
         state = {**identity, "world_size": launch.world_size, "backend": backend.name, **budget.to_json()}
-        state |= {**evaluations.saved(), **negatives.saved()}
+        state |= {**evaluations.saved(), **negatives.saved(), **told()}
         writer.protected = evaluations.protected()
         queued = () if engine.queue is None else engine.queue.tensors()
         extra = itertools.chain(negatives.tensors(), queued)
@@ -205,11 +213,15 @@ def _train(
             except InterruptedEvaluationError:
                 leave(done)
 
+    before = {"examples": 0, "seconds": 0.0, "loss": None} | {
+        key: saved[key] for key in ("examples", "seconds", "loss") if saved is not None and key in saved
+    }
+    examples, loss_value, start = int(before["examples"]), before["loss"], None
     if not engine.retries_in_place and not checkpoint_paths(checkpoints):
         # Memory that runs out ends the ranks: the smaller budget needs a checkpoint to live in.
         save(first)
     factors = [group.get("factor", 1.0) for group in backend.optimizer.param_groups]
-    examples, loss_value, start = 0, None, time.monotonic()
+    start = time.monotonic()
     trackers = Trackers(
         config.trackers,
         run,
@@ -286,9 +298,9 @@ def _train(
             if wanted or done % config.checkpoints.every_steps == 0 or done == steps:
                 save(done)
             writer.check()
-        seconds = time.monotonic() - start - evaluations.seconds - negatives.seconds
+        seconds = told()["seconds"]
         writer.wait()
-    end_forecast(outlook, engine, run, first=first, steps=done, seconds=seconds)
+    end_forecast(outlook, engine, run, first=first, steps=done, seconds=seconds - before["seconds"])
     best = evaluations.state
     return TrainingResult(
         done,

@@ -23,14 +23,29 @@ EVALUATIONS = "evaluations.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of either file, empty where there is none; a last line that a kill cut off is left out."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
+    """The lines of either file, empty where there is none; those that cannot be read are left out and their number is said.
+
+    A kill may cut off the last line.
+    """
+    return parse_metrics(path.read_bytes(), path) if path.is_file() else []
+
+
+def parse_metrics(data: bytes, path: Path) -> list[dict[str, Any]]:
+    """The same of the bytes of a file."""
+    lines, unread = [], 0
+    for text in data.split(b"\n"):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
+        else:
+            unread += 1
+    if unread:
+        logger.warning("%d lines of %s cannot be read and are left out", unread, path)
     return lines
 
 

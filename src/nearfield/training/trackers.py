@@ -7,12 +7,12 @@ import json
 import logging
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, read_json, write_json
 from nearfield.training.metrics import EVALUATIONS, METRICS, read_metrics
 
@@ -47,22 +47,36 @@ class JsonLines:
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= last_step]
         if kept or path.is_file():
-            with atomic_path(path) as aside:
+            with self._writing(), atomic_path(path) as aside:
                 aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file: IO[str] | None = None
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise NearfieldError(
+                f"this file could not be written: {error.strerror}",
+                where=str(self.path),
+                hint="Make room, or give the right to write there; then the same command goes on from the last checkpoint.",
+            ) from error
+
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line; it is there for others at once."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with self._writing():
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("a", encoding="utf-8")
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            # What could not be flushed was told when it was written.
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
 
@@ -167,8 +181,8 @@ class Trackers:
         if not self._writes:
             return
         with contextlib.ExitStack() as stack:
-            for tracker in self._others:
-                stack.callback(tracker.close, failed=kind is not None)
+            for tracker in list(self._others):
+                stack.callback(self._or_drop, tracker, lambda one: one.close(failed=kind is not None))
             stack.callback(self._evaluations.close)
             stack.callback(self._metrics.close)
 
@@ -186,5 +200,16 @@ class Trackers:
 
     def _tell(self, step: int, figures: Mapping[str, float | None]) -> None:
         known = {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
-        for tracker in self._others:
-            tracker.log(step, known)
+        for tracker in list(self._others):
+            self._or_drop(tracker, lambda one: one.log(step, known))
+
+    def _or_drop(self, tracker: Tracker, use: Callable[[Tracker], None]) -> None:
+        """A tracker that fails (a full disk, a server that is gone) is given up and said, and the training goes on."""
+        try:
+            use(tracker)
+        except Exception as error:
+            self._others.remove(tracker)
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            logger.warning(
+                "%s failed and gets no more figures (%s); %s has them all", type(tracker).__name__, reason[0], METRICS
+            )
