@@ -74,20 +74,27 @@ def train(
     *,
     until: str | None = None,
     restart: bool = False,
+    strict: bool = False,
 ) -> RunResult:
-    """Run all stages of a recipe that are missing or stale, up to ``until``."""
-    return run_stages(open_run(recipe, overrides, run), until, restart=restart)
+    """Run all stages of a recipe that are missing or stale, up to ``until``; ``strict`` makes errors of its notices."""
+    return run_stages(open_run(recipe, overrides, run), until, restart=restart, strict=strict)
 
 
-def dry_run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), run: str | Path | None = None) -> DryRun | None:
+def dry_run(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] = (),
+    run: str | Path | None = None,
+    *,
+    strict: bool = False,
+) -> DryRun | None:
     """Say what a recipe's run will take and what is wrong with it; train nothing.
 
-    Data, tokens and plan are built if they are missing. Under a launcher all ranks call this, and the first alone gets
+    Data, tokens and plan are built if they are missing. With ``strict`` its notices block the run, as they would end it. Under a launcher all ranks call this, and the first alone gets
     the result.
     """
     from nearfield.pipeline.dry_run import dry_run as run_dry
 
-    return run_dry(open_run(recipe, overrides, run))
+    return run_dry(open_run(recipe, overrides, run), strict=strict)
 
 
 def report(run: str | Path, out: str | Path | None = None) -> ReportResult:

@@ -1,8 +1,8 @@
 """Notices: facts that a user must know of a run or a score, which do not stop it.
 
 A notice is said where the user looks: in the log, the manifest, the report, the model card and beside the scores. With
-``--strict`` a notice is an error. The part that finds it returns it, or calls :func:`say` where nobody takes what it returns;
-the pipeline, the evaluation and the command line tell it.
+``--strict`` a notice is an error, unless it is minor. The part that finds it returns it, or calls :func:`say` where nobody
+takes what it returns; the pipeline, the evaluation and the command line tell it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ class Notice:
     hint: str | None = None
     blocks: bool = False
     """Whether the run would not start, or would surely fail."""
+    minor: bool = False
+    """Whether ``--strict`` lets it pass: a matter of course, such as a last batch that is not full."""
+
+    @property
+    def sentence(self) -> str:
+        """The fact and what to do about it, for a log."""
+        return f"{self.what} ({self.hint})" if self.hint else self.what
 
     @classmethod
     def of(cls, error: BadInputError) -> Notice:
@@ -35,17 +42,32 @@ class Notice:
 
     def to_json(self) -> dict[str, Any]:
         """The notice as manifests and results keep it."""
-        return {"code": self.code, "what": self.what, "hint": self.hint}
+        return {
+            "code": self.code,
+            "what": self.what,
+            "hint": self.hint,
+            **({"blocks": True} if self.blocks else {}),
+            **({"minor": True} if self.minor else {}),
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Notice:
         """A notice that :meth:`to_json` wrote."""
-        return cls(str(data["code"]), str(data["what"]), data.get("hint"))
+        marks = {name: bool(data.get(name, False)) for name in ("blocks", "minor")}
+        return cls(str(data["code"]), str(data["what"]), data.get("hint"), **marks)
+
+
+def stop_on_blocking(notices: Iterable[Notice], where: str | None = None) -> None:
+    """Raise :class:`BadInputError` that lists the notices of what would surely fail, if there are any."""
+    found = [notice for notice in dict.fromkeys(notices) if notice.blocks]
+    if found:
+        hints = [notice.hint for notice in found if notice.hint]
+        raise BadInputError("; ".join(notice.what for notice in found), where=where, hint=" ".join(hints) or None)
 
 
 def refuse(notices: Iterable[Notice], where: str | None = None) -> None:
-    """Raise :class:`BadInputError` that lists the notices, if there are any: what ``--strict`` does."""
-    found = list(dict.fromkeys(notices))
+    """Raise :class:`BadInputError` that lists the notices, if any is not minor: what ``--strict`` does."""
+    found = [notice for notice in dict.fromkeys(notices) if not notice.minor]
     if found:
         hints = [notice.hint for notice in found if notice.hint]
         raise BadInputError(
@@ -114,8 +136,7 @@ def say(notice: Notice, of: str | None = None) -> None:
 
 
 def _log(notice: Notice, of: str) -> None:
-    words = f"{of}: {notice.what}" if of else notice.what
-    logger.warning("%s", f"{words} ({notice.hint})" if notice.hint else words)
+    logger.warning("%s", f"{of}: {notice.sentence}" if of else notice.sentence)
 
 
 def in_file(notices: Iterable[Notice]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import nearfield
-from nearfield.pipeline import complaints
+from nearfield.training.forecast_notices import Machine, forecast_notices
 from tests.cli.command import run
 
 
@@ -61,37 +61,37 @@ def test_it_goes_with_no_other_option(toy_recipe: Path, tmp_path: Path, capsys: 
     assert "--dry-run goes with none of" in capsys.readouterr().err
 
 
-def test_complaints_of_data_batches_and_settings(toy_recipe: Path, tmp_path: Path) -> None:
+def test_notices_of_data_batches_and_settings(toy_recipe: Path, tmp_path: Path) -> None:
     settings = ["encoder.max_length=8", "batches.drop_last=false", "training.schedule.warmup=500"]
     text = toy_recipe.read_text().replace("  max_steps: 12\n", "  max_steps: 5000\n")
     toy_recipe.write_text(text + "prompts: {fallback: {query: 'Query:'}}\n")
     found = nearfield.dry_run(toy_recipe, settings, tmp_path / "run")
     assert found is not None
     assert found.would_start
-    said = "\n".join(complaint.what for complaint in found.complaints)
+    said = "\n".join(notice.what for notice in found.notices)
     assert "are cut at 8 tokens" in said
     assert "batches have fewer than 16 examples" in said
     assert "the warm-up of 500 steps is as long as the run" in said
     assert "max_steps is 5,000" in said
-    assert not any(complaint.blocks for complaint in found.complaints)
+    assert not any(notice.blocks for notice in found.notices)
 
 
 def test_too_little_disk_and_memory_block(toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nearfield.training import machine, memory
+    from nearfield.training import forecast_notices, memory
 
-    monkeypatch.setattr(machine, "free_disk", lambda folder: 10)
+    monkeypatch.setattr(forecast_notices, "free_disk", lambda folder: 10)
     found = nearfield.dry_run(toy_recipe, run=tmp_path / "disk")
     assert found is not None
     assert not found.would_start
-    assert found.complaints[0].blocks
-    assert "on the disk, and" in found.complaints[0].what
+    assert found.notices[0].blocks
+    assert "on the disk, and" in found.notices[0].what
     monkeypatch.undo()
     monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
     found = nearfield.dry_run(toy_recipe, run=tmp_path / "memory")
     assert found is not None
     assert not found.would_start
     assert found.trial_steps == 0
-    assert "more memory on each device" in found.complaints[0].what
+    assert "more memory on each device" in found.notices[0].what
 
 
 def test_missing_data_of_the_suite_blocks(toy_recipe: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_missing_data_of_the_suite_blocks(toy_recipe: Path, tmp_path: Path) -> N
     toy_recipe.write_text(toy_recipe.read_text() + f"evaluation: {{suite: {suite}}}\n")
     found = nearfield.dry_run(toy_recipe, run=tmp_path / "run")
     assert found is not None
-    assert [c.what for c in found.complaints if c.blocks] == [
+    assert [c.what for c in found.notices if c.blocks] == [
         f"{suite}: the data of a task is missing: {tmp_path / 'nowhere'}"
     ]
 
@@ -112,10 +112,10 @@ def test_what_a_forecast_makes_of_a_machine(toy_recipe: Path, tmp_path: Path) ->
     assert found is not None
     assert found.forecast is not None
     zero = dataclasses.replace(found.forecast, backend="zero2", reductions=7, reduced_a_step=7_000_000)
-    facts = {"disk_needed": 1, "disk_free": 2, "gpus": 0, "local_processes": 1}
-    [warned] = complaints.forecast_complaints(zero, facts)
+    machine = Machine(checkpoints=1, disk_needed=1, disk_free=2, gpus=0, processes=1)
+    [warned] = forecast_notices(zero, machine)
     assert "once a chunk, up to 7 times a step: 7 MB" in warned.what
-    [unused] = complaints.forecast_complaints(found.forecast, {**facts, "gpus": 2})
+    [unused] = forecast_notices(found.forecast, dataclasses.replace(machine, gpus=2))
     assert "a GPU is here" in unused.what
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nearfield.pipeline.dry_run import DryRun
     from nearfield.training.forecast import Forecast
+    from nearfield.training.forecast_notices import Machine
 
 
 def show_dry_run(result: DryRun) -> None:
-    """Print the forecast as a table, then the complaints, what blocks first; of several trainings, one after the other."""
+    """Print the forecast as a table, then the notices, what blocks first; of several trainings, one after the other."""
     for earlier in result.before:
         show_dry_run(earlier)
     from rich.table import Table
@@ -32,16 +33,14 @@ def show_dry_run(result: DryRun) -> None:
         console.print(table)
     else:
         console.print(Text(f"devices: {'; '.join(result.devices)}"))
-    for complaint in result.complaints:
-        word, style = ("blocks", "bold red") if complaint.blocks else ("note", "yellow")
-        console.print(Text.assemble((f"{word}: ", style), complaint.what))
-        if complaint.hint:
-            console.print(Text(f"  -> {complaint.hint}"))
-    free = say_bytes(result.disk_free)
+    for notice in result.notices:
+        word, style = ("blocks", "bold red") if notice.blocks else ("note", "yellow")
+        console.print(Text.assemble((f"{word}: ", style), notice.what))
+        if notice.hint:
+            console.print(Text(f"  -> {notice.hint}"))
+    free = "" if result.machine is None else f" {say_bytes(result.machine.disk_free)} of disk are free."
     console.print(
-        f"The run would start; nothing was trained. {free} of disk are free."
-        if result.would_start
-        else "The run would not start.",
+        f"The run would start; nothing was trained.{free}" if result.would_start else "The run would not start.",
         markup=False,
         highlight=False,
     )
@@ -69,5 +68,11 @@ def _lines(forecast: Forecast, result: DryRun) -> list[tuple[str, str]]:
         ("memory", f"{say_bytes(forecast.memory.peak)} at the peak, on each process: {', '.join(parts)}"),
         ("available", f"{say_bytes(forecast.available)} beside what is held" if forecast.available else "not known"),
         ("time", f"{say_seconds(forecast.seconds)} for the steps ({basis}); evaluation and export come on top"),
-        ("disk", f"{say_bytes(result.disk_needed)}: {result.checkpoints} checkpoints of {each}, and the model"),
+        *(() if result.machine is None else (("disk", _disk(result.machine, each)),)),
     ]
+
+
+def _disk(machine: Machine, each: str) -> str:
+    from nearfield.training.forecast import say_bytes
+
+    return f"{say_bytes(machine.disk_needed)}: {machine.checkpoints} checkpoints of {each}, and the model"

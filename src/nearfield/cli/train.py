@@ -26,6 +26,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint; an error if there is none.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Make errors of what a user should know, before the training begins.")
+    ] = False,
     dry: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what the run will take and what is wrong with it; train nothing."),
@@ -51,13 +54,13 @@ def train(
 
         if until is not None or restart or resume:
             raise BadInputError("--dry-run goes with none of --until, --restart, --resume")
-        found = dry_run(opened, on_stage=announce_stage)
+        found = dry_run(opened, on_stage=announce_stage, strict=strict)
         if found is not None:
             show_dry_run(found)
             if not found.would_start:
                 raise typer.Exit(EXIT_BAD_INPUT)
         return
-    result = run_stages(opened, until, restart=restart, resume=resume, on_stage=announce_stage)
+    result = run_stages(opened, until, restart=restart, resume=resume, on_stage=announce_stage, strict=strict)
     if not Launch.from_environment().is_main:
         return
     console = stdout_console()

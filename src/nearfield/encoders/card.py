@@ -78,12 +78,13 @@ def model_card(
     facts: Mapping[str, object],
     contamination: Sequence[str] = (),
     remote_code: Sequence[str] = (),
+    notices: Sequence[str] = (),
 ) -> str:
     """Markdown with the front matter that the hub reads.
 
     ``origin`` says what the weights were before. ``prompts`` are source -> role -> text, ``facts`` short statements of the training, ``contamination``
     lines that say what the training texts share with benchmarks; ``remote_code`` names the files in the folder that
-    sentence-transformers must run to load the model.
+    sentence-transformers must run to load the model; ``notices`` are what a user must know of the training.
     """
     tags = ["sentence-transformers", "feature-extraction", "sentence-similarity", "nearfield"]
     front: dict[str, object] = {
@@ -119,6 +120,7 @@ def model_card(
         "",
         *(f"- {key}: {value}" for key, value in facts.items()),
         "",
+        *(("## Notices", "", *(f"- {notice}" for notice in notices), "") if notices else ()),
         *(("## Benchmark texts in the training data", "", *contamination, "") if contamination else ()),
         "## Prompts",
         "",

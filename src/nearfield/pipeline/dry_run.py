@@ -12,16 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from nearfield.errors import BadInputError
 from nearfield.files import write_json
-from nearfield.pipeline.complaints import (
-    Complaint,
-    batch_complaints,
-    data_complaints,
-    forecast_complaints,
-    prompt_complaints,
-    setting_complaints,
-    suite_complaints,
-    token_complaints,
-)
+from nearfield.notices import Notice
+from nearfield.pipeline.notices import plan_notices, suite_notices
 from nearfield.pipeline.run import Run
 from nearfield.pipeline.stages import Stages, run_stages, tell_training
 from nearfield.training.launch import Launch
@@ -30,6 +22,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from nearfield.training.forecast import Forecast
+    from nearfield.training.forecast_notices import Machine
     from nearfield.training.inputs import TrainingInputs
 
 logger = logging.getLogger("nearfield.pipeline")
@@ -48,12 +41,8 @@ class DryRun:
     """None where the run would not start."""
     trial_steps: int
     devices: tuple[str, ...]
-    checkpoints: int
-    """The most checkpoints that are on the disk at a time."""
-    disk_needed: int
-    """Bytes of these and of the saved model."""
-    disk_free: int
-    complaints: tuple[Complaint, ...]
+    machine: Machine | None
+    notices: tuple[Notice, ...]
     """What blocks first."""
     stage: str | None = None
     """The name of this training, where the recipe has several in a row."""
@@ -63,18 +52,22 @@ class DryRun:
     @property
     def would_start(self) -> bool:
         """Whether nothing blocks the run."""
-        own = not any(complaint.blocks for complaint in self.complaints)
+        own = not any(notice.blocks for notice in self.notices)
         return own and all(earlier.would_start for earlier in self.before)
 
 
 def dry_run(
-    run: Run, *, on_stage: Callable[[str, str], None] | None = None, trial_seconds: float = TRIAL_SECONDS
+    run: Run,
+    *,
+    on_stage: Callable[[str, str], None] | None = None,
+    trial_seconds: float = TRIAL_SECONDS,
+    strict: bool = False,
 ) -> DryRun | None:
     """Build data, tokens and plan if they are missing, measure a few steps on them, and look for all that is wrong.
 
     Nothing is trained: weights that steps were measured on are thrown away. The forecast is kept in the run's folder,
     where the run compares it with what it really takes. Under a launcher all ranks call this, and rank 0 alone gets the
-    result.
+    result. With ``strict`` the notices that would end a strict run block it.
 
     Of several trainings in a row each is looked at; where the model that one starts from does not exist yet, the one that
     the first starts from stands in for it, so what depends on its weights (mining) is made anew when it is trained.
@@ -86,16 +79,16 @@ def dry_run(
         if one.stage is not None and on_stage is not None:
             told = partial(tell_training, on_stage, one.stage)
         alone = replace(one.preview(), before=())
-        result = _dry_run(alone, told, trial_seconds, launch.within(f"dry/{one.stage}"))
+        result = _dry_run(alone, told, trial_seconds, launch.within(f"dry/{one.stage}"), strict)
         if result is not None:
             found.append(replace(result, stage=one.stage))
     return replace(found[-1], before=tuple(found[:-1])) if found else None
 
 
 def _dry_run(
-    run: Run, on_stage: Callable[[str, str], None] | None, trial_seconds: float, launch: Launch
+    run: Run, on_stage: Callable[[str, str], None] | None, trial_seconds: float, launch: Launch, strict: bool
 ) -> DryRun | None:
-    blocked: list[Complaint] = []
+    blocked: list[Notice] = []
     built: list[str] = []
     reached = True
 
@@ -104,7 +97,7 @@ def _dry_run(
         try:
             built.extend(run_stages(run, "plan", on_stage=on_stage, launch=Launch()).ran)
         except BadInputError as error:
-            blocked.append(Complaint.of(error))
+            blocked.append(Notice.of(error))
         return json.dumps(not blocked)
 
     def verify(word: str) -> None:
@@ -114,22 +107,32 @@ def _dry_run(
     launch.prepare(prepare, verify)
     reached = reached and not blocked
     stages = Stages(run, launch)
-    forecast, steps = None, 0
+    measured = None
     if reached:
         try:
-            forecast, steps, found = _measure(stages, trial_seconds)
-            blocked += found
+            measured = _measure(stages, trial_seconds)
         except BadInputError as error:
             if not launch.is_main:
                 return None
-            blocked.append(Complaint.of(error))
+            blocked.append(Notice.of(error))
     if not launch.is_main:
         return None
-    return _result(stages, built, forecast, steps, blocked, reached)
+    return _result(stages, built, measured, blocked, planned=reached, strict=strict)
 
 
-def _measure(stages: Stages, trial_seconds: float) -> tuple[Forecast, int, list[Complaint]]:
-    """The forecast, the steps it rests on, and what was found; *collective*."""
+@dataclass(frozen=True)
+class _Measured:
+    """What came of putting the model on its devices and of a few steps."""
+
+    forecast: Forecast
+    steps: int
+    """Steps that were tried."""
+    encoder: tuple[Notice, ...]
+    trial: tuple[Notice, ...]
+
+
+def _measure(stages: Stages, trial_seconds: float) -> _Measured:
+    """Put the model on its devices and try a few steps; *collective*."""
     import torch
 
     from nearfield.training.inputs import TrainingInputs
@@ -149,12 +152,12 @@ def _measure(stages: Stages, trial_seconds: float) -> tuple[Forecast, int, list[
     )
     with torch.random.fork_rng(), launch.process_group(device, recipe.training.collective_timeout):
         forecast, steps, found = _try_out(stages, encoder.model, inputs, device, trial_seconds)
-    return forecast, steps, found
+    return _Measured(forecast, steps, encoder.notices, tuple(found))
 
 
 def _try_out(
     stages: Stages, model: SentenceTransformer, inputs: TrainingInputs, device: Any, trial_seconds: float
-) -> tuple[Forecast, int, list[Complaint]]:
+) -> tuple[Forecast, int, list[Notice]]:
     from nearfield.training.costs import plan_costs
     from nearfield.training.forecast import FILE, held_bytes, load_trackers, predict
     from nearfield.training.memory import choose_budget, measure_profile
@@ -175,7 +178,7 @@ def _try_out(
     fingerprint = stages.fingerprints["train"]
     forecast = predict(config, engine, plans, planned, budget, profile, fingerprint=fingerprint, held=held)
     growth = forecast.memory.peak - held
-    found: list[Complaint] = _long_model(stages, model, profile.forward_seconds) if launch.is_main else []
+    found: list[Notice] = _long_model(stages, model, profile.forward_seconds) if launch.is_main else []
     if forecast.available and growth > forecast.available:
         return forecast, 0, found  # trying it would end this process, perhaps others too
     trial = run_trial(
@@ -191,17 +194,26 @@ def _try_out(
         limit_seconds=trial_seconds,
     )
     if trial.out_of_memory:
-        found.append(Complaint("a step ran out of memory; the run would go on with fewer tokens at a time"))
+        found.append(
+            Notice("trial-out-of-memory", "a step ran out of memory; the run would go on with fewer tokens at a time")
+        )
     if not trial.finite:
-        found.append(Complaint("a loss or gradient of a trial step is not a finite number", blocks=True))
+        found.append(
+            Notice("trial-not-finite", "a loss or gradient of a trial step is not a finite number", blocks=True)
+        )
     if trial.forecast.measured != "steps":
-        found.append(Complaint(f"the time is that of single chunks: whole steps would take over {trial_seconds:.0f} s"))
+        found.append(
+            Notice(
+                "time-of-chunks",
+                f"the time is that of single chunks: whole steps would take over {trial_seconds:.0f} s",
+            )
+        )
     if launch.is_main:
         write_json(stages.run.folder / FILE, trial.forecast.to_json())
     return trial.forecast, trial.steps, found
 
 
-def _long_model(stages: Stages, model: SentenceTransformer, token_seconds: float) -> list[Complaint]:
+def _long_model(stages: Stages, model: SentenceTransformer, token_seconds: float) -> list[Notice]:
     """What scoring takes where the model reads long texts."""
     from nearfield.evaluation.suite import open_suite
     from nearfield.pipeline.long_models import say_long_model
@@ -215,45 +227,52 @@ def _long_model(stages: Stages, model: SentenceTransformer, token_seconds: float
     models = 1 + (evaluation is not None and evaluation.before)
     typical = (cut.tokens - cut.lost) / max(1, cut.texts)
     said = say_long_model(model, tasks, models, token_seconds, typical)
-    return [] if said is None else [Complaint(said, "Lower encoder.max_length where shorter texts are enough.")]
+    return (
+        [] if said is None else [Notice("long-model", said, "Lower encoder.max_length where shorter texts are enough.")]
+    )
 
 
 def _result(
     stages: Stages,
     built: list[str],
-    forecast: Forecast | None,
-    steps: int,
-    blocked: list[Complaint],
-    reached: bool,
+    measured: _Measured | None,
+    blocked: list[Notice],
+    *,
+    planned: bool,
+    strict: bool,
 ) -> DryRun:
     import torch
 
     from nearfield.training.checkpoint import checkpoint_paths
-    from nearfield.training.machine import free_disk, local_processes
+    from nearfield.training.forecast_notices import Machine, count_gpus, forecast_notices
 
-    training = stages.recipe.training
-    complaints = list(blocked)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    kept = training.checkpoints.keep_last + 1 + int(training.evaluation is not None)
-    needed, free = 0, free_disk(stages.run.folder)
-    if reached:
+    training, folder = stages.recipe.training, stages.run.folder
+    lasting: list[Notice] = []
+    """What the training itself will say too."""
+    passing = list(blocked)
+    machine = None
+    if planned:
         plans, _ = stages._plans()
-        complaints += [*data_complaints(stages), *prompt_complaints(stages), *token_complaints(stages)]
-        complaints += batch_complaints(stages, plans)
-        complaints += setting_complaints(stages, min(sum(map(len, plans)), training.max_steps or 2**62))
-    if forecast is not None:
-        count = min(kept, -(-forecast.steps // training.checkpoints.every_steps) + 1)
-        needed = forecast.checkpoint_bytes * count + forecast.parameters * 4
-        there = checkpoint_paths(stages.run.folder / "checkpoints")
+        lasting += plan_notices(stages, plans)
+    if measured is not None:
+        machine = Machine.of(measured.forecast, training, folder)
+        lasting += [*measured.encoder, *forecast_notices(measured.forecast, machine)]
+        passing += measured.trial
+        there = checkpoint_paths(folder / "checkpoints")
         if there:
-            complaints.append(Complaint(f"a training is under way here: it would go on from {there[-1].name}"))
-        facts = {"disk_needed": needed, "disk_free": free, "gpus": gpus, "local_processes": local_processes()}
-        complaints += forecast_complaints(forecast, facts)
-        kept = count
-    complaints += suite_complaints(stages)
-    names = [torch.cuda.get_device_name(i) for i in range(gpus)]
-    devices = [f"CPU, {torch.get_num_threads()} threads a process", *names]
-    complaints.sort(key=lambda complaint: not complaint.blocks)
+            found = f"a training is under way here: it would go on from {there[-1].name}"
+            passing.append(Notice("training-under-way", found))
+    lasting += suite_notices(stages)
+    if strict:
+        lasting = [replace(notice, blocks=notice.blocks or not notice.minor) for notice in lasting]
+    notices = sorted(dict.fromkeys([*passing, *lasting]), key=lambda notice: not notice.blocks)
+    names = [torch.cuda.get_device_name(i) for i in range(count_gpus())]
     return DryRun(
-        stages.run.folder, tuple(built), forecast, steps, tuple(devices), kept, needed, free, tuple(complaints)
+        folder,
+        tuple(built),
+        None if measured is None else measured.forecast,
+        0 if measured is None else measured.steps,
+        (f"CPU, {torch.get_num_threads()} threads a process", *names),
+        machine,
+        tuple(notices),
     )

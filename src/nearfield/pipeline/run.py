@@ -18,6 +18,7 @@ from nearfield import yaml12
 from nearfield.config import Loaded
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json, write_text
+from nearfield.notices import Notice, from_file, in_file
 from nearfield.provenance import device, now, versions
 from nearfield.recipe import CheckedRecipe, Recipe, check_recipe, load_recipe, stage_recipes
 
@@ -105,6 +106,7 @@ class Run:
             "versions": versions(),
             "device": device(),
             "stages": manifest.get("stages", {}),
+            "notices": manifest.get("notices", []),
         }
         write_json(self.folder / MANIFEST, head)
 
@@ -118,6 +120,15 @@ class Run:
         manifest = self.manifest()
         manifest.setdefault("stages", {})[stage] = {**entry, "finished": now()}
         write_json(self.folder / MANIFEST, manifest)
+
+    @property
+    def notices(self) -> list[Notice]:
+        """What the manifest says that users of this training must know."""
+        return list(from_file(self.manifest().get("notices")))
+
+    def keep_notices(self, notices: Sequence[Notice]) -> None:
+        """Write in the manifest what users of this training must know, in place of what it said of that."""
+        write_json(self.folder / MANIFEST, {**self.manifest(), "notices": in_file(notices)})
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from nearfield.notices import refuse
 from nearfield.pipeline.during import prepare_training_suite
 from nearfield.pipeline.freshness import STAGES, Freshness
 from nearfield.pipeline.mining import Engine
@@ -60,6 +61,7 @@ def run_stages(
     on_stage: Callable[[str, str], None] | None = None,
     launch: Launch | None = None,
     engine: Engine = "local",
+    strict: bool = False,
 ) -> RunResult:
     """Run what is missing or stale of a run, after that of the trainings before it, each from the model of the one before.
 
@@ -70,7 +72,8 @@ def run_stages(
     ``on_stage`` is told each stage (``training/part`` of those before) and ``done`` or ``running``.
 
     Under a launcher all ranks call this. ``launch`` stands in for what the launcher's environment says. ``engine`` encodes
-    and searches for the stages that mine.
+    and searches for the stages that mine. ``strict`` makes errors of notices of the training, before it begins where they
+    can be found then.
     """
     launch = launch or Launch.from_environment()
     prepares = until in STAGES and STAGES.index(until) < STAGES.index("train")
@@ -81,12 +84,16 @@ def run_stages(
         if end is not None and end not in Freshness(one).wanted(None):
             continue  # such as mining, where only another training mines
         part = launch.within(f"stage/{earlier.stage}")
-        found = _run_one(one, end, restart=restart, resume=resume, on_stage=told, launch=part, engine=engine)
+        found = _run_one(
+            one, end, on_stage=told, launch=part, restart=restart, resume=resume, engine=engine, strict=strict
+        )
         # What was trained now began after what there was to go on from.
         resume = resume and "train" not in found.ran
         ran += [f"{earlier.stage}/{name}" for name in found.ran]
     one = run.preview() if prepares else run
-    found = _run_one(one, until, restart=restart, resume=resume, on_stage=on_stage, launch=launch, engine=engine)
+    found = _run_one(
+        one, until, on_stage=on_stage, launch=launch, restart=restart, resume=resume, engine=engine, strict=strict
+    )
     return replace(found, ran=(*ran, *found.ran))
 
 
@@ -104,14 +111,15 @@ def _run_one(
     on_stage: Callable[[str, str], None] | None,
     launch: Launch,
     engine: Engine,
+    strict: bool,
 ) -> RunResult:
     """Run the stages that are missing or stale, in order; once one ran, those after it are looked at anew.
 
     Rank 0 runs the stages before training while the others wait, all train, and rank 0 does the rest.
     """
     stages = Stages(run, launch)
-    stages.engine = engine
     wanted = stages.wanted(until)
+    stages.engine, stages.strict, stages.scores = engine, strict, "evaluate" in wanted
     before = wanted[: wanted.index("train")] if "train" in wanted else wanted
     ran: list[str] = []
 
@@ -146,7 +154,10 @@ def _run_one(
         trains = "train" in wanted and (restart or stages.status("train").state != "done")
         if trains:
             stages.check_can_train()
+            stages.check_suite()
         run.begin()
+        if strict and not trains and "train" in wanted:
+            refuse(run.notices, str(run.loaded.path))
         if restart and (run.folder / "checkpoints").is_dir():
             set_aside(run.folder / "checkpoints", "checkpoints-before-restart")
         elif resume:

@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 from nearfield.encoders.build import LoadedEncoder, build_encoder, save_encoder
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_folder, write_text
+from nearfield.notices import Notice, refuse, stop_on_blocking
 from nearfield.pipeline.changing import ChangingStages
 from nearfield.pipeline.decontamination import contamination_entry, contamination_lines
 from nearfield.pipeline.during import evaluation_during_training
 from nearfield.pipeline.teaching import guide_teacher
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from sentence_transformers import SentenceTransformer
 
+    from nearfield.batching.plan import Plan
     from nearfield.encoders.token_task import TokenTask
     from nearfield.objectives.objective import Objective
     from nearfield.training.feed import Feed
@@ -30,6 +34,37 @@ logger = logging.getLogger("nearfield.pipeline")
 
 class TrainingStage(ChangingStages):
     """What all ranks do."""
+
+    strict: bool = False
+    """Whether a notice that is not minor ends the run."""
+    scores: bool = True
+    """Whether the trained model is scored on the recipe's suite."""
+
+    def tell(self, found: Iterable[Notice]) -> None:
+        """Log what users of this training must know and the manifest does not say yet, and keep it there.
+
+        Where that blocks, or the run is strict, it is an error instead, which every rank must be told of.
+        """
+        notices, where = list(dict.fromkeys(found)), str(self.run.loaded.path)
+        stop_on_blocking(notices, where)
+        if self.launch.is_main:
+            kept = self.run.notices
+            new = [notice for notice in notices if notice not in kept]
+            for notice in new:
+                logger.log(logging.INFO if notice.minor else logging.WARNING, "%s", notice.sentence)
+            self.run.keep_notices([*kept, *new])
+        if self.strict:
+            refuse(notices, where)
+
+    def _tell_at_start(self, encoder: LoadedEncoder, plans: list[Plan]) -> None:
+        """Before the first step, what the encoder, the data and the plan show; rank 0 alone."""
+        from nearfield.pipeline.notices import plan_notices, suite_notices
+        from nearfield.training.checkpoint import checkpoint_paths
+
+        if not checkpoint_paths(self.run.folder / "checkpoints"):
+            self.run.keep_notices([])
+        suite = suite_notices(self) if self.scores else ()
+        self.tell([*encoder.notices, *plan_notices(self, plans), *suite])
 
     def train(self) -> dict[str, Any]:
         """Train from the newest checkpoint on and save the model."""
@@ -46,6 +81,8 @@ class TrainingStage(ChangingStages):
         config = self.recipe.training
         device = pick_device(config, self.launch)
         encoder = self._encoder(device)
+        if self.launch.is_main:
+            self._tell_at_start(encoder, plans)
         feed = self._feed(encoder)
         inputs = TrainingInputs(
             plans=plans,
@@ -56,6 +93,7 @@ class TrainingStage(ChangingStages):
             evaluate=evaluation_during_training(self, encoder.model, self._open_store),
             negatives=self.negative_inputs(store, feed.tokens),
             about=self.recipe.model_dump(mode="json"),
+            tell=self.tell,
         )
         result = train(
             config,
@@ -190,6 +228,7 @@ class TrainingStage(ChangingStages):
             facts,
             contamination_lines(self),
             shipped_files(encoder.model),
+            [notice.what for notice in self.run.notices],
         )
 
     def _say_lengths(self, model: SentenceTransformer) -> str:
@@ -213,6 +252,13 @@ class TrainingStage(ChangingStages):
             adapter=self.recipe.encoder.adapter is not None,
             token_task=self.recipe.objective.token_task is not None,
         )
+
+    def check_suite(self) -> None:
+        """Refuse, before the training is paid for, to score on data that is not there."""
+        from nearfield.pipeline.notices import suite_notices
+
+        if self.scores:
+            stop_on_blocking(suite_notices(self))
 
     def check_resumable(self) -> None:
         """Refuse to go on from nothing."""

@@ -66,6 +66,8 @@ class Overview:
     parts: list[tuple[str, list[tuple[str, str]]]]
     recipe: str
     notes: list[str]
+    notices: list[tuple[str, str]]
+    """What users of the training must know, and what to do about it."""
 
 
 def read_recipe(run: Path) -> Recipe:
@@ -108,7 +110,7 @@ def flatten(value: object, prefix: str = "") -> list[tuple[str, str]]:
 
 def build_manifest(manifest: Json, run: Path) -> Manifest:
     """The section, from the manifest's object."""
-    known = {"name", "created", "command", "seed", "versions", "device", "stages"}
+    known = {"name", "created", "command", "seed", "versions", "device", "stages", "notices"}
     facts = [(label, words) for label, words in (
         ("run", string(manifest.get("name"))),
         ("created", text.moment(manifest["created"]) if manifest.get("created") is not None else None),
@@ -218,7 +220,13 @@ def build_overview(
         parts=_parts(values),
         recipe="" if isinstance(recipe, Missing) else _source(recipe.source),
         notes=notes,
+        notices=_notices(made),
     )
+
+
+def _notices(manifest: Json) -> list[tuple[str, str]]:
+    found = [mapping(one) for one in listing(manifest.get("notices"))]
+    return [(words, string(one.get("hint")) or "") for one in found if (words := string(one.get("what")))]
 
 
 def _parts(values: Json) -> list[tuple[str, list[tuple[str, str]]]]:

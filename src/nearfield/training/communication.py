@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nearfield.batching.planner import Rows
+from nearfield.notices import Notice
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,12 @@ def broadcast_json(value: Any, device: torch.device) -> Any:
         data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     dist.broadcast(data, 0)
     return json.loads(bytes(data.cpu().tolist()))
+
+
+def broadcast_notices(found: Callable[[], Iterable[Notice]], device: torch.device) -> list[Notice]:
+    """What rank 0 found, on all ranks; the others do not look."""
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    return [Notice.from_json(one) for one in broadcast_json([n.to_json() for n in found()] if main else None, device)]
 
 
 def broadcast_tensors(tensors: Mapping[str, Tensor] | None, device: torch.device) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from nearfield.batching.plan import Batch, Plan
 from nearfield.batching.planner import Rows
+from nearfield.notices import Notice
 from nearfield.training.evaluating import Evaluate
 from nearfield.training.feed import Feed
 from nearfield.training.negatives import NegativeInputs
@@ -31,6 +32,8 @@ class TrainingInputs:
     """What changing negatives are made of; None where those of the plans stay."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What trackers show beside the figures: the run's name and settings."""
+    tell: Callable[[Sequence[Notice]], None] = lambda found: None
+    """Takes what users of the training must know; every rank calls it with the same."""
 
 
 def batch_of_step(plans: Sequence[Plan], step: int) -> tuple[int, Batch]:

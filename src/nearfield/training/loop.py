@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,10 +18,11 @@ from nearfield.errors import BadInputError, OutOfMemoryStopError, StoppedError
 from nearfield.objectives.objective import Objective
 from nearfield.objectives.watching import similarities
 from nearfield.training.checkpoint import CheckpointWriter, checkpoint_paths
-from nearfield.training.communication import any_rank
+from nearfield.training.communication import any_rank, broadcast_notices
 from nearfield.training.config import TrainingConfig
 from nearfield.training.evaluating import Evaluations, InterruptedEvaluationError
 from nearfield.training.forecast import begin_forecast, end_forecast
+from nearfield.training.forecast_notices import notices_of_start
 from nearfield.training.gradient import batch_gradient
 from nearfield.training.inputs import TrainingInputs, batch_of_step
 from nearfield.training.launch import Launch, RankDiedError
@@ -130,6 +132,8 @@ def _train(
     budget, outlook = begin_forecast(
         config, engine, inputs.plans, inputs.known_positives, run, fingerprint=fingerprint, budget=kept
     )
+    if outlook.at_start is not None:
+        inputs.tell(broadcast_notices(partial(notices_of_start, outlook.at_start, config, run), device))
     evaluations = Evaluations(
         config.evaluation,
         inputs.evaluate,

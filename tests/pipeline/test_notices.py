@@ -1,0 +1,112 @@
+"""What a user must know of a training is said in the log, the manifest, the report and the card, or ends a strict run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nearfield
+from nearfield.encoders.build import LoadedEncoder, build_encoder
+from nearfield.errors import BadInputError
+from nearfield.notices import Notice
+from nearfield.pipeline import training
+from tests.cli.command import run
+from tests.conftest import write_toy_recipe
+
+OF_ENCODER = Notice("of-encoder", "this encoder is a strange one", "Take another.")
+SETTINGS = ["encoder.max_length=8", "training.max_steps=2", "batches.drop_last=false"]
+
+
+def strange_encoder(*arguments: Any, **options: Any) -> LoadedEncoder:
+    """The encoder that was asked for, with a notice."""
+    return dataclasses.replace(build_encoder(*arguments, **options), notices=(OF_ENCODER,))
+
+
+@pytest.fixture(scope="module")
+def noticed(tiny_model: Path, toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A finished run of which there is much to say, and what its log said."""
+    folder = tmp_path_factory.mktemp("noticed")
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("nearfield")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "build_encoder", strange_encoder)
+        recipe = write_toy_recipe(folder, tiny_model, toy_data)
+        nearfield.train(recipe, SETTINGS, folder / "run")
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+    return folder / "run", said
+
+
+def test_a_training_says_what_the_dry_run_does(
+    noticed: tuple[Path, list[str]], tiny_model: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folder, said = noticed
+    monkeypatch.setattr(training, "build_encoder", strange_encoder)
+    dry = nearfield.dry_run(write_toy_recipe(tmp_path, tiny_model, toy_data), SETTINGS, tmp_path / "dry")
+    assert dry is not None
+    lasting = {notice for notice in dry.notices if notice.code not in ("time-of-chunks", "training-under-way")}
+    kept = {Notice.from_json(one) for one in json.loads((run_folder / "manifest.json").read_text())["notices"]}
+    assert kept == lasting
+    assert OF_ENCODER in kept
+    assert any("are cut at 8 tokens" in notice.what for notice in kept)
+    assert [said.count(notice.sentence) for notice in kept] == [1] * len(kept)
+
+
+def test_report_and_card_show_them(noticed: tuple[Path, list[str]]) -> None:
+    run_folder, _ = noticed
+    page, card = (run_folder / "report.html").read_text(), (run_folder / "model" / "README.md").read_text()
+    for one in json.loads((run_folder / "manifest.json").read_text())["notices"]:
+        assert f"- {one['what']}" in card
+        assert f"<li><bdi>{one['what']}</bdi>".replace("'", "&#39;") in page
+    assert "Take another." in page
+
+
+def test_a_strict_training_ends_before_it_begins(
+    toy_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", str(toy_recipe), *SETTINGS, "--run-folder", str(tmp_path / "run"), "--strict"]
+    assert run(*command) == 2
+    printed = capsys.readouterr().err
+    assert "are cut at 8 tokens" in printed
+    assert "Without --strict this is a warning." in printed
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert run(*command, "--dry-run") == 2
+    assert "The run would not start." in capsys.readouterr().out
+
+
+def test_strict_lets_minor_ones_pass_and_knows_a_finished_run(
+    toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last batch of an epoch need not be full."""
+    settings = ["training.max_steps=1"]
+    nearfield.train(toy_recipe, settings, tmp_path / "run", strict=True, until="train")
+    kept = json.loads((tmp_path / "run" / "manifest.json").read_text())["notices"]
+    assert {one["code"]: one.get("minor") for one in kept} == {"examples-left-out": True}
+    monkeypatch.setattr(training, "build_encoder", strange_encoder)
+    nearfield.train(toy_recipe, settings, tmp_path / "run", until="train", restart=True)
+    assert OF_ENCODER.to_json() in json.loads((tmp_path / "run" / "manifest.json").read_text())["notices"]
+    with pytest.raises(BadInputError, match="a strange one"):
+        nearfield.train(toy_recipe, settings, tmp_path / "run", strict=True, until="train")
+    monkeypatch.undo()
+    nearfield.train(toy_recipe, settings, tmp_path / "run", until="train", restart=True)
+    kept = json.loads((tmp_path / "run" / "manifest.json").read_text())["notices"]
+    assert "of-encoder" not in {one["code"] for one in kept}
+
+
+def test_missing_data_of_the_suite_is_found_before_training(toy_recipe: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("name: s\ntasks:\n  - {kind: folder, path: nowhere}\n")
+    toy_recipe.write_text(toy_recipe.read_text() + f"evaluation: {{suite: {suite}}}\n")
+    with pytest.raises(BadInputError, match="the data of a task is missing"):
+        nearfield.train(toy_recipe, run=tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert nearfield.train(toy_recipe, run=tmp_path / "run", until="train").ran[-1] == "train"
