@@ -136,7 +136,8 @@ def say(notice: Notice, of: str | None = None) -> None:
 
 
 def _log(notice: Notice, of: str) -> None:
-    logger.warning("%s", f"{of}: {notice.sentence}" if of else notice.sentence)
+    level = logging.INFO if notice.minor else logging.WARNING
+    logger.log(level, "%s", f"{of}: {notice.sentence}" if of else notice.sentence)
 
 
 def in_file(notices: Iterable[Notice]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nearfield.encoders.build import LoadedEncoder, build_encoder, save_encoder
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_folder, write_text
-from nearfield.notices import Notice, refuse, stop_on_blocking
+from nearfield.notices import Notice, Said, listening, refuse, stop_on_blocking
 from nearfield.pipeline.changing import ChangingStages
 from nearfield.pipeline.decontamination import contamination_entry, contamination_lines
 from nearfield.pipeline.during import evaluation_during_training
@@ -35,26 +35,29 @@ logger = logging.getLogger("nearfield.pipeline")
 class TrainingStage(ChangingStages):
     """What all ranks do."""
 
+    said: Said
+    """What users of this training must know, as far as it was told."""
     strict: bool = False
     """Whether a notice that is not minor ends the run."""
     scores: bool = True
     """Whether the trained model is scored on the recipe's suite."""
 
     def tell(self, found: Iterable[Notice]) -> None:
-        """Log what users of this training must know and the manifest does not say yet, and keep it there.
+        """Log what users of this training must know, once, and keep it in the manifest with all that was said meanwhile.
 
         Where that blocks, or the run is strict, it is an error instead, which every rank must be told of.
         """
-        notices, where = list(dict.fromkeys(found)), str(self.run.loaded.path)
-        stop_on_blocking(notices, where)
+        where = str(self.run.loaded.path)
+        found = list(found)
+        stop_on_blocking(found, where)
         if self.launch.is_main:
-            kept = self.run.notices
-            new = [notice for notice in notices if notice not in kept]
-            for notice in new:
-                logger.log(logging.INFO if notice.minor else logging.WARNING, "%s", notice.sentence)
-            self.run.keep_notices([*kept, *new])
+            for notice in found:
+                self.said.say(notice)
+            heard = [notice for notices in self.said.all().values() for notice in notices]
+            self.run.keep_notices([*self.run.notices, *heard])
+            found = heard
         if self.strict:
-            refuse(notices, where)
+            refuse(found, where)
 
     def _tell_at_start(self, encoder: LoadedEncoder, plans: list[Plan]) -> None:
         """Before the first step, what the encoder, the data and the plan show; rank 0 alone."""
@@ -68,6 +71,11 @@ class TrainingStage(ChangingStages):
 
     def train(self) -> dict[str, Any]:
         """Train from the newest checkpoint on and save the model."""
+        self.said = Said()
+        with listening(self.said):
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         from nearfield.training.inputs import TrainingInputs
         from nearfield.training.loop import train
         from nearfield.training.opening import pick_device
@@ -107,6 +115,7 @@ class TrainingStage(ChangingStages):
         )
         if not self.launch.is_main:
             return {}
+        self.tell(())
         self._export(result, device)
         return {
             "steps": result.steps,
