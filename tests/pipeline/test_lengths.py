@@ -114,7 +114,7 @@ def test_the_log_and_the_dry_run_say_what_is_cut(
     with caplog.at_level(logging.WARNING, "nearfield"):
         found = nearfield.dry_run(toy_recipe, settings, tmp_path / "run")
     assert found is not None
-    said = [one.what for one in found.complaints if "are cut at 8 tokens and lose" in one.what]
+    said = [one.what for one in found.notices if "are cut at 8 tokens and lose" in one.what]
     assert len(said) == 1
     assert "are cut at 8 tokens and lose" in caplog.text
 
@@ -124,7 +124,7 @@ def test_a_training_length_above_the_models_is_said(toy_recipe: Path, tmp_path: 
     found = nearfield.dry_run(toy_recipe, settings, tmp_path / "run")
     assert found is not None
     assert found.would_start
-    said = "\n".join(one.what for one in found.complaints)
+    said = "\n".join(one.what for one in found.notices)
     assert "training.max_length is 100, and the model reads 10 tokens" in said
     assert "are cut at 10 tokens" in said
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from nearfield.encoders.prompts import PromptContract, add_examples
 from nearfield.files import hash_file
+from nearfield.notices import Said
 from nearfield.pipeline.freshness import Freshness
 from nearfield.pipeline.run import Run
 from nearfield.training.launch import Launch
@@ -26,6 +27,8 @@ class Artifacts(Freshness):
     def __init__(self, run: Run, launch: Launch) -> None:
         super().__init__(run)
         self.launch = launch
+        self.said = Said()
+        """What users of the training must know, as far as it was told."""
 
     def _store(self) -> Store:
         from nearfield.data.store import Store

@@ -10,8 +10,9 @@ import numpy as np
 
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path
-from nearfield.notices import Notice, say
+from nearfield.notices import say
 from nearfield.pipeline.mining import MiningStages
+from nearfield.pipeline.notices import token_notices
 
 if TYPE_CHECKING:
     from nearfield.batching.plan import Lengths
@@ -70,7 +71,7 @@ class PreparingStages(MiningStages):
             for name in sets:
                 queries = source_prompts(self.contract, sets, name).queries
                 check_room(queries, tokenizer.prompt_length, limit, in_context.query_tokens, name)
-        cache = build_tokens(
+        build_tokens(
             store,
             {prompt: np.concatenate(rows) for prompt, rows in wanted.items()},
             tokenizer,
@@ -80,9 +81,9 @@ class PreparingStages(MiningStages):
             tokenize_items=tokenizer.of_items if store.has_images else None,
             cut=tokenizer,
         )
-        if cache.cut.cut and cache.max_length is not None:
-            say(Notice("texts-cut", f"in training {cache.cut.say(cache.max_length)}"))
-        return {"tokens": sum(int(table.offsets[-1]) for table in cache.tables)}
+        for notice in token_notices(self):
+            say(notice)
+        return {"tokens": sum(int(table.offsets[-1]) for table in self._tokens().tables)}
 
     def plan(self) -> dict[str, Any]:
         """Write the batches of all epochs."""

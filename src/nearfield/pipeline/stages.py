@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from nearfield.notices import refuse
+from nearfield.notices import listening, refuse
 from nearfield.pipeline.during import prepare_training_suite
 from nearfield.pipeline.freshness import STAGES, Freshness
 from nearfield.pipeline.mining import Engine
@@ -178,7 +178,7 @@ def _run_one(
             stages.check_can_train()
             stages.check_artifacts(said["artifacts"])
 
-    with contextlib.ExitStack() as held:
+    with listening(stages.said), contextlib.ExitStack() as held:
         launch.prepare(prepare, verify, stages.help)
         if "train" in wanted:
             rest = wanted[wanted.index("train") :]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nearfield.encoders.build import LoadedEncoder, build_encoder, save_encoder
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_folder, write_text
-from nearfield.notices import Notice, Said, listening, refuse, stop_on_blocking
+from nearfield.notices import Notice, refuse, stop_on_blocking
 from nearfield.pipeline.changing import ChangingStages
 from nearfield.pipeline.decontamination import contamination_entry, contamination_lines
 from nearfield.pipeline.during import evaluation_during_training
@@ -35,8 +35,6 @@ logger = logging.getLogger("nearfield.pipeline")
 class TrainingStage(ChangingStages):
     """What all ranks do."""
 
-    said: Said
-    """What users of this training must know, as far as it was told."""
     strict: bool = False
     """Whether a notice that is not minor ends the run."""
     scores: bool = True
@@ -71,11 +69,6 @@ class TrainingStage(ChangingStages):
 
     def train(self) -> dict[str, Any]:
         """Train from the newest checkpoint on and save the model."""
-        self.said = Said()
-        with listening(self.said):
-            return self._train()
-
-    def _train(self) -> dict[str, Any]:
         from nearfield.training.inputs import TrainingInputs
         from nearfield.training.loop import train
         from nearfield.training.opening import pick_device
