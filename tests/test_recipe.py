@@ -47,6 +47,13 @@ def test_every_value_knows_where_it_came_from(toy_recipe: Path) -> None:
     assert (values["training.learning_rate"], values["seed"]) == (0.5, 3)
 
 
+def test_numbers_are_written_as_people_write_them(tmp_path: Path, toy_data: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"name: r\ndata: {toy_data}\ntraining:\n  learning_rate: 2e-5\n")
+    assert load_recipe(path).config.training.learning_rate == 2e-5
+    assert load_recipe(path, ["training.learning_rate=1e-4"]).config.training.learning_rate == 1e-4
+
+
 def test_paths_are_relative_to_the_recipe(tmp_path: Path, toy_data: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "data.yaml").write_text(toy_data.read_text())
