@@ -43,14 +43,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if file.name == "model_meta.json":
                 value |= {"name": "org/one", "revision": COMMIT}
             else:
-                value |= {"dataset_revision": "1" * 40}
+                value |= {"dataset_revision": mteb.get_task("STS12").metadata.revision}
                 if file.name == "TinySTS.json":
                     value["task_name"] = "STS12"
             text = json.dumps(value).encode()
         (official / file.name.replace("TinySTS", "STS12")).write_bytes(text)
     (official / "TinyRetrieval.json").unlink()
-    manifest = (official / "manifest.jsonl").read_text().replace("TinySTS", "STS12")
-    (official / "manifest.jsonl").write_text(manifest)
+    for name in ("manifest.jsonl", "run_settings.jsonl"):
+        (official / name).write_text((official / name).read_text().replace("TinySTS", "STS12"))
     for file in official.glob("*.units.parquet"):
         file.unlink()
     return root

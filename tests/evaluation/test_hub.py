@@ -47,9 +47,11 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    folder = write_result(tmp_path / "results" / "org__mine" / ("a" * 40), [0.2, 0.4, 0.9, 0.5], revision="d" * 40)
+    folder = write_result(
+        tmp_path / "results" / "org__mine" / ("a" * 40), [0.2, 0.4, 0.9, 0.5], task="ArguAna", revision="d" * 40
+    )
     (folder / "manifest.jsonl").write_text(
-        '{"tasks": {"Made": {"prompts": {"query": "find: "}}}, "versions": {"mteb": "2"}}\n'
+        '{"tasks": {"ArguAna": {"prompts": {"query": "find: "}}}, "versions": {"mteb": "2"}}\n'
     )
     return folder
 
@@ -72,12 +74,16 @@ def test_card_results_and_manifest_are_pushed_in_one_commit(model: Path, results
     head = yaml.safe_load(card[4:].partition("\n---\n")[0])
     assert head["library_name"] == "sentence-transformers"
     entry = head["model-index"][0]["results"][0]
-    assert entry["metrics"] == [{"type": "ndcg_at_10", "value": 50.0}] and entry["dataset"]["revision"] == "d" * 40
+    assert entry["metrics"] == [{"type": "ndcg_at_10", "name": "ndcg_at_10", "value": 50.0}]
+    assert entry["dataset"] == {
+        "type": "mteb/arguana", "name": "ArguAna (default)", "config": "default", "split": "test", "revision": "d" * 40,
+    }  # fmt: skip
 
 
 def test_a_card_is_rebuilt_without_growing(model: Path, results: Path) -> None:
     first = update_card(model, results).read_text()
     assert update_card(model, results).read_text() == first
+    with_index(first, "n", {})  # no score: no index
     local = write_result(results.parent / "b", [0.1, 0.2], revision="local-1")
     assert "model-index" not in with_index("# No front matter\n", "n", read_scores(local))
     assert "model-index" not in with_index(first, "n", read_scores(local))

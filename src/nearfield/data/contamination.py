@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ KINDS = ("exact", "normalised", "ngram", "minhash", "embedding")
 ROLES = ("query", "document", "distractor", "text")
 """What a benchmark text is: a query, a document that is relevant for one, any other document of a corpus, or a text of a
 task without such sides (pairs, labelled items, clustering, bitext)."""
+COMPARED = "Compared with the texts of: "
+"""How the sentence of a model card begins that names the tasks."""
 TRAINING_ROLES = ("query", "document", "negative")
 
 
@@ -143,7 +146,8 @@ class ContaminationReport:
     def lines(self) -> list[str]:
         """The same with a table of the tasks that have matches, in Markdown."""
         hit = [task for task in self.tasks if task.matched]
-        lines = [f"{self.line()}."]
+        read = [task.task for task in self.tasks if task.problem is None]
+        lines = [f"{self.line()}.", *(["", f"{COMPARED}{', '.join(read)}."] if read else [])]
         if hit:
             kinds = " | ".join(KINDS)
             lines += ["", f"| task | texts | {kinds} | distractors that match |", "| --- " * (len(KINDS) + 3) + "|"]
@@ -156,6 +160,33 @@ class ContaminationReport:
             cells = " | ".join(f"{count:,}" for count in [task.texts, *counts, rest])
             lines.append(f"| {task.task} | {cells} |")
         return lines
+
+
+@dataclass(frozen=True)
+class ContaminationStatement:
+    """What a model card says of benchmark texts in the training data."""
+
+    tasks: frozenset[str]
+    """Tasks whose texts were compared."""
+    matched: Mapping[str, int]
+    """Task -> its texts that the training data hold."""
+
+
+def read_statement(card: str) -> ContaminationStatement | None:
+    """The statement of a card that holds the lines of :meth:`ContaminationReport.lines`; None where nothing was compared."""
+    summary = _SUMMARY.search(card)
+    if summary is None:
+        return None
+    tasks = next((line.removeprefix(COMPARED) for line in card.splitlines() if line.startswith(COMPARED)), "")
+    found = summary["found"].partition("; not read: ")[0]
+    matched = {task: int(count.replace(",", "")) for task, count in _MATCH.findall(found)}
+    return ContaminationStatement(frozenset(filter(None, tasks.removesuffix(".").split(", "))), matched)
+
+
+_SUMMARY = re.compile(
+    r"^[\d,]+ training texts compared with \d+ tasks of the suite .+? \(.+?\): (?P<found>.+)$", re.MULTILINE
+)
+_MATCH = re.compile(r"(?:matches in |, )(\S+) \(([\d,]+) of [\d,]+ texts\)")
 
 
 def read_report(path: Path) -> ContaminationReport:

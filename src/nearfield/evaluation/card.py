@@ -51,33 +51,45 @@ def update_card(model: Path, results: Path, *, samples: int = 10_000, level: flo
 def with_index(text: str, name: str, found: Mapping[scores.Key, scores.TaskScores]) -> str:
     """The card with its front matter's ``model-index`` (what the hub shows as evaluation results) made anew.
 
-    Only scores on official data stand there: those on local data are in the table alone.
+    Only scores on official data stand there: those on local data, and of tasks that mteb does not have, are in the table
+    alone.
     """
-    official = {key: of for key, of in found.items() if not of.data_revision.startswith(LOCAL)}
+    entries = [
+        entry
+        for key, of in sorted(found.items())
+        if not of.data_revision.startswith(LOCAL) and (entry := _entry(key, of)) is not None
+    ]
     head: Any = {}
     rest = text
     if text.startswith("---\n") and "\n---\n" in text[4:]:
         front, _, rest = text[4:].partition("\n---\n")
         head = yaml.safe_load(front) or {}
-    if not isinstance(head, dict) or not (official or "model-index" in head):
+    if not isinstance(head, dict) or not (entries or "model-index" in head):
         return text
     head.pop("model-index", None)
-    if official:
-        head["model-index"] = [{"name": name, "results": [_entry(key, of) for key, of in sorted(official.items())]}]
+    if entries:
+        head["model-index"] = [{"name": name, "results": entries}]
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n{rest}"
 
 
-def _entry(key: scores.Key, of: scores.TaskScores) -> dict[str, Any]:
-    task, subset, split = key
+def _entry(key: scores.Key, of: scores.TaskScores) -> dict[str, Any] | None:
+    """A score as the hub keeps it, with the task's own data set, as mteb writes it; None for a task that mteb does not have."""
+    from nearfield.evaluation.official import described
+
+    name, subset, split = key
+    task = described(name)
+    if task is None:
+        return None
     data = {
-        "type": f"mteb/{task}",
-        "name": f"MTEB {task}",
+        "type": task.metadata.dataset["path"],
+        "name": f"{name} ({subset})",
         "config": subset,
         "split": split,
         "revision": of.data_revision,
     }
-    metric = {"type": of.metric, "value": round(100 * of.score, 4)}
-    return {"task": {"type": of.task_type or "feature-extraction"}, "dataset": data, "metrics": [metric]}
+    metric = {"type": of.metric, "name": of.metric, "value": round(100 * of.score, 4)}
+    kind = {"type": task.metadata._hf_task_type()[0], "name": task.metadata.type}
+    return {"task": kind, "dataset": data, "metrics": [metric]}
 
 
 def scores_section(results: Path, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,42 +19,19 @@ from mteb.results import TaskResult
 from pydantic import ValidationError
 
 from nearfield import yaml12
+from nearfield.data.contamination import ContaminationStatement, read_statement
 from nearfield.errors import BadInputError
+from nearfield.evaluation import official
+from nearfield.evaluation.description import ASKED, MAY_BE_NULL, Check, Known, base_of, describe
 from nearfield.evaluation.local import LOCAL, parts_of
 from nearfield.evaluation.manifest import MANIFEST, failed_tasks, read_manifest
 from nearfield.files import atomic_path, read_json, write_text
 from nearfield.notices import Notice, from_file
 
-ASKED = {
-    "release_date": "2026-01-31",
-    "languages": "[eng-Latn]",
-    "n_parameters": "22713216",
-    "max_tokens": "256",
-    "embed_dim": "384",
-    "license": "apache-2.0",
-    "open_weights": "true",
-    "framework": "[Sentence Transformers, PyTorch]",
-    "similarity_fn_name": "cosine",
-    "use_instructions": "false",
-    "training_datasets": "[MSMARCO]",
-    "public_training_code": "https://github.com/organisation/name",
-    "public_training_data": "https://huggingface.co/datasets/organisation/name",
-}
-"""What a model's description must say, with an example. ``training_datasets`` may be an empty list, but not be left out."""
 _NO_WEIGHTS = ("I64", "I32", "BOOL")
 """Types of positions and masks that are kept beside the weights."""
-_MAY_BE_NULL = ("public_training_code", "public_training_data")
 CONTAMINATION = "## Benchmark texts in the training data"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that the leaderboard asks for. ``required`` ones must be ``ok`` before a submission is of use."""
-
-    name: str
-    ok: bool
-    detail: str
-    required: bool = True
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -87,16 +64,19 @@ def submit(
     if model is not None and not model.is_dir():
         raise BadInputError("there is no such folder", where=str(model), hint="Name the model's folder with --model.")
     meta = read_meta(results / "model_meta.json", facts, model)
+    scored = read_meta(results / "model_meta.json", None)
     found, local = _results(results)
     said = {task: from_file(read_json(results / f"{task}.json", "result").get("notices")) for task in sorted(found)}
+    stated = None if model is None else read_statement(_card(model))
+    prompts, lacking = _known_prompts(results, sorted(found))
+    known = Known(scored, None if model is None else parameters(model), prompts, stated, frozenset(found))
     checks = [
-        _named(meta),
-        *_described(meta),
-        _complete(found, benchmark),
-        Check("official data", bool(found), _counted(found, local)),
+        _named(meta, results),
+        *describe(meta, known),
+        *_taken(found, local, results, benchmark),
         _no_failures(results),
-        _prompts(results, sorted(found)),
-        _contamination(model),
+        _prompts(prompts, lacking),
+        _contamination(model, stated, sorted(found)),
         _noticed(said),
     ]
     name = str(meta.name).replace("/", "__").replace(" ", "_")
@@ -105,13 +85,14 @@ def submit(
         folder.mkdir(parents=True)
         for task in found:
             shutil.copyfile(results / f"{task}.json", folder / f"{task}.json")
+        _copy_settings(results, folder, found)
         (folder / "model_meta.json").write_text(json.dumps(meta.to_dict(), indent=2, default=str) + "\n")
         write_text(aside / "model_meta.py", as_python(meta))
-    checks.append(_read_back(out, meta, sorted(found)))
+    checks.append(_read_back(out, meta, found))
     unstated = tuple(
         f"{field}: {example}"
         for field, example in ASKED.items()
-        if getattr(meta, field) is None and field not in _MAY_BE_NULL
+        if getattr(meta, field) is None and field not in MAY_BE_NULL
     )
     notices = tuple(dict.fromkeys(notice for of in said.values() for notice in of))
     return Submission(out, tuple(checks), _steps(out, meta, name), unstated, notices)
@@ -125,6 +106,8 @@ def read_meta(path: Path, facts: Path | None, model: Path | None = None) -> Mode
     value = {key: part for key, part in value.items() if key in ModelMeta.model_fields and key != "loader"}
     if model is not None and value.get("n_parameters") is None:
         value["n_parameters"] = parameters(model)
+    if model is not None and value.get("adapted_from") is None:
+        value["adapted_from"] = base_of(_card(model))
     if facts is not None:
         try:
             stated = yaml12.load(facts.read_text(encoding="utf-8"))
@@ -187,6 +170,10 @@ def _results(folder: Path) -> tuple[dict[str, TaskResult], list[str]]:
             result = TaskResult.from_disk(path)
         except (ValueError, KeyError) as error:
             raise BadInputError(f"mteb cannot read this result ({error})", where=str(path)) from error
+        if str(result.task_name) != path.stem:
+            raise BadInputError(
+                f"this is a result of the task {result.task_name}", where=str(path), hint="Rename it, or remove it."
+            )
         if str(result.dataset_revision).startswith(LOCAL):
             local.append(str(result.task_name))
         else:
@@ -199,48 +186,64 @@ def _counted(found: Mapping[str, Any], local: Sequence[str]) -> str:
     return f"{len(found)} results on official data{left}"
 
 
-def _named(meta: ModelMeta) -> Check:
+def _named(meta: ModelMeta, results: Path) -> Check:
     name, revision = str(meta.name), str(meta.revision)
     fixed = bool(re.fullmatch(r"[0-9a-f]{40}", revision))
-    ok = "/" in name and not name.startswith("local/") and fixed
     detail = f"{name} at {revision}"
-    if not ok:
-        detail += ": a hub name (organisation/model) and the commit of its weights are asked for; see --name"
-    return Check("name and revision", ok, detail)
+    if not _HUB_NAME.fullmatch(name) or name.startswith("local/") or not fixed:
+        return Check(
+            "name and revision",
+            False,
+            f"{detail}: a hub name (organisation/model) and the commit of its weights are asked for; see --name",
+        )
+    scored = results.resolve()
+    filed = f"{scored.parent.name}/{scored.name}"
+    if filed != f"{name.replace('/', '__')}/{revision}":
+        return Check("name and revision", False, f"{detail}, but the results are filed as {filed}")
+    return Check("name and revision", True, detail)
 
 
-def _described(meta: ModelMeta) -> list[Check]:
-    checks = []
-    for field in ASKED:
-        value = getattr(meta, field)
-        known = value is not None or field in _MAY_BE_NULL
-        shown = str(value)
-        if value is None:
-            shown = "not public, or not stated" if known else "not stated; state it in the file of --facts"
-        checks.append(Check(field, known, shown, required=field not in _MAY_BE_NULL))
-    return checks
+def _taken(found: Mapping[str, TaskResult], local: Sequence[str], folder: Path, benchmark: str | None) -> list[Check]:
+    """Whether the leaderboard takes the results as they are."""
+    tasks = official.all_tasks(found)
+    left = f"; left out, scored on local data: {', '.join(local)}" if local else ""
+    checks = [Check("official data", bool(found), f"{len(found)} results on official data{left}")]
+    for name, fine, problems in (
+        ("data revisions", "those of mteb", official.other_revisions(found, tasks)),
+        ("mteb version", f"{official.OLDEST} or newer", official.old_versions(found)),
+        ("splits and subsets", "those of the tasks", official.wrong_places(found, tasks)),
+        ("scores", "each is its metric's value", official.wrong_scores(found, tasks)),
+        ("run settings", "of each score", official.unsettled(found, folder)),
+    ):
+        if problems:
+            checks.append(Check(name, False, official.in_words(problems)))
+        else:
+            checks.append(Check(name, bool(found), fine if found else "there is no result"))
+    return [_complete(found, tasks, benchmark), *checks]
 
 
-def _complete(found: Mapping[str, TaskResult], benchmark: str | None) -> Check:
+def _complete(found: Mapping[str, TaskResult], tasks: Mapping[str, Any], benchmark: str | None) -> Check:
     if benchmark is None:
-        return Check("tasks", bool(found), f"{', '.join(sorted(found)) or 'none'} (no benchmark was named)")
+        missing = official.missing_places(found, tasks)
+        detail = f"{', '.join(sorted(found)) or 'none'} (no benchmark was named)"
+        if missing:
+            detail += f"; missing: {official.in_words(missing)}; if a benchmark has fewer, name it with --benchmark"
+        return Check("tasks", bool(found) and not missing, detail)
     try:
-        tasks = [part for task in mteb.get_benchmark(benchmark).tasks for part in parts_of(task)]
+        # An aggregate is a result of its own, beside those of its parts.
+        asked = [
+            each
+            for task in mteb.get_benchmark(benchmark).tasks
+            for each in {id(t): t for t in (task, *parts_of(task))}.values()
+        ]
     except KeyError as error:
         raise BadInputError(f"mteb: {error.args[0]}", where="benchmark") from error
-    missing = []
-    for task in tasks:
-        result = found.get(task.metadata.name)
-        have = {
-            (split, entry["hf_subset"])
-            for split, entries in (result.scores.items() if result is not None else ())
-            for entry in entries
-        }
-        lacking = [f"{s}/{p}" for p in task.eval_splits for s in task.hf_subsets if (p, s) not in have]
-        if lacking:
-            missing.append(str(task.metadata.name) + (f" ({', '.join(lacking)})" if result is not None else ""))
-    detail = f"{benchmark}: {len(tasks) - len(missing)} of {len(tasks)} tasks"
-    return Check("tasks", not missing, detail + (f"; missing: {', '.join(missing)}" if missing else ""))
+    named = {str(task.metadata.name): task for task in asked}
+    incomplete = official.missing_places(found, {name: task for name, task in named.items() if name in found})
+    missing_tasks = {name: incomplete.get(name, []) for name in named if name not in found or name in incomplete}
+    words = [name + (f" ({', '.join(lacking)})" if lacking else "") for name, lacking in missing_tasks.items()]
+    detail = f"{benchmark}: {len(named) - len(words)} of {len(named)} tasks"
+    return Check("tasks", not words, detail + (f"; missing: {', '.join(words)}" if words else ""))
 
 
 def _no_failures(folder: Path) -> Check:
@@ -248,13 +251,25 @@ def _no_failures(folder: Path) -> Check:
     return Check("no failed task", not failed, ", ".join(failed) or "none")
 
 
-def _prompts(folder: Path, tasks: Sequence[str]) -> Check:
-    """The prompts that each task was scored with, from the manifest."""
+def _known_prompts(folder: Path, tasks: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Task -> the prompts that it was scored with, from the manifest; and the tasks of which that says nothing."""
     known: dict[str, Any] = {}
     for line in read_manifest(folder):
         known |= {task: facts.get("prompts") for task, facts in line.get("tasks", {}).items()}
-    lacking = [task for task in tasks if task not in known]
-    texts = sorted({text for task in tasks for text in (known.get(task) or {}).values() if text})
+    parts = {
+        task: [part.metadata.name for part in parts_of(of)]
+        for task, of in official.all_tasks(dict.fromkeys(tasks)).items()
+    }
+    made = {}
+    for task in tasks:
+        own = [known[part] for part in parts.get(task, [task]) if part in known]
+        if own:
+            made[task] = tuple(sorted({text for of in own for text in (of or {}).values() if text}))
+    return made, [task for task in tasks if task not in made]
+
+
+def _prompts(known: Mapping[str, Sequence[str]], lacking: Sequence[str]) -> Check:
+    texts = sorted({text for of in known.values() for text in of})
     detail = f"recorded: {', '.join(map(repr, texts)) or 'no prompt is used'}"
     if lacking:
         detail = f"{MANIFEST} says nothing of {', '.join(lacking)}: score them with nearfield eval --overwrite"
@@ -267,26 +282,65 @@ def _noticed(said: Mapping[str, Sequence[Notice]]) -> Check:
     return Check("no notice", not lines, "; ".join(lines) or "none", required=False)
 
 
-def _contamination(model: Path | None) -> Check:
-    if model is None:
-        return Check("contamination report", False, "name the model's folder with --model", required=False)
+def _card(model: Path) -> str:
     card = model / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    ok = CONTAMINATION in text
-    detail = f"in {card}" if ok else f"{card} has none: state 'decontamination' in the recipe"
-    return Check("contamination report", ok, detail, required=False)
+    return card.read_text(encoding="utf-8") if card.is_file() else ""
 
 
-def _read_back(out: Path, meta: ModelMeta, tasks: Sequence[str]) -> Check:
-    """mteb's own loader must find in the folder what was put there."""
-    if not tasks:
-        return Check("read back by mteb", False, "there is nothing to read")
+def _contamination(model: Path | None, stated: ContaminationStatement | None, tasks: Sequence[str]) -> Check:
+    """Whether the card says what the training texts share with the texts of the tasks that are submitted."""
+    name = "contamination report"
+    if model is None:
+        return Check(name, False, "name the model's folder with --model", required=False)
+    card = model / "README.md"
+    if CONTAMINATION not in _card(model):
+        return Check(
+            name, False, f"{card} has none: compare the texts with nearfield data decontaminate", required=False
+        )
+    if stated is None:
+        return Check(
+            name,
+            False,
+            f"{card} says that the training texts were not compared: run nearfield data decontaminate, then train again",
+            required=False,
+        )
+    left = [task for task in tasks if task not in stated.tasks]
+    if left:
+        what = f"{card} does not speak of {', '.join(left[:8])}" + (
+            f" and {len(left) - 8} more" if len(left) > 8 else ""
+        )
+        return Check(name, False, f"{what}: compare with the texts of what is submitted", required=False)
+    shared = ", ".join(f"{task} ({count} texts)" for task, count in stated.matched.items()) or "no text is shared"
+    return Check(name, True, f"in {card}: {shared}", required=False)
+
+
+def _copy_settings(results: Path, folder: Path, tasks: Collection[str]) -> None:
+    """The lines of mteb's run settings that are of these tasks."""
+    file = results / official.RUN_SETTINGS
+    if file.is_file():
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        kept = [line for line in lines if json.loads(line).get("task") in tasks]
+        write_text(folder / official.RUN_SETTINGS, "".join(f"{line}\n" for line in kept))
+
+
+def _read_back(out: Path, meta: ModelMeta, found: Mapping[str, TaskResult]) -> Check:
+    """mteb's own loader must find in the folder what was put there, and keep its scores when it checks them."""
+    name = "read back by mteb"
+    if not found:
+        return Check(name, False, "there is nothing to read")
+    known = sorted(official.all_tasks(found))
     loaded = ResultCache(out).load_results(
-        models=[str(meta.name)], tasks=list(tasks), include_remote=False, require_model_meta=True
+        models=[str(meta.name)], tasks=known, include_remote=False, require_model_meta=True, validate_and_filter=True
     )
-    read = sorted(str(result.task_name) for model in loaded.model_results for result in model.task_results)
-    ok = read == sorted(tasks)
-    return Check("read back by mteb", ok, f"{len(read)} of {len(tasks)} results")
+    read = {str(result.task_name): result for model in loaded.model_results for result in model.task_results}
+    same = [task for task in known if task in read and _main_scores(read[task]) == _main_scores(found[task])]
+    detail = f"{len(same)} of {len(found)} results"
+    other = sorted(set(found) - set(same))
+    return Check(name, not other, detail + (f"; not as they are: {', '.join(other)}" if other else ""))
+
+
+def _main_scores(result: TaskResult) -> dict[tuple[str, str], float]:
+    return {(split, entry["hf_subset"]): entry["main_score"] for split, of in result.scores.items() for entry in of}
 
 
 def _steps(out: Path, meta: ModelMeta, name: str) -> tuple[str, ...]:
