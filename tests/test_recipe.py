@@ -13,6 +13,7 @@ import yaml
 from nearfield.config import read_yaml
 from nearfield.errors import BadInputError
 from nearfield.recipe import Recipe, check_recipe, load_recipe, recipe_schema, resolve
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
@@ -115,7 +116,9 @@ WRONG = {
 
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "nearfield", *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "nearfield", *arguments], capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 @pytest.mark.parametrize("kind", WRONG)

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.patience import PATIENCE
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -229,7 +231,7 @@ class Browser:
         command = [self.program, *FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         port = Path(self._profile.name) / "DevToolsActivePort"
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while not (port.is_file() and port.read_text().count("\n")):
             if self._process.poll() is not None or time.monotonic() > end:
                 self.__exit__(None, None, None)
@@ -242,7 +244,7 @@ class Browser:
         """A new tab."""
         request = urllib.request.Request(f"{self._home}/json/new?about:blank", method="PUT")
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(request, timeout=60) as answer:
+        with direct.open(request, timeout=PATIENCE) as answer:
             return Page(json.load(answer)["webSocketDebuggerUrl"])
 
     def __exit__(

@@ -13,6 +13,7 @@ import pytest
 import nearfield
 from nearfield.training.forecast_notices import Machine, forecast_notices
 from tests.cli.command import run
+from tests.patience import PATIENCE
 
 
 def test_a_run_that_would_start(toy_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +125,7 @@ def test_under_a_launcher_rank_0_prints(toy_recipe: Path, tmp_path: Path) -> Non
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "nearfield", "train"]
     command += [str(toy_recipe), "training.backend=fsdp2", "--run-folder", str(tmp_path / "run"), "--dry-run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The run would start") == 1
     assert "fsdp2, 2 process(es)" in done.stdout

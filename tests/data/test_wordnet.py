@@ -18,6 +18,7 @@ import pytest
 from nearfield.data import DataConfig, Store, build_data
 from nearfield.data.readers.wordnet import FOLDER, WordNet, lemma_rows, read_synsets
 from nearfield.data.summary import DataSummary
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 SHA256 = {
@@ -142,7 +143,7 @@ def test_the_script_makes_the_shipped_bytes(script: ModuleType, tmp_path: Path) 
             if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
                 pytest.skip("WordNet's dictionary is not here, and there is no apt-get to fetch it")
             command = ["apt-get", "download", "-q", script.PACKAGE]
-            fetched = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, timeout=60)
+            fetched = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, timeout=PATIENCE)
             packages = sorted(tmp_path.glob("wordnet-base*.deb"))
             if fetched.returncode or not packages:
                 pytest.skip("WordNet's dictionary is not here, and apt-get cannot fetch wordnet-base")

@@ -20,6 +20,7 @@ from nearfield.objectives.batch import ContrastiveBatch, LossSum, Ring
 from nearfield.objectives.config import SpreadConfig
 from tests.objectives.options import configs, random_batch
 from tests.objectives.test_blockwise import build
+from tests.patience import PATIENCE
 
 
 def part_of(batch: ContrastiveBatch, low: int, high: int) -> tuple[ContrastiveBatch, Tensor]:
@@ -68,7 +69,7 @@ def in_a_ring(
     def rotate(rank: int) -> Callable[[Tensor, int], Tensor]:
         def pass_on(tensor: Tensor, rows: int) -> Tensor:
             mail[(rank + 1) % world].put(tensor.clone())
-            got = mail[rank].get(timeout=60)
+            got = mail[rank].get(timeout=PATIENCE)
             assert len(got) == rows
             return got
 

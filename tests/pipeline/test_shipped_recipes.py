@@ -24,6 +24,7 @@ from nearfield.recipe import check_recipe, load_recipe, stage_recipes
 from nearfield.training.metrics import read_metrics
 from nearfield.training.model_options import freeze_parameters
 from tests.encoders.tiny import save_tiny
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 METHODS = sorted((ROOT / "training" / "recipes" / "methods").glob("*.yaml"))
@@ -174,7 +175,9 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data, out = ROOT / "data_recipes", folder / "captions.npy"
     arguments = [str(data / "emoji.yaml"), "--captions", str(data / "captions.yaml"), "--model", str(folder / "vision")]
     command = [sys.executable, str(ROOT / "scripts" / "picture_features.py"), *arguments, "--out", str(out)]
-    done = subprocess.run([*command, "--cache", str(folder / "cache")], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*command, "--cache", str(folder / "cache")], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "1,846 of 58,576 texts have pictures (1,846)" in done.stdout
     return out
@@ -184,7 +187,7 @@ def test_features_want_pictures(tmp_path: Path) -> None:
     data = ROOT / "data_recipes"
     command = [sys.executable, str(ROOT / "scripts" / "picture_features.py"), str(data / "wordnet-texts.yaml")]
     command += ["--captions", str(data / "captions.yaml"), "--model", "nowhere", "--cache", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, "this data has no pictures" in done.stderr) == (2, True)
 
 

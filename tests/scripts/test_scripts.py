@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 MULTINODE = ROOT / "scripts" / "multinode.sh"
 SBATCH = {name: ROOT / "scripts" / "slurm" / f"{name}.sbatch" for name in ("one_node", "many_nodes")}
@@ -50,7 +52,7 @@ def multinode(
     (tmp_path / "recipe.yaml").touch()
     command = ["bash", str(MULTINODE), *arguments]
     environment = {**kept, "PYTHON": python, **variables}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ LAUNCH = {
 @pytest.mark.parametrize("name", SBATCH)
 def test_a_job_that_ends_well(tmp_path: Path, name: str) -> None:
     job = start_job(tmp_path, name, 'echo "$* | $OMP_NUM_THREADS $TORCH_ELASTIC_SHUTDOWN_TIMEOUT"\n')
-    out, errors = job.communicate(timeout=30)
+    out, errors = job.communicate(timeout=PATIENCE)
     assert (job.returncode, errors) == (0, "")
     train = "-m nearfield train training/recipes/toy.yaml seed=1 --run-folder runs/toy"
     assert out == f"{LAUNCH[name]}{train} | 8 150\n"
@@ -152,7 +154,7 @@ def test_a_job_that_gained_nothing_is_not_queued_again(tmp_path: Path, name: str
     old.mkdir(parents=True)
     (old / "state.json").write_text("{}")
     job = start_job(tmp_path, name, "exit 9\n")
-    errors = job.communicate(timeout=30)[1]
+    errors = job.communicate(timeout=PATIENCE)[1]
     assert job.returncode == 9
     assert "ended with code 9 and nothing gained; not queued again" in errors
     assert not requeued(tmp_path)
@@ -165,7 +167,7 @@ WRITES = 'mkdir -p runs/toy/checkpoints/step-00000008; echo "{}" > runs/toy/chec
 @pytest.mark.parametrize(("restarts", "again"), [("", True), ("3", True), ("20", False)])
 def test_a_job_that_got_further_is_queued_again(tmp_path: Path, name: str, restarts: str, again: bool) -> None:
     job = start_job(tmp_path, name, WRITES + "exit 1\n", SLURM_RESTART_COUNT=restarts)
-    errors = job.communicate(timeout=30)[1]
+    errors = job.communicate(timeout=PATIENCE)[1]
     assert requeued(tmp_path) == again
     assert ("queued again, to go on" in errors) == again
     assert (job.returncode == 0) == again
@@ -177,12 +179,12 @@ def test_a_job_before_its_time_limit_is_asked_to_stop(tmp_path: Path, name: str,
     """The signal goes to the script alone (``B:``); the command gets SIGTERM, and its time to write."""
     python = 'trap "sleep 0.5; touch written; exit 1" TERM; touch started; while :; do sleep 0.1; done\n'
     job = start_job(tmp_path, name, python)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not (tmp_path / "started").exists():
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.02)
     job.send_signal(number)
-    errors = job.communicate(timeout=30)[1]
+    errors = job.communicate(timeout=PATIENCE)[1]
     assert (tmp_path / "written").exists()
     assert requeued(tmp_path)
     assert "queued again, to go on from the newest checkpoint" in errors

@@ -14,6 +14,7 @@ import pytest
 
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training.checkpoint import checkpoint_paths
+from tests.patience import PATIENCE
 from tests.scripts.test_scripts import MULTINODE, SBATCH, write_program
 from tests.training.launching import SGD, environment, train_record, wait_for_steps
 from tests.training.test_launching import check_model
@@ -53,7 +54,7 @@ def test_two_machines(toy_recipe: Path, tmp_path: Path, single: Path, tiny_model
                 text=True,
             )
         )
-    errors = [process.communicate(timeout=400)[1] for process in processes]
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     run = tmp_path / "machine0" / "runs" / "toy"
     assert (train_record(run)["backend"], train_record(run)["world_size"]) == (backend, 2)
@@ -96,13 +97,13 @@ def test_a_batch_job(toy_recipe: Path, tmp_path: Path, name: str) -> None:
     first = job(*long)
     wait_for_steps(first, run, 5)
     first.send_signal(signal.SIGUSR1)
-    errors = first.communicate(timeout=100)[1]
+    errors = first.communicate(timeout=PATIENCE)[1]
     assert "stopped by SIGTERM" in errors or "stopped by another rank" in errors, errors
     assert (tmp_path / "scontrol.log").read_text() == "requeue 4711\n", errors
     (last,) = checkpoint_paths(run / "checkpoints")[-1:]
     assert 5 <= int(last.name.removeprefix("step-")) < 140
     second = job(*long)
-    errors = second.communicate(timeout=400)[1]
+    errors = second.communicate(timeout=PATIENCE)[1]
     assert second.returncode == 0, errors
     manifest = json.loads((run / "manifest.json").read_text())["stages"]["train"]
     assert (manifest["steps"], manifest["world_size"]) == (140, 2)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nearfield.training.metrics import read_metrics
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -31,7 +32,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def launch(command: list[str], cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, at most five minutes."""
-    return subprocess.run(command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=PATIENCE)
 
 
 def train_record(run: Path) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def rank_processes(launcher: int) -> dict[int, int]:
 
 def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int) -> None:
     """Return once so many steps are done."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while len(read_metrics(run / "metrics.jsonl")) < steps:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, f"step {steps} was not reached"

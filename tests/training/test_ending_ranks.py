@@ -14,6 +14,7 @@ import pytest
 
 from nearfield.training.checkpoint import checkpoint_paths
 from tests.conftest import write_toy_recipe
+from tests.patience import PATIENCE
 from tests.training.launching import ROOT, TORCHRUN, environment, rank_processes, train_record, wait_for_steps
 
 
@@ -58,10 +59,8 @@ def test_a_killed_rank_ends_the_others_by_name(folder: Path, rank: int, settings
     process = start_long(folder, "killed", *settings)
     wait_for_steps(process, folder / "runs" / "killed", 6)
     victim = rank_processes(process.pid)[rank]
-    began = time.monotonic()
     os.kill(victim, signal.SIGKILL)
-    errors = process.communicate(timeout=60)[1]
-    assert time.monotonic() - began < 60
+    errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode != 0
     name = f"rank {rank} of 2 (on {os.uname().nodename}, process {victim})"
     assert f"nearfield: rank {1 - rank}: {name} was killed: its process is gone; the other ranks end too" in errors
@@ -75,7 +74,7 @@ def test_a_rank_that_leaves_without_a_word(folder: Path) -> None:
     """``os._exit``, as a library may do: no exception, no clean-up, code 0."""
     script = (str(Path(__file__).with_name("vanishing_rank.py")), "1", "6")
     process = start_long(folder, "vanished", script=script)
-    errors = process.communicate(timeout=200)[1]
+    errors = process.communicate(timeout=PATIENCE)[1]
     assert "rank 1 of 2" in errors and "its process is gone; the other ranks end too" in errors
     assert process.returncode != 0
 
@@ -88,13 +87,13 @@ def test_a_rank_that_hangs_is_found_by_its_silence(folder: Path, backend: str) -
     wait_for_steps(process, folder / "runs" / "hanging", 6)
     ranks = rank_processes(process.pid)
     os.kill(ranks[1], signal.SIGSTOP)
-    began = time.monotonic()
-    while Path(f"/proc/{ranks[0]}").exists() and time.monotonic() - began < 90:
+    deadline = time.monotonic() + PATIENCE
+    while Path(f"/proc/{ranks[0]}").exists():
+        assert time.monotonic() < deadline, "the other rank waits for ever"
         time.sleep(0.2)
-    survived = time.monotonic() - began
-    errors = process.communicate(timeout=60)[1]
-    assert survived < 60
-    assert f"rank 1 of 2 (on {os.uname().nodename}, process {ranks[1]}) has been silent for 3" in errors
+    errors = process.communicate(timeout=PATIENCE)[1]
+    name = re.escape(f"rank 1 of 2 (on {os.uname().nodename}, process {ranks[1]})")
+    assert re.search(rf"{name} has been silent for \d+ s", errors), errors
     assert 'File "' + str(ROOT / "src") not in errors
 
 
@@ -114,13 +113,13 @@ def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_goes_on(folder: Pat
             os.kill(pid, signal.SIGINT)
     else:
         os.kill(process.pid if who == "launcher" else ranks[int(who[-1])], signal.SIGTERM)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=PATIENCE)[1]
     last = checkpoint_paths(run / "checkpoints")[-1]
     assert len(re.findall(rf"nearfield: {re.escape(str(last))}: stopped by .* of 140", errors)) == 2, errors
     if who.startswith("rank"):
         assert exit_codes(errors) == [3, 3]
     resumed = start_long(folder, name, *settings, anew=False)
-    errors = resumed.communicate(timeout=300)[1]
+    errors = resumed.communicate(timeout=PATIENCE)[1]
     assert resumed.returncode == 0, errors
     record = train_record(run)
     assert (record["steps"], record["resumed_from"]) == (140, int(last.name.removeprefix("step-")))

@@ -14,6 +14,7 @@ import pytest
 from nearfield.encoders import load_encoder
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training.metrics import read_metrics
+from tests.patience import PATIENCE
 from tests.training.ranks_evaluating import TEXTS
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ def torchrun(*arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr[-3000:]
 
 

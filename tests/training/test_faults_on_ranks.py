@@ -13,6 +13,7 @@ import pytest
 
 from nearfield.training.checkpoint import checkpoint_paths, open_checkpoint
 from nearfield.training.metrics import read_metrics
+from tests.patience import PATIENCE
 
 FAULTY = Path(__file__).with_name("faulty_rank.py")
 
@@ -23,7 +24,7 @@ def launch(recipe: Path, run: Path, *more: str, script: list[str]) -> subprocess
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *script]
     command += ["train", str(recipe), *settings, *more, "--run-folder", str(run), "--until", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_ddp_repeats_the_step(toy_recipe: Path, tmp_path: Path) -> None:

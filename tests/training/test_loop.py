@@ -22,6 +22,7 @@ from nearfield.training import TrainingConfig
 from nearfield.training.metrics import read_metrics
 from nearfield.training.optimizer_configs import AdamWConfig
 from nearfield.training.optimizers import make_optimizer
+from tests.patience import PATIENCE
 from tests.training.test_train import poison
 
 
@@ -160,13 +161,13 @@ def test_a_signal_ends_the_command_with_its_own_code(toy_recipe: Path, tmp_path:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(read_metrics(run / "metrics.jsonl")) < 3:
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 3, errors
     assert f"stopped by {name}" in errors
     assert "Traceback" not in errors
