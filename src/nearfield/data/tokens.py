@@ -31,7 +31,7 @@ TokenizeItems = Callable[["Store", Rows, str], list[Ids]]
 IMAGE = -1
 """Stands in the place of each token that a picture counts as, where pictures have an encoder of their own."""
 
-VERSION = 2
+VERSION = 3
 _BATCH = 1024
 
 
@@ -64,12 +64,16 @@ class CutTexts:
         return asdict(self)
 
 
-class Cut(Protocol):
-    """What cuts texts to a longest input."""
+class Reader(Protocol):
+    """How texts are read beside their tokens: to which length they are cut, and which tokens count."""
 
     @property
     def max_length(self) -> int | None:
         """In tokens; None where nothing is cut."""
+
+    @property
+    def pools_prompt(self) -> bool:
+        """Whether the tokens of a prompt are pooled with those of the text."""
 
     def lost_tokens(self, store: Store, rows: Rows, prompt: str, kept: Sequence[Ids]) -> Sequence[int]:
         """How many tokens each item lost, by what is left of it."""
@@ -122,6 +126,8 @@ class TokenCache:
         self.fingerprint: str = meta["fingerprint"]
         self.max_length: int | None = meta["max_length"]
         """The longest input that texts were cut to; None where none was cut."""
+        self.pools_prompt: bool = meta["pools_prompt"]
+        """Whether the tokens of a prompt are pooled with those of the text."""
         self.tables = [self._open(number, entry) for number, entry in enumerate(meta["prompts"])]
 
     def _open(self, number: int, entry: Mapping[str, Any]) -> TokenTable:
@@ -136,6 +142,12 @@ class TokenCache:
         )
         cut = CutTexts(**entry["cut"])
         return TokenTable(str(entry["prompt"]), int(entry["prompt_length"]), rows, offsets, ids, cut)
+
+    def without_tokens(self, table: TokenTable) -> Rows:
+        """The item rows with this prompt that have not one token that is pooled: their vectors are zero."""
+        if self.pools_prompt or not table.prompt_length:
+            return np.empty(0, dtype=np.int64)
+        return np.asarray(table.rows[np.diff(table.offsets) <= table.prompt_length])
 
     @property
     def cut(self) -> CutTexts:
@@ -156,11 +168,11 @@ def build_tokens(
     fingerprint: str,
     *,
     tokenize_items: TokenizeItems | None = None,
-    cut: Cut | None = None,
+    reader: Reader | None = None,
 ) -> TokenCache:
     """Tokenise the wanted item rows of each prompt into the folder ``out``, written aside and renamed.
 
-    ``tokenize_items`` takes the place of ``tokenize`` in a store with pictures. ``cut`` says what items lose; without it
+    ``tokenize_items`` takes the place of ``tokenize`` in a store with pictures. ``reader`` says what items lose; without it
     nothing is cut.
     """
     with atomic_path(out) as aside:
@@ -180,14 +192,19 @@ def build_tokens(
                         else tokenize_items(store, rows, prompt)
                     )
                     offsets[start + 1 : start + 1 + len(part)] = [len(ids) for ids in part]
-                    lost = [0] if cut is None else cut.lost_tokens(store, rows, prompt, part)
+                    lost = [0] if reader is None else reader.lost_tokens(store, rows, prompt, part)
                     whole = sum(map(len, part)) + sum(lost)
                     taken += CutTexts(len(part), sum(count > 0 for count in lost), whole, sum(lost))
                     file.write(np.concatenate(part).astype(np.int32).tobytes())
             np.save(stem.with_suffix(".rows.npy"), unique)
             np.save(stem.with_suffix(".offsets.npy"), np.cumsum(offsets))
             prompts.append({"prompt": prompt, "prompt_length": prompt_length(prompt), "cut": taken.to_json()})
-        longest = None if cut is None else cut.max_length
-        meta = {"version": VERSION, "fingerprint": fingerprint, "max_length": longest, "prompts": prompts}
+        meta = {
+            "version": VERSION,
+            "fingerprint": fingerprint,
+            "max_length": None if reader is None else reader.max_length,
+            "pools_prompt": reader is None or reader.pools_prompt,
+            "prompts": prompts,
+        }
         write_json(aside / "tokens.json", meta)
     return TokenCache(out)

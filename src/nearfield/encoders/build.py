@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ from nearfield.encoders.adapters import (
     record_base,
     save_adapter,
 )
+from nearfield.encoders.borders import BORDER, border_notices, keep_borders, save_borders
 from nearfield.encoders.checks import check_folder, load_error
 from nearfield.encoders.config import EncoderConfig
 from nearfield.encoders.domains import add_bottleneck, add_prefix, has_bottlenecks, saved_alone, weights_hash
@@ -162,6 +163,7 @@ def load_encoder(
         check_weights(loading, embedding_trial(model), name_or_path)
     check_claimed_direction(model, name_or_path)
     check_one_tower(model, name_or_path)
+    notices += tuple(border_notices(model))
     commit = None
     if not folder.is_dir() and gguf is None and hasattr(model[0], "config"):
         commit = getattr(model[0].config, "_commit_hash", None)
@@ -289,14 +291,21 @@ def save_encoder(model: SentenceTransformer, folder: Path, *, adapter: Literal["
         else:
             model.save_pretrained(str(folder), create_model_card=False)
     ship_modules(model, folder)
+    save_borders(model, folder)
 
 
 def build_encoder(
-    config: EncoderConfig, device: str | None = None, *, dtype: Dtype = "float32", seed: int = 0
+    config: EncoderConfig,
+    device: str | None = None,
+    *,
+    dtype: Dtype = "float32",
+    seed: int = 0,
+    prompts: Iterable[str] = (),
 ) -> LoadedEncoder:
     """The encoder of a recipe: the model with the recipe's layers, attention, pooling, heads, maximum length and adapter.
 
-    ``dtype`` is that of its weights; those of an adapter are float32. New weights are drawn from ``seed``.
+    ``dtype`` is that of its weights; those of an adapter are float32. New weights are drawn from ``seed``. Where pooling
+    leaves prompts out, the ends of ``prompts`` and of the model's own are kept borders of tokens.
     """
     quantize = config.adapter.quantize if config.adapter else "none"
     loaded = load_encoder(
@@ -319,6 +328,9 @@ def build_encoder(
     if config.append_eos:
         append_eos(model)
     set_heads(model, config, seed)
+    notices = [one for one in loaded.notices if one.code != BORDER]
+    notices += keep_borders(model, [*prompts, *model.prompts.values()])
+    loaded = replace(loaded, notices=tuple(notices))
     if config.max_length is not None:
         config_of: Any = getattr(model[0], "config", None)
         text = config_of.get_text_config() if hasattr(config_of, "get_text_config") else config_of

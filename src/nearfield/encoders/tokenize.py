@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from sentence_transformers.sentence_transformer.modules import Transformer
 
 from nearfield.data.tokens import IMAGE
+from nearfield.encoders.borders import counted_tokens, leaves_prompt_out, tokens_before
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
 from nearfield.encoders.lengths import longest_input, lost_tokens, shorten
@@ -93,17 +94,22 @@ def _ragged(model: SentenceTransformer) -> dict[str, dict[str, Any]] | None:
 
 
 def prompt_tokens(model: SentenceTransformer, prompt: str) -> int:
-    """Tokens of the prompt and of the special tokens before it, as poolings that leave the prompt out count them."""
+    """Tokens of the prompt and of the special tokens before it.
+
+    Where pooling leaves the prompt out it is what sentence-transformers counts, else those that hold nothing of the text.
+    """
     if not prompt or family_of(model) is not None:
         return 0
-    return int(model.preprocess(["a"], prompt=prompt).get("prompt_length", 0))
+    before = None if leaves_prompt_out(model) else tokens_before(model, prompt, "a")
+    return counted_tokens(model, prompt) if before is None else before
 
 
 class Tokenizer:
     """The callable that :func:`nearfield.data.tokens.build_tokens` wants."""
 
-    def __init__(self, config: EncoderConfig, max_length: int | None = None) -> None:
-        self.model: SentenceTransformer = build_encoder(config.model_copy(update={"adapter": None}), "cpu").model
+    def __init__(self, config: EncoderConfig, max_length: int | None = None, prompts: Iterable[str] = ()) -> None:
+        plain = config.model_copy(update={"adapter": None})
+        self.model: SentenceTransformer = build_encoder(plain, "cpu", prompts=prompts).model
         shorten(self.model, max_length)
 
     @property
@@ -118,6 +124,11 @@ class Tokenizer:
     def of_items(self, store: Store, rows: Rows, prompt: str) -> list[npt.NDArray[np.int32]]:
         """What each item of a store with pictures takes, by :func:`item_token_ids`."""
         return item_token_ids(self.model, store, rows, prompt)
+
+    @property
+    def pools_prompt(self) -> bool:
+        """Whether pooling takes the prompt's tokens, too."""
+        return not leaves_prompt_out(self.model)
 
     def lost_tokens(self, store: Store, rows: Rows, prompt: str, kept: Sequence[npt.NDArray[np.int32]]) -> list[int]:
         """How many tokens each item of a store loses by the longest input; of a picture none is cut."""

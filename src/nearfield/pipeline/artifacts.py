@@ -56,6 +56,16 @@ class Artifacts(Freshness):
         sets = {name: [one.text for one in found] for name, found in self._example_sets(self._store()).items()}
         return add_examples(self.contract, sets, config.evaluated == "examples")
 
+    def all_prompts(self, store: Store) -> list[str]:
+        """Every text that stands before items, in training or in the model that is saved."""
+        from nearfield.pipeline.prompting import source_prompts
+
+        sets, found = self._example_sets(store), {*self.trained_contract.model_prompts.values()}
+        for name in self.source_names:
+            prompts = source_prompts(self.contract, sets, name)
+            found |= {*prompts.queries, *prompts.document}
+        return sorted(found)
+
     def _open_store(self, path: Path) -> Store:
         from nearfield.data import prepare_store
         from nearfield.data.store import Store

@@ -8,6 +8,7 @@ from typing import Any
 
 from nearfield.batching.plan import VERSION as PLAN_VERSION
 from nearfield.data.tokens import VERSION as TOKENS_VERSION
+from nearfield.encoders.borders import folder_pools_prompt
 from nearfield.encoders.build import ModelSource, locate
 from nearfield.encoders.prompts import PromptContract, base_prompts, make_contract
 from nearfield.errors import BadInputError
@@ -94,6 +95,10 @@ class Freshness:
             "prompts": self.contract.inputs(),
             "split": recipe.split,
         }
+        pooled = recipe.encoder.pool_prompt
+        if not (folder_pools_prompt(self.base.path) if pooled is None else pooled):
+            # The ends of all prompts are borders of tokens then.
+            tokens["pooled_without"] = sorted({*self.contract.model_prompts.values()})
         if recipe.prompts.in_context is not None:
             tokens["in_context"] = [recipe.prompts.in_context.model_dump(mode="json"), recipe.seed]
         if recipe.mining is not None and recipe.mining.corpus == "sources":

@@ -28,6 +28,7 @@ def plan_notices(stages: Freshness, plans: list[Plan]) -> list[Notice]:
         *data_notices(stages),
         *prompt_notices(stages),
         *token_notices(stages),
+        *unpooled_notices(stages),
         *batch_notices(stages, plans),
         *setting_notices(stages, steps),
     ]
@@ -105,6 +106,22 @@ def token_notices(stages: Freshness) -> Iterator[Notice]:
         yield Notice(
             "texts-cut", f"in training {cache.cut.say(cache.max_length)}", f"Raise {key} if the model allows it."
         )
+
+
+def unpooled_notices(stages: Freshness) -> Iterator[Notice]:
+    """Texts that are nothing but their prompt, where pooling leaves that out."""
+    from nearfield.data.tokens import TokenCache
+
+    cache = TokenCache(stages.tokens_path)
+    for table in cache.tables:
+        rows = cache.without_tokens(table)
+        if len(rows):
+            yield Notice(
+                "no-token-pooled",
+                f"{len(rows):,} of {len(table.rows):,} texts have no token behind the prompt {table.prompt!r} (such as item "
+                f"{int(rows[0])}), which pooling leaves out: their vectors are zero and nothing is learnt from them",
+                "Leave out empty texts, raise training.max_length where it ends in the prompt, or set encoder.pool_prompt: true.",
+            )
 
 
 def batch_notices(stages: Freshness, plans: list[Plan]) -> Iterator[Notice]:

@@ -65,7 +65,7 @@ class PreparingStages(MiningStages):
         for name, items in self.mined_items(store).items():
             for prompt in self.contract.of(name, "document"):
                 wanted[prompt].append(items)
-        tokenizer = Tokenizer(self.recipe.encoder, self.recipe.training.max_length)
+        tokenizer = Tokenizer(self.recipe.encoder, self.recipe.training.max_length, self.all_prompts(store))
         in_context, limit = self.recipe.prompts.in_context, tokenizer.max_length
         if in_context is not None and limit is not None:
             for name in sets:
@@ -79,7 +79,7 @@ class PreparingStages(MiningStages):
             self.tokens_path,
             self.fingerprints["tokens"],
             tokenize_items=tokenizer.of_items if store.has_images else None,
-            cut=tokenizer,
+            reader=tokenizer,
         )
         for notice in token_notices(self):
             say(notice)

@@ -189,6 +189,7 @@ class TrainingStage(ChangingStages):
             str(device) if quantized else "cpu",
             dtype="bfloat16" if pure else "float32",
             seed=recipe.seed,
+            prompts=self.all_prompts(self._store()),
         )
 
     def _export(self, result: TrainingResult, device: torch.device) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from nearfield.encoders.borders import leaves_prompt_out
 from nearfield.encoders.dropout import use_fast_dropout
 from nearfield.encoders.packing import packing_kind
 from nearfield.encoders.sparse import sparse_embedding_gradients
@@ -87,11 +88,6 @@ def pick_precision(config: TrainingConfig, device: torch.device) -> str:
         return config.precision
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16-mixed" if native else "fp32"
-
-
-def leaves_prompt_out(model: nn.Module) -> bool:
-    """Whether a pooling of the model skips the prompt's tokens, so that a chunk must have one prompt."""
-    return any(getattr(module, "include_prompt", True) is False for module in model.modules())
 
 
 def build_engine(

@@ -1,0 +1,227 @@
+"""Where a prompt ends among a text's tokens, for models whose pooling leaves the prompt out.
+
+Poolings leave out as many tokens as the prompt alone has. That is right only where the prompt's end is a border between
+tokens: a tokenizer that joins a space to the word behind it has one token more for ``Query: `` alone than ``Query: dog`` has
+before ``dog``, and the text's first word would be left out. So the tokenizer itself is changed, and saved with the model:
+white space at the end of a text is no token, and where that is not enough the end of a stated prompt always parts two tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nearfield.files import read_json, write_json
+from nearfield.notices import Notice
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from torch import nn
+
+BORDER = "prompt-border"
+"""The code of the notice on a prompt that does not end between two tokens."""
+_TRIALS = (
+    "dog",
+    "Dog",
+    "s",
+    "ing",
+    "7",
+    "(x)",
+    ": x",
+    "...",
+    "-x",
+    "'s",
+    '"q"',
+    "_x",
+    "é",
+    "ß",
+    "犬",
+    "🙂",
+    "/x",
+    "#x",
+)
+"""Beginnings of texts that tokenizers join to what stands before them."""
+_END = r"\s+\z"
+
+
+def leaves_prompt_out(model: nn.Module) -> bool:
+    """Whether a pooling of the model leaves out the tokens of the prompt, so that texts encoded together must have one prompt."""
+    return any(getattr(module, "include_prompt", True) is False for module in model.modules())
+
+
+def folder_pools_prompt(path: str) -> bool:
+    """Whether the model in a folder pools prompts, without loading it; so it is where that is not said."""
+    files = Path(path).glob("*/config.json") if Path(path).is_dir() else ()
+    return all(read_json(file, "settings of a module").get("include_prompt", True) for file in files)
+
+
+def counted_tokens(model: SentenceTransformer, prompt: str) -> int:
+    """The tokens that sentence-transformers counts as the prompt's, with the special tokens before it."""
+    return int(model.preprocess(["a"], prompt=prompt).get("prompt_length") or 0) if prompt else 0
+
+
+def tokens_before(model: SentenceTransformer, prompt: str, text: str) -> int | None:
+    """The tokens of the joined text that hold nothing of the text, special ones before it counted; None where a tokenizer does
+    not say where its tokens stand.
+
+    White space between prompt and text belongs to neither.
+    """
+    tokenizer: Any = model.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    joined = prompt + text
+    found = tokenizer(joined, return_offsets_mapping=True, truncation=False, verbose=False)
+    ends = [end for _, end in found["offset_mapping"]]
+    # Special tokens have no place: those at the front count as the prompt's.
+    return next((i for i, end in enumerate(ends) if joined[len(prompt) : end].strip()), len(ends))
+
+
+def keep_borders(model: SentenceTransformer, prompts: Iterable[str] = ()) -> list[Notice]:
+    """Let the ends of prompts be borders of tokens, so that the count of the prompt alone is that in the joined text.
+
+    Does nothing where the pooling takes the prompt too, or the count is right anyway. What cannot be mended is returned.
+    """
+    if not leaves_prompt_out(model) or "message" in getattr(model[0], "modality_config", {}):
+        return []
+    wanted = sorted({prompt for prompt in prompts if prompt})
+    tokenizer: Any = model.tokenizer
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        spaced = [prompt for prompt in wanted if prompt != prompt.rstrip()]
+        if not all(fits(model, prompt) for prompt in ("a: ", *spaced)):
+            _drop_white_space_at_ends(model)
+        crossed = [prompt for prompt in wanted if not fits(model, prompt)]
+        if crossed:
+            _part_at(model, crossed)
+    lost = [prompt for prompt in wanted if not fits(model, prompt)]
+    return [_notice(prompt) for prompt in lost]
+
+
+def border_notices(model: SentenceTransformer) -> list[Notice]:
+    """What is not right of the prompts of a model that is read as it is, and not changed."""
+    if not leaves_prompt_out(model) or "message" in getattr(model[0], "modality_config", {}):
+        return []
+    return [_notice(prompt) for prompt in sorted(set(filter(None, model.prompts.values()))) if not fits(model, prompt)]
+
+
+def fits(model: SentenceTransformer, prompt: str) -> bool:
+    """Whether the tokens that are counted as the prompt's are those before the text, whatever the text begins with."""
+    counted = counted_tokens(model, prompt)
+    for text in _TRIALS:
+        before = tokens_before(model, prompt, text)
+        if before is None:
+            alone, joined = (list(model.tokenizer(words)["input_ids"]) for words in (prompt, prompt + text))
+            if alone[:counted] != joined[:counted]:
+                return False
+        elif before != counted and not _only_white_space(model, prompt, text, before, counted):
+            return False
+    return True
+
+
+def _only_white_space(model: SentenceTransformer, prompt: str, text: str, before: int, counted: int) -> bool:
+    """Whether nothing but the white space at the prompt's end stands between the two counts: no word is left out or pooled."""
+    if counted > before:
+        return False
+    offsets = model.tokenizer(prompt + text, return_offsets_mapping=True, truncation=False, verbose=False)[
+        "offset_mapping"
+    ]
+    return not any((prompt + text)[start:end].strip() for start, end in offsets[counted:before])
+
+
+def _notice(prompt: str) -> Notice:
+    return Notice(
+        BORDER,
+        f"the prompt {prompt!r} does not end between two tokens: pooling, which leaves out as many tokens as it has alone, drops "
+        "the beginning of texts, or takes a part of the prompt",
+        "End the prompt with a line break or another character that the tokenizer keeps apart.",
+    )
+
+
+def _drop_white_space_at_ends(model: SentenceTransformer) -> None:
+    """Let white space at the end of a text, or of a prompt alone, be no token."""
+    from tokenizers import Regex, normalizers
+
+    backend = model.tokenizer.backend_tokenizer
+    trim = normalizers.Replace(Regex(_END), "")
+    backend.normalizer = trim if backend.normalizer is None else normalizers.Sequence([trim, backend.normalizer])
+    _keep_as_it_is(model)
+
+
+def _part_at(model: SentenceTransformer, prompts: Sequence[str]) -> None:
+    """Let the end of each prompt part two tokens where a text begins with it."""
+    from tokenizers import Regex, pre_tokenizers
+
+    backend = model.tokenizer.backend_tokenizer
+    added = sorted((token.content for token in backend.get_added_tokens_decoder().values()), key=len, reverse=True)
+    parts = []
+    for prompt in prompts:
+        # Tokens of its own are taken out of a text before anything else is done to it.
+        tail = re.split("|".join(map(re.escape, added)), prompt)[-1] if added else prompt
+        seen = tail.rstrip() if backend.normalizer is None else backend.normalizer.normalize_str(tail.rstrip())
+        if seen:
+            parts.append(re.escape(seen))
+    if not parts:
+        return
+    # The longest first: one prompt may begin with another.
+    pattern = Regex(rf"\A(?:{'|'.join(sorted(parts, key=len, reverse=True))})")
+    split = pre_tokenizers.Split(pattern, "isolated")
+    backend.pre_tokenizer = (
+        split if backend.pre_tokenizer is None else pre_tokenizers.Sequence([split, backend.pre_tokenizer])
+    )
+    _keep_as_it_is(model)
+
+
+def _keep_as_it_is(model: SentenceTransformer) -> None:
+    """Give the tokenizer a class that is saved and loaded with all of its parts.
+
+    transformers builds most classes anew from their words, with normaliser and splitting as the class has them.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer: Any = model.tokenizer
+    model[0]._prompt_length_mapping.clear()
+    if "__init__" not in type(tokenizer).__dict__ or type(tokenizer) is PreTrainedTokenizerFast:
+        return
+    settings = {
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": tokenizer.padding_side,
+        "truncation_side": tokenizer.truncation_side,
+        "model_input_names": list(tokenizer.model_input_names),
+        "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
+        **tokenizer.special_tokens_map,
+    }
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **settings)
+    plain.chat_template = tokenizer.chat_template
+    if model[0].processor is tokenizer:
+        model[0].processor = plain
+    else:
+        model[0].processor.tokenizer = plain
+
+
+def save_borders(model: SentenceTransformer, folder: Path) -> None:
+    """Let the saved tokenizer be loaded as it is, by plain sentence-transformers too.
+
+    Of some architectures (Qwen2) transformers takes the class of the architecture whatever the folder says, and builds it
+    anew; a type of tokenizer that is named beside the model's settings overrules that.
+    """
+    if not leaves_prompt_out(model) or getattr(model.tokenizer, "backend_tokenizer", None) is None:
+        return
+    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    wanted = _cutting(model.tokenizer)
+    if _cutting(AutoTokenizer.from_pretrained(folder)) == wanted:
+        return
+    path = folder / "sentence_bert_config.json"
+    settings = read_json(path, "settings of a transformer")
+    plain = next(name for name, of in TOKENIZER_MAPPING_NAMES.items() if of == "TokenizersBackend")
+    settings["processor_kwargs"] = {**settings.get("processor_kwargs", {}), "tokenizer_type": plain}
+    write_json(path, settings)
+
+
+def _cutting(tokenizer: Any) -> tuple[Any, Any]:
+    """How a tokenizer normalises and splits texts before it looks words up."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return parts["normalizer"], parts["pre_tokenizer"]
