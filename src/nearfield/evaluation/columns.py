@@ -16,8 +16,9 @@ def read_columns_whole(task: Any) -> None:
         return
     scores, undersample = task._calculate_scores, task._undersample_data
 
-    def calculate_scores(y_test: Any, y_pred: Any) -> Any:
-        return scores(y_test[:], y_pred)
+    def calculate_scores(labels: Any, *arguments: Any, **named: Any) -> Any:
+        # Subclasses hand on more than the predictions: a multilabel task its vectors and the classifier, too.
+        return scores(labels[:], *arguments, **named)
 
     def undersample_data(dataset: Any, *arguments: Any, **named: Any) -> Any:
         return undersample(_Whole(dataset, task.label_column_name), *arguments, **named)

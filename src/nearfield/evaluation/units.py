@@ -18,7 +18,9 @@ from mteb.abstasks import (
     AbsTaskBitextMining,
     AbsTaskClassification,
     AbsTaskClustering,
+    AbsTaskMultilabelClassification,
     AbsTaskPairClassification,
+    AbsTaskRegression,
     AbsTaskRetrieval,
     AbsTaskSTS,
     AbsTaskZeroShotClassification,
@@ -30,6 +32,8 @@ from nearfield.evaluation.resampling import average_precision
 from nearfield.evaluation.statistics import DisjointSets, Floats
 from nearfield.evaluation.unit_files import EXPERIMENT, TOP, TOP_SCHEMA, Record
 
+_NOT_RIGHT_OR_WRONG = (AbsTaskMultilabelClassification, AbsTaskRegression)
+"""Classifications whose items have several labels, or a number: a prediction is not simply right or wrong."""
 _TREC = {"ndcg": "ndcg_cut_", "map": "map_cut_", "recall": "recall_", "precision": "P_", "hit_rate": "success_"}
 _EXTRA_METRICS = ("ndcg_at_10", "recall_at_10", "recall_at_100", "mrr_at_10")
 _STS_SCORES = {
@@ -77,7 +81,7 @@ class Recorder:
             self._keep_bitext(predictions, hf_subset, hf_split)
         elif isinstance(task, AbsTaskZeroShotClassification):
             self._keep_zero_shot(predictions, hf_subset, hf_split)
-        elif isinstance(task, AbsTaskClassification):
+        elif isinstance(task, AbsTaskClassification) and not isinstance(task, _NOT_RIGHT_OR_WRONG):
             self._keep_classification(predictions, hf_subset, hf_split)
         elif not isinstance(task, AbsTaskClustering | AbsTaskClusteringLegacy):
             self._no_interval(
@@ -196,7 +200,7 @@ class Recorder:
             return
         labels = np.asarray(self._data(subset, split)[task.label_column_name][:])
         if labels.ndim != 1 or any(len(run) != len(labels) for run in predictions):
-            self._no_interval(subset, split, "the task's items have several labels, so no interval is given")
+            self._no_interval(subset, split, "the task does not predict one label for each item, so no interval is given")
             return
         right = np.stack([np.asarray(run) == labels for run in predictions]).astype(np.float64)
         self._rows(subset, split, "item", "accuracy", {str(i): value for i, value in enumerate(right.mean(axis=0))})
