@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.data.finite import require_finite
 from nearfield.data.minhash import BandIndex, sketch
 from nearfield.data.normal import WordHashes, hash64, normal_form
 from nearfield.data.shingles import Ragged, Rows, concatenate, hash_words, shared
@@ -183,8 +184,9 @@ def first_of_each(index_of: Callable[[TextSets], NearIndex], sets: TextSets, blo
 
 
 def unit(vectors: Any) -> Vectors:
-    """Vectors [n, d] of length 1 in float32; a zero vector stays zero."""
+    """Vectors [n, d] of length 1 in float32; a zero vector stays zero. Raises BadInputError where one is not finite."""
     array = np.asarray(vectors, dtype=np.float32)
+    require_finite(array, lambda row: f"number {row + 1}", "near-duplicates by vectors")
     lengths = np.linalg.norm(array, axis=1, keepdims=True)
     return (array / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 

@@ -229,8 +229,9 @@ def unit(vectors: npt.NDArray[Any], item_rows: Rows, *, zeros: bool = False) -> 
     wrong = ~np.isfinite(lengths) | (lengths == 0)
     if wrong.any():
         row = int(item_rows[np.flatnonzero(wrong)[0]])
+        counted = "" if wrong.sum() == 1 else f" (as {int(wrong.sum()):,} of {len(wrong):,} are)"
         raise BadInputError(
-            f"the teacher's vector of item {row} is zero or not finite",
+            f"the teacher's vector of item {row} is zero or not finite{counted}",
             hint="`nearfield data show` prints the item's text; is the teacher in order?",
         )
     scaled: Vectors = (vectors / lengths[:, None]).astype(np.float32)

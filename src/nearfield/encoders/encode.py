@@ -27,9 +27,8 @@ def text_encoder(
         if not opened:
             from nearfield.encoders.text_encoder import TextEncoder
 
-            opened.append(
-                TextEncoder((load_encoder(model, revision, device) if isinstance(model, str) else model).model)
-            )
+            loaded = load_encoder(model, revision, device) if isinstance(model, str) else model
+            opened.append(TextEncoder(loaded.model, name=loaded.name))
         vectors = opened[0](list(texts))
         # As torch's normalize: a vector of zeros stays one.
         normalised: npt.NDArray[np.float32] = vectors / np.maximum(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nearfield.console import track
+from nearfield.data.finite import require_finite
 from nearfield.data.store import Rows, Store
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.build import load_encoder
@@ -66,8 +67,9 @@ class TextEncoder:
     vectors on one machine.)
     """
 
-    def __init__(self, model: SentenceTransformer, chunk_tokens: int | None = None) -> None:
-        self.model = model
+    def __init__(self, model: SentenceTransformer, chunk_tokens: int | None = None, name: str = "the model") -> None:
+        """``name`` is what messages call the model."""
+        self.model, self.name = model, name
         device = model.device
         self.chunk_tokens = chunk_tokens or CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cuda"])
         self.by_tokens = takes_images(model) or reads_plainly(model)
@@ -90,12 +92,13 @@ class TextEncoder:
         loaded = load_encoder(model, revision, device, trust_remote_code).model
         if max_length is not None:
             loaded.max_seq_length = max_length
-        return cls(loaded)
+        return cls(loaded, name=model)
 
     def __call__(self, texts: Sequence[str], prompt: str = "", role: str = "") -> Vectors:
         """The model's vectors [n, d] of texts with a prompt before each; float32.
 
-        ``role``, ``query`` or ``document``, counts for models that encode these differently.
+        ``role``, ``query`` or ``document``, counts for models that encode these differently. Raises :class:`BadInputError`
+        where vectors are not finite.
         """
         result: Vectors | None = None
         for chunk, vectors in self.by_chunks(texts, prompt, role):
@@ -104,6 +107,7 @@ class TextEncoder:
             result[chunk] = vectors
         if result is None:
             return np.empty((0, int(self.model.get_embedding_dimension() or 0)), dtype=np.float32)
+        require_finite(result, texts.__getitem__, self.name)
         return result
 
     def by_chunks(
@@ -127,7 +131,10 @@ class TextEncoder:
             yield chunk, self._vectors([rows[i] for i in chunk], length)
 
     def of_items(self, store: Store, items: Rows, prompt: str = "", role: str = "", where: str = "encoder") -> Vectors:
-        """The model's vectors [n, d] of items of a store, which may be pictures; the model is named ``where`` it takes none."""
+        """The model's vectors [n, d] of items of a store, which may be pictures; the model is named ``where`` it takes none.
+
+        Raises :class:`BadInputError` where vectors are not finite.
+        """
         if not store.has_images or not (store.picture_rows(items) >= 0).any():
             return self(store.texts(items), prompt, role)
         rows = item_token_ids(self.model, store, items, prompt, where)
@@ -145,6 +152,7 @@ class TextEncoder:
                     result = np.empty((len(items), vectors.shape[1]), dtype=np.float32)
                 result[chunk] = vectors
         assert result is not None
+        require_finite(result, lambda row: store.shown(items[row : row + 1])[0], where, "items")
         return result
 
     def _vectors(self, rows: list[npt.NDArray[np.int32]], prompt_length: int) -> Vectors:

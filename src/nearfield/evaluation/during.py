@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +15,16 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from nearfield.errors import BadInputError
+from nearfield.evaluation.checks import check_task
 from nearfield.evaluation.columns import read_columns_whole
 from nearfield.evaluation.config import SuiteConfig
 from nearfield.evaluation.contract import check_prompts
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.heldout import OpenStore
-from nearfield.evaluation.local import parts_of
+from nearfield.evaluation.local import fresh_generators, parts_of
 from nearfield.evaluation.runner import mean_over_splits
 from nearfield.evaluation.suite import open_suite
-from nearfield.notices import Said, listening
+from nearfield.notices import Said, listening, say
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -127,9 +127,10 @@ class DuringTraining:
         if isinstance(task, AbsTaskAggregate):
             return task.combine_task_results([self._score(part) for part in task.metadata.tasks])
         read_columns_whole(task)
-        # A task draws samples from generators that it made when it was opened: each call must draw the same.
-        task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)
+        fresh_generators(task)
         try:
+            task.load_data()
+            check_task(task)
             result = mteb.evaluate(
                 self.encoder,
                 task,
@@ -138,8 +139,12 @@ class DuringTraining:
                 encode_kwargs={"batch_size": 256, "show_progress_bar": False},
                 show_progress_bar=False,
             )
+            for notice in self.encoder.made.notices():
+                say(notice)
         finally:
             self.encoder.forget()
+            if task.data_loaded:
+                task.unload_data()
         return result.task_results[0]
 
     def _extra(self, result: TaskResult, metric: str) -> float:

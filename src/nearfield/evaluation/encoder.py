@@ -9,6 +9,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from nearfield.console import track
+from nearfield.data.finite import require_finite, shown, zeros
 from nearfield.data.tokens import CutTexts
 from nearfield.encoders.heads import shipped_files
 from nearfield.encoders.lengths import count_cuts
@@ -26,6 +28,7 @@ from nearfield.encoders.towers import reads_together
 from nearfield.evaluation.axes import Turn
 from nearfield.evaluation.crew import Crew, Pairs, Wording
 from nearfield.evaluation.vectors import compress
+from nearfield.notices import Notice
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -43,6 +46,36 @@ _CHARACTERS_A_TOKEN = 3
 
 def _rgb(picture: Any) -> Any:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+@dataclass
+class Made:
+    """The vectors that a task got, and how many of them are zero in every dimension."""
+
+    rows: int = 0
+    zeros: int = 0
+    first: object = None
+    """The text of the first that is zero; none for a picture."""
+
+    def count(self, vectors: NDArray[np.float32], item: Callable[[int], object]) -> None:
+        """Take in some vectors; ``item`` gives what a row is of."""
+        rows = zeros(vectors)
+        if len(rows) and not self.zeros:
+            self.first = item(int(rows[0]))
+        self.rows, self.zeros = self.rows + len(vectors), self.zeros + len(rows)
+
+    def notices(self) -> list[Notice]:
+        """What a reader of the task's score must know."""
+        if not self.zeros:
+            return []
+        verb = "vector is" if self.zeros == 1 else "vectors are"
+        return [
+            Notice(
+                "zero-vectors",
+                f"{self.zeros:,} of {self.rows:,} {verb} zero, alike to nothing; the first is of {shown(self.first)}",
+                "Look for texts without a token that is pooled, such as empty ones.",
+            )
+        ]
 
 
 class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
@@ -83,17 +116,22 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         self.reused = 0
         self.cut = CutTexts()
         """What the model does not read of the texts that it was asked for, each prompt's distinct ones."""
+        self.made = Made()
+        """What the present task got."""
         self._kept: dict[tuple[str | None, str | None], dict[str, NDArray[np.float32]]] = {}
 
     def forget(self) -> None:
-        """Drop the embeddings that were kept for the texts of a task."""
+        """Drop what was kept of a task: the embeddings of its texts, and how many of them are zero."""
         self._kept.clear()
+        self.made = Made()
 
     def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(n, d) whole vectors of texts without prompt or role, of unit length or not as the model makes them."""
         wording = Wording(None, None, "")
         found = self._known_or(texts, None, "", lambda some: self.embed(some, wording, f"encoding {len(some)} texts"))
-        return np.stack([found[text] for text in texts])
+        made = np.stack([found[text] for text in texts])
+        require_finite(made, texts.__getitem__, self.mteb_model_meta.name)
+        return made
 
     def _known_or(
         self, texts: Sequence[str], role: str | None, before: str, make: Callable[[Sequence[str]], Pairs]
@@ -132,21 +170,26 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Embeddings ``[texts, dimensions]`` (float32) of a data loader's texts, in its order."""
+        """Embeddings ``[texts, dimensions]`` (float32) of a data loader's texts, in its order.
+
+        Raises :class:`BadInputError` where the model's vectors are not finite: no score can be made of them.
+        """
+        texts: list[str] | None = None
         if {"audio", "video"} & set(inputs.dataset.features):
-            return super().encode(
-                inputs,
-                task_metadata=task_metadata,
-                hf_split=hf_split,
-                hf_subset=hf_subset,
-                prompt_type=prompt_type,
-                **kwargs,
-            )
-        if "image" in inputs.dataset.features:
-            return compress(
-                self._embed_pictures(inputs, task_metadata, prompt_type), self.dimensions, self.quantize, self.turn
-            )
-        texts = [text for batch in inputs for text in batch["text"]]
+            asked = {"task_metadata": task_metadata, "hf_split": hf_split, "hf_subset": hf_subset}
+            found = super().encode(inputs, prompt_type=prompt_type, **asked, **kwargs)
+            whole = np.asarray(found, dtype=np.float32)
+        elif "image" in inputs.dataset.features:
+            whole = self._embed_pictures(inputs, task_metadata, prompt_type)
+        else:
+            texts = [text for batch in inputs for text in batch["text"]]
+            whole = self._embed_texts(texts, task_metadata, prompt_type)
+        return self._checked(whole, texts, task_metadata.name)
+
+    def _embed_texts(
+        self, texts: Sequence[str], task_metadata: Any, prompt_type: PromptType | None
+    ) -> NDArray[np.float32]:
+        """Whole vectors of texts; each distinct text of a task is encoded once."""
         prompt = get_prompt(self.model_prompts, task_metadata, prompt_type)
         role = None if prompt_type is None else prompt_type.value
         kept = self._kept.setdefault((role, prompt), {})
@@ -159,7 +202,21 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
             kept.update(
                 self._known_or(missing, role, before, lambda some: self._embed(some, task_metadata, prompt_type))
             )
-        return compress(np.stack([kept[text] for text in texts]), self.dimensions, self.quantize, self.turn)
+        return np.stack([kept[text] for text in texts])
+
+    def _checked(self, whole: NDArray[np.float32], texts: Sequence[str] | None, task: str) -> NDArray[np.float32]:
+        """Vectors as they are scored, cut and rounded; counted where they are zero, refused where they are not finite.
+
+        What is cut off and what becomes a sign would hide both.
+        """
+
+        def item(row: int) -> str | None:
+            return None if texts is None else texts[row]
+
+        require_finite(whole, item, task, "items" if texts is None else "texts")
+        cut = compress(whole, self.dimensions, "none", self.turn)
+        self.made.count(cut, item)
+        return compress(cut, None, self.quantize)
 
     def _embed(self, texts: Sequence[str], task_metadata: Any, prompt_type: PromptType | None) -> Pairs:
         """Each of some distinct texts with its embedding."""

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from mteb.abstasks import AbsTaskClusteringLegacy, AbsTaskPairClassification, AbsTaskRetrieval
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
+from mteb.types import PromptType
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation.local import TYPES, RetrievalSplit, SuiteTask, make_task, official_class
+from nearfield.evaluation.folder_shape import TEXT_COLUMNS, holds_images, holds_text, official_shape, own_shape
+from nearfield.evaluation.local import TYPES, RetrievalSplit, SuiteTask, columns_of, make_task, official_class
 from nearfield.files import fingerprint, hash_file, read_json
+from nearfield.notices import Notice, say
 
 META = "meta.json"
-_PARTS = {"corpus": ("id", "text"), "queries": ("id", "text"), "qrels": ("query-id", "corpus-id", "score")}
-_TEXT_COLUMNS = {"text", "sentence1", "sentence2", "sentences", "id", "query-id", "corpus-id"}
+_PARTS = {"corpus": ("id",), "queries": ("id",), "qrels": ("query-id", "corpus-id", "score")}
 
 
 def task_folders(folder: Path, only: Sequence[str] | None = None) -> list[Path]:
@@ -46,8 +51,45 @@ def folder_task(folder: Path) -> SuiteTask:
     """The task of a folder. Its files are hashed now and read when the task runs."""
     meta = _meta(folder)
     name, task_type, split, subsets = str(meta["task"]), str(meta["type"]), str(meta["split"]), list(meta["subsets"])
-    base = official_class(str(meta.get("mteb_class", name)))
-    if task_type not in TYPES and base is None:
+    official = _official(folder, meta)
+    base = TYPES[task_type].base if official is None else official
+    retrieval = issubclass(base, AbsTaskRetrieval)
+    files = _files(folder, meta, retrieval)
+    shape = official_shape(base) if official is not None else own_shape(base, task_type, meta, _schemas(files), folder)
+    result = SuiteTask(None, details={"folder": folder.name})
+
+    def load() -> dict[str, Any]:
+        if retrieval:
+            return {s: {split: _retrieval_split(folder, s, split, result)} for s in subsets}
+        splits = [split, *meta.get("extra_splits", [])]
+        data = {s: {p: _columns_split(folder, s, p, result) for p in splits} for s in subsets}
+        return data["default"] if subsets == ["default"] else data
+
+    like = official_class(str(meta.get("mteb_class", name)))
+    same_name = like is not None and like.metadata.name == name
+    result.task = make_task(
+        shape.base,
+        name=name,
+        task_type=task_type,
+        description=str(meta.get("note") or f"Local copy of {name}"),
+        content_hash=fingerprint([[file.name, hash_file(file)] for file in files]),
+        languages=_languages(folder, meta, like.metadata.eval_langs if like is not None and same_name else None),
+        splits=[split],
+        load=load,
+        like=like.metadata if like is not None else None,
+        attributes=shape.attributes,
+        category=shape.category,
+    )
+    if like is not None:
+        result.details["scored_as"] = like.metadata.name
+    return result
+
+
+def _official(folder: Path, meta: dict[str, Any]) -> type[Any] | None:
+    """The official class that scores a folder's task; None where it is the one of its type."""
+    task_type = str(meta["type"])
+    base = official_class(str(meta.get("mteb_class", meta["task"])))
+    if base is None and task_type not in TYPES:
         raise BadInputError(
             f"the task type {task_type!r} is not known", where=str(folder / META), hint=f"Types: {', '.join(TYPES)}."
         )
@@ -56,32 +98,21 @@ def folder_task(folder: Path) -> SuiteTask:
             f"the type is {task_type!r}, but mteb's {base.metadata.name} is of type {base.metadata.type!r}",
             where=str(folder / META),
         )
-    retrieval = TYPES[task_type].columns == () if task_type in TYPES else False
-    files = _files(folder, meta, retrieval)
-    result = SuiteTask(None, details={"folder": folder.name})
+    # The data of a folder are of one task, not of the parts whose mean an aggregate is.
+    if base is None and "mteb_class" in meta:
+        what = f"mteb has no task {meta['mteb_class']!r}: the class of the type scores this one"
+        say(Notice("unknown-class", what), str(meta["task"]))
+    return None if base is not None and issubclass(base, AbsTaskAggregate) else base
 
-    def load() -> dict[str, Any]:
-        if retrieval:
-            return {s: {split: _retrieval_split(folder, s, split, result)} for s in subsets}
-        splits = [split, *meta.get("extra_splits", [])]
-        data = {s: {p: _columns_split(folder, s, p, task_type, result) for p in splits} for s in subsets}
-        return data["default"] if subsets == ["default"] else data
 
-    same_name = base is not None and base.metadata.name == name
-    result.task = make_task(
-        base or TYPES[task_type].base,
-        name=name,
-        task_type=task_type,
-        description=str(meta.get("note") or f"Local copy of {name}"),
-        content_hash=fingerprint([[file.name, hash_file(file)] for file in files]),
-        languages=_languages(folder, meta, base.metadata.eval_langs if base is not None and same_name else None),
-        splits=[split],
-        load=load,
-        like=base.metadata if base is not None else None,
-    )
-    if base is not None:
-        result.details["scored_as"] = base.metadata.name
-    return result
+def _schemas(files: Sequence[Path]) -> dict[str, pa.Schema]:
+    """The columns of the first file of each part: ``corpus``, ``queries``, ...; ``""`` of a task with one file a split."""
+    found: dict[str, pa.Schema] = {}
+    for file in files:
+        part = file.name.removesuffix(".parquet").rpartition(".")[2]
+        with _readable(file):
+            found.setdefault(part if part in (*_PARTS, "top_ranked") else "", pq.read_schema(file))
+    return found
 
 
 def _meta(folder: Path) -> dict[str, Any]:
@@ -136,13 +167,20 @@ def _files(folder: Path, meta: dict[str, Any], retrieval: bool) -> list[Path]:
     return files
 
 
-def _read(file: Path, columns: Sequence[str]) -> pa.Table:
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
     try:
-        table = pq.read_table(file).replace_schema_metadata(None)
+        yield
     except (pa.ArrowException, OSError) as error:
         raise BadInputError(
             f"this is no readable Parquet file ({str(error).splitlines()[0]})", where=str(file)
         ) from error
+
+
+def _read(file: Path, columns: Sequence[str], texts: Sequence[str]) -> pa.Table:
+    """A table with these columns, no cell of which is empty; ``texts`` are those that hold text."""
+    with _readable(file):
+        table = pq.read_table(file).replace_schema_metadata(None)
     for name in columns:
         if name not in table.column_names:
             raise BadInputError(
@@ -151,12 +189,13 @@ def _read(file: Path, columns: Sequence[str]) -> pa.Table:
                 hint=f"Columns here: {', '.join(table.column_names)}.",
             )
         column = table.column(name)
-        kind = column.type
-        if name in _TEXT_COLUMNS and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise BadInputError(f"the column {name!r} must hold text; it holds {kind}", where=str(file))
+        if name in texts and not holds_text(column.type):
+            raise BadInputError(f"the column {name!r} must hold text; it holds {column.type}", where=str(file))
         if column.null_count:
             row = pc.index(pc.is_null(column), True).as_py()
             raise BadInputError(f"the column {name!r} is empty in row {row + 1}", where=str(file))
+        if pa.types.is_floating(column.type) and not pc.all(pc.is_finite(column)).as_py():
+            raise BadInputError(f"the column {name!r} holds a value that is no finite number", where=str(file))
     if table.num_rows == 0:
         raise BadInputError("this file has no rows", where=str(file))
     return table
@@ -167,34 +206,56 @@ def _dataset(table: pa.Table) -> Any:
     from datasets.table import InMemoryTable
 
     data = datasets.Dataset(InMemoryTable(table))
-    for name, feature in data.features.items():
-        if name == "image" and isinstance(feature, dict):
+    for name in table.column_names:
+        if holds_images(table.schema.field(name).type):
             data = data.cast_column(name, datasets.Image())
     return data
 
 
-def _columns_split(folder: Path, subset: str, split: str, task_type: str, result: SuiteTask) -> Any:
+def _columns_split(folder: Path, subset: str, split: str, result: SuiteTask) -> Any:
     file = folder / f"{subset}.{split}.parquet"
-    table = _read(file, TYPES[task_type].columns if task_type in TYPES else ())
-    if task_type == "STS" and not pc.all(pc.is_finite(table.column("score").cast(pa.float64()))).as_py():
-        raise BadInputError("the column 'score' holds a value that is no finite number", where=str(file))
+    columns = columns_of(result.task)
+    texts = [name for name in columns if name in TEXT_COLUMNS and "image" not in result.task.metadata.modalities]
+    if isinstance(result.task, AbsTaskClusteringLegacy):
+        texts = []
+    table = _read(file, columns, texts)
     if "cluster" in table.column_names:
         keys = table.column("cluster").to_pylist()
         result.clusters[subset, split] = {str(i): str(key) for i, key in enumerate(keys) if key is not None}
         table = table.drop_columns(["cluster"])
+    if isinstance(result.task, AbsTaskPairClassification) and table.num_rows == 1:
+        # One row is to mteb all pairs in lists.
+        table = pa.table({name: [table.column(name).to_pylist()] for name in columns})
     data = _dataset(table)
     names = read_json(folder / META, "task description").get("label_names")
-    if isinstance(names, list) and "label" in data.features:
+    label = getattr(result.task, "label_column_name", "label")
+    if isinstance(names, list) and label in data.features and pa.types.is_integer(table.schema.field(label).type):
         import datasets
 
-        data = data.cast_column("label", datasets.ClassLabel(names=[str(name) for name in names]))
+        data = data.cast_column(label, datasets.ClassLabel(names=[str(name) for name in names]))
     return data
+
+
+def _texts(part: str, file: Path) -> list[str]:
+    """The columns of a retrieval task's part that hold text; a query may also be a conversation, a list of turns."""
+    with _readable(file):
+        schema = pq.read_schema(file)
+    turns = part == "queries" and "text" in schema.names and pa.types.is_list(schema.field("text").type)
+    return [name for name in TEXT_COLUMNS if not (turns and name == "text")]
 
 
 def _retrieval_split(folder: Path, subset: str, split: str, result: SuiteTask) -> RetrievalSplit:
     stem = f"{subset}.{split}"
     files = {part: folder / f"{stem}.{part}.parquet" for part in (*_PARTS, "top_ranked")}
-    corpus, queries, qrels = (_read(files[part], columns) for part, columns in _PARTS.items())
+    metadata = result.task.metadata
+    needed = {
+        "corpus": ("id", *metadata.get_modalities(PromptType.document)),
+        "queries": ("id", *metadata.get_modalities(PromptType.query)),
+        "qrels": _PARTS["qrels"],
+    }
+    corpus, queries, qrels = (
+        _read(files[part], columns, _texts(part, files[part])) for part, columns in needed.items()
+    )
     ids = {"corpus": set(corpus.column("id").to_pylist()), "queries": set(queries.column("id").to_pylist())}
     for part, table in (("corpus", corpus), ("queries", queries)):
         if len(ids[part]) != table.num_rows:
@@ -205,6 +266,10 @@ def _retrieval_split(folder: Path, subset: str, split: str, result: SuiteTask) -
         for part, key in (("queries", query), ("corpus", document)):
             if key not in ids[part]:
                 raise BadInputError(f"row {row} names {key!r}, which is not in the {part}", where=str(files["qrels"]))
+        if not isinstance(score, int) and score % 1:
+            raise BadInputError(
+                f"row {row} has the score {score!r}; a judgement is a whole number", where=str(files["qrels"])
+            )
         relevant.setdefault(query, {})[document] = int(score)
     if "cluster" in queries.column_names:
         pairs = zip(queries.column("id").to_pylist(), queries.column("cluster").to_pylist(), strict=True)
@@ -212,7 +277,7 @@ def _retrieval_split(folder: Path, subset: str, split: str, result: SuiteTask) -
         queries = queries.drop_columns(["cluster"])
     ranked = None
     if files["top_ranked"].is_file():
-        table = _read(files["top_ranked"], ("query-id", "corpus-ids"))
+        table = _read(files["top_ranked"], ("query-id", "corpus-ids"), ("query-id",))
         ranked = dict(zip(table.column("query-id").to_pylist(), table.column("corpus-ids").to_pylist(), strict=True))
         for query, documents in ranked.items():
             unknown = next((document for document in documents if document not in ids["corpus"]), None)
@@ -220,8 +285,8 @@ def _retrieval_split(folder: Path, subset: str, split: str, result: SuiteTask) -
                 raise BadInputError(
                     f"the query {query!r} names {unknown!r}, which is not in the corpus", where=str(files["top_ranked"])
                 )
-    keep = ["id", "text"]
-    if "title" in corpus.column_names:
+    keep = list(needed["corpus"])
+    if "title" in corpus.column_names and "text" in keep:
         titles = pc.fill_null(corpus.column("title").cast(pa.large_string()), "")
         corpus = corpus.set_column(corpus.column_names.index("title"), "title", titles)
         keep.append("title")

@@ -306,8 +306,7 @@ def _labelled(config: HeldOutTask, rows: _Rows) -> SuiteTask:
     content = {split: [[ids(int(i)) for i in items[split]], labels[split]] for split in splits}
     attributes: dict[str, Any] = {}
     if clustering:
-        size = min(len(chosen), TYPES["Clustering"].base.max_documents_per_cluster)
-        attributes = {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": size}
+        attributes = {"max_fraction_of_documents_to_embed": None}
     else:
         attributes = {"train_split": config.train_split}
     if images:

@@ -8,13 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mteb
+import numpy as np
 from mteb.abstasks import (
     AbsTaskBitextMining,
     AbsTaskClassification,
     AbsTaskClustering,
+    AbsTaskImageTextPairClassification,
+    AbsTaskMultilabelClassification,
     AbsTaskPairClassification,
+    AbsTaskRegression,
     AbsTaskRetrieval,
     AbsTaskSTS,
+    AbsTaskSummarization,
     AbsTaskZeroShotClassification,
 )
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
@@ -35,24 +40,60 @@ class TypeDefaults:
     base: type[Any]
     main_score: str
     category: str
-    columns: tuple[str, ...]
 
 
 TYPES: dict[str, TypeDefaults] = {
-    "Retrieval": TypeDefaults(AbsTaskRetrieval, "ndcg_at_10", "t2t", ()),
-    "Reranking": TypeDefaults(AbsTaskRetrieval, "map_at_1000", "t2t", ()),
-    "STS": TypeDefaults(AbsTaskSTS, "cosine_spearman", "t2t", ("sentence1", "sentence2", "score")),
-    "Classification": TypeDefaults(AbsTaskClassification, "accuracy", "t2c", ("text", "label")),
-    "PairClassification": TypeDefaults(
-        AbsTaskPairClassification, "max_ap", "t2t", ("sentence1", "sentence2", "labels")
-    ),
-    "Clustering": TypeDefaults(AbsTaskClustering, "v_measure", "t2c", ("sentences", "labels")),
-    "Any2AnyRetrieval": TypeDefaults(AbsTaskRetrieval, "ndcg_at_10", "t2i", ()),
-    "ImageClassification": TypeDefaults(AbsTaskClassification, "accuracy", "i2c", ("image", "label")),
-    "ImageClustering": TypeDefaults(AbsTaskClustering, "v_measure", "i2c", ("image", "labels")),
-    "ZeroShotClassification": TypeDefaults(AbsTaskZeroShotClassification, "accuracy", "i2t", ("image", "label")),
-    "BitextMining": TypeDefaults(AbsTaskBitextMining, "f1", "t2t", ("sentence1", "sentence2")),
+    "Retrieval": TypeDefaults(AbsTaskRetrieval, "ndcg_at_10", "t2t"),
+    "Reranking": TypeDefaults(AbsTaskRetrieval, "map_at_1000", "t2t"),
+    "InstructionRetrieval": TypeDefaults(AbsTaskRetrieval, "ndcg_at_20", "t2t"),
+    "InstructionReranking": TypeDefaults(AbsTaskRetrieval, "map_at_1000", "t2t"),
+    "STS": TypeDefaults(AbsTaskSTS, "cosine_spearman", "t2t"),
+    "Classification": TypeDefaults(AbsTaskClassification, "accuracy", "t2c"),
+    "MultilabelClassification": TypeDefaults(AbsTaskMultilabelClassification, "accuracy", "t2c"),
+    "Regression": TypeDefaults(AbsTaskRegression, "kendalltau", "t2c"),
+    "PairClassification": TypeDefaults(AbsTaskPairClassification, "max_ap", "t2t"),
+    "Clustering": TypeDefaults(AbsTaskClustering, "v_measure", "t2c"),
+    "Summarization": TypeDefaults(AbsTaskSummarization, "cosine_spearman", "t2t"),
+    "BitextMining": TypeDefaults(AbsTaskBitextMining, "f1", "t2t"),
+    "Any2AnyRetrieval": TypeDefaults(AbsTaskRetrieval, "ndcg_at_10", "t2i"),
+    "Any2AnyMultilingualRetrieval": TypeDefaults(AbsTaskRetrieval, "ndcg_at_10", "t2i"),
+    "Any2AnyReranking": TypeDefaults(AbsTaskRetrieval, "map_at_1000", "t2i"),
+    "DocumentUnderstanding": TypeDefaults(AbsTaskRetrieval, "ndcg_at_5", "t2i"),
+    "VisionCentricQA": TypeDefaults(AbsTaskRetrieval, "accuracy", "it2t"),
+    "ImageClassification": TypeDefaults(AbsTaskClassification, "accuracy", "i2c"),
+    "ImageClustering": TypeDefaults(AbsTaskClustering, "v_measure", "i2c"),
+    "ZeroShotClassification": TypeDefaults(AbsTaskZeroShotClassification, "accuracy", "i2t"),
+    "VisualSTS(eng)": TypeDefaults(AbsTaskSTS, "cosine_spearman", "i2i"),
+    "VisualSTS(multi)": TypeDefaults(AbsTaskSTS, "cosine_spearman", "i2i"),
+    "Compositionality": TypeDefaults(AbsTaskImageTextPairClassification, "accuracy", "i2t"),
 }
+"""mteb's types of tasks over texts and pictures. The main score is the one that most official tasks of the type have."""
+
+
+def columns_of(task: Any) -> tuple[str, ...]:
+    """The columns that a task, or a class of tasks, reads of a table; none of retrieval, whose parts are tables of their own."""
+
+    def listed(names: str | Sequence[str]) -> list[str]:
+        return [names] if isinstance(names, str) else list(names)
+
+    if _is(task, AbsTaskRetrieval):
+        return ()
+    if _is(task, AbsTaskSTS):
+        return (*(name for names in task.column_names for name in listed(names)), "score")
+    if _is(task, AbsTaskPairClassification):
+        return (*listed(task.input1_column_name), *listed(task.input2_column_name), task.label_column_name)
+    if _is(task, AbsTaskBitextMining):
+        return tuple(name for pair in task._DEFAULT_PAIR for name in pair)
+    if _is(task, AbsTaskSummarization):
+        summaries = (task.human_summaries_column_name, task.machine_summaries_column_name)
+        return (task.text_column_name, *summaries, task.relevancy_column_name)
+    if _is(task, AbsTaskImageTextPairClassification):
+        return (*listed(task.images_column_names), *listed(task.texts_column_names))
+    return (*listed(task.input_column_name), task.label_column_name)
+
+
+def _is(task: Any, kind: type[Any]) -> bool:
+    return issubclass(task if isinstance(task, type) else type(task), kind)
 
 
 @dataclass
@@ -122,7 +163,7 @@ def make_task(
         eval_langs=list(languages["default"]) if only_default else {s: list(langs) for s, langs in languages.items()},
         main_score=main_score or (like.main_score if like else defaults.main_score if defaults else "accuracy"),
         category=category,
-        modalities=like.modalities if like else _modalities(category),
+        modalities=like.modalities if like and category == like.category else _modalities(category),
     )
 
     def load_data(self: Any, *_: Any, **__: Any) -> None:
@@ -131,15 +172,46 @@ def make_task(
         self.dataset = load()
         self.data_loaded = True
 
-    def evaluate_subset(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A clustering draws from the task's generator: fresh for each subset, its score does not depend on the others.
-        self.rng_state = random.Random(self.seed)
-        return base._evaluate_subset(self, *args, **kwargs)
+    def evaluate_subset(self: Any, model: Any, data_split: Any, **named: Any) -> Any:
+        # Such a task draws from its generators: fresh for each subset, its score does not depend on the others.
+        fresh_generators(self)
+        limits = ("max_fraction_of_documents_to_embed", "max_document_to_embed")
+        if isinstance(self, AbsTaskClustering) and embedded_items(self, data_split) == len(data_split):
+            vars(self).update(dict.fromkeys(limits))
+        try:
+            return base._evaluate_subset(self, model, data_split, **named)
+        finally:
+            for name in limits:
+                vars(self).pop(name, None)
 
     body = {"metadata": metadata, "load_data": load_data, "__module__": __name__, **(attributes or {})}
-    if issubclass(base, AbsTaskClustering):
+    if issubclass(base, AbsTaskClustering | AbsTaskMultilabelClassification):
         body["_evaluate_subset"] = evaluate_subset
     return type("Local" + "".join(c if c.isalnum() else "_" for c in name), (base,), body)()
+
+
+def embedded_items(task: Any, data: Any) -> int:
+    """How many items of a table a clustering embeds and clusters, by the limits of its class.
+
+    A local task has all of them embedded where its class would draw fewer than there are labels.
+    """
+    count = len(data)
+    drawn = count if task.max_document_to_embed is None else min(count, int(task.max_document_to_embed))
+    if task.max_fraction_of_documents_to_embed is not None:
+        drawn = min(count, int(task.max_fraction_of_documents_to_embed * count))
+    if drawn < count and str(task.metadata.revision).startswith(LOCAL):
+        labels = data[task.label_column_name][:]
+        if drawn < len({label[0] if isinstance(label, list) and label else str(label) for label in labels}):
+            return count
+    return drawn
+
+
+def fresh_generators(task: Any) -> None:
+    """Give a task the generators of a new one: what it draws must not depend on what was drawn before in this process.
+
+    mteb hands out the tasks of a benchmark again and again, each time as the last evaluation left them.
+    """
+    task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)
 
 
 def _modalities(category: str | None) -> list[str]:

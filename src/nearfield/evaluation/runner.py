@@ -22,12 +22,14 @@ from nearfield.encoders import LoadedEncoder
 from nearfield.encoders.lengths import longest_input
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.evaluation.axes import Axes
+from nearfield.evaluation.checks import check_task
 from nearfield.evaluation.columns import read_columns_whole
 from nearfield.evaluation.config import SuiteConfig
 from nearfield.evaluation.contract import check_contract, roles_of
 from nearfield.evaluation.crew import Crew
+from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.heldout import OpenStore
-from nearfield.evaluation.local import SuiteTask, parts_of
+from nearfield.evaluation.local import SuiteTask, fresh_generators, parts_of
 from nearfield.evaluation.manifest import write_manifest
 from nearfield.evaluation.models import ScoredModel, open_model
 from nearfield.evaluation.suite import open_suite
@@ -38,7 +40,7 @@ from nearfield.notices import Notice, Said, from_file, in_file, listening, refus
 
 logger = logging.getLogger("nearfield.evaluation")
 
-VERSION = 3
+VERSION = 4
 """Raised when the same model and data would give other results or other files."""
 PROMPT_MODES = ("contract", "as-is")
 
@@ -310,18 +312,28 @@ class _Run:
         value["notices"] = in_file(self._notices(task))
         write_json(path, value)
 
+    def _say_of_texts(self, encoder: TaskEncoder, task: str) -> None:
+        """What became of the texts of the task that was scored now: those that were cut, those without a direction."""
+        limit = longest_input(encoder.model)
+        if limit is not None and encoder.cut.cut:
+            self.said.say(Notice("texts-cut", encoder.cut.say(limit)), task)
+        for notice in encoder.made.notices():
+            self.said.say(notice, task)
+
     def _score(self, suite_task: SuiteTask, mark: str) -> None:
         task, wrapper, encoder = suite_task.task, self.scored.wrapper, self.scored.encoder
         before = (encoder.encoded, encoder.reused) if encoder is not None else (0, 0)
         if encoder is not None:
             encoder.cut = CutTexts()
+        if not task.data_loaded:
+            fresh_generators(task)
         task.load_data()
+        check_task(task)
         read_columns_whole(task)
         recorder = Recorder(suite_task)
-        recorder.attach()
         # bm25s draws progress bars that cannot be turned off through mteb.
         quiet = contextlib.redirect_stderr(io.StringIO()) if self.scored.searches_only else contextlib.nullcontext()
-        with quiet:
+        with quiet, recorder.listening():
             model_result = mteb.evaluate(
                 wrapper,
                 task,
@@ -333,11 +345,10 @@ class _Run:
             )
         if model_result.exceptions:
             raise RuntimeError(model_result.exceptions[0].exception)
-        limit = None if encoder is None else longest_input(encoder.model)
-        if encoder is not None and limit is not None and encoder.cut.cut:
-            self.said.say(Notice("texts-cut", encoder.cut.say(limit)), suite_task.name)
         result = model_result.task_results[0]
         recorder.finish(result.scores)
+        if encoder is not None:
+            self._say_of_texts(encoder, suite_task.name)
         main_scores = {
             split: {entry["hf_subset"]: float(entry["main_score"]) for entry in entries}
             for split, entries in result.scores.items()

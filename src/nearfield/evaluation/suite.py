@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ def _official(entry: MtebTasks, where: str) -> list[SuiteTask]:
 
     try:
         if entry.benchmark is not None:
-            tasks = _in_languages(_filtered(mteb.get_benchmark(entry.benchmark).tasks, entry), entry.languages)
+            tasks = _in_languages(_filtered(_own(mteb.get_benchmark(entry.benchmark).tasks), entry), entry.languages)
         elif entry.filtered:
             known = mteb.get_tasks(exclude_superseded=True, exclude_private=True)
             tasks = _in_languages(_filtered(known, entry), entry.languages)
@@ -95,6 +96,11 @@ def _official(entry: MtebTasks, where: str) -> list[SuiteTask]:
             f"no task of {entry.benchmark or 'mteb'} is left by types, domains, modalities and languages", where=where
         )
     return [SuiteTask(task) for task in tasks]
+
+
+def _own(tasks: Iterable[Any]) -> list[Any]:
+    """Copies of the tasks of a benchmark, which mteb hands to all who ask for it: what is changed of one is changed for all."""
+    return [copy.deepcopy(task) for task in tasks]
 
 
 def _filtered(tasks: Iterable[Any], entry: MtebTasks) -> list[Any]:

@@ -45,18 +45,18 @@ def task_texts(task: Any) -> Iterator[BenchmarkText]:
     try:
         if isinstance(task, AbsTaskRetrieval):
             task.convert_v1_dataset_format_to_v2(num_proc=None)
-            for place, split in _splits(task):
+            for place, split in splits_of(task):
                 yield from _retrieval_texts(place, split)
         else:
             label = getattr(task, "label_column_name", None)
-            for place, split in _splits(task):
+            for place, split in splits_of(task):
                 yield from _column_texts(place, split, {label, *_NO_TEXT})
     finally:
         if not was_loaded and task.data_loaded:
             task.unload_data()
 
 
-def _splits(task: Any) -> Iterator[tuple[str, Any]]:
+def splits_of(task: Any) -> Iterator[tuple[str, Any]]:
     """``subset/split`` and the data of each split that is scored."""
     wanted = list(task.eval_splits)
     for key, value in task.dataset.items():
@@ -129,7 +129,7 @@ def labelled_texts(task: Any) -> Iterator[tuple[str, str]]:
         was_loaded = part.data_loaded
         part.load_data()
         try:
-            for _, split in _splits(part):
+            for _, split in splits_of(part):
                 for row in split:
                     value, of = row.get(column), row.get(label)
                     # A clustering's row may be a list of texts with a list of classes.
@@ -160,7 +160,7 @@ def questions_of(
     task.load_data()
     try:
         task.convert_v1_dataset_format_to_v2(num_proc=None)
-        for _, split in _splits(task):
+        for _, split in splits_of(task):
             if split.get("top_ranked"):
                 return None
             rng = generator(seed, "questions")

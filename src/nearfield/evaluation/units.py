@@ -6,10 +6,11 @@ memory, so that nothing is encoded or predicted twice and the kept values are th
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,18 @@ class Recorder:
         self.record = Record()
         self._found: dict[tuple[str, str], dict[str, str]] = {}
 
-    def attach(self) -> None:
-        """Listen to the task: mteb calls these two methods while it scores."""
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen to the task inside: mteb calls these two methods while it scores."""
         task = self.suite_task.task
+        self._attach(task)
+        try:
+            yield
+        finally:
+            vars(task).pop("_save_task_predictions")
+            vars(task).pop("task_specific_scores", None)
+
+    def _attach(self, task: Any) -> None:
         task._save_task_predictions = self._keep
         if isinstance(task, AbsTaskRetrieval):
             own = task.task_specific_scores
@@ -200,7 +210,9 @@ class Recorder:
             return
         labels = np.asarray(self._data(subset, split)[task.label_column_name][:])
         if labels.ndim != 1 or any(len(run) != len(labels) for run in predictions):
-            self._no_interval(subset, split, "the task does not predict one label for each item, so no interval is given")
+            self._no_interval(
+                subset, split, "the task does not predict one label for each item, so no interval is given"
+            )
             return
         right = np.stack([np.asarray(run) == labels for run in predictions]).astype(np.float64)
         self._rows(subset, split, "item", "accuracy", {str(i): value for i, value in enumerate(right.mean(axis=0))})

@@ -141,10 +141,12 @@ class _Part:
         return found
 
     def put(self, pairs: Iterable[tuple[str, NDArray[np.float32]]]) -> Iterable[tuple[str, NDArray[np.float32]]]:
-        """Pass texts with their vectors on, and keep them; all are on disk when the iteration ends, also by an error."""
+        """Pass texts with their vectors on, and keep those that are finite; all are on disk when the iteration ends, also by
+        an error."""
         try:
             for text, vector in pairs:
-                self._new[text] = vector
+                if np.isfinite(vector).all():
+                    self._new[text] = vector
                 if len(self._new) >= SHARD_ROWS:
                     self.flush()
                 yield text, vector

@@ -176,7 +176,7 @@ class CrossEncoderScorer(PairScorer):
         from nearfield.encoders.build import quiet_transformers
         from nearfield.encoders.weights import check_weights, pair_trial, recorded_loading
 
-        self.retriever, self.texts = retriever, texts
+        self.retriever, self.texts, self.name = retriever, texts, config.model
         try:
             with quiet_transformers(), recorded_loading() as loading:
                 self.model = CrossEncoder(
@@ -214,6 +214,14 @@ class CrossEncoderScorer(PairScorer):
             scores[part] = self.model.predict(
                 pairs, activation_fn=self.activation, show_progress_bar=False, convert_to_numpy=True
             )
+            bad = ~np.isfinite(scores[part])
+            if bad.any():
+                raise BadInputError(
+                    f"{int(bad.sum()):,} of {len(pairs):,} pairs have a score that is not finite; the first is of "
+                    f"{pairs[int(np.flatnonzero(bad)[0])][0][:100]!r}",
+                    where=self.name,
+                    hint="Is the cross-encoder in order?",
+                )
         return scores
 
 
