@@ -1,0 +1,112 @@
+"""Every mock task of mteb, of texts and of pictures, scores as mteb itself scores it, and its scores can be compared."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+import pytest
+from mteb.mocks import MOCK_MIEB_TASK_GRID, MOCK_TASK_TEST_GRID
+from mteb.models import SentenceTransformerEncoderWrapper
+
+from nearfield.conformance.problem import TINY_VISION
+from nearfield.conformance.tiny import save_tiny_bert
+from nearfield.encoders import LoadedEncoder, load_encoder
+from nearfield.encoders.build import build_encoder
+from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
+from nearfield.evaluation import SuiteConfig, runner
+from nearfield.evaluation.comparison import compare
+from nearfield.evaluation.config import FolderTasks
+from nearfield.evaluation.local import SuiteTask
+
+ANY = SuiteConfig(name="mocks", tasks=[FolderTasks(path=Path("."))])
+TEXTS = {type(task).__name__: type(task) for task in MOCK_TASK_TEST_GRID}
+PICTURES = {type(task).__name__: type(task) for task in MOCK_MIEB_TASK_GRID}
+
+
+class Reference(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
+    """mteb's wrapper with what sentence-transformers' image towers want: RGB, and each kind of item by its own tower."""
+
+    def __init__(self, loaded: LoadedEncoder) -> None:
+        super().__init__(loaded.model)
+        self.mteb_model_meta = self.mteb_model_meta.model_copy(update={"modalities": ["text", "image"]})
+
+    def encode(self, inputs: Any, **named: Any) -> Any:
+        if "image" not in inputs.dataset.features:
+            return super().encode(inputs, **named)
+        parts = []
+        for batch in inputs:
+            vectors = self.model.encode([picture.convert("RGB") for picture in batch["image"]])
+            if "text" in batch:
+                vectors = vectors + self.model.encode(list(batch["text"]))
+                vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+            parts.append(vectors)
+        return np.concatenate(parts)
+
+
+@pytest.fixture(scope="module")
+def texts(model_folder: Path) -> LoadedEncoder:
+    return load_encoder(str(model_folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> LoadedEncoder:
+    text = save_tiny_bert(tmp_path_factory.mktemp("text") / "model", hidden=16)
+    tower = ImageTowerConfig(architecture="vit", settings=TINY_VISION, size=16)
+    return build_encoder(EncoderConfig(model=str(text), image_tower=tower, normalize=True), "cpu")
+
+
+def score_all(made: dict[str, Any], model: LoadedEncoder, out: Path) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "open_suite", lambda *_, **__: [SuiteTask(task()) for task in made.values()])
+        result = runner.evaluate(model, ANY, out, device="cpu")
+    return result, compare([result.results_dir] * 2, ["a", "b"], samples=100, permutations=100)
+
+
+@pytest.fixture(scope="module")
+def of_texts(texts: LoadedEncoder, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return score_all(TEXTS, texts, tmp_path_factory.mktemp("texts") / "results")
+
+
+@pytest.fixture(scope="module")
+def of_pictures(pictures: LoadedEncoder, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return score_all(PICTURES, pictures, tmp_path_factory.mktemp("pictures") / "results")
+
+
+def main_scores(result: Any) -> dict[str, float]:
+    return runner.mean_over_splits(
+        {split: {e["hf_subset"]: float(e["main_score"]) for e in of} for split, of in result.scores.items()}
+    )
+
+
+def check(found: Any, made: Any, reference: Any) -> None:
+    result, table = found
+    task = made()
+    name = task.metadata.name
+    assert name not in result.failures and name not in result.not_applicable
+    theirs = mteb.evaluate(reference, task, cache=None, show_progress_bar=False, co2_tracker=False)
+    wanted, got = main_scores(theirs.task_results[0]), result.scores[name]
+    assert got.keys() == wanted.keys()
+    for subset, score in wanted.items():
+        assert got[subset] == pytest.approx(score, abs=1e-6, nan_ok=True)
+    # The kept units give the score again, or say why they are none.
+    rows = [row for row in table.scores if row.task == name]
+    assert {row.subset for row in rows} == set(wanted)
+    assert all(row.reason or math.isfinite(row.score) for row in rows)
+    verdicts = {row.verdict for row in table.differences if row.task == name}
+    assert verdicts <= {"not separable", "not tested"} and verdicts
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_a_mock_task_of_texts_scores_as_mteb_scores_it(name: str, texts: LoadedEncoder, of_texts: Any) -> None:
+    check(of_texts, TEXTS[name], texts.model)
+
+
+@pytest.mark.parametrize("name", sorted(PICTURES))
+def test_a_mock_task_of_pictures_scores_as_mteb_scores_it(
+    name: str, pictures: LoadedEncoder, of_pictures: Any
+) -> None:
+    check(of_pictures, PICTURES[name], Reference(pictures))
