@@ -22,7 +22,7 @@ from nearfield.evaluation.comparison import compare
 from nearfield.evaluation.config import FolderTasks
 from nearfield.evaluation.local import SuiteTask
 
-ANY = SuiteConfig(name="mocks", tasks=[FolderTasks(path=Path("."))])
+ANY = SuiteConfig(name="mocks", tasks=[FolderTasks(path=Path())])
 TEXTS = {type(task).__name__: type(task) for task in MOCK_TASK_TEST_GRID}
 PICTURES = {type(task).__name__: type(task) for task in MOCK_MIEB_TASK_GRID}
 
@@ -106,7 +106,5 @@ def test_a_mock_task_of_texts_scores_as_mteb_scores_it(name: str, texts: LoadedE
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
-def test_a_mock_task_of_pictures_scores_as_mteb_scores_it(
-    name: str, pictures: LoadedEncoder, of_pictures: Any
-) -> None:
+def test_a_mock_task_of_pictures_scores_as_mteb_scores_it(name: str, pictures: LoadedEncoder, of_pictures: Any) -> None:
     check(of_pictures, PICTURES[name], Reference(pictures))
