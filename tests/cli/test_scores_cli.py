@@ -220,3 +220,54 @@ def test_questions_associations_and_values_are_analysed(call: Callable[..., tupl
     (work / "bad.yaml").write_text("- {first: [a], second: [b], a: [c], b: [d]}\n")
     code, text = call("analyse", "one", "--suite", "tasks", "--associations", "bad.yaml")
     assert code == 2 and "two targets" in text
+
+
+def test_an_adapter_alone_is_evaluated_with_its_base_moved_and_submitted(work: Path, tmp_path: Path) -> None:
+    """Its folder names the base on the way from there; --base says where it lies now, in eval, card and submit."""
+    from nearfield.encoders import EncoderConfig, LoRAConfig
+    from nearfield.encoders.build import build_encoder, save_encoder
+    from nearfield.evaluation.runner import evaluate
+    from tests.cli.command import run
+
+    adapter = LoRAConfig(r=2, save="adapter")
+    shutil.copytree(work / "one", tmp_path / "base")
+    model = build_encoder(EncoderConfig(model=str(tmp_path / "base"), adapter=adapter), "cpu").model
+    folder = tmp_path / "runs" / "mine" / "model"
+    save_encoder(model, folder, adapter="adapter")
+    suite, out = str(work / "tasks"), tmp_path / "results"
+    first = evaluate(str(folder), Path(suite), out, device="cpu", tasks=["TinySTS"])
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    command = [
+        "eval",
+        str(folder),
+        "--suite",
+        suite,
+        "--tasks",
+        "TinySTS",
+        "--no-cache",
+        "--overwrite",
+        "--device",
+        "cpu",
+    ]
+    assert run(*command, "--out", str(out)) == 2
+    assert run(*command, "--out", str(tmp_path / "other"), "--base", str(tmp_path / "moved")) == 0
+    assert run(*command, "--out", str(out), "--base", str(work / "two")) == 2
+    (again,) = (tmp_path / "other" / "local__mine").iterdir()
+    assert again.name == first.revision
+    scores = [json.loads((of / "TinySTS.json").read_text())["scores"]["test"] for of in (first.results_dir, again)]
+    assert scores[0] == scores[1]
+
+    base, own = (
+        sum(p.numel() for p in m.parameters()) for m in (load_encoder(str(work / "one"), device="cpu").model, model)
+    )
+    checks = {c.name: c for c in submit(again, tmp_path / "out", model=folder).checks}
+    assert not checks["n_parameters"].ok and "is not here (see --base)" in checks["base of the adapter"].detail
+    checks = {c.name: c for c in submit(again, tmp_path / "out", model=folder, base=str(tmp_path / "moved")).checks}
+    assert checks["n_parameters"].ok and base < int(checks["n_parameters"].detail) == own
+    assert not checks["base of the adapter"].ok and "save it merged" in checks["base of the adapter"].detail
+
+    card = ["card", str(folder), "--results", str(tmp_path / "other")]
+    assert run(*card, "--base", str(tmp_path / "moved")) == 0
+    assert "TinySTS" in (folder / "README.md").read_text()
+    assert run(*command, "--out", str(out)) == 0
+    assert run("card", str(work / "one"), "--base", str(tmp_path / "moved")) == 2

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from nearfield.config import load_config
 from nearfield.encoders import EncoderConfig, LoRAConfig, load_encoder
 from nearfield.encoders.adapters import has_adapter, lora_targets, merge_adapter
-from nearfield.encoders.build import build_encoder, folder_revision, save_encoder
+from nearfield.encoders.build import build_encoder, folder_revision, relink, save_encoder
 from nearfield.encoders.tokenize import Tokenizer
 from nearfield.errors import BadInputError
 
@@ -169,35 +169,89 @@ def test_an_adapter_alone_on_a_folder(
     save_encoder(model, saved, adapter="adapter")
     assert not (saved / "model.safetensors").exists()
     no_machine_paths(saved, tiny_model, tmp_path)
-    config = json.loads((saved / "adapter_config.json").read_text())
+    config = json.loads((saved / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == f"local/{tiny_model.name}"
     assert config["revision"] == folder_revision(tiny_model)
+    way = json.loads((saved / "adapter_base.json").read_text())["path"]
+    assert not Path(way).is_absolute() and (saved / way).resolve() == tiny_model.resolve()
 
+    # Found on the way from the adapter's folder, whatever the current one, by plain sentence-transformers too.
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadInputError, match=f"holds an adapter only, and its base .the folder '{tiny_model.name}'"):
-        load_encoder(str(saved), device="cpu")
-    given = load_encoder(str(saved), device="cpu", base=str(tiny_model)).model
-    np.testing.assert_array_equal(given.encode(TEXTS), vectors)
-    shutil.copytree(tiny_model, tmp_path / "local" / tiny_model.name)
     for loaded in (load_encoder(str(saved), device="cpu").model, SentenceTransformer(str(saved), device="cpu")):
         np.testing.assert_array_equal(loaded.encode(TEXTS), vectors)
         assert loaded.prompts["query"] == "word9 "
-    shutil.move(tmp_path / "local" / tiny_model.name, tmp_path / "run" / tiny_model.name)
-    beside = load_encoder(str(saved), device="cpu").model
+    given = load_encoder(str(saved), device="cpu", base=str(tiny_model)).model
+    np.testing.assert_array_equal(given.encode(TEXTS), vectors)
+
+    # Moved together they stay together; alone, the adapter says what it lacks.
+    revision = folder_revision(saved)
+    far = tmp_path / "far" / "run" / "model"
+    shutil.copytree(saved, far)
+    with pytest.raises(
+        BadInputError, match=f"holds an adapter only, and its base .the folder '{tiny_model.name}'"
+    ) as lacks:
+        load_encoder(str(far), device="cpu")
+    assert "--base" in str(lacks.value.hint)
+    with pytest.raises((OSError, FileNotFoundError), match=tiny_model.name):
+        SentenceTransformer(str(far), device="cpu")
+    shutil.copytree(tiny_model, (far / way).resolve())
+    for loaded in (load_encoder(str(far), device="cpu").model, SentenceTransformer(str(far), device="cpu")):
+        np.testing.assert_array_equal(loaded.encode(TEXTS), vectors)
+    shutil.move((far / way).resolve(), tmp_path / "elsewhere")
+    relink(far, str(tmp_path / "elsewhere"))
+    for loaded in (load_encoder(str(far), device="cpu").model, SentenceTransformer(str(far), device="cpu")):
+        np.testing.assert_array_equal(loaded.encode(TEXTS), vectors)
+    assert folder_revision(far) == revision, "where the base lies is no part of what the model is"
+    shutil.move(tmp_path / "elsewhere", far.parent / tiny_model.name)
+    beside = load_encoder(str(far), device="cpu").model
     np.testing.assert_array_equal(beside.encode(TEXTS), vectors)
 
     save_encoder(beside, tmp_path / "again", adapter="adapter")
-    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["revision"] == config["revision"]
-    no_machine_paths(tmp_path / "again", tmp_path)
-    weights = load_file(saved / "adapter_model.safetensors")
-    for name, tensor in load_file(tmp_path / "again" / "adapter_model.safetensors").items():
+    again = json.loads((tmp_path / "again" / "adapter" / "adapter_config.json").read_text())
+    assert again["revision"] == config["revision"]
+    weights = load_file(saved / "adapter" / "adapter_model.safetensors")
+    for name, tensor in load_file(tmp_path / "again" / "adapter" / "adapter_model.safetensors").items():
         assert torch.equal(tensor, weights[name])
+    no_machine_paths(tmp_path / "again", tmp_path)
+    np.testing.assert_array_equal(SentenceTransformer(str(tmp_path / "again"), device="cpu").encode(TEXTS), vectors)
 
-    other = load_file(tmp_path / "run" / tiny_model.name / "model.safetensors")
+    other = load_file(far.parent / tiny_model.name / "model.safetensors")
     other = {name: tensor + 1 for name, tensor in other.items()}
-    save_file(other, tmp_path / "run" / tiny_model.name / "model.safetensors", metadata={"format": "pt"})
+    save_file(other, far.parent / tiny_model.name / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadInputError, match="is not the base that this adapter was trained on"):
-        load_encoder(str(saved), device="cpu")
+        load_encoder(str(far), device="cpu")
+    with pytest.raises(BadInputError, match="is not the base that this adapter was trained on"):
+        relink(far, str(far.parent / tiny_model.name))
+    with pytest.raises(BadInputError, match="it has no base"):
+        load_encoder(str(tiny_model), device="cpu", base=str(tiny_model))
+    with pytest.raises(BadInputError, match="it has no base"):
+        relink(tiny_model, str(tiny_model))
+
+
+@pytest.mark.parametrize("shards", ["two files", "pytorch"])
+def test_an_adapter_alone_finds_the_weights_of_any_layout(tiny_model: Path, tmp_path: Path, shards: str) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    if shards == "pytorch":
+        torch.save(weights, base / "pytorch_model.bin")
+    else:
+        names = sorted(weights)
+        parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+        for file, own in parts.items():
+            save_file({name: weights[name] for name in own}, base / file, metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": {name: file for file, own in parts.items() for name in own}}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = trained(base)
+    save_encoder(model, tmp_path / "saved", adapter="adapter")
+    for loaded in (
+        load_encoder(str(tmp_path / "saved"), device="cpu").model,
+        SentenceTransformer(str(tmp_path / "saved"), device="cpu"),
+    ):
+        np.testing.assert_array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
 
 
 def test_an_adapter_on_a_hub_model(tmp_path: Path) -> None:
@@ -234,7 +288,7 @@ def test_the_base_of_a_hub_model_is_that_revision(
 
     model = trained(tiny_model)
     save_encoder(model, tmp_path / "saved", adapter="adapter")
-    file = tmp_path / "saved" / "adapter_config.json"
+    file = tmp_path / "saved" / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "base_model_name_or_path": "org/base", "revision": "1" * 40}))
     with pytest.raises(BadInputError, match="cannot be loaded from the hub") as error:
@@ -257,7 +311,7 @@ def test_the_base_of_a_hub_model_is_that_revision(
 
 def test_a_damaged_adapter_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     save_encoder(trained(tiny_model, use_dora=True), tmp_path / "saved", adapter="adapter")
-    file = tmp_path / "saved" / "adapter_model.safetensors"
+    file = tmp_path / "saved" / "adapter" / "adapter_model.safetensors"
     whole = load_file(file)
     for gone in (".lora_B.", ".lora_magnitude_vector"):
         left = {name: t for name, t in whole.items() if not (gone in name and "layer.1" in name)}
@@ -270,7 +324,7 @@ def test_dora_as_peft_names_it_loads_too(tiny_model: Path, tmp_path: Path) -> No
     """Such folders load wrongly in sentence-transformers, with a warning only; here they load rightly."""
     model = trained(tiny_model, use_dora=True)
     save_encoder(model, tmp_path / "saved", adapter="adapter")
-    file = tmp_path / "saved" / "adapter_model.safetensors"
+    file = tmp_path / "saved" / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     named = {n.replace("magnitude_vector.weight", "magnitude_vector"): t for n, t in tensors.items()}
     assert set(named) != set(tensors)

@@ -180,14 +180,26 @@ def test_saved_alone(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.Monke
     wanted = {"name": f"local/{tiny_model.name}", "revision": folder_revision(tiny_model)}
     assert base == {**wanted, "weights": weights_hash(str(tiny_model))}
     monkeypatch.chdir(tmp_path)
+    for found in (
+        load_encoder(str(saved), device="cpu").model,
+        SentenceTransformer(str(saved), device="cpu", trust_remote_code=True),
+    ):
+        np.testing.assert_array_equal(found.encode(TEXTS), vectors)
+    # Away from its base it says what it lacks.
+    shutil.copytree(saved, tmp_path / "far" / "run" / "model")
+    saved = tmp_path / "far" / "run" / "model"
     with pytest.raises(BadInputError, match="holds an adapter only"):
         load_encoder(str(saved), device="cpu")
+    with pytest.raises(
+        FileNotFoundError, match=f"their base, the folder {tiny_model.name} .content {base['revision']}"
+    ):
+        SentenceTransformer(str(saved), device="cpu", trust_remote_code=True)
     given = load_encoder(str(saved), device="cpu", base=str(tiny_model)).model
     assert given.max_seq_length == 20
     np.testing.assert_array_equal(given.encode(TEXTS), vectors)
     save_encoder(given, tmp_path / "again", adapter="adapter")
     assert json.loads((tmp_path / "again" / "adapters.json").read_text())["base"] == base
-    shutil.copytree(tiny_model, tmp_path / "run" / tiny_model.name)
+    shutil.copytree(tiny_model, saved.parent / tiny_model.name)
     np.testing.assert_array_equal(load_encoder(str(saved), device="cpu").model.encode(TEXTS), vectors)
     shutil.copytree(tiny_model, tmp_path / "local" / tiny_model.name)
     plain = SentenceTransformer(str(saved), device="cpu", trust_remote_code=True)

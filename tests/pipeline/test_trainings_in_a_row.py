@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from nearfield.errors import BadInputError, StoppedError
@@ -15,7 +16,7 @@ from nearfield.pipeline import open_run, run_stages, status
 from nearfield.pipeline.dry_run import dry_run
 from nearfield.recipe import load_recipe, stage_recipes
 from nearfield.training.metrics import read_metrics
-from tests.training.launching import TORCHRUN, launch
+from tests.training.launching import PYTHONPATH, TORCHRUN, launch
 
 STAGES = """\
 stages:
@@ -183,3 +184,32 @@ def test_stages_on_two_ranks(staged: Path, tmp_path: Path, backend: str) -> None
     assert alone is not None
     ours, theirs = (load_file(path / "model.safetensors") for path in (folder / "model", alone))
     assert max(float((ours[name] - tensor).abs().max()) for name, tensor in theirs.items()) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_a_sweep_in_one_launch(toy_recipe: Path, tmp_path: Path, backend: str) -> None:
+    """Trainings, one that fails while it is prepared, and a dry run, by the same processes; models as of one process."""
+    check_sweep(toy_recipe, tmp_path, backend)
+
+
+def check_sweep(toy_recipe: Path, tmp_path: Path, backend: str) -> None:
+    """Run the sweep on two ranks and compare its models with those of one process."""
+    broken = tmp_path / "broken.yaml"
+    data = tmp_path / "broken-data.yaml"
+    original = yaml.safe_load(toy_recipe.read_text())["data"]
+    data.write_text(Path(original).read_text().replace("pairs.jsonl", "nowhere.jsonl"))
+    broken.write_text(toy_recipe.read_text().replace(str(original), str(data)))
+    overrides = ["training.dropout=false", "training.optimizer.kind=sgd", "training.max_steps=2"]
+    runs = tmp_path / "runs"
+    arguments = [str(toy_recipe), str(runs), str(broken), *overrides, f"training.backend={backend}"]
+    done = launch([*TORCHRUN, "-m", "tests.training.sweep", *arguments], cwd=tmp_path, PYTHONPATH=PYTHONPATH)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.split()).count("caught:") == 4, done.stdout
+    for rate in ("1.0e-3", "5.0e-4"):
+        alone = run_stages(
+            open_run(toy_recipe, [*overrides, f"training.learning_rate={rate}"], tmp_path / "one" / rate), "train"
+        ).model
+        assert alone is not None
+        ours, theirs = (load_file(path / "model.safetensors") for path in (runs / rate / "model", alone))
+        assert max(float((ours[name] - tensor).abs().max()) for name, tensor in theirs.items()) < 1e-6

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nearfield.cli.options import RESULTS, Strict, TaskNames
+from nearfield.cli.options import RESULTS, Base, Strict, TaskNames
 from nearfield.errors import EXIT_FAULT, BadInputError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def evaluate_command(
         str | None, typer.Option("--quantize", help="Score these roundings of the vectors too: int8, binary.")
     ] = None,
     strict: Strict = False,
+    base: Base = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the suite file: key.path=value.")] = None,
 ) -> None:
     """Score a model on a suite; results are filed in mteb's format, with the score of every query beside them.
@@ -112,6 +113,7 @@ def evaluate_command(
                 axes=kept,
                 crew=crew,
                 strict=strict,
+                base=base,
             )
             results.append(result)
             _show(result)
@@ -119,7 +121,7 @@ def evaluate_command(
 
     @functools.cache
     def helper() -> TaskEncoder | None:
-        return open_model(model, name=name, device=device, batch_tokens=batch_tokens).encoder
+        return open_model(model, name=name, device=device, batch_tokens=batch_tokens, base=base).encoder
 
     def help(task: str) -> None:
         encoder = helper()

@@ -14,4 +14,8 @@ RunFolder = Annotated[Path | None, typer.Option("--run-folder", help="The run's 
 ResultsFolder = Annotated[Path, typer.Option("--results", help="The folder that nearfield eval filed results in.")]
 RESULTS = Path("results")
 Strict = Annotated[bool, typer.Option("--strict", help="Notices (what a reader must know of the scores) are errors.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="Where the base of an adapter lies that was saved alone, if not where it says."),
+]
 TaskNames = Annotated[str | None, typer.Option("--tasks", help="Only these tasks, separated by commas.")]

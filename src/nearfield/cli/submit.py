@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nearfield.cli.options import RESULTS, ResultsFolder, Strict
+from nearfield.cli.options import RESULTS, Base, ResultsFolder, Strict
 from nearfield.errors import EXIT_FAULT, BadInputError
 
 
@@ -38,6 +38,7 @@ def submit_command(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="A repository that --hub makes is private.")] = False,
     strict: Strict = False,
+    base: Base = None,
 ) -> None:
     """Check what the leaderboard asks for, lay out the submission, and say what is left to do.
 
@@ -59,7 +60,7 @@ def submit_command(
     if hub is not None and folder is None:
         raise BadInputError("--hub pushes a model's folder", where="--hub", hint="Name the folder with --model.")
     # What cannot be read is said before anything is pushed.
-    made = submit(found, out, benchmark=benchmark, facts=facts, model=folder)
+    made = submit(found, out, benchmark=benchmark, facts=facts, model=folder, base=base)
     if strict:
         refuse(made.notices, where=str(found))
     if hub is not None and folder is not None:
@@ -92,13 +93,21 @@ def card_command(
     ] = None,
     results: ResultsFolder = RESULTS,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the intervals' resamples.")] = 0,
+    base: Base = None,
 ) -> None:
-    """Write a model's scores with their intervals, prompts and versions into its card; the rest of it stays."""
+    """Write a model's scores with their intervals, prompts and versions into its card; the rest of it stays.
+
+    --base says in the folder of an adapter that its base lies elsewhere now.
+    """
     from rich.text import Text
 
     from nearfield.console import stdout_console
     from nearfield.evaluation.card import update_card
     from nearfield.evaluation.find import find_results
 
+    if base is not None:
+        from nearfield.encoders.build import relink
+
+        relink(model, base)
     path = update_card(model, find_results(scored or str(model), results), seed=seed)
     stdout_console().print(Text(f"{path} has the scores"))

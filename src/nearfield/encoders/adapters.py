@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "adapter_base.json"
 BOTTLENECKS = "adapters.json"
+BESIDE = "adapter"
+"""The folder of a low-rank adapter's own files where the base is a folder. There transformers looks for the base's weights
+where an index in the model's folder says, which may be a path from there; it takes a base that an adapter names from the
+current folder only."""
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SETTINGS = "sentence_bert_config.json"
 _MAGNITUDE = ".lora_magnitude_vector"
 _ROUTERS = ("gate", "router")
 
@@ -37,6 +44,13 @@ class AdapterBase:
     revision: str | None
     weights: str | None = None
     """The hash of its weights files, where they were at hand."""
+    path: str | None = None
+    """Where its folder lies; in a file, from the adapter's folder."""
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What is saved of it, but for its place."""
+        return {"name": self.name, "revision": self.revision, "weights": self.weights}
 
     @property
     def is_local(self) -> bool:
@@ -155,7 +169,7 @@ def record_base(transformer: Any, base: AdapterBase) -> None:
     for settings in transformer.peft_config.values():
         settings.base_model_name_or_path = base.name
         settings.revision = base.revision
-        settings.base_weights = base.weights  # not one of peft's own, so not saved by it
+        settings.base_weights, settings.base_path = base.weights, base.path  # none of peft's own, so not saved by it
 
 
 def has_adapter(model: SentenceTransformer) -> bool:
@@ -194,7 +208,8 @@ def merge_adapter(model: SentenceTransformer) -> None:
 def save_adapter(model: SentenceTransformer, folder: Path) -> None:
     """Save a model without the weights of its transformer, which its adapter's settings name."""
     settings = model[0].auto_model.peft_config["default"]
-    base = AdapterBase(settings.base_model_name_or_path, settings.revision, getattr(settings, "base_weights", None))
+    base = base_of(model)
+    assert base is not None
     # peft would ask the hub for the base's vocabulary.
     settings.base_model_name_or_path = None
     try:
@@ -204,7 +219,65 @@ def save_adapter(model: SentenceTransformer, folder: Path) -> None:
     repair_dora(folder)
     written = read_json(folder / ADAPTER_CONFIG, "adapter configuration")
     write_json(folder / ADAPTER_CONFIG, {**written, "base_model_name_or_path": base.name, "revision": base.revision})
-    write_json(folder / BASE_FILE, asdict(base))
+    name_base(folder, base)
+
+
+def base_of(model: SentenceTransformer) -> AdapterBase | None:
+    """What the adapter of a loaded model stands on; None without an adapter."""
+    settings = (getattr(getattr(model[0], "auto_model", None), "peft_config", None) or {}).get("default")
+    if settings is not None:
+        more = (getattr(settings, name, None) for name in ("base_weights", "base_path"))
+        return AdapterBase(settings.base_model_name_or_path, settings.revision, *more)
+    known = getattr(model[0], "base", None)
+    return None if known is None else AdapterBase(**known, path=getattr(model[0], "base_path", None))
+
+
+def name_base(folder: Path, base: AdapterBase) -> None:
+    """Say in an adapter's folder where its base is: its name, its content, and the way there from the folder if it is one."""
+    way = None
+    if base.is_local and base.path is not None and Path(base.path).is_dir():
+        way = Path(os.path.relpath(base.path, folder.resolve())).as_posix()
+        if not (folder / BOTTLENECKS).is_file():
+            _link_weights(folder, Path(base.path), way)
+    write_json(folder / BASE_FILE, {**base.identity, "path": way})
+
+
+def _link_weights(folder: Path, base: Path, way: str) -> None:
+    """Lay a low-rank adapter's folder out so that plain sentence-transformers takes the weights from the base's folder."""
+    (folder / BESIDE).mkdir(exist_ok=True)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if (folder / name).is_file():
+            (folder / name).replace(folder / BESIDE / name)
+    shutil.copyfile(base / "config.json", folder / "config.json")
+    for name in INDEXES:
+        (folder / name).unlink(missing_ok=True)
+    index, places = _weights_of(base)
+    write_json(folder / index, {"metadata": {}, "weight_map": {key: f"{way}/{file}" for key, file in places.items()}})
+    settings = read_json(folder / _SETTINGS, "settings") if (folder / _SETTINGS).is_file() else {}
+    write_json(folder / _SETTINGS, {**settings, "model_args": {"adapter_kwargs": {"subfolder": BESIDE}}})
+
+
+def _weights_of(base: Path) -> tuple[str, dict[str, str]]:
+    """The index that names a model's weights, and weight -> file, in shards or in one file."""
+    from nearfield.encoders.checks import safetensors_names
+
+    for index in INDEXES:
+        one = index.removesuffix(".index.json")
+        if (base / one).is_file():
+            if one.endswith(".safetensors"):
+                return index, dict.fromkeys(safetensors_names(base / one), one)
+            import torch
+
+            return index, dict.fromkeys(torch.load(base / one, map_location="meta", weights_only=True), one)
+        if (base / index).is_file():
+            return index, dict(read_json(base / index, "index of weights")["weight_map"])
+    raise BadInputError("this base has no weights (*.safetensors) at its top", where=str(base))
+
+
+def adapter_files(folder: Path) -> Path:
+    """The folder with a low-rank adapter's own files: the model's, or one below it."""
+    beside = folder / BESIDE
+    return beside if (folder / BASE_FILE).is_file() and (beside / ADAPTER_CONFIG).is_file() else folder
 
 
 def repair_dora(folder: Path) -> None:
@@ -225,28 +298,36 @@ def repair_dora(folder: Path) -> None:
 
 def adapter_base(folder: Path) -> AdapterBase | None:
     """What the adapter in a model folder was trained on; None for a folder that holds a whole model."""
+    known = read_json(folder / BASE_FILE, "adapter's base") if (folder / BASE_FILE).is_file() else {}
     if (folder / BOTTLENECKS).is_file():
         base = read_json(folder / BOTTLENECKS, "adapter configuration").get("base")
-        return AdapterBase(base["name"], base["revision"], base.get("weights")) if base else None
-    file = folder / ADAPTER_CONFIG
-    if not file.is_file() or (folder / "config.json").is_file():
+        return AdapterBase(base["name"], base["revision"], base.get("weights"), known.get("path")) if base else None
+    place = adapter_files(folder)
+    file = place / ADAPTER_CONFIG
+    if not file.is_file() or (place == folder and (folder / "config.json").is_file()):
         return None
     settings = read_json(file, "adapter configuration")
     name = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     if not isinstance(name, str) or not name:
         raise BadInputError("this adapter does not say what it was trained on", where=str(file))
-    known = folder / BASE_FILE
-    weights = read_json(known, "adapter's base").get("weights") if known.is_file() else None
-    return AdapterBase(name, settings.get("revision"), weights)
+    return AdapterBase(name, settings.get("revision"), known.get("weights"), known.get("path"))
 
 
 @contextlib.contextmanager
 def joined_with_base(folder: Path, base: str) -> Iterator[Path]:
     """A folder of links to an adapter's files that names ``base``, a folder of this machine, as what it stands on."""
     with tempfile.TemporaryDirectory(prefix="nearfield-adapter-") as temporary:
-        joined = Path(temporary)
-        for entry in folder.iterdir():
-            if entry.name not in (ADAPTER_CONFIG, BOTTLENECKS):
+        joined, place = Path(temporary), adapter_files(folder)
+        changed = {ADAPTER_CONFIG, BOTTLENECKS, BASE_FILE}
+        entries = list(folder.iterdir())
+        if place != folder:
+            # The base's own files take the places of what leads to it.
+            changed |= {BESIDE, "config.json", _SETTINGS, *INDEXES}
+            entries += list(place.iterdir())
+            settings = read_json(folder / _SETTINGS, "settings")
+            write_json(joined / _SETTINGS, {key: value for key, value in settings.items() if key != "model_args"})
+        for entry in entries:
+            if entry.name not in changed:
                 try:
                     (joined / entry.name).symlink_to(entry.resolve())
                 except OSError:  # no links on this file system
@@ -256,7 +337,7 @@ def joined_with_base(folder: Path, base: str) -> Iterator[Path]:
             write_json(joined / BOTTLENECKS, {**settings, "base": {"name": base, "revision": None}})
             yield joined
             return
-        settings = read_json(folder / ADAPTER_CONFIG, "adapter configuration")
+        settings = read_json(place / ADAPTER_CONFIG, "adapter configuration")
         repair_dora(joined)
         write_json(joined / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": base, "revision": None})
         yield joined

@@ -7,17 +7,21 @@ import copy
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nearfield.encoders.adapters import (
+    BASE_FILE,
+    INDEXES,
     AdapterBase,
     adapter_base,
     add_lora,
+    base_of,
     has_adapter,
     joined_with_base,
     merge_adapter,
+    name_base,
     quantization_settings,
     record_base,
     save_adapter,
@@ -70,8 +74,12 @@ class LoadedEncoder:
 
 
 def folder_revision(folder: Path) -> str:
-    """32 hex digits of the content of a model folder (weights, configs, tokenizer), whatever its name."""
-    return hash_folder(folder, lambda file: file.suffix in _IDENTITY_SUFFIXES and file.name not in _IGNORED_FILES)
+    """32 hex digits of the content of a model folder (weights, configs, tokenizer), whatever its name.
+
+    Of the base of an adapter that is alone in it the name and content count, not where it lies.
+    """
+    ignored = {*_IGNORED_FILES, *((BASE_FILE, *INDEXES) if (folder / BASE_FILE).is_file() else ())}
+    return hash_folder(folder, lambda file: file.suffix in _IDENTITY_SUFFIXES and file.name not in ignored)
 
 
 def locate(name_or_path: str, revision: str | None = None) -> ModelSource:
@@ -122,8 +130,13 @@ def load_encoder(
         check_folder(folder)
         stands_on = adapter_base(folder)
     if stands_on is not None:
-        base_path = _find_base(stands_on, folder, base)
-        _check_base_weights(stands_on, base_path, folder)
+        base_path = find_base(stands_on, folder, base)
+    elif base is not None:
+        raise BadInputError(
+            "this is a whole model, no adapter that was saved alone: it has no base",
+            where=name_or_path,
+            hint="Leave out the base.",
+        )
     if source.note:
         logger.info(source.note)
     kwargs: dict[str, Any] = {"dtype": dtype}
@@ -153,9 +166,9 @@ def load_encoder(
     except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
         raise load_error(name_or_path, folder, error) from error
     if stands_on is not None and has_bottlenecks(model):
-        model[0].base = asdict(stands_on)
+        model[0].base, model[0].base_path = stands_on.identity, base_path
     elif stands_on is not None:
-        record_base(model[0].auto_model, stands_on)
+        record_base(model[0].auto_model, replace(stands_on, path=base_path))
     if gguf is not None or not _knows_its_inputs(folder, revision):
         read_plain_texts(model)
         read_in_a_row(model)
@@ -215,18 +228,36 @@ def _device_type(device: str | None) -> str:
     return torch.device(device).type
 
 
-def _find_base(stands_on: AdapterBase, folder: Path, given: str | None) -> str:
-    """The folder (of a package, of the hub's cache, of the user) with the model that an adapter was trained on."""
+def find_base(stands_on: AdapterBase, folder: Path, given: str | None = None) -> str:
+    """The folder (of a package, of the hub's cache, of the user) with the model that an adapter was trained on.
+
+    Raises :class:`BadInputError` where it is not there, or holds another model.
+    """
+    place = _place_of_base(stands_on, folder, given)
+    _check_base_weights(stands_on, place, folder)
+    return place
+
+
+def relink(folder: Path, given: str) -> None:
+    """Say in the folder of an adapter alone that its base lies elsewhere now; it must be the same base."""
+    stands_on = adapter_base(folder)
+    if stands_on is None:
+        raise BadInputError("this is a whole model, no adapter that was saved alone: it has no base", where=str(folder))
+    name_base(folder, replace(stands_on, path=find_base(stands_on, folder, given)))
+
+
+def _place_of_base(stands_on: AdapterBase, folder: Path, given: str | None) -> str:
     hint = "Save the model with encoder.adapter.save: merged where it must load by itself."
     if given is not None or stands_on.is_local:
         name = stands_on.name.removeprefix("local/")
-        places = [given] if given is not None else [stands_on.name, str(folder.parent / name)]
+        named = [] if stands_on.path is None else [str(folder / stands_on.path)]
+        places = [given] if given is not None else [*named, stands_on.name, str(folder.parent / name)]
         found = next((place for place in map(locate, filter(_is_there, places)) if Path(place.path).is_dir()), None)
         if found is None:
             raise BadInputError(
                 f"this folder holds an adapter only, and its base (the folder {name!r}, content {stands_on.revision}) is not here",
                 where=str(folder),
-                hint=f"Put it at {places[-1]}, or name it as the base. {hint}",
+                hint=f"Put it at {places[0]}, or name it with --base. {hint}",
             )
         if stands_on.revision not in (None, "main", found.revision):
             raise BadInputError(
@@ -290,6 +321,9 @@ def save_encoder(model: SentenceTransformer, folder: Path, *, adapter: Literal["
             save_adapter(model, folder)
         else:
             model.save_pretrained(str(folder), create_model_card=False)
+    stands_on = base_of(model)
+    if stands_on is not None and has_bottlenecks(model) and adapter == "adapter":
+        name_base(folder, stands_on)
     ship_modules(model, folder)
     save_borders(model, folder)
 
@@ -359,7 +393,8 @@ def build_encoder(
                 where=config.model,
                 hint="Use encoder.adapter.save: merged.",
             )
-        base = AdapterBase(loaded.name, loaded.revision, weights_hash(loaded.path, loaded.revision))
+        weights = weights_hash(loaded.path, loaded.revision)
+        base = AdapterBase(loaded.name, loaded.revision, weights, loaded.path)
         if config.adapter.kind == "lora":
             add_lora(model, config.adapter, base, seed)
         elif config.adapter.kind == "prefix":

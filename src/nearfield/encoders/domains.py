@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +14,7 @@ from nearfield.encoders.adapters import (
     BOTTLENECKS,
     AdapterBase,
     adapter_base,
+    adapter_files,
     joined_with_base,
     lora_targets,
 )
@@ -142,7 +142,7 @@ def _adapted(model: SentenceTransformer, base: AdapterBase) -> AdaptedTransforme
 
     adapted = AdaptedTransformer.around(model[0])
     adapted.model.requires_grad_(False)
-    adapted.base = asdict(base)
+    adapted.base, adapted.base_path = base.identity, base.path
     return adapted
 
 
@@ -270,7 +270,7 @@ def _load_lora(model: SentenceTransformer, name: str, folder: Path, base: Adapte
     from nearfield.encoders.adapters import record_base
 
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / file).is_file():
+        if not (adapter_files(folder) / file).is_file():
             raise BadInputError(f"this adapter has no {file}", where=str(folder))
     with joined_with_base(folder, base.name) as joined, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what is wanted

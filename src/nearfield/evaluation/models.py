@@ -48,12 +48,15 @@ def open_model(
     dimensions: int | None = None,
     quantize: str = "none",
     axes: Axes = "first",
+    base: str | None = None,
 ) -> ScoredModel:
     """Load a model by name, folder or baseline name; ``name`` replaces the name that results are filed under.
 
     Vectors are kept below ``cache``. A model that is cut to ``dimensions`` (of its own ``axes``, drawn or principal ones) or
-    quantised is filed under a name that says so.
+    quantised is filed under a name that says so. ``base`` is where the base of an adapter alone lies, if not where it says.
     """
+    if base is not None and (not isinstance(model, str) or model in BASELINES):
+        raise BadInputError("only an adapter that was saved alone has a base", where="base", hint="Leave it out.")
     _check_variant(model, dimensions, quantize, axes)
     if name is not None and (name.count("/") > 1 or not all(part.strip() for part in name.split("/"))):
         raise BadInputError(f"the name {name!r} is not of the form organisation/model", where="name")
@@ -61,7 +64,7 @@ def open_model(
         if name is not None:
             raise BadInputError(f"the baseline {model} keeps its own name, {BASELINES[model]}", where="name")
         return _baseline(model)
-    loaded = load_encoder(model, device=device) if isinstance(model, str) else model
+    loaded = load_encoder(model, device=device, base=base) if isinstance(model, str) else model
     filed = name or loaded.name
     filed = filed if "/" in filed else f"local/{filed}"
     if dimensions is not None:

@@ -102,11 +102,12 @@ def evaluate(
     axes: Axes = "first",
     crew: Crew | None = None,
     strict: bool = False,
+    base: str | None = None,
 ) -> EvaluationResult:
     """Score a model on a suite and write the results under ``out``.
 
     ``model`` is a folder, a hub name, a loaded encoder, ``bm25`` or ``random``; ``suite`` a config, a suite YAML or a
-    folder of tasks; ``tasks`` keeps the named ones. ``name`` replaces the model's name in the results. ``open_store``
+    folder of tasks; ``base`` is where the base of an adapter lies that was saved alone, if not where it says; ``tasks`` keeps the named ones. ``name`` replaces the model's name in the results. ``open_store``
     turns the path of a data recipe (or store) into an open store. ``prompts`` is ``contract`` (stop where the model was
     not trained with the prompts it would get) or ``as-is``. Vectors are kept below ``cache`` and taken from there;
     ``dimensions`` (the first so many, or so many ``random`` or ``principal`` ``axes``) and ``quantize`` (``int8``, ``binary``)
@@ -134,6 +135,7 @@ def evaluate(
             dimensions=dimensions,
             quantize=quantize,
             axes=axes,
+            base=base,
         )
         if scored.encoder is not None:
             scored.encoder.crew = crew

@@ -53,23 +53,32 @@ class Submission:
 
 
 def submit(
-    results: Path, out: Path, *, benchmark: str | None = None, facts: Path | None = None, model: Path | None = None
+    results: Path,
+    out: Path,
+    *,
+    benchmark: str | None = None,
+    facts: Path | None = None,
+    model: Path | None = None,
+    base: str | None = None,
 ) -> Submission:
     """Check a results folder ``<org>__<model>/<revision>`` and lay out a submission below ``out``.
 
     ``benchmark`` names the tasks that must be complete; without it those that are there count. ``facts`` is a YAML file
-    with fields of mteb's ModelMeta that nobody but the author knows; ``model`` the model's folder, for its card.
+    with fields of mteb's ModelMeta that nobody but the author knows; ``model`` the model's folder, for its card and its
+    parameters; ``base`` where the base of an adapter alone lies, if not where it says.
     Results of local data are left out: the leaderboard takes official tasks only.
     """
     if model is not None and not model.is_dir():
         raise BadInputError("there is no such folder", where=str(model), hint="Name the model's folder with --model.")
-    meta = read_meta(results / "model_meta.json", facts, model)
+    stands_on = None if model is None else _base_of(model, base)
+    counted = None if model is None else _counted(model, stands_on)
+    meta = read_meta(results / "model_meta.json", facts, model, counted)
     scored = read_meta(results / "model_meta.json", None)
     found, local = _results(results)
     said = {task: from_file(read_json(results / f"{task}.json", "result").get("notices")) for task in sorted(found)}
     stated = None if model is None else read_statement(_card(model))
     prompts, lacking = _known_prompts(results, sorted(found))
-    known = Known(scored, None if model is None else parameters(model), prompts, stated, frozenset(found))
+    known = Known(scored, counted, prompts, stated, frozenset(found))
     checks = [
         _named(meta, results),
         *describe(meta, known),
@@ -78,6 +87,7 @@ def submit(
         _prompts(prompts, lacking),
         _contamination(model, stated, sorted(found)),
         _noticed(said),
+        *([] if stands_on is None else [_base(stands_on)]),
     ]
     name = str(meta.name).replace("/", "__").replace(" ", "_")
     with atomic_path(out) as aside:
@@ -98,14 +108,63 @@ def submit(
     return Submission(out, tuple(checks), _steps(out, meta, name), unstated, notices)
 
 
-def read_meta(path: Path, facts: Path | None, model: Path | None = None) -> ModelMeta:
-    """mteb's description of a model from its file, with the author's facts in it, and the parameters of its folder."""
+@dataclass(frozen=True)
+class _Base:
+    """What an adapter alone stands on, and its folder; None where that is not here."""
+
+    name: str
+    is_local: bool
+    folder: Path | None
+
+
+def _base_of(model: Path, given: str | None) -> _Base | None:
+    """The base of an adapter that is alone in a model's folder; None for a whole model."""
+    from nearfield.encoders.adapters import adapter_base
+    from nearfield.encoders.build import find_base
+
+    stands_on = adapter_base(model)
+    if stands_on is None:
+        if given is not None:
+            raise BadInputError(
+                "this is a whole model, no adapter that was saved alone: it has no base", where=str(model)
+            )
+        return None
+    try:
+        place = Path(find_base(stands_on, model, given))
+    except BadInputError:
+        if given is not None:
+            raise
+        return _Base(stands_on.name, stands_on.is_local, None)
+    return _Base(stands_on.name, stands_on.is_local, place)
+
+
+def _counted(model: Path, base: _Base | None) -> int | None:
+    """The parameters of a model's folder, with those of the base that it needs; None where not all are at hand."""
+    own = parameters(model)
+    if base is None or own is None:
+        return own
+    below = None if base.folder is None else parameters(base.folder)
+    return None if below is None else own + below
+
+
+def _base(base: _Base) -> Check:
+    """Whether others can load an adapter that is alone in its folder."""
+    if not base.is_local:
+        return Check("base of the adapter", True, base.name)
+    words = f"{base.name.removeprefix('local/')} is a folder of this machine" + (
+        "" if base.folder else ", and is not here (see --base)"
+    )
+    return Check("base of the adapter", False, f"{words}: nobody else can load the model; save it merged")
+
+
+def read_meta(path: Path, facts: Path | None, model: Path | None = None, counted: int | None = None) -> ModelMeta:
+    """mteb's description of a model from its file, with the author's facts in it, and its ``counted`` parameters."""
     value = read_json(path, "model description")
     if not isinstance(value, dict):
         raise BadInputError("this is no model description", where=str(path))
     value = {key: part for key, part in value.items() if key in ModelMeta.model_fields and key != "loader"}
-    if model is not None and value.get("n_parameters") is None:
-        value["n_parameters"] = parameters(model)
+    if value.get("n_parameters") is None:
+        value["n_parameters"] = counted
     if model is not None and value.get("adapted_from") is None:
         value["adapted_from"] = base_of(_card(model))
     if facts is not None:
@@ -179,11 +238,6 @@ def _results(folder: Path) -> tuple[dict[str, TaskResult], list[str]]:
         else:
             found[str(result.task_name)] = result
     return found, local
-
-
-def _counted(found: Mapping[str, Any], local: Sequence[str]) -> str:
-    left = f"; left out, scored on local data: {', '.join(local)}" if local else ""
-    return f"{len(found)} results on official data{left}"
 
 
 def _named(meta: ModelMeta, results: Path) -> Check:

@@ -8,6 +8,7 @@ hours while the others wait without a collective that could time out.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -36,6 +37,8 @@ _STORE_TIMEOUT = timedelta(days=30)
 _SAY_SECONDS = 10.0
 _HEAR_SECONDS = 3.0
 _SPEAK_SECONDS = 2.0
+_OPENED: dict[tuple[str, str, int, int], tuple[Store, Iterator[int]]] = {}
+"""Meeting place and rank -> the store there, and the numbers of what its processes do one after the other."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,11 @@ class Launch:
 
     @cached_property
     def store(self) -> Store:
-        """The store that the ranks share; the launcher's own where it has one, otherwise kept by rank 0."""
+        """The store that the ranks share; the launcher's own where it has one, otherwise kept by rank 0.
+
+        Processes may do several things one after the other, as a sweep does: each has words of its own. All ranks do them in
+        one order, so their number is the same everywhere.
+        """
         from torch._C._distributed_c10d import PrefixStore, TCPStore
 
         host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
@@ -85,9 +92,14 @@ class Launch:
             )
         by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         master = self.is_main and not by_agent
-        base = TCPStore(host, int(port), self.world_size, master, timeout=_STORE_TIMEOUT, multi_tenant=True)
+        place = (host, port, self.rank, self.world_size)
+        if place not in _OPENED:
+            # Kept as long as the process lives: where rank 0 holds the store, the others must find it again.
+            base = TCPStore(host, int(port), self.world_size, master, timeout=_STORE_TIMEOUT, multi_tenant=True)
+            _OPENED[place] = base, itertools.count()
+        base, numbers = _OPENED[place]
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return PrefixStore(f"nearfield/{attempt}", base)
+        return PrefixStore(f"nearfield/{attempt}/{next(numbers)}", base)
 
     def within(self, name: str) -> Launch:
         """The same processes in a part of the work with words of its own, so that they can meet there once more."""

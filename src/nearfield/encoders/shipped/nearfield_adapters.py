@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 SETTINGS = "adapters.json"
+BASE = "adapter_base.json"
 WEIGHTS = "adapters.safetensors"
 
 
@@ -91,6 +92,22 @@ def _first_position(model: Any) -> int:
     return int(embeddings.padding_idx) + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
 
 
+def _place_of(base: dict[str, Any], folder: str, place: dict[str, Any]) -> str:
+    """The base's folder, on the way that is named from the adapters' own, or its name."""
+    file = Module.load_file_path(folder, filename=BASE, **place)
+    way = None if file is None else json.loads(Path(file).read_text(encoding="utf-8")).get("path")
+    if way is not None and (Path(folder) / way).is_dir():
+        return str(Path(folder) / way)
+    name = str(base["name"])
+    if name.startswith("local/") and not Path(name).is_dir():
+        looked = f" at {Path(folder) / way}" if way is not None else ""
+        raise FileNotFoundError(
+            f"{folder} holds adapters alone, and their base, the folder {name.removeprefix('local/')} (content "
+            f"{base['revision']}), is not{looked or ' here'}"
+        )
+    return name
+
+
 class AdaptedTransformer(Transformer):  # type: ignore[misc]
     """sentence-transformers' Transformer with named sets of adapters, one of which is active, or none."""
 
@@ -104,6 +121,8 @@ class AdaptedTransformer(Transformer):  # type: ignore[misc]
         self.active: str | None = None
         self.base: dict[str, Any] | None = None
         """Name, revision and weight hash of the model that the adapters stand on."""
+        self.base_path: str | None = None
+        """Its folder, if it is one."""
         self.saves_base = True
         self.prefix_rows: Tensor | None = None
         """(n, p, d) while texts are encoded with a prefix: which tokens of each are the prefix's."""
@@ -233,7 +252,8 @@ class AdaptedTransformer(Transformer):  # type: ignore[misc]
         if base is None:
             module = super().load(model_name_or_path, **kwargs)
         else:
-            module = super().load(base["name"], **{**kwargs, "subfolder": "", "revision": base["revision"]})
+            found_at = _place_of(base, model_name_or_path, place)
+            module = super().load(found_at, **{**kwargs, "subfolder": "", "revision": base["revision"]})
             where = {"cache_dir" if name == "cache_folder" else name: value for name, value in place.items()}
             module.processor = AutoTokenizer.from_pretrained(model_name_or_path, **where)
         module.read_adapters(settings, Path(files[1]))
