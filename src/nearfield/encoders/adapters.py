@@ -254,7 +254,8 @@ def _link_weights(folder: Path, base: Path, way: str) -> None:
     index, places = _weights_of(base)
     write_json(folder / index, {"metadata": {}, "weight_map": {key: f"{way}/{file}" for key, file in places.items()}})
     settings = read_json(folder / _SETTINGS, "settings") if (folder / _SETTINGS).is_file() else {}
-    write_json(folder / _SETTINGS, {**settings, "model_args": {"adapter_kwargs": {"subfolder": BESIDE}}})
+    loading = {**settings.get("model_kwargs", {}), "adapter_kwargs": {"subfolder": BESIDE}}
+    write_json(folder / _SETTINGS, {**settings, "model_kwargs": loading})
 
 
 def _weights_of(base: Path) -> tuple[str, dict[str, str]]:
@@ -325,7 +326,8 @@ def joined_with_base(folder: Path, base: str) -> Iterator[Path]:
             changed |= {BESIDE, "config.json", _SETTINGS, *INDEXES}
             entries += list(place.iterdir())
             settings = read_json(folder / _SETTINGS, "settings")
-            write_json(joined / _SETTINGS, {key: value for key, value in settings.items() if key != "model_args"})
+            settings["model_kwargs"] = {k: v for k, v in settings["model_kwargs"].items() if k != "adapter_kwargs"}
+            write_json(joined / _SETTINGS, settings)
         for entry in entries:
             if entry.name not in changed:
                 try:

@@ -97,9 +97,9 @@ class Launch:
             # Kept as long as the process lives: where rank 0 holds the store, the others must find it again.
             base = TCPStore(host, int(port), self.world_size, master, timeout=_STORE_TIMEOUT, multi_tenant=True)
             _OPENED[place] = base, itertools.count()
-        base, numbers = _OPENED[place]
+        met, numbers = _OPENED[place]
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return PrefixStore(f"nearfield/{attempt}/{next(numbers)}", base)
+        return PrefixStore(f"nearfield/{attempt}/{next(numbers)}", met)
 
     def within(self, name: str) -> Launch:
         """The same processes in a part of the work with words of its own, so that they can meet there once more."""
