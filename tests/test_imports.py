@@ -28,6 +28,7 @@ FLOORS = [
     ["config", "shipped"],
     ["console", "randomness", "provenance", "yaml12"],
     ["notices"],
+    ["checksums"],
     ["files", "optional"],
     ["errors"],
 ]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
+import re
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 _PACKAGES = (
@@ -30,11 +34,34 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    return {"python": platform.python_version(), **versions_of(_PACKAGES)}
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those of some packages that are installed."""
+    found = {}
+    for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+@functools.cache
+def hub_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a repository of models that loading would take: from the hub, else the one that this machine keeps; None
+    where neither is to be had. Asked once a process."""
+    from huggingface_hub import HfApi, constants
+
+    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    if not constants.HF_HUB_OFFLINE:
+        # Whatever an unreachable hub or an unknown name raises: loading says it better.
+        with contextlib.suppress(Exception):
+            found: str | None = HfApi().model_info(name, revision=revision, timeout=5).sha
+            return found
+    cache = Path(os.environ.get("SENTENCE_TRANSFORMERS_HOME") or constants.HF_HUB_CACHE)
+    kept = cache / f"models--{name.replace('/', '--')}" / "refs" / (revision or "main")
+    return kept.read_text(encoding="ascii").strip() if kept.is_file() else None
 
 
 def device() -> dict[str, Any]:

@@ -248,7 +248,7 @@ def test_the_same_data_give_the_same_bytes(tmp_path: Path) -> None:
         store = build_rows(tmp_path / name, rows)
         digests.append([hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(store.path.iterdir())])
     assert digests[0] == digests[1]
-    assert len(digests[0]) == 5
+    assert len(digests[0]) == 6
 
 
 def test_a_store_is_built_once(tmp_path: Path) -> None:

@@ -101,6 +101,9 @@ def test_a_folder_that_is_no_vectors(tmp_path: Path) -> None:
         ItemVectors.open(tmp_path)
     build_vectors(WANTED, encode, tmp_path / "v", "p")
     (tmp_path / "v" / "table-0.vectors.npy").write_bytes(b"x")
+    with pytest.raises(BadInputError, match="is damaged"):
+        ItemVectors.open(tmp_path / "v")
+    (tmp_path / "v" / "checksums.json").unlink()  # as earlier versions left it
     with pytest.raises(BadInputError, match="cannot be read"):
         ItemVectors.open(tmp_path / "v")
     (tmp_path / "v" / "meta.json").write_text('{"version": 0}')

@@ -19,12 +19,12 @@ from nearfield.conformance.problem import Problem, difference
 from nearfield.conformance.tiny_vlm import ONE_TOWERS, save_tiny_vlm
 from nearfield.encoders.build import build_encoder, load_encoder, save_encoder
 from nearfield.encoders.config import EncoderConfig
+from nearfield.encoders.identity import model_fingerprint
 from nearfield.encoders.one_tower import FAMILIES, family_of, picture_token, row_features, row_ids
 from nearfield.encoders.one_tower_checks import check_one_tower, unused_parameters
 from nearfield.encoders.packing import embed, packing_kind
 from nearfield.encoders.tokenize import prompt_tokens, token_ids
 from nearfield.errors import BadInputError
-from nearfield.evaluation.vectors import model_fingerprint
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.objectives.more_kinds import CAROLConfig
 from nearfield.training.launch import Launch

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nearfield.evaluation.crew import BLOCK, Crew, Wording
+from nearfield.evaluation.crew import BLOCK, BLOCK_SECONDS, FIRST_BLOCK, Crew, Wording, next_block
 from nearfield.training.launch import Launch
 
 WORDING = Wording("query", None, "query: ")
@@ -81,8 +81,18 @@ def test_blocks_come_one_after_the_other(tmp_path: Path) -> None:
     texts = [str(i) for i in range(2 * BLOCK + 5)]
     pairs = iter(crew(tmp_path, done).embed(texts, WORDING, "", embedder(done[0])))
     next(pairs)
-    assert [len(part) for part in done] == [BLOCK, BLOCK]
+    assert [len(part) for part in done] == [FIRST_BLOCK, FIRST_BLOCK]
     assert len(dict(pairs)) == 2 * BLOCK + 4
+
+
+@pytest.mark.parametrize("texts_a_second", [1.5, 20, 300, 100_000])
+def test_blocks_take_seconds_whatever_the_speed(texts_a_second: float) -> None:
+    size, seconds = FIRST_BLOCK, []
+    for _ in range(30):
+        seconds.append(size / texts_a_second)
+        size = next_block(size, seconds[-1])
+    assert max(seconds) <= max(2 * BLOCK_SECONDS, FIRST_BLOCK / texts_a_second) < 30
+    assert size == min(BLOCK, int(BLOCK_SECONDS * texts_a_second)) or abs(seconds[-1] - BLOCK_SECONDS) < 1
 
 
 def test_a_process_that_does_not_see_the_folder_leaves_its_share(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from nearfield import checksums
 from nearfield.encoders import load_encoder
+from nearfield.encoders.identity import model_fingerprint
 from nearfield.errors import BadInputError
 from nearfield.evaluation import evaluate
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.manifest import failed_tasks, read_manifest
-from nearfield.evaluation.vectors import VectorCache, compress, model_fingerprint
+from nearfield.evaluation.vectors import VectorCache, compress
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -51,11 +53,46 @@ def test_what_was_encoded_before_an_error_is_kept(tmp_path: Path) -> None:
     assert len(VectorCache(tmp_path, "m", {}).part(None, "").get([f"text {i}" for i in range(20)])) == 20
 
 
-def test_a_damaged_file_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dict(VectorCache(tmp_path, "m", {}).part(None, "").put(rows(5)))
-    next(tmp_path.rglob("*.vectors.npy")).write_bytes(b"broken")
-    assert VectorCache(tmp_path, "m", {}).part(None, "").get(["text 1"]) == {}
-    assert "encoded again" in caplog.text
+@pytest.mark.parametrize("seconds_a_text", [0.01, 2.0, 9.0])
+def test_a_kill_loses_seconds_of_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds_a_text: float
+) -> None:
+    """At every moment, all but the last 30 seconds' work is on the disk: nothing need run when the process dies."""
+    now = 0.0
+    monkeypatch.setattr("nearfield.evaluation.vectors.time.monotonic", lambda: now)
+    done: list[tuple[float, str]] = []
+
+    def encode() -> Iterator[tuple[str, np.ndarray]]:
+        nonlocal now
+        for text, vector in rows(40 if seconds_a_text > 1 else 6_000):
+            now += seconds_a_text
+            done.append((now, text))
+            yield text, vector
+
+    for count, _ in enumerate(VectorCache(tmp_path, "m", {}).part(None, "").put(encode())):
+        if count % 500 == 0 or seconds_a_text > 1:
+            kept = VectorCache(tmp_path, "m", {}).part(None, "").get([text for _, text in done])
+            lost = [when for when, text in done if text not in kept]
+            assert not lost or now - min(lost) + seconds_a_text <= 30
+
+
+@pytest.mark.parametrize("name", ["keys.npy", "vectors.npy", "checksums.json"])
+def test_a_damaged_shard_is_left_out_and_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    made = rows(5)
+    for place in (0, 70, 130, -1):
+        checksums._checked.clear()
+        dict(VectorCache(tmp_path, "m", {}).part(None, "").put(made))
+        (file,) = tmp_path.rglob(name)
+        content = bytearray(file.read_bytes())
+        content[place] ^= 16
+        file.write_bytes(bytes(content))
+        caplog.clear()
+        assert VectorCache(tmp_path, "m", {}).part(None, "").get([text for text, _ in made]) == {}
+        assert "encoded again" in caplog.text and not list(tmp_path.rglob(name))
+    part = VectorCache(tmp_path, "m", {}).part(None, "")
+    dict(part.put(made))
+    found = VectorCache(tmp_path, "m", {}).part(None, "").get([text for text, _ in made])
+    assert all(np.array_equal(found[text], vector) for text, vector in made)
 
 
 def test_a_model_is_known_by_what_it_computes(make_model: Callable[..., Path], tmp_path: Path) -> None:

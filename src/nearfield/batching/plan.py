@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from nearfield.batching.planner import EpochBatches
 from nearfield.batching.rows import Floats, Lists, PlannedRows, Rows
 from nearfield.batching.summary import summarise
+from nearfield.checksums import Sealed
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_file
 
@@ -158,6 +159,10 @@ class Plan:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        mend = "Plan again: `nearfield plan RECIPE` replaces a plan that is damaged."
+        sealed = Sealed(path.parent, mend)
+        if path.name in sealed.files:
+            sealed.file(path.name, whole=True)
         try:
             table = pq.read_table(path, memory_map=True)
         except FileNotFoundError as error:
@@ -165,12 +170,12 @@ class Plan:
                 "this plan does not exist", where=str(path), hint="Run `nearfield plan RECIPE`."
             ) from error
         except (pa.ArrowException, OSError) as error:
-            raise BadInputError(f"this is not a readable plan: {error}", where=str(path)) from error
+            raise BadInputError(f"this is not a readable plan: {error}", where=str(path), hint=mend) from error
         raw = (table.schema.metadata or {}).get(_METADATA_KEY)
         missing = [name for name in SCHEMA.names if name not in table.schema.names]
         if raw is None or missing:
             detail = f"the columns {', '.join(missing)} are missing" if missing else "its metadata is missing"
-            raise BadInputError(f"this Parquet file is not a plan: {detail}", where=str(path))
+            raise BadInputError(f"this Parquet file is not a plan: {detail}", where=str(path), hint=mend)
         self.metadata: dict[str, Any] = json.loads(raw)
         if self.metadata["version"] != VERSION:
             raise BadInputError(

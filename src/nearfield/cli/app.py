@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
+import sys
+import threading
 from typing import Annotated
 
 import typer
@@ -40,6 +43,18 @@ def options(
     # Under a launcher the first rank tells how it goes; the others speak when something is wrong.
     first = os.environ.get("RANK", "0") == "0"
     set_up_logging("INFO" if first and not quiet else "WARNING")
+    if "RANK" not in os.environ:
+        _end_in_order()
+
+
+def _end_in_order() -> None:
+    """Let SIGTERM end the process as an exit does, so that what was encoded is kept and half-written files are removed.
+
+    Under a launcher, which also sends it to the ranks that others are waiting for, it ends a process at once.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if ours and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 for module in (

@@ -1,4 +1,4 @@
-"""``nearfield run status`` and ``nearfield run watch``."""
+"""``nearfield run status``, ``nearfield run verify`` and ``nearfield run watch``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Look at runs.", no_args_is_help=True)
     group.callback()(lambda: None)
     group.command()(status)
+    group.command()(verify)
     group.command()(watch)
     app.add_typer(group, name="run")
 
@@ -44,6 +45,34 @@ def status(
     console.print(f"run:    {opened.folder}", markup=False, highlight=False)
     if following:
         console.print(f"next:   nearfield train {run}", markup=False, highlight=False)
+
+
+def verify(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a recipe.", metavar="RUN")],
+    overrides: Overrides = None,
+) -> None:
+    """Read every byte that a run's stages left behind and compare it with its checksum. Ends with 1 where one differs."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from nearfield.console import stdout_console
+    from nearfield.errors import EXIT_FAULT
+    from nearfield.pipeline import open_run
+    from nearfield.pipeline.verifying import verify as verify_run
+
+    opened = open_run(run, overrides or ())
+    found = verify_run(opened)
+    table = Table("what", "MB", "", box=None, pad_edge=False)
+    for part in found:
+        words = Text(part.damage or "every byte is what was written", style="red" if part.damage else "")
+        table.add_row(Text(part.name), f"{part.bytes / 1e6:,.1f}", words)
+    console = stdout_console()
+    console.print(table)
+    damaged = [part for part in found if part.damage]
+    for hint in dict.fromkeys(part.mend for part in damaged):
+        console.print(Text(f"mend:   {hint.format(run=run)}"))
+    if damaged:
+        raise typer.Exit(EXIT_FAULT)
 
 
 def watch(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.compute as pc
 
+from nearfield.checksums import damage, seal
 from nearfield.config import load_config
 from nearfield.data.cleaning.run import clean, steps_of
 from nearfield.data.cleaning.step import Encoders
@@ -21,7 +21,7 @@ from nearfield.data.resolve import Resolved, conflict_rows, first_conflicts, res
 from nearfield.data.store import FORMAT_VERSION, SourceInfo, Store
 from nearfield.data.summary import Conflicts, DataSummary, SourceSummary, StepSummary, read_summary
 from nearfield.errors import BadInputError
-from nearfield.files import atomic_path, fingerprint, read_json, write_json
+from nearfield.files import atomic_path, fingerprint, read_json, remove_leftovers, write_json
 
 VERSION = 1
 """Raised when the same recipe and files give another store."""
@@ -82,7 +82,7 @@ def ensure_store(config: DataConfig, cache: Path, *, encoders: Encoders | None =
     readers = [source.reader.build() for source in config.sources]
     mark = _fingerprint(config, readers)
     out = cache / "data" / mark
-    if (out / "store.json").is_file():
+    if _is_whole(out):
         logger.debug("The store %s is up to date", out)
         return read_summary(out)
     return _build(config, readers, out, mark, encoders)
@@ -92,9 +92,19 @@ def ensure_store_at(config: DataConfig, out: Path, *, encoders: Encoders | None 
     """Build the store in the folder ``out`` unless the same one is there; one of another recipe is replaced."""
     readers = [source.reader.build() for source in config.sources]
     mark = _fingerprint(config, readers)
-    if (out / "store.json").is_file() and read_json(out / "store.json", "store").get("fingerprint") == mark:
+    if _is_whole(out) and read_json(out / "store.json", "store").get("fingerprint") == mark:
         return read_summary(out)
     return _build(config, readers, out, mark, encoders)
+
+
+def _is_whole(out: Path) -> bool:
+    """Whether there is a store every byte of which is what was written; what is wrong with one is said."""
+    if not (out / "store.json").is_file():
+        return False
+    wrong = damage(out, ("items.arrow", "examples.arrow", "store.json"))
+    if wrong is not None:
+        logger.warning("The store %s is built again: %s", out, wrong)
+    return wrong is None
 
 
 def prepare_store(
@@ -121,7 +131,7 @@ def _build(
     if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):
         hint = "Choose another folder with --out."
         raise BadInputError("this is there already and is no store; it will not be replaced", where=str(out), hint=hint)
-    remove_leftovers(out)
+    remove_leftovers(out.parent)
     kept = out.with_name(out.name + ".quarantine.jsonl")
     with atomic_path(out) as aside:
         aside.mkdir()
@@ -156,6 +166,7 @@ def _build(
             ],
         }
         write_json(aside / "store.json", meta)
+        seal(aside)
     kept.unlink(missing_ok=True)
     return summary
 
@@ -213,26 +224,3 @@ def _summarise(
         shared_between_splits=shared_between_splits(store) if steps else resolved.shared,
         steps=steps,
     )
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove what builds of ``out`` left aside when their process was killed."""
-    if not out.parent.is_dir():
-        return
-    for path in out.parent.iterdir():
-        name = path.name
-        if not (name.startswith(f".{out.name}.") and name.endswith(".tmp") and path.is_dir()):
-            continue
-        process = name.removeprefix(f".{out.name}.").partition(".")[0]
-        if process.isdigit() and not _alive(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -134,8 +134,12 @@ class NearVectorsStep(_Duplicates):
     def inputs(self) -> dict[str, Any]:
         """The content of files that the step reads."""
         from nearfield.files import hash_folder
+        from nearfield.provenance import hub_commit
 
-        return {"model": hash_folder(Path(self.model))} if Path(self.model).is_dir() else {}
+        if Path(self.model).is_dir():
+            return {"model": hash_folder(Path(self.model))}
+        commit = hub_commit(self.model, None)
+        return {} if commit is None else {"model": commit}
 
     def build(self) -> Step:
         from nearfield.data.cleaning.duplicates import NearVectors

@@ -102,6 +102,8 @@ class ContaminationReport:
     """Training texts that match a benchmark text that is no distractor."""
     pictures: int = 0
     """Training pictures without a text, which were not compared with anything."""
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+    """What else the report depends on: the way of comparing, the model of the embeddings, versions."""
     removals: tuple[Removal, ...] = ()
     """Training texts that match a benchmark text that is no distractor. Not part of the JSON: see :meth:`save_removals`."""
 

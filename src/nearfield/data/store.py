@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from nearfield.checksums import CheckedFile, Sealed
 from nearfield.data.config import Prompts
 from nearfield.data.pictures import open_kept
 from nearfield.errors import BadInputError
@@ -21,7 +24,10 @@ from nearfield.files import read_json
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+logger = logging.getLogger("nearfield.data")
+
 FORMAT_VERSION = 1
+_MEND = "Run the same command again, or `nearfield data build RECIPE`: a store that is damaged is built anew."
 Rows = npt.NDArray[np.int64]
 
 ITEMS_SCHEMA = pa.schema(
@@ -75,10 +81,10 @@ class KnownPositives:
 class Chunks:
     """A mapped column from which single rows are taken; no chunk is copied as a whole."""
 
-    def __init__(self, column: pa.ChunkedArray, what: str) -> None:
+    def __init__(self, column: pa.ChunkedArray, what: str, mapped: Mapped) -> None:
         self._chunks = column.chunks
         self._starts = np.cumsum([0, *map(len, self._chunks)], dtype=np.int64)
-        self._what = what
+        self._what, self._mapped = what, mapped
 
     def take(self, rows: Sequence[int] | Rows) -> list[Any]:
         """The values of rows, in the order asked for."""
@@ -89,17 +95,52 @@ class Chunks:
         which = np.searchsorted(self._starts, wanted, side="right") - 1
         for chunk in np.unique(which).tolist():
             places = np.flatnonzero(which == chunk)
+            self._mapped.check_values(self._chunks[chunk], wanted[places] - self._starts[chunk])
             taken = self._chunks[chunk].take(pa.array(wanted[places] - self._starts[chunk])).to_pylist()
             for place, value in zip(places.tolist(), taken, strict=True):
                 result[place] = value
         return result
 
 
+class Mapped:
+    """An Arrow file in memory by a map, whose bytes are checked before they are read.
+
+    All but the values of one column are checked when it is opened: they are small. Those are checked as they are asked for.
+    """
+
+    def __init__(self, path: Path, file: CheckedFile, lazy: str | None) -> None:
+        self._file = file
+        with path.open("rb") as stream:
+            buffer = pa.py_buffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+        self._base = buffer.address
+        file.check(0, 1)
+        self.table: pa.Table = pa.ipc.open_stream(buffer).read_all()
+        chunks = [] if lazy is None else self.table.column(lazy).chunks
+        # One without a byte lies nowhere in the file.
+        values = [each for each in (chunk.buffers()[-1] for chunk in chunks) if each is not None and each.size]
+        starts = np.array([each.address - self._base for each in values], dtype=np.int64)
+        sizes = np.array([each.size for each in values], dtype=np.int64)
+        file.check_outside(starts, starts + sizes)
+
+    def check_values(self, chunk: pa.Array, rows: Rows) -> None:
+        """Check the bytes of some values (strings or binaries) of a chunk of the lazy column."""
+        ends, values = chunk.buffers()[-2:]
+        if values is None or not values.size:
+            return
+        if ends is None or chunk.type not in (pa.large_string(), pa.large_binary()):
+            self._file.check()
+            return
+        offsets = np.frombuffer(ends, dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+        start = values.address - self._base
+        self._file.check_ranges(start + offsets[rows], start + offsets[rows + 1])
+
+
 class Store:
-    """An opened store. Nothing is read before it is asked for."""
+    """An opened store. Nothing is read before it is asked for, and nothing unchecked where it has checksums."""
 
     def __init__(self, path: Path, name: str, fingerprint: str, sources: tuple[SourceInfo, ...]) -> None:
         self.path = path
+        self._sealed = Sealed(path, _MEND)
         self.name = name
         self.fingerprint = fingerprint
         self.sources = sources
@@ -112,6 +153,11 @@ class Store:
             raise BadInputError(
                 "this store does not exist", where=str(path), hint="Build it: nearfield data build RECIPE."
             )
+        sealed = Sealed(path, _MEND)
+        if not sealed.known and (path / "store.json").is_file():
+            logger.warning("%s has no checksums (an earlier version wrote it) and is read unchecked", path)
+        elif sealed.known:
+            sealed.file("store.json", whole=True)
         meta = read_json(path / "store.json", "store")
         version = meta.get("format_version") if isinstance(meta, dict) else None
         if version != FORMAT_VERSION:
@@ -129,26 +175,30 @@ class Store:
     @cached_property
     def items(self) -> pa.Table:
         """All items: ``id`` (16 bytes), ``text``, and in stores with pictures ``image``."""
-        return self._map("items.arrow")
+        return self._items.table
+
+    @cached_property
+    def _items(self) -> Mapped:
+        return self._map("items.arrow", "text")
 
     @cached_property
     def examples(self) -> pa.Table:
         """All examples; ``query``, ``positives`` and ``negatives`` are row numbers of ``items``."""
-        return self._map("examples.arrow")
+        return self._map("examples.arrow", None).table
 
-    def _map(self, name: str) -> pa.Table:
+    def _map(self, name: str, lazy: str | None) -> Mapped:
+        file = self._sealed.file(name)
         try:
-            return pa.ipc.open_stream(pa.memory_map(str(self.path / name))).read_all()
-        except (pa.ArrowException, OSError) as error:
+            return Mapped(self.path / name, file, lazy)
+        except (pa.ArrowException, OSError, ValueError) as error:
             reason = str(error).splitlines()[0][:200]
-            hint = "Delete the folder and build it again."
             raise BadInputError(
-                f"{name} of this store cannot be read ({reason})", where=str(self.path), hint=hint
+                f"{name} of this store cannot be read ({reason})", where=str(self.path), hint=_MEND
             ) from error
 
     @cached_property
     def _texts(self) -> Chunks:
-        return Chunks(self.items.column("text"), "item")
+        return Chunks(self.items.column("text"), "item", self._items)
 
     def texts(self, rows: Sequence[int] | Rows) -> list[str]:
         """The texts of items, in the order asked for. Row by row from the map: no chunk is copied as a whole."""
@@ -164,11 +214,15 @@ class Store:
         """All pictures, each once: ``id``, ``data``, ``width``, ``height``, ``original_width``, ``original_height``."""
         if not self.has_images:
             raise ValueError(f"the store {self.path} has no pictures")
-        return self._map(PICTURES)
+        return self._mapped_pictures.table
+
+    @cached_property
+    def _mapped_pictures(self) -> Mapped:
+        return self._map(PICTURES, "data")
 
     @cached_property
     def _pictures(self) -> Chunks:
-        return Chunks(self.pictures.column("data"), "picture")
+        return Chunks(self.pictures.column("data"), "picture", self._mapped_pictures)
 
     @cached_property
     def _image_rows(self) -> Rows:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.checksums import Sealed, seal
 from nearfield.console import track
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, read_json, write_json
@@ -92,6 +93,8 @@ class TokenTable:
     ids: Ids
     cut: CutTexts = field(default_factory=CutTexts)
     """What the longest input took off its texts."""
+    check: Callable[[int, int], None] = lambda start, stop: None
+    """Called with the bytes of ``ids`` that are about to be read."""
 
     def positions(self, rows: Rows) -> Rows:
         """Where the items stand in this table; an item that is not there is an error of the caller."""
@@ -108,7 +111,9 @@ class TokenTable:
     def tokens(self, row: int) -> Ids:
         """The token ids of one item."""
         position = int(self.positions(np.asarray([row], dtype=np.int64))[0])
-        return np.asarray(self.ids[self.offsets[position] : self.offsets[position + 1]])
+        start, stop = int(self.offsets[position]), int(self.offsets[position + 1])
+        self.check(start * self.ids.itemsize, stop * self.ids.itemsize)
+        return np.asarray(self.ids[start:stop])
 
 
 class TokenCache:
@@ -116,6 +121,8 @@ class TokenCache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._sealed = Sealed(path, "Run the same command again: it tokenises anew what is damaged.")
+        self._sealed.file("tokens.json", whole=True)
         meta = read_json(path / "tokens.json", "token cache")
         if meta.get("version") != VERSION:
             raise BadInputError(
@@ -132,6 +139,8 @@ class TokenCache:
 
     def _open(self, number: int, entry: Mapping[str, Any]) -> TokenTable:
         stem = self.path / f"prompt-{number}"
+        for name in ("rows.npy", "offsets.npy"):
+            self._sealed.file(f"{stem.name}.{name}", whole=True)
         rows = np.load(stem.with_suffix(".rows.npy"), mmap_mode="r", allow_pickle=False)
         offsets = np.load(stem.with_suffix(".offsets.npy"), mmap_mode="r", allow_pickle=False)
         count = int(offsets[-1])
@@ -141,7 +150,8 @@ class TokenCache:
             else np.empty(0, np.int32)
         )
         cut = CutTexts(**entry["cut"])
-        return TokenTable(str(entry["prompt"]), int(entry["prompt_length"]), rows, offsets, ids, cut)
+        check = self._sealed.file(f"{stem.name}.ids.bin").check
+        return TokenTable(str(entry["prompt"]), int(entry["prompt_length"]), rows, offsets, ids, cut, check)
 
     def without_tokens(self, table: TokenTable) -> Rows:
         """The item rows with this prompt that have not one token that is pooled: their vectors are zero."""
@@ -207,4 +217,5 @@ def build_tokens(
             "prompts": prompts,
         }
         write_json(aside / "tokens.json", meta)
+        seal(aside)
     return TokenCache(out)

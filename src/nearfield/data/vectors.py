@@ -6,6 +6,8 @@ a build that was stopped goes on with the shards that are missing.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.checksums import CheckedFile, Sealed, seal
 from nearfield.console import track
 from nearfield.errors import BadInputError
-from nearfield.files import atomic_path, read_json, write_json
+from nearfield.files import atomic_path, hash_file, read_json, write_json
+
+logger = logging.getLogger("nearfield.data")
 
 Rows = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float32]
@@ -36,7 +41,25 @@ class VectorTable:
     rows: Rows
     """Item rows, rising."""
     vectors: Vectors
-    """[n, d], mapped."""
+    """[n, d], mapped. Read by :meth:`take`, which checks what it reads."""
+    file: CheckedFile | None = None
+
+    def take(self, positions: Rows) -> Vectors:
+        """The vectors [n, d] at some places of this table: a view of the map where they lie side by side, else a copy."""
+        if len(positions) and (np.diff(positions) == 1).all():
+            start, stop = int(positions[0]), int(positions[-1]) + 1
+            self.check(np.array([start]), np.array([stop]))
+            return self.vectors[start:stop]
+        self.check(positions, positions + 1)
+        return np.asarray(self.vectors[positions], dtype=np.float32).reshape(len(positions), self.vectors.shape[1])
+
+    def check(self, starts: Rows, stops: Rows) -> None:
+        """Check rows from each start to each stop before they are read from the map."""
+        if self.file is not None and len(starts):
+            width = self.vectors.shape[1] * self.vectors.itemsize
+            header = self.file.size - self.vectors.shape[0] * width
+            self.file.check(0, header)
+            self.file.check_ranges(header + starts * width, header + stops * width)
 
     def positions(self, rows: Rows) -> Rows:
         """Where items stand in this table; an item that is not there is an error of the caller."""
@@ -61,6 +84,9 @@ class ItemVectors:
     def open(cls, path: str | Path) -> ItemVectors:
         """Open a folder of vectors; raise :class:`BadInputError` where there is none or it is of another version."""
         path = Path(path)
+        sealed = Sealed(path, "Run the same command again: it encodes anew what is damaged.")
+        if sealed.known:
+            sealed.file("meta.json", whole=True)
         meta = read_json(path / "meta.json", "folder of vectors")
         version = meta.get("version") if isinstance(meta, dict) else None
         if version != VERSION:
@@ -69,6 +95,10 @@ class ItemVectors:
             )
         tables: dict[str, VectorTable] = {}
         for number, roles in enumerate(meta["tables"]):
+            file = sealed.file(f"table-{number}.vectors.npy") if sealed.known else None
+            if file is not None:
+                sealed.file(f"table-{number}.rows.npy", whole=True)
+                file.check(0, 1)  # its header
             try:
                 rows = np.load(path / f"table-{number}.rows.npy", mmap_mode="r", allow_pickle=False)
                 vectors = np.load(path / f"table-{number}.vectors.npy", mmap_mode="r", allow_pickle=False)
@@ -76,7 +106,7 @@ class ItemVectors:
                 raise BadInputError(
                     f"these vectors cannot be read ({error})", where=str(path), hint="Delete the folder."
                 ) from error
-            tables |= {role: VectorTable(rows, vectors) for role in roles}
+            tables |= {role: VectorTable(rows, vectors, file) for role in roles}
         return cls(path, meta, tables)
 
     def table(self, role: str) -> VectorTable:
@@ -91,10 +121,7 @@ class ItemVectors:
         A view of the map where the items lie side by side in it, else a copy.
         """
         table = self.table(role)
-        positions = table.positions(item_rows)
-        if len(positions) and (np.diff(positions) == 1).all():
-            return table.vectors[positions[0] : positions[-1] + 1]
-        return np.asarray(table.vectors[positions], dtype=np.float32).reshape(len(positions), self.dimension)
+        return table.take(table.positions(item_rows))
 
 
 def build_vectors(
@@ -126,6 +153,7 @@ def build_vectors(
         write_json(parts / "plan.json", plan)
     if divide is not None:
         divide(lambda ranks: _encode(tables, encode, parts, shard, (0, ranks), zeros))
+    _drop_damaged(parts)
     # All of it, or what others were asked for and could not put here.
     _encode(tables, encode, parts, shard, (0, 1), zeros)
     dimension = 0
@@ -156,6 +184,7 @@ def build_vectors(
             "about": dict(about or {}),
         }
         write_json(aside / "meta.json", meta)
+        seal(aside)
     shutil.rmtree(parts, ignore_errors=True)
     return ItemVectors.open(out)
 
@@ -216,6 +245,18 @@ def _encode(
         vectors = unit(np.asarray(encode(roles[0], chosen)), chosen, zeros=zeros)
         with atomic_path(parts / f"{number}-{start}.npy") as aside, aside.open("wb") as stream:
             np.save(stream, vectors)
+            stream.flush()
+            # Behind the array, where its readers do not look: a shard may wait for long until a build goes on.
+            stream.write(bytes.fromhex(hash_file(aside)))
+
+
+def _drop_damaged(parts: Path) -> None:
+    """Remove the shards of a build that do not have their checksum: they are encoded anew."""
+    for file in parts.glob("*.npy"):
+        content = file.read_bytes()
+        if hashlib.blake2b(content[:-16], digest_size=16).digest() != content[-16:]:
+            logger.warning("%s is damaged, and its items are encoded again", file)
+            file.unlink()
 
 
 def unit(vectors: npt.NDArray[Any], item_rows: Rows, *, zeros: bool = False) -> Vectors:

@@ -36,8 +36,9 @@ from nearfield.encoders.offline import find_offline
 from nearfield.encoders.prompts import CONTRACT_FILE
 from nearfield.encoders.trunk import append_eos, draw_anew, keep_layers, read_plain_texts
 from nearfield.errors import BadInputError
-from nearfield.files import hash_file, hash_folder
+from nearfield.files import fingerprint, hash_file, hash_folder
 from nearfield.notices import Notice
+from nearfield.provenance import hub_commit
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -46,8 +47,23 @@ logger = logging.getLogger("nearfield.encoders")
 
 Dtype = Literal["float32", "bfloat16"]
 
-_IDENTITY_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".bin", ".gguf", ".jinja")
-_IGNORED_FILES = (CONTRACT_FILE, "data_config.json")
+_UNREAD_SUFFIXES = (
+    ".md",
+    ".onnx",
+    ".onnx_data",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".gif",
+    ".svg",
+    ".pdf",
+)
+_UNREAD_FILES = (CONTRACT_FILE, "data_config.json", "LICENSE", "NOTICE")
+_TOLD_BESIDE = (".json", ".txt", ".model", ".jinja")
+"""What loading reads beside a GGUF file, where it is there."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,8 @@ class ModelSource:
     revision: str
     path: str
     note: str | None = None
+    content: str = ""
+    """All that loading reads, by its hash; of a model on the hub its commit, as far as that is known."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +89,43 @@ class LoadedEncoder:
     note: str | None = None
     notices: tuple[Notice, ...] = ()
     """What its users must know, as that its vectors depend on the rest of the batch."""
+    content: str = ""
+    """All that loading read, by its hash or commit, that of an adapter's base counted; empty where it is not known."""
 
 
 def folder_revision(folder: Path) -> str:
-    """32 hex digits of the content of a model folder (weights, configs, tokenizer), whatever its name.
+    """32 hex digits of all that loading reads in a model folder, code that travels with it counted, whatever its name.
 
     Of the base of an adapter that is alone in it the name and content count, not where it lies.
     """
-    ignored = {*_IGNORED_FILES, *((BASE_FILE, *INDEXES) if (folder / BASE_FILE).is_file() else ())}
-    return hash_folder(folder, lambda file: file.suffix in _IDENTITY_SUFFIXES and file.name not in ignored)
+    places = {BASE_FILE, *INDEXES} if (folder / BASE_FILE).is_file() else set()
+    return hash_folder(folder, lambda file: _is_read(file) and file.name not in places)
+
+
+def _is_read(file: Path) -> bool:
+    """Whether loading may read a file of a model folder: all but cards, pictures, other frameworks' weights and hidden files."""
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in file.parts)
+    return not hidden and file.suffix.lower() not in _UNREAD_SUFFIXES and file.name not in _UNREAD_FILES
+
+
+def _gguf_content(file: Path) -> str:
+    """The hash of a GGUF file, and of the settings beside it that loading would read."""
+    beside = [each for each in sorted(file.parent.iterdir()) if each.suffix in _TOLD_BESIDE and each.is_file()]
+    own = hash_file(file)
+    return fingerprint([own, *([each.name, hash_file(each)] for each in beside)]) if beside else own
+
+
+def _with_base(folder: Path, content: str) -> str:
+    """The content of a model folder, with that of the base that it is loaded on where it holds an adapter alone."""
+    try:
+        stands_on = adapter_base(folder)
+        if stands_on is None:
+            return content
+        if stands_on.is_local:
+            return fingerprint([content, locate(_place_of_base(stands_on, folder, None)).content])
+        return fingerprint([content, locate(stands_on.name, stands_on.revision).content])
+    except (BadInputError, OSError):  # no base is here: loading says so, or is told where it is
+        return content
 
 
 def locate(name_or_path: str, revision: str | None = None) -> ModelSource:
@@ -90,20 +136,24 @@ def locate(name_or_path: str, revision: str | None = None) -> ModelSource:
             raise BadInputError("a model folder has no revision", where=name_or_path, hint="Remove 'revision'.")
         path = path.resolve()
         run_name = path.parent.name if path.name == "model" else path.name
-        return ModelSource(f"local/{run_name or 'model'}", folder_revision(path), str(path))
+        revision = folder_revision(path)
+        return ModelSource(f"local/{run_name or 'model'}", revision, str(path), content=_with_base(path, revision))
     if path.is_file():
         if path.suffix != ".gguf":
             raise BadInputError(
                 "a model is a folder, a GGUF file or a hub id; this is another file", where=name_or_path
             )
         path = path.resolve()
-        return ModelSource(f"local/{path.stem}", hash_file(path), str(path))
+        content = _gguf_content(path)
+        return ModelSource(f"local/{path.stem}", content, str(path), content=content)
     found = find_offline(name_or_path, revision)
     if found:
         model, place = found
         note = f"{model.name} is read from the package {model.package} (weights verified against revision {model.revision[:8]})"
-        return ModelSource(model.name, model.revision, str(place), note)
-    return ModelSource(name_or_path, revision or "main", name_or_path)
+        content = folder_revision(place) if place.is_dir() else _gguf_content(place)
+        return ModelSource(model.name, model.revision, str(place), note, content)
+    commit = hub_commit(name_or_path, revision) or revision or "main"
+    return ModelSource(name_or_path, revision or "main", name_or_path, content=commit)
 
 
 def load_encoder(
@@ -158,9 +208,11 @@ def load_encoder(
             if gguf is not None:
                 model = load_gguf(gguf, device, kwargs)
             else:
-                read = reader_of(str(path), None if folder.is_dir() else revision)
+                # The commit that the name stands for now, so that what is loaded is what it is known by.
+                taken = None if folder.is_dir() else revision if source.content == "main" else source.content
+                read = reader_of(str(path), taken)
                 notices += check_family(read, name_or_path, recipe)
-                model = _open(str(path), None if folder.is_dir() else revision, device, trust_remote_code, kwargs)
+                model = _open(str(path), taken, device, trust_remote_code, kwargs)
     except BadInputError:
         raise
     except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
@@ -180,7 +232,8 @@ def load_encoder(
     commit = None
     if not folder.is_dir() and gguf is None and hasattr(model[0], "config"):
         commit = getattr(model[0].config, "_commit_hash", None)
-    return LoadedEncoder(model, source.name, commit or source.revision, source.path, source.note, notices)
+    content = (commit or source.content) if base is None else fingerprint([source.revision, locate(base).content])
+    return LoadedEncoder(model, source.name, commit or source.revision, source.path, source.note, notices, content)
 
 
 def _open(

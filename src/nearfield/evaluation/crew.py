@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nearfield.evaluation")
 
 Pairs = Iterable[tuple[str, NDArray[np.float32]]]
-BLOCK = 16_384
-"""Texts of a process that are encoded before vectors are gathered, so that little is lost when a run ends."""
+FIRST_BLOCK, BLOCK = 32, 16_384
+"""Texts of a process that are encoded before vectors are gathered: few at first, then as many as take about
+:data:`BLOCK_SECONDS`, so that little is lost when a run ends, and at most so many."""
+BLOCK_SECONDS = 10.0
 LEAST = 64
 """Texts a process below which it is not worth it."""
 
@@ -44,6 +47,12 @@ class Wording:
 
 Embed = Callable[[Sequence[str], Wording, str], Pairs]
 """(texts, wording, what to say meanwhile) -> each text with its embedding, in any order."""
+
+
+def next_block(size: int, seconds: float) -> int:
+    """Texts of a process in the next block, when the last one of ``size`` took so long: at most twice as many."""
+    wanted = int(size * min(2.0, BLOCK_SECONDS / max(seconds, 1e-3)))
+    return min(BLOCK, max(1, wanted))
 
 
 class Crew:
@@ -68,8 +77,10 @@ class Crew:
         if len(texts) < LEAST * ranks:
             yield from own(texts, wording, says)
             return
-        for start in range(0, len(texts), BLOCK * ranks):
-            block = sorted(texts[start : start + BLOCK * ranks], key=len)
+        start, size = 0, FIRST_BLOCK
+        while start < len(texts):
+            block, began = sorted(texts[start : start + size * ranks], key=len), time.monotonic()
+            start += size * ranks
             self._number += 1
             task = {"texts": block, "role": wording.role, "prompt": wording.prompt, "before": wording.before}
             write_json(self._texts(self._number), task)
@@ -85,6 +96,7 @@ class Crew:
                     logger.warning("Rank %d does not share %s: its texts are encoded here", rank, self.folder)
                     yield from own(share, wording, says)
             self._texts(self._number).unlink()
+            size = next_block(size, time.monotonic() - began)
 
     def help(self, task: str, own: Embed) -> None:
         """Do this process's share of a task of :meth:`embed`."""

@@ -41,6 +41,8 @@ CPU_BATCH_TOKENS = 1_024
 GPU_BATCH_TOKENS = 65_536
 _MAX_KEPT_TEXTS = 500_000
 _MAX_ROWS = 2_048
+_BLOCK_TEXTS = 65_536
+"""Texts that are tokenised before the first of them is encoded: a kill loses no more than that takes."""
 _CHARACTERS_A_TOKEN = 3
 
 
@@ -127,7 +129,7 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
 
     def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(n, d) whole vectors of texts without prompt or role, of unit length or not as the model makes them."""
-        wording = Wording(None, None, "")
+        wording = Wording(None, "", "")  # not none: a model's default prompt would be put before them
         found = self._known_or(texts, None, "", lambda some: self.embed(some, wording, f"encoding {len(some)} texts"))
         made = np.stack([found[text] for text in texts])
         require_finite(made, texts.__getitem__, self.mteb_model_meta.name)
@@ -141,8 +143,8 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         found = {} if part is None else part.get(texts)
         self.reused += len(found)
         missing = [text for text in texts if text not in found]
-        if missing:
-            made = make(missing)
+        for start in range(0, len(missing), _BLOCK_TEXTS):
+            made = make(missing[start : start + _BLOCK_TEXTS])
             found.update(made if part is None else part.put(made))
         self.encoded += len(missing)
         return found

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from nearfield.encoders import LoadedEncoder, load_encoder
+from nearfield.encoders.identity import model_fingerprint
 from nearfield.errors import BadInputError
 from nearfield.evaluation.axes import AXES, SUFFIXES, Axes, turn_of
 from nearfield.evaluation.config import BASELINES
 from nearfield.evaluation.encoder import TaskEncoder
-from nearfield.evaluation.vectors import QUANTIZATIONS, VectorCache, model_fingerprint
+from nearfield.evaluation.vectors import QUANTIZATIONS, VectorCache
+from nearfield.files import fingerprint
 from nearfield.notices import Notice
 
 
@@ -26,6 +28,8 @@ class ScoredModel:
     note: str | None = None
     notices: tuple[Notice, ...] = ()
     """What a reader of its scores must know."""
+    computes: str = ""
+    """Names all that its vectors depend on: what loading read, the model in memory, versions; empty for a baseline."""
 
     @property
     def encoder(self) -> TaskEncoder | None:
@@ -74,9 +78,9 @@ def open_model(
         filed = f"{filed}-{SUFFIXES[axes]}{dimensions}"
     if quantize != "none":
         filed = f"{filed}-{quantize}"
-    kept = None
+    kept, computes = None, fingerprint([loaded.content, model_fingerprint(loaded.model)])
     if cache is not None:
-        kept = VectorCache(cache, model_fingerprint(loaded.model), {"name": loaded.name, "revision": loaded.revision})
+        kept = VectorCache(cache, computes, {"name": loaded.name, "revision": loaded.revision})
     wrapper = TaskEncoder(
         loaded.model,
         name=filed,
@@ -89,7 +93,7 @@ def open_model(
     if dimensions is not None and axes != "first":
         wrapper.turn = turn_of(axes, int(loaded.model.get_embedding_dimension() or 0), wrapper.vectors)
     folder = Path(loaded.path) if Path(loaded.path).is_dir() else None
-    return ScoredModel(wrapper, filed, loaded.revision, folder, loaded.note, loaded.notices)
+    return ScoredModel(wrapper, filed, loaded.revision, folder, loaded.note, loaded.notices, computes)
 
 
 def _check_variant(model: str | LoadedEncoder, dimensions: int | None, quantize: str, axes: str) -> None:

@@ -35,13 +35,16 @@ from nearfield.evaluation.models import ScoredModel, open_model
 from nearfield.evaluation.suite import open_suite
 from nearfield.evaluation.unit_files import read_units, write_metadata, write_record
 from nearfield.evaluation.units import Recorder
-from nearfield.files import fingerprint, read_json, write_json
+from nearfield.files import fingerprint, read_json, remove_leftovers, write_json
 from nearfield.notices import Notice, Said, from_file, in_file, listening, refuse
+from nearfield.provenance import versions_of
 
 logger = logging.getLogger("nearfield.evaluation")
 
 VERSION = 4
 """Raised when the same model and data would give other results or other files."""
+SCORING_PACKAGES = ("mteb", "scikit-learn", "scipy", "numpy", "pytrec-eval-terrier", "bm25s", "PyStemmer")
+"""Packages whose versions change what is made of vectors, beside those that change the vectors."""
 PROMPT_MODES = ("contract", "as-is")
 
 Scores = dict[str, dict[str, float]]
@@ -170,6 +173,7 @@ def _score_tasks(
 
     files = ResultFolder(out)
     folder = files.get_task_result_path("any", meta).parent
+    remove_leftovers(folder)
     run = _Run(scored, files, folder, overwrite, said)
     started = time.monotonic()
     for number, suite_task in enumerate(applicable, start=1):
@@ -212,6 +216,7 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.facts: dict[str, dict[str, Any]] = {}
         """What the manifest says of each task that was scored now."""
+        self._versions = versions_of(SCORING_PACKAGES)
 
     def task(self, suite_task: SuiteTask) -> None:
         """Score a task, or take its scores from the results folder."""
@@ -268,9 +273,8 @@ class _Run:
         prompts = {} if encoder is None else {str(r): encoder.prompt_for(task.metadata, r) for r in roles_of(task)}
         parts = [VERSION, task.metadata.name, task.metadata.type, task.metadata.main_score, task.metadata.revision]
         clusters = [[*key, sorted(of.items())] for key, of in sorted(suite_task.clusters.items())]
-        return fingerprint(
-            [*parts, list(task.eval_splits), list(task.hf_subsets), prompts, clusters, suite_task.details]
-        )
+        parts += [task.metadata.dataset.get("path"), list(task.eval_splits), list(task.hf_subsets), _settings_of(task)]
+        return fingerprint([*parts, prompts, clusters, suite_task.details, self.scored.computes, self._versions])
 
     def _present(self, suite_task: SuiteTask, mark: str) -> tuple[dict[str, float], dict[str, Any]] | None:
         path = self.cache.get_task_result_path(suite_task.name, self.scored.wrapper.mteb_model_meta)
@@ -278,12 +282,19 @@ class _Run:
             return None
         try:
             _, metadata = read_units(self.folder, suite_task.name)
-            TaskResult.from_disk(path)
+            filed = TaskResult.from_disk(path)
         except (NearfieldError, ValueError, KeyError) as error:
             logger.warning("%s: the present result cannot be used and is scored anew (%s)", suite_task.name, error)
             return None
+        before = metadata.get("versions") or {"mteb": metadata.get("mteb_version")}
+        changed = [f"{name} {before.get(name)}" for name, of in self._versions.items() if before.get(name) != of]
+        if filed.mteb_version != self._versions["mteb"] and not changed:
+            changed = [f"mteb {filed.mteb_version}"]
+        if changed:
+            logger.info("%s: the present result was made with %s; scored anew", suite_task.name, ", ".join(changed))
+            return None
         if metadata.get("fingerprint") != mark:
-            logger.info("%s: the present result is of other data or settings; scored anew", suite_task.name)
+            logger.info("%s: the present result is of another model, data or settings; scored anew", suite_task.name)
             return None
         return mean_over_splits(metadata["main_scores"]), metadata["details"]
 
@@ -366,6 +377,7 @@ class _Run:
             "model": self.scored.name,
             "revision": self.scored.revision,
             "mteb_version": result.mteb_version,
+            "versions": self._versions,
             "details": suite_task.details,
             "notices": in_file(self._notices(suite_task.name)),
         }
@@ -385,6 +397,15 @@ class _Run:
             "texts_cut": None if encoder is None else encoder.cut.to_json(),
             "seconds": round(result.evaluation_time or 0.0, 3),
         }
+
+
+def _settings_of(task: Any) -> dict[str, Any]:
+    """The plain settings of a task, of its class or its own: how many documents it takes, how often it draws, its seed."""
+    held: dict[str, Any] = {}
+    for each in [*map(vars, reversed(type(task).__mro__)), vars(task)]:
+        held |= {key: value for key, value in each.items() if not key.startswith("_")}
+    plain = (bool, int, float, str, tuple)
+    return {key: value for key, value in sorted(held.items()) if isinstance(value, plain) and key != "data_loaded"}
 
 
 def mean_over_splits(main_scores: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
 import logging
+import shutil
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,17 +14,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nearfield.checksums import DamagedError, Sealed, seal
+from nearfield.data.vectors import VectorTable
 from nearfield.evaluation.axes import Turn
-from nearfield.files import atomic_path, canonical_json, fingerprint, write_json
+from nearfield.files import atomic_path, fingerprint, remove_leftovers, write_json
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    pass
 
 logger = logging.getLogger("nearfield.evaluation")
 
-VERSION = 1
+VERSION = 2
 SHARD_ROWS = 16_384
-"""New vectors are written at the latest when so many have come: an encoding that is stopped loses no more."""
+"""New vectors are written at the latest when so many have come, or after :data:`KEEP_SECONDS`."""
+KEEP_SECONDS = 20.0
+"""An encoding that is killed loses the work of so many seconds, and of the chunk in hand."""
+KEYS, VECTORS = "keys.npy", "vectors.npy"
 
 
 def text_key(text: str) -> bytes:
@@ -32,65 +37,17 @@ def text_key(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def model_fingerprint(model: SentenceTransformer) -> str:
-    """32 hex digits of what turns a text into a vector: weights with their types, modules, tokenizer, longest input.
-
-    It is taken from the model in memory, so that a model that was changed after loading is another one.
-    """
-    import torch
-
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    tokenizer = model.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        words = _without_padding(backend.to_str())
-    else:
-        words = canonical_json(tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else repr(tokenizer)
-    settings = [repr(model), model.max_seq_length, getattr(model, "truncate_dim", None), words, _own_code(model)]
-    template = getattr(getattr(model[0], "processor", None), "chat_template", None)
-    if template is not None:
-        settings.append(template)
-    digest.update(canonical_json([VERSION, settings]).encode())
-    return digest.hexdigest()
-
-
-_LIBRARIES = ("torch.", "transformers.", "sentence_transformers.", "peft.")
-
-
-def _own_code(model: SentenceTransformer) -> list[str]:
-    """The source of modules that no library holds: a model may bring code of its own, which its weights do not show."""
-    kinds = {type(module) for module in model.modules()}
-    own = sorted(
-        (kind for kind in kinds if not kind.__module__.startswith(_LIBRARIES)), key=lambda kind: kind.__qualname__
-    )
-    found = []
-    for kind in own:
-        try:
-            found.append(inspect.getsource(kind))
-        except (OSError, TypeError):
-            found.append(f"{kind.__module__}.{kind.__qualname__}")
-    return found
-
-
-def _without_padding(tokenizer: str) -> str:
-    """A tokenizer's own description without what a batch sets on it for the time being."""
-    value = json.loads(tokenizer)
-    return canonical_json({key: part for key, part in value.items() if key not in ("padding", "truncation")})
-
-
 class VectorCache:
     """Vectors of texts below a folder, one subfolder for each model, role and prompt.
 
-    Several processes may write at once: each adds files of its own. A file is written aside and renamed; one that
-    cannot be read is left out and its texts are encoded again.
+    Several processes may write at once: each adds folders of its own, written aside and renamed, with their checksums. One
+    that is damaged is removed and its texts are encoded again.
     """
 
     def __init__(self, folder: Path, model: str, about: dict[str, Any]) -> None:
         self.folder, self.model, self.about = folder, model, about
         self._open: dict[tuple[str | None, str | None], _Part] = {}
+        remove_leftovers(folder, depth=2)
 
     def part(self, role: str | None, prompt: str | None) -> _Part:
         """The vectors of texts with this role and prompt before them."""
@@ -113,20 +70,21 @@ class _Part:
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder, self.about = folder, about
-        self._shards: list[NDArray[np.float32]] = []
+        self._shards: list[tuple[Path, VectorTable]] = []
         keys, places = [], []
-        for file in sorted(folder.glob("*.keys.npy")):
-            loaded = _load(file)
+        for shard in sorted(folder.glob(f"*/{KEYS}")):
+            loaded = _load(shard.parent)
             if loaded is None:
                 continue
             keys.append(loaded[0])
             places.append(np.stack([np.full(len(loaded[0]), len(self._shards)), np.arange(len(loaded[0]))], axis=1))
-            self._shards.append(loaded[1])
+            self._shards.append((shard.parent, loaded[1]))
         self._keys = np.concatenate(keys) if keys else np.empty(0, dtype="S32")
         self._places = np.concatenate(places) if places else np.empty((0, 2), dtype=np.int64)
         order = np.argsort(self._keys, kind="stable")
         self._keys, self._places = self._keys[order], self._places[order]
         self._new: dict[str, NDArray[np.float32]] = {}
+        self._written = time.monotonic()
 
     def get(self, texts: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """The vectors of those texts that are here."""
@@ -134,20 +92,29 @@ class _Part:
             return {}
         wanted = np.array([text_key(text).hex() for text in texts], dtype="S32")
         at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
-        found = {}
-        for i in np.flatnonzero(self._keys[at] == wanted).tolist():
-            shard, row = self._places[at[i]]
-            found[texts[i]] = np.array(self._shards[shard][row])
+        known = np.flatnonzero(self._keys[at] == wanted)
+        found: dict[str, NDArray[np.float32]] = {}
+        shards, rows = self._places[at[known]].T
+        for shard in np.unique(shards).tolist():
+            folder, table = self._shards[shard]
+            mine = shards == shard
+            try:
+                table.check(rows[mine], rows[mine] + 1)
+            except DamagedError as error:
+                _drop(folder, error)
+                continue
+            found |= {texts[i]: np.array(table.vectors[row]) for i, row in zip(known[mine], rows[mine], strict=True)}
         return found
 
     def put(self, pairs: Iterable[tuple[str, NDArray[np.float32]]]) -> Iterable[tuple[str, NDArray[np.float32]]]:
         """Pass texts with their vectors on, and keep those that are finite; all are on disk when the iteration ends, also by
-        an error."""
+        an error, and all but those of the last :data:`KEEP_SECONDS` when the process is killed."""
+        self._written = time.monotonic()
         try:
             for text, vector in pairs:
                 if np.isfinite(vector).all():
                     self._new[text] = vector
-                if len(self._new) >= SHARD_ROWS:
+                if len(self._new) >= SHARD_ROWS or time.monotonic() - self._written >= KEEP_SECONDS:
                     self.flush()
                 yield text, vector
         finally:
@@ -155,30 +122,39 @@ class _Part:
 
     def flush(self) -> None:
         """Write what is not written yet."""
+        self._written = time.monotonic()
         if not self._new:
             return
         if not (self.folder / "about.json").is_file():
             write_json(self.folder / "about.json", self.about)
-        name = uuid.uuid4().hex
-        with atomic_path(self.folder / f"{name}.vectors.npy") as aside, aside.open("wb") as file:
-            np.save(file, np.stack(list(self._new.values())))
-        keys = np.array([text_key(text).hex() for text in self._new], dtype="S32")
-        with atomic_path(self.folder / f"{name}.keys.npy") as aside, aside.open("wb") as file:
-            np.save(file, keys)
+        with atomic_path(self.folder / uuid.uuid4().hex) as aside:
+            aside.mkdir()
+            np.save(aside / VECTORS, np.stack(list(self._new.values())))
+            np.save(aside / KEYS, np.array([text_key(text).hex() for text in self._new], dtype="S32"))
+            seal(aside)
         self._new.clear()
 
 
-def _load(file: Path) -> tuple[NDArray[Any], NDArray[np.float32]] | None:
+def _drop(shard: Path, error: Exception) -> None:
+    logger.warning("%s is damaged, and its texts are encoded again (%s)", shard, str(error).splitlines()[0])
+    shutil.rmtree(shard, ignore_errors=True)
+
+
+def _load(shard: Path) -> tuple[NDArray[Any], VectorTable] | None:
+    """The keys of a shard, checked, and its vectors, which are checked as they are read; None for one that is damaged."""
     try:
-        keys = np.load(file, allow_pickle=False)
-        vectors = np.load(file.with_name(file.name.replace(".keys.", ".vectors.")), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        logger.warning("%s cannot be read and its texts are encoded again (%s)", file, error)
+        sealed = Sealed(shard, "")
+        file = sealed.file(VECTORS)
+        sealed.file(KEYS, whole=True)
+        file.check(0, 1)  # its header
+        keys = np.load(shard / KEYS, allow_pickle=False)
+        vectors = np.load(shard / VECTORS, mmap_mode="r", allow_pickle=False)
+        if not sealed.known or keys.dtype != np.dtype("S32") or vectors.ndim != 2 or len(keys) != len(vectors):
+            raise ValueError("its keys do not fit its vectors")
+    except (DamagedError, OSError, ValueError, EOFError) as error:
+        _drop(shard, error)
         return None
-    if keys.dtype != np.dtype("S32") or vectors.ndim != 2 or len(keys) != len(vectors):
-        logger.warning("%s does not fit its vectors; its texts are encoded again", file)
-        return None
-    return keys, vectors
+    return keys, VectorTable(np.arange(len(keys)), vectors, file)
 
 
 QUANTIZATIONS = ("none", "int8", "binary")

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nearfield.checksums import Sealed, seal
 from nearfield.data.store import Store
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, read_json, write_json
@@ -69,6 +70,7 @@ def write_negatives(
         pq.write_table(table, aside / "negatives.parquet", compression="zstd")
         summary = {**metadata, "examples": table.num_rows, "short": short, "sources": sources}
         write_json(aside / "summary.json", summary)
+        seal(aside)
     return summary
 
 
@@ -107,6 +109,9 @@ class Negatives:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        sealed = Sealed(path, "Run the same command again: it mines anew what is damaged.")
+        for name in ("summary.json", "negatives.parquet") if sealed.known else ():
+            sealed.file(name, whole=True)
         self.summary: dict[str, Any] = read_json(path / "summary.json", "folder of mined negatives")
         if not isinstance(self.summary, dict) or self.summary.get("version") != VERSION:
             raise BadInputError(

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nearfield.data.decontaminate import VERSION
+from nearfield.encoders.build import locate
+from nearfield.encoders.identity import computing_versions
 from nearfield.files import fingerprint
 from nearfield.pipeline.freshness import Freshness, suite_content
+from nearfield.provenance import versions_of
 
 if TYPE_CHECKING:
     from nearfield.data.contamination import ContaminationReport
     from nearfield.data.decontamination_config import DecontaminationConfig
     from nearfield.data.store import Store
     from nearfield.evaluation.config import SuiteConfig
+
+
+logger = logging.getLogger("nearfield.pipeline")
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,23 @@ def decontaminate_store(
         encoder=encoder,
     )
     path = report_path(cache, store.fingerprint, mark)
+    report = replace(report, made_with=_made_with(encoder))
     report.save(path)
     return StoredReport(path, report)
 
 
+def _made_with(encoder: str | None) -> dict[str, Any]:
+    """What a report depends on beside the texts of both sides and its settings, as it is now."""
+    made: dict[str, Any] = {"version": VERSION, "versions": versions_of(["mteb"])}
+    if encoder is not None:
+        made["versions"] |= computing_versions()
+        made["encoder"] = locate(encoder).content
+    return made
+
+
 def stored_report(cache: Path, data: str, suite: str, sources: Sequence[str], split: str) -> StoredReport | None:
-    """The kept report of a store against a suite, if there is one and it looked at these sources and this split."""
+    """The kept report of a store against a suite, if there is one, it looked at these sources and this split, and it would
+    be the same today."""
     from nearfield.data.contamination import read_report
 
     path = report_path(cache, data, suite)
@@ -89,6 +108,13 @@ def stored_report(cache: Path, data: str, suite: str, sources: Sequence[str], sp
         return None
     report = read_report(path)
     if report.split != split or not set(sources) <= set(report.sources):
+        return None
+    if report.made_with != _made_with(report.encoder):
+        logger.warning(
+            "%s was made with another version of mteb or nearfield, or another model, and is left out; compare again: "
+            "nearfield data decontaminate",
+            path,
+        )
         return None
     return StoredReport(path, report)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from nearfield.batching.plan import VERSION as PLAN_VERSION
+from nearfield.checksums import damage
 from nearfield.data.tokens import VERSION as TOKENS_VERSION
 from nearfield.encoders.borders import folder_pools_prompt
 from nearfield.encoders.build import ModelSource, locate
+from nearfield.encoders.identity import PACKAGES as COMPUTING_PACKAGES
 from nearfield.encoders.prompts import PromptContract, base_prompts, make_contract
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import HeldOutTask, SuiteConfig
@@ -23,10 +27,20 @@ from nearfield.pipeline.teaching import (
     teachers_of_vectors,
     vectors_fingerprint,
 )
+from nearfield.provenance import versions_of
 
 STAGES = ("data", "vectors", "mine", "tokens", "plan", "train", "evaluate", "compare", "report")
 TRAIN_VERSION = 1
 EVALUATE_VERSION = 2
+
+logger = logging.getLogger("nearfield.pipeline")
+
+_PACKAGES = {
+    "vectors": COMPUTING_PACKAGES,
+    "mine": (*COMPUTING_PACKAGES, "bm25s", "PyStemmer", "faiss-cpu"),
+    "tokens": ("transformers", "sentence-transformers", "tokenizers", "sentencepiece", "tiktoken", "pillow", "numpy"),
+}
+"""The packages whose versions change what a stage puts into the shared cache."""
 
 # What decides how a training runs but not what comes out of it.
 _NOT_IN_TRAINING_FINGERPRINT = {
@@ -86,8 +100,8 @@ class Freshness:
             "data": found["data"],
             "tokenizer": [
                 self.base.name,
-                self.base.revision,
-                # The base's own is in its revision.
+                self.base.content,
+                # The base's own is in its content.
                 min(filter(None, [recipe.training.max_length, recipe.encoder.max_length]), default=None),
                 *(["append_eos"] if recipe.encoder.append_eos else []),
                 *([encoder["image_tower"]] if recipe.encoder.image_tower is not None else []),
@@ -153,7 +167,7 @@ class Freshness:
         found = encoder.model_dump(mode="json", exclude={"model", "revision"})
         if encoder.image_tower is not None and encoder.image_tower.model is not None:
             source = locate(encoder.image_tower.model, encoder.image_tower.revision)
-            found["image_tower"] |= {"model": source.name, "revision": source.revision}
+            found["image_tower"] |= {"model": source.name, "revision": source.content}
         # What a recipe did not say before there were such settings leaves its runs as fresh as they were.
         return {key: value for key, value in found.items() if value is not None or key not in ("fresh", "image_tower")}
 
@@ -194,17 +208,31 @@ class Freshness:
 
     def vectors_path(self, teacher: DenseTeacher) -> Path:
         """A teacher's vectors."""
-        return self.run.cache / "vectors" / self._teacher_prints[teacher]
+        return self._kept("vectors", "vectors", self._teacher_prints[teacher])
 
     @property
     def negatives_path(self) -> Path:
         """The mined negatives."""
-        return self.run.cache / "negatives" / self.fingerprints["mine"]
+        return self._kept("mine", "negatives", self.fingerprints["mine"])
 
     @property
     def tokens_path(self) -> Path:
         """The token cache."""
-        return self.run.cache / "tokens" / self.fingerprints["tokens"]
+        return self._kept("tokens", "tokens", self.fingerprints["tokens"])
+
+    def versions(self, stage: str) -> dict[str, str]:
+        """The versions of the packages that change what a stage would put into the shared cache now."""
+        return versions_of(_PACKAGES.get(stage, ()))
+
+    def _kept(self, stage: str, folder: str, mark: str) -> Path:
+        """Where a stage's output is in the shared cache, by what it is made of and by the versions that change its numbers.
+
+        A run goes on with what it began with, whatever was installed since; no other run gets what other versions made.
+        """
+        record, now = self.run.record(stage), self.versions(stage)
+        begun = record.get("versions") if record.get("fingerprint") == self.fingerprints[stage] else None
+        places = [self.run.cache / folder / fingerprint([mark, versions]) for versions in (begun, now) if versions]
+        return next((place for place in places if place.is_dir()), places[-1])
 
     def output(self, stage: str) -> Path:
         """The file or folder whose presence a finished stage promises."""
@@ -222,6 +250,24 @@ class Freshness:
             "compare": folder / "comparison.json",
             "report": folder / "report.html",
         }[stage]
+
+    def sealed(self, stage: str) -> list[Path]:
+        """The folders with checksums that a stage leaves behind."""
+        if stage == "vectors":
+            return [self.vectors_path(teacher) for teacher in teachers_of_vectors(self.recipe)]
+        if stage == "plan":
+            return [self.run.folder / "plan"]
+        return [self.output(stage)] if stage in ("data", "mine", "tokens") else []
+
+    def drop_damaged(self, stage: str) -> bool:
+        """Remove those of a stage's folders that are not what was written, so that the stage makes them again; whether there
+        were any."""
+        found = [(folder, damage(folder)) for folder in self.sealed(stage) if folder.is_dir()]
+        for folder, wrong in found:
+            if wrong is not None:
+                logger.warning("The stage %s runs again: %s (%s)", stage, wrong, folder)
+                shutil.rmtree(folder)
+        return any(wrong is not None for _, wrong in found)
 
     def status(self, stage: str) -> StageStatus:
         """Whether a stage is done with the recipe as it is now."""

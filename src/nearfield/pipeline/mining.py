@@ -227,10 +227,11 @@ class MiningStages(Artifacts):
         table = vectors.table("document")
         rows = table.positions(pool.documents)
         if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
-            documents: Documents = ArrayDocuments(table.vectors[rows[0] : rows[-1] + 1])
+            documents: Documents = ArrayDocuments(table.take(rows))
         elif self.recipe.mining is not None and self.recipe.mining.search.kind != "exact":
-            documents = ArrayDocuments(table.vectors[rows])
+            documents = ArrayDocuments(table.take(rows))
         else:
+            table.check(rows, rows + 1)
             documents = IndexedDocuments(table.vectors, rows)
         return vectors.of("query", pool.queries), documents
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nearfield.checksums import seal
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path
 from nearfield.notices import say
@@ -120,4 +121,5 @@ class PreparingStages(MiningStages):
                     where=self.run.loaded.where(("batches", "batch_size")),
                     hint="Lower batches.batch_size, or set batches.drop_last=false.",
                 )
+            seal(aside)
         return {"steps": summary["steps"]}

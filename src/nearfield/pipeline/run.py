@@ -17,7 +17,7 @@ from typing import Any
 from nearfield import yaml12
 from nearfield.config import Loaded
 from nearfield.errors import BadInputError
-from nearfield.files import read_json, write_json, write_text
+from nearfield.files import read_json, remove_leftovers, write_json, write_text
 from nearfield.notices import Notice, from_file, in_file
 from nearfield.provenance import device, now, versions
 from nearfield.recipe import CheckedRecipe, Recipe, check_recipe, load_recipe, stage_recipes
@@ -140,10 +140,21 @@ class Run:
             except BlockingIOError as error:
                 raise BadInputError("another process is working on this run", where=str(self.folder)) from error
             self.tell_stage(None)
+            self._remove_leftovers()
             try:
                 yield
             finally:
                 file.truncate(0)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed processes were writing in the run and in the shared cache."""
+        places = [
+            self.folder,
+            *(self.cache / name for name in ("data", "tokens", "negatives", "decontamination", "vectors")),
+        ]
+        removed = sum(remove_leftovers(place, depth=3) for place in places)
+        if removed:
+            logger.info("Removed what %d writes left half done when their processes were killed", removed)
 
     def tell_stage(self, stage: str | None) -> None:
         """Say in the lock, which this process must hold, who works on the run and at what: for those who watch."""

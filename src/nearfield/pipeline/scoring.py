@@ -5,7 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from nearfield.encoders.build import LoadedEncoder, build_encoder, load_encoder, save_encoder
+from nearfield.encoders.build import (
+    LoadedEncoder,
+    build_encoder,
+    folder_revision,
+    load_encoder,
+    save_encoder,
+)
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, write_json
 from nearfield.notices import in_file
@@ -23,6 +29,7 @@ class ScoringStages(Artifacts):
 
         evaluation = self.recipe.evaluation
         assert evaluation is not None
+        self.check_model()
         models: dict[str, tuple[str | LoadedEncoder, str | None]] = {
             name: (name, None) for name in evaluation.baselines
         }
@@ -67,6 +74,17 @@ class ScoringStages(Artifacts):
             ]
             raise NearfieldError("some tasks failed:\n" + "\n".join(lines), where=str(self.run.folder / "results"))
         return {"results": folders} | ({"notices": notices} if notices else {})
+
+    def check_model(self) -> None:
+        """Refuse to score a saved model that is not the one that the training wrote."""
+        folder, wanted = self.run.folder / "model", self.run.record("train").get("model")
+        if wanted is not None and folder_revision(folder) != wanted:
+            raise BadInputError(
+                "this model is not the one that this training wrote: a file was changed or is damaged",
+                where=str(folder),
+                hint=f"rm -r {folder}, then run the same command: the last checkpoint is saved as a model again. "
+                "A model that was changed on purpose is scored by `nearfield eval`.",
+            )
 
     def _trained(self) -> str | LoadedEncoder:
         folder = str(self.run.folder / "model")

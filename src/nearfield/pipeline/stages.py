@@ -127,6 +127,8 @@ def _run_one(
         for name in names:
             fresh = stages.status(name).state == "done" and not (restart and name == "train")
             tell(name)
+            if fresh and looks:
+                fresh = not stages.drop_damaged(name)
             if launch.is_main:
                 run.tell_stage(None if fresh else name)
                 if on_stage is not None:
@@ -143,13 +145,17 @@ def _run_one(
                 "fingerprint": stages.fingerprints[name],
                 "path": str(stages.output(name)),
                 "seconds": seconds,
+                **({"versions": versions} if (versions := stages.versions(name)) else {}),
                 **details,
             }
             run.finish(name, entry)
             if not fresh:
                 ran.append(name)
 
+    looks = False
+
     def prepare(tell: Callable[[str], None]) -> str:
+        nonlocal looks
         held.enter_context(run.lock())
         trains = "train" in wanted and (restart or stages.status("train").state != "done")
         if trains:
@@ -158,6 +164,8 @@ def _run_one(
         run.begin()
         if strict and not trains and "train" in wanted:
             refuse(run.notices, str(run.loaded.path))
+        # Who asks for a finished run once more has nothing read by it.
+        looks = "train" not in wanted or any(stages.status(name).state != "done" for name in wanted)
         if restart and (run.folder / "checkpoints").is_dir():
             set_aside(run.folder / "checkpoints", "checkpoints-before-restart")
         elif resume:
@@ -166,7 +174,9 @@ def _run_one(
         if trains:
             tell("the suite that is scored during the training")
             prepare_training_suite(stages, stages._open_store)
-        return json.dumps({"trains": trains, "artifacts": stages.artifacts() if trains else {}})
+        return json.dumps(
+            {"trains": trains, "artifacts": stages.artifacts() if trains and launch.world_size > 1 else {}}
+        )
 
     trains = True
 

@@ -77,7 +77,9 @@ def identity(teacher: TeacherConfig, recipe: Recipe) -> Any:
     if isinstance(teacher, SentenceTransformerTeacher):
         source = located(teacher, recipe)
         length = teacher.max_length or (recipe.encoder.max_length if teacher.model is None else None)
-        return [teacher.kind, source.name, source.revision, length, teacher_prompts(teacher, recipe)]
+        code = recipe.encoder.trust_remote_code if teacher.model is None else teacher.trust_remote_code
+        parts = [teacher.kind, source.name, source.content, length, teacher_prompts(teacher, recipe)]
+        return [*parts, *(["trust_remote_code"] if code else [])]
     if isinstance(teacher, VectorsTeacher):
         files = [teacher.documents, *([teacher.queries] if teacher.queries else [])]
         listed = [file.with_suffix(".ids.txt") for file in files]
@@ -88,8 +90,8 @@ def identity(teacher: TeacherConfig, recipe: Recipe) -> Any:
         return [teacher.kind, [hash_file(file) for file in [*files, *listed] if file.is_file()], *zeros]
     if isinstance(teacher, CrossEncoderTeacher):
         source = locate(teacher.model, teacher.revision)
-        settings = teacher.model_dump(mode="json", include={"scale", "max_length"})
-        return [teacher.kind, source.name, source.revision, settings, identity(teacher.retrieve, recipe)]
+        settings = teacher.model_dump(mode="json", exclude={"model", "revision", "retrieve"})
+        return [teacher.kind, source.name, source.content, settings, identity(teacher.retrieve, recipe)]
     if isinstance(teacher, EnsembleTeacher):
         members = [identity(member, recipe) for member in teacher.members]
         return [teacher.kind, teacher.fusion, teacher.weights, members]

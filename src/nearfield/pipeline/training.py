@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearfield.encoders.build import LoadedEncoder, build_encoder, save_encoder
+from nearfield.encoders.build import LoadedEncoder, build_encoder, folder_revision, save_encoder
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_folder, write_text
 from nearfield.notices import Notice, refuse, stop_on_blocking
@@ -125,6 +125,7 @@ class TrainingStage(ChangingStages):
             "contamination": contamination_entry(self),
             "lengths": self._lengths(encoder.model),
             "checkpoint": result.checkpoint.name,
+            "model": folder_revision(self.run.folder / "model"),
             **({} if result.best is None else {"best": {"step": result.best[0], "score": result.best[1]}}),
         }
 
