@@ -34,6 +34,7 @@ from nearfield.encoders.gguf import gguf_file, load_gguf
 from nearfield.encoders.heads import own_modules, set_heads, ship_modules
 from nearfield.encoders.offline import find_offline
 from nearfield.encoders.prompts import CONTRACT_FILE
+from nearfield.encoders.static import set_longest
 from nearfield.encoders.trunk import append_eos, draw_anew, keep_layers, read_plain_texts
 from nearfield.errors import BadInputError
 from nearfield.files import fingerprint, hash_file, hash_folder
@@ -426,7 +427,7 @@ def build_encoder(
             raise BadInputError(
                 f"max_length {config.max_length} is more than the model's {limit} positions", where="encoder.max_length"
             )
-        model.max_seq_length = config.max_length
+        set_longest(model, config.max_length)
     _freeze_pooler(model)
     from nearfield.encoders.towers import add_image_tower, freeze_unused
 

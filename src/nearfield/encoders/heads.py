@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearfield.encoders.config import EncoderConfig, PoolingConfig
+from nearfield.encoders.layers import transformer_of
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json
 
@@ -116,7 +117,7 @@ def _add_layer_mix(model: SentenceTransformer, from_layer: int, config: EncoderC
     from sentence_transformers.sentence_transformer.modules import WeightedLayerPooling
 
     position = _pooling_at(model, config, "layer_mix")
-    transformer = model[0].auto_model
+    transformer = transformer_of(model, "encoder.layer_mix")
     layers = int(transformer.config.num_hidden_layers)
     if from_layer > layers:
         raise BadInputError(f"the model has {layers} layers", where="encoder.layer_mix.from_layer")

@@ -8,12 +8,25 @@ from typing import TYPE_CHECKING
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedModel
 
 LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h|resblocks)\.(\d+)(?=\.)")
 """The number of the layer that a name lies in, such as ``encoder.layer.3.output.dense``."""
 EMBEDDING = re.compile(r"embed|(?:^|\.)(?:wte|wpe|shared)\.|relative_attention_bias")
 """Tables that are looked up in."""
+
+
+def transformer_of(model: SentenceTransformer, where: str) -> PreTrainedModel:
+    """The transformer that a model begins with; :class:`BadInputError` where it begins with something else."""
+    found: PreTrainedModel | None = getattr(model[0], "auto_model", None)
+    if found is None:
+        raise BadInputError(
+            f"this needs a transformer, and the model's first module is a {type(model[0]).__name__}",
+            where=where,
+            hint="Leave it out.",
+        )
+    return found
 
 
 def layers_of(transformer: PreTrainedModel, where: str) -> list[str]:

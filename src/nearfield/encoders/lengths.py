@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nearfield.data.tokens import CutTexts
 from nearfield.encoders.one_tower import family_of, row_ids
+from nearfield.encoders.static import is_static, longest_static, set_longest, static_token_ids, uncut
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -18,7 +19,7 @@ _BLOCK = 1024
 
 def longest_input(model: SentenceTransformer) -> int | None:
     """The most tokens that the model reads of a text; None where it reads all."""
-    limit = model.max_seq_length
+    limit = longest_static(model) if is_static(model) else model.max_seq_length
     return None if limit is None or limit >= NO_LIMIT else int(limit)
 
 
@@ -26,13 +27,16 @@ def shorten(model: SentenceTransformer, length: int | None) -> None:
     """Let the model read at most so many tokens; one that reads fewer stays as it is."""
     limit = longest_input(model)
     if length is not None and (limit is None or length < limit):
-        model.max_seq_length = length
+        set_longest(model, length)
 
 
 def whole_lengths(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> list[int]:
     """The tokens of each text with the prompt before it, uncut, special tokens included."""
     if family_of(model) is not None:
         return [len(ids) for ids in row_ids(model, texts, [None] * len(texts), prompt, cut=False)]
+    if is_static(model):
+        with uncut(model):
+            return [len(ids) for block in _blocks(texts) for ids in static_token_ids(model, block, prompt)]
     first: Any = model[0]
     chats = "message" in getattr(first, "modality_config", {}) or getattr(first, "can_flatten_inputs", False)
     text: dict[str, Any] = {"truncation": False} if chats else {"truncation": False, "padding": False}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfield.encoders.attention import Segments, has_flash_attn, set_attention, unmasked
+from nearfield.encoders.static import bag, is_static
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -133,7 +134,7 @@ def packed_tokens(features: Features) -> tuple[int, int]:
 def embed(model: SentenceTransformer, features: Features) -> Tensor:
     """(n, d) embeddings of n texts, in their order, from padded or packed features."""
     if "token_targets" not in features:
-        embeddings: Tensor = model(dict(features))["sentence_embedding"]
+        embeddings: Tensor = model(bag(features) if is_static(model) else dict(features))["sentence_embedding"]
         return embeddings
     packed: Tensor = pool(model, token_states(model, features))["sentence_embedding"]
     return packed

@@ -15,6 +15,7 @@ from nearfield.data.store import Rows, Store
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.build import load_encoder
 from nearfield.encoders.packing import embed, evaluating, packed_features, packing_kind, padded_features
+from nearfield.encoders.static import set_longest
 from nearfield.encoders.tokenize import item_token_ids, prompt_tokens, token_ids
 from nearfield.encoders.towers import pictured_features, takes_images
 
@@ -91,7 +92,7 @@ class TextEncoder:
         """Of a folder or a hub id."""
         loaded = load_encoder(model, revision, device, trust_remote_code).model
         if max_length is not None:
-            loaded.max_seq_length = max_length
+            set_longest(loaded, max_length)
         return cls(loaded, name=model)
 
     def __call__(self, texts: Sequence[str], prompt: str = "", role: str = "") -> Vectors:

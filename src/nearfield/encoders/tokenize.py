@@ -15,6 +15,7 @@ from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
 from nearfield.encoders.lengths import longest_input, lost_tokens, shorten
 from nearfield.encoders.one_tower import family_of, row_ids
+from nearfield.encoders.static import is_static, static_token_ids
 from nearfield.encoders.towers import image_tokens, takes_images
 from nearfield.errors import BadInputError
 
@@ -30,11 +31,14 @@ _BLOCK = 1024
 def token_ids(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> list[npt.NDArray[np.int32]]:
     """The token ids of each text with the prompt before it, cut to the model's maximum length."""
     rows: list[npt.NDArray[np.int32]] = []
-    ragged, together = _ragged(model), family_of(model) is not None
+    ragged, together, static = _ragged(model), family_of(model) is not None, is_static(model)
     for start in range(0, len(texts), _BLOCK):
         block = list(texts[start : start + _BLOCK])
         if together:
             rows += row_ids(model, block, [None] * len(block), prompt)
+            continue
+        if static:
+            rows += static_token_ids(model, block, prompt)
             continue
         if ragged is not None:
             features = model.preprocess(block, prompt=prompt or None, processing_kwargs=ragged)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nearfield.encoders.layers import layers_of
+from nearfield.encoders.layers import layers_of, transformer_of
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def check_settings(config: Any, settings: Mapping[str, Any], where: str) -> None
 
 def keep_layers(model: SentenceTransformer, count: int) -> None:
     """Keep the transformer's first ``count`` layers; the norm after the last one stays where it has one."""
-    transformer = model[0].auto_model
+    transformer = transformer_of(model, "encoder.layers")
     config = transformer.config
     present = int(config.num_hidden_layers)
     if count > present:

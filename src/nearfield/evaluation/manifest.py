@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nearfield.encoders.lengths import longest_input
 from nearfield.errors import BadInputError
 from nearfield.evaluation.models import ScoredModel
 from nearfield.files import canonical_json, write_text
@@ -50,7 +51,7 @@ def write_manifest(
             "device": str(encoder.model.device),
             "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
             "batch_tokens": encoder.batch_tokens,
-            "max_length": encoder.model.max_seq_length,
+            "max_length": longest_input(encoder.model),
             "dimensions": encoder.dimensions,
             "quantize": encoder.quantize,
         }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearfield.encoders.build import LoadedEncoder, build_encoder, folder_revision, save_encoder
+from nearfield.encoders.static import vocabulary_size
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_folder, write_text
 from nearfield.notices import Notice, refuse, stop_on_blocking
@@ -167,7 +168,7 @@ class TrainingStage(ChangingStages):
             guide_width=self.guide_width(),
             labels=len(labels),
             label_names=[(source, label) for source, label in labels],
-            vocabulary=len(model.tokenizer),
+            vocabulary=vocabulary_size(model),
         )
         return self.recipe.objective.build([source.name for source in self._store().sources], around)
 

@@ -218,8 +218,8 @@ class Engine:
         tokenizer = self.encoder.tokenizer
         return padded_features(
             rows,
-            pad_token=tokenizer.pad_token_id or 0,
-            side=tokenizer.padding_side,
+            pad_token=getattr(tokenizer, "pad_token_id", None) or 0,
+            side=getattr(tokenizer, "padding_side", "right"),
             device=device,
             prompt_length=prompt_length,
         )
@@ -232,5 +232,5 @@ def delete_tokens(row: Tokens, share: float, prompt_length: int) -> Tokens:
     """
     kept = torch.rand(len(row)).numpy() >= share
     kept[: max(1, prompt_length)] = True
-    kept[-1] = True
+    kept[-1:] = True
     return row[kept]
