@@ -110,3 +110,27 @@ def test_missing_data_of_the_suite_is_found_before_training(toy_recipe: Path, tm
         nearfield.train(toy_recipe, run=tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert nearfield.train(toy_recipe, run=tmp_path / "run", until="train").ran[-1] == "train"
+
+
+def test_notices_of_scores_are_kept_and_end_a_strict_run_once_they_are_filed(
+    tiny_model: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nearfield.evaluation import runner
+    from nearfield.notices import say
+    from tests.evaluation.conftest import Tasks
+
+    monkeypatch.setattr(runner, "read_columns_whole", lambda task: say(OF_ENCODER))
+    tasks = Tasks(tmp_path / "tasks")
+    tasks.retrieval()
+    recipe = write_toy_recipe(tmp_path, tiny_model, toy_data)
+    more = f"evaluation: {{suite: {tasks.root}, baselines: [], before: false, analysed_texts: 0}}\n"
+    recipe.write_text(recipe.read_text() + more)
+    settings = ["training.max_steps=2", "batches.drop_last=false"]
+    made = nearfield.train(recipe, settings, tmp_path / "run", until="evaluate")
+    entry = json.loads((made.folder / "manifest.json").read_text())["stages"]["evaluate"]
+    kept = {task: [one["what"] for one in said] for task, said in entry["notices"]["after"].items()}
+    assert kept == {"TinyRetrieval": [OF_ENCODER.what]}
+    with pytest.raises(BadInputError, match="a strange one"):
+        nearfield.train(recipe, settings, tmp_path / "strict", until="evaluate", strict=True)
+    (file,) = (tmp_path / "strict" / "results").rglob("TinyRetrieval.json")
+    assert [one["what"] for one in json.loads(file.read_text())["notices"]] == [OF_ENCODER.what]

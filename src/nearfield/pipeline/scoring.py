@@ -14,7 +14,7 @@ from nearfield.encoders.build import (
 )
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, write_json
-from nearfield.notices import in_file
+from nearfield.notices import from_file, in_file, refuse
 from nearfield.pipeline.artifacts import Artifacts
 
 logger = logging.getLogger("nearfield.pipeline")
@@ -22,6 +22,9 @@ logger = logging.getLogger("nearfield.pipeline")
 
 class ScoringStages(Artifacts):
     """What rank 0 does with the model that was trained."""
+
+    strict: bool = False
+    """Whether notices of the trained model's scores are errors, once all are filed."""
 
     def evaluate(self) -> dict[str, Any]:
         """Score the trained model, the base model and the baselines."""
@@ -73,6 +76,9 @@ class ScoringStages(Artifacts):
                 f"{label}: {task}: {reason}" for label, tasks in failures.items() for task, reason in tasks.items()
             ]
             raise NearfieldError("some tasks failed:\n" + "\n".join(lines), where=str(self.run.folder / "results"))
+        if self.strict:
+            found = [notice for said in notices.get("after", {}).values() for notice in from_file(said)]
+            refuse(found, where=str(self.run.folder / folders["after"]))
         return {"results": folders} | ({"notices": notices} if notices else {})
 
     def check_model(self) -> None:
