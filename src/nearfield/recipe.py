@@ -152,9 +152,10 @@ def _merged(below: Any, above: Any) -> Any:
     """Settings with those that are said above in their place."""
     if not isinstance(above, Config) or type(below) is not type(above):
         return above
-    values = {name: getattr(below, name) for name in type(below).model_fields}
+    # What neither says stays unsaid: the base may say it.
+    values = {name: getattr(below, name) for name in below.model_fields_set}
     for name in above.model_fields_set:
-        values[name] = _merged(values[name], getattr(above, name))
+        values[name] = _merged(getattr(below, name), getattr(above, name))
     return type(below).model_validate(values)
 
 

@@ -360,16 +360,28 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def save_encoder(model: SentenceTransformer, folder: Path, *, adapter: Literal["merged", "adapter"] = "merged") -> None:
+def save_encoder(
+    model: SentenceTransformer,
+    folder: Path,
+    *,
+    adapter: Literal["merged", "adapter"] = "merged",
+    dtype: str | None = None,
+) -> None:
     """Save in sentence-transformers' format, so that plain ``SentenceTransformer(folder)`` loads it.
 
     ``adapter`` says what becomes of an adapter: ``merged`` saves a copy of the model that has it in its weights, ``adapter``
-    saves it alone, with the name and revision of its base. Without a card: sentence-transformers would repeat the base
-    model's.
+    saves it alone, with the name and revision of its base. ``dtype`` is that of the saved weights; null keeps the model's.
+    Without a card: sentence-transformers would repeat the base model's.
     """
-    if has_adapter(model) and adapter == "merged":
+    merged = has_adapter(model) and adapter == "merged"
+    if merged or dtype is not None:
         model = copy.deepcopy(model)
+    if merged:
         merge_adapter(model)
+    if dtype is not None:
+        import torch
+
+        model = model.to(getattr(torch, dtype))
     with quiet_transformers(), saved_alone(model, adapter == "adapter"):
         if has_adapter(model):
             save_adapter(model, folder)
@@ -405,6 +417,7 @@ def build_encoder(
     check_verified(model, config)
     if has_adapter(model):
         _merge_base_adapter(loaded, config)
+    truncation = model.truncate_dim
     if config.fresh is not None:
         draw_anew(model, config.fresh, seed)
     if config.layers is not None:
@@ -418,6 +431,9 @@ def build_encoder(
     set_heads(model, config, seed)
     notices = [one for one in loaded.notices if one.code != BORDER]
     notices += keep_borders(model, [*prompts, *model.prompts.values()])
+    if truncation is not None and model.truncate_dim is None:
+        words = f"the base keeps the first {truncation} dimensions of its vectors; of the new ones all are kept"
+        notices.append(Notice("truncation", words, minor=True))
     loaded = replace(loaded, notices=tuple(notices))
     if config.max_length is not None:
         config_of: Any = getattr(model[0], "config", None)

@@ -31,6 +31,12 @@ def own_modules() -> dict[str, type[nn.Module]]:
     return {f"{each.__module__.removeprefix(_SHIPPED)}.{each.__name__}": each for each in classes}
 
 
+def whole_dimension(model: SentenceTransformer) -> int:
+    """The width of what the modules give, also of a model that says that it is truncated."""
+    with model.truncate_embeddings(None):
+        return int(model.get_embedding_dimension() or 0)
+
+
 def shipped_files(model: SentenceTransformer) -> list[str]:
     """The files that plain sentence-transformers must run, with ``trust_remote_code``, to load the model when it is saved."""
     modules = {type(module).__module__ for module in model}
@@ -136,9 +142,11 @@ def _add_projection(model: SentenceTransformer, config: EncoderConfig) -> None:
     assert config.projection is not None
     activations = {"identity": nn.Identity, "tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
     dense = Dense(
-        int(model.get_embedding_dimension() or 0),
+        whole_dimension(model),
         config.projection.dimensions,
         bias=config.projection.bias,
         activation_function=activations[config.projection.activation](),
     )
+    # What the base keeps of its own vectors is no part of the new ones.
+    model.truncate_dim = None
     model.insert(len(model) - 1 if isinstance(model[-1], Normalize) else len(model), dense)

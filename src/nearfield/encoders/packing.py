@@ -132,12 +132,15 @@ def packed_tokens(features: Features) -> tuple[int, int]:
 
 
 def embed(model: SentenceTransformer, features: Features) -> Tensor:
-    """(n, d) embeddings of n texts, in their order, from padded or packed features."""
+    """(n, d) embeddings of n texts, in their order, from padded or packed features; of as many dimensions as the model says."""
     if "token_targets" not in features:
-        embeddings: Tensor = model(bag(features) if is_static(model) else dict(features))["sentence_embedding"]
-        return embeddings
-    packed: Tensor = pool(model, token_states(model, features))["sentence_embedding"]
-    return packed
+        return truncated(model, model(bag(features) if is_static(model) else dict(features))["sentence_embedding"])
+    return truncated(model, pool(model, token_states(model, features))["sentence_embedding"])
+
+
+def truncated(model: SentenceTransformer, embeddings: Tensor) -> Tensor:
+    """The dimensions of (n, d) embeddings that the model keeps: all, but for a model that says that it is truncated."""
+    return embeddings[:, : model.truncate_dim]
 
 
 def token_states(model: SentenceTransformer, features: Features) -> Features:

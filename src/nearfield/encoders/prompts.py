@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nearfield.encoders.config import PromptConfig
+from nearfield.encoders.stated import stated_settings
 from nearfield.errors import BadInputError
-from nearfield.files import read_json, write_json
+from nearfield.files import write_json
 
 CONTRACT_FILE = "prompt_contract.json"
 CONTRACT_VERSION = 1
@@ -156,10 +157,17 @@ def _first(*candidates: str | None) -> str:
     return next((text for text in candidates if text is not None), "")
 
 
-def base_prompts(model_path: str) -> dict[str, str]:
-    """The prompts that a model folder brings, without loading it; empty for a hub id that is not on this machine."""
-    file = Path(model_path) / "config_sentence_transformers.json"
-    if not file.is_file():
-        return {}
-    prompts = read_json(file, "model config").get("prompts") or {}
-    return {str(key): str(text) for key, text in prompts.items() if text}
+def base_prompts(model: str, revision: str | None = None) -> dict[str, str]:
+    """The prompts that a model brings, without loading it; empty for one that is out of reach.
+
+    Those of the roles are what sentence-transformers puts before queries and documents: a document's may be called
+    ``passage`` or ``corpus``, and a role without one has the default prompt.
+    """
+    settings = stated_settings(model, revision)
+    prompts = {str(key): str(text or "") for key, text in (settings.get("prompts") or {}).items()}
+    default = prompts.get(str(settings.get("default_prompt_name")), "")
+    roles = {
+        "query": _first(prompts.get("query"), default),
+        "document": _first(*map(prompts.get, ("document", "passage", "corpus")), default),
+    }
+    return {key: text for key, text in {**prompts, **roles}.items() if text}

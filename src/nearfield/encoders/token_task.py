@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from nearfield.encoders.language_head import language_head, transformer_is_trained
 from nearfield.encoders.masking import NOTHING, Key, Targets, hide_all
-from nearfield.encoders.packing import Features, Tokens, pool, token_states
+from nearfield.encoders.packing import Features, Tokens, pool, token_states, truncated
 from nearfield.encoders.token_config import DecoderConfig, TokenTaskConfig
 from nearfield.errors import BadInputError
 
@@ -121,7 +121,10 @@ class TokenTask(nn.Module):
         states = token_states(model, {name: value for name, value in features.items() if name != TARGETS})
         hidden, real = states["token_embeddings"], states["attention_mask"]
         pooled = pool(model, states)
-        found = [pooled["sentence_embedding"], *self._told(hidden, targets.labels, self.config.predict == "next")]
+        found = [
+            truncated(model, pooled["sentence_embedding"]),
+            *self._told(hidden, targets.labels, self.config.predict == "next"),
+        ]
         if self.decoder is not None:
             assert targets.ids is not None and targets.words is not None and targets.seen is not None
             places = (real.long().cumsum(1) - 1).clamp(min=0)

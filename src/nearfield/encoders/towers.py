@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nearfield.data.pictures import pillow
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.config import ImageTowerConfig
+from nearfield.encoders.heads import whole_dimension
 from nearfield.encoders.one_tower import family_of, row_features
 from nearfield.encoders.one_tower_checks import unused_parameters
 from nearfield.encoders.trunk import check_settings
@@ -77,7 +78,7 @@ def add_image_tower(
         width = _width(tower)
         if tower.module_output_name == "token_embeddings":
             image.append(Pooling(width, "cls" if config.pooling == "cls" else "mean"))
-        shared = int(model.get_embedding_dimension() or 0)
+        shared = whole_dimension(model)
         image.append(Dense(width, shared, bias=config.bias, activation_function=None))
     router = Router(
         {"text": text, "image": image},
@@ -90,6 +91,7 @@ def add_image_tower(
         prompts=dict(model.prompts),
         default_prompt_name=model.default_prompt_name,
         similarity_fn_name=model.similarity_fn_name,
+        truncate_dim=model.truncate_dim,
     )
 
 

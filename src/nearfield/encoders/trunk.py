@@ -44,6 +44,7 @@ def draw_anew(model: SentenceTransformer, settings: Mapping[str, Any], seed: int
     poolings = [each for each in model if isinstance(each, Pooling)]
     normalized = isinstance(model[-1], Normalize)
     del model[1:]
+    model.truncate_dim = None
     if poolings:
         width = int(module.get_embedding_dimension())
         model.append(Pooling(width, poolings[0].pooling_mode, include_prompt=poolings[0].include_prompt))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -136,6 +136,16 @@ class ObjectiveSettings(Config):
     def build(self, sources: Mapping[int, str] | Sequence[str] = (), around: Surroundings | None = None) -> Objective:
         """The objective; ``sources`` gives the name of each source's number where settings name sources."""
 
+    def for_model(self, similarity: str) -> Self:
+        """These settings for a model that compares vectors by ``similarity``: where they can and do not say it themselves, by
+        that too."""
+        return self
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        """The similarities that embeddings are compared by; empty where they are not compared with each other."""
+        return frozenset({"cosine"})
+
     @property
     def learns_from(self) -> tuple[str, ...]:
         """The kinds of examples that these settings learn from."""
@@ -177,6 +187,16 @@ class ObjectiveSettings(Config):
         return str(kind) if temperature is None else f"{kind}, temperature {temperature:g}"
 
 
+Settings = TypeVar("Settings", bound=ObjectiveSettings)
+
+
+def compared_as(settings: Settings, key: str, similarity: str, known: Sequence[str]) -> Settings:
+    """Settings with what a model says under ``key``, where they do not say it and it is known to them."""
+    if key in settings.model_fields_set or similarity not in known:
+        return settings
+    return settings.model_copy(update={key: similarity})
+
+
 class InfoNCEConfig(ObjectiveSettings):
     """InfoNCE with in-batch and explicit negatives, masks and weights."""
 
@@ -190,6 +210,7 @@ class InfoNCEConfig(ObjectiveSettings):
     tasks: dict[str, str] = {}
     """Source -> task: each task learns a temperature of its own; sources that are not named share one."""
     similarity: Literal["cosine", "dot"] = "cosine"
+    """Where it is not said, ``dot`` for a base that compares its vectors so."""
     in_batch_negatives: bool = True
     """Whether the documents of other queries are negatives; false leaves a query its own documents only."""
     shared_negatives: bool = True
@@ -253,6 +274,13 @@ class InfoNCEConfig(ObjectiveSettings):
         if self.queue and not self.in_batch_negatives:
             raise ValueError("queue brings documents of other queries, which in_batch_negatives: false leaves out")
         return self
+
+    def for_model(self, similarity: str) -> Self:
+        return compared_as(self, "similarity", similarity, ("cosine", "dot"))
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset({self.similarity})
 
     @property
     def all_directions(self) -> tuple[Direction, ...]:

@@ -27,20 +27,26 @@ def graded_pairs(batch: ContrastiveBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Ranking(Objective):
-    """CoSENT (sentence-transformers' ``CoSENTLoss``) of the cosine, or of AnglE's similarity (``AnglELoss``).
+    """CoSENT (sentence-transformers' ``CoSENTLoss``) of one of its similarities, or of AnglE's (``AnglELoss``).
 
     ``log(1 + sum exp((s_b - s_a) / temperature))`` over pairs a, b of the global batch whose scores say a > b, by sorting: no
     matrix of pairs. It is no sum over rows: each process computes all of it and counts its share of the rows.
     """
 
-    def __init__(self, similarity: Literal["cosine", "angle"], temperature: float) -> None:
+    def __init__(
+        self, similarity: Literal["cosine", "dot", "euclidean", "manhattan", "angle"], temperature: float
+    ) -> None:
         super().__init__()
+        from sentence_transformers import SimilarityFunction
         from sentence_transformers.sentence_transformer.losses import AnglELoss, CoSENTLoss
 
         # The model is the caller's: only the class's function of embeddings is used.
         model: Any = None
-        kind = CoSENTLoss if similarity == "cosine" else AnglELoss
-        self._loss = kind(model, scale=1 / temperature)
+        if similarity == "angle":
+            self._loss = AnglELoss(model, scale=1 / temperature)
+        else:
+            pairwise = SimilarityFunction.to_similarity_pairwise_fn(similarity)
+            self._loss = CoSENTLoss(model, scale=1 / temperature, similarity_fct=pairwise)
 
     def forward(self, batch: ContrastiveBatch) -> LossSum:
         """The loss of the global batch times this process's share of its rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,7 @@ from nearfield.objectives.config import (
     Positive,
     Reading,
     Surroundings,
+    compared_as,
 )
 from nearfield.objectives.label_kinds import HiPrBERTConfig, SBCLConfig, SimLAPConfig
 from nearfield.objectives.more_kinds import CAROLConfig, CMIMConfig, MCSEConfig
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from nearfield.objectives.triplet import Triplet
 
 Names = Mapping[int, str] | Sequence[str]
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+SIMILARITIES: tuple[Similarity, ...] = ("cosine", "dot", "euclidean", "manhattan")
 Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 
@@ -47,11 +50,20 @@ class CoSENTConfig(ObjectiveSettings):
     kind: Literal["cosent"] = "cosent"
     temperature: Positive = 0.05
     """Differences of similarities are divided by it."""
+    similarity: Similarity = "cosine"
+    """Where it is not said, as the base compares its vectors."""
+
+    def for_model(self, similarity: str) -> Self:
+        return compared_as(self, "similarity", similarity, SIMILARITIES)
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset({self.similarity})
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> Ranking:
         from nearfield.objectives.graded import Ranking
 
-        return Ranking("cosine", self.temperature)
+        return Ranking(self.similarity, self.temperature)
 
 
 class AngleConfig(ObjectiveSettings):
@@ -85,9 +97,17 @@ class TripletConfig(ObjectiveSettings):
     """A query shall be nearer to its positive than to its own explicit negative, by a margin."""
 
     kind: Literal["triplet"] = "triplet"
-    distance: Literal["cosine", "euclidean", "manhattan"] = "cosine"
+    distance: Similarity = "cosine"
+    """Where it is not said, as the base compares its vectors; ``dot`` is the dot product with its sign turned."""
     margin: NotNegative = 0.2
     """Of euclidean distances of vectors that are not of unit length, 5 is common."""
+
+    def for_model(self, similarity: str) -> Self:
+        return compared_as(self, "distance", similarity, SIMILARITIES)
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset({self.distance})
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> Triplet:
         from nearfield.objectives.triplet import Triplet
@@ -108,6 +128,7 @@ class ScoreDistillationConfig(ObjectiveSettings):
     candidates: Literal["own", "in_batch"] = "own"
     """Of ``kl``: a query's own positives and negatives, or (with ``vectors``) all documents of the global batch."""
     similarity: Literal["cosine", "dot"] = "cosine"
+    """Where it is not said, ``dot`` for a base that compares its vectors so."""
     temperature: Positive = 0.05
     """Of ``kl``: the student's scores are divided by it."""
     teacher_temperature: Positive | None = None
@@ -119,6 +140,13 @@ class ScoreDistillationConfig(ObjectiveSettings):
         if self.candidates == "in_batch" and (self.teacher == "scores" or self.loss == "margin_mse"):
             raise ValueError("candidates in_batch are scored by vectors (teacher: vectors), with the loss kl")
         return self
+
+    def for_model(self, similarity: str) -> Self:
+        return compared_as(self, "similarity", similarity, ("cosine", "dot"))
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset({self.similarity})
 
     @property
     def needs_guide(self) -> bool:
@@ -144,6 +172,10 @@ class EmbeddingDistillationConfig(ObjectiveSettings):
     projection: Literal["auto", "always"] = "auto"
     """A learnt linear map from the student's to the teacher's width: ``auto`` where they differ. It is no part of the model
     that is saved."""
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset()
 
     @property
     def needs_guide(self) -> bool:
@@ -237,13 +269,22 @@ class SimCSEConfig(ObjectiveSettings):
 
     kind: Literal["simcse"] = "simcse"
     temperature: Positive = 0.05
+    similarity: Literal["cosine", "dot"] = "cosine"
+    """Where it is not said, ``dot`` for a base that compares its vectors so."""
+
+    def for_model(self, similarity: str) -> Self:
+        return compared_as(self, "similarity", similarity, ("cosine", "dot"))
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset({self.similarity})
 
     @property
     def reading(self) -> Reading:
         return Reading(views=2)
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> InfoNCE:
-        return InfoNCEConfig(temperature=self.temperature).build()
+        return InfoNCEConfig(temperature=self.temperature, similarity=self.similarity).build()
 
 
 class MaskedTokensConfig(TokenTaskConfig, ObjectiveSettings):
@@ -255,6 +296,10 @@ class MaskedTokensConfig(TokenTaskConfig, ObjectiveSettings):
     example_kinds: ClassVar[tuple[str, ...]] = ANY_EXAMPLES
 
     kind: Literal["masked_tokens"] = "masked_tokens"
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset()
 
     @property
     def reading(self) -> Reading:
@@ -347,6 +392,14 @@ class CombinedConfig(ObjectiveSettings):
         if sum(part.objective.token_task is not None for part in self.parts) > 1:
             raise ValueError("only one part can be masked_tokens: a text is read with one set of hidden tokens")
         return self
+
+    def for_model(self, similarity: str) -> Self:
+        parts = [part.model_copy(update={"objective": part.objective.for_model(similarity)}) for part in self.parts]
+        return self.model_copy(update={"parts": tuple(parts)})
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset().union(*(part.objective.comparisons for part in self.parts))
 
     @property
     def token_task(self) -> TokenTaskConfig | None:

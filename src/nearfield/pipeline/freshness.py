@@ -82,7 +82,9 @@ class Freshness:
     @cached_property
     def contract(self) -> PromptContract:
         """Which prompts this run trains with."""
-        return make_contract(self.run.checked.sources, self.recipe.prompts, base_prompts(self.base.path))
+        return make_contract(
+            self.run.checked.sources, self.recipe.prompts, base_prompts(self.base.path, self.recipe.encoder.revision)
+        )
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

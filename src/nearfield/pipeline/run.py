@@ -16,6 +16,7 @@ from typing import Any
 
 from nearfield import yaml12
 from nearfield.config import Loaded
+from nearfield.encoders.stated import stated_similarity, trained_similarity
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, remove_leftovers, write_json, write_text
 from nearfield.notices import Notice, from_file, in_file
@@ -226,8 +227,18 @@ def _run(loaded: Loaded[Recipe], folder: str | Path | None, overrides: tuple[str
             made = {"revision": None, "fresh": None, "image_tower": None}
             started = recipe.config.encoder.model_copy(update={"model": str(before[-1].folder / "model"), **made})
             recipe = replace(recipe, config=recipe.config.model_copy(update={"encoder": started}))
+        recipe = replace(recipe, config=_compared(recipe.config, before))
         place = folder if last else folder / "stages" / stages[number].name
         name = stages[number].name if stages else None
         shared = folder.parent / ".cache" if stages else None
         before.append(Run(recipe, check_recipe(recipe), place, overrides, name, tuple(before), shared))
     return before[-1]
+
+
+def _compared(recipe: Recipe, before: Sequence[Run]) -> Recipe:
+    """A recipe whose objective compares vectors as its base does, where it does not say how."""
+    model = before[0].recipe.encoder if before else recipe.encoder
+    similarity = stated_similarity(model.model, model.revision)
+    for run in before:
+        similarity = trained_similarity(run.recipe.objective.comparisons, similarity)
+    return recipe.model_copy(update={"objective": recipe.objective.for_model(similarity)})

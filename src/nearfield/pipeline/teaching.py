@@ -67,7 +67,9 @@ def located(teacher: SentenceTransformerTeacher, recipe: Recipe) -> ModelSource:
 
 def teacher_prompts(teacher: SentenceTransformerTeacher, recipe: Recipe) -> dict[str, str]:
     """Role -> the text that the teacher wants before an item: the recipe's, else the model's own."""
-    own = base_prompts(located(teacher, recipe).path)
+    own = base_prompts(
+        located(teacher, recipe).path, recipe.encoder.revision if teacher.model is None else teacher.revision
+    )
     stated = {"query": teacher.prompts.query, "document": teacher.prompts.document}
     return {role: own.get(role, "") if text is None else text for role, text in stated.items()}
 

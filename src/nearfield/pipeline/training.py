@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from nearfield.notices import Notice, refuse, stop_on_blocking
 from nearfield.pipeline.changing import ChangingStages
 from nearfield.pipeline.decontamination import contamination_entry, contamination_lines
 from nearfield.pipeline.during import evaluation_during_training
+from nearfield.pipeline.holding import hold_similarity, kept_dtype, say_rounding
 from nearfield.pipeline.teaching import guide_teacher
 
 if TYPE_CHECKING:
@@ -186,13 +188,25 @@ class TrainingStage(ChangingStages):
         recipe = self.recipe
         pure = pick_precision(recipe.training, device) == "bf16-pure"
         quantized = recipe.encoder.adapter is not None and recipe.encoder.adapter.quantize != "none"
-        return build_encoder(
+        loaded = build_encoder(
             recipe.encoder,
             str(device) if quantized else "cpu",
             dtype="bfloat16" if pure else "float32",
             seed=recipe.seed,
             prompts=self.all_prompts(self._store()),
         )
+        loaded = hold_similarity(loaded, recipe.objective)
+        return replace(loaded, notices=(*loaded.notices, *say_rounding(self._stored_dtype(loaded, device))))
+
+    def _stored_dtype(self, loaded: LoadedEncoder, device: torch.device) -> str | None:
+        """The type that the saved weights get, where it is not that of the training: the base's."""
+        from nearfield.training.opening import pick_precision
+
+        encoder = self.recipe.encoder
+        alone = encoder.adapter is not None and encoder.adapter.save == "adapter"
+        if alone or encoder.fresh is not None or pick_precision(self.recipe.training, device) == "bf16-pure":
+            return None
+        return kept_dtype(loaded)
 
     def _export(self, result: TrainingResult, device: torch.device) -> None:
         """Save the model of the run's last checkpoint: complete and of one format, whatever it was trained on."""
@@ -205,7 +219,8 @@ class TrainingStage(ChangingStages):
         encoder.model.prompts = dict(self.trained_contract.model_prompts)
         with atomic_path(self.run.folder / "model") as aside:
             adapter = self.recipe.encoder.adapter
-            save_encoder(encoder.model, aside, adapter=adapter.save if adapter else "merged")
+            dtype = self._stored_dtype(encoder, device)
+            save_encoder(encoder.model, aside, adapter=adapter.save if adapter else "merged", dtype=dtype)
             self.trained_contract.save(aside)
             write_text(aside / "README.md", self._card(encoder, result))
 
