@@ -225,7 +225,14 @@ def test_prompts_are_instructions(results: Path, tmp_path: Path) -> None:
     line = json.loads((results / "manifest.jsonl").read_text())
     line["tasks"]["ArguAna"] = {"prompts": {"query": "Find: ", "document": ""}}
     (results / "manifest.jsonl").write_text(json.dumps(line) + "\n")
-    assert "'Find: '" in bad(submit(results, tmp_path / "out"))["use_instructions"]
+    made = submit(results, tmp_path / "out")
+    assert (
+        "'Find: '" in bad(made)["use_instructions"]
+        and "as-is" not in {c.name: c.detail for c in made.checks}["prompts"]
+    )
+    (results / "manifest.jsonl").write_text(json.dumps(line | {"prompts": "as-is"}) + "\n")
+    told = {check.name: check.detail for check in submit(results, tmp_path / "out").checks}["prompts"]
+    assert "not held against what was trained (--prompts as-is): ArguAna" in told
 
 
 def test_parameters_are_those_of_the_folder(results: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def submit(
         *describe(meta, known),
         *_taken(found, local, results, benchmark),
         _no_failures(results),
-        _prompts(prompts, lacking),
+        _prompts(prompts, lacking, _unchecked(results, sorted(found))),
         _contamination(model, stated, sorted(found)),
         _noticed(said),
         *([] if stands_on is None else [_base(stands_on)]),
@@ -324,9 +324,19 @@ def _known_prompts(folder: Path, tasks: Sequence[str]) -> tuple[dict[str, tuple[
     return made, [task for task in tasks if task not in made]
 
 
-def _prompts(known: Mapping[str, Sequence[str]], lacking: Sequence[str]) -> Check:
+def _unchecked(folder: Path, tasks: Sequence[str]) -> list[str]:
+    """Tasks that were last scored with prompts as they are, whatever the model was trained with."""
+    mode: dict[str, Any] = {}
+    for line in read_manifest(folder):
+        mode |= dict.fromkeys(line.get("tasks", {}), line.get("prompts"))
+    return [task for task in tasks if mode.get(task) == "as-is"]
+
+
+def _prompts(known: Mapping[str, Sequence[str]], lacking: Sequence[str], unchecked: Sequence[str]) -> Check:
     texts = sorted({text for of in known.values() for text in of})
     detail = f"recorded: {', '.join(map(repr, texts)) or 'no prompt is used'}"
+    if unchecked:
+        detail += f"; not held against what was trained (--prompts as-is): {', '.join(unchecked)}"
     if lacking:
         detail = f"{MANIFEST} says nothing of {', '.join(lacking)}: score them with nearfield eval --overwrite"
     return Check("prompts", not lacking, detail)
