@@ -30,8 +30,8 @@ from nearfield.pipeline.teaching import (
 from nearfield.provenance import versions_of
 
 STAGES = ("data", "vectors", "mine", "tokens", "plan", "train", "evaluate", "compare", "report")
-TRAIN_VERSION = 1
-EVALUATE_VERSION = 2
+TRAIN_VERSION = 2
+EVALUATE_VERSION = 3
 
 logger = logging.getLogger("nearfield.pipeline")
 
