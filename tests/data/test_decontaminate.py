@@ -7,6 +7,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -148,6 +149,17 @@ def test_sides_kinds_and_removals(tmp_path: Path) -> None:
     line = report.line()
     assert "Search (4 of 5 texts)" in line and "4 training texts match" in line and "not read: Broken" in line
     assert any(part.startswith("| Search | 5 | 1 | 1 | 1 | 1 | 0 | 1 |") for part in report.lines())
+
+
+def test_short_texts_inside_longer_ones_are_not_seen_and_the_report_says_so(tmp_path: Path) -> None:
+    short = "a small grey cat that catches mice"
+    inside = f"before it stand quite some other words and then {short} as well as many more words behind"
+    texts = (("query", short), ("document", f"one two three four five {short} six seven eight nine ten"))
+    report = compare(build_rows(tmp_path, [row(inside, "another text")]), task("T", *texts))
+    assert report.contaminated == 0
+    said = "does not see a text of 4 to 12 words inside one that is longer by over 33 %"
+    assert any(said in line for line in report.lines())
+    assert "4 to 6 words" in replace(report, settings={**report.settings, "ngram": 7}).unseen
 
 
 def test_the_report_comes_back_from_its_file(tmp_path: Path) -> None:

@@ -202,3 +202,16 @@ def every_type(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def some_sentences() -> Callable[..., list[str]]:
     return sentences
+
+
+@pytest.fixture(scope="session")
+def picture_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A loaded model with a tower of texts (whole words) and one of pictures."""
+    from nearfield.conformance.problem import TINY_VISION
+    from nearfield.conformance.tiny import save_tiny_bert
+    from nearfield.encoders.build import build_encoder
+    from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
+
+    text = save_tiny_bert(tmp_path_factory.mktemp("text") / "model", hidden=16)
+    tower = ImageTowerConfig(architecture="vit", settings=TINY_VISION, size=16)
+    return build_encoder(EncoderConfig(model=str(text), image_tower=tower, normalize=True), "cpu")

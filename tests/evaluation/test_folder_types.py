@@ -16,11 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from nearfield.conformance.problem import TINY_VISION
-from nearfield.conformance.tiny import WORDS, save_tiny_bert
+from nearfield.conformance.tiny import WORDS
 from nearfield.encoders import LoadedEncoder
-from nearfield.encoders.build import build_encoder
-from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
 from nearfield.evaluation import EvaluationResult, evaluate
 from nearfield.evaluation.local import TYPES
 from tests.data.picture_making import picture, saved
@@ -200,25 +197,22 @@ def plain(task_type: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedEncoder:
-    text = save_tiny_bert(tmp_path_factory.mktemp("text") / "model", hidden=16)
-    tower = ImageTowerConfig(architecture="vit", settings=TINY_VISION, size=16)
-    return build_encoder(EncoderConfig(model=str(text), image_tower=tower, normalize=True), "cpu")
-
-
-@pytest.fixture(scope="module")
-def result(model: LoadedEncoder, tmp_path_factory: pytest.TempPathFactory) -> EvaluationResult:
+def result(picture_model: LoadedEncoder, tmp_path_factory: pytest.TempPathFactory) -> EvaluationResult:
     root = tmp_path_factory.mktemp("folders")
     for number, task_type in enumerate(TYPES):
         write(root / f"{number:02d}", task_type, task=f"Mine{number}")
-    return evaluate(model, root, tmp_path_factory.mktemp("out"), device="cpu")
+    return evaluate(picture_model, root, tmp_path_factory.mktemp("out"), device="cpu")
 
 
 @pytest.mark.parametrize("task_type", list(TYPES))
-def test_a_folder_scores_as_the_plain_class(task_type: str, model: LoadedEncoder, result: EvaluationResult) -> None:
+def test_a_folder_scores_as_the_plain_class(
+    task_type: str, picture_model: LoadedEncoder, result: EvaluationResult
+) -> None:
     name = f"Mine{list(TYPES).index(task_type)}"
     assert name not in result.failures and name not in result.not_applicable
-    theirs = mteb.evaluate(Reference(model), plain(task_type), cache=None, show_progress_bar=False, co2_tracker=False)
+    theirs = mteb.evaluate(
+        Reference(picture_model), plain(task_type), cache=None, show_progress_bar=False, co2_tracker=False
+    )
     wanted = theirs.task_results[0].scores["test"][0]["main_score"]
     assert result.scores[name]["default"] == pytest.approx(wanted, abs=1e-6)
     assert result.notices.get(name, ()) == ()

@@ -12,11 +12,7 @@ import pytest
 from mteb.mocks import MOCK_MIEB_TASK_GRID, MOCK_TASK_TEST_GRID
 from mteb.models import SentenceTransformerEncoderWrapper
 
-from nearfield.conformance.problem import TINY_VISION
-from nearfield.conformance.tiny import save_tiny_bert
 from nearfield.encoders import LoadedEncoder, load_encoder
-from nearfield.encoders.build import build_encoder
-from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
 from nearfield.evaluation import SuiteConfig, runner
 from nearfield.evaluation.comparison import compare
 from nearfield.evaluation.config import FolderTasks
@@ -52,13 +48,6 @@ def texts(model_folder: Path) -> LoadedEncoder:
     return load_encoder(str(model_folder), device="cpu")
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> LoadedEncoder:
-    text = save_tiny_bert(tmp_path_factory.mktemp("text") / "model", hidden=16)
-    tower = ImageTowerConfig(architecture="vit", settings=TINY_VISION, size=16)
-    return build_encoder(EncoderConfig(model=str(text), image_tower=tower, normalize=True), "cpu")
-
-
 def score_all(made: dict[str, Any], model: LoadedEncoder, out: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "open_suite", lambda *_, **__: [SuiteTask(task()) for task in made.values()])
@@ -72,8 +61,8 @@ def of_texts(texts: LoadedEncoder, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def of_pictures(pictures: LoadedEncoder, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return score_all(PICTURES, pictures, tmp_path_factory.mktemp("pictures") / "results")
+def of_pictures(picture_model: LoadedEncoder, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return score_all(PICTURES, picture_model, tmp_path_factory.mktemp("pictures") / "results")
 
 
 def main_scores(result: Any) -> dict[str, float]:
@@ -106,5 +95,7 @@ def test_a_mock_task_of_texts_scores_as_mteb_scores_it(name: str, texts: LoadedE
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
-def test_a_mock_task_of_pictures_scores_as_mteb_scores_it(name: str, pictures: LoadedEncoder, of_pictures: Any) -> None:
-    check(of_pictures, PICTURES[name], Reference(pictures))
+def test_a_mock_task_of_pictures_scores_as_mteb_scores_it(
+    name: str, picture_model: LoadedEncoder, of_pictures: Any
+) -> None:
+    check(of_pictures, PICTURES[name], Reference(picture_model))

@@ -87,6 +87,7 @@ def test_training_picks_up_the_report_that_fits(project: Path) -> None:
     call("data.yaml", "--suite", "suite.yaml")
     run_stages(run, "train", restart=True)
     entry = run.record("train")["contamination"]
+    assert "4 to 12 words" in entry["unseen"]
     assert entry["contaminated"] == 1
     assert entry["tasks"]["Planted"]["matched"] == {"text": {"normalised": 1}}
     card = (run.folder / "model" / "README.md").read_text()

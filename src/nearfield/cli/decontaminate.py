@@ -110,6 +110,7 @@ def print_report(report: ContaminationReport, path: Path, remove: Path | None = 
     console.print(
         f"{report.contaminated:,} training texts match a benchmark text that is no distractor", highlight=False
     )
+    console.print(f"{report.unseen}.", markup=False, highlight=False)
     if remove is not None:
         console.print(
             f"To remove them, add to the data recipe: steps: [{{kind: removal_list, path: {remove}}}]", markup=False

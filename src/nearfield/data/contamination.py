@@ -145,11 +145,22 @@ class ContaminationReport:
             f"{self.suite} ({kinds}): {found}{rest}"
         )
 
+    @property
+    def unseen(self) -> str:
+        """One sentence on what the comparison cannot find."""
+        least, ngram = (int(self.settings.get(name, standard)) for name, standard in (("min_words", 4), ("ngram", 13)))
+        longer = 100 / float(self.settings.get("contained", 0.75)) - 100
+        return (
+            f"This comparison does not see a text of {min(least, ngram - 1)} to {ngram - 1} words inside one that is longer by "
+            f"over {longer:.0f} %: neither a short benchmark text in a long training text nor the other way round"
+        )
+
     def lines(self) -> list[str]:
-        """The same with a table of the tasks that have matches, in Markdown."""
+        """The same with a table of the tasks that have matches, in Markdown, and what cannot be found."""
         hit = [task for task in self.tasks if task.matched]
         read = [task.task for task in self.tasks if task.problem is None]
         lines = [f"{self.line()}.", *(["", f"{COMPARED}{', '.join(read)}."] if read else [])]
+        lines += ["", f"{self.unseen}."]
         if hit:
             kinds = " | ".join(KINDS)
             lines += ["", f"| task | texts | {kinds} | distractors that match |", "| --- " * (len(KINDS) + 3) + "|"]

@@ -101,8 +101,13 @@ def leaderboard(
         BoardTask(task, of.task_type, of.metric, bool(known))
         for (task, (_, of)), known in zip(columns.items(), uncertain, strict=True)
     )
+    dependent = _dependent(read, columns)
+    notes += dependent
+    if dependent:
+        # Where the error of one task cannot be told, that of a mean over tasks cannot either.
+        draws = np.full_like(draws, np.nan)
     certain = [task.name for task in board_tasks if not task.uncertain]
-    if certain:
+    if certain and not dependent:
         notes.append(f"no interval can be given on {', '.join(certain)}: there the scores are taken as exact")
     types = [[i for i, task in enumerate(board_tasks) if task.type == kind] for kind in _types(board_tasks)]
     complete = np.asarray(~np.isnan(scores).any(axis=1))
@@ -113,7 +118,7 @@ def leaderboard(
     by_type_draws = np.stack([draws[:, :, of].mean(axis=2) for of in types]).mean(axis=0)
     places = ranking.places(points)
     kept = np.flatnonzero(complete)
-    sets = ranking.rank_sets(means[kept], mean_draws[:, kept], level) if len(kept) else None
+    sets = ranking.rank_sets(means[kept], mean_draws[:, kept], level) if len(kept) and not dependent else None
     rows = []
     for i, model in enumerate(models):
         low = high = None
@@ -197,6 +202,18 @@ def _matrix(
                 ]
                 draws[:, row, column] = np.mean(parts, axis=0)
     return scores, draws, uncertain
+
+
+def _dependent(read: Mapping[str, Mapping[Key, TaskScores]], columns: Columns) -> list[str]:
+    """What is said of tasks one component of whose units is too large: no figure of the table has an interval then."""
+    found: dict[str, str] = {}
+    for task, (keys, _) in columns.items():
+        for key in keys:
+            for scores in read.values():
+                reason = scores[key].reason if key in scores else None
+                if reason is not None and statistics.is_too_large(reason):
+                    found.setdefault(task, reason)
+    return [f"{task}: {reason}; so the table has neither intervals nor ranks" for task, reason in found.items()]
 
 
 def _value(value: float, draws: Floats, level: float) -> Value:

@@ -152,7 +152,7 @@ def _row(
 ) -> PublishedRow:
     low, high = ends
     if low is None or high is None:
-        position, where = "no interval", "ours has no interval"
+        position, where = "no interval", f"ours has no interval ({of.reason})"
     elif score < low:
         position, where = "above", f"below our interval [{low:.4f}, {high:.4f}]"
     elif score > high:

@@ -101,11 +101,29 @@ def read_scores(folder: Path) -> dict[Key, TaskScores]:
                 reason = "the score is not a number"
             scores = TaskScores(metric, score, revision, reason)
             if reason is None:
-                scores = _with_units(rows, metric, score, revision, file)
-            found[task, subset, split] = replace(
-                scores, task_type=str(metadata.get("task_type", "")), notices=from_file(metadata.get("notices"))
-            )
+                scores = _independent(_with_units(rows, metric, score, revision, file))
+            notices = (*from_file(metadata.get("notices")), *_unknown(metadata.get("version"), scores))
+            found[task, subset, split] = replace(scores, task_type=str(metadata.get("task_type", "")), notices=notices)
     return found
+
+
+def _independent(of: TaskScores) -> TaskScores:
+    """The same without units where one component holds too many of them."""
+    reason = None if of.kind == "runs" else statistics.too_large(np.bincount(of.numbers).tolist())
+    return of if reason is None else TaskScores(of.metric, of.score, of.data_revision, reason)
+
+
+_COMPONENTS_SINCE = 4
+"""The version of results that keeps components of any size; earlier ones dropped large ones without a word."""
+
+
+def _unknown(version: Any, of: TaskScores) -> list[Notice]:
+    """What a reader of an earlier version's scores must know."""
+    old = isinstance(version, int) and version < _COMPONENTS_SINCE
+    if not old or of.reason is not None or of.kind not in ("mean", "spearman", "precision") or any(of.clusters):
+        return []
+    what = "scored by an earlier version, which took units for independent where many of them shared content"
+    return [Notice("components-unknown", what, "Score the task again with --overwrite.")]
 
 
 def _with_units(rows: pa.Table, metric: str, score: float, revision: str, file: Path) -> TaskScores:

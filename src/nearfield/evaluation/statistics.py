@@ -7,7 +7,7 @@ taken from resamples: they are computed on the data as it is. The methods and th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,30 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _CHUNK_CELLS = 4_000_000
+
+
+LARGEST_COMPONENT = 0.1
+"""The largest share of all units that one component of units, which are not independent of each other, may hold."""
+_ONE = "one component of units that are not independent holds "
+
+
+def too_large(sizes: Iterable[int]) -> str | None:
+    """Why units in components of these sizes give no interval and no test, or None where they do.
+
+    Neither single units nor whole components can be resampled where one component is a large part of all: intervals of
+    single units then cover far less often than they say.
+    """
+    counts = list(sizes)
+    largest, total = max(counts, default=0), sum(counts)
+    if largest <= max(2, LARGEST_COMPONENT * total):
+        return None
+    share = 100 * largest / total
+    return f"{_ONE}{largest:,} of {total:,} ({share:.0f} %), and above {100 * LARGEST_COMPONENT:g} % no interval and no test hold"
+
+
+def is_too_large(reason: str | None) -> bool:
+    """Whether a reason for giving no interval is that of :func:`too_large`."""
+    return reason is not None and reason.startswith(_ONE)
 
 
 @dataclass(frozen=True)

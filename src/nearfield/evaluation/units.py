@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import heapq
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,6 @@ _STS_SCORES = {
 }
 
 NO_MAXIMUM = "the score {} is the best over all thresholds, chosen on the very pairs that it is measured on, so no interval is given"
-LARGEST_COMPONENT = 0.1
-"""Units that share content are one cluster, unless one such cluster would hold more than this share of all units."""
 
 
 class Recorder:
@@ -242,10 +239,7 @@ class Recorder:
 
 
 def shared_clusters(contents: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """Unit -> the first unit that it is connected with by shared content; nothing where one cluster would be too large.
-
-    A cluster of more than a tenth of the units leaves too few to resample: then all units stand alone.
-    """
+    """Unit -> the first unit that it is connected with by shared content; nothing where none shares any."""
     keys = list(contents)
     sets = DisjointSets(len(keys))
     holder: dict[str, int] = {}
@@ -253,7 +247,7 @@ def shared_clusters(contents: Mapping[str, Iterable[str]]) -> dict[str, str]:
         for content in contents[key]:
             sets.join(number, holder.setdefault(content, number))
     roots = [sets.find(number) for number in range(len(keys))]
-    if len(set(roots)) == len(keys) or max(Counter(roots).values()) > max(2, LARGEST_COMPONENT * len(keys)):
+    if len(set(roots)) == len(keys):
         return {}
     return {key: keys[root] for key, root in zip(keys, roots, strict=True)}
 

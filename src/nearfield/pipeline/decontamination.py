@@ -142,6 +142,7 @@ def contamination_entry(run: Freshness) -> dict[str, Any] | None:
         "data": report.data,
         "training_texts": report.texts,
         "contaminated": report.contaminated,
+        "unseen": report.unseen,
         "tasks": {
             task.task: {"problem": task.problem}
             if task.problem is not None

@@ -19,7 +19,7 @@ from nearfield.analysis.complexity import by_thirds, entropy, fog
 from nearfield.errors import BadInputError
 from nearfield.evaluation.comparison import check_settings, drawn_scores, open_models
 from nearfield.evaluation.scores import Key, TaskScores, read_scores, score_draws
-from nearfield.evaluation.statistics import Floats, midranks
+from nearfield.evaluation.statistics import Floats, is_too_large, midranks
 
 VERSION = 1
 MOST_EXACT = 8
@@ -90,6 +90,14 @@ def twins(
     if not shared:
         raise BadInputError("no task type is on both sides", hint="A twin has tasks of the same types.")
     notes = [f"{task}: its type {types[task]} is on one side only" for task in types if types[task] not in shared]
+    dependent = {
+        f"{task} has no interval: {of.reason}"
+        for table in tables.values()
+        for task, found in table.items()
+        for of in found.values()
+        if is_too_large(of.reason)
+    }
+    notes += sorted(dependent)
     gaps: list[Gap] = []
     sides: dict[str, list[float]] = defaultdict(list)
     for name, table in tables.items():

@@ -184,6 +184,8 @@ def build_overview(
     values = {} if isinstance(recipe, Missing) else recipe.values
     made = {} if isinstance(manifest, Missing) else manifest
     notes = [part.reason for part in (recipe, manifest) if isinstance(part, Missing)]
+    unseen = string(mapping(mapping(mapping(made.get("stages")).get("train")).get("contamination")).get("unseen"))
+    notes += [f"Benchmark texts in the training data: {unseen}."] if unseen else []
     if not isinstance(recipe, Missing) and not values:
         notes.append("recipe.yaml cannot be read as YAML; its text stands below.")
     planned = part("the plan", lambda: planned_steps(run, values))
