@@ -37,6 +37,7 @@ from nearfield.training.resuming import resume
 from nearfield.training.schedule import rate_factor
 from nearfield.training.stopping import StopRequest
 from nearfield.training.trackers import Trackers
+from nearfield.training.zero_vectors import ZeroVectors
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -234,7 +235,7 @@ def _train(
         about=inputs.about,
         writes=launch.is_main,
     )
-    done = first
+    done, zeros = first, ZeroVectors(device, inputs.tell)
     with writer, trackers, TrainingProgress(first, steps) as progress:
         if evaluations.due(first) and evaluate(first):
             save(first)
@@ -275,8 +276,10 @@ def _train(
                 engine.queue.push(result.batch)
             loss_value = result.loss
             done = step + 1
+            zeros.look(result.batch)
             examples += len(batch.query)
             if logged:
+                zeros.say(done)
                 trackers.step(
                     {
                         "step": done,
