@@ -138,7 +138,8 @@ def build_comparison(run: Path) -> Comparison:
         + _method(mapping(made.get("settings"))),
         notices=[_notice(row) for row in noticed],
         forest=_forest(differences, baseline),
-        raw={name: made.get(name) for name in ("baseline", "settings", "models", "scores", "differences", "notices")},
+        raw={name: made.get(name) for name in ("baseline", "settings", "models", "scores", "differences")}
+        | ({"notices": made["notices"]} if "notices" in made else {}),
         suite=suite_tables(scores, differences, marked),
         truncation=Markup("") if cut is None else line_chart(cut[0]),
         charts={} if cut is None else {cut[0].key: cut[1]},
