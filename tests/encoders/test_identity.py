@@ -150,6 +150,42 @@ def test_what_changes_no_vector_changes_no_key(saved: Path, tmp_path: Path) -> N
     assert key(folder) == key(saved)
 
 
+def test_processors_of_pictures_and_chat_templates_count(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from nearfield.conformance.tiny_vlm import save_tiny_vlm
+
+    folder = save_tiny_vlm(tmp_path / "model")
+    model = load_encoder(str(folder), device="cpu").model
+    known = model_fingerprint(model)
+    model.encode([TEXTS[0]])
+    model.encode([Image.new("RGB", (40, 30))])
+    assert model_fingerprint(model) == known
+    for change in (
+        lambda processor: setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3]),
+        lambda processor: setattr(processor, "chat_template", "{{ messages }}"),
+    ):
+        other = copy.deepcopy(model)
+        change(other[0].processor)
+        assert model_fingerprint(other) != known
+
+
+def test_static_embeddings_have_a_key(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = {"word1": 0, "word2": 1, "[UNK]": 2}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=4)], device="cpu")
+    known = model_fingerprint(model)
+    model.encode(TEXTS)
+    assert model_fingerprint(model) == known
+    tokenizer.enable_truncation(1)
+    assert model_fingerprint(model) != known
+
+
 class Scaled(nn.Module):
     """A module of a user's own."""
 

@@ -228,6 +228,13 @@ def test_a_contamination_report_counts_while_it_would_be_the_same(
     assert kept is not None and kept.report.contaminated == made.report.contaminated
     assert decontamination.stored_report(tmp_path / "cache", store.fingerprint, mark, ["pairs"], "test") is None
     assert decontamination.stored_report(tmp_path / "cache", store.fingerprint, mark, ["others"], "train") is None
+    content = bytearray(kept.path.read_bytes())
+    content[len(content) // 2] ^= 1
+    kept.path.write_bytes(bytes(content))
+    assert found() is None  # and the warning names the command that makes it again
+    content[len(content) // 2] ^= 1
+    kept.path.write_bytes(bytes(content))
+    assert found() is not None
     columns["score"] = [0.0, 1.0]
     REPORT[what](monkeypatch, model)
     assert found() is None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nearfield.errors import BadInputError
-from nearfield.files import atomic_path, read_json, write_json
+from nearfield.files import atomic_path, fingerprint, read_json, write_json
 
 REPORT_VERSION = 1
 KINDS = ("exact", "normalised", "ngram", "minhash", "embedding")
@@ -116,8 +116,9 @@ class ContaminationReport:
         return {"version": REPORT_VERSION, **values}
 
     def save(self, path: Path) -> None:
-        """Write the report as JSON."""
-        write_json(path, self.to_json())
+        """Write the report as JSON, with its checksum."""
+        values = self.to_json()
+        write_json(path, {**values, "sum": fingerprint(values)})
 
     def save_removals(self, path: Path) -> None:
         """Write the texts to remove as JSONL, for the cleaning step ``removal_list``."""
@@ -205,6 +206,9 @@ _MATCH = re.compile(r"(?:matches in |, )(\S+) \(([\d,]+) of [\d,]+ texts\)")
 def read_report(path: Path) -> ContaminationReport:
     """A report that :meth:`ContaminationReport.save` wrote."""
     values = read_json(path, "contamination report")
+    if isinstance(values, dict) and values.pop("sum", None) not in (None, fingerprint(values)):
+        hint = "Compare again: nearfield data decontaminate."
+        raise BadInputError("this contamination report is damaged", where=str(path), hint=hint)
     if not isinstance(values, dict) or values.pop("version", None) != REPORT_VERSION:
         raise BadInputError("this is no contamination report of this version", where=str(path), hint="Run it again.")
     tasks = tuple(

@@ -58,6 +58,7 @@ _PASSING = {
     "verbose",
     "gradient_checkpointing",
     "max_seq_len_cached",
+    "rope_deltas",
     # Which text is put before another is named beside each vector; how vectors are compared changes none.
     "prompts",
     "default_prompt_name",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nearfield.data.decontaminate import VERSION
 from nearfield.encoders.build import locate
 from nearfield.encoders.identity import computing_versions
+from nearfield.errors import BadInputError
 from nearfield.files import fingerprint
 from nearfield.pipeline.freshness import Freshness, suite_content
 from nearfield.provenance import versions_of
@@ -106,7 +107,11 @@ def stored_report(cache: Path, data: str, suite: str, sources: Sequence[str], sp
     path = report_path(cache, data, suite)
     if not path.is_file():
         return None
-    report = read_report(path)
+    try:
+        report = read_report(path)
+    except BadInputError as error:
+        logger.warning("%s", error)
+        return None
     if report.split != split or not set(sources) <= set(report.sources):
         return None
     if report.made_with != _made_with(report.encoder):
