@@ -17,6 +17,7 @@ from nearfield.data.contamination import ContaminationReport, TaskContamination,
 from nearfield.evaluation.card import with_index
 from nearfield.evaluation.scores import TaskScores
 from nearfield.evaluation.submission import Submission, submit
+from tests.cli.command import run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 VERSION = {"mteb": "2.26.24"}
@@ -306,3 +307,18 @@ def test_the_index_of_a_card_names_the_data_sets_of_the_tasks() -> None:
     assert named == {str(t.metadata.name): t.metadata.dataset["path"] for t in tasks} and len(named) == 41
     odd = {("NoTask", "default", "test"): TaskScores("accuracy", 0.5, "d" * 40, "none")}
     assert "model-index" not in with_index("---\na: b\n---\n# M\n", "m", odd)
+
+
+def test_notices_of_the_scores_are_told_and_errors_under_strict(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = json.loads((results / "STS12.json").read_text())
+    value["notices"] = [{"code": "zero", "what": "3 texts have zero vectors", "hint": None}]
+    (results / "STS12.json").write_text(json.dumps(value))
+    made = submit(results, tmp_path / "out")
+    assert bad(made)["no notice"] == "STS12: 3 texts have zero vectors" and made.complete
+    (results / "STS12.units.parquet").touch()
+    arguments = ["submit", str(results), "--out", str(tmp_path / "out")]
+    assert run(*arguments) == 0 and "advised no notice: STS12: 3 texts" in capsys.readouterr().out
+    assert run(*arguments, "--strict") == 2 and "3 texts have zero vectors" in capsys.readouterr().err
+    assert (tmp_path / "out" / "results").is_dir()
