@@ -26,7 +26,8 @@ from tokenizers import Tokenizer
 from nearfield.conformance.tiny import WORDS
 from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders.build import build_encoder, save_encoder
-from nearfield.encoders.lengths import count_cuts, longest_input, shorten
+from nearfield.encoders.lengths import count_cuts, shorten
+from nearfield.encoders.limits import longest_input
 from nearfield.encoders.packing import embed, packing_kind, padded_features
 from nearfield.encoders.static import vocabulary_size
 from nearfield.encoders.text_encoder import TextEncoder

@@ -11,7 +11,8 @@ import pytest
 
 import nearfield
 from nearfield.data.tokens import TokenCache
-from nearfield.encoders.lengths import count_cuts, longest_input, lost_tokens, shorten, whole_lengths
+from nearfield.encoders.lengths import count_cuts, lost_tokens, shorten, whole_lengths
+from nearfield.encoders.limits import longest_input
 from nearfield.evaluation.manifest import read_manifest
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.freshness import Freshness

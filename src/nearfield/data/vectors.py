@@ -29,7 +29,7 @@ Vectors = npt.NDArray[np.float32]
 EncodeItems = Callable[[str, Rows], npt.NDArray[Any]]
 """(role, item rows) -> vectors [n, d] of any length."""
 
-VERSION = 1
+VERSION = 2
 ROLES = ("query", "document")
 SHARD = 8_192
 

@@ -32,6 +32,7 @@ from nearfield.encoders.config import EncoderConfig
 from nearfield.encoders.domains import add_bottleneck, add_prefix, has_bottlenecks, saved_alone, weights_hash
 from nearfield.encoders.gguf import gguf_file, load_gguf
 from nearfield.encoders.heads import own_modules, set_heads, ship_modules
+from nearfield.encoders.limits import stated_positions, usable_positions
 from nearfield.encoders.offline import find_offline
 from nearfield.encoders.prompts import CONTRACT_FILE
 from nearfield.encoders.static import set_longest
@@ -43,6 +44,8 @@ from nearfield.provenance import hub_commit
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+    from nearfield.encoders.weights import Loading
 
 logger = logging.getLogger("nearfield.encoders")
 
@@ -193,11 +196,9 @@ def load_encoder(
     kwargs: dict[str, Any] = {"dtype": dtype}
     if quantize != "none":
         kwargs |= quantization_settings(quantize, _device_type(device))
-    from nearfield.encoders.direction import check_claimed_direction
     from nearfield.encoders.families import check_family, reader_of
     from nearfield.encoders.one_tower import read_in_a_row
-    from nearfield.encoders.one_tower_checks import check_one_tower
-    from nearfield.encoders.weights import check_weights, embedding_trial, recorded_loading
+    from nearfield.encoders.weights import recorded_loading
 
     notices: tuple[Notice, ...] = ()
     try:
@@ -225,16 +226,31 @@ def load_encoder(
     if gguf is not None or not _knows_its_inputs(folder, revision):
         read_plain_texts(model)
         read_in_a_row(model)
-    if recipe is None or recipe.fresh is None:
-        check_weights(loading, embedding_trial(model), name_or_path)
-    check_claimed_direction(model, name_or_path)
-    check_one_tower(model, name_or_path)
-    notices += tuple(border_notices(model))
+    notices += _checked(model, loading, name_or_path, recipe)
     commit = None
     if not folder.is_dir() and gguf is None and hasattr(model[0], "config"):
         commit = getattr(model[0].config, "_commit_hash", None)
     content = (commit or source.content) if base is None else fingerprint([source.revision, locate(base).content])
     return LoadedEncoder(model, source.name, commit or source.revision, source.path, source.note, notices, content)
+
+
+def _checked(
+    model: SentenceTransformer, loading: Loading, name: str, recipe: EncoderConfig | None
+) -> tuple[Notice, ...]:
+    """Make a loaded model read texts as it was made to, and try it out; returns what its users must know."""
+    from nearfield.encoders.company import pad_as_processor, try_company
+    from nearfield.encoders.direction import check_claimed_direction
+    from nearfield.encoders.limits import check_words, fit_positions
+    from nearfield.encoders.one_tower_checks import check_one_tower
+    from nearfield.encoders.weights import check_weights, embedding_trial
+
+    notices = check_words(model, name) + fit_positions(model, name)
+    pad_as_processor(model)
+    if recipe is None or recipe.fresh is None:
+        check_weights(loading, embedding_trial(model), name)
+    check_claimed_direction(model, name)
+    check_one_tower(model, name)
+    return (*notices, *border_notices(model), *try_company(model, name))
 
 
 def _open(
@@ -436,20 +452,21 @@ def build_encoder(
         notices.append(Notice("truncation", words, minor=True))
     loaded = replace(loaded, notices=tuple(notices))
     if config.max_length is not None:
-        config_of: Any = getattr(model[0], "config", None)
-        text = config_of.get_text_config() if hasattr(config_of, "get_text_config") else config_of
-        limit = getattr(text, "max_position_embeddings", None)
+        usable = usable_positions(model)
+        limit = stated_positions(model) if usable is None else usable
         if limit is not None and config.max_length > limit:
             raise BadInputError(
                 f"max_length {config.max_length} is more than the model's {limit} positions", where="encoder.max_length"
             )
         set_longest(model, config.max_length)
     _freeze_pooler(model)
+    from nearfield.encoders.company import try_company
     from nearfield.encoders.towers import add_image_tower, freeze_unused
 
     if config.image_tower is not None:
         model = add_image_tower(model, config.image_tower, seed, dtype)
-        loaded = replace(loaded, model=model)
+        said = dict.fromkeys((*loaded.notices, *try_company(model, config.model)))
+        loaded = replace(loaded, model=model, notices=tuple(said))
     freeze_unused(model)
     if config.adapter is not None:
         transformer = getattr(model[0], "auto_model", None)

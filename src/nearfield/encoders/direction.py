@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nearfield.encoders.packing import evaluating, padded_features, random_tokens, rounding
+from nearfield.encoders.packing import Padding, evaluating, random_tokens, rounding
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -69,14 +69,8 @@ def check_direction(model: SentenceTransformer, causal: bool, where: str) -> Non
 
 def _hidden(model: SentenceTransformer, rows: list[Any]) -> tuple[Tensor, Tensor]:
     """Hidden states (n, longest, d) of texts as the model pads them, and which of them are of real tokens."""
-    transformer, tokenizer = model[0].auto_model, model.tokenizer
-    features = padded_features(
-        rows,
-        pad_token=getattr(tokenizer, "pad_token_id", None) or 0,
-        side=getattr(tokenizer, "padding_side", "right"),
-        device=transformer.device,
-        prompt_length=0,
-    )
+    transformer = model[0].auto_model
+    features = Padding.of(model).features(rows, transformer.device, 0)
     mask = features["attention_mask"]
     with torch.no_grad():
         states = transformer(input_ids=features["input_ids"], attention_mask=mask, return_dict=True).last_hidden_state
@@ -125,7 +119,7 @@ def _complaint(model: SentenceTransformer) -> str | None:
     alone = [_hidden(model, [text])[0][0] for text in (short, long)]
     for states, keep, single in zip(together, real, alone, strict=True):
         if not _close(states[keep], single, tolerance):
-            side = getattr(model.tokenizer, "padding_side", "right")
+            side = Padding.of(model).side
             return f"a text that is padded on the {side} has other hidden states than alone"
     used = transformer.config._attn_implementation
     with _other_kernel(transformer) as kernel:

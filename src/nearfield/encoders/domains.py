@@ -173,17 +173,14 @@ def _check_prefix(model: SentenceTransformer) -> None:
     """Refuse a model in which a prefix does nothing, or in which a text has another embedding beside a longer one."""
     import torch
 
-    from nearfield.encoders.packing import embed, evaluating, padded_features, random_tokens, rounding
+    from nearfield.encoders.packing import Padding, embed, evaluating, random_tokens, rounding
 
-    transformer, tokenizer = model[0].auto_model, model.tokenizer
+    transformer = model[0].auto_model
     tokens = random_tokens(transformer, 13)
     short, long = tokens[:4], tokens[4:]
 
     def embeddings(rows: list[Any]) -> Tensor:
-        pad, side = getattr(tokenizer, "pad_token_id", None) or 0, getattr(tokenizer, "padding_side", "right")
-        return embed(
-            model, padded_features(rows, pad_token=pad, side=side, device=transformer.device, prompt_length=0)
-        ).double()
+        return embed(model, Padding.of(model).features(rows, transformer.device, 0)).double()
 
     name = type(transformer).__name__
     with torch.no_grad(), torch.random.fork_rng(), evaluating(model):

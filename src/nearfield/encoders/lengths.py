@@ -6,21 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nearfield.data.tokens import CutTexts
+from nearfield.encoders.limits import longest_input
 from nearfield.encoders.one_tower import family_of, row_ids
-from nearfield.encoders.static import is_static, longest_static, set_longest, static_token_ids, uncut
+from nearfield.encoders.static import is_static, set_longest, static_token_ids, uncut
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-NO_LIMIT = 1_000_000_000
-"""Tokenizers that cut nothing say a number above this."""
 _BLOCK = 1024
-
-
-def longest_input(model: SentenceTransformer) -> int | None:
-    """The most tokens that the model reads of a text; None where it reads all."""
-    limit = longest_static(model) if is_static(model) else model.max_seq_length
-    return None if limit is None or limit >= NO_LIMIT else int(limit)
 
 
 def shorten(model: SentenceTransformer, length: int | None) -> None:
@@ -44,7 +37,8 @@ def whole_lengths(model: SentenceTransformer, texts: Sequence[str], prompt: str)
     found: list[int] = []
     for block in _blocks(texts):
         features = model.preprocess(list(block), prompt=prompt or None, processing_kwargs=settings)
-        found += [sum(row) for row in features["attention_mask"]]
+        # Some tokenizers give no mask: without padding a row's own length is the text's.
+        found += [sum(row) for row in features["attention_mask"]] if chats else map(len, features["input_ids"])
     return [int(length) for length in found]
 
 

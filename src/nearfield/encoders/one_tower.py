@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from nearfield.data.pictures import pillow
 from nearfield.data.readers.interleaved import MARK
-from nearfield.encoders.packing import padded_features
+from nearfield.encoders.limits import longest_input
+from nearfield.encoders.packing import Padding
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ def row_ids(
     # What closes a picture's mark is one token, in those that have it.
     family = family_of(model)
     behind = int(family is not None and not family.mark.endswith(processor.image_token))
-    limit = model.max_seq_length if cut else None
+    limit = longest_input(model) if cut else None
     lines = tokenizer(rendered, truncation=False, padding=False, add_special_tokens=special, verbose=False)
     found: list[Ids] = []
     for text, size, line in zip(texts, sizes, lines["input_ids"], strict=True):
@@ -322,13 +323,11 @@ def row_features(
     module: Any = model[0]
     family = family_of(model)
     assert family is not None
-    tokenizer, image_token = module.tokenizer, picture_token(model)
+    image_token = picture_token(model)
     for row, picture in zip(rows, pictures, strict=True):
         if bool((row == image_token).any()) != (picture is not None):
             raise ValueError("the tokens of an item and its picture do not belong together")
-    features = padded_features(
-        rows, pad_token=tokenizer.pad_token_id or 0, side=tokenizer.padding_side, device=device, prompt_length=0
-    )
+    features = Padding.of(model).features(rows, device, 0)
     features["modality"] = "message"
     shown = [picture for picture in pictures if picture is not None]
     if not shown:

@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfield.encoders.attention import Segments, has_flash_attn, set_attention, unmasked
+from nearfield.encoders.limits import counts_from_padding, longest_input, stated_positions, usable_positions
 from nearfield.encoders.static import bag, is_static
 
 if TYPE_CHECKING:
@@ -40,14 +42,83 @@ _TRIAL_LENGTHS = (7, 1, 40, 2, 1, 33, 16, 1)
 _LONGEST_TRIAL = 512
 
 
+@dataclass(frozen=True)
+class TokenTypes:
+    """The kinds that a tokenizer gives to a text's tokens and to those that it puts around it: XLNet's ``<cls>`` is of kind 2."""
+
+    before: tuple[int, ...]
+    inside: int
+    behind: tuple[int, ...]
+    padding: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> TokenTypes | None:
+        """Of a tokenizer that says kinds other than 0, by trial."""
+        if "token_type_ids" not in getattr(tokenizer, "model_input_names", ()):
+            return None
+        trial = tokenizer("a text of some words", return_special_tokens_mask=True)
+        kinds, special = trial.get("token_type_ids"), trial.get("special_tokens_mask")
+        if not kinds or not any(kinds) or not special or all(special):
+            return None
+        first, last = special.index(0), len(special) - special[::-1].index(0)
+        return cls(tuple(kinds[:first]), kinds[first], tuple(kinds[last:]), int(tokenizer.pad_token_type_id))
+
+    def row(self, length: int) -> Tokens:
+        """Those of a text of so many tokens, the ones around it included."""
+        inside = max(0, length - len(self.before) - len(self.behind))
+        return np.array([*self.before, *[self.inside] * inside, *self.behind], dtype=np.int32)[:length]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How a model's texts are padded."""
+
+    pad_token: int
+    side: str = "right"
+    width: int | None = None
+    """Every text becomes as long, where the model was made so; null pads to a chunk's longest."""
+    masked: bool = True
+    """Whether the model is told which tokens are padding. One whose texts are all as long may read it as words."""
+    types: TokenTypes | None = None
+    """What the tokenizer says of kinds of tokens, where they are not all of kind 0."""
+
+    @classmethod
+    def of(cls, model: SentenceTransformer) -> Padding:
+        """That of a model's own preprocessing."""
+        tokenizer: Any = model.tokenizer
+        pad, side = getattr(tokenizer, "pad_token_id", None) or 0, getattr(tokenizer, "padding_side", "right")
+        types = TokenTypes.of(tokenizer)
+        text = (getattr(model[0], "processing_kwargs", None) or {}).get("text", {})
+        if text.get("padding") != "max_length":
+            return cls(pad, side, types=types)
+        width = text.get("max_length") or tokenizer.model_max_length
+        return cls(pad, side, int(width), "attention_mask" in tokenizer.model_input_names, types)
+
+    def features(self, rows: Sequence[Tokens], device: torch.device, prompt_length: int) -> Features:
+        """What :func:`embed` takes for n texts."""
+        features = padded_features(
+            rows, pad_token=self.pad_token, side=self.side, device=device, prompt_length=prompt_length, width=self.width
+        )
+        if self.types is not None:
+            kinds, _ = rectangle([self.types.row(len(row)) for row in rows], self.types.padding, self.side, self.width)
+            features["token_type_ids"] = torch.from_numpy(kinds).to(device)
+        return features if self.masked else {**features, "unmasked": True}
+
+
 def padded_features(
-    rows: Sequence[Tokens], *, pad_token: int, side: str, device: torch.device, prompt_length: int
+    rows: Sequence[Tokens],
+    *,
+    pad_token: int,
+    side: str,
+    device: torch.device,
+    prompt_length: int,
+    width: int | None = None,
 ) -> Features:
     """The padded token ids and the attention mask of n texts, (n, longest) int64 each, and their prompt's length.
 
     The length is of use to poolings that leave the prompt out; these need texts of one prompt.
     """
-    ids, mask = rectangle(rows, pad_token, side)
+    ids, mask = rectangle(rows, pad_token, side, width)
     return {
         "input_ids": torch.from_numpy(ids).to(device),
         "attention_mask": torch.from_numpy(mask).to(device),
@@ -56,10 +127,13 @@ def padded_features(
 
 
 def rectangle(
-    rows: Sequence[npt.NDArray[Any]], fill: int, side: str = "right"
+    rows: Sequence[npt.NDArray[Any]], fill: int, side: str = "right", width: int | None = None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows of unlike length as one array, (n, longest) int64, and a mask of which of its places are a row's own."""
-    width = max(len(row) for row in rows)
+    """Rows of unlike length as one array, (n, longest) int64, and a mask of which of its places are a row's own.
+
+    It is ``width`` wide at least, and 1: a model has no answer for no tokens at all.
+    """
+    width = max(width or 0, 1, *(len(row) for row in rows))
     values = np.full((len(rows), width), fill, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)
     for line, row in enumerate(rows):
@@ -134,7 +208,8 @@ def packed_tokens(features: Features) -> tuple[int, int]:
 def embed(model: SentenceTransformer, features: Features) -> Tensor:
     """(n, d) embeddings of n texts, in their order, from padded or packed features; of as many dimensions as the model says."""
     if "token_targets" not in features:
-        return truncated(model, model(bag(features) if is_static(model) else dict(features))["sentence_embedding"])
+        given = bag(features) if is_static(model) else _given(features)
+        return truncated(model, model(given)["sentence_embedding"])
     return truncated(model, pool(model, token_states(model, features))["sentence_embedding"])
 
 
@@ -143,17 +218,23 @@ def truncated(model: SentenceTransformer, embeddings: Tensor) -> Tensor:
     return embeddings[:, : model.truncate_dim]
 
 
+def _given(features: Features) -> Features:
+    """What of padded features the model is told."""
+    hidden = ("unmasked", "attention_mask") if features.get("unmasked") else ()
+    return {name: value for name, value in features.items() if name not in hidden}
+
+
 def token_states(model: SentenceTransformer, features: Features) -> Features:
     """What poolings take for n texts: ``token_embeddings`` (n, longest, d) and which of them are a text's own."""
     if "token_targets" not in features:
-        found: Features = model[0](dict(features))
+        found: Features = model[0](_given(features))
         return found
     transformer = model[0].auto_model
     mask = unmasked(features["input_ids"].device) if "segments" in features else _block_masks(transformer, features)
     extra = {"segments": features["segments"]} if "segments" in features else {}
     output = transformer(
         input_ids=features["input_ids"],
-        position_ids=features["position_ids"] + _first_position(transformer),
+        position_ids=_positions(transformer, features),
         attention_mask=mask,
         return_dict=True,
         **extra,
@@ -188,12 +269,20 @@ def _unpacked(hidden: Tensor, features: Features) -> Tensor:
     return spread.view(count, longest, -1)
 
 
-def _first_position(transformer: nn.Module) -> int:
-    """The position of a text's first token: RoBERTa's kin count from behind the padding token's number."""
-    embeddings = getattr(transformer, "embeddings", None)
-    if hasattr(embeddings, "create_position_ids_from_input_ids"):
-        return int(embeddings.padding_idx) + 1  # type: ignore[union-attr]
-    return 0
+def _positions(transformer: nn.Module, features: Features) -> Tensor:
+    """The position of each packed token, as the architecture numbers those of its text alone.
+
+    RoBERTa's kin count from behind the padding token's number, and leave out that token wherever it stands.
+    """
+    positions: Tensor = features["position_ids"]
+    embeddings: Any = getattr(transformer, "embeddings", None)
+    if not counts_from_padding(embeddings):
+        return positions
+    counted = (features["input_ids"] != embeddings.padding_idx).long()
+    sums = counted.cumsum(dim=1)
+    before = (sums - counted).masked_fill(positions != 0, 0).cummax(dim=1).values
+    numbered: Tensor = (sums - before) * counted + int(embeddings.padding_idx)
+    return numbered
 
 
 def _block_masks(transformer: nn.Module, features: Features) -> Tensor | dict[str, Tensor]:
@@ -242,7 +331,9 @@ def packing_kind(model: SentenceTransformer, device: torch.device, *, bf16: bool
     prefixed = bool(getattr(model[0], "prefix_length", 0))
     # Tokens of a picture have places of their own, which packed rows do not know.
     pictured = "image" in modalities
-    if transformer is None or prefixed or pictured or not plain or not _windows_known(model, transformer):
+    # Packed rows say nothing of kinds of tokens.
+    typed = TokenTypes.of(model.tokenizer) is not None
+    if transformer is None or prefixed or pictured or typed or not plain or not _windows_known(model, transformer):
         return None
     half = bf16 or next(transformer.parameters()).dtype in (torch.float16, torch.bfloat16)
     kinds: list[PackingKind] = ["block"]
@@ -275,19 +366,22 @@ def _attention_dropout(transformer: nn.Module) -> float:
 def _windows_known(model: SentenceTransformer, transformer: nn.Module) -> bool:
     config: Any = transformer.config
     window = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None)
-    longest = model.max_seq_length or getattr(config, "max_position_embeddings", None) or 0
+    longest = longest_input(model) or stated_positions(model) or 0
     return window is None or window >= longest or window + 2 <= _LONGEST_TRIAL or config.model_type in _KNOWN_WINDOWS
 
 
 def _trial_texts(model: SentenceTransformer, transformer: nn.Module) -> list[Tokens]:
-    config: Any = transformer.config
-    limits = [model.max_seq_length, getattr(config, "max_position_embeddings", None), _LONGEST_TRIAL]
-    # Positions of RoBERTa's kin begin behind the padding token.
-    longest = min(int(limit) for limit in limits if limit) - _first_position(transformer)
-    window = getattr(config, "sliding_window", None) or 0
+    limits = [longest_input(model), usable_positions(model), stated_positions(model), _LONGEST_TRIAL]
+    longest = min(limit for limit in limits if limit)
+    window = getattr(transformer.config, "sliding_window", None) or 0
     lengths = [min(length, longest) for length in (*_TRIAL_LENGTHS, *([window + 2] if window else []))]
     bounds = np.cumsum([0, *lengths])
     tokens = random_tokens(transformer, int(bounds[-1]))
+    pad = getattr(transformer.config, "pad_token_id", None)
+    if pad is not None and 0 <= pad < int(transformer.get_input_embeddings().num_embeddings):  # type: ignore[operator]
+        # A text may have the padding word among its own, and some architectures number positions by it.
+        tokens = tokens.copy()
+        tokens[[*bounds[2:4], *(bounds[2:4] - 3)]] = pad
     return [tokens[start:end] for start, end in itertools.pairwise(bounds)]
 
 
@@ -313,18 +407,16 @@ def random_tokens(transformer: nn.Module, count: int) -> Tokens:
 def _agrees(model: SentenceTransformer, device: torch.device, kind: PackingKind, bf16: bool) -> bool:
     """Whether packed embeddings equal those of each text alone, as nearly as padded ones do."""
     texts = _trial_texts(model, model[0].auto_model)
-    tokenizer = model.tokenizer
-    pad, side = getattr(tokenizer, "pad_token_id", None) or 0, getattr(tokenizer, "padding_side", "right")
-    prompt = 3
+    padding, prompt = Padding.of(model), 3
 
     def padded(rows: Sequence[Tokens]) -> Tensor:
-        return embed(model, padded_features(rows, pad_token=pad, side=side, device=device, prompt_length=prompt))
+        return embed(model, padding.features(rows, device, prompt))
 
     autocast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
     with torch.no_grad(), torch.random.fork_rng(), evaluating(model), autocast:
         alone = torch.cat([padded([text]) for text in texts]).double()
         together = padded(texts).double()
-        features = packed_features(texts, kind=kind, device=device, prompt_length=prompt, pad_token=pad)
+        features = packed_features(texts, kind=kind, device=device, prompt_length=prompt, pad_token=padding.pad_token)
         packed = embed(model, features).double()
     finite = alone.isfinite() & together.isfinite()
     if not torch.equal(packed.isfinite(), finite):

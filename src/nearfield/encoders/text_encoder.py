@@ -14,7 +14,7 @@ from nearfield.data.finite import require_finite
 from nearfield.data.store import Rows, Store
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.build import load_encoder
-from nearfield.encoders.packing import embed, evaluating, packed_features, packing_kind, padded_features
+from nearfield.encoders.packing import Padding, embed, evaluating, packed_features, packing_kind
 from nearfield.encoders.static import set_longest
 from nearfield.encoders.tokenize import item_token_ids, prompt_tokens, token_ids
 from nearfield.encoders.towers import pictured_features, takes_images
@@ -75,9 +75,7 @@ class TextEncoder:
         self.chunk_tokens = chunk_tokens or CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cuda"])
         self.by_tokens = takes_images(model) or reads_plainly(model)
         self.packing = packing_kind(model, device) if self.by_tokens else None
-        tokenizer = model.tokenizer
-        self.pad = getattr(tokenizer, "pad_token_id", None) or 0
-        self.side = getattr(tokenizer, "padding_side", "right")
+        self.padding = Padding.of(model)
 
     @classmethod
     def load(
@@ -127,7 +125,8 @@ class TextEncoder:
             return
         rows = token_ids(self.model, texts, prompt)
         length = prompt_tokens(self.model, prompt)
-        chunks = cut([len(row) for row in rows], self.chunk_tokens, padded=self.packing is None)
+        width = self.padding.width or 0
+        chunks = cut([max(len(row), width) for row in rows], self.chunk_tokens, padded=self.packing is None)
         for chunk in track(chunks, says) if says is not None else chunks:
             yield chunk, self._vectors([rows[i] for i in chunk], length)
 
@@ -140,7 +139,8 @@ class TextEncoder:
             return self(store.texts(items), prompt, role)
         rows = item_token_ids(self.model, store, items, prompt, where)
         length, device = prompt_tokens(self.model, prompt), self.model.device
-        lengths = np.array([len(row) for row in rows])
+        width = self.padding.width or 0
+        lengths = np.array([max(len(row), width) for row in rows])
         towers = np.array([bool(len(row)) and row[0] == IMAGE for row in rows])
         result: Vectors | None = None
         for part in (np.flatnonzero(~towers), np.flatnonzero(towers)):
@@ -168,6 +168,6 @@ class TextEncoder:
 
     def _features(self, rows: list[npt.NDArray[np.int32]], prompt_length: int) -> Features:
         device = self.model.device
-        if self.packing is None:
-            return padded_features(rows, pad_token=self.pad, side=self.side, device=device, prompt_length=prompt_length)
+        if self.packing is None or not any(map(len, rows)):
+            return self.padding.features(rows, device, prompt_length)
         return packed_features(rows, kind=self.packing, device=device, prompt_length=prompt_length)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nearfield.encoders.language_head import language_head, transformer_is_trained
+from nearfield.encoders.limits import longest_input
 from nearfield.encoders.masking import NOTHING, Key, Targets, hide_all
 from nearfield.encoders.packing import Features, Tokens, pool, token_states, truncated
 from nearfield.encoders.token_config import DecoderConfig, TokenTaskConfig
@@ -166,7 +167,14 @@ def _decoder(model: SentenceTransformer, config: DecoderConfig) -> Decoder:
         raise BadInputError(
             f"a decoder takes a pooling of {dimension} dimensions, the model's has {width}", where="objective.decoder"
         )
-    return Decoder(dimension, heads, config.expansion, int(model.max_seq_length or 512))
+    longest = longest_input(model)
+    if longest is None:
+        raise BadInputError(
+            "a decoder has a row for each position, and this model reads texts of any length",
+            where="objective.decoder",
+            hint="Set encoder.max_length.",
+        )
+    return Decoder(dimension, heads, config.expansion, longest)
 
 
 def mask_token(tokenizer: Any, name: str | None) -> int:

@@ -13,7 +13,8 @@ from nearfield.data.tokens import IMAGE
 from nearfield.encoders.borders import counted_tokens, leaves_prompt_out, tokens_before
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
-from nearfield.encoders.lengths import longest_input, lost_tokens, shorten
+from nearfield.encoders.lengths import lost_tokens, shorten
+from nearfield.encoders.limits import check_rows, longest_input, table_rows
 from nearfield.encoders.one_tower import family_of, row_ids
 from nearfield.encoders.static import is_static, static_token_ids
 from nearfield.encoders.towers import image_tokens, takes_images
@@ -31,23 +32,24 @@ _BLOCK = 1024
 def token_ids(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> list[npt.NDArray[np.int32]]:
     """The token ids of each text with the prompt before it, cut to the model's maximum length."""
     rows: list[npt.NDArray[np.int32]] = []
+    table = table_rows(model)
     ragged, together, static = _ragged(model), family_of(model) is not None, is_static(model)
     for start in range(0, len(texts), _BLOCK):
         block = list(texts[start : start + _BLOCK])
         if together:
-            rows += row_ids(model, block, [None] * len(block), prompt)
-            continue
-        if static:
-            rows += static_token_ids(model, block, prompt)
-            continue
-        if ragged is not None:
+            found = row_ids(model, block, [None] * len(block), prompt)
+        elif static:
+            found = static_token_ids(model, block, prompt)
+        elif ragged is not None:
             features = model.preprocess(block, prompt=prompt or None, processing_kwargs=ragged)
-            rows += [np.array(ids, dtype=np.int32) for ids in features["input_ids"]]
-            continue
-        features = model.preprocess(block, prompt=prompt or None)
-        ids = features["input_ids"].numpy().astype(np.int32)
-        mask = features["attention_mask"].numpy().astype(bool)
-        rows += [row[keep] for row, keep in zip(ids, mask, strict=True)]
+            found = [np.array(ids, dtype=np.int32) for ids in features["input_ids"]]
+        else:
+            features = model.preprocess(block, prompt=prompt or None)
+            ids = features["input_ids"].numpy().astype(np.int32)
+            mask = features["attention_mask"].numpy().astype(bool)
+            found = [row[keep] for row, keep in zip(ids, mask, strict=True)]
+        check_rows(model, block, found, table)
+        rows += found
     return rows
 
 

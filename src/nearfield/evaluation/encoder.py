@@ -23,6 +23,7 @@ from nearfield.data.finite import require_finite, shown, zeros
 from nearfield.data.tokens import CutTexts
 from nearfield.encoders.heads import shipped_files
 from nearfield.encoders.lengths import count_cuts
+from nearfield.encoders.limits import check_rows, longest_input, table_rows
 from nearfield.encoders.text_encoder import TextEncoder, cut, reads_plainly
 from nearfield.encoders.towers import reads_together
 from nearfield.evaluation.axes import Turn
@@ -280,11 +281,12 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         return np.concatenate(parts)
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
-        limit = self.model.max_seq_length
+        limit = longest_input(self.model)
         tokenizer = self.model.tokenizer
         if not getattr(tokenizer, "is_fast", False):
             return [len(text) // _CHARACTERS_A_TOKEN + 1 for text in texts]
         lengths: list[int] = []
+        rows = table_rows(self.model)
         for start in range(0, len(texts), 10_000):
             block = tokenizer(
                 list(texts[start : start + 10_000]),
@@ -293,5 +295,6 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
                 return_attention_mask=False,
                 return_token_type_ids=False,
             )
+            check_rows(self.model, texts[start : start + 10_000], block["input_ids"], rows)
             lengths.extend(len(ids) for ids in block["input_ids"])
         return lengths

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nearfield.encoders.lengths import longest_input
+from nearfield.encoders.limits import longest_input
 from nearfield.errors import BadInputError
 from nearfield.evaluation.models import ScoredModel
 from nearfield.files import canonical_json, write_text

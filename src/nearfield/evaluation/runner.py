@@ -19,7 +19,7 @@ from mteb.results import TaskResult
 
 from nearfield.data.tokens import CutTexts
 from nearfield.encoders import LoadedEncoder
-from nearfield.encoders.lengths import longest_input
+from nearfield.encoders.limits import longest_input
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.evaluation.axes import Axes
 from nearfield.evaluation.checks import check_task

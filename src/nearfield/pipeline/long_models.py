@@ -23,7 +23,7 @@ def say_long_model(
     ``tasks`` are those that ``models`` models are scored on; ``token_seconds`` is what a token takes in a text of
     ``typical`` tokens, on this device.
     """
-    from nearfield.encoders.lengths import longest_input
+    from nearfield.encoders.limits import longest_input
     from nearfield.training.forecast import say_seconds
 
     limit = longest_input(model)
@@ -49,7 +49,8 @@ def say_long_model(
 
 def _suite_lengths(model: SentenceTransformer, tasks: list[SuiteTask]) -> tuple[list[str], list[int]]:
     """The tasks whose data are on this machine, and the tokens of each of their texts as the model reads it, without prompts."""
-    from nearfield.encoders.lengths import longest_input, whole_lengths
+    from nearfield.encoders.lengths import whole_lengths
+    from nearfield.encoders.limits import longest_input
     from nearfield.evaluation.texts import benchmark_tasks
 
     limit = longest_input(model)

@@ -134,7 +134,7 @@ class TrainingStage(ChangingStages):
 
     def _lengths(self, model: SentenceTransformer) -> dict[str, Any]:
         """How much of a text the training and the model read, and what the training cut off."""
-        from nearfield.encoders.lengths import longest_input
+        from nearfield.encoders.limits import longest_input
 
         tokens = self._tokens()
         return {"training": tokens.max_length, "model": longest_input(model), **tokens.cut.to_json()}
@@ -252,7 +252,7 @@ class TrainingStage(ChangingStages):
         )
 
     def _say_lengths(self, model: SentenceTransformer) -> str:
-        from nearfield.encoders.lengths import longest_input
+        from nearfield.encoders.limits import longest_input
 
         tokens, limit = self._tokens(), longest_input(model)
         whole = "all tokens" if limit is None else f"at most {limit:,} tokens"

@@ -14,7 +14,7 @@ from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.one_tower import family_of, picture_token
-from nearfield.encoders.packing import Features, PackingKind, embed, packed_features, padded_features
+from nearfield.encoders.packing import Features, PackingKind, Padding, embed, packed_features
 from nearfield.encoders.token_task import TARGETS, TokenTask
 from nearfield.encoders.towers import pictured_features
 from nearfield.errors import BadInputError
@@ -91,11 +91,15 @@ class Engine:
         return [p for p in self.backend.module.parameters() if p.requires_grad]
 
     def lengths(self, pool: Pool) -> Rows:
-        """(n,) tokens of the pool's texts."""
+        """(n,) tokens of the pool's texts; where all are padded to one width, that."""
         lengths = np.zeros(len(pool.items), dtype=np.int64)
         for prompt in np.unique(pool.prompts):
             mine = pool.prompts == prompt
             lengths[mine] = self.feed.tokens.tables[int(prompt)].lengths(pool.items[mine])
+        width = Padding.of(self.encoder).width if self.padded else None
+        if width is not None:
+            images = self.images(pool)
+            lengths = np.where(np.False_ if images is None else images, lengths, np.maximum(lengths, width))
         return lengths
 
     def images(self, pool: Pool) -> Bools | None:
@@ -213,16 +217,9 @@ class Engine:
     def features(self, rows: list[Tokens], prompt_length: int) -> Features:
         """Token ids of texts -> what the encoder takes."""
         device = self.backend.device
-        if self.packing is not None:
+        if self.packing is not None and any(map(len, rows)):
             return packed_features(rows, kind=self.packing, device=device, prompt_length=prompt_length)
-        tokenizer = self.encoder.tokenizer
-        return padded_features(
-            rows,
-            pad_token=getattr(tokenizer, "pad_token_id", None) or 0,
-            side=getattr(tokenizer, "padding_side", "right"),
-            device=device,
-            prompt_length=prompt_length,
-        )
+        return Padding.of(self.encoder).features(rows, device, prompt_length)
 
 
 def delete_tokens(row: Tokens, share: float, prompt_length: int) -> Tokens:
