@@ -12,8 +12,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from nearfield.batching.config import BatchConfig, SingleSourceConfig, needs_vectors
 from nearfield.config import Config, ConfigPath, KeyPath, Loaded, dotted, load_config
 from nearfield.data.config import DataConfig, SourceConfig
+from nearfield.encoders.base_prompts import BasePrompts, base_prompts
 from nearfield.encoders.config import EncoderConfig, PromptConfig
-from nearfield.encoders.prompts import make_contract
+from nearfield.encoders.prompts import PromptContract, make_contract
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import HeldOutTask, SuiteConfig
 from nearfield.mining.config import (
@@ -118,6 +119,8 @@ class CheckedRecipe:
     """None where there is no evaluation, or where it is a folder of tasks."""
     training_suite: SuiteConfig | None
     """The same for the evaluation during the training."""
+    contract: PromptContract
+    """The prompts that are trained and saved, as far as they are known without a store and a connection."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Loaded[Recipe]:
@@ -159,20 +162,27 @@ def _merged(below: Any, above: Any) -> Any:
     return type(below).model_validate(values)
 
 
-def check_recipe(loaded: Loaded[Recipe]) -> CheckedRecipe:
-    """Read the files that a recipe names and check that all fits together; of several stages, the last one is given."""
+def check_recipe(loaded: Loaded[Recipe], base: BasePrompts | None = None) -> CheckedRecipe:
+    """Read the files that a recipe names and check that all fits together; of several stages, the last one is given.
+
+    ``base`` are the prompts of the model that it starts from; null reads them where that is a folder or in the hub's cache.
+    """
     recipe = loaded.config
     if recipe.stages:
-        return [check_recipe(stage) for stage in stage_recipes(loaded)][-1]
+        for stage in stage_recipes(loaded):
+            checked = check_recipe(stage, base)
+            base = checked.contract.as_base()
+        return checked
     data = DataConfig.load(recipe.data)
     sources = _chosen_sources(loaded, data)
     suite = _suite(recipe.evaluation)
     training_suite = _suite(recipe.training.evaluation)
-    make_contract(sources, recipe.prompts, {})
+    base = base_prompts(recipe.encoder.model, recipe.encoder.revision) if base is None else base
+    contract = make_contract(sources, recipe.prompts, base)
     _check_teacher(loaded)
     _check_samples(loaded, sources)
     _check_scores(loaded, sources)
-    return CheckedRecipe(recipe, data, sources, suite, training_suite)
+    return CheckedRecipe(recipe, data, sources, suite, training_suite, contract)
 
 
 def _check_teacher(loaded: Loaded[Recipe]) -> None:

@@ -6,19 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mteb
 import numpy as np
 import pytest
 import torch
 import yaml
+from mteb.types import PromptType
 from torch.nn import functional
 
 from nearfield.batching.plan import Plan
 from nearfield.data.store import Store
 from nearfield.encoders import EncoderConfig, load_encoder
+from nearfield.encoders.base_prompts import BasePrompts, base_prompts
 from nearfield.encoders.build import build_encoder
-from nearfield.encoders.prompts import base_prompts
 from nearfield.encoders.stated import stated_similarity, stored_dtype
 from nearfield.encoders.text_encoder import TextEncoder
+from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.kinds import SIMILARITIES, CoSENTConfig, TripletConfig
 from nearfield.pipeline import open_run, run_stages
@@ -258,6 +261,8 @@ def test_prompts_of_the_base_are_those_that_sentence_transformers_uses(tmp_path:
         model.encode_query(["word1"])
         model.encode_document(["word1"])
         found = base_prompts(str(base))
-        assert [found.get("query", ""), found.get("document", "")] == read, says
-    assert base_prompts("nobody/such-a-model") == {}
+        assert [found.side("query"), found.side("document")] == read, says
+        task, encoder = mteb.get_task("SciFact").metadata, TaskEncoder(model, name="a/b", revision="r")
+        assert [encoder.prompt_for(task, role) for role in (PromptType.query, PromptType.document)] == read, says
+    assert base_prompts("nobody/such-a-model") == BasePrompts()
     assert stated_similarity("nobody/such-a-model") == "cosine"

@@ -70,8 +70,10 @@ Phrasings = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Prompts(Config):
-    """Strings put before the text of an item, a role; null is none.
+    """Strings put before the text of an item, a role; null leaves it to the training recipe, and there to the base model.
 
+    Where the texts of the task type have no role (classification, clustering, pairs and the like), ``query`` is put before
+    all of them, unless ``document`` is stated, too.
     Several phrasings of one prompt are a list: training draws one for each example and epoch, and the model keeps the first.
     Instead of the strings a ``template`` of a published model can be named, with instructions for the places that it has.
     """
@@ -102,6 +104,12 @@ class Prompts(Config):
         made = [render(template, phrasing, stated.get("document_instruction")) for phrasing in phrasings]
         queries = [query for query, _ in made]
         return {"query": tuple(queries) if len(queries) > 1 else queries[0], "document": made[0][1], **stated}
+
+    @property
+    def states_document(self) -> bool:
+        """Whether the prompt before documents is stated, and not what a template has where nothing is said of documents."""
+        made = None if self.template is None else TEMPLATES[self.template].document
+        return self.document is not None and (made is None or self.document != made or bool(self.document_instruction))
 
     @model_validator(mode="after")
     def _instructions_need_a_template(self) -> Self:

@@ -26,6 +26,7 @@ from nearfield.encoders.adapters import (
     record_base,
     save_adapter,
 )
+from nearfield.encoders.base_prompts import CONTRACT_FILE
 from nearfield.encoders.borders import BORDER, border_notices, keep_borders, save_borders
 from nearfield.encoders.checks import check_folder, load_error
 from nearfield.encoders.config import EncoderConfig
@@ -34,7 +35,6 @@ from nearfield.encoders.gguf import gguf_file, load_gguf
 from nearfield.encoders.heads import own_modules, set_heads, ship_modules
 from nearfield.encoders.limits import stated_positions, usable_positions
 from nearfield.encoders.offline import find_offline
-from nearfield.encoders.prompts import CONTRACT_FILE
 from nearfield.encoders.static import set_longest
 from nearfield.encoders.trunk import append_eos, draw_anew, keep_layers, read_plain_texts
 from nearfield.errors import BadInputError

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from nearfield.encoders.base_prompts import has_roles
+from nearfield.encoders.prompts import TEXT
+
 if TYPE_CHECKING:
     from nearfield.encoders.config import EncoderConfig
+    from nearfield.encoders.prompts import PromptContract
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def _new_modules(config: EncoderConfig) -> dict[str, bool]:
 def model_card(
     name: str,
     origin: Origin,
-    prompts: Mapping[str, Mapping[str, str]],
+    contract: PromptContract,
     facts: Mapping[str, object],
     contamination: Sequence[str] = (),
     remote_code: Sequence[str] = (),
@@ -82,7 +86,7 @@ def model_card(
 ) -> str:
     """Markdown with the front matter that the hub reads.
 
-    ``origin`` says what the weights were before. ``prompts`` are source -> role -> text, ``facts`` short statements of the training, ``contamination``
+    ``origin`` says what the weights were before. ``contract`` holds the prompts, ``facts`` short statements of the training, ``contamination``
     lines that say what the training texts share with benchmarks; ``remote_code`` names the files in the folder that
     sentence-transformers must run to load the model; ``notices`` are what a user must know of the training.
     """
@@ -110,9 +114,7 @@ def model_card(
         "from sentence_transformers import SentenceTransformer",
         "",
         f'model = SentenceTransformer("this-folder"{", trust_remote_code=True" if remote_code else ""})',
-        'queries = model.encode_query(["a query"])',
-        'documents = model.encode_document(["a document"])',
-        "similarities = model.similarity(queries, documents)",
+        *usage(contract),
         "```",
         "",
         *((f"Loading runs {_listed(remote_code)} of that folder.", "") if remote_code else ()),
@@ -129,11 +131,47 @@ def model_card(
         "",
         *(
             f"- {source}: query {_quoted(p['query'])}, document {_quoted(p['document'])}"
-            for source, p in prompts.items()
+            for source, p in contract.sources.items()
         ),
+        "",
+        "Type not trained: tasks of types other than those of the sources "
+        f"({', '.join(contract.by_type)}) get query {_quoted(contract.fallback['query'])}, document "
+        f"{_quoted(contract.fallback['document'])}, texts without a role {_quoted(contract.default_prompt)}"
+        f"{_besides(contract)}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def usage(contract: PromptContract) -> list[str]:
+    """Lines of Python that encode with the prompts that the model is evaluated with; ``model`` is the loaded model.
+
+    A prompt is named where plain ``encode_query``, ``encode_document`` or ``encode`` would put another.
+    """
+    lines: list[str] = []
+    for task_type, prompts in contract.by_type.items():
+        if has_roles(task_type):
+            calls = [
+                f'{name} = model.encode_{role}(["a {role}"]{_named(f"{task_type}-{role}", prompts[role], contract.fallback[role])})'
+                for name, role in (("queries", "query"), ("documents", "document"))
+            ]
+            calls.append("similarities = model.similarity(queries, documents)")
+        else:
+            name = _named(task_type, prompts[TEXT], contract.default_prompt)
+            calls = [f'texts = model.encode(["a text", "another text"]{name})']
+            calls.append("similarities = model.similarity(texts, texts)")
+        if calls[0] not in lines:
+            lines += [*([""] if lines else []), *([f"# {task_type}"] if len(contract.by_type) > 1 else []), *calls]
+    return lines
+
+
+def _named(key: str, wanted: str, plain: str) -> str:
+    return "" if wanted == plain else f", prompt_name={json.dumps(key)}"
+
+
+def _besides(contract: PromptContract) -> str:
+    names = ", ".join(f"`{name}`" for name in contract.unseen)
+    return f"; those of {names} what the model holds for them" if names else ""
 
 
 def _listed(files: Sequence[str]) -> str:

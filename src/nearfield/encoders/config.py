@@ -246,19 +246,29 @@ class EncoderConfig(Config):
         return self
 
 
-class RolePrompts(Config):
+class QueryPrompts(Config):
     """The text put before queries and before documents; null says nothing, an empty string says 'no prompt'."""
 
     query: str | None = None
     document: str | None = None
 
 
+class RolePrompts(QueryPrompts):
+    """The text put before queries, before documents, and before texts that are neither; null says nothing, an empty string
+    says 'no prompt'."""
+
+    text: str | None = None
+    """Before texts without a role: those of classification, clustering, pairs and the like."""
+
+
 class PromptConfig(Config):
     """Prompts that live in the model under the keys that mteb resolves."""
 
     fallback: RolePrompts = RolePrompts()
-    """For tasks of a type that no training source has; null takes the base model's own prompt of the role."""
+    """For sources that state none, and for tasks of a type that no source has. There null takes what is trained for the role
+    (to be stated where task types differ); for texts without a role the base model's default prompt, mostly none."""
     types: dict[str, RolePrompts] = {}
-    """For an mteb task type, where the sources of that type do not agree on one prompt."""
+    """For an mteb task type: which of their prompts is evaluated, where the sources of the type do not agree on one; or the
+    prompt of a type that no source has."""
     in_context: InContextConfig | None = None
     """Examples of the training split before the prompts of queries."""

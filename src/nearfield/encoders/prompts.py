@@ -1,25 +1,47 @@
 """The prompt contract: what a model was trained with is what it is evaluated with.
 
-Prompts live in the model under the keys that mteb resolves: ``query`` and ``document`` for unseen tasks, and
-``<TaskType>-query`` / ``<TaskType>-document`` for the types that training had. Beside them the model folder holds
-``prompt_contract.json``, which lists what was trained, so that an evaluation with another prompt can be refused.
+Prompts live in the model under the keys that mteb resolves: ``query`` and ``document`` carry what was trained, and so do
+``<TaskType>-query`` and ``<TaskType>-document`` for types that ask for queries and documents, ``<TaskType>`` for types
+whose texts have no role (classification, clustering, pairs, ...). Other texts without a role get the default prompt, if
+there is one. Beside them the model folder holds ``prompt_contract.json``, which lists what was trained, so that an
+evaluation with another prompt can be refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from nearfield.encoders.config import PromptConfig
-from nearfield.encoders.stated import stated_settings
+from nearfield.encoders.base_prompts import (
+    CONTRACT_FILE,
+    CONTRACT_VERSION,
+    ROLES,
+    SIDES,
+    BasePrompts,
+    has_roles,
+    type_of_key,
+)
+from nearfield.encoders.config import PromptConfig, RolePrompts
 from nearfield.errors import BadInputError
 from nearfield.files import write_json
+from nearfield.notices import Notice
 
-CONTRACT_FILE = "prompt_contract.json"
-CONTRACT_VERSION = 1
-ROLES = ("query", "document")
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+TEXT = "text"
+"""Stands for the role of texts that have none."""
+DEFAULT_KEY = "text"
+"""The key of the default prompt where no other key has its text."""
+
+_NO_TYPES = frozenset((DEFAULT_KEY, *(key for keys in SIDES.values() for key in keys)))
+
+Statement = str | Sequence[str]
+"""A prompt, or its phrasings."""
+T = TypeVar("T")
 
 
 class PromptedSource(Protocol):
@@ -41,14 +63,12 @@ class PromptContract:
     """Source name -> role -> prompt, the first of its phrasings; an empty string is no prompt."""
     task_types: dict[str, str]
     """Source name -> mteb task type."""
-    fallback: dict[str, str]
-    model_prompts: dict[str, str]
-    """The model's ``prompts``: mteb's key -> text."""
-
-    stated: dict[str, set[str]]
-    """Role -> prompts that the recipe names for evaluation: its fallback and those of ``prompts.types``."""
+    config: PromptConfig
+    base: BasePrompts
     phrasings: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
     """Source name -> role -> all phrasings, where there are several; the first is that of ``sources``."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Task type -> the query prompt with the first set of examples before it, where the model keeps that."""
 
     def of(self, source: str, role: str) -> tuple[str, ...]:
         """All phrasings of a source's prompt for a role, the one that the model keeps first."""
@@ -58,62 +78,268 @@ class PromptContract:
         """What tokens depend on: the prompts of each source, and the phrasings where there are several."""
         return [self.sources, self.phrasings] if self.phrasings else self.sources
 
+    @cached_property
+    def by_type(self) -> dict[str, dict[str, str]]:
+        """Task type of a source -> role -> the prompt that the model keeps; ``text`` of types without roles."""
+        found: dict[str, dict[str, str]] = {}
+        for task_type in sorted(set(self.task_types.values())):
+            if has_roles(task_type):
+                found[task_type] = {role: self._chosen(task_type, role) for role in ROLES}
+                continue
+            text = self._chosen(task_type, TEXT)
+            found[task_type] = {TEXT: text, **{role: self._side(task_type, role, text) for role in ROLES}}
+        return found
+
+    def _of_type(self, task_type: str) -> list[str]:
+        return [name for name, of in self.task_types.items() if of == task_type]
+
+    def _stated(self, name: str, task_type: str, role: str) -> str | None:
+        """What the recipe states for a type, or a task of one; of a type that sources have it must be trained."""
+        stated = _stated(self.config.types.get(name), role)
+        if stated is None or task_type not in self.task_types.values():
+            return stated
+        names, roles = self._of_type(task_type), (role,) if has_roles(task_type) else ROLES
+        trained = sorted({text for source in names for each in roles for text in self.of(source, each)})
+        if stated not in trained:
+            raise BadInputError(
+                f"{stated!r} is to be evaluated, and no source of type {task_type} is trained with it",
+                where=f"prompts.types.{name}",
+                hint=f"State one of {trained}, or train with it: 'prompts' of the sources {', '.join(names)}.",
+            )
+        return stated
+
+    def _chosen(self, task_type: str, role: str) -> str:
+        """The prompt of a type that sources have: the one that they agree on, or that the recipe states of several."""
+        names, side = self._of_type(task_type), "query" if role == TEXT else role
+        stated = self._stated(task_type, task_type, role)
+        if stated is not None:
+            return stated
+        if side == "query" and task_type in self.examples:
+            return self.examples[task_type]
+        texts = dict.fromkeys(self.of(name, side)[0] for name in names)
+        if len(texts) > 1:
+            what = "prompts" if role == TEXT else f"{role} prompts"
+            raise BadInputError(
+                f"the sources {', '.join(names)} are all of type {task_type} but have different {what}: {sorted(texts)}",
+                where="prompts",
+                hint=f"State the one to evaluate {task_type} tasks with under prompts.types.{task_type}.{role}.",
+            )
+        return next(iter(texts))
+
+    def _side(self, task_type: str, role: str, text: str) -> str:
+        """The prompt of a role, where a task of a type without roles asks for one."""
+        stated = self._stated(task_type, task_type, role)
+        texts = {self.of(name, role)[0] for name in self._of_type(task_type)}
+        if stated is not None:
+            return stated
+        return texts.pop() if len(texts) == 1 else text
+
+    @cached_property
+    def fallback(self) -> dict[str, str]:
+        """Role -> the prompt of queries and documents of types that no source has: the model's ``query`` and ``document``."""
+        return {role: self._fallback(role) for role in ROLES}
+
+    def _fallback(self, role: str) -> str:
+        stated, own = getattr(self.config.fallback, role), self.base.side(role)
+        if stated is not None:
+            return str(stated)
+        asked = [prompts for task_type, prompts in self.by_type.items() if has_roles(task_type)]
+        if not asked and any(map(self.base.side, ROLES)):
+            return own  # which the base was trained with, and this training did not touch
+        texts = {prompts[role] for prompts in asked} or {prompts[TEXT] for prompts in self.by_type.values()}
+        if len(texts) == 1:
+            return texts.pop()
+        if own in texts or not asked:
+            return own
+        raise BadInputError(
+            f"the {role} prompts of the task types differ ({sorted(texts)}), and the model's {role!r} prompt can be one alone",
+            where="prompts",
+            hint=f"State the one that other tasks and plain encode_{role} get under prompts.fallback.{role}.",
+        )
+
+    @cached_property
+    def default_prompt(self) -> str:
+        """What texts without a role get in tasks of types that neither a source nor the model has a prompt for."""
+        return self.base.default or "" if self.config.fallback.text is None else self.config.fallback.text
+
+    @cached_property
+    def unseen(self) -> dict[str, dict[str, str]]:
+        """Task type (or task) that no source has -> role -> what the recipe, or else the base model, states for it."""
+        found: dict[str, dict[str, str]] = {}
+        named = {_split(key)[0] for key in self.base.prompts} | self.base.types
+        for name in sorted((named - _NO_TYPES) | set(self.config.types)):
+            task_type = type_of_key(name)
+            if task_type is None and name in self.config.types:
+                raise BadInputError(
+                    f"mteb knows no task type and no task {name!r}, and would drop its prompt",
+                    where=f"prompts.types.{name}",
+                    hint="A task of one's own takes the prompt of its type, such as Retrieval or Classification.",
+                )
+            if task_type is None or name in self.by_type:
+                continue
+            own = {} if task_type in self.by_type else self._of_base(name, task_type)
+            stated = {role: self._stated(name, task_type, role) for role in _roles_of(task_type)}
+            kept = {**own, **{role: text for role, text in stated.items() if text is not None}}
+            if kept:
+                found[name] = kept
+        return found
+
+    def _of_base(self, name: str, task_type: str) -> dict[str, str]:
+        """Role -> what the base model's own keys say of a type or task, unless the recipe's fallback takes their place."""
+        found, prompts, trained = {}, self.base.prompts, task_type in self.base.types
+        for role in _roles_of(task_type):
+            text = prompts.get(name if role == TEXT else f"{name}-{role}")
+            if text is None and has_roles(task_type):
+                text = prompts.get(name)
+            if text is None and role == TEXT and trained:
+                text = self.base.text_of(name)
+            replaced = getattr(self.config.fallback, role) if has_roles(task_type) else self.config.fallback.text
+            if text is not None and (replaced is None or trained):
+                found[role] = text
+        return found
+
+    @cached_property
+    def model_prompts(self) -> dict[str, str]:
+        """The model's ``prompts``: mteb's key -> text."""
+        found = dict(self.fallback)
+        for key, text in self.base.prompts.items():
+            name, _ = _split(key)
+            if name not in ROLES and (name in _NO_TYPES or type_of_key(name) is None):
+                found[key] = text  # of no task: for those who name it
+        for name, prompts in {**self.unseen, **self.by_type}.items():
+            before = prompts.get(TEXT)
+            if before is not None:
+                found[name] = before
+            found |= {f"{name}-{role}": prompts[role] for role in ROLES if prompts.get(role) not in (None, before)}
+        if self.default_prompt and self.default_prompt not in found.values():
+            found[DEFAULT_KEY] = self.default_prompt
+        return found
+
+    @property
+    def default_prompt_name(self) -> str | None:
+        """The key of the default prompt; null where there is none."""
+        if not self.default_prompt:
+            return None
+        keys = [key for key, text in self.model_prompts.items() if text == self.default_prompt]
+        return next((key for key in (DEFAULT_KEY, *ROLES) if key in keys), keys[0])
+
+    @property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """Source -> task type and prompts, of this training and of those before it."""
+        found: dict[str, dict[str, Any]] = {name: dict(task) for name, task in self.base.tasks.items()}
+        for name, prompts in self.sources.items():
+            found[name] = {"task_type": self.task_types[name], **prompts}
+            if name in self.phrasings:
+                found[name]["phrasings"] = {role: list(texts) for role, texts in self.phrasings[name].items()}
+        return found
+
     def to_json(self) -> dict[str, Any]:
-        """What ``prompt_contract.json`` holds; its ``prompts`` are those that an evaluation may use."""
-        listed = {role: {text for name in self.sources for text in self.of(name, role)} for role in ROLES}
-        trained = {role: sorted(prompts | self.stated[role]) for role, prompts in listed.items()}
-        tasks: dict[str, dict[str, Any]] = {
-            name: {"task_type": self.task_types[name], **prompts} for name, prompts in self.sources.items()
-        }
-        for name, roles in self.phrasings.items():
-            tasks[name]["phrasings"] = {role: list(texts) for role, texts in roles.items()}
-        return {"version": CONTRACT_VERSION, "prompts": trained, "fallback": self.fallback, "tasks": tasks}
+        """What ``prompt_contract.json`` holds; its ``prompts`` are all of a role that an evaluation may use."""
+        named = [self.config.fallback, *self.config.types.values()]
+        listed = {}
+        for role in ROLES:
+            stated = {text for of in named if (text := getattr(of, role)) is not None}
+            listed[role] = sorted(stated | {text for name in self.sources for text in self.of(name, role)})
+        types = {name: {role: [text] for role, text in prompts.items()} for name, prompts in self.unseen.items()}
+        fallback = {**self.fallback, TEXT: self.default_prompt}
+        found = {"version": CONTRACT_VERSION, "prompts": listed, "fallback": fallback, "tasks": self.tasks}
+        return {**found, "types": types} if types else found
 
     def save(self, model_folder: Path) -> None:
         """Write the contract beside a saved model."""
         write_json(model_folder / CONTRACT_FILE, self.to_json())
 
+    def as_base(self) -> BasePrompts:
+        """What the model that is saved with this contract brings to a training that starts from it."""
+        return BasePrompts(self.model_prompts, self.default_prompt or None, self.tasks)
 
-def make_contract(
-    sources: Sequence[PromptedSource], config: PromptConfig, base_prompts: dict[str, str]
-) -> PromptContract:
+    def apply(self, model: SentenceTransformer) -> None:
+        """Give a model the prompts that it is saved with."""
+        model.prompts, model.default_prompt_name = dict(self.model_prompts), self.default_prompt_name
+
+    def notices(self) -> list[Notice]:
+        """What the prompts leave open, or put otherwise than one may think."""
+        return [*_untrained_fallbacks(self), *_two_sided_texts(self), *_replaced_tasks(self)]
+
+
+def _untrained_fallbacks(contract: PromptContract) -> Iterable[Notice]:
+    for role in ROLES:
+        trained = sorted({text for name in contract.sources for text in contract.of(name, role)})
+        stated = getattr(contract.config.fallback, role)
+        if stated is not None and stated not in trained:
+            yield Notice(
+                "fallback-prompt-not-trained",
+                f"the {role} prompt for unseen tasks and plain encode_{role} ({stated!r}) is none that is trained",
+                f"Set prompts.fallback.{role} to one of {trained}.",
+            )
+
+
+def _two_sided_texts(contract: PromptContract) -> Iterable[Notice]:
+    for task_type, prompts in contract.by_type.items():
+        if TEXT in prompts and prompts["document"] != prompts[TEXT]:
+            yield Notice(
+                "text-prompts-differ",
+                f"the sources of type {task_type} are trained with {prompts['query']!r} before one side and "
+                f"{prompts['document']!r} before the other; the texts of such tasks have no sides and get {prompts[TEXT]!r}",
+                f"State which under prompts.types.{task_type}.text, or leave out 'document' in the sources' prompts: both "
+                "sides then get the query's.",
+            )
+
+
+def _replaced_tasks(contract: PromptContract) -> Iterable[Notice]:
+    names = {_split(key)[0] for key, text in contract.base.prompts.items() if text}
+    names -= {*_NO_TYPES, *contract.by_type, *contract.unseen}
+    gone = sorted(name for name in names if type_of_key(name) in contract.by_type)
+    if gone:
+        yield Notice(
+            "base-prompts-replaced",
+            f"the base model's prompts of {', '.join(gone)} are left out: tasks of their types are trained with others",
+        )
+
+
+def make_contract(sources: Sequence[PromptedSource], config: PromptConfig, base: BasePrompts) -> PromptContract:
     """The contract of a run.
 
     A source's prompt for a role is the first that is stated of: the source's own, the recipe's fallback, the base
-    model's. Of several phrasings the first counts; all are trained, and the contract lists them. Sources of one task type must agree on their prompts, unless the recipe states the type's prompt itself.
+    model's. Where texts have no role both sides of an example get one prompt, the first that is stated of: the source's
+    own (for queries, or else for documents), the recipe's fallback for texts, that for queries, the base model's for such
+    texts; unless the source states two. Of several phrasings the first counts; all are trained, and the contract lists
+    them. Raises :class:`BadInputError` where the model could not keep what is trained: sources of one task type that
+    disagree, or types that disagree on ``query`` or ``document``, where the recipe does not say which it is.
     """
-    stated = {"query": config.fallback.query, "document": config.fallback.document}
-    fallback = {role: _first(stated[role], base_prompts.get(role)) for role in ROLES}
-    trained = {
-        source.name: {role: _first(_kept(getattr(source.prompts, role)), fallback[role]) for role in ROLES}
-        for source in sources
+    made = {source.name: _statements(source, config, base) for source in sources}
+    kept = {name: {role: _variants(of[role])[0] for role in ROLES} for name, of in made.items()}
+    several = {
+        name: {role: texts for role in ROLES if len(texts := _variants(of[role])) > 1} for name, of in made.items()
     }
-    phrasings = {
-        source.name: {role: tuple(texts) for role in ROLES if _several(texts := getattr(source.prompts, role))}
-        for source in sources
-    }
-    model_prompts = dict(fallback)
-    for task_type in sorted({source.task_type for source in sources} | set(config.types)):
-        for role in ROLES:
-            override = getattr(config.types[task_type], role) if task_type in config.types else None
-            if override is not None:
-                model_prompts[f"{task_type}-{role}"] = override
-                continue
-            texts = {trained[source.name][role] for source in sources if source.task_type == task_type}
-            if len(texts) > 1:
-                names = ", ".join(source.name for source in sources if source.task_type == task_type)
-                raise BadInputError(
-                    f"the sources {names} are all of type {task_type} but have different {role} prompts: {sorted(texts)}",
-                    where="prompts",
-                    hint=f"State the one to evaluate {task_type} tasks with under prompts.types.{task_type}.{role}.",
-                )
-            for text in texts:
-                model_prompts[f"{task_type}-{role}"] = text
-    named = [config.fallback, *config.types.values()]
-    stated_texts = {role: {text for of in named if (text := getattr(of, role)) is not None} for role in ROLES}
-    task_types = {source.name: source.task_type for source in sources}
-    several = {name: roles for name, roles in phrasings.items() if roles}
-    return PromptContract(trained, task_types, fallback, model_prompts, stated_texts, several)
+    contract = PromptContract(
+        kept,
+        {source.name: source.task_type for source in sources},
+        config,
+        base,
+        {name: roles for name, roles in several.items() if roles},
+    )
+    assert contract.model_prompts is not None  # made now, so that what cannot be is said before anything is trained
+    return contract
+
+
+def _statements(source: PromptedSource, config: PromptConfig, base: BasePrompts) -> dict[str, Statement]:
+    """Role -> what is put before the items of a source."""
+    own: dict[str, Statement | None] = {role: getattr(source.prompts, role) for role in ROLES}
+    if has_roles(source.task_type):
+        stated = {"query": config.fallback.query, "document": config.fallback.document}
+        return {role: _first(own[role], stated[role], base.of(source.task_type, role), "") for role in ROLES}
+    if not getattr(source.prompts, "states_document", True):
+        own["document"] = None
+    text = _first(
+        own["query"],
+        own["document"],
+        config.fallback.text,
+        config.fallback.query,
+        base.of(source.task_type, None),
+        "",
+    )
+    return {role: _first(own[role], text) for role in ROLES}
 
 
 def add_examples(contract: PromptContract, sets: Mapping[str, Sequence[str]], evaluated: bool) -> PromptContract:
@@ -124,50 +350,48 @@ def add_examples(contract: PromptContract, sets: Mapping[str, Sequence[str]], ev
     """
     sources = {name: dict(prompts) for name, prompts in contract.sources.items()}
     phrasings = {name: dict(roles) for name, roles in contract.phrasings.items()}
-    model_prompts, kept = dict(contract.model_prompts), set()
+    examples: dict[str, str] = {}
     for name, texts in sets.items():
         plain, task_type = contract.of(name, "query"), contract.task_types[name]
         every = [*plain, *(text + phrasing for text in texts for phrasing in plain)]
-        key = f"{task_type}-query"
-        if evaluated and contract.model_prompts[key] == plain[0]:
-            if key in kept:
+        if evaluated and contract.by_type[task_type]["query" if has_roles(task_type) else TEXT] == plain[0]:
+            if task_type in examples:
                 raise BadInputError(
                     f"two sources of type {task_type} have examples of their own, and a model keeps one prompt a type",
                     where="prompts.in_context",
                     hint="Set evaluated: plain, or name one source a type under sources.",
                 )
-            kept.add(key)
-            first = texts[0] + plain[0]
+            first = examples[task_type] = texts[0] + plain[0]
             every.sort(key=lambda text: text != first)
-            sources[name]["query"] = model_prompts[key] = first
+            sources[name]["query"] = first
         phrasings.setdefault(name, {})["query"] = tuple(dict.fromkeys(every))
-    return replace(contract, sources=sources, phrasings=phrasings, model_prompts=model_prompts)
+    return replace(contract, sources=sources, phrasings=phrasings, examples=examples)
 
 
-def _several(prompt: str | Sequence[str] | None) -> bool:
-    return prompt is not None and not isinstance(prompt, str) and len(prompt) > 1
+def _roles_of(task_type: str) -> tuple[str, ...]:
+    return ROLES if has_roles(task_type) else (TEXT, *ROLES)
 
 
-def _kept(prompt: str | Sequence[str] | None) -> str | None:
-    """The phrasing that the model keeps: the first."""
-    return prompt if prompt is None or isinstance(prompt, str) else prompt[0]
+def _split(key: str) -> tuple[str, str | None]:
+    """A key of prompts without its role, and the role."""
+    name, _, role = key.rpartition("-")
+    return (name, role) if name and role in ROLES else (key, None)
 
 
-def _first(*candidates: str | None) -> str:
-    return next((text for text in candidates if text is not None), "")
+def _stated(prompts: RolePrompts | None, role: str) -> str | None:
+    """What a recipe states for a role; of texts without one, else what it states for queries."""
+    if prompts is None:
+        return None
+    if role == TEXT and prompts.text is None:
+        return prompts.query
+    text: str | None = getattr(prompts, role)
+    return text
 
 
-def base_prompts(model: str, revision: str | None = None) -> dict[str, str]:
-    """The prompts that a model brings, without loading it; empty for one that is out of reach.
+def _variants(prompt: Statement) -> tuple[str, ...]:
+    """The phrasings of a prompt; the model keeps the first."""
+    return (prompt,) if isinstance(prompt, str) else tuple(prompt)
 
-    Those of the roles are what sentence-transformers puts before queries and documents: a document's may be called
-    ``passage`` or ``corpus``, and a role without one has the default prompt.
-    """
-    settings = stated_settings(model, revision)
-    prompts = {str(key): str(text or "") for key, text in (settings.get("prompts") or {}).items()}
-    default = prompts.get(str(settings.get("default_prompt_name")), "")
-    roles = {
-        "query": _first(prompts.get("query"), default),
-        "document": _first(*map(prompts.get, ("document", "passage", "corpus")), default),
-    }
-    return {key: text for key, text in {**prompts, **roles}.items() if text}
+
+def _first(*candidates: T | None) -> T:
+    return next(text for text in candidates if text is not None)

@@ -19,7 +19,7 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float
 def stated_settings(model: str, revision: str | None = None) -> dict[str, Any]:
     """The prompts, similarity function and truncation that a folder, offline package or hub model states; empty where it states
     nothing, or is out of reach."""
-    file = _file(model, revision, SETTINGS)
+    file = stated_file(model, revision, SETTINGS)
     found = {} if file is None else read_json(file, "model config")
     return found if isinstance(found, dict) else {}
 
@@ -54,7 +54,7 @@ def stored_dtype(folder: Path) -> str | None:
     return None
 
 
-def _file(model: str, revision: str | None, name: str) -> Path | None:
+def stated_file(model: str, revision: str | None, name: str) -> Path | None:
     """A file of a model: of its folder, of the package that carries it, of the hub or its cache."""
     folder = Path(model).expanduser()
     if folder.exists():

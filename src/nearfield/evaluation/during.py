@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from nearfield.errors import BadInputError
 from nearfield.evaluation.checks import check_task
 from nearfield.evaluation.columns import read_columns_whole
 from nearfield.evaluation.config import SuiteConfig
-from nearfield.evaluation.contract import check_prompts
+from nearfield.evaluation.contract import TrainedPrompts, check_prompts
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.heldout import OpenStore
 from nearfield.evaluation.local import fresh_generators, parts_of
@@ -64,7 +64,7 @@ class DuringTraining:
         *,
         name: str,
         metric: str,
-        contract: Mapping[str, Sequence[str]] | None,
+        contract: TrainedPrompts | None,
         open_store: OpenStore | None = None,
     ) -> None:
         """``model`` has the prompts that it will be saved with; ``contract`` says which are trained (None: all pass).

@@ -27,6 +27,7 @@ from nearfield.encoders.limits import check_rows, longest_input, table_rows
 from nearfield.encoders.text_encoder import TextEncoder, cut, reads_plainly
 from nearfield.encoders.towers import reads_together
 from nearfield.evaluation.axes import Turn
+from nearfield.evaluation.contract import SavedPrompts
 from nearfield.evaluation.crew import Crew, Pairs, Wording
 from nearfield.evaluation.vectors import compress
 from nearfield.notices import Notice
@@ -151,17 +152,9 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         return found
 
     def prompt_for(self, task_metadata: Any, prompt_type: PromptType | None) -> str:
-        """The string that is put before a text of this role in this task; empty for none.
-
-        The order is mteb's (task name and role, task name, task type and role, task type, role), then
-        sentence-transformers' (the role's own prompt; for texts without a role the default prompt).
-        """
-        prompt = get_prompt(self.model_prompts, task_metadata, prompt_type)
-        if prompt is None and prompt_type is not None and prompt_type.value in self.model.prompts:
-            prompt = self.model.prompts[prompt_type.value]
-        elif prompt is None and self.model.default_prompt_name is not None:
-            prompt = self.model.prompts.get(self.model.default_prompt_name)
-        return prompt or ""
+        """The string that is put before a text of this role in this task; empty for none."""
+        saved = SavedPrompts(self.model.prompts, self.model.default_prompt_name, self.model_prompts or {})
+        return saved.prompt_for(task_metadata, prompt_type)
 
     def encode(
         self,

@@ -25,7 +25,7 @@ from nearfield.evaluation.axes import Axes
 from nearfield.evaluation.checks import check_task
 from nearfield.evaluation.columns import read_columns_whole
 from nearfield.evaluation.config import SuiteConfig
-from nearfield.evaluation.contract import check_contract, roles_of
+from nearfield.evaluation.contract import prompt_notices, roles_of
 from nearfield.evaluation.crew import Crew
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.heldout import OpenStore
@@ -166,10 +166,12 @@ def _score_tasks(
             not_applicable[suite_task.name] = reason
             logger.warning("%s is not applicable: %s", suite_task.name, reason)
     notes = [scored.note] if scored.note else []
-    if scored.encoder is not None and scored.folder is not None and prompts == "contract":
-        check_contract(scored.encoder, scored.folder, [part for t in applicable for part in parts_of(t.task)])
-    elif scored.encoder is not None and prompts == "as-is":
-        notes.append("prompts as they are: the prompt contract was not checked")
+    if scored.encoder is not None and scored.folder is not None:
+        parts = [part for t in applicable for part in parts_of(t.task)]
+        found = prompt_notices(scored.encoder, scored.folder, parts, check=prompts == "contract")
+        for name, notices in found.items():
+            for notice in notices:
+                said.say(notice, name)
 
     files = ResultFolder(out)
     folder = files.get_task_result_path("any", meta).parent

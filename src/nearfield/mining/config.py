@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from nearfield.config import Config, ConfigPath
-from nearfield.encoders.config import RolePrompts, resolve_model
+from nearfield.encoders.config import QueryPrompts, resolve_model
 from nearfield.mining.during_config import DuringConfig as DuringConfig
 from nearfield.mining.during_config import DynamicNegatives as DynamicNegatives
 from nearfield.mining.during_config import RefreshedNegatives as RefreshedNegatives
@@ -30,7 +30,7 @@ class SentenceTransformerTeacher(Config):
     """Null takes the model that the recipe trains from, as it is before training."""
     revision: str | None = None
     max_length: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
-    prompts: RolePrompts = RolePrompts()
+    prompts: QueryPrompts = QueryPrompts()
     """Put before texts; null takes the model's own prompt of the role."""
     trust_remote_code: bool = False
 

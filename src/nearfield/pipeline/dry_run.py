@@ -14,6 +14,7 @@ from nearfield.errors import BadInputError
 from nearfield.files import write_json
 from nearfield.notices import Notice
 from nearfield.pipeline.notices import plan_notices, suite_notices
+from nearfield.pipeline.prompting import suite_prompts
 from nearfield.pipeline.run import Run
 from nearfield.pipeline.stages import Stages, run_stages, tell_training
 from nearfield.training.launch import Launch
@@ -262,7 +263,13 @@ def _result(
         if there:
             found = f"a training is under way here: it would go on from {there[-1].name}"
             passing.append(Notice("training-under-way", found))
-    lasting += suite_notices(stages)
+    suite = list(suite_notices(stages))
+    lasting += suite
+    if planned and not any(notice.blocks for notice in suite):
+        try:
+            passing += suite_prompts(stages, stages._open_store)
+        except BadInputError as error:
+            passing.append(Notice.of(error))
     if strict:
         lasting = [replace(notice, blocks=notice.blocks or not notice.minor) for notice in lasting]
     notices = sorted(dict.fromkeys([*passing, *lasting]), key=lambda notice: not notice.blocks)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nearfield.pipeline.artifacts import Artifacts
-from nearfield.pipeline.freshness import Freshness
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -26,23 +25,30 @@ def evaluation_during_training(
     during = stages.recipe.training.evaluation
     if during is None:
         return None
+    from nearfield.evaluation.contract import TrainedPrompts
     from nearfield.evaluation.during import DuringTraining
 
-    model.prompts = dict(stages.trained_contract.model_prompts)
+    stages.trained_contract.apply(model)
     return DuringTraining(
         model,
         stages.run.checked.training_suite or during.suite,
         name=f"nearfield/{stages.recipe.name}",
         metric=during.metric,
-        contract=stages.trained_contract.to_json()["prompts"] if during.prompts == "contract" else None,
+        contract=TrainedPrompts.of(stages.trained_contract.to_json()) if during.prompts == "contract" else None,
         open_store=open_store,
     )
 
 
-def prepare_training_suite(stages: Freshness, open_store: Callable[[Path], Store]) -> None:
-    """Build what the suite's tasks read, so that one process does it before the others look; complain now, not later."""
+def prepare_suites(stages: Artifacts, open_store: Callable[[Path], Store], scores: bool) -> None:
+    """Build what the suites' tasks read, so that one process does it before the others look; complain now, not later.
+
+    Of the suite of the evaluation, if it is scored, the prompts are looked at: those that the model will be saved with.
+    """
+    from nearfield.evaluation.suite import open_suite
+    from nearfield.pipeline.prompting import suite_prompts
+
     during = stages.recipe.training.evaluation
     if during is not None:
-        from nearfield.evaluation.suite import open_suite
-
         open_suite(stages.run.checked.training_suite or during.suite, open_store=open_store)
+    if scores:
+        suite_prompts(stages, open_store)

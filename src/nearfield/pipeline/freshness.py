@@ -11,10 +11,11 @@ from typing import Any
 from nearfield.batching.plan import VERSION as PLAN_VERSION
 from nearfield.checksums import damage
 from nearfield.data.tokens import VERSION as TOKENS_VERSION
+from nearfield.encoders.base_prompts import base_prompts
 from nearfield.encoders.borders import folder_pools_prompt
 from nearfield.encoders.build import ModelSource, locate
 from nearfield.encoders.identity import PACKAGES as COMPUTING_PACKAGES
-from nearfield.encoders.prompts import PromptContract, base_prompts, make_contract
+from nearfield.encoders.prompts import PromptContract, make_contract
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import HeldOutTask, SuiteConfig
 from nearfield.files import fingerprint, hash_file, hash_folder
@@ -82,9 +83,8 @@ class Freshness:
     @cached_property
     def contract(self) -> PromptContract:
         """Which prompts this run trains with."""
-        return make_contract(
-            self.run.checked.sources, self.recipe.prompts, base_prompts(self.base.path, self.recipe.encoder.revision)
-        )
+        base = self.run.inherits or base_prompts(self.base.path, self.recipe.encoder.revision)
+        return make_contract(self.run.checked.sources, self.recipe.prompts, base)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -143,6 +143,8 @@ class Freshness:
             "objective": recipe.objective.model_dump(mode="json"),
             "training": recipe.training.model_dump(mode="json", exclude=_NOT_IN_TRAINING_FINGERPRINT),
         }
+        if self.contract.default_prompt_name is not None:
+            train["default_prompt"] = self.contract.default_prompt_name
         if recipe.mining is not None and recipe.mining.during is not None:
             train["negatives"] = recipe.mining.during.model_dump(mode="json")
         guide = guide_teacher(recipe)

@@ -73,14 +73,7 @@ def data_notices(stages: Freshness) -> Iterator[Notice]:
 def prompt_notices(stages: Freshness) -> Iterator[Notice]:
     """What the prompts leave open."""
     contract = stages.contract
-    for role in ("query", "document"):
-        texts = sorted({prompts[role] for prompts in contract.sources.values()})
-        if len(texts) > 1 and contract.fallback[role] not in texts:
-            yield Notice(
-                "fallback-prompt-not-trained",
-                f"the {role} prompt for unseen tasks ({contract.fallback[role]!r}) is none that is trained",
-                f"Set prompts.fallback.{role} to one of {texts}.",
-            )
+    yield from contract.notices()
     for name, prompts in contract.sources.items():
         for role, text in prompts.items():
             if text and text[-1:].isalnum():

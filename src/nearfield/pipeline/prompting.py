@@ -11,10 +11,14 @@ import numpy as np
 from nearfield.encoders.prompts import PromptContract
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from nearfield.batching.rows import PlannedRows, Rows
     from nearfield.data.in_context import ExampleSet
     from nearfield.data.in_context_config import InContextConfig
     from nearfield.data.store import Store
+    from nearfield.notices import Notice
+    from nearfield.pipeline.artifacts import Artifacts
     from nearfield.pipeline.planning import PromptsOfEpoch
 
 
@@ -49,6 +53,28 @@ def source_prompts(contract: PromptContract, sets: Mapping[str, Sequence[Example
     before = ["", *(examples.text for examples in sets.get(name, ()))]
     query = [[text + phrasing for text in before] for phrasing in contract.of(name, "query")]
     return SourcePrompts(query, contract.of(name, "document"))
+
+
+def suite_prompts(stages: Artifacts, open_store: Callable[[Path], Store]) -> list[Notice]:
+    """What the tasks of the evaluation's suite get that no source was trained for.
+
+    Raises :class:`BadInputError` where a task would get a prompt that the training does not allow.
+    """
+    from nearfield.evaluation.contract import SavedPrompts, TrainedPrompts, check_prompts, untrained_types
+    from nearfield.evaluation.local import parts_of
+    from nearfield.evaluation.suite import open_suite
+
+    evaluation, contract = stages.recipe.evaluation, stages.trained_contract
+    if evaluation is None:
+        return []
+    tasks = open_suite(stages.run.checked.suite or evaluation.suite, open_store=open_store)
+    parts = [part for task in tasks for part in parts_of(task.task)]
+    saved = SavedPrompts(contract.model_prompts, contract.default_prompt_name)
+    allowed = TrainedPrompts.of(contract.to_json())
+    if evaluation.prompts == "contract":
+        hint = "State the prompt under prompts.types, or set evaluation.prompts=as-is."
+        check_prompts(saved, allowed, parts, where=str(evaluation.suite), hint=hint)
+    return [notice for notices in untrained_types(saved, allowed, parts).values() for notice in notices]
 
 
 def row_prompts(

@@ -16,6 +16,7 @@ from typing import Any
 
 from nearfield import yaml12
 from nearfield.config import Loaded
+from nearfield.encoders.base_prompts import BasePrompts
 from nearfield.encoders.stated import stated_similarity, trained_similarity
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, remove_leftovers, write_json, write_text
@@ -55,6 +56,8 @@ class Run:
     """Those before it, each from the model of the one before."""
     shared: Path | None = None
     """Where artifacts that several runs share are kept, if not beside the folder."""
+    inherits: BasePrompts | None = None
+    """The prompts of the model that it starts from, where another stands in for that; null reads them from its folder."""
 
     @property
     def recipe(self) -> Recipe:
@@ -77,7 +80,11 @@ class Run:
         )
         recipe = self.recipe.model_copy(update={"encoder": encoder})
         return replace(
-            self, loaded=replace(self.loaded, config=recipe), checked=replace(self.checked, recipe=recipe), before=()
+            self,
+            loaded=replace(self.loaded, config=recipe),
+            checked=replace(self.checked, recipe=recipe),
+            before=(),
+            inherits=self.before[-1].checked.contract.as_base(),
         )
 
     @property
@@ -231,7 +238,8 @@ def _run(loaded: Loaded[Recipe], folder: str | Path | None, overrides: tuple[str
         place = folder if last else folder / "stages" / stages[number].name
         name = stages[number].name if stages else None
         shared = folder.parent / ".cache" if stages else None
-        before.append(Run(recipe, check_recipe(recipe), place, overrides, name, tuple(before), shared))
+        checked = check_recipe(recipe, before[-1].checked.contract.as_base() if before else None)
+        before.append(Run(recipe, checked, place, overrides, name, tuple(before), shared))
     return before[-1]
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from nearfield.notices import listening, refuse
-from nearfield.pipeline.during import prepare_training_suite
+from nearfield.pipeline.during import prepare_suites
 from nearfield.pipeline.freshness import STAGES, Freshness
 from nearfield.pipeline.mining import Engine
 from nearfield.pipeline.preparing import PreparingStages
@@ -172,8 +172,8 @@ def _run_one(
             stages.check_resumable()
         work(before, tell)
         if trains:
-            tell("the suite that is scored during the training")
-            prepare_training_suite(stages, stages._open_store)
+            tell("the suites that are scored")
+            prepare_suites(stages, stages._open_store, "evaluate" in wanted)
         return json.dumps(
             {"trains": trains, "artifacts": stages.artifacts() if trains and launch.world_size > 1 else {}}
         )

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from nearfield.batching.config import needs_vectors
 from nearfield.data.vectors import VERSION as VECTORS_VERSION
+from nearfield.encoders.base_prompts import base_prompts
 from nearfield.encoders.build import ModelSource, locate
-from nearfield.encoders.prompts import base_prompts
 from nearfield.errors import BadInputError
 from nearfield.files import fingerprint, hash_file
 from nearfield.mining.config import (
@@ -66,12 +66,12 @@ def located(teacher: SentenceTransformerTeacher, recipe: Recipe) -> ModelSource:
 
 
 def teacher_prompts(teacher: SentenceTransformerTeacher, recipe: Recipe) -> dict[str, str]:
-    """Role -> the text that the teacher wants before an item: the recipe's, else the model's own."""
+    """Role -> the text that the teacher wants before an item: the recipe's, else the model's own for retrieval."""
     own = base_prompts(
         located(teacher, recipe).path, recipe.encoder.revision if teacher.model is None else teacher.revision
     )
     stated = {"query": teacher.prompts.query, "document": teacher.prompts.document}
-    return {role: own.get(role, "") if text is None else text for role, text in stated.items()}
+    return {role: own.of("Retrieval", role) or "" if text is None else text for role, text in stated.items()}
 
 
 def identity(teacher: TeacherConfig, recipe: Recipe) -> Any:

@@ -216,7 +216,7 @@ class TrainingStage(ChangingStages):
         encoder = self._encoder(device)
         module = EmbeddingModule(encoder.model, self._objective(encoder.model), self._token_task(encoder))
         load_into(module, open_checkpoint(result.checkpoint))
-        encoder.model.prompts = dict(self.trained_contract.model_prompts)
+        self.trained_contract.apply(encoder.model)
         with atomic_path(self.run.folder / "model") as aside:
             adapter = self.recipe.encoder.adapter
             dtype = self._stored_dtype(encoder, device)
@@ -244,7 +244,7 @@ class TrainingStage(ChangingStages):
         return model_card(
             recipe.name,
             origin_of(recipe.encoder, (encoder.name, encoder.revision)),
-            self.contract.sources,
+            self.trained_contract,
             facts,
             contamination_lines(self),
             shipped_files(encoder.model),
