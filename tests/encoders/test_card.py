@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from nearfield.encoders.card import model_card, origin_of
-from nearfield.encoders.config import EncoderConfig
+from nearfield.encoders.base_prompts import BasePrompts
+from nearfield.encoders.card import model_card, origin_of, usage
+from nearfield.encoders.config import EncoderConfig, PromptConfig, RolePrompts
+from nearfield.encoders.prompts import PromptContract, make_contract
 
 BASE = ("org/base", "abc")
+USED = """\
+queries = model.encode_query(["a query"])
+documents = model.encode_document(["a document"])
+similarities = model.similarity(queries, documents)"""
 NAMED = "`org/base` (revision `abc`)"
+
+
+@dataclass
+class Source:
+    name: str
+    task_type: str
+    prompts: RolePrompts
+
+
+def contract_of(sources: dict[str, tuple[str, dict[str, str]]], **config: Any) -> PromptContract:
+    """Of sources: name -> (task type, prompts)."""
+    made = [Source(name, task_type, RolePrompts(**prompts)) for name, (task_type, prompts) in sources.items()]
+    return make_contract(made, PromptConfig(**config), BasePrompts())
 
 
 def front_of(settings: dict[str, Any], base: tuple[str, str] = BASE) -> tuple[str, dict[str, Any]]:
     """The sentence on the origin, and the front matter, of a card for these settings of an encoder."""
     origin = origin_of(EncoderConfig(**settings), base)
-    text = model_card("mine", origin, {"s": {"query": "", "document": ""}}, {})
+    text = model_card("mine", origin, contract_of({"s": ("Retrieval", {})}), {})
     assert origin.sentence in text
     return origin.sentence, yaml.safe_load(text.split("---\n")[1])
 
@@ -60,3 +80,31 @@ def test_an_image_tower_is_a_second_base_or_new(tmp_path: Path) -> None:
 def test_a_local_base_is_named_in_the_text_alone() -> None:
     sentence, front = front_of({}, ("local/base", "abc"))
     assert "`local/base`" in sentence and not {"base_model", "base_model_relation"} & set(front)
+
+
+def test_the_snippet_names_a_prompt_where_plain_methods_would_put_another() -> None:
+    one = {"a": ("Retrieval", {"query": "q: ", "document": "d: "})}
+    assert "\n".join(usage(contract_of(one))) == USED
+    # What the recipe states for other tasks is what plain methods put.
+    other = usage(contract_of(one, fallback=RolePrompts(query="")))
+    assert other[0] == 'queries = model.encode_query(["a query"], prompt_name="Retrieval-query")'
+    assert other[1] == 'documents = model.encode_document(["a document"])'
+    plain = usage(contract_of({"a": ("STS", {})}))
+    assert plain[0] == 'texts = model.encode(["a text", "another text"])'
+    prompted = usage(contract_of({"a": ("STS", {"query": "q: "})}))
+    assert prompted[0] == 'texts = model.encode(["a text", "another text"], prompt_name="STS")'
+    default = usage(contract_of({"a": ("STS", {"query": ""})}, fallback=RolePrompts(text="t: ")))
+    assert default == prompted
+    both = usage(contract_of({**one, "b": ("Classification", {"query": "c: "})}))
+    assert both[:2] == [
+        "# Classification",
+        'texts = model.encode(["a text", "another text"], prompt_name="Classification")',
+    ]
+    assert both[3:5] == ["", "# Retrieval"] and "\n".join(both[5:]) == USED
+
+
+def test_a_card_says_what_types_that_are_not_trained_get() -> None:
+    made = contract_of({"a": ("Retrieval", {"query": "q: "})}, fallback=RolePrompts(text="t: "))
+    text = model_card("mine", origin_of(EncoderConfig(), BASE), made, {})
+    assert 'Type not trained: tasks of types other than those of the sources (Retrieval) get query `"q: "`' in text
+    assert 'texts without a role `"t: "`.' in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import pytest
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import FolderTasks, SuiteConfig
+from nearfield.evaluation.contract import TrainedPrompts
 from nearfield.evaluation.during import DuringTraining
 from nearfield.evaluation.runner import evaluate
 
 PROMPTS = {"query": "q: ", "document": "d: ", "STS": "same: "}
-ALLOWED = {"query": ["q: ", "same: ", ""], "document": ["d: "]}
+LISTED = {"query": ["q: ", "same: ", ""], "document": ["d: "]}
+ALLOWED = TrainedPrompts(LISTED, fallback={"text": ""})
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,9 @@ def test_metrics_that_no_task_has(prompted: Path, every_type: Path) -> None:
 def test_prompts_that_are_not_trained_with(prompted: Path, every_type: Path) -> None:
     assert opened(prompted, every_type, contract=ALLOWED).tasks
     with pytest.raises(BadInputError, match="would put 'd: ' before each document") as error:
-        opened(prompted, every_type / "TinyRetrieval", contract={**ALLOWED, "document": ["p: "]})
+        opened(
+            prompted, every_type / "TinyRetrieval", contract=replace(ALLOWED, listed={**LISTED, "document": ["p: "]})
+        )
     assert "training.evaluation.prompts=as-is" in str(error.value.hint)
 
 

@@ -5,26 +5,35 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import mteb
+import numpy as np
 import pytest
 import yaml
+from datasets import Dataset
+from mteb.abstasks import AbsTaskPairClassification
+from mteb.abstasks.task_metadata import TaskType
 from mteb.models.abs_encoder import get_prompt
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from nearfield.batching.plan import Plan
 from nearfield.data.store import Store
 from nearfield.data.tokens import TokenCache
-from nearfield.encoders.base_prompts import has_roles
+from nearfield.encoders.base_prompts import TYPES_WITH_ROLES, has_roles
+from nearfield.errors import BadInputError
 from nearfield.evaluation import evaluate, runner
 from nearfield.evaluation.contract import roles_of
-from nearfield.evaluation.local import SuiteTask
+from nearfield.evaluation.local import SuiteTask, parts_of
+from nearfield.evaluation.models import open_model
 from nearfield.pipeline import open_run, run_stages
+from nearfield.pipeline.dry_run import dry_run
 from nearfield.pipeline.run import Run
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -196,7 +205,7 @@ def check_what_is_read(run: Run, tasks: list[Any], read: Read, out: Path, monkey
             assert not any(text.startswith(one) for text in texts for one in asked)
     monkeypatch.setattr(runner, "open_suite", lambda *_, **__: [SuiteTask(task) for task in tasks])
     result = evaluate(str(folder), out, out / "results", device="cpu")
-    assert not [note for note in result.notes if "type not trained" in note]
+    assert not [one for of in result.notices.values() for one in of if one.code == "type-not-trained"]
     for task in tasks:
         name, prompts = task.metadata.name, [text for of in before[task.metadata.type] for text in of]
         more = set(read.strings[name]) - set(plain[name])
@@ -233,3 +242,124 @@ def test_every_task_of_the_benchmarks_reads_what_was_trained(
     every_type: Run, read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_what_is_read(every_type, stand_ins(BENCHMARKS, read), read, tmp_path, monkeypatch)
+
+
+def test_types_with_roles_are_those_that_mteb_asks_for_queries_and_documents() -> None:
+    tasks = [part for task in mteb.get_tasks(exclude_superseded=False) for part in parts_of(task)]
+    asked = {task.metadata.type for task in tasks if roles_of(task) == (PromptType.query, PromptType.document)}
+    texts = {task.metadata.type for task in tasks if None in roles_of(task)}
+    both = {task.metadata.type for task in tasks if isinstance(task, AbsTaskPairClassification)}
+    assert asked - both == TYPES_WITH_ROLES
+    assert not texts & TYPES_WITH_ROLES and asked | texts | {"VideoMultilabelClassification"} == set(get_args(TaskType))
+
+
+def snippet(folder: Path) -> dict[str, Any]:
+    """What the lines of Python in a model's card leave behind, run as they stand there."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    found: dict[str, Any] = {}
+    exec(code[1].replace('"this-folder"', repr(str(folder))), found)
+    return found
+
+
+def evaluated(folder: Path, task: str, texts: list[str], role: PromptType | None) -> Any:
+    """The vectors that an evaluation makes of texts in a task of mteb."""
+    scored = open_model(str(folder), name=None, device="cpu", batch_tokens=None)
+    loader = DataLoader(Dataset.from_dict({"text": texts}), batch_size=8)
+    metadata = mteb.get_task(task).metadata
+    assert scored.encoder is not None
+    return scored.encoder.encode(loader, task_metadata=metadata, hf_split="test", hf_subset="default", prompt_type=role)
+
+
+OFFICIAL = {
+    "Retrieval": "SciFact",
+    "Reranking": "AskUbuntuDupQuestions",
+    "STS": "STS12",
+    "Clustering": "TwentyNewsgroupsClustering.v2",
+}
+
+
+@pytest.mark.parametrize(
+    ("sources", "prompts"),
+    [
+        ({"a": ("Retrieval", "pairs", {"template": "e5-instruct", "instruction": "word1 word2"})}, {}),
+        ({"a": ("Retrieval", "pairs", {"query": "word1 "})}, {"fallback": {"query": "", "text": "word2 "}}),
+        ({"a": ("STS", "graded", {"query": "word1 "})}, {}),
+        (
+            {"a": ("Retrieval", "pairs", {"query": "word1 "}), "b": ("Clustering", "labels", {"query": "word2 "})},
+            {"in_context": {"draws": 2, "most": 1, "query_tokens": 4, "sources": ["a"], "evaluated": "examples"}},
+        ),
+    ],
+)
+def test_the_snippet_of_a_card_gives_the_vectors_that_are_evaluated(
+    sources: dict[str, Any], prompts: dict[str, Any], tmp_path: Path, tiny_model: Path
+) -> None:
+    run = write(tmp_path, tiny_model, sources, prompts)
+    run_stages(run, "train")
+    folder, found = run.folder / "model", snippet(run.folder / "model")
+    for task_type, _, _ in sources.values():
+        official = OFFICIAL[task_type]
+        if has_roles(task_type):
+            queries = evaluated(folder, official, ["a query"], PromptType.query)
+            documents = evaluated(folder, official, ["a document"], PromptType.document)
+            np.testing.assert_allclose(found["queries"], queries, atol=1e-6)
+            np.testing.assert_allclose(found["documents"], documents, atol=1e-6)
+            bare = SentenceTransformer(str(folder), device="cpu").encode(["a query"], prompt="")
+            assert np.abs(bare - queries).max() > 1e-3
+        else:
+            texts = evaluated(folder, official, ["a text", "another text"], None)
+            np.testing.assert_allclose(found["texts"], texts, atol=1e-6)
+
+
+def test_what_cannot_be_is_refused_before_training(tmp_path: Path, tiny_model: Path) -> None:
+    """By the check of a recipe, by the dry run and by the training, with the key that mends it."""
+    sources = {"a": ("Retrieval", "pairs", {"query": "word1 "}), "b": ("Reranking", "pairs", {"query": "word2 "})}
+    with pytest.raises(BadInputError, match=r"prompts\.fallback\.query"):
+        write(tmp_path, tiny_model, sources)
+    run = write(tmp_path, tiny_model, sources, {"fallback": {"query": "word1 "}})
+    run_stages(run, "plan")
+    # What the base brings is known where it is opened.
+    settings = json.loads((tiny_model / "config_sentence_transformers.json").read_text())
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    settings["prompts"] = {"Retrieval-query": "word3 "}
+    (base / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    with pytest.raises(BadInputError, match=r"'word2 ', 'word3 '"):
+        write(tmp_path, base, {"a": ("Retrieval", "pairs", {}), "b": sources["b"]})
+
+
+def test_a_base_with_a_default_prompt_loads_after_training(tmp_path: Path, tiny_model: Path) -> None:
+    """Its key goes on to exist, with its text, whatever is trained; ``query`` is what was trained."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    settings = json.loads((base / "config_sentence_transformers.json").read_text())
+    settings |= {"prompts": {"query": "word9 ", "mine": "word8 "}, "default_prompt_name": "mine"}
+    (base / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    run = write(tmp_path, base, {"a": ("Retrieval", "pairs", {"query": "word1 "})})
+    run_stages(run, "train")
+    model = SentenceTransformer(str(run.folder / "model"), device="cpu")
+    assert model.prompts[str(model.default_prompt_name)] == "word8 " and model.prompts["query"] == "word1 "
+
+
+def test_a_dry_run_says_which_tasks_are_of_types_that_no_source_has(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "suite.yaml").write_text("name: s\ntasks: [{kind: mteb, names: [STS12, SciFact]}]\n")
+    evaluation = {"suite": str(tmp_path / "suite.yaml"), "before": False, "baselines": []}
+    run = write(tmp_path, tiny_model, {"a": ("Retrieval", "pairs", {"query": "word1 "})}, evaluation=evaluation)
+    result = dry_run(run, trial_seconds=0.1)
+    assert result is not None and result.would_start
+    said = [notice.what for notice in result.notices if notice.code == "type-not-trained"]
+    assert len(said) == 1 and "no source of the training was of type STS; STS12 puts no prompt" in said[0]
+
+
+def test_evaluation_during_training_takes_the_prompts_that_are_saved(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "suite.yaml").write_text(
+        "name: s\ntasks: [{kind: heldout, name: Own, data: data.yaml, source: a, split: train}]\n"
+    )
+    during = {"suite": str(tmp_path / "suite.yaml"), "every_steps": 1, "metric": "Own"}
+    training = {"epochs": 1, "max_steps": 1, "trackers": [], "evaluation": during}
+    evaluation = {"suite": str(tmp_path / "suite.yaml"), "before": False, "baselines": []}
+    source = {"a": ("STS", "graded", {"query": "word1 word2 word3 "})}
+    run = write(tmp_path, tiny_model, source, training=training, evaluation=evaluation)
+    run_stages(run)
+    last = [line for line in (run.folder / "evaluations.jsonl").read_text().splitlines() if line][-1]
+    result = next(run.folder.glob("results/*/*/Own.json"))
+    scores = json.loads(result.read_text())["scores"]["train"][0]["main_score"]
+    assert json.loads(last)["scores"]["Own"] == pytest.approx(scores, abs=1e-6)
