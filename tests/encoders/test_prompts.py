@@ -67,7 +67,7 @@ def test_contract_file_and_base_prompts(tmp_path: Path) -> None:
         "query": "a: ",
         "document": "",
     }
-    assert base_prompts(str(tmp_path)) == BasePrompts()
+    assert base_prompts(str(tmp_path)).prompts == {}
     settings = {"prompts": contract.model_prompts, "default_prompt_name": None}
     write_json(tmp_path / "config_sentence_transformers.json", settings)
     assert base_prompts(str(tmp_path)) == contract.as_base()
