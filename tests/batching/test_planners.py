@@ -83,6 +83,7 @@ def build(settings: dict[str, Any]) -> StreamPlanner:
     return planner
 
 
+NO_EXCEPTIONS = {"repeated_items": 0, "known_positives": 0, "repeated_labels": 0}
 KINDS: dict[str, dict[str, Any]] = {
     "shuffled": {"kind": "shuffled"},
     "single_source": {"kind": "single_source"},
@@ -142,7 +143,7 @@ def test_promises(kind: str, sources: list[SourceExamples], pairs: int, drop_las
     known = known_of(sources)
     made = build(config).plan(sources, seed, epoch, known=known, vectors=VECTORS)
     check_promises(made, sources, config, config.get("cluster_negatives", 0))
-    assert count_exceptions(made, known) == {"repeated_items": 0, "known_positives": 0, "repeated_labels": 0}
+    assert count_exceptions(made, known) == NO_EXCEPTIONS
     again = build(config).plan(sources, seed, epoch, known=known, vectors=VECTORS)
     assert items_of(again) == items_of(made)
     assert again.rows.stratum.tolist() == made.rows.stratum.tolist()
@@ -168,7 +169,7 @@ def test_what_is_relaxed_is_counted() -> None:
     sources = [make_source(0, 60, 30, 1)]
     known = known_of(sources)
     strict = build({"kind": "single_source", "batch_size": 4}).plan(sources, 0, 0, known=known)
-    assert count_exceptions(strict, known) == {"repeated_items": 0, "known_positives": 0, "repeated_labels": 0}
+    assert count_exceptions(strict, known) == NO_EXCEPTIONS
     loose = {"kind": "single_source", "batch_size": 4, "duplicates": "allow", "known_positives": "allow"}
     counted = count_exceptions(build(loose).plan(sources, 0, 0, known=known), known)
     assert counted["repeated_items"] > 0 and counted["known_positives"] > 0
@@ -291,7 +292,7 @@ def test_cluster_negatives_are_of_the_window_and_clash_with_nothing() -> None:
     epoch = planner.plan(sources, 0, 0, known=known, vectors=VECTORS)
     assert epoch.rows.negatives.lengths.max() == 2
     assert epoch.rows.negatives.lengths.mean() > 1
-    assert count_exceptions(epoch, known) == {"repeated_items": 0, "known_positives": 0, "repeated_labels": 0}
+    assert count_exceptions(epoch, known) == NO_EXCEPTIONS
     for row in range(len(epoch.rows)):
         group = int(epoch.rows.example[row]) // 4
         window = {(4 * group + member + step) % 64 for member in range(4) for step in range(1, 9)} - set(

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from nearfield.batching import SingleSourceConfig
+from nearfield.batching.config import SharesSampling
 from nearfield.batching.planner import EpochBatches
 from nearfield.batching.rows import Lists, PlannedRows, Rows
-from nearfield.batching.summary import measure_hardness
-from tests.batching.making import make_apart, make_vectors
+from nearfield.batching.summary import measure_hardness, positives_as_negatives
+from tests.batching.making import known_of, make_apart, make_source, make_vectors
 
 VECTORS = make_vectors()
 
@@ -83,3 +84,33 @@ def test_nothing_to_measure() -> None:
     assert measure_hardness(EpochBatches.of([]), VECTORS, 0) == {}
     alone = PlannedRows.of([0], [0], [1], Lists.single(np.array([2])), Lists.empty(1))
     assert measure_hardness(EpochBatches.of([alone]), VECTORS, 0) == {}
+
+
+def test_explicit_negatives_that_are_known_positives_are_counted() -> None:
+    sources = [make_source(0, 30, 12, 1), make_source(1, 30, 12, 2)]
+    known = known_of(sources)
+    one = sources[0]
+    count = len(one)
+    rows = PlannedRows.of([0] * count, one.examples, one.queries, one.positives, one.negatives)
+    made = EpochBatches(rows, np.arange(0, count + 1, 5))
+    positives = Lists(known.offsets, known.rows)
+    expected = sum(
+        int(negative) in set(positives[int(query)].tolist())
+        for query, negatives in zip(
+            made.rows.query, [made.rows.negatives[row] for row in range(len(made.rows))], strict=True
+        )
+        for negative in negatives
+    )
+    assert positives_as_negatives(made, known) == expected > 0
+
+
+def test_an_example_that_an_epoch_begun_anew_has_placed_is_not_dropped() -> None:
+    """Of a small source that is repeated, what found no full batch at first finds one later."""
+    sources = [make_apart(0, 18), make_apart(1, 64)]
+    sampling = SharesSampling(shares={"source0": 0.5, "source1": 0.5}, exhausted="repeat")
+    made = SingleSourceConfig(batch_size=8, sampling=sampling).build().plan(sources, 0, 0)
+    small = made.rows.example[made.rows.source == 0]
+    large = made.rows.example[made.rows.source == 1]
+    assert len(small) > len(np.unique(small)), "it is repeated"
+    unplaced = 18 - len(np.unique(small)) + 64 - len(np.unique(large))
+    assert sum(made.dropped.values()) == unplaced

@@ -131,8 +131,8 @@ def compare(config: InfoNCEConfig, batch: ContrastiveBatch, world: int, tile: in
 @given(
     config=configs(),
     seed=st.integers(0, 2**32),
-    size=st.integers(3, 9),
-    world=st.integers(1, 3),
+    size=st.integers(1, 9),
+    world=st.integers(1, 4),
     tile=st.sampled_from([1, 3, 64]),
     negatives=st.integers(0, 2),
 )

@@ -242,6 +242,15 @@ class Plan:
             sources=source if several else None,
         )
 
+    def sources(self) -> Rows:
+        """(steps,) the source of each batch, ``SEVERAL_SOURCES`` where it has several."""
+        if not len(self):
+            return np.zeros(0, dtype=np.int64)
+        source, starts = self.column("source"), self._starts[:-1]
+        least, most = np.minimum.reduceat(source, starts), np.maximum.reduceat(source, starts)
+        found: Rows = np.where(least == most, least, SEVERAL_SOURCES)
+        return found
+
     def epoch(self) -> EpochBatches:
         """The rows of the plan as a planner made them."""
         has = self.table.schema.names

@@ -26,6 +26,8 @@ class _Made:
     sizes: Rows
     moved: int
     left: int
+    unusable: int = 0
+    """Examples that could be in no batch."""
 
 
 class SingleSourcePlanner(StreamPlanner):
@@ -62,7 +64,8 @@ class SingleSourcePlanner(StreamPlanner):
             strata_of.append(strata)
             drawn = self.draw(stream, request, among.get(stream.name))
             dropped.update(drawn.dropped)
-            made.append(self._batches(drawn, strata, base, request, 0))
+            unusable = sum(drawn.dropped.values())
+            made.append(dataclasses.replace(self._batches(drawn, strata, base, request, 0), unusable=unusable))
             base += int(strata.max(initial=-1)) + 1
             dropped[NOT_FILLED] += made[-1].left
             details["moved"] += made[-1].moved
@@ -77,6 +80,10 @@ class SingleSourcePlanner(StreamPlanner):
             elif count > len(part):
                 part, repeated = self._again(part, count, stream, strata, base, request, among.get(stream.name))
                 details["repeated"] += repeated
+                # What found no room at first has perhaps found some now.
+                dropped[NOT_FILLED] -= first.left - min(
+                    first.left, max(0, self._unplaced(stream, part, among) - first.unusable)
+                )
             base += int(strata.max(initial=-1)) + 1
             parts.append(part)
         mixed = self._mixed_batches(streams, request, others)
@@ -92,6 +99,12 @@ class SingleSourcePlanner(StreamPlanner):
         counts = [len(part) for part in parts]
         random = request.random("order of batches")
         return epoch.ordered(order_batches(config.sampling, counts, len(mixed) if mixed is not None else 0, random))
+
+    @staticmethod
+    def _unplaced(stream: Stream, part: EpochBatches, among: Mapping[str, Rows]) -> int:
+        """Examples of a stream that are in none of its batches."""
+        available = stream.examples[among[stream.name]] if stream.name in among else stream.examples
+        return len(np.setdiff1d(available, part.rows.example))
 
     def _batches(self, drawn: Drawn, strata: Rows, base: int, request: Request, turn: int) -> _Made:
         config = self.config

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from nearfield.batching.claims import count_clashes, make_claims
 from nearfield.batching.planner import EpochBatches, VectorsOf
-from nearfield.batching.rows import Rows
+from nearfield.batching.rows import Lists, Rows
 from nearfield.randomness import generator
 
 if TYPE_CHECKING:
@@ -67,6 +67,16 @@ def count_exceptions(epoch: EpochBatches, known: KnownPositives | None, apart: b
     pairs = np.stack([batch[labelled], epoch.rows.label[labelled]])
     same = int(labelled.sum()) - np.unique(pairs, axis=1).shape[1]
     return {"repeated_items": repeated, "known_positives": met, "repeated_labels": same}
+
+
+def positives_as_negatives(epoch: EpochBatches, known: KnownPositives) -> int:
+    """Explicit negatives that are known positives of their own query."""
+    negatives, query = epoch.rows.negatives, epoch.rows.query
+    lists = Lists(known.offsets, known.rows)
+    queries = np.unique(query[query < len(lists)])
+    span = int(max(known.rows.max(initial=0), negatives.values.max(initial=0))) + 1
+    positives = np.repeat(queries, lists.lengths[queries]) * span + lists.values[lists.positions(queries)]
+    return int(np.isin(query[negatives.owners()] * span + negatives.values, positives).sum())
 
 
 def measure_hardness(

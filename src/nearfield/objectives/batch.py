@@ -141,7 +141,7 @@ class ContrastiveBatch:
         """What a sum over the rows of all processes is divided by; 1 where nothing counts, so that the loss is 0."""
         if self.ring is not None:
             return self.ring.weight
-        return float(len(self.queries)) if self.weights is None else float(self.weights.sum()) or 1.0
+        return (float(len(self.queries)) if self.weights is None else float(self.weights.sum())) or 1.0
 
     def place(self) -> tuple[int, int]:
         """The number of the first query within the whole batch, and how many that has."""
@@ -160,3 +160,11 @@ class LossSum:
     """Rows of the whole batch, or the sum of their weights, over all processes."""
     rows: Tensor
     """(R,) float, detached: each local row's own loss."""
+
+    def gradients(self, inputs: Sequence[Tensor], weight: float = 1.0) -> list[Tensor]:
+        """The gradient of ``weight`` times the mean with respect to each input; zeros for what this process has no use for,
+        as where a batch has fewer rows than there are processes."""
+        if not self.total.requires_grad:
+            return [torch.zeros_like(tensor) for tensor in inputs]
+        mean = self.total * (weight / self.denominator)
+        return list(torch.autograd.grad(mean, list(inputs), allow_unused=True, materialize_grads=True))

@@ -167,6 +167,15 @@ class ObjectiveSettings(Config):
         return False
 
     @property
+    def score_bounds(self) -> tuple[float, float] | None:
+        """Between which values it can give a graded pair the score that it shall have; None where scores are but ordered."""
+        return None
+
+    def of_source(self, source: str, kind: str) -> Sequence[ObjectiveSettings]:
+        """The objectives that learn from a source whose examples are of this kind."""
+        return [self] if kind in self.learns_from else []
+
+    @property
     def reading(self) -> Reading:
         """How the texts that it learns from are read."""
         return Reading()

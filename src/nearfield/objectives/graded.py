@@ -50,19 +50,22 @@ class Ranking(Objective):
 
     def forward(self, batch: ContrastiveBatch) -> LossSum:
         """The loss of the global batch times this process's share of its rows."""
-        if batch.weights is not None:
-            raise BadInputError(
-                "a loss of the order of pairs has no weights of examples", where="objective", hint="Remove them."
-            )
         owner, documents, scores = graded_pairs(batch)
+        if batch.weights is not None and bool((batch.weights[owner] != 1).any()):
+            raise BadInputError(
+                "a loss of the order of pairs has no weights of examples",
+                where="objective",
+                hint="Remove the 'weight' of the graded source; those of other sources may stay.",
+            )
+        # All rows count alike, whatever the other sources' weights are.
         rows = len(batch.local_rows())
         if not len(owner):
             nothing = batch.queries.sum() * 0
-            return LossSum(nothing, batch.denominator(), nothing.detach().expand(rows))
+            return LossSum(nothing, float(len(batch.queries)) or 1.0, nothing.detach().expand(rows))
         with torch.autocast(batch.queries.device.type, enabled=False):
             pair = [batch.queries[owner], batch.documents[documents]]
             loss = self._loss.compute_loss_from_embeddings(pair, scores)
-        return LossSum(loss * rows, batch.denominator(), loss.detach().expand(rows))
+        return LossSum(loss * rows, float(len(batch.queries)) or 1.0, loss.detach().expand(rows))
 
 
 class CosineRegression(Objective):

@@ -87,6 +87,10 @@ class CosineRegressionConfig(ObjectiveSettings):
 
     kind: Literal["cosine_regression"] = "cosine_regression"
 
+    @property
+    def score_bounds(self) -> tuple[float, float]:
+        return -1.0, 1.0
+
     def build(self, sources: Names = (), around: Surroundings | None = None) -> CosineRegression:
         from nearfield.objectives.graded import CosineRegression
 
@@ -408,6 +412,9 @@ class CombinedConfig(ObjectiveSettings):
     @property
     def learns_from(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(kind for part in self.parts for kind in part.objective.learns_from))
+
+    def of_source(self, source: str, kind: str) -> Sequence[ObjectiveSettings]:
+        return [part.objective for part in self.parts if part.takes(source, kind)]
 
     def readings(self, kinds: Mapping[str, str]) -> dict[str, Reading]:
         found = {}

@@ -51,6 +51,8 @@ def watched_rows(batch: ContrastiveBatch) -> Tensor:
 @torch.no_grad()
 def similarities(batch: ContrastiveBatch) -> dict[str, float]:
     """Mean cosine of queries with their positives, and with the hardest document that is no known positive of theirs."""
+    if not len(batch.queries) or not len(batch.documents):
+        return {}
     rows = watched_rows(batch)
     queries, documents = functional.normalize(batch.queries[rows], dim=1), functional.normalize(batch.documents, dim=1)
     cosine = queries @ documents.T
@@ -68,7 +70,9 @@ def similarities(batch: ContrastiveBatch) -> dict[str, float]:
 
 @torch.no_grad()
 def watch(objective: Objective, batch: ContrastiveBatch) -> dict[str, float]:
-    """All figures but :func:`similarities`; the objective adds its own."""
+    """All figures but :func:`similarities`; the objective adds its own. Of no rows there are none."""
+    if not len(batch.queries) or not len(batch.documents):
+        return {}
     with torch.autocast(batch.queries.device.type, enabled=False):
         alike = {**geometry(batch), **labels_seen(batch)} if objective.contrasts else {}
         return {**alike, **objective.watch(batch)}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nearfield.errors import BadInputError
 from nearfield.files import write_json
 from nearfield.notices import Notice
+from nearfield.pipeline.during import prepare_training_suite
 from nearfield.pipeline.notices import plan_notices, suite_notices
 from nearfield.pipeline.prompting import suite_prompts
 from nearfield.pipeline.run import Run
@@ -91,14 +92,22 @@ def _dry_run(
 ) -> DryRun | None:
     blocked: list[Notice] = []
     built: list[str] = []
-    reached = True
+    stages, reached, planned = Stages(run, launch), True, False
 
     def prepare(tell: Callable[[str], None]) -> str:
+        nonlocal planned
         tell("the plan")
         try:
             built.extend(run_stages(run, "plan", on_stage=on_stage, launch=Launch()).ran)
+            planned = True
         except BadInputError as error:
             blocked.append(Notice.of(error))
+        # What a run looks at before it trains.
+        for check in (stages.check_can_train, partial(prepare_training_suite, stages, stages._open_store)):
+            try:
+                check()
+            except BadInputError as error:
+                blocked.append(Notice.of(error))
         return json.dumps(not blocked)
 
     def verify(word: str) -> None:
@@ -107,7 +116,6 @@ def _dry_run(
 
     launch.prepare(prepare, verify)
     reached = reached and not blocked
-    stages = Stages(run, launch)
     measured = None
     if reached:
         try:
@@ -118,7 +126,7 @@ def _dry_run(
             blocked.append(Notice.of(error))
     if not launch.is_main:
         return None
-    return _result(stages, built, measured, blocked, planned=reached, strict=strict)
+    return _result(stages, built, measured, blocked, planned=planned, strict=strict)
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,8 @@ class _Measured:
     forecast: Forecast
     steps: int
     """Steps that were tried."""
-    encoder: tuple[Notice, ...]
+    lasting: tuple[Notice, ...]
+    """What the encoder, the data and the objective show, which the training will say too."""
     trial: tuple[Notice, ...]
 
 
@@ -144,6 +153,7 @@ def _measure(stages: Stages, trial_seconds: float) -> _Measured:
     encoder = stages._encoder(device)
     known = stages._store().known_positives()
     plans, hashes = stages._plans()
+    stages.check_ring()
     inputs = TrainingInputs(
         plans,
         hashes,
@@ -151,9 +161,12 @@ def _measure(stages: Stages, trial_seconds: float) -> _Measured:
         known.of,
         lambda rows: [str(row) for row in rows],
     )
+    lasting = [*encoder.notices]
+    if launch.is_main:
+        lasting += stages.teaching_notices(encoder.model, inputs.feed, plans)
     with torch.random.fork_rng(), launch.process_group(device, recipe.training.collective_timeout):
         forecast, steps, found = _try_out(stages, encoder.model, inputs, device, trial_seconds)
-    return _Measured(forecast, steps, encoder.notices, tuple(found))
+    return _Measured(forecast, steps, tuple(lasting), tuple(found))
 
 
 def _try_out(
@@ -202,6 +215,8 @@ def _try_out(
         found.append(
             Notice("trial-not-finite", "a loss or gradient of a trial step is not a finite number", blocks=True)
         )
+    if trial.still and trial.steps:
+        found.append(Notice("gradient-zero", "the gradient of all trial steps is exactly 0", blocks=True))
     if trial.forecast.measured != "steps":
         found.append(
             Notice(
@@ -257,7 +272,7 @@ def _result(
         lasting += plan_notices(stages, plans)
     if measured is not None:
         machine = Machine.of(measured.forecast, training, folder)
-        lasting += [*measured.encoder, *forecast_notices(measured.forecast, machine)]
+        lasting += [*measured.lasting, *forecast_notices(measured.forecast, machine)]
         passing += measured.trial
         there = checkpoint_paths(folder / "checkpoints")
         if there:

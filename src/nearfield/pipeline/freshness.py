@@ -320,16 +320,20 @@ def suite_content(path: Path, suite: SuiteConfig | None) -> list[Any]:
     from nearfield.data.config import DataConfig
 
     if suite is None:
-        return [hash_folder(path)]
+        return [_content(path)]
     inputs: list[Any] = []
     for task in suite.tasks:
         inputs.append(task.model_dump(mode="json", exclude={"data", "path", "file", "images"}))
         if isinstance(task, HeldOutTask):
-            inputs.append(
-                hash_folder(task.data) if task.data.is_dir() else data_fingerprint(DataConfig.load(task.data))
-            )
+            recipe = task.data.is_file()
+            inputs.append(data_fingerprint(DataConfig.load(task.data)) if recipe else _content(task.data))
         elif task.kind == "folder":
-            inputs.append(hash_folder(task.path))
+            inputs.append(_content(task.path))
         elif task.kind == "mmeb":
-            inputs.append([hash_file(task.file), *([] if task.images is None else [hash_folder(task.images)])])
+            inputs.append([_content(task.file), *([] if task.images is None else [_content(task.images)])])
     return inputs
+
+
+def _content(path: Path) -> str | None:
+    """The hash of a file or folder; None where there is none, which is said before it is read."""
+    return hash_folder(path) if path.is_dir() else hash_file(path) if path.is_file() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -29,7 +30,9 @@ def plan_notices(stages: Freshness, plans: list[Plan]) -> list[Notice]:
         *prompt_notices(stages),
         *token_notices(stages),
         *unpooled_notices(stages),
+        *score_notices(stages),
         *batch_notices(stages, plans),
+        *negative_notices(stages, plans),
         *setting_notices(stages, steps),
     ]
 
@@ -117,6 +120,51 @@ def unpooled_notices(stages: Freshness) -> Iterator[Notice]:
             )
 
 
+def score_notices(stages: Freshness) -> Iterator[Notice]:
+    """Scores of graded pairs that the objective cannot give, or that are all the same."""
+    from nearfield.data.store import Store
+
+    store, recipe = Store.open(stages.store_path), stages.recipe
+    for source in stages.run.checked.sources:
+        if source.examples.kind != "graded":
+            continue
+        scores = store.examples.take(store.select(source.name, recipe.split))["score"].drop_null().to_numpy()
+        if not len(scores):
+            continue
+        low, high = float(scores.min()), float(scores.max())
+        if low == high:
+            yield Notice("scores-all-equal", f"{source.name}: all {len(scores):,} pairs have the score {low:g}")
+        for objective in recipe.objective.of_source(source.name, source.examples.kind):
+            bounds = objective.score_bounds
+            if bounds is not None and not (bounds[0] <= low and high <= bounds[1]):
+                outside = int(((scores < bounds[0]) | (scores > bounds[1])).sum())
+                yield Notice(
+                    "scores-out-of-range",
+                    f"{source.name}: {outside:,} of {len(scores):,} scores (from {low:g} to {high:g}) are beyond what "
+                    f"{getattr(objective, 'kind', 'the objective')} can give ({bounds[0]:g} to {bounds[1]:g})",
+                    f"Set scale, such as [{min(low, 0.0):.0f}, {math.ceil(high)}], in the examples of the data recipe.",
+                )
+
+
+def negative_notices(stages: Freshness, plans: list[Plan]) -> Iterator[Notice]:
+    """Explicit negatives that the recipe asks for by name and the data do not have."""
+    batches = stages.recipe.batches
+    if not plans or not batches.negatives or "negatives" not in batches.model_fields_set:
+        return
+    counts, source = plans[0].lists("negatives").lengths, plans[0].column("source")
+    numbers = {name: int(number) for number, name in plans[0].metadata["sources"].items()}
+    for one in stages.run.checked.sources:
+        mine = counts[source == numbers[one.name]] if one.name in numbers else counts[:0]
+        few = int((mine < batches.negatives).sum())
+        if one.examples.kind == "retrieval" and few:
+            has = "none has any" if not mine.any() else f"{few:,} have fewer"
+            yield Notice(
+                "negatives-missing",
+                f"{one.name}: batches.negatives asks for {batches.negatives} a query, and of {len(mine):,} examples {has}",
+                "Mine some (see 'mining'), name their column in the data recipe, or lower batches.negatives.",
+            )
+
+
 def batch_notices(stages: Freshness, plans: list[Plan]) -> Iterator[Notice]:
     """What the plan leaves out, and batches that are smaller than asked for."""
     recipe = stages.recipe
@@ -145,6 +193,13 @@ def batch_notices(stages: Freshness, plans: list[Plan]) -> Iterator[Notice]:
                 f"{source.name}: not one batch is made of it",
                 "Is batch_size larger than the source?",
             )
+    wrong = sum(epoch.get("exceptions", {}).get("positives_as_negatives", 0) for epoch in summary["epochs"])
+    if wrong:
+        yield Notice(
+            "positives-as-negatives",
+            f"{wrong:,} explicit negatives of all epochs are known positives of their query, by another source or split",
+            "infonce leaves them out by mask_known_positives; other objectives take them as negatives.",
+        )
     size = recipe.batches.batch_size
     small = examples = repeated = 0
     for plan in plans:

@@ -17,7 +17,7 @@ from nearfield.batching.config import BatchConfig
 from nearfield.batching.plan import Lengths, write_plan
 from nearfield.batching.planner import VectorsOf
 from nearfield.batching.rows import Floats, Lists, PlannedRows, Rows, SourceExamples
-from nearfield.batching.summary import count_exceptions, measure_hardness
+from nearfield.batching.summary import count_exceptions, measure_hardness, positives_as_negatives
 from nearfield.data.store import Store
 from nearfield.files import write_json
 from nearfield.mining.negatives import Negatives as MinedNegatives
@@ -189,7 +189,10 @@ def write_plans(
         batches = planner.plan(
             inputs.sources, seed, epoch, generation=inputs.generation, known=known, vectors=inputs.vectors
         )
-        measured: dict[str, Any] = {"exceptions": count_exceptions(batches, known, config.needs_samples)}
+        exceptions = count_exceptions(batches, known, config.needs_samples)
+        measured: dict[str, Any] = {
+            "exceptions": {**exceptions, "positives_as_negatives": positives_as_negatives(batches, known)}
+        }
         if inputs.vectors is not None:
             measured |= measure_hardness(batches, inputs.vectors, seed)
         about = {

@@ -60,15 +60,26 @@ class TrainingStage(ChangingStages):
         if self.strict:
             refuse(found, where)
 
-    def _tell_at_start(self, encoder: LoadedEncoder, plans: list[Plan]) -> None:
+    def _tell_at_start(self, encoder: LoadedEncoder, feed: Feed, plans: list[Plan]) -> None:
         """Before the first step, what the encoder, the data and the plan show; rank 0 alone."""
         from nearfield.pipeline.notices import plan_notices, suite_notices
         from nearfield.training.checkpoint import checkpoint_paths
 
-        if not checkpoint_paths(self.run.folder / "checkpoints"):
+        begins = not checkpoint_paths(self.run.folder / "checkpoints")
+        if begins:
             self.run.keep_notices([])
         suite = suite_notices(self) if self.scores else ()
-        self.tell([*encoder.notices, *plan_notices(self, plans), *suite])
+        teaches = self.teaching_notices(encoder.model, feed, plans) if begins else ()
+        self.tell([*encoder.notices, *plan_notices(self, plans), *suite, *teaches])
+
+    def teaching_notices(self, model: SentenceTransformer, feed: Feed, plans: list[Plan]) -> list[Notice]:
+        """What the data and the objective could teach no encoder."""
+        from nearfield.training.teaching import teaching_notices
+
+        store = self._store()
+        names = {number: source.name for number, source in enumerate(store.sources)}
+        known, width = store.known_positives().of, model.get_embedding_dimension()
+        return [] if width is None else [*teaching_notices(self._objective(model), feed, plans, known, names, width)]
 
     def train(self) -> dict[str, Any]:
         """Train from the newest checkpoint on and save the model."""
@@ -85,9 +96,9 @@ class TrainingStage(ChangingStages):
         config = self.recipe.training
         device = pick_device(config, self.launch)
         encoder = self._encoder(device)
-        if self.launch.is_main:
-            self._tell_at_start(encoder, plans)
         feed = self._feed(encoder)
+        if self.launch.is_main:
+            self._tell_at_start(encoder, feed, plans)
         inputs = TrainingInputs(
             plans=plans,
             plan_hashes=hashes,
@@ -279,6 +290,17 @@ class TrainingStage(ChangingStages):
 
         if self.scores:
             stop_on_blocking(suite_notices(self))
+
+    def check_ring(self) -> None:
+        """Refuse negatives that look at whole batches where parts of a batch are passed round."""
+        mining = self.recipe.mining
+        dynamic = mining is not None and mining.during is not None and mining.during.kind == "dynamic"
+        if dynamic and self.launch.world_size > 1 and self.recipe.training.exchange == "ring":
+            raise BadInputError(
+                "dynamic negatives look at the embeddings of whole batches, which a ring never brings together",
+                where="training.exchange",
+                hint="Use training.exchange=gather.",
+            )
 
     def check_resumable(self) -> None:
         """Refuse to go on from nothing."""

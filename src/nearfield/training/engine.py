@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,11 +18,10 @@ from nearfield.encoders.packing import Features, PackingKind, Padding, embed, pa
 from nearfield.encoders.token_task import TARGETS, TokenTask
 from nearfield.encoders.towers import pictured_features
 from nearfield.errors import BadInputError
-from nearfield.objectives.config import Reading
 from nearfield.objectives.objective import Objective
 from nearfield.objectives.queue import MemoryQueue
 from nearfield.training.backends.base import Backend
-from nearfield.training.chunks import Bools, Pool, pool_batch
+from nearfield.training.chunks import Bools, Pool
 from nearfield.training.feed import Feed
 from nearfield.training.launch import Launch
 from nearfield.training.step import MakeFeatures, Work, cut_work
@@ -149,30 +148,12 @@ class Engine:
 
     def pool(self, batch: Batch) -> Pool:
         """The texts of a planned batch, with what its examples count."""
-        sources = [batch.source] * len(batch.query) if batch.sources is None else batch.sources.tolist()
-        pool = pool_batch(batch, [self.feed.readings.get(source, Reading()) for source in sources])
-        if self.feed.token_task is not None:
-            pool = replace(pool, token_columns=self.feed.token_task.columns)
-        if self.feed.weights is not None:
-            pool = replace(pool, weights=self.feed.weights[batch.example])
-        if self.objective.wants_tokens:
-            pool = replace(pool, query_tokens=self._query_tokens(pool))
-        return (
-            pool
-            if self.feed.teacher_scores is None
-            else replace(pool, teacher_scores=self.feed.teacher_scores.of(batch))
-        )
-
-    def _query_tokens(self, pool: Pool) -> Rows:
-        """(Q, T) tokens of the queries' whole texts, padded with -1."""
-        where = zip(pool.prompts[pool.queries].tolist(), pool.items[pool.queries].tolist(), strict=True)
-        rows = [self.feed.tokens.tables[prompt].tokens(item) for prompt, item in where]
-        if any(map(self._has_picture, rows)):
+        pool = self.feed.pool(batch)
+        if not self.objective.wants_tokens:
+            return pool
+        if any(map(self._has_picture, self.feed.tokens_of(pool, pool.queries))):
             raise BadInputError("this objective decodes texts, and some queries are pictures", where="objective")
-        found = np.full((len(rows), max(len(row) for row in rows)), -1, dtype=np.int64)
-        for line, row in enumerate(rows):
-            found[line, : len(row)] = row
-        return found
+        return self.feed.with_query_tokens(pool)
 
     def make_features(self, pool: Pool, seed: int = 0, step: int = 0) -> MakeFeatures:
         """The function that turns a chunk of a pool into features; which tokens are hidden depends on seed, step and text."""

@@ -146,7 +146,7 @@ class Passed:
         self.pools = [part for part, _ in parts]
         self.wanted = [wanted for _, wanted in parts]
         self.known_positives = [[known_positives[int(row)] for row in part] for part in rows]
-        self.weight = float(len(pool.queries)) if pool.weights is None else float(pool.weights.sum()) or 1.0
+        self.weight = (float(len(pool.queries)) if pool.weights is None else float(pool.weights.sum())) or 1.0
 
     def bring(self, own: Tensor) -> Tensor:
         """One collective, in which each embedding goes where it is needed."""

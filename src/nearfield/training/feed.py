@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows, VectorsOf
 from nearfield.batching.rows import Floats
-from nearfield.data.tokens import TokenCache
+from nearfield.data.tokens import Ids, TokenCache
 from nearfield.encoders.token_task import TokenTask
 from nearfield.objectives.config import Reading
+from nearfield.training.chunks import Pool, pool_batch
 from nearfield.training.teacher_scores import TeacherScores
 
 if TYPE_CHECKING:
@@ -37,3 +41,26 @@ class Feed:
     """What hides tokens and gives the losses on them, where the objective asks for that."""
     pictures: Pictures | None = None
     """The pictures of items, where the data has some."""
+
+    def pool(self, batch: Batch) -> Pool:
+        """The texts of a planned batch, with what its examples count."""
+        sources = [batch.source] * len(batch.query) if batch.sources is None else batch.sources.tolist()
+        pool = pool_batch(batch, [self.readings.get(source, Reading()) for source in sources])
+        if self.token_task is not None:
+            pool = replace(pool, token_columns=self.token_task.columns)
+        if self.weights is not None:
+            pool = replace(pool, weights=self.weights[batch.example])
+        return pool if self.teacher_scores is None else replace(pool, teacher_scores=self.teacher_scores.of(batch))
+
+    def tokens_of(self, pool: Pool, places: Rows) -> list[Ids]:
+        """The tokens of some texts of a pool."""
+        where = zip(pool.prompts[places].tolist(), pool.items[places].tolist(), strict=True)
+        return [self.tokens.tables[prompt].tokens(item) for prompt, item in where]
+
+    def with_query_tokens(self, pool: Pool) -> Pool:
+        """The pool with the (Q, T) tokens of its queries' whole texts, padded with -1."""
+        rows = self.tokens_of(pool, pool.queries)
+        found = np.full((len(rows), max(map(len, rows), default=0)), -1, dtype=np.int64)
+        for line, row in enumerate(rows):
+            found[line, : len(row)] = row
+        return replace(pool, query_tokens=found)

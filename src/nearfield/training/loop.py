@@ -24,6 +24,7 @@ from nearfield.training.evaluating import Evaluations, InterruptedEvaluationErro
 from nearfield.training.forecast import begin_forecast, end_forecast
 from nearfield.training.forecast_notices import notices_of_start
 from nearfield.training.gradient import batch_gradient
+from nearfield.training.idle import ChanceWatch, GradientWatch
 from nearfield.training.inputs import TrainingInputs, batch_of_step
 from nearfield.training.launch import Launch, RankDiedError
 from nearfield.training.memory import Budget
@@ -236,6 +237,7 @@ def _train(
         writes=launch.is_main,
     )
     done, zeros = first, ZeroVectors(device, inputs.tell)
+    gradients, chance = GradientWatch(first, steps), ChanceWatch(steps)
     with writer, trackers, TrainingProgress(first, steps) as progress:
         if evaluations.due(first) and evaluate(first):
             save(first)
@@ -271,6 +273,9 @@ def _train(
             if not math.isfinite(norm):
                 save_and_wait(step)
                 raise non_finite_error(run, step, batch, result, inputs, objective, norm, writes=launch.is_main)
+            gradients.see(norm)
+            if chance.wants(step):
+                chance.see(engine, result)
             negatives.observe(batch, step, result)
             if engine.queue is not None and result.batch is not None:
                 engine.queue.push(result.batch)
@@ -307,6 +312,7 @@ def _train(
             writer.check()
         seconds = told()["seconds"]
         writer.wait()
+    inputs.tell(broadcast_notices(chance.notices, device))
     end_forecast(outlook, engine, run, first=first, steps=done, seconds=seconds - before["seconds"])
     best = evaluations.state
     return TrainingResult(

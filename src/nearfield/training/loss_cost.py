@@ -125,7 +125,7 @@ def _measure(engine: Engine, batch: Batch, known_positives: Callable[[int], Rows
     def run(look: Callable[[], None]) -> None:
         contrastive = contrastive_batch(pool, leaf, known, draw=0, guide=engine.feed.guide)
         loss = engine.objective.forward(contrastive)
-        torch.autograd.grad(loss.total / loss.denominator, [leaf, *learnt])
+        loss.gradients([leaf, *learnt])
 
     with engine.backend.whole(learnt):
         _, peak = bytes_of(device, run)

@@ -53,6 +53,9 @@ def check_can_train(config: TrainingConfig, launch: Launch, *, adapter: bool, to
     name = check_launch(config.backend, launch)
     if token_task:
         check_token_task(name)
+    if launch.is_main:
+        for tracker in config.trackers:
+            tracker.check()
     device = pick_device(config, launch)
     check_sharded(config.optimizer, name)
     if name == "fsdp2" and adapter and pick_precision(config, device) == "bf16-pure":

@@ -260,9 +260,7 @@ def run_step(
             if not guard.out_of_memory:
                 # Not by calling the module: ZeRO 3 would take its parameters away again behind the call.
                 loss: LossSum = objective.forward(batch)
-                gradient, *learnt_gradients = torch.autograd.grad(
-                    loss.total * (weight / loss.denominator), [leaf, *learnt]
-                )
+                gradient, *learnt_gradients = loss.gradients([leaf, *learnt], weight)
                 total = float(loss.total.detach())
                 if watch:
                     figures = watch_learning(objective, replace(batch, ring=None))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from nearfield.config import Config
+from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
     from nearfield.training.trackers import Tracker
@@ -20,6 +23,13 @@ class TensorBoardConfig(Config):
     """TensorBoard, in the run's folder ``tensorboard``."""
 
     kind: Literal["tensorboard"] = "tensorboard"
+
+    def check(self) -> None:
+        """Refuse, before any work, what is not installed."""
+        if find_spec("tensorboard") is None:
+            raise BadInputError(
+                "TensorBoard is not installed", where="training.trackers", hint="pip install tensorboard"
+            )
 
     def build(self, run: Path, first_step: int, about: Mapping[str, Any]) -> Tracker:
         from nearfield.training.trackers import TensorBoardTracker
@@ -40,6 +50,13 @@ class WandbConfig(Config):
     tags: tuple[Name, ...] = ()
     mode: Literal["online", "offline", "disabled"] = "online"
     """``offline`` writes to the run's folder, for ``wandb sync`` later."""
+
+    def check(self) -> None:
+        """Refuse, before any work, what is not installed."""
+        if sys.modules.get("wandb", False) is None or ("wandb" not in sys.modules and find_spec("wandb") is None):
+            raise BadInputError(
+                "Weights & Biases is not installed", where="training.trackers", hint="pip install 'nearfield[wandb]'"
+            )
 
     def build(self, run: Path, first_step: int, about: Mapping[str, Any]) -> Tracker:
         from nearfield.training.trackers import WandbTracker

@@ -45,6 +45,8 @@ class Trial:
     out_of_memory: bool
     finite: bool
     """Whether all losses and gradients were finite numbers."""
+    still: bool = False
+    """Whether all gradients were exactly 0."""
 
 
 def run_trial(
@@ -69,7 +71,7 @@ def run_trial(
     reset_peak(device)
     began = time.monotonic()
     done: list[tuple[StepCost, float, float]] = []
-    finite, ran = True, 0
+    finite, still, ran = True, True, 0
     whole = False
     early = overlaps(config, forecast.steps)
     copies: list[Tensor] | None = None
@@ -88,7 +90,7 @@ def run_trial(
         if result.batch is not None:
             similarities(result.batch)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-        finite = finite and math.isfinite(result.loss) and math.isfinite(norm)
+        finite, still = finite and math.isfinite(result.loss) and math.isfinite(norm), still and norm == 0
         if ran:
             done.append((cost, seconds, cpu))
         ran += 1
@@ -99,7 +101,7 @@ def run_trial(
         copies = _checkpoint(engine)
     del copies
     if len(done) < 3:
-        return Trial(forecast, ran, out_of_memory=False, finite=finite)
+        return Trial(forecast, ran, out_of_memory=False, finite=finite, still=still)
     # Seconds by the chunks' profile -> seconds as measured.
     scale = forecast.steps / len(planned.costs)
 
@@ -114,7 +116,7 @@ def run_trial(
         growth = slowest([float(peak_bytes(device) - held)], device)[0]
         beside = profile.state.checkpoint if early and device.type == "cpu" else 0
         found = dataclasses.replace(found, memory=_measured(forecast.memory, growth, beside))
-    return Trial(found, ran, out_of_memory=False, finite=finite)
+    return Trial(found, ran, out_of_memory=False, finite=finite, still=still)
 
 
 def _chosen(planned: PlanCosts) -> list[tuple[Batch, StepCost]]:
