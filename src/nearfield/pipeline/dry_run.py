@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nearfield.errors import BadInputError
 from nearfield.files import write_json
 from nearfield.notices import Notice
-from nearfield.pipeline.during import prepare_training_suite
+from nearfield.pipeline.during import prepare_suites
 from nearfield.pipeline.notices import plan_notices, suite_notices
 from nearfield.pipeline.prompting import suite_prompts
 from nearfield.pipeline.run import Run
@@ -103,7 +103,7 @@ def _dry_run(
         except BadInputError as error:
             blocked.append(Notice.of(error))
         # What a run looks at before it trains.
-        for check in (stages.check_can_train, partial(prepare_training_suite, stages, stages._open_store)):
+        for check in (stages.check_can_train, partial(prepare_suites, stages, stages._open_store, False)):
             try:
                 check()
             except BadInputError as error:
