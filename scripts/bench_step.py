@@ -86,7 +86,7 @@ def nearfield_side(batches: Sequence[Sequence[tuple[str, str]]], options: argpar
     from nearfield.objectives.config import InfoNCEConfig
     from nearfield.objectives.infonce import InfoNCE
     from nearfield.training.backends.replicated import ReplicatedBackend
-    from nearfield.training.chunks import Pool
+    from nearfield.training.chunks import Cut, Pool
     from nearfield.training.step import cut_work, run_step
 
     class Encoder(nn.Module):
@@ -119,7 +119,7 @@ def nearfield_side(batches: Sequence[Sequence[tuple[str, str]]], options: argpar
             pool,
             lengths,
             [np.array([count + i]) for i in range(count)],
-            budget=options.chunk_tokens,
+            cut=Cut(options.chunk_tokens),
             padded=False,
             by_prompt=False,
             rank=0,

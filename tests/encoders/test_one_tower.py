@@ -27,6 +27,7 @@ from nearfield.encoders.tokenize import prompt_tokens, token_ids
 from nearfield.errors import BadInputError
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.objectives.more_kinds import CAROLConfig
+from nearfield.training.chunks import Cut
 from nearfield.training.launch import Launch
 
 CPU = torch.device("cpu")
@@ -169,7 +170,7 @@ def test_chunks_have_the_gradient_of_one_forward(architecture: str) -> None:
 def test_a_chunk_is_counted_by_what_is_computed() -> None:
     problem = Problem.make(InfoNCEConfig()).in_one_tower("qwen2_vl")
     engine = problem.engine(Launch(), "single", dropout=False)
-    work, lengths = engine.work(problem.batch, problem.known.__getitem__, 90)
+    work, lengths = engine.work(problem.batch, problem.known.__getitem__, Cut(90))
     features = engine.make_features(work.pool)
     for chunk, tokens in zip(work.chunks, work.tokens, strict=True):
         made = features(chunk)

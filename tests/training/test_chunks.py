@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 
 import numpy as np
 import pytest
@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from nearfield.batching.plan import Batch
 from nearfield.objectives.config import Reading
+from nearfield.training import chunks as chunks_module
 from nearfield.training.chunks import (
+    BUSY,
     chunk_tokens,
     cut_chunks,
     deal_chunks,
@@ -24,41 +26,87 @@ from nearfield.training.chunks import (
 TEXTS = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 2)), min_size=1, max_size=80)
 
 
-@given(TEXTS, st.integers(16, 2000))
-def test_chunks_partition_within_the_budget(texts: list[tuple[int, int]], budget: int) -> None:
+@given(TEXTS, st.integers(16, 2000), st.integers(1, 9), st.booleans())
+def test_chunks_partition_within_the_budget(
+    texts: list[tuple[int, int]], budget: int, ranks: int, padded: bool
+) -> None:
     lengths, groups = np.array([t[0] for t in texts]), np.array([t[1] for t in texts])
-    chunks = cut_chunks(lengths, budget, groups)
+    chunks = cut_chunks(lengths, budget, groups, padded=padded, ranks=ranks)
     assert sorted(np.concatenate(chunks).tolist()) == list(range(len(texts)))
     for chunk in chunks:
         assert len({int(groups[i]) for i in chunk}) == 1
-        assert int(lengths[chunk].max()) * len(chunk) <= budget or len(chunk) == 1
+        cost = chunk_tokens(lengths, chunk, padded=padded)
+        assert cost == (max(lengths[i] for i in chunk) * len(chunk) if padded else sum(int(lengths[i]) for i in chunk))
+        assert cost <= budget or len(chunk) == 1
         assert lengths[chunk].tolist() == sorted(lengths[chunk].tolist(), reverse=True)
-    assert sum(chunk_tokens(lengths, chunk) for chunk in chunks) >= lengths.sum()
-    for chunk in chunks:
-        assert chunk_tokens(lengths, chunk) == max(lengths[i] for i in chunk) * len(chunk)
+    assert len(chunks) % ranks == 0 or len(chunks) == len(texts), "fewer only where the texts are fewer"
 
 
-@given(TEXTS, st.integers(16, 2000))
-def test_chunks_without_padding_are_filled_with_real_tokens(texts: list[tuple[int, int]], budget: int) -> None:
-    lengths, groups = np.array([t[0] for t in texts]), np.array([t[1] for t in texts])
-    chunks = cut_chunks(lengths, budget, groups, padded=False)
-    assert sorted(np.concatenate(chunks).tolist()) == list(range(len(texts)))
-    for chunk in chunks:
-        assert len({int(groups[i]) for i in chunk}) == 1
-        assert int(lengths[chunk].sum()) <= budget or len(chunk) == 1
-        assert lengths[chunk].tolist() == sorted(lengths[chunk].tolist(), reverse=True)
-        assert chunk_tokens(lengths, chunk, padded=False) == sum(int(lengths[i]) for i in chunk)
-    for chunk, after in pairwise(chunks):
-        if groups[chunk[0]] == groups[after[0]]:
-            assert lengths[chunk].sum() + lengths[after[0]] > budget, "the next text would still have fitted"
-    assert len(chunks) <= len(cut_chunks(lengths, budget, groups))
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 12), st.booleans())
+def test_chunks_of_one_group_are_as_equal_as_can_be(lengths: list[int], count: int, padded: bool) -> None:
+    """Against all ways to cut texts, longest first, into so many chunks: none has a smaller largest one."""
+    texts = np.array(sorted(lengths, reverse=True))
+    count = min(count, len(texts))
+    ways = combinations(range(1, len(texts)), count - 1)
+    cuts = [np.split(np.arange(len(texts)), list(way)) for way in ways]
+    best = min(max(chunk_tokens(texts, chunk, padded=padded) for chunk in cut) for cut in cuts)
+    edges = chunks_module._Sorted(texts, padded).equal_edges(count)
+    found = [np.arange(start, stop) for start, stop in pairwise(edges)]
+    assert len(found) == count
+    assert max(chunk_tokens(texts, chunk, padded=padded) for chunk in found) == best
+
+
+def lognormal(count: int, mean: int, spread: float, seed: int) -> np.ndarray:
+    """Lengths with that mean, as texts have them."""
+    drawn = np.random.default_rng(seed).lognormal(np.log(mean) - spread**2 / 2, spread, count)
+    return np.maximum(2, drawn.round()).astype(np.int64)
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
+@pytest.mark.parametrize(("count", "mean", "ranks"), [(64, 30, 8), (256, 30, 8), (256, 128, 8), (1024, 64, 32)])
+def test_ranks_are_busy_with_the_default_of_gpus(count: int, mean: int, ranks: int, padded: bool) -> None:
+    """At 16,384 tokens a chunk such batches fit one chunk or a few, and most ranks had nothing to do."""
+    ruled_out = 0
+    for seed, spread in product(range(12), (0.3, 0.5, 0.7, 1.0)):
+        lengths = lognormal(count, mean, spread, seed)
+        chunks = cut_chunks(lengths, 16_384, padded=padded, ranks=ranks)
+        assert len(chunks) % ranks == 0
+        costs = [chunk_tokens(lengths, chunk, padded=padded) for chunk in chunks]
+        loads = [sum(costs[number] for number in share) for share in deal_chunks(costs, ranks)]
+        if BUSY * ranks * lengths.max() > lengths.sum():
+            ruled_out += 1
+        else:
+            assert sum(loads) / (ranks * max(loads)) >= BUSY, (seed, spread)
+    assert ruled_out <= 48 * 0.2, "one long text forbids it now and then only"
+
+
+def test_one_long_text_gets_a_rank_of_its_own() -> None:
+    chunks = cut_chunks(np.array([500, *[10] * 60]), 16_384, ranks=4)
+    assert [len(chunk) for chunk in chunks] == [1, 20, 20, 20]
+
+
+def test_the_smallest_multiple_that_the_budget_allows() -> None:
+    lengths = np.full(64, 30)
+    assert [len(cut_chunks(lengths, 16_384, ranks=ranks)) for ranks in (1, 2, 8, 64)] == [1, 2, 8, 64]
+    assert len(cut_chunks(lengths, 300, ranks=4)) == 8, "at most ten texts a chunk, so at least seven chunks"
+    assert len(cut_chunks(lengths, 300)) == 7
+    assert len(cut_chunks(lengths, 16_384, ranks=100)) == 64, "one text each"
+    assert len(cut_chunks(lengths[:10], 30, ranks=8)) == 10, "as many as there are texts, of which 16 would be wanted"
+
+
+def test_each_kind_is_cut_for_all_ranks() -> None:
+    """Where all ranks must go through the same layers at once, chunks of pictures are a multiple of the ranks too."""
+    kinds = np.arange(40) % 2
+    chunks = cut_chunks(np.where(kinds, 16, 5), 10_000, ranks=4, kinds=kinds)
+    assert [int(kinds[chunk[0]]) for chunk in chunks] == [0] * 4 + [1] * 4
+    assert all(len({int(kinds[i]) for i in chunk}) == 1 for chunk in chunks)
 
 
 def test_where_nothing_is_padded_more_fits() -> None:
     lengths = np.array([2, 9, 3, 4])
     assert [chunk.tolist() for chunk in cut_chunks(lengths, 18, padded=False)] == [[1, 3, 2, 0]]
-    assert [chunk.tolist() for chunk in cut_chunks(lengths, 17, padded=False)] == [[1, 3, 2], [0]]
-    assert [chunk.tolist() for chunk in cut_chunks(lengths, 18)] == [[1, 3], [2, 0]]
+    assert [chunk.tolist() for chunk in cut_chunks(lengths, 17, padded=False)] == [[1], [3, 2, 0]]
+    assert [chunk.tolist() for chunk in cut_chunks(lengths, 18)] == [[1], [3, 2, 0]]
 
 
 TOKENS = st.lists(st.integers(1, 200), max_size=40)
@@ -164,7 +212,7 @@ def test_longest_first_and_ties_in_their_order() -> None:
     assert [chunk_tokens(lengths, chunk) for chunk in chunks] == [18, 15, 3]
     assert cut_chunks(np.zeros(0, np.int64), 18) == []
     grouped = cut_chunks(lengths, 18, np.array([1, 0, 0, 1, 0, 0]))
-    assert [chunk.tolist() for chunk in grouped] == [[1, 4], [2, 5], [3, 0]]
+    assert [chunk.tolist() for chunk in grouped] == [[1], [4, 2, 5], [3, 0]]
 
 
 def test_lists_of_different_lengths_are_a_fault() -> None:

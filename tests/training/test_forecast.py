@@ -17,8 +17,10 @@ from nearfield.files import read_json
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training import forecast as forecasting
+from nearfield.training.busy import sampled_steps
+from nearfield.training.chunks import Cut
 from nearfield.training.config import TrainingConfig
-from nearfield.training.costs import plan_costs, sampled_steps
+from nearfield.training.costs import plan_costs
 from nearfield.training.engine import Engine
 from nearfield.training.forecast import FILE, Forecast, Memory, predict, say_bytes, say_seconds
 from nearfield.training.inputs import TrainingInputs
@@ -47,7 +49,9 @@ def expect(engine: Engine, inputs: TrainingInputs, config: TrainingConfig = CONF
 def test_counts_are_those_of_the_plan(engine: Engine, inputs: TrainingInputs) -> None:
     found = expect(engine, inputs)
     works = [
-        engine.work(plan.batch(step), inputs.known_positives, 512) for plan in inputs.plans for step in range(len(plan))
+        engine.work(plan.batch(step), inputs.known_positives, Cut(512))
+        for plan in inputs.plans
+        for step in range(len(plan))
     ]
     assert (found.steps, found.examples) == (6, 24)
     assert found.tokens == sum(int(lengths.sum()) for _, lengths in works)
@@ -72,7 +76,7 @@ def test_max_steps_and_averaged_batches(engine: Engine, inputs: TrainingInputs) 
     halves = expect(engine, inputs, CONFIG.model_copy(update={"averaged_batches": 2, "max_steps": 4}))
     assert halves.examples == first.examples
     assert halves.memory.activations < first.memory.activations
-    assert len(sampled_steps(inputs.plans, 4)) == 4
+    assert len(sampled_steps(inputs.plans, 4, 200)) == 4
 
 
 def test_cached_gradients_take_less_memory_and_more_time(engine: Engine, inputs: TrainingInputs) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from nearfield.conformance.problem import Problem
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.training import memory
+from nearfield.training.chunks import Cut
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import Engine
 from nearfield.training.inputs import TrainingInputs
@@ -87,7 +88,7 @@ def test_kept_graphs_are_the_sum_of_their_chunks(engine: Engine, inputs: Trainin
     config = TrainingConfig(device="cpu", precision="fp32", micro_batch_tokens=48)
     profile = measure_profile(config, engine, inputs.plans, inputs.known_positives)
     batch = inputs.plans[0].batch(1)
-    work, lengths = engine.work(batch, inputs.known_positives, 48)
+    work, lengths = engine.work(batch, inputs.known_positives, Cut(48))
     assert len(work.chunks) > 2
     features = engine.make_features(work.pool)
     with no_trace(engine), AllocationTracker() as tracker:
@@ -100,7 +101,7 @@ def test_kept_graphs_are_the_sum_of_their_chunks(engine: Engine, inputs: Trainin
 
 
 def test_a_longer_chunk_takes_more(engine: Engine, inputs: TrainingInputs) -> None:
-    work, _ = engine.work(inputs.plans[0].batch(0), inputs.known_positives, 1000)
+    work, _ = engine.work(inputs.plans[0].batch(0), inputs.known_positives, Cut(1000))
     with no_trace(engine):
         run_chunk(engine, work.pool, work.chunks[0][:1])
         one = measure_chunk(engine, work.pool, work.chunks[0][:1])
@@ -130,7 +131,7 @@ def test_auto_takes_what_is_fast_or_what_fits(
     assert plenty == choose(None) == choose(10**11)
     assert plenty.micro_batch_tokens == FAST_MICRO_BATCH_TOKENS["cpu"]
     batches = [plan.batch(step) for plan in inputs.plans for step in range(len(plan))]
-    heaviest = max(engine.work(batch, inputs.known_positives, 512)[0].heaviest for batch in batches)
+    heaviest = max(engine.work(batch, inputs.known_positives, Cut(512))[0].heaviest for batch in batches)
     assert heaviest <= plenty.graph_tokens <= 1.25 * heaviest + 1
     state = state_size(engine, config)
     fixed = state.gradients + state.optimizer + state.checkpoint

@@ -21,7 +21,7 @@ from nearfield.objectives.infonce import ContrastiveBatch, LossSum
 from nearfield.objectives.objective import Objective
 from nearfield.training import step as module
 from nearfield.training.backends.replicated import ReplicatedBackend
-from nearfield.training.chunks import Pool
+from nearfield.training.chunks import Cut, Pool
 from nearfield.training.communication import ControlWord
 from nearfield.training.engine import Engine
 from nearfield.training.exchange import contrastive_batch
@@ -122,7 +122,7 @@ def test_dropout_is_seeded_by_all_three() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_the_work_is_the_same_on_every_rank_but_for_the_rank(tokens: TokenCache, pool: Pool, ranks: int) -> None:
     lengths = np.array([1, 2, 3, 3, 4])
-    settings: dict[str, Any] = {"budget": 5, "padded": True, "by_prompt": True, "world_size": ranks}
+    settings: dict[str, Any] = {"cut": Cut(5, 2), "padded": True, "by_prompt": True, "world_size": ranks}
     alone = cut_work(pool, lengths, [], **{**settings, "world_size": 1}, rank=0)
     works = [cut_work(pool, lengths, [], **settings, rank=rank) for rank in range(ranks)]
     assert [work.rank for work in works] == list(range(ranks))
@@ -139,7 +139,7 @@ def test_the_work_is_the_same_on_every_rank_but_for_the_rank(tokens: TokenCache,
 
 
 def test_a_batch_without_pictures_settles_too_where_others_of_the_step_may_have_some(pool: Pool) -> None:
-    settings: dict[str, Any] = {"budget": 5, "padded": True, "by_prompt": True, "world_size": 2, "rank": 0}
+    settings: dict[str, Any] = {"cut": Cut(5), "padded": True, "by_prompt": True, "world_size": 2, "rank": 0}
     lengths, none = np.array([1, 2, 3, 3, 4]), np.zeros(5, dtype=bool)
     texts = cut_work(pool, lengths, [], **settings, images=none, level=True)
     assert texts.kinds == [0] * len(texts.chunks)

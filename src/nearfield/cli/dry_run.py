@@ -58,11 +58,12 @@ def _lines(forecast: Forecast, result: DryRun) -> list[tuple[str, str]]:
     ]
     basis = f"from {result.trial_steps} trial steps" if forecast.measured == "steps" else "from single chunks"
     each = say_bytes(forecast.checkpoint_bytes)
+    busy = f", busy {forecast.busy:.1%} of the time" if forecast.world_size > 1 else ""
     return [
         ("steps", f"{forecast.steps:,} ({forecast.examples:,} examples)"),
         ("tokens", f"{forecast.tokens:,} real; {about}{forecast.encoded_tokens:,} as encoded ({how}, +{padding:.1%})"),
         ("parameters", f"{forecast.parameters:,}, of which {forecast.trained:,} are trained"),
-        ("backend", f"{forecast.backend}, {forecast.world_size} process(es), each on {forecast.device}"),
+        ("backend", f"{forecast.backend}, {forecast.world_size} process(es), each on {forecast.device}{busy}"),
         ("devices", "; ".join(result.devices)),
         ("chunks", f"{forecast.micro_batch_tokens:,} tokens at a time; {kept}up to {forecast.graph_tokens:,} tokens"),
         ("memory", f"{say_bytes(forecast.memory.peak)} at the peak, on each process: {', '.join(parts)}"),

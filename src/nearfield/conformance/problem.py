@@ -28,6 +28,7 @@ from nearfield.objectives.objective import Objective
 from nearfield.objectives.queue import MemoryQueue
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.replicated import ReplicatedBackend
+from nearfield.training.chunks import Cut
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import EmbeddingModule, Engine
 from nearfield.training.exchange import contrastive_batch
@@ -135,6 +136,10 @@ class Problem:
     """Where engines run; the reference is always computed on the CPU."""
     precision: str = "fp32"
     """``training.precision`` of engines."""
+    ranks: int = 2
+    """The ranks that the batch was cut for: recorded, so that any number of them compute the same chunks."""
+    apart: bool = False
+    """Whether texts share no chunk with pictures that go through the same transformer."""
 
     @classmethod
     def make(
@@ -272,7 +277,7 @@ class Problem:
 
     def work(self, engine: Engine, budget: int) -> Work:
         """The batch cut and dealt."""
-        return engine.work(self.batch, self.known.__getitem__, budget)[0]
+        return engine.work(self.batch, self.known.__getitem__, Cut(budget, self.ranks, self.apart))[0]
 
     def gradient(
         self, engine: Engine, work: Work, *, keep_graph: bool, seed: int = SEED, step: int = STEP, watch: bool = False

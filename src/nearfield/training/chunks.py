@@ -1,7 +1,8 @@
-"""Texts of a global batch -> length-sorted chunks of at most so many tokens, dealt to ranks."""
+"""Texts of a global batch -> length-sorted chunks of nearly equal cost, dealt to ranks."""
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -122,29 +123,136 @@ def cut_batch(batch: Batch, start: int, stop: int) -> Batch:
     )
 
 
-def cut_chunks(lengths: Rows, budget: int, groups: Rows | None = None, *, padded: bool = True) -> list[Rows]:
-    """Cut texts into chunks of at most ``budget`` tokens, longest first.
+CUT_RULE = 1
+"""The rule of :func:`cut_chunks`: a run that was cut by another one cannot keep its dropout masks."""
+BUSY = 0.95
+"""The busy share that a cut is to reach: the mean cost of a rank over that of the rank with the most."""
+_TRIES = 16
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the batches of a run are cut: dropout is drawn chunk by chunk, hence this is state."""
+
+    tokens: int
+    """The most that a chunk takes, where it has more than one text."""
+    ranks: int = 1
+    """The ranks that the run began with, of which the number of chunks is a multiple."""
+    apart: bool = False
+    """Whether texts share no chunk with pictures that go through the same transformer."""
+
+
+def cut_chunks(
+    lengths: Rows,
+    budget: int,
+    groups: Rows | None = None,
+    *,
+    padded: bool = True,
+    ranks: int = 1,
+    kinds: Rows | None = None,
+) -> list[Rows]:
+    """Cut texts into chunks of nearly equal cost and at most ``budget`` tokens, longest first.
 
     ``lengths`` are tokens, shape (n,). Where chunks are ``padded`` a chunk takes longest length x count, else the sum of
     its lengths. A text that is longer than the budget is a chunk of its own. Texts of different ``groups`` (shape (n,))
-    do not share a chunk. The result is a partition of 0..n-1 that depends on the arguments alone, so that it is the
-    same on every device and for any number of them.
+    do not share a chunk.
+
+    The number of chunks is the smallest multiple of ``ranks`` that the budget allows and that leaves so many ranks busy
+    for :data:`BUSY` of the time (where none does, the one whose busiest rank has the least to do); texts of different ``kinds``
+    (n,) are each cut so. There are fewer only where the texts are fewer. The result is a partition of 0..n-1 that depends
+    on the arguments alone, so that it is the same on every device and for any number of them.
     """
     groups = np.zeros_like(lengths) if groups is None else groups
-    order = np.lexsort((np.arange(len(lengths)), -lengths, groups))
-    chunks: list[list[int]] = []
-    taken = 0
-    for index in order.tolist():
-        last = chunks[-1] if chunks else None
-        if last and groups[last[0]] == groups[index]:
-            more = int(lengths[last[0]]) * (len(last) + 1) if padded else taken + int(lengths[index])
-            if more <= budget:
-                last.append(index)
-                taken = more
-                continue
-        chunks.append([index])
-        taken = int(lengths[index])
-    return [np.asarray(chunk, dtype=np.int64) for chunk in chunks]
+    kinds = np.zeros_like(lengths) if kinds is None else kinds
+    chunks: list[Rows] = []
+    for kind in np.unique(kinds).tolist():
+        parts = [np.flatnonzero((kinds == kind) & (groups == group)) for group in np.unique(groups[kinds == kind])]
+        parts = [part[np.lexsort((part, -lengths[part]))] for part in parts]
+        chunks += _cut_kind(lengths, parts, budget, padded=padded, ranks=ranks)
+    return chunks
+
+
+def _cut_kind(lengths: Rows, parts: Sequence[Rows], budget: int, *, padded: bool, ranks: int) -> list[Rows]:
+    """Chunks of several groups of texts, each longest first, that are dealt together."""
+    sorted_lengths = [_Sorted(lengths[part], padded) for part in parts]
+    texts = [len(part) for part in parts]
+    fewest = [len(each.edges(budget)) - 1 for each in sorted_lengths]
+    wanted = -(-sum(fewest) // ranks) * ranks
+    best: tuple[int, list[Rows]] | None = None
+    for count in range(wanted, min(sum(texts), wanted + _TRIES * ranks) + 1, ranks) or [sum(texts)]:
+        numbers = _apportion(count, [each.tokens for each in sorted_lengths], fewest, texts)
+        chunks = [
+            part[start:stop]
+            for part, each, number in zip(parts, sorted_lengths, numbers, strict=True)
+            for start, stop in itertools.pairwise(each.equal_edges(number))
+        ]
+        costs = [chunk_tokens(lengths, chunk, padded=padded) for chunk in chunks]
+        loads = [sum(costs[number] for number in share) for share in deal_chunks(costs, ranks)]
+        # No cut does better than leaving the longest text alone.
+        if sum(loads) >= BUSY * ranks * max(loads) or max(loads) == max(each.longest for each in sorted_lengths):
+            return chunks
+        if best is None or max(loads) < best[0]:
+            best = max(loads), chunks
+    assert best is not None
+    return best[1]
+
+
+def _apportion(count: int, tokens: Sequence[int], fewest: Sequence[int], most: Sequence[int]) -> list[int]:
+    """``count`` chunks shared out to groups by their tokens, none fewer than its ``fewest`` or more than its ``most``."""
+    numbers = list(fewest)
+    heap = [(-tokens[group] / numbers[group], group) for group in range(len(numbers)) if numbers[group] < most[group]]
+    heapq.heapify(heap)
+    for _ in range(count - sum(numbers)):
+        _, group = heapq.heappop(heap)
+        numbers[group] += 1
+        if numbers[group] < most[group]:
+            heapq.heappush(heap, (-tokens[group] / numbers[group], group))
+    return numbers
+
+
+class _Sorted:
+    """Texts by their lengths, longest first, and where they can be cut."""
+
+    def __init__(self, lengths: Rows, padded: bool) -> None:
+        self.lengths = lengths.tolist()
+        self.padded = padded
+        self.longest = int(lengths[0])
+        self.tokens = int(lengths.sum())
+        self._ends = np.cumsum(lengths)
+
+    def edges(self, cap: int) -> list[int]:
+        """Where chunks begin and end that take as many texts as fit ``cap`` tokens, at least one each."""
+        edges, total = [0], len(self.lengths)
+        while edges[-1] < total:
+            start = edges[-1]
+            if self.padded:
+                stop = start + cap // max(1, self.lengths[start])
+            else:
+                before = int(self._ends[start - 1]) if start else 0
+                stop = int(np.searchsorted(self._ends, before + cap, side="right"))
+            edges.append(min(total, max(start + 1, stop)))
+        return edges
+
+    def equal_edges(self, count: int) -> list[int]:
+        """``count`` chunks of which the largest with more than one text is as small as it can be."""
+        low, high = 1, max(1, self.longest * len(self.lengths))
+        while low < high:
+            middle = (low + high) // 2
+            if len(self.edges(middle)) - 1 <= count:
+                high = middle
+            else:
+                low = middle + 1
+        edges = self.edges(low)
+        while len(edges) - 1 < count:
+            several = [number for number in range(len(edges) - 1) if edges[number + 1] - edges[number] > 1]
+            number = max(several, key=lambda n: self._cost(edges[n], edges[n + 1]))
+            edges.insert(number + 1, (edges[number] + edges[number + 1]) // 2)
+        return edges
+
+    def _cost(self, start: int, stop: int) -> int:
+        if self.padded:
+            return int(self.lengths[start] * (stop - start))
+        return int(self._ends[stop - 1]) - (int(self._ends[start - 1]) if start else 0)
 
 
 def chunk_tokens(lengths: Rows, chunk: Rows, *, padded: bool = True) -> int:
@@ -160,12 +268,12 @@ def deal_chunks(tokens: Sequence[int], ranks: int, kinds: Sequence[int] | None =
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for mine in _by_kind(range(len(tokens)), kinds):
-        load = [0] * ranks
         dealt: list[list[int]] = [[] for _ in range(ranks)]
+        loads = [(0, rank) for rank in range(ranks)]
         for number in sorted(mine, key=lambda n: (-tokens[n], n)):
-            rank = min(range(ranks), key=lambda r: (load[r], r))
+            load, rank = heapq.heappop(loads)
             dealt[rank].append(number)
-            load[rank] += tokens[number]
+            heapq.heappush(loads, (load + tokens[number], rank))
         for share, more in zip(shares, dealt, strict=True):
             share += sorted(more)
     return shares

@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from nearfield.batching.plan import total_steps
+from nearfield.training.busy import Load, sampled_steps
 from nearfield.training.chunks import split_batch
 from nearfield.training.measure import chunk_size
 from nearfield.training.memory import Budget, Profile, heavy_batches, keeps_graph, share_costs
@@ -41,6 +39,8 @@ class StepCost:
     """Bytes of the loss of a rank and of the embeddings."""
     seconds: float
     """By the profile."""
+    loads: tuple[Load, ...]
+    """Of the ranks: one, or one a part of averaged batches."""
 
 
 def step_cost(
@@ -62,13 +62,14 @@ def step_cost(
         chunks=sum(part.chunks for part in parts),
         loss=max(part.loss for part in parts),
         seconds=sum(part.seconds for part in parts),
+        loads=tuple(load for part in parts for load in part.loads),
     )
 
 
 def _part_cost(
     engine: Engine, config: TrainingConfig, budget: Budget, profile: Profile, batch: Batch, known: Callable[[int], Rows]
 ) -> StepCost:
-    work, lengths = engine.work(batch, known, budget.micro_batch_tokens)
+    work, lengths = engine.work(batch, known, budget.cut)
     keeps = keeps_graph(config, budget, work)
     shares = share_costs(work, lengths, profile.kept, padded=engine.padded)
     sizes = [chunk_size(lengths[chunk], padded=engine.padded) for chunk in work.chunks]
@@ -84,6 +85,7 @@ def _part_cost(
         chunks=work.rounds,
         loss=profile.loss(batch) + 4.0 * 4 * held * engine.dimension,
         seconds=work.heaviest * each,
+        loads=(Load.of(work, lengths),),
     )
 
 
@@ -109,15 +111,6 @@ def plan_costs(
     known: Callable[[int], Rows],
 ) -> PlanCosts:
     """Cut the batches of a run, or a sample of them and the heaviest."""
-    steps, heavy = sampled_steps(plans, config.max_steps), heavy_batches(plans, config.max_steps)
+    steps, heavy = sampled_steps(plans, config.max_steps, _SAMPLED_STEPS), heavy_batches(plans, config.max_steps)
     costs = [step_cost(engine, config, budget, profile, plan.batch(step), known) for plan, step in steps]
     return PlanCosts(steps, costs, heavy, [step_cost(engine, config, budget, profile, b, known) for b in heavy])
-
-
-def sampled_steps(plans: Sequence[Plan], max_steps: int | None) -> list[tuple[Plan, int]]:
-    """All steps of a run, or as many as are looked at, spread evenly."""
-    total = total_steps(plans, max_steps)
-    steps = [(plan, step) for plan in plans for step in range(len(plan))][:total]
-    if total <= _SAMPLED_STEPS:
-        return steps
-    return [steps[i] for i in np.linspace(0, total - 1, _SAMPLED_STEPS).round().astype(int)]

@@ -21,7 +21,7 @@ from nearfield.errors import BadInputError
 from nearfield.objectives.objective import Objective
 from nearfield.objectives.queue import MemoryQueue
 from nearfield.training.backends.base import Backend
-from nearfield.training.chunks import Bools, Pool
+from nearfield.training.chunks import Bools, Cut, Pool
 from nearfield.training.feed import Feed
 from nearfield.training.launch import Launch
 from nearfield.training.step import MakeFeatures, Work, cut_work
@@ -101,20 +101,28 @@ class Engine:
             lengths = np.where(np.False_ if images is None else images, lengths, np.maximum(lengths, width))
         return lengths
 
-    def images(self, pool: Pool) -> Bools | None:
-        """(n,) which items of the pool go through layers that texts do not; none where a chunk may hold both."""
+    def images(self, pool: Pool, *, apart: bool = False) -> Bools | None:
+        """(n,) which items of the pool go through layers that texts do not; none where a chunk may hold both.
+
+        ``apart`` keeps them apart where one transformer reads both, too.
+        """
         if self.feed.pictures is None:
             return None
         found = np.zeros(len(pool.items), dtype=bool)
         for prompt in np.unique(pool.prompts):
             mine, table = np.flatnonzero(pool.prompts == prompt), self.feed.tokens.tables[int(prompt)]
-            found[mine] = self.go_apart([table.tokens(int(item)) for item in pool.items[mine]])
+            found[mine] = self.go_apart([table.tokens(int(item)) for item in pool.items[mine]], apart=apart)
         return found
 
-    def go_apart(self, rows: Sequence[Tokens]) -> Bools:
+    def go_apart(self, rows: Sequence[Tokens], *, apart: bool = False) -> Bools:
         """(n,) which items, by their tokens, go through layers that others do not and may share no chunk with them."""
-        apart = self.feed.pictures is not None and (family_of(self.encoder) is None or self.level)
+        apart = self.feed.pictures is not None and (apart or self.towers or self.level)
         return np.asarray([apart and self._has_picture(row) for row in rows], dtype=bool)
+
+    @property
+    def towers(self) -> bool:
+        """Whether pictures go through a tower of their own, where there are some."""
+        return family_of(self.encoder) is None
 
     @property
     def level(self) -> bool:
@@ -122,7 +130,7 @@ class Engine:
         return self.backend.same_chunk_count
 
     def work(
-        self, batch: Batch, known_positives: Callable[[int], Rows], budget: int, *, first_number: int = 0
+        self, batch: Batch, known_positives: Callable[[int], Rows], cut: Cut, *, first_number: int = 0
     ) -> tuple[Work, Rows]:
         """A planned batch cut into chunks and dealt to ranks, and the tokens of its texts."""
         pool = self.pool(batch)
@@ -132,10 +140,10 @@ class Engine:
             pool,
             lengths,
             known,
-            budget=budget,
+            cut=cut,
             padded=self.padded,
             by_prompt=self.by_prompt,
-            images=self.images(pool),
+            images=self.images(pool, apart=cut.apart),
             level=self.level,
             rank=self.launch.rank,
             world_size=self.launch.world_size,
@@ -182,7 +190,7 @@ class Engine:
         """Whether this is the entry of a picture in the token cache, or of a text with one."""
         if self.feed.pictures is None:
             return False
-        if family_of(self.encoder) is None:
+        if self.towers:
             return bool(row[0] == IMAGE)
         return bool((row == picture_token(self.encoder)).any())
 

@@ -52,7 +52,7 @@ def encode_texts(
 ) -> Embeddings:
     """(n, d) embeddings of texts by the module that is trained, in its mode; the same on every rank; *collective*.
 
-    Chunks of ``budget`` tokens are cut from all texts, longest first, and dealt to ranks by their tokens, as in a step.
+    Chunks of at most ``budget`` tokens are cut from all texts, longest first, and dealt to ranks by their tokens, as in a step.
     Raises :class:`InterruptedEvaluationError` on all ranks when ``stop`` is true on any.
     """
     tokens = token_ids(engine.encoder, texts, prompt)
@@ -86,7 +86,7 @@ def _encode(
 
     lengths = np.asarray([len(row) for row in tokens], dtype=np.int64)
     apart = np.zeros(len(tokens), dtype=np.int64) if items is None else engine.go_apart(tokens).astype(np.int64)
-    chunks = cut_chunks(lengths, budget, apart, padded=engine.padded)
+    chunks = cut_chunks(lengths, budget, padded=engine.padded, ranks=launch.world_size, kinds=apart)
     found = np.empty((len(tokens), engine.dimension), dtype=np.float32)
     for start in range(0, len(chunks), _CHUNKS_AT_A_TIME * launch.world_size):
         if any_rank(stop(), backend.device, launch.world_size):

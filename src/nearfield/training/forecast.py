@@ -17,6 +17,7 @@ import torch
 from nearfield.batching.plan import total_steps
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json
+from nearfield.training.busy import busy_share, tell_busy
 from nearfield.training.communication import broadcast_json, min_over_ranks
 from nearfield.training.costs import PlanCosts, StepCost, plan_costs
 from nearfield.training.machine import peak_resident_bytes, reset_peak_resident, resident_bytes
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nearfield.training")
 
 FILE = "forecast.json"
-VERSION = 1
+VERSION = 2
 _LIBRARIES = {"cpu": 24 << 20, "cuda": 0}
 """What a process takes for its libraries' own buffers, files read and threads once it trains."""
 
@@ -97,6 +98,8 @@ class Forecast:
     """Bytes of the gradient that a rank sends into the sum, a step: the mean."""
     reductions: int
     """The most times that the gradient is reduced in a step: more than one for ZeRO 2 and 3."""
+    busy: float
+    """The mean tokens of a rank over those of the rank with the most."""
     device: str
     backend: str
     world_size: int
@@ -160,6 +163,7 @@ def predict(
         checkpoint_bytes=state.checkpoint,
         reduced_a_step=round(state.trained_bytes * float(np.mean(passes))) if several else 0,
         reductions=max(passes) if several else 0,
+        busy=busy_share([load for cost in costs for load in cost.loads]),
         device=str(device),
         backend=engine.backend.name,
         world_size=engine.launch.world_size,
@@ -274,9 +278,11 @@ def begin_forecast(
     reset_peak(device)
     held = held_bytes(device)
     if budget is not None:
+        tell_busy(engine, config, budget, plans, known_positives)
         return budget, Outlook(read_forecast(run, engine), None, time.process_time())
     profile = measure_profile(config, engine, plans, known_positives, timed=True)
     budget = choose_budget(config, engine, plans, known_positives, profile)
+    tell_busy(engine, config, budget, plans, known_positives)
     costs = plan_costs(engine, config, budget, profile, plans, known_positives)
     forecast = predict(config, engine, plans, costs, budget, profile, fingerprint=fingerprint, held=held)
     earlier, at_start = read_forecast(run, engine), forecast

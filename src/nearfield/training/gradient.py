@@ -38,7 +38,7 @@ def batch_gradient(
     results: list[StepResult] = []
     chunks = tokens = encoded = 0
     for number, part in enumerate(parts):
-        work, lengths = engine.work(part, inputs.known_positives, budget.micro_batch_tokens, first_number=chunks)
+        work, lengths = engine.work(part, inputs.known_positives, budget.cut, first_number=chunks)
         chunks, tokens, encoded = chunks + len(work.chunks), tokens + int(lengths.sum()), encoded + sum(work.tokens)
         # Where chunks hold no collectives the step itself says that memory ran out, and is repeated.
         in_place = engine.retries_in_place

@@ -18,6 +18,7 @@ from nearfield.errors import BadInputError, OutOfMemoryStopError, StoppedError
 from nearfield.objectives.objective import Objective
 from nearfield.objectives.watching import similarities
 from nearfield.training.checkpoint import CheckpointWriter, checkpoint_paths
+from nearfield.training.chunks import CUT_RULE
 from nearfield.training.communication import any_rank, broadcast_notices
 from nearfield.training.config import TrainingConfig
 from nearfield.training.evaluating import Evaluations, InterruptedEvaluationError
@@ -125,7 +126,12 @@ def _train(
     stop: StopRequest,
 ) -> TrainingResult:
     checkpoints = run / "checkpoints"
-    identity = {"fingerprint": fingerprint, "plans": list(inputs.plan_hashes), "seed": seed}
+    identity = {
+        "fingerprint": fingerprint,
+        "plans": list(inputs.plan_hashes),
+        "seed": seed,
+        "cut_rule": CUT_RULE,
+    }
     engine = build_engine(config, model, objective, optimizer_of(config, device), inputs.feed, device, launch)
     backend = engine.backend
     saved, extra = resume(engine, checkpoints, identity, steps)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from nearfield.training.chunks import Cut
 from nearfield.training.communication import min_over_ranks
 from nearfield.training.loss_cost import LossCost, measure_loss
 from nearfield.training.machine import available_main_memory, local_processes
@@ -49,21 +50,37 @@ class Budget:
 
     micro_batch_tokens: int
     graph_tokens: int
+    ranks: int = 1
+    """The ranks that the run began with: the number of chunks is a multiple of them."""
+    apart: bool = False
+    """Whether texts share no chunk with pictures that go through the same transformer."""
 
-    def to_json(self) -> dict[str, int]:
+    @property
+    def cut(self) -> Cut:
+        """How batches are cut."""
+        return Cut(self.micro_batch_tokens, self.ranks, self.apart)
+
+    def to_json(self) -> dict[str, int | bool]:
         """The entries of a checkpoint's state."""
-        return {"micro_batch_tokens": self.micro_batch_tokens, "graph_tokens": self.graph_tokens}
+        return {
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "graph_tokens": self.graph_tokens,
+            "cut_ranks": self.ranks,
+            "cut_apart": self.apart,
+        }
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Budget:
         """The budget that a checkpoint's state holds."""
-        return cls(int(state["micro_batch_tokens"]), int(state["graph_tokens"]))
+        tokens, graph = int(state["micro_batch_tokens"]), int(state["graph_tokens"])
+        return cls(tokens, graph, int(state["cut_ranks"]), bool(state["cut_apart"]))
 
     def halved(self) -> Budget | None:
         """Half of it; none where nothing is left to halve."""
         if self.micro_batch_tokens <= SMALLEST_MICRO_BATCH_TOKENS:
             return None
-        return Budget(max(SMALLEST_MICRO_BATCH_TOKENS, self.micro_batch_tokens // 2), self.graph_tokens // 2)
+        tokens = max(SMALLEST_MICRO_BATCH_TOKENS, self.micro_batch_tokens // 2)
+        return replace(self, micro_batch_tokens=tokens, graph_tokens=self.graph_tokens // 2)
 
 
 @dataclass(frozen=True)
@@ -98,8 +115,9 @@ def choose_budget(
 ) -> Budget:
     """The budget to begin with, the same on all ranks; *collective*. Numbers of the recipe are used as they are."""
     micro, graph = config.micro_batch_tokens, config.graph_tokens
+    ranks, apart = engine.launch.world_size, engine.level
     if micro != "auto" and graph != "auto":
-        return Budget(micro, graph)
+        return Budget(micro, graph, ranks, apart)
     profile = profile or measure_profile(config, engine, plans, known_positives)
     device = engine.backend.device
     if micro == "auto":
@@ -110,8 +128,9 @@ def choose_budget(
         micro = int(min_over_ranks([float(micro)], device)[0])
     if graph == "auto":
         batches = heavy_batches(plans, config.max_steps)
-        graph = int(min_over_ranks([_graph_tokens(engine, batches, known_positives, profile, micro)], device)[0])
-    return Budget(micro, graph)
+        cut = Cut(micro, ranks, apart)
+        graph = int(min_over_ranks([_graph_tokens(engine, batches, known_positives, profile, cut)], device)[0])
+    return Budget(micro, graph, ranks, apart)
 
 
 def keeps_graph(config: TrainingConfig, budget: Budget, work: Work) -> bool:
@@ -128,7 +147,7 @@ def share_costs(work: Work, lengths: Rows, line: Line, *, padded: bool) -> list[
 
 
 def _graph_tokens(
-    engine: Engine, batches: Sequence[Batch], known_positives: Callable[[int], Rows], profile: Profile, micro: int
+    engine: Engine, batches: Sequence[Batch], known_positives: Callable[[int], Rows], profile: Profile, cut: Cut
 ) -> int:
     """Tokens of a rank's share whose graph fits, by the densest of the plan's heaviest batches.
 
@@ -136,9 +155,10 @@ def _graph_tokens(
     """
     heaviest, density = 1, 0.0
     for batch in batches:
-        work, lengths = engine.work(batch, known_positives, micro)
+        work, lengths = engine.work(batch, known_positives, cut)
         for tokens, kept in share_costs(work, lengths, profile.kept, padded=engine.padded):
             heaviest, density = max(heaviest, tokens), max(density, kept / max(1, tokens))
+    micro = cut.tokens
     spare = profile.peak(micro, micro * profile.longest) - profile.kept(micro, micro * profile.longest)
     room = profile.room - max(spare, 3.0 * profile.state.largest)
     fits = int(max(0.0, room) / density) if density > 0 else 2**60
@@ -184,7 +204,7 @@ def measure_profile(
     """Run a few chunks of the plan's heaviest batches, from small to large; *collective*, and leaves no trace."""
     state, device = state_size(engine, config), engine.backend.device
     batches = heavy_batches(plans, config.max_steps)
-    pools = [(engine.work(batch, known_positives, SMALLEST_MICRO_BATCH_TOKENS)[0].pool, batch) for batch in batches]
+    pools = [(engine.pool(batch), batch) for batch in batches]
     longest = [int(engine.lengths(pool).max()) for pool, _ in pools]
     pool, batch = pools[int(np.argmax(longest))]
     lengths = engine.lengths(pool)
@@ -230,7 +250,7 @@ def _measure_chunks(
     engine: Engine, batch: Batch, known_positives: Callable[[int], Rows], budget: int, timed: bool
 ) -> list[ChunkCost]:
     """The chunk of the longest texts, half of it, and a full one of short texts."""
-    work, lengths = engine.work(batch, known_positives, budget)
+    work, lengths = engine.work(batch, known_positives, Cut(budget, engine.launch.world_size, engine.level))
     chunks = [work.chunks[0]]
     if len(chunks[0]) > 1:
         chunks.insert(0, chunks[0][: len(chunks[0]) // 2])

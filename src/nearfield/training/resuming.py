@@ -45,6 +45,12 @@ def resume(
                 state.get("world_size"),
                 launch.world_size,
             )
+        if engine.level and not state["cut_apart"] and engine.feed.pictures is not None and not engine.towers:
+            logger.warning(
+                "On %s texts and pictures lie in chunks of their own, unlike where the run began: from here on the "
+                "dropout masks of batches with both are other ones",
+                engine.backend.name,
+            )
     return state, dict(broadcast_tensors(None if checkpoint is None else read_extra(checkpoint), device))
 
 

@@ -24,7 +24,7 @@ from nearfield.objectives.objective import Objective
 from nearfield.objectives.watching import watch as watch_learning
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.base import Backend
-from nearfield.training.chunks import Bools, Pool, Turn, chunk_tokens, cut_chunks, deal_chunks, turns_of
+from nearfield.training.chunks import Bools, Cut, Pool, Turn, chunk_tokens, cut_chunks, deal_chunks, turns_of
 from nearfield.training.communication import ControlWord, Shares, exchange_control
 from nearfield.training.exchange import Exchange, Gathered, Passed
 
@@ -93,7 +93,7 @@ def cut_work(
     lengths: Rows,
     known_positives: Sequence[Rows],
     *,
-    budget: int,
+    cut: Cut,
     padded: bool,
     by_prompt: bool,
     images: Bools | None = None,
@@ -105,16 +105,15 @@ def cut_work(
     queue: Queued | None = None,
     ring: bool = False,
 ) -> Work:
-    """Cut a batch whose items have ``lengths`` (n,) into chunks of ``budget`` tokens and deal these to ranks.
+    """Cut a batch whose items have ``lengths`` (n,) into chunks and deal these to ranks.
 
-    ``images`` (n,) tells the items that go through other layers: they share no chunk with the rest. ``level`` says that all
-    ranks must go through the same layers at once.
+    ``images`` (n,) tells the items that go through other layers: they share no chunk with the rest, and their chunks are a
+    multiple of the cut's ranks as well. ``level`` says that all ranks must go through the same layers at once.
     """
     groups = pool.prompts if by_prompt else np.zeros(len(lengths), dtype=np.int64)
     kinds = None
-    if images is not None:
-        groups = np.where(images, -1 - groups, groups)
-    chunks = cut_chunks(lengths, budget, groups, padded=padded)
+    apart = None if images is None else images.astype(np.int64)
+    chunks = cut_chunks(lengths, cut.tokens, groups, padded=padded, ranks=cut.ranks, kinds=apart)
     tokens = [chunk_tokens(lengths, chunk, padded=padded) for chunk in chunks]
     if level and images is not None:
         kinds = [int(images[chunk[0]]) for chunk in chunks]
