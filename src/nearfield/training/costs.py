@@ -70,7 +70,7 @@ def _part_cost(
     engine: Engine, config: TrainingConfig, budget: Budget, profile: Profile, batch: Batch, known: Callable[[int], Rows]
 ) -> StepCost:
     work, lengths = engine.work(batch, known, budget.cut)
-    keeps = keeps_graph(config, budget, work)
+    keeps = keeps_graph(config, budget, work, engine.backend)
     shares = share_costs(work, lengths, profile.kept, padded=engine.padded)
     sizes = [chunk_size(lengths[chunk], padded=engine.padded) for chunk in work.chunks]
     held = len(work.pool.items) / (engine.launch.world_size if engine.ring else 1)

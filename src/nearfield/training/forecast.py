@@ -138,8 +138,9 @@ def predict(
     memory = _memory(config, engine, profile, [*costs, *planned.heavy], held, total)
     update = update_seconds(engine)
     by_chunk = engine.backend.name in ("zero2", "zero3")
-    # A graph that is kept is gone through once.
-    passes = [cost.chunks if by_chunk and not cost.keeps else 1 for cost in costs]
+    # A graph that is kept is gone through once, unless that would add gradients in half precision.
+    apart = engine.backend.kept_graphs != "joined"
+    passes = [cost.chunks if by_chunk and (apart or not cost.keeps) else 1 for cost in costs]
     several = engine.launch.world_size > 1
     return Forecast(
         fingerprint=fingerprint,

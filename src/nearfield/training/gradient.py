@@ -51,7 +51,7 @@ def batch_gradient(
                 dimension=engine.columns,
                 seed=seed,
                 step=step,
-                keep_graph=keeps_graph(config, budget, work),
+                keep_graph=keeps_graph(config, budget, work, engine.backend),
                 weight=1 / len(parts),
                 final=number == len(parts) - 1,
                 stop=lambda: stop.received is not None,

@@ -24,11 +24,12 @@ from nearfield.training.measure import (
     run_chunk,
 )
 from nearfield.training.state_size import StateSize, state_size
-from nearfield.training.step import is_out_of_memory
+from nearfield.training.step import can_keep_graphs, is_out_of_memory
 
 if TYPE_CHECKING:
     from nearfield.batching.plan import Batch, Plan
     from nearfield.batching.planner import Rows
+    from nearfield.training.backends.base import Backend
     from nearfield.training.config import TrainingConfig
     from nearfield.training.engine import Engine
     from nearfield.training.step import Work
@@ -133,11 +134,12 @@ def choose_budget(
     return Budget(micro, graph, ranks, apart)
 
 
-def keeps_graph(config: TrainingConfig, budget: Budget, work: Work) -> bool:
+def keeps_graph(config: TrainingConfig, budget: Budget, work: Work, backend: Backend) -> bool:
     """Whether a step keeps the graph of all its chunks, rather than encode each twice."""
-    return config.gradient_cache == "never" or (
+    fits = config.gradient_cache == "never" or (
         config.gradient_cache == "auto" and work.heaviest <= budget.graph_tokens
     )
+    return fits and can_keep_graphs(backend, work.rounds if backend.same_chunk_count else len(work.own))
 
 
 def share_costs(work: Work, lengths: Rows, line: Line, *, padded: bool) -> list[tuple[int, float]]:

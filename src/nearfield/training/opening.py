@@ -11,6 +11,7 @@ from torch import nn
 
 from nearfield.encoders.borders import leaves_prompt_out
 from nearfield.encoders.dropout import use_fast_dropout
+from nearfield.encoders.half_tables import add_tables_in_float32
 from nearfield.encoders.packing import packing_kind
 from nearfield.encoders.sparse import sparse_embedding_gradients
 from nearfield.errors import BadInputError
@@ -123,6 +124,8 @@ def build_engine(
     # A head that is tied to the table of embeddings gives all of its rows a gradient.
     if name in ("single", "ddp") and feed.token_task is None:
         sparse_embedding_gradients(encoder)
+    if device.type == "cpu" and pick_precision(config, device) != "fp32":
+        add_tables_in_float32(encoder)
     set_training_mode(encoder, dropout=config.dropout)
     if config.compile:
         compile_transformer(encoder)

@@ -49,7 +49,9 @@ def state_size(engine: Engine, config: TrainingConfig) -> StateSize:
     by_row = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding) and part.sparse}
     buffers = sum(buffer.nbytes for buffer in module.buffers())
     whole = sum(_count(p) * p.element_size() for p in trained.values())
-    state = optimizer_bytes(trained, config)
+    # ZeRO keeps its optimiser's state, and what gradients are added in, in float32.
+    zero = backend.name.startswith("zero")
+    state = optimizer_bytes(trained, config, torch.float32 if zero else None)
     sharded = backend.name in ("fsdp2", "zero3")
     weights = sum(_count(p) * p.element_size() for p in everything.values()) // (world if sharded else 1) + buffers
     gradients, optimizer = whole, state
@@ -58,14 +60,12 @@ def state_size(engine: Engine, config: TrainingConfig) -> StateSize:
     elif backend.name == "fsdp2":
         gradients += whole // world  # whole until the last chunk, then the shard beside it
         optimizer //= world
-    elif backend.name.startswith("zero"):
-        if backend.name != "zero1":
-            gradients = whole // world
+    elif zero:
         masters = sum(_count(p) * 4 for p in trained.values())
+        half = any(p.element_size() < 4 for p in trained.values())
+        gradients = masters // world if backend.name != "zero1" else masters + (whole if half else 0)
         optimizer = (state + masters) // world
-    files = sum(
-        _count(p) * 4 if backend.name.startswith("zero") else _count(p) * p.element_size() for p in trained.values()
-    )
+    files = sum(_count(p) * (4 if zero else p.element_size()) for p in trained.values())
     large = sum(_count(p) * p.element_size() for p in trained.values() if _count(p) * p.element_size() >= _LARGE)
     return StateSize(
         parameters=sum(_count(p) for p in everything.values()),
@@ -85,8 +85,11 @@ def _count(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def optimizer_bytes(parameters: dict[str, nn.Parameter], config: TrainingConfig) -> int:
-    """Bytes of the optimiser's state for whole parameters: found by a step on tensors that have no memory.
+def optimizer_bytes(
+    parameters: dict[str, nn.Parameter], config: TrainingConfig, dtype: torch.dtype | None = None
+) -> int:
+    """Bytes of the optimiser's state for whole parameters, of type ``dtype`` if given: found by a step on tensors that have
+    no memory.
 
     8 bytes an entry, AdamW's, where an optimiser cannot step such tensors.
     """
@@ -94,7 +97,7 @@ def optimizer_bytes(parameters: dict[str, nn.Parameter], config: TrainingConfig)
     named = []
     for name, parameter in parameters.items():
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        copy = nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=meta))
+        copy = nn.Parameter(torch.empty(shape, dtype=dtype or parameter.dtype, device=meta))
         copy.grad = torch.empty_like(copy)
         named.append((name, copy))
     try:
@@ -105,7 +108,9 @@ def optimizer_bytes(parameters: dict[str, nn.Parameter], config: TrainingConfig)
             plain = config.model_copy(
                 update={"optimizer": config.optimizer.model_copy(update={"scale_parameter": False})}
             )
-            return optimizer_bytes(parameters, plain) if plain != config else 8 * sum(p.numel() for _, p in named)
+            return (
+                optimizer_bytes(parameters, plain, dtype) if plain != config else 8 * sum(p.numel() for _, p in named)
+            )
         each = 2 if config.optimizer.kind == "adamw_8bit" else 8
         return each * sum(copy.numel() for _, copy in named)
     values = [value for state in optimizer.state.values() for value in state.values()]

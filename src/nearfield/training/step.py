@@ -194,6 +194,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
+def can_keep_graphs(backend: Backend, chunks: int) -> bool:
+    """Whether a rank can keep the graphs of so many chunks."""
+    return chunks <= 1 or backend.kept_graphs != "one"
+
+
 def run_step(
     backend: Backend,
     objective: Objective,
@@ -213,8 +218,9 @@ def run_step(
 ) -> StepResult:
     """Leave this rank's part of the gradient of the batch's mean loss in the backend.
 
-    ``dimension`` is the width of what the module gives for each text. With ``keep_graph`` one backward goes through the graphs of all chunks,
-    else each chunk is encoded a second time and only its own graph is in memory. A backend whose forwards are collective
+    ``dimension`` is the width of what the module gives for each text. With ``keep_graph`` one backward goes through the graphs of all chunks
+    (one a chunk, where the backend else would add their gradients in half precision), else each chunk is encoded a second
+    time and only its own graph is in memory, as also where a backend keeps the graph of one chunk only. A backend whose forwards are collective
     has every rank run as many chunks as the rank with the most, of each kind; the missing ones are copies whose gradient is zero.
 
     ``progress`` is the share of the run that is done. With ``watch`` this process looks at how the learning goes. Where a
@@ -226,6 +232,7 @@ def run_step(
     guard = _Guard(catch_out_of_memory)
     shares = work.pool_shares()
     turns = work.turns(level=backend.same_chunk_count)
+    keep_graph = keep_graph and can_keep_graphs(backend, len(turns))
 
     # Only checks of equalities run in float64.
     double = next(backend.module.parameters()).dtype == torch.float64
@@ -269,14 +276,14 @@ def run_step(
                 # What the objective learns rides on the first backward, so that every backend sums it as it sums the rest:
                 # ZeRO 3 adds to what it finds of the last step where a parameter has no gradient in the first.
                 extra = [(p * g).sum() for p, g in zip(learnt, learnt_gradients, strict=True)]
-                if keep_graph:
+                if keep_graph and (backend.kept_graphs == "joined" or len(turns) <= 1):
                     unused = [part.sum() * 0 for turn, part in zip(turns, parts, strict=True) if not turn.own]
                     pieces = [*extra, *unused] if not work.own else [(joined * own).sum(), *extra, *unused]
                     _push(backend, pieces, last=final, settle=work.kinds is not None)
                 else:
                     position = 0
                     for index, turn in enumerate(turns):
-                        part = encode(turn)
+                        part = parts[index] if keep_graph else encode(turn)
                         piece = part.sum() * 0
                         if turn.own:
                             piece = (part * own[position : position + len(part)]).sum()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nearfield.training.launch import BackendName
 
+KeptGraphs = Literal["joined", "apart", "one"]
+"""``joined``: one backward through all. ``apart``: a backward for each. ``one``: a graph is kept of a single chunk only."""
 NamedTensors = Iterator[tuple[str, Tensor]]
 
 
@@ -28,6 +30,10 @@ class Backend(Protocol):
     device: torch.device
     same_chunk_count: bool
     """Whether forwards and backwards are collective, so that every rank must run the same number."""
+    kept_graphs: KeptGraphs
+    """What becomes of the graphs of several chunks that are kept. A single backward adds the gradients that chunks give a
+    parameter in the parameter's own type; where that is half precision, sums must be left to the float32 between
+    backwards."""
     retries_in_place: bool
     """Whether a step that ran out of memory can be repeated at once: its chunks hold no collectives."""
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nearfield.errors import BadInputError, NearfieldError
+from nearfield.training.backends.base import KeptGraphs
 from nearfield.training.backends.common import (
     MakeOptimizer,
     check_fit,
@@ -54,6 +55,7 @@ class Fsdp2Backend:
         self.world_size = world_size
         module.to(device)
         _one_type(module, whole)
+        self.kept_graphs: KeptGraphs = "apart" if bf16 else "joined"
         self._whole = [parameter for parameter in whole if parameter.requires_grad]
         mesh = init_device_mesh(device.type, (world_size,))
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()

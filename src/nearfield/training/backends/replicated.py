@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nearfield.errors import NearfieldError
+from nearfield.training.backends.base import KeptGraphs
 from nearfield.training.backends.common import (
     MakeOptimizer,
     autocast_context,
@@ -39,6 +40,7 @@ class ReplicatedBackend:
     """One process, or several with a copy of the model each."""
 
     same_chunk_count = False
+    kept_graphs: KeptGraphs = "joined"
     retries_in_place = True
 
     def __init__(

@@ -3,15 +3,20 @@
 The engine is driven by hand: a backward a chunk, one step. With ``managed_gradient_accumulation`` off, stage 1 adds up
 gradients locally and reduces them once, in the step. Stages 2 and 3 keep only a rank's part of the gradient, so they
 reduce in every chunk's backward: bytes grow with the number of chunks, by design.
+
+In bfloat16 the gradients of chunks are added up in float32, and summed over ranks in float32. Stage 1 then has an
+optimiser of its own in DeepSpeed (``BF16_Optimizer``, unless its state is offloaded), which names its parts otherwise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,11 +28,15 @@ from torch import Tensor, nn
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import read_json
 from nearfield.shipped import shipped_root
+from nearfield.training.backends.base import KeptGraphs
 from nearfield.training.backends.common import MakeOptimizer, check_fit, saved_buffers, set_rates, trainable
 from nearfield.training.communication import broadcast_tensors
 from nearfield.training.launch import BackendName
 
 _STAGES: dict[str, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
+logger = logging.getLogger("nearfield.training")
+
+_FLOAT32 = ("fp32", "float32", "float")
 _OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
 
@@ -70,7 +79,19 @@ def deepspeed_config(name: BackendName, bf16: bool, world_size: int, max_norm: f
     config["zero_force_ds_cpu_optimizer"] = False
     # A gradient that is not finite must not reach the parameters; in bfloat16 DeepSpeed looks only if told to.
     config["bf16"] = {"enabled": bf16, "check_grad_overflow": True} if bf16 else {"enabled": False}
+    types = config.setdefault("data_types", {})
+    for holder, key in ((types, "grad_accum_dtype"), (config, "communication_data_type")):
+        # Left to itself DeepSpeed adds gradients in the type of the parameters, over chunks and over ranks.
+        if holder.get(key) in (None, "auto"):
+            holder[key] = "fp32"
     return config
+
+
+def _lossy_sums(config: Mapping[str, Any]) -> list[str]:
+    """What a configuration asks for that adds gradients in less than float32: the sum of many loses what is small."""
+    asked = {**config["data_types"], "communication_data_type": config["communication_data_type"]}
+    keys = ("grad_accum_dtype", "communication_data_type")
+    return [f"{key}: {asked[key]}" for key in keys if str(asked[key]).lower().removeprefix("torch.") not in _FLOAT32]
 
 
 def check_deepspeed(name: BackendName, world_size: int) -> None:
@@ -107,16 +128,29 @@ class ZeroBackend:
         deepspeed = _import_deepspeed()
         self._deepspeed = deepspeed
         optimizer = make_optimizer(trainable(module).items())
-        self.engine, self._zero, _, _ = deepspeed.initialize(
-            model=module.to(device),
-            optimizer=optimizer,
-            config=deepspeed_config(name, bf16, world_size, max_norm),
-            dist_init_required=False,
-        )
+        config = deepspeed_config(name, bf16, world_size, max_norm)
+        lossy = _lossy_sums(config)
+        if lossy and dist.get_rank() == 0:
+            logger.warning("DeepSpeed's configuration adds gradients in less than float32 (%s)", ", ".join(lossy))
+        # Its optimiser for bfloat16 prints what memory is in use.
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            self.engine, self._zero, _, _ = deepspeed.initialize(
+                model=module.to(device),
+                optimizer=optimizer,
+                config=config,
+                dist_init_required=False,
+            )
+        logger.debug("DeepSpeed says: %s", said.getvalue())
+        self._in_half = type(self._zero).__name__ == "BF16_Optimizer"
+        if self._in_half:
+            # It forgets the last chunk's gradient when a backward reaches the model's output: what was there before, that
+            # of a learnt temperature, was lost. Here it is forgotten before the backward.
+            self._zero.backward_prologue = lambda: None
         self.module: nn.Module = self.engine
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
         self.parameters = trainable(self.engine.module)
-        self._bf16 = bf16
+        # DeepSpeed's hooks take it that a forward is followed by its backward: stages 1 and 3 add wrongly otherwise.
+        self.kept_graphs: KeptGraphs = "one" if bf16 else "joined"
 
     def begin(self) -> None:
         """The engine forgets its gradient after each step, but for stage 3: there a layer that has no part in a step's first
@@ -137,6 +171,8 @@ class ZeroBackend:
 
     def backward(self, scalar: Tensor, last: bool, settle: bool = False) -> None:
         """The engine divides the sum by the number of ranks."""
+        if self._in_half:
+            self._zero.clear_lp_grads(set_to_none=True)
         self.engine.backward(scalar * self.world_size)
 
     def used(self) -> list[bool]:
@@ -178,6 +214,8 @@ class ZeroBackend:
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         if self.stage == 3:
             partitions, groups = self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups
+        elif self._in_half:
+            partitions, groups = self._zero.fp32_groups_flat_partition, self._zero.bf16_groups
         else:
             partitions, groups = self._zero.single_partition_of_fp32_groups, self._zero.bit16_groups
         return [(flat, [names[id(p)] for p in group]) for flat, group in zip(partitions, groups, strict=True)]
