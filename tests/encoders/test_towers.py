@@ -12,10 +12,10 @@ from PIL import Image
 from pydantic import ValidationError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Router
-from transformers import AutoModel, CLIPConfig, CLIPModel, SiglipVisionConfig
+from transformers import AutoModel, CLIPModel, SiglipVisionConfig
 
 from nearfield.conformance.problem import TINY_VISION
-from nearfield.conformance.tiny import save_tiny_bert
+from nearfield.conformance.tiny import save_tiny_bert, save_tiny_clip
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.build import build_encoder, load_encoder, save_encoder
 from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
@@ -43,26 +43,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(text: Path) -> SentenceTransformer:
     return build_encoder(EncoderConfig(model=str(text), image_tower=tower(), normalize=True), "cpu").model
-
-
-def save_tiny_clip(folder: Path) -> Path:
-    """A plain transformers CLIP with random weights."""
-    from transformers import AutoTokenizer, CLIPProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    save_tiny_bert(folder)
-    sides = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": 16}
-    config = CLIPConfig(
-        text_config={**sides, "vocab_size": 205, "eos_token_id": 3, "max_position_embeddings": 32},
-        vision_config={**sides, "image_size": 16, "patch_size": 4},
-        projection_dim=12,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
-    shape = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    CLIPProcessor(CLIPImageProcessorPil(**shape), AutoTokenizer.from_pretrained(folder)).save_pretrained(folder)
-    return folder
 
 
 def test_the_towers_are_routes_and_load_in_plain_sentence_transformers(

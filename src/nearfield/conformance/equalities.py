@@ -15,6 +15,7 @@ from torch import Tensor
 from nearfield.batching.plan import SEVERAL_SOURCES
 from nearfield.conformance.counting import CountTraffic, padded_bytes
 from nearfield.conformance.objectives import OBJECTIVES, SEVERAL, VIEWS, WEIGHTED
+from nearfield.conformance.precision import precision_lines
 from nearfield.conformance.problem import CPU, Problem, difference
 from nearfield.conformance.steps import count_differences, decoupled_adam, next_loss, one_step, whole
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings
@@ -81,6 +82,7 @@ class Suite:
         yield self.averaging()
         yield self.clipping()
         yield from self.resume()
+        yield from precision_lines(self)
         if self.launch.world_size > 1:
             yield self.ring()
             yield self.traffic()
@@ -208,12 +210,16 @@ class Suite:
         problem = plain.with_pictures()
         for each, check in (
             (problem, "pictures and texts in chunks of their own = one forward of each"),
+            (
+                plain.in_clip(),
+                "pictures and texts of a CLIP folder, which has a scalar parameter = one forward of each",
+            ),
             (plain.in_one_tower(), "pictures and texts in one tower, in chunks that mix them = one forward of all"),
         ):
             reference = each.reference()
             worst = max(
                 self._difference(each, budget, keep_graph=keep, reference=reference)
-                for budget in (16, 60, 10**6)
+                for budget in ((60,) if each.clip else (16, 60, 10**6))
                 for keep in (True, False)
             )
             yield self.line(check, worst)

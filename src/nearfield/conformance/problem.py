@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows, VectorsOf
 from nearfield.batching.rows import Floats, Lists
-from nearfield.conformance.tiny import WORDS, save_tiny_bert
+from nearfield.conformance.tiny import WORDS, save_tiny_bert, save_tiny_clip
 from nearfield.conformance.tiny_vlm import save_tiny_vlm
 from nearfield.data.tokens import IMAGE, TokenCache, TokenTable
 from nearfield.encoders.build import build_encoder
-from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
+from nearfield.encoders.config import EncoderConfig, ImageTowerConfig, LoRAConfig
 from nearfield.encoders.one_tower import row_ids
 from nearfield.encoders.token_task import TokenTask
 from nearfield.objectives.batch import ContrastiveBatch
@@ -130,6 +130,14 @@ class Problem:
     """What each example counts; none where all count alike."""
     towers: bool = False
     """Whether every item whose number is odd is a picture, for a tower of its own."""
+    adapter: bool = False
+    """Whether an adapter is trained in place of the transformer's own weights."""
+    pure: bool = False
+    """Whether the encoder's weights are in bfloat16; an adapter's are not."""
+    rounded: bool = False
+    """Whether weights are those that bfloat16 has."""
+    clip: bool = False
+    """Whether the towers are those of a CLIP folder, one module with a scalar parameter."""
     together: bool = False
     """Whether items are texts, pictures, or both, all for one transformer."""
     device: torch.device = CPU
@@ -156,10 +164,15 @@ class Problem:
 
     def encoder(self) -> SentenceTransformer:
         """The encoder, new."""
-        tower = ImageTowerConfig(architecture="vit", settings=TINY_VISION, size=16) if self.towers else None
+        own = self.towers and not self.clip
+        tower = ImageTowerConfig(architecture="vit", settings=TINY_VISION, size=16) if own else None
         last = "last" if self.together else None
-        config = EncoderConfig(model=str(self.model_folder), image_tower=tower, pooling=last)
-        return build_encoder(config, "cpu").model.to(self.dtype)
+        adapter = LoRAConfig(r=4, alpha=8) if self.adapter else None
+        config = EncoderConfig(model=str(self.model_folder), image_tower=tower, pooling=last, adapter=adapter)
+        if self.pure:
+            return build_encoder(config, "cpu", dtype="bfloat16").model
+        model = build_encoder(config, "cpu").model
+        return (model.bfloat16() if self.rounded else model).to(self.dtype)
 
     def with_pictures(self) -> Problem:
         """The same with pictures for every other item: as queries, positives and negatives."""
@@ -169,6 +182,11 @@ class Problem:
         return replace(
             self, tokens=memory_tokens([picture if n % 2 else row for n, row in enumerate(rows)]), towers=True
         )
+
+    def in_clip(self) -> Problem:
+        """The same pictures and texts for the towers of a tiny CLIP folder."""
+        folder = save_tiny_clip(Path(tempfile.mkdtemp(prefix="nearfield-conformance-")) / "model")
+        return replace(self.with_pictures(), model_folder=folder, clip=True)
 
     def in_one_tower(self, architecture: str = "qwen2_vl") -> Problem:
         """The same with a tiny model of an architecture that reads both in one, and texts, pictures and items of both."""

@@ -43,3 +43,29 @@ def save_tiny_bert(folder: Path, *, dropout: float = 0.1, seed: int = 0, hidden:
         torch.manual_seed(seed)
         BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     return folder
+
+
+def save_tiny_clip(folder: Path) -> Path:
+    """A plain transformers CLIP, which has a scalar parameter, saved with tokenizer and processor to ``folder``."""
+    import torch
+    from safetensors.torch import save_model
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    save_tiny_bert(folder)
+    sides = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": 16}
+    config = CLIPConfig(
+        text_config={**sides, "vocab_size": 205, "eos_token_id": 3, "max_position_embeddings": 32},
+        vision_config={**sides, "image_size": 16, "patch_size": 4},
+        projection_dim=12,
+    )
+    config.architectures = ["CLIPModel"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIPModel(config)
+    # Of several ranks transformers lets only the first save.
+    config.to_json_file(f"{folder}/config.json", use_diff=False)
+    save_model(model, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    shape = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPProcessor(CLIPImageProcessorPil(**shape), AutoTokenizer.from_pretrained(folder)).save_pretrained(folder)
+    return folder

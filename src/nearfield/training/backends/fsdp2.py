@@ -50,17 +50,19 @@ class Fsdp2Backend:
         world_size: int,
         bf16: bool,
     ) -> None:
-        """``whole`` are parameters that are used outside of the module's forward: every rank keeps all of them."""
+        """``whole`` are parameters that are used outside of the module's forward: every rank keeps all of them, and scalars,
+        which cannot be cut."""
         self.device = device
         self.world_size = world_size
         module.to(device)
         _one_type(module, whole)
+        whole = list(dict.fromkeys([*whole, *(parameter for parameter in module.parameters() if parameter.ndim == 0)]))
         self.kept_graphs: KeptGraphs = "apart" if bf16 else "joined"
         self._whole = [parameter for parameter in whole if parameter.requires_grad]
         mesh = init_device_mesh(device.type, (world_size,))
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
         for block in transformer_blocks(module):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(whole))
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=set(whole))
         self.module = module
         self._fsdp = cast(FSDPModule, module)
@@ -90,11 +92,20 @@ class Fsdp2Backend:
         # fully_shard divides the sum by the number of ranks.
         torch.autograd.backward(scalar * self.world_size)
         if last:
-            for parameter in self._whole:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad /= self.world_size
-                dist.all_reduce(parameter.grad)
+            self._sum_whole()
+
+    def _sum_whole(self) -> None:
+        """Sum over ranks the gradients of parameters that each rank holds whole, all of a type at once."""
+        for parameter in self._whole:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self._whole if parameter.grad is not None]
+        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+            alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+            flat = torch.cat([gradient.reshape(-1) for gradient in alike]) / self.world_size
+            dist.all_reduce(flat)
+            for gradient, part in zip(alike, torch.split(flat, [g.numel() for g in alike]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def used(self) -> list[bool]:
         """Nothing to agree on: all ranks run all blocks."""

@@ -127,7 +127,9 @@ class ZeroBackend:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         deepspeed = _import_deepspeed()
         self._deepspeed = deepspeed
+        self._scalars = _scalars_to_vectors(module)
         optimizer = make_optimizer(trainable(module).items())
+        weights = {name: parameter.detach() for name, parameter in trainable(module).items()} if bf16 else {}
         config = deepspeed_config(name, bf16, world_size, max_norm)
         lossy = _lossy_sums(config)
         if lossy and dist.get_rank() == 0:
@@ -149,6 +151,9 @@ class ZeroBackend:
         self.module: nn.Module = self.engine
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
         self.parameters = trainable(self.engine.module)
+        # DeepSpeed makes its float32 weights of those that it has rounded to bfloat16.
+        for name, tensor in weights.items():
+            self._set(self.parameters[name], tensor.to(device), None)
         # DeepSpeed's hooks take it that a forward is followed by its backward: stages 1 and 3 add wrongly otherwise.
         self.kept_graphs: KeptGraphs = "one" if bf16 else "joined"
 
@@ -198,14 +203,18 @@ class ZeroBackend:
         else:
             self._zero.finalize_gradient_accumulation_boundary()
         found = {name: safe_get_full_grad(parameter) for name, parameter in self.parameters.items()}
-        return {name: gradient.detach().clone() for name, gradient in found.items() if gradient is not None}
+        return {n: self._shaped(n, gradient.detach()).clone() for n, gradient in found.items() if gradient is not None}
+
+    def _shaped(self, name: str, tensor: Tensor) -> Tensor:
+        """A parameter's tensor in the shape that it has outside of the engine."""
+        return tensor.reshape(()) if name in self._scalars else tensor
 
     def model_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Trainable parameters in float32, and buffers, whole."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self.parameters.items():
-            yield name, safe_get_full_fp32_param(parameter).detach()
+            yield name, self._shaped(name, safe_get_full_fp32_param(parameter).detach())
         for name, buffer in saved_buffers(self.engine.module).items():
             yield name, buffer.detach()
 
@@ -241,13 +250,16 @@ class ZeroBackend:
                 for key in sorted(state):
                     value = state[key]
                     if isinstance(value, Tensor) and value.shape == flat.shape:
-                        yield f"{name}/{key}", safe_get_full_optimizer_state(self.parameters[name], key).detach()
+                        found = safe_get_full_optimizer_state(self.parameters[name], key).detach()
+                        yield f"{name}/{key}", self._shaped(name, found)
                     else:
                         yield f"{name}/{key}", value.detach() if isinstance(value, Tensor) else torch.tensor(value)
 
     def load(self, model: dict[str, Tensor] | None, optimizer: dict[str, Tensor] | None) -> None:
         """Set the float32 partitions, the parameters made of them, and the optimiser's state."""
         buffers = saved_buffers(self.engine.module)
+        if model is not None:
+            model = {name: t.reshape(1) if name in self._scalars and t.ndim == 0 else t for name, t in model.items()}
         check_fit(model, {**self.parameters, **buffers})
         with torch.no_grad():
             for name, tensor in broadcast_tensors(model, self.device):
@@ -270,7 +282,7 @@ class ZeroBackend:
         for flat, names in partitions:
             saved = next((state[name] for name in names if name in state), {})
             for key, tensor in saved.items():
-                per_parameter = tensor.shape == self._shape(names, state, key)
+                per_parameter = self._per_parameter(names, state, key)
                 self.optimizer.state[flat][key] = torch.zeros_like(flat) if per_parameter else tensor.clone()
         if state:
             self._link_state()
@@ -301,11 +313,15 @@ class ZeroBackend:
         else:
             utils.safe_set_full_optimizer_state(parameter, value, key)
 
-    def _shape(self, names: Sequence[str], state: dict[str, dict[str, Tensor]], key: str) -> torch.Size:
-        """The shape that a per-parameter entry of the first saved parameter of a partition has."""
-        name = next(name for name in names if name in state)
-        parameter = self.parameters[name]
-        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+    def _per_parameter(self, names: Sequence[str], state: dict[str, dict[str, Tensor]], key: str) -> bool:
+        """Whether an entry of a partition's saved state has a number for each of a parameter's, rather than one in all."""
+        saved = [name for name in names if name in state]
+        wide = next((name for name in saved if name not in self._scalars), None)
+        if wide is None:
+            # A scalar's own entries look like the count of steps.
+            return key != "step"
+        parameter = self.parameters[wide]
+        return state[wide][key].shape == torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
     def verify(self) -> None:
         """A DeepSpeed engine of the wanted stage is really in effect, on all ranks."""
@@ -315,6 +331,17 @@ class ZeroBackend:
             )
         if dist.get_world_size() != self.world_size:
             raise NearfieldError(f"{self.world_size} processes were started, and the group has {dist.get_world_size()}")
+
+
+def _scalars_to_vectors(module: nn.Module) -> frozenset[str]:
+    """Give scalar parameters, which DeepSpeed cannot send, one dimension; the names of the trained ones.
+
+    They broadcast as before. Outside of the engine, in checkpoints and gradients, they stay scalars.
+    """
+    found = {name: parameter for name, parameter in module.named_parameters() if parameter.ndim == 0}
+    for parameter in found.values():
+        parameter.data = parameter.data.reshape(1)
+    return frozenset(name for name, parameter in found.items() if parameter.requires_grad)
 
 
 def _import_deepspeed() -> Any:
