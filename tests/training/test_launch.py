@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nearfield.errors import BadInputError
-from nearfield.training.backends.zero import deepspeed_config
+from nearfield.training.backends.zero import _lossy_sums, deepspeed_config
 from nearfield.training.launch import (
     BackendName,
     DeadRank,
@@ -258,9 +258,30 @@ def test_the_launchers_file_is_kept_but_for_that(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
+    "more", [{}, {"data_types": None}, {"data_types": {}, "communication_data_type": "auto"}], ids=str
+)
+def test_gradients_are_added_in_float32_also_by_files_that_do_not_say_so(
+    more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, monkeypatch, {"zero_optimization": {"stage": 1}, **more})
+    config = deepspeed_config("zero1", True, 2, 1.0)
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["communication_data_type"] == "fp32"
+    assert _lossy_sums(config) == []
+
+
+def test_a_file_that_asks_for_less_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "fp16"}
+    write(tmp_path, monkeypatch, {"zero_optimization": {"stage": 1}, **asked})
+    found = _lossy_sums(deepspeed_config("zero1", True, 2, 1.0))
+    assert found == ["grad_accum_dtype: bf16", "communication_data_type: fp16"]
+
+
+@pytest.mark.parametrize(
     ("config", "words"),
     [
         ([1], "is not an object"),
+        ({"data_types": "fp32"}, "data_types of this DeepSpeed configuration is not an object"),
         ({}, "has stage None, and zero2 was asked for"),
         ({"zero_optimization": {"stage": 3}}, "has stage 3, and zero2 was asked for"),
         ({"optimizer": {"type": "AdamW"}}, "sets 'optimizer', which is the recipe's to say"),

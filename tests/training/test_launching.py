@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from nearfield.conformance.tiny import save_tiny_clip
 from nearfield.evaluation import evaluate
 from nearfield.pipeline import open_run, run_stages
 from nearfield.shipped import copy_shipped
@@ -41,7 +43,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, toy_data:
     """A folder with the toy recipe; its runs share their data."""
     folder = tmp_path_factory.mktemp("launching")
     write_toy_recipe(folder, tiny_model, toy_data)
+    write_clip_recipe(folder)
     return folder
+
+
+def write_clip_recipe(folder: Path) -> None:
+    """Words and pictures of a colour each, for a tiny CLIP folder."""
+    save_tiny_clip(folder / "clip")
+    rows = []
+    for number in range(8):
+        Image.new("RGB", (16, 16), (30 * number, 0, 255 - 30 * number)).save(folder / f"{number}.png")
+        rows.append({"name": f"word{number}", "image": f"{number}.png"})
+    (folder / "pictures.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (folder / "pictures.yaml").write_text(
+        "name: colours\nsources:\n  - name: colours\n    task_type: Any2AnyRetrieval\n"
+        "    reader: {kind: jsonl, path: pictures.jsonl}\n    examples: {kind: retrieval, query: name, positives: image}\n"
+        "    images: {columns: [image]}\n    split: {kind: all}\n"
+    )
+    (folder / "clip.yaml").write_text(
+        "name: clip\ndata: pictures.yaml\nencoder: {model: clip}\nobjective: {kind: infonce, both_directions: true}\n"
+        "batches: {kind: single_source, batch_size: 4}\n"
+        "training: {max_steps: 2, learning_rate: 1.0e-2, micro_batch_tokens: 48, graph_tokens: 48, trackers: []}\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +95,14 @@ def scenarios(folder: Path, model: Path) -> Iterator[dict[str, Any]]:
     for backend, precision in ADAPTERS:
         settings = [f"training.backend={backend}", f"training.precision={precision}", LORA]
         yield scenario(f"lora-{backend}-{precision}", *settings)
+    half = ["training.backend=zero1", "training.precision=bf16-mixed"]
+    stopped = scenario("zero1-stopped", *half, faults={"0": {"terminated": [2]}})
+    yield stopped
+    yield {"name": "zero1-resumed", "arguments": stopped["arguments"]}
+    for backend, precision in CLIPS:
+        run = ["--run-folder", str(folder / "runs" / f"clip-{backend}"), "--until", "train"]
+        settings = [f"training.backend={backend}", f"training.precision={precision}"]
+        yield {"name": f"clip-{backend}", "arguments": ["train", str(folder / "clip.yaml"), *settings, *run]}
     for backend, during in CHANGING.items():
         yield scenario(f"changing-{backend}", f"training.backend={backend}", *MINED, during)
     # Another maximum length: the tokens of the runs before are of no use.
@@ -92,10 +123,12 @@ PRECISIONS = [
     ("ddp", "bf16-pure"),
     ("fsdp2", "bf16-mixed"),
     ("fsdp2", "bf16-pure"),
+    ("zero1", "bf16-mixed"),
     ("zero2", "bf16-mixed"),
     ("zero3", "bf16-pure"),
 ]
-ADAPTERS = [("ddp", "bf16-pure"), ("fsdp2", "bf16-mixed"), ("zero3", "bf16-mixed")]
+ADAPTERS = [("ddp", "bf16-pure"), ("fsdp2", "bf16-mixed"), ("zero1", "bf16-mixed"), ("zero3", "bf16-mixed")]
+CLIPS = [("fsdp2", "fp32"), ("zero1", "bf16-mixed"), ("zero3", "fp32")]
 MINED = [
     "mining={rules: [{kind: naive}], negatives: 6, depth: 8, explicit: replace}",
     "batches.negatives=2",
@@ -205,6 +238,30 @@ def test_precision(told: Told, folder: Path, single: Path, backend: str, precisi
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name].float(), tensor, rtol=0.02, atol=0.02, msg=name)
+
+
+def test_zero_1_in_bfloat16_goes_on_from_its_checkpoint(told: Told, folder: Path) -> None:
+    """It died at its first checkpoint; resumed, it ends with the very weights of the run that was not stopped."""
+    assert [rank["code"] for rank in told["zero1-stopped"]] == [3, 3]
+    fine(told, "zero1-resumed")
+    assert train_record(folder / "runs" / "zero1-stopped")["resumed_from"] == 2
+    resumed, whole = (
+        load_file(folder / "runs" / name / "model" / "model.safetensors")
+        for name in ("zero1-stopped", "zero1-bf16-mixed")
+    )
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(("backend", "precision"), CLIPS)
+def test_a_clip_folder_keeps_its_scalar(told: Told, folder: Path, backend: str, precision: str) -> None:
+    fine(told, f"clip-{backend}")
+    run = folder / "runs" / f"clip-{backend}"
+    assert (train_record(run)["backend"], train_record(run)["precision"]) == (backend, precision)
+    start, found = (load_file(path / "model.safetensors") for path in (folder / "clip", run / "model"))
+    assert found["logit_scale"].shape == () and torch.equal(found["logit_scale"], start["logit_scale"])
+    assert found.keys() == start.keys()
+    moved = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(found[moved], start[moved])
 
 
 @pytest.mark.parametrize(("backend", "precision"), ADAPTERS)

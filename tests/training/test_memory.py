@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,17 @@ def test_explicit_numbers_are_used_as_they_are(
     monkeypatch.setattr(memory, "measure_profile", lambda *args, **kwargs: pytest.fail("nothing is to be measured"))
     config = TrainingConfig(micro_batch_tokens=77, graph_tokens=99)
     assert choose_budget(config, engine, inputs.plans, inputs.known_positives) == Budget(77, 99)
+
+
+def test_a_budget_is_state_with_the_ranks_that_batches_were_cut_for(engine: Engine, inputs: TrainingInputs) -> None:
+    config = TrainingConfig(micro_batch_tokens=77, graph_tokens=99)
+    there = replace(engine, launch=Launch(0, 8))
+    chosen = choose_budget(config, there, inputs.plans, inputs.known_positives)
+    assert chosen == Budget(77, 99, 8)
+    kept = Budget.from_json(chosen.to_json())
+    assert kept == chosen and kept.cut == Cut(77, 8)
+    halved = kept.halved()
+    assert halved is not None and halved.cut == Cut(38, 8), "less memory changes the budget alone"
 
 
 def test_auto_takes_what_is_fast_or_what_fits(

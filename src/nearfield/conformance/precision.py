@@ -50,11 +50,11 @@ def _against_float64(suite: Suite, problem: Problem) -> Iterator[Line]:
     # Backends that shard hold a copy of the weights in bfloat16: their gradient is taken there.
     rounded = suite.backend not in ("single", "ddp")
     _, expected = replace(problem, dtype=torch.float64, rounded=rounded).reference()
-    found = {}
+    found, half = {}, replace(problem, precision="bf16-mixed")
     for budget in (16, 10**6):
         for keep in (True, False):
-            engine = problem.engine(suite.launch, suite.backend, dropout=False, precision="bf16-mixed")
-            _, found[budget, keep] = problem.gradient(engine, problem.work(engine, budget), keep_graph=keep)
+            engine = half.engine(suite.launch, suite.backend, dropout=False)
+            _, found[budget, keep] = half.gradient(engine, half.work(engine, budget), keep_graph=keep)
     worst = max(difference(gradient, expected) for gradient in found.values())
     yield suite.line("bfloat16: many chunks and one, kept and cached = float64", worst, NOISE)
     few = found[10**6, True]
@@ -63,7 +63,7 @@ def _against_float64(suite: Suite, problem: Problem) -> Iterator[Line]:
 
 def _each_in_float64(problem: Problem, budget: int) -> dict[str, Tensor]:
     """The gradients that single chunks have in one process in bfloat16, added in float64."""
-    engine = replace(problem, pure=True).engine(Launch(), "single", dropout=False, precision="bf16-pure")
+    engine = replace(problem, precision="bf16-pure").engine(Launch(), "single", dropout=False)
     named = {name: p for name, p in engine.backend.module.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in named.items()}
 
@@ -81,10 +81,10 @@ def _each_in_float64(problem: Problem, budget: int) -> dict[str, Tensor]:
 
 def _sum_error(suite: Suite, problem: Problem, expected: dict[str, Tensor]) -> float:
     """How far the sum of many chunks is from the sum in float64, whether graphs are kept or not."""
-    worst = 0.0
+    worst, half = 0.0, replace(problem, precision="bf16-mixed")
     for keep in (True, False):
-        engine = problem.engine(suite.launch, suite.backend, dropout=False, precision="bf16-mixed")
-        _, found = problem.gradient(engine, problem.work(engine, 16), keep_graph=keep)
+        engine = half.engine(suite.launch, suite.backend, dropout=False)
+        _, found = half.gradient(engine, half.work(engine, 16), keep_graph=keep)
         worst = max(worst, difference(found, expected))
     return worst
 
@@ -97,14 +97,13 @@ def _by_files(suite: Suite, problem: Problem, expected: dict[str, Tensor]) -> It
     with tempfile.TemporaryDirectory(prefix="nearfield-conformance-") as folder:
         file = Path(folder) / "deepspeed.json"
         with mock.patch.dict(os.environ, {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}):
+            small = replace(suite.make(OBJECTIVES["infonce"], 4), dtype=torch.float32, precision="bf16-mixed")
             for name, more in FILES.items():
                 file.write_text(json.dumps({"zero_optimization": {"stage": stage, **more}}))
                 yield suite.line(
                     f"bfloat16, {name}: chunks are added in float32", _sum_error(suite, problem, expected), SUM
                 )
-                resumed = _resumed(
-                    suite, replace(suite.make(OBJECTIVES["infonce"], 4), dtype=torch.float32), "bf16-mixed"
-                )
+                resumed = _resumed(suite, small)
                 yield suite.line(
                     f"bf16-mixed, {name}: from a checkpoint = uninterrupted", resumed, 0, unit="tensors that differ"
                 )
@@ -122,19 +121,17 @@ def _checkpoints(suite: Suite) -> Iterator[Line]:
         for name, problem in problems.items():
             if suite.backend == "fsdp2" and problem.adapter and precision == "bf16-pure":
                 continue  # which is refused: parameters of two types
-            found = _resumed(suite, replace(problem, pure=precision == "bf16-pure"), precision)
+            found = _resumed(suite, replace(problem, precision=precision))
             yield suite.line(
                 f"{precision}, {name}: from a checkpoint = uninterrupted", found, 0, unit="tensors that differ"
             )
 
 
-def _resumed(suite: Suite, problem: Problem, precision: str) -> float:
+def _resumed(suite: Suite, problem: Problem) -> float:
     """Tensors that differ between three steps, and one step, a checkpoint on the disk, a new engine and two more."""
 
     def stepped(steps: Sequence[int], saved: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None) -> Any:
-        engine = problem.engine(
-            suite.launch, suite.backend, dropout=True, rate=1e-2, optimizer=decoupled_adam, precision=precision
-        )
+        engine = problem.engine(suite.launch, suite.backend, dropout=True, rate=1e-2, optimizer=decoupled_adam)
         if saved is not None:
             engine.backend.load(*(saved if suite.launch.is_main else (None, None)))
         for step in steps:

@@ -132,8 +132,6 @@ class Problem:
     """Whether every item whose number is odd is a picture, for a tower of its own."""
     adapter: bool = False
     """Whether an adapter is trained in place of the transformer's own weights."""
-    pure: bool = False
-    """Whether the encoder's weights are in bfloat16; an adapter's are not."""
     rounded: bool = False
     """Whether weights are those that bfloat16 has."""
     clip: bool = False
@@ -169,7 +167,7 @@ class Problem:
         last = "last" if self.together else None
         adapter = LoRAConfig(r=4, alpha=8) if self.adapter else None
         config = EncoderConfig(model=str(self.model_folder), image_tower=tower, pooling=last, adapter=adapter)
-        if self.pure:
+        if self.precision == "bf16-pure":
             return build_encoder(config, "cpu", dtype="bfloat16").model
         model = build_encoder(config, "cpu").model
         return (model.bfloat16() if self.rounded else model).to(self.dtype)

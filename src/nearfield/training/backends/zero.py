@@ -79,7 +79,9 @@ def deepspeed_config(name: BackendName, bf16: bool, world_size: int, max_norm: f
     config["zero_force_ds_cpu_optimizer"] = False
     # A gradient that is not finite must not reach the parameters; in bfloat16 DeepSpeed looks only if told to.
     config["bf16"] = {"enabled": bf16, "check_grad_overflow": True} if bf16 else {"enabled": False}
-    types = config.setdefault("data_types", {})
+    types = config["data_types"] = config.get("data_types") or {}
+    if not isinstance(types, dict):
+        raise BadInputError("data_types of this DeepSpeed configuration is not an object", where=str(path))
     for holder, key in ((types, "grad_accum_dtype"), (config, "communication_data_type")):
         # Left to itself DeepSpeed adds gradients in the type of the parameters, over chunks and over ranks.
         if holder.get(key) in (None, "auto"):
@@ -152,8 +154,8 @@ class ZeroBackend:
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
         self.parameters = trainable(self.engine.module)
         # DeepSpeed makes its float32 weights of those that it has rounded to bfloat16.
-        for name, tensor in weights.items():
-            self._set(self.parameters[name], tensor.to(device), None)
+        for each, tensor in weights.items():
+            self._set(self.parameters[each], tensor.to(device), None)
         # DeepSpeed's hooks take it that a forward is followed by its backward: stages 1 and 3 add wrongly otherwise.
         self.kept_graphs: KeptGraphs = "one" if bf16 else "joined"
 
