@@ -134,6 +134,9 @@ def test_what_a_run_leaves_behind(go: Go, inputs: TrainingInputs, tmp_path: Path
             "backend": "single",
             "micro_batch_tokens": 512,
             "graph_tokens": 65_536,
+            "cut_rule": 1,
+            "cut_ranks": 1,
+            "cut_apart": False,
         }
     assert not torch.distributed.is_initialized()
     found = newest_checkpoint(tmp_path / "run" / "checkpoints")
