@@ -33,6 +33,8 @@ NOISE = 0.1
 """How far a gradient in bfloat16 is from one in float64 at most, of its largest entry."""
 SUM = 2e-3
 """How far a sum of many chunks is from the same in float64 at most; added in bfloat16 it is several times as far."""
+SUM_ZERO3 = 2e-2
+"""The same on ZeRO 3, which rounds more of it: 0.011 was found, where a sum in bfloat16 is off by 0.033."""
 
 
 def precision_lines(suite: Suite) -> Iterator[Line]:
@@ -41,7 +43,8 @@ def precision_lines(suite: Suite) -> Iterator[Line]:
     yield from _against_float64(suite, problem)
     if suite.backend not in ("single", "ddp"):
         expected = _each_in_float64(problem, 16)
-        yield suite.line("bfloat16: chunks are added in float32", _sum_error(suite, problem, expected), SUM)
+        value = _sum_error(suite, problem, expected)
+        yield suite.line("bfloat16: chunks are added in float32", value, _most(suite))
         yield from _by_files(suite, problem, expected)
     yield from _checkpoints(suite)
 
@@ -79,6 +82,11 @@ def _each_in_float64(problem: Problem, budget: int) -> dict[str, Tensor]:
     return sums
 
 
+def _most(suite: Suite) -> float:
+    """How far a sum of chunks may be off on this backend."""
+    return SUM_ZERO3 if suite.backend == "zero3" else SUM
+
+
 def _sum_error(suite: Suite, problem: Problem, expected: dict[str, Tensor]) -> float:
     """How far the sum of many chunks is from the sum in float64, whether graphs are kept or not."""
     worst, half = 0.0, replace(problem, precision="bf16-mixed")
@@ -100,9 +108,8 @@ def _by_files(suite: Suite, problem: Problem, expected: dict[str, Tensor]) -> It
             small = replace(suite.make(OBJECTIVES["infonce"], 4), dtype=torch.float32, precision="bf16-mixed")
             for name, more in FILES.items():
                 file.write_text(json.dumps({"zero_optimization": {"stage": stage, **more}}))
-                yield suite.line(
-                    f"bfloat16, {name}: chunks are added in float32", _sum_error(suite, problem, expected), SUM
-                )
+                value = _sum_error(suite, problem, expected)
+                yield suite.line(f"bfloat16, {name}: chunks are added in float32", value, _most(suite))
                 resumed = _resumed(suite, small)
                 yield suite.line(
                     f"bf16-mixed, {name}: from a checkpoint = uninterrupted", resumed, 0, unit="tensors that differ"
@@ -110,7 +117,9 @@ def _by_files(suite: Suite, problem: Problem, expected: dict[str, Tensor]) -> It
             lossy = {"data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "bf16"}
             file.write_text(json.dumps({"zero_optimization": {"stage": stage}, **lossy}))
             value = _sum_error(suite, problem, expected)
-            yield suite.line("bfloat16: chunks that are added in bfloat16 are noticed", value, SUM, at_least=True)
+            yield suite.line(
+                "bfloat16: chunks that are added in bfloat16 are noticed", value, _most(suite), at_least=True
+            )
 
 
 def _checkpoints(suite: Suite) -> Iterator[Line]:
