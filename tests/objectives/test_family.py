@@ -518,3 +518,13 @@ def test_widths_that_differ_are_said() -> None:
         build(kind="distil_embeddings", projection="always")
     with pytest.raises(ValueError, match="candidates in_batch are scored by vectors"):
         build(kind="distil_scores", candidates="in_batch")
+
+
+def test_weights_of_another_source_leave_the_order_of_pairs_alone() -> None:
+    """A store has weights for all examples once one source has some: 1 for the others."""
+    batch = make(6, negatives=0)
+    assert batch.scores is not None
+    mixed = replace(batch, scores=torch.where(torch.arange(6) < 4, batch.scores, torch.nan))
+    weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 0.5], dtype=torch.float64)
+    for kind in ("cosent", "angle"):
+        assert_same(mean(build(kind=kind), replace(mixed, weights=weights)), mean(build(kind=kind), mixed), mixed)
