@@ -67,6 +67,9 @@ def test_a_saved_length_beyond_the_positions_is_lowered_and_said(tmp_path: Path,
     model = SentenceTransformer(str(save_animal(tmp_path / "base", ANIMALS[name])), device="cpu")
     model.max_seq_length = 300
     model.save_pretrained(str(tmp_path / "saved"))
+    # As earlier versions of sentence-transformers wrote it, which holds whatever the config says.
+    settings = tmp_path / "saved" / "sentence_bert_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "max_seq_length": 300}))
     loaded = load_encoder(str(tmp_path / "saved"), device="cpu")
     assert [notice.code for notice in loaded.notices] == ["positions-exceeded"]
     assert longest_input(loaded.model) == POSITIONS[name]
