@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
 from nearfield.encoders.static import is_static, longest_static
 from nearfield.errors import BadInputError
@@ -31,6 +30,8 @@ def longest_input(model: SentenceTransformer) -> int | None:
 
 def _text_part(model: SentenceTransformer) -> Any:
     """The transformer that reads texts; None where the model has none, or one of pictures and texts together."""
+    from torch import nn
+
     transformer = getattr(model[0], "auto_model", None)
     if isinstance(transformer, nn.Module) and "image" in (getattr(model[0], "modality_config", None) or {}):
         return getattr(transformer, "text_model", None)
@@ -39,6 +40,8 @@ def _text_part(model: SentenceTransformer) -> Any:
 
 def counts_from_padding(embeddings: Any) -> bool:
     """Whether a module of embeddings numbers positions from behind the padding token's number, as RoBERTa's kin do."""
+    from torch import nn
+
     if not isinstance(getattr(embeddings, "padding_idx", None), int):
         return False
     table = getattr(embeddings, "position_embeddings", None)
@@ -50,6 +53,8 @@ def usable_positions(model: SentenceTransformer) -> int | None:
 
     Of RoBERTa's kin those are fewer than the config says: positions are counted from behind the padding token's number.
     """
+    from torch import nn
+
     transformer = _text_part(model)
     if transformer is None:
         return None
