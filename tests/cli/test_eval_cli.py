@@ -68,7 +68,7 @@ def test_eval_writes_scores_and_compare_reads_them(run: Run, tasks: Tasks, model
     assert data["baseline"] == "mteb/baseline-random-encoder" and len(data["differences"]) == 2
     for row in data["differences"]:
         assert row["sentence"] in text
-    assert "20 in 5 clusters" in text
+    assert "one component of units that are not independent holds 4 of 20 (20 %)" in text
     code, text = run(
         "compare", "random", "local/tiny", "--baseline", "local/tiny", "--samples", "100", "--tasks", "TinySTS"
     )

@@ -65,11 +65,18 @@ def pool() -> Pool:
     )
 
 
+class PlainEncoder(list[Any]):
+    """As much of a sentence-transformers model as says how texts are padded."""
+
+    tokenizer: Any
+
+
 def padding_engine(tokens: TokenCache, pad: int | None, side: str) -> Engine:
     """As much of an engine as turns texts into padded features."""
-    encoder: Any = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=pad, padding_side=side))
+    encoder = PlainEncoder([SimpleNamespace()])
+    encoder.tokenizer = SimpleNamespace(pad_token_id=pad, padding_side=side)
     backend: Any = SimpleNamespace(device=CPU)
-    return Engine(backend, encoder, Objective(), Launch(), Feed(tokens), None, False, 3)
+    return Engine(backend, encoder, Objective(), Launch(), Feed(tokens), None, False, 3)  # type: ignore[arg-type]
 
 
 def test_features_are_padded_on_the_right(tokens: TokenCache, pool: Pool) -> None:

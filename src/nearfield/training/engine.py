@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,6 +86,11 @@ class Engine:
         """Whether chunks are padded rectangles."""
         return self.packing is None
 
+    @cached_property
+    def padding(self) -> Padding:
+        """How texts are padded."""
+        return Padding.of(self.encoder)
+
     def backend_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained, whole or in the shards that this rank holds."""
         return [p for p in self.backend.module.parameters() if p.requires_grad]
@@ -95,7 +101,7 @@ class Engine:
         for prompt in np.unique(pool.prompts):
             mine = pool.prompts == prompt
             lengths[mine] = self.feed.tokens.tables[int(prompt)].lengths(pool.items[mine])
-        width = Padding.of(self.encoder).width if self.padded else None
+        width = self.padding.width if self.padded else None
         if width is not None:
             images = self.images(pool)
             lengths = np.where(np.False_ if images is None else images, lengths, np.maximum(lengths, width))
@@ -208,7 +214,7 @@ class Engine:
         device = self.backend.device
         if self.packing is not None and any(map(len, rows)):
             return packed_features(rows, kind=self.packing, device=device, prompt_length=prompt_length)
-        return Padding.of(self.encoder).features(rows, device, prompt_length)
+        return self.padding.features(rows, device, prompt_length)
 
 
 def delete_tokens(row: Tokens, share: float, prompt_length: int) -> Tokens:
