@@ -51,7 +51,7 @@ def _sum(block: bytes) -> str:
 
 
 _checked: dict[tuple[Any, ...], npt.NDArray[np.bool_]] = {}
-"""Which blocks of a file this process has checked; a file that was replaced is another one."""
+"""The blocks of a file that this process has checked; a file that was replaced is another one."""
 
 
 class CheckedFile:
@@ -150,7 +150,7 @@ class Sealed:
 
 
 def damage(folder: Path, files: Iterable[str] = ()) -> str | None:
-    """What is wrong with a sealed folder, in words; None where every byte is what was written and ``files`` are among them.
+    """The fault of a sealed folder, in words; None where every byte is what was written and ``files`` are among them.
 
     A folder of an earlier version has no checksums, which is wrong too: nobody could tell.
     """

@@ -80,7 +80,7 @@ class SingleSourcePlanner(StreamPlanner):
             elif count > len(part):
                 part, repeated = self._again(part, count, stream, strata, base, request, among.get(stream.name))
                 details["repeated"] += repeated
-                # What found no room at first has perhaps found some now.
+                # An example that found no room at first has perhaps found some now.
                 dropped[NOT_FILLED] -= first.left - min(
                     first.left, max(0, self._unplaced(stream, part, among) - first.unusable)
                 )
