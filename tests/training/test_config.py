@@ -15,6 +15,7 @@ def test_defaults() -> None:
     assert TrainingConfig().model_dump() == {
         "epochs": 1,
         "max_steps": None,
+        "max_length": None,
         "learning_rate": 2e-5,
         "optimizer": {"kind": "adamw", "weight_decay": 0.01, "betas": (0.9, 0.999), "epsilon": 1e-8},
         "layer_decay": 1.0,
