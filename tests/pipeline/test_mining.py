@@ -150,7 +150,7 @@ mining: {{rules: [{{kind: naive}}], negatives: 3, corpus: sources}}
 
 
 def test_documents_of_other_sources_are_tokenised_with_this_sources_prompt(tmp_path: Path, tiny_model: Path) -> None:
-    stages = planned(two_sources(tmp_path, tiny_model))
+    stages = planned(two_sources(tmp_path, tiny_model), 'prompts.fallback.document="one: "')
     store, negatives = stages._store(), Negatives(stages.negatives_path)
     names = [stage.name for stage in status(stages.run)]
     assert "vectors" not in names and "mine" in names
