@@ -110,8 +110,11 @@ def test_a_folder_that_holds_no_negatives(store: Store, tmp_path: Path) -> None:
         Negatives(tmp_path)
     mined(store, tmp_path / "out")
     (tmp_path / "out" / "negatives.parquet").write_bytes(b"x")
-    with pytest.raises(BadInputError, match="cannot be read"):
+    with pytest.raises(BadInputError, match="it is damaged"):
         Negatives(tmp_path / "out")
     (tmp_path / "out" / "summary.json").write_text('{"version": 0}')
+    with pytest.raises(BadInputError, match="it is damaged"):
+        Negatives(tmp_path / "out")
+    (tmp_path / "out" / "checksums.json").unlink()  # as earlier versions left it
     with pytest.raises(BadInputError, match="not of version"):
         Negatives(tmp_path / "out")

@@ -128,8 +128,10 @@ def test_an_interrupted_stage_is_gone_on_with(staged: Path, tmp_path: Path, monk
     forward, calls = InfoNCE.forward, []
 
     def stopping(self: InfoNCE, batch: object) -> LossSum:
-        calls.append(self.config.temperature)
-        if calls.count(0.05) == 1 and self.config.temperature == 0.05:
+        # Before a training listens for signals its objective is tried out on planned batches.
+        listens = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        if listens and self.config.temperature == 0.05 and not calls:
+            calls.append(self.config.temperature)
             signal.raise_signal(signal.SIGTERM)
         return forward(self, batch)  # type: ignore[arg-type]
 
