@@ -1,6 +1,6 @@
 """``nearfield`` with memory that runs out on one rank: ``torchrun ... faulty_rank.py RANK STEP train RECIPE ...``.
 
-From step STEP on (counted from 1) that rank fails to encode a chunk of more than 100 tokens.
+From step STEP on (counted from 1) that rank fails to encode a chunk of more than 80 tokens, half of the budget that it begins with.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def install(rank: int, step: int) -> None:
         if (
             Launch.from_environment().rank == rank
             and now["step"] >= step
-            and int(features["attention_mask"].sum()) > 100
+            and int(features["attention_mask"].sum()) > 80
         ):
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         return encode_chunk(backend, features)
