@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ from nearfield.errors import BadInputError
 from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.freshness import Freshness
+from tests.pipeline.pairs import write_pairs
 
 STAGES = ("data", "vectors", "mine", "tokens", "plan")
 
@@ -36,16 +36,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run up to its plan, with all kinds of artifacts before training."""
     folder = tmp_path_factory.mktemp("damage")
     save_tiny_bert(folder / "base")
-    rows = [{"query": f"word{i} word{i + 1}", "positive": f"word{i} word{i + 2} word{i + 3}"} for i in range(40)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = {
-        "name": "pairs",
-        "task_type": "Retrieval",
-        "reader": {"kind": "jsonl", "path": "rows.jsonl"},
-        "examples": {"kind": "retrieval", "query": "query", "positives": "positive"},
-        "split": {"kind": "all"},
-    }
-    (folder / "data.yaml").write_text(yaml.safe_dump({"name": "data", "sources": [source]}))
+    write_pairs(folder)
     recipe: dict[str, Any] = {
         "name": "toy",
         "data": "data.yaml",

@@ -18,6 +18,7 @@ from nearfield.evaluation import runner as evaluation_runner
 from nearfield.pipeline import decontamination, open_run
 from nearfield.pipeline import freshness as freshness_module
 from nearfield.pipeline.freshness import Freshness
+from tests.pipeline.pairs import write_pairs
 
 Change = Callable[[dict[str, Any], Path], Any]
 
@@ -28,16 +29,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("keys")
     for name in ("base", "teacher"):
         save_tiny_bert(folder / name)
-    rows = [{"query": f"word{i} word{i + 1}", "positive": f"word{i} word{i + 2} word{i + 3}"} for i in range(40)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = {
-        "name": "pairs",
-        "task_type": "Retrieval",
-        "reader": {"kind": "jsonl", "path": "rows.jsonl"},
-        "examples": {"kind": "retrieval", "query": "query", "positives": "positive"},
-        "split": {"kind": "all"},
-    }
-    (folder / "data.yaml").write_text(yaml.safe_dump({"name": "data", "sources": [source]}))
+    write_pairs(folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return folder
 

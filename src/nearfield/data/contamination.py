@@ -103,7 +103,7 @@ class ContaminationReport:
     pictures: int = 0
     """Training pictures without a text, which were not compared with anything."""
     made_with: Mapping[str, Any] = field(default_factory=dict)
-    """What else the report depends on: the way of comparing, the model of the embeddings, versions."""
+    """The rest that the report depends on: the way of comparing, the model of the embeddings, versions."""
     removals: tuple[Removal, ...] = ()
     """Training texts that match a benchmark text that is no distractor. Not part of the JSON: see :meth:`save_removals`."""
 
@@ -178,7 +178,7 @@ class ContaminationReport:
 
 @dataclass(frozen=True)
 class ContaminationStatement:
-    """What a model card says of benchmark texts in the training data."""
+    """Lines of a model card on benchmark texts in the training data."""
 
     tasks: frozenset[str]
     """Tasks whose texts were compared."""

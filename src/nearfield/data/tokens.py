@@ -38,7 +38,7 @@ _BATCH = 1024
 
 @dataclass(frozen=True)
 class CutTexts:
-    """What a longest input takes off texts."""
+    """Counts of texts and tokens that a longest input cuts off."""
 
     texts: int = 0
     cut: int = 0
@@ -92,7 +92,7 @@ class TokenTable:
     offsets: Rows
     ids: Ids
     cut: CutTexts = field(default_factory=CutTexts)
-    """What the longest input took off its texts."""
+    """Counts of what the longest input cut off its texts."""
     check: Callable[[int, int], None] = lambda start, stop: None
     """Called with the bytes of ``ids`` that are about to be read."""
 
@@ -161,7 +161,7 @@ class TokenCache:
 
     @property
     def cut(self) -> CutTexts:
-        """What the longest input took off the texts of all prompts."""
+        """Counts of what the longest input cut off the texts of all prompts."""
         return sum((table.cut for table in self.tables), CutTexts())
 
     def number(self, prompt: str) -> int:
