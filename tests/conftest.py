@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +27,11 @@ settings.load_profile("nearfield")
 
 
 @pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    """The command line sends nearfield's records to standard error; the next test reads them as always."""
+def _restore_process() -> Iterator[None]:
+    """The command line sends nearfield's records to standard error and handles SIGTERM; the next test finds neither."""
+    before = signal.getsignal(signal.SIGTERM)
     yield
+    signal.signal(signal.SIGTERM, before)
     logger = logging.getLogger("nearfield")
     logger.handlers.clear()
     logger.propagate = True

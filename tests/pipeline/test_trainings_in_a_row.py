@@ -125,12 +125,11 @@ def test_an_interrupted_stage_is_gone_on_with(staged: Path, tmp_path: Path, monk
 
     straight = run_stages(open_run(staged, (), tmp_path / "straight"), "train").model
     folder = tmp_path / "runs" / "toy"
-    forward, calls = InfoNCE.forward, []
+    forward, calls, before = InfoNCE.forward, [], signal.getsignal(signal.SIGTERM)
 
     def stopping(self: InfoNCE, batch: object) -> LossSum:
         # Before a training listens for signals its objective is tried out on planned batches.
-        listens = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-        if listens and self.config.temperature == 0.05 and not calls:
+        if signal.getsignal(signal.SIGTERM) is not before and self.config.temperature == 0.05 and not calls:
             calls.append(self.config.temperature)
             signal.raise_signal(signal.SIGTERM)
         return forward(self, batch)  # type: ignore[arg-type]
