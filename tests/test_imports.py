@@ -30,7 +30,7 @@ FLOORS = [
     ["notices"],
     ["checksums"],
     ["files", "optional"],
-    ["errors"],
+    ["errors", "arrays"],
 ]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 
