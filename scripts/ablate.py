@@ -286,7 +286,7 @@ def task_scores(run_folder: Path) -> tuple[dict[str, float], dict[str, int]]:
     """nDCG@10 of each task, and how many queries it has."""
     import pyarrow.parquet as pq
 
-    from nearfield.evaluation.config import UNITS_SUFFIX
+    from nearfield.evaluation.results import UNITS_SUFFIX
 
     results = json.loads((run_folder / "manifest.json").read_text())["stages"]["evaluate"]["results"]
     scores: dict[str, float] = {}
@@ -360,8 +360,8 @@ def _differ(study: Study, name: str, figure: str) -> bool:
 
 
 def comparisons_table(study: Study, name: str, family: str, pairs: list[list[str]]) -> list[str]:
-    from nearfield.evaluation.methods import SEEDS, detectable, paired_interval
-    from nearfield.evaluation.statistics import holm
+    from nearfield.evaluation.comparison import SEEDS
+    from nearfield.evaluation.statistics import detectable, holm, paired_interval
 
     found = []
     for ours, other in pairs:

@@ -27,9 +27,8 @@ def rows(data: Path, tasks: list[str] | None, results: Path, cache: Path) -> lis
     """A row for each subset of each task."""
     quiet_libraries()
     from nearfield.evaluation import evaluate
-    from nearfield.evaluation.comparison import drawn_scores
-    from nearfield.evaluation.scores import read_scores, score_draws
-    from nearfield.evaluation.statistics import percentile_interval
+    from nearfield.evaluation.results import read_scores
+    from nearfield.evaluation.scores import score_interval
 
     made = evaluate(MODEL, data, results, tasks=tasks, cache=cache, device="cpu")
     if made.failures:
@@ -38,10 +37,8 @@ def rows(data: Path, tasks: list[str] | None, results: Path, cache: Path) -> lis
     for key, of in sorted(read_scores(made.results_dir).items()):
         if key[0] not in made.scores:
             continue
-        ends = None
-        for _, drawn in drawn_scores(key, {"": of}, 10_000, 0):
-            interval = percentile_interval(score_draws(of, drawn), 0.95, of.freedom)
-            ends = (interval.low, interval.high)
+        interval = score_interval(key, of, 10_000, 0.95, 0)
+        ends = None if interval is None else (interval.low, interval.high)
         meta = json.loads((data / key[0] / "meta.json").read_text(encoding="utf-8"))
         published = (meta.get("official") or {}).get(key[1])
         found.append(

@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nearfield.evaluation import resampling, statistics
-from nearfield.evaluation.ranking import rank_sets
+from nearfield.evaluation import statistics
+from nearfield.evaluation.estimators import AVERAGE_PRECISION, CROSSED_MEAN, MATCH_F1, SPEARMAN, CrossedError, Estimator
 from nearfield.files import write_json, write_text
 from nearfield.randomness import generator
 
@@ -89,8 +89,8 @@ def accuracy_coverage(n: int, simulations: int, samples: int, rng: Rng) -> float
     inside, block = 0.0, 250
     for _ in range(0, simulations, block):
         runs = _correct(n, block, rng)
-        draws = resampling.crossed_draws(runs, np.arange(n), samples, rng)
-        errors = [resampling.crossed_error(runs[:, :, i], np.arange(n)) for i in range(block)]
+        draws = CROSSED_MEAN.replicates(np.empty(0), runs, np.arange(n), samples, rng)
+        errors = [CrossedError.of(runs[:, :, i], np.arange(n)) for i in range(block)]
         centre = runs.mean(axis=(0, 1))
         draws = centre + np.array([error.scale for error in errors]) * (draws - centre)
         inside += covered(draws, truth, np.array([error.freedom for error in errors])) * block
@@ -109,18 +109,17 @@ def _labelled(n: int, rng: Rng) -> tuple[Floats, Floats]:
 
 def _single(
     make: Callable[[int, Rng], tuple[Floats, Floats]],
-    score: Callable[[Floats, Floats], float],
-    bootstrap: Callable[..., Floats],
+    estimator: Estimator,
     n: int,
     simulations: int,
     samples: int,
     rng: Rng,
 ) -> float:
-    truth = float(np.mean([score(*make(200_000, rng)) for _ in range(10)]))
+    truth = float(np.mean([estimator.value(*make(200_000, rng)) for _ in range(10)]))
     inside = 0
     for _ in range(simulations):
         gold, predicted = make(n, rng)
-        draws = bootstrap(gold, predicted[:, None], np.arange(n), samples, rng)[:, 0]
+        draws = estimator.replicates(gold, predicted[:, None], np.arange(n), samples, rng)[:, 0]
         interval = statistics.percentile_interval(draws, 0.95, n - 1.0)
         inside += interval.low <= truth <= interval.high
     return inside / simulations
@@ -134,9 +133,9 @@ def f1_coverage(n: int, simulations: int, samples: int, rng: Rng) -> float:
         right = left + 0.9 * rng.normal(size=(n, 16)).astype(np.float32)
         match = (left @ right.T - 0.5 * (right**2).sum(axis=1)).argmax(axis=1)[:, None]
         gold = np.arange(n)
-        draws = resampling.draws_f1(gold, match, np.arange(n), samples, rng)[:, 0]
+        draws = MATCH_F1.replicates(gold, match, np.arange(n), samples, rng)[:, 0]
         intervals.append(statistics.percentile_interval(draws, 0.95, n - 1.0))
-        found.append(float(resampling.weighted_f1(np.ones((1, n)), gold, match.T)[0]))
+        found.append(MATCH_F1.value(gold, match[:, 0]))
     truth = float(np.mean(found))
     return float(np.mean([one.low <= truth <= one.high for one in intervals]))
 
@@ -171,20 +170,16 @@ def other_null_p_values(simulations: int, permutations: int, rng: Rng) -> dict[s
         swap = rng.random(n) < 0.5
         a, b = statistics.midranks(first), statistics.midranks(second)
         one, other = np.where(swap, b, a), np.where(swap, a, b)
-        found["Spearman"].append(statistics.swap_p(gold, one, other, clusters, permutations, rng))
+        found["Spearman"].append(SPEARMAN.p(gold, one, other, clusters, permutations, rng))
         labels, scores = _labelled(n, rng)
         other = 1.3 * labels + rng.normal(size=n)
-        found["average precision"].append(
-            resampling.swap_precision_p(labels, scores, other, clusters, permutations, rng)
-        )
+        found["average precision"].append(AVERAGE_PRECISION.p(labels, scores, other, clusters, permutations, rng))
         matches = np.where(rng.random((2, n)) < 0.6, clusters, rng.integers(n, size=(2, n)))
-        found["F1 of matches"].append(
-            resampling.swap_f1_p(clusters, matches[0], matches[1], clusters, permutations, rng)
-        )
+        found["F1 of matches"].append(MATCH_F1.p(clusters, matches[0], matches[1], clusters, permutations, rng))
     for _ in range(-(-simulations // 100)):
         difference = _correct(n, 100, rng) - _correct(n, 100, rng)
         for i in range(100):
-            error = resampling.crossed_error(difference[:, :, i], clusters)
+            error = CrossedError.of(difference[:, :, i], clusters)
             found["accuracy (t)"].append(error.p(float(difference[:, :, i].mean())))
     return {f"{name}, n = 200": shares(np.array(values)) for name, values in found.items()}
 
@@ -230,7 +225,7 @@ def rank_coverage(simulations: int, samples: int, rng: Rng) -> dict[str, Any]:
     for _ in range(simulations):
         values = true + 0.15 * rng.normal(size=(n, 1)) + 0.1 * rng.normal(size=(n, len(true)))
         draws = statistics.bootstrap_means(values, np.arange(n), samples, rng)
-        sets = rank_sets(values.mean(axis=0), draws)
+        sets = statistics.rank_sets(values.mean(axis=0), draws)
         held += bool(((sets.low <= best) & (sets.high >= worst)).all())
         width += float((sets.high - sets.low + 1).mean())
     return {
@@ -255,11 +250,9 @@ def run(simulations: int, seed: int) -> dict[str, Any]:
         plan: dict[str, Callable[[Rng], float]] = {
             "nDCG@10-like, n clusters": lambda rng, n=n: clustered_coverage(n, min(simulations, 2000), 2000, rng),  # type: ignore[misc]
             "accuracy (10 classifiers)": lambda rng, n=n: accuracy_coverage(n, simulations, 1000, rng),  # type: ignore[misc]
-            "Spearman": lambda rng, n=n, few=few: _single(
-                _graded, statistics.spearman, statistics.bootstrap_spearman, n, simulations, few, rng
-            ),  # type: ignore[misc]
+            "Spearman": lambda rng, n=n, few=few: _single(_graded, SPEARMAN, n, simulations, few, rng),  # type: ignore[misc]
             "average precision": lambda rng, n=n, few=few: _single(
-                _labelled, resampling.average_precision, resampling.draws_precision, n, simulations, few, rng
+                _labelled, AVERAGE_PRECISION, n, simulations, few, rng
             ),  # type: ignore[misc]
             "F1 of matches": lambda rng, n=n: f1_coverage(n, min(simulations, 2000 if n < 1000 else 300), 400, rng),  # type: ignore[misc]
         }

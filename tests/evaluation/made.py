@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nearfield.evaluation.unit_files import Record, write_record
+from nearfield.evaluation.results import Record, write_record
 
 
 def write_result(

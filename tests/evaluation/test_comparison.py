@@ -10,9 +10,8 @@ import pytest
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation import compare, evaluate
-from nearfield.evaluation.comparison import Comparison
-from nearfield.evaluation.find import find_results
-from nearfield.evaluation.unit_files import read_units
+from nearfield.evaluation.comparison import ModelComparison
+from nearfield.evaluation.results import find_results, read_units
 from tests.evaluation.made import write_result
 
 
@@ -26,11 +25,11 @@ def folders(
 
 
 @pytest.fixture(scope="module")
-def comparison(folders: list[Path]) -> Comparison:
+def comparison(folders: list[Path]) -> ModelComparison:
     return compare(folders, ["a", "b", "random", "bm25"], samples=400, permutations=400)
 
 
-def test_estimates_are_the_main_scores_of_mteb(comparison: Comparison, folders: list[Path]) -> None:
+def test_estimates_are_the_main_scores_of_mteb(comparison: ModelComparison, folders: list[Path]) -> None:
     of_label = dict(zip(["a", "b", "random", "bm25"], folders, strict=True))
     assert len(comparison.scores) == 8 * 3 + 2
     for row in comparison.scores:
@@ -41,7 +40,7 @@ def test_estimates_are_the_main_scores_of_mteb(comparison: Comparison, folders: 
             assert row.low is not None and row.high is not None and row.low - 1e-9 <= row.score <= row.high + 1e-9
 
 
-def test_only_scores_that_allow_it_have_intervals(comparison: Comparison) -> None:
+def test_only_scores_that_allow_it_have_intervals(comparison: ModelComparison) -> None:
     without = {row.task for row in comparison.scores if row.low is None}
     assert without == set()
     for row in [*comparison.scores, *comparison.differences]:
@@ -51,7 +50,7 @@ def test_only_scores_that_allow_it_have_intervals(comparison: Comparison) -> Non
     assert all("not tested" in row.sentence and row.p is None for row in untested)
 
 
-def test_differences_are_paired_and_deterministic(comparison: Comparison, folders: list[Path]) -> None:
+def test_differences_are_paired_and_deterministic(comparison: ModelComparison, folders: list[Path]) -> None:
     again = compare(folders, ["a", "b", "random", "bm25"], samples=400, permutations=400)
     assert again.to_json() == comparison.to_json()
     json.dumps(comparison.to_json(), allow_nan=False)
@@ -161,7 +160,7 @@ def test_equivalence_is_shown_or_not_and_never_assumed(tmp_path: Path) -> None:
         compare([a, near], margin=2.0)
 
 
-def test_every_kind_of_score_says_what_its_interval_speaks_of(comparison: Comparison) -> None:
+def test_every_kind_of_score_says_what_its_interval_speaks_of(comparison: ModelComparison) -> None:
     scopes = {row.task: row.scope for row in comparison.scores}
     assert scopes["TinyClassification"] == "other items and other training samples"
     assert scopes["TinyClustering"].startswith("the task's own experiments")

@@ -11,10 +11,9 @@ import pytest
 
 from nearfield.evaluation import evaluate
 from nearfield.evaluation.card import scores_section
-from nearfield.evaluation.comparison import compare
+from nearfield.evaluation.comparison import compare, compare_published
 from nearfield.evaluation.leaderboard import leaderboard
-from nearfield.evaluation.published import compare_published
-from nearfield.evaluation.scores import read_scores
+from nearfield.evaluation.results import read_scores
 from nearfield.evaluation.statistics import LARGEST_COMPONENT, is_too_large, too_large
 from nearfield.reporting.comparison import build_comparison
 from tests.evaluation.made import write_result
@@ -111,7 +110,7 @@ def test_queries_that_share_documents_make_a_component(tasks: Any, model_folder:
 
 
 def test_results_of_an_earlier_version_say_that_components_are_not_known(written: Written) -> None:
-    from nearfield.evaluation.unit_files import read_units, write_metadata
+    from nearfield.evaluation.results import read_units, write_metadata
 
     folder = written([None] * 200)[0]
     _, metadata = read_units(folder, "Made")

@@ -13,7 +13,7 @@ from nearfield.data import DataConfig, Store, prepare_store
 from nearfield.errors import BadInputError
 from nearfield.evaluation import HeldOutTask, SuiteConfig, evaluate
 from nearfield.evaluation.heldout import heldout_task, query_clusters
-from nearfield.evaluation.unit_files import read_units
+from nearfield.evaluation.results import read_units
 
 # bank and shore share a gloss; bank has a second sense in the train split; mole has two senses in the test split.
 RETRIEVAL = [

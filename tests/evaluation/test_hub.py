@@ -11,7 +11,7 @@ import yaml
 from nearfield.errors import BadInputError
 from nearfield.evaluation.card import update_card, with_index
 from nearfield.evaluation.hub import push
-from nearfield.evaluation.scores import read_scores
+from nearfield.evaluation.results import read_scores
 from tests.evaluation.made import write_result
 
 

@@ -10,9 +10,9 @@ import pytest
 from scipy import stats
 
 from nearfield.errors import BadInputError
+from nearfield.evaluation.comparison import CAVEAT, Method, compare_methods, compare_published, published_folder
 from nearfield.evaluation.leaderboard import leaderboard
-from nearfield.evaluation.methods import Method, compare_methods, detectable, paired_interval
-from nearfield.evaluation.published import CAVEAT, compare_published, published_folder
+from nearfield.evaluation.statistics import detectable, paired_interval
 from tests.evaluation.made import write_result
 
 

@@ -16,12 +16,11 @@ from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import compare, evaluate, runner
 from nearfield.evaluation.card import scores_section
-from nearfield.evaluation.comparison import Comparison
+from nearfield.evaluation.comparison import ModelComparison
 from nearfield.evaluation.during import DuringTraining
 from nearfield.evaluation.leaderboard import leaderboard
 from nearfield.evaluation.local import SuiteTask
-from nearfield.evaluation.manifest import read_manifest
-from nearfield.evaluation.scores import read_scores
+from nearfield.evaluation.results import read_manifest, read_scores
 from nearfield.notices import Notice, from_file, in_file, listening, refuse, say
 from tests.cli.command import run
 from tests.evaluation.made import write_result
@@ -200,7 +199,7 @@ def test_comparison_leaderboard_and_card_tell_the_notices_of_their_scores(folder
     lines = [notice.sentence for notice in comparison.notices]
     assert lines == [f"* B on all tasks: {OF_MODEL.what}", f"* B on One: {OF_TASK.what}"]
     (tmp_path / "comparison.json").write_text(json.dumps(comparison.to_json()))
-    assert Comparison.from_json(tmp_path / "comparison.json").notices == comparison.notices
+    assert ModelComparison.from_json(tmp_path / "comparison.json").notices == comparison.notices
     board = leaderboard(folders, ["A", "B"], samples=200)
     assert [notice.sentence for notice in board.notices] == lines
     assert compare(folders, ["A", "B"], tasks=["Two"], samples=200, permutations=200).notices[0].tasks == ("Two",)

@@ -20,7 +20,7 @@ from nearfield.evaluation import EvaluationResult, HeldOutTask, SuiteConfig, eva
 from nearfield.evaluation.config import FolderTasks
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.heldout import heldout_task
-from nearfield.evaluation.unit_files import read_units
+from nearfield.evaluation.results import read_units
 from tests.data.making import LABELLED, config, source, write_rows
 from tests.data.picture_making import picture, saved
 

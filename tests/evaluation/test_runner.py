@@ -16,8 +16,7 @@ from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import MtebTasks, SuiteConfig, evaluate
 from nearfield.evaluation.folder import folder_task, task_folders
-from nearfield.evaluation.scores import read_scores
-from nearfield.evaluation.unit_files import TOP_SCHEMA, UNIT_SCHEMA, read_units
+from nearfield.evaluation.results import TOP_SCHEMA, UNIT_SCHEMA, read_scores, read_units
 from nearfield.evaluation.units import shared_clusters
 
 

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from nearfield.evaluation import statistics as st
+from nearfield.evaluation.estimators import SPEARMAN
 
 
 def test_bootstrap_means_equal_a_plain_loop_over_resampled_clusters() -> None:
@@ -79,49 +80,9 @@ def test_p_values_are_uniform_under_the_null(kind: str) -> None:
         else:
             gold = rng.integers(0, 6, 60).astype(float)
             first, second = (gold + rng.normal(0, 2, 60) for _ in range(2))
-            p_values.append(st.swap_p(gold, first, second, np.arange(60), 300, rng))
+            p_values.append(SPEARMAN.p(gold, first, second, np.arange(60), 300, rng))
     assert stats.kstest(p_values, "uniform").pvalue > 0.01
     assert np.mean(np.array(p_values) <= 0.05) < 0.09
-
-
-def test_swap_p_equals_a_plain_loop_and_sees_a_real_difference() -> None:
-    rng = np.random.default_rng(7)
-    gold = rng.integers(0, 6, 40).astype(float)
-    good, bad = gold + rng.normal(0, 0.5, 40), gold + rng.normal(0, 4, 40)
-    clusters = np.repeat(np.arange(20), 2)
-    got = st.swap_p(gold, bad, good, clusters, 500, np.random.default_rng(8))
-    assert got < 0.05
-    chosen = np.random.default_rng(8).integers(2, size=(500, 20), dtype=np.int8).astype(bool)
-    ranks = [stats.rankdata(x) for x in (bad, good)]
-    observed = abs(stats.spearmanr(gold, bad)[0] - stats.spearmanr(gold, good)[0])
-    extreme = 0
-    for row in chosen:
-        swapped = row[clusters]
-        a, b = np.where(swapped, ranks[0], ranks[1]), np.where(swapped, ranks[1], ranks[0])
-        g = stats.rankdata(gold)
-        extreme += abs(np.corrcoef(g, a)[0, 1] - np.corrcoef(g, b)[0, 1]) >= observed - 1e-12
-    assert got == pytest.approx((extreme + 1) / 501)
-
-
-def test_spearman_and_midranks_equal_scipy_with_ties() -> None:
-    rng = np.random.default_rng(9)
-    gold, predicted = rng.integers(0, 5, 50).astype(float), rng.integers(0, 9, 50).astype(float)
-    np.testing.assert_allclose(st.midranks(gold), stats.rankdata(gold))
-    assert st.spearman(gold, predicted) == pytest.approx(stats.spearmanr(gold, predicted)[0], abs=1e-12)
-
-
-def test_bootstrap_spearman_ranks_each_resample_anew() -> None:
-    rng = np.random.default_rng(10)
-    gold = rng.integers(0, 5, 25).astype(float)
-    predictions = np.stack([gold + rng.normal(size=25), rng.integers(0, 4, 25).astype(float)], axis=1)
-    clusters = np.repeat(np.arange(5), 5)
-    got = st.bootstrap_spearman(gold, predictions, clusters, 100, np.random.default_rng(11))
-    draws = np.random.default_rng(11).integers(5, size=(100, 5))
-    for row, drawn in zip(got, draws, strict=True):
-        members = np.concatenate([np.flatnonzero(clusters == cluster) for cluster in drawn])
-        for model in range(2):
-            expected = stats.spearmanr(gold[members], predictions[members, model])[0]
-            assert row[model] == pytest.approx(expected, abs=1e-10, nan_ok=True)
 
 
 def test_holm_against_its_definition() -> None:
@@ -139,15 +100,68 @@ def test_cluster_numbers_keep_a_unit_without_a_cluster_apart() -> None:
     assert numbers.tolist() == [0, 1, 0, 2, 3]
 
 
-def test_disjoint_sets_equal_a_flood_fill() -> None:
-    rng = np.random.default_rng(13)
-    edges = rng.integers(0, 40, size=(25, 2))
-    sets = st.DisjointSets(40)
-    reach = np.eye(40, dtype=bool)
-    for a, b in edges:
-        sets.join(int(a), int(b))
-        reach[a, b] = reach[b, a] = True
-    for _ in range(6):
-        reach = (reach.astype(int) @ reach.astype(int)) > 0
-    for a in range(40):
-        assert sets.find(a) == int(np.flatnonzero(reach[a])[0])
+def test_borda_of_three_models_and_two_tasks() -> None:
+    scores = np.array([[0.9, 0.1], [0.8, 0.8], [0.7, 0.9]])
+    assert st.borda(scores).tolist() == [2, 2, 2]
+    assert st.places(st.borda(scores)).tolist() == [1, 1, 1]
+    assert st.borda(scores[:2]).tolist() == [1, 1]
+    assert st.borda(np.array([[0.5], [0.5]])).tolist() == [0.5, 0.5]
+
+
+def test_a_missing_score_earns_no_points() -> None:
+    scores = np.array([[0.9, np.nan], [0.8, 0.8], [0.7, 0.9]])
+    assert st.borda(scores).tolist() == [2, 2, 2]
+    assert np.isnan(st.task_ranks(scores)[0, 1])
+
+
+def test_ranks_equal_scipy_also_in_stacks() -> None:
+    scores = np.random.default_rng(0).integers(0, 4, size=(5, 6, 3)).astype(float)
+    expected = np.stack([np.stack([stats.rankdata(-s[:, t]) for t in range(3)], axis=1) for s in scores])
+    np.testing.assert_allclose(st.task_ranks(scores), expected)
+    assert st.borda(scores).shape == (5, 6)
+
+
+def test_rank_sets_separate_what_is_far_apart_and_nothing_else() -> None:
+    rng = np.random.default_rng(1)
+    estimates = np.array([0.9, 0.52, 0.5, 0.1])
+    draws = estimates + 0.02 * rng.normal(size=(2000, 4))
+    sets = st.rank_sets(estimates, draws)
+    assert sets.low.tolist() == [1, 2, 2, 4] and sets.high.tolist() == [1, 3, 3, 4]
+    assert sets.above[0].tolist() == [False, True, True, True]
+
+
+def test_not_separable_is_not_transitive() -> None:
+    estimates = np.array([0.60, 0.55, 0.50])
+    draws = estimates + 0.025 * np.random.default_rng(2).normal(size=(4000, 3))
+    sets = st.rank_sets(estimates, draws)
+    assert sets.above.tolist() == [[False, False, True], [False, False, False], [False, False, False]]
+    assert sets.low.tolist() == [1, 1, 2] and sets.high.tolist() == [2, 3, 3]
+
+
+def test_pairs_without_spread_are_not_separated_and_one_model_has_rank_one() -> None:
+    sets = st.rank_sets(np.array([0.6, 0.5]), np.tile([0.6, 0.5], (100, 1)))
+    assert sets.low.tolist() == [1, 1] and sets.high.tolist() == [2, 2]
+    alone = st.rank_sets(np.array([0.6]), np.zeros((100, 1)))
+    assert alone.low.tolist() == alone.high.tolist() == [1]
+
+
+def test_all_true_ranks_are_inside_as_often_as_promised() -> None:
+    rng = np.random.default_rng(3)
+    true = np.array([0.6, 0.55, 0.55, 0.5])
+    best, worst = np.array([1, 2, 2, 4]), np.array([1, 3, 3, 4])
+    held = 0
+    for _ in range(300):
+        estimates = true + 0.02 * rng.normal(size=4)
+        sets = st.rank_sets(estimates, estimates + 0.02 * rng.normal(size=(500, 4)))
+        held += bool(((sets.low <= best) & (sets.high >= worst)).all())
+    assert held / 300 > 0.92
+
+
+@pytest.mark.parametrize("level", [0.8, 0.99])
+def test_a_higher_level_gives_wider_sets(level: float) -> None:
+    rng = np.random.default_rng(4)
+    estimates = np.linspace(0.5, 0.6, 6)
+    draws = estimates + 0.02 * rng.normal(size=(2000, 6))
+    plain, other = st.rank_sets(estimates, draws, 0.95), st.rank_sets(estimates, draws, level)
+    wider, narrower = (other, plain) if level > 0.95 else (plain, other)
+    assert ((wider.high - wider.low) >= (narrower.high - narrower.low)).all()

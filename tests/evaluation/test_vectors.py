@@ -16,7 +16,7 @@ from nearfield.encoders.identity import model_fingerprint
 from nearfield.errors import BadInputError
 from nearfield.evaluation import evaluate
 from nearfield.evaluation.encoder import TaskEncoder
-from nearfield.evaluation.manifest import failed_tasks, read_manifest
+from nearfield.evaluation.results import failed_tasks, read_manifest
 from nearfield.evaluation.vectors import VectorCache, compress
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -11,7 +11,7 @@ import pytest
 
 from nearfield.conformance.tiny import save_tiny_bert
 from nearfield.errors import NearfieldError
-from nearfield.evaluation import Comparison
+from nearfield.evaluation import ModelComparison
 from nearfield.pipeline import open_run, run_stages, status
 
 
@@ -31,7 +31,7 @@ def test_evidence(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "toy"
     result = run_stages(open_run(recipe, (), folder))
     assert result.ran == ("data", "tokens", "plan", "train", "evaluate", "compare", "report")
-    comparison = Comparison.from_json(folder / "comparison.json")
+    comparison = ModelComparison.from_json(folder / "comparison.json")
     assert comparison.baseline == "before"
     assert {model.label for model in comparison.models} == {"before", "after", "bm25", "random"}
     assert [row.model for row in comparison.differences] == ["bm25", "random", "after"]
@@ -60,7 +60,7 @@ def test_a_recipe_that_changes_the_encoder_is_compared_with_the_same_encoder_unt
     run_stages(open_run(recipe, ["encoder.pooling=cls", "evaluation.baselines=[]"], folder))
     untrained = SentenceTransformer(str(folder / "untrained"), device="cpu")
     assert untrained[1].pooling_mode == "cls"
-    comparison = Comparison.from_json(folder / "comparison.json")
+    comparison = ModelComparison.from_json(folder / "comparison.json")
     assert [model.label for model in comparison.models] == ["before", "after"]
 
 

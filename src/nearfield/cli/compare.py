@@ -11,10 +11,8 @@ from nearfield.cli.options import RESULTS, ResultsFolder, TaskNames
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
-    from nearfield.evaluation import Comparison
-    from nearfield.evaluation.comparison import DifferenceRow, ScoreRow
-    from nearfield.evaluation.methods import MethodComparison
-    from nearfield.evaluation.published import Standing
+    from nearfield.evaluation import ModelComparison
+    from nearfield.evaluation.comparison import DifferenceRow, MethodComparison, ScoreRow, Standing
 
 
 def register(app: typer.Typer) -> None:
@@ -61,7 +59,7 @@ def compare_command(
     check_settings(samples, permutations, level)
     named = [label.strip() for label in labels.split(",")] if labels is not None else None
     chosen = [task.strip() for task in tasks.split(",") if task.strip()] if tasks is not None else None
-    made: Comparison | MethodComparison | Standing
+    made: ModelComparison | MethodComparison | Standing
     methods = [model for model in models if is_method(model)]
     if named is not None and len(named) != len(models):
         raise BadInputError(f"{len(models)} results but {len(named)} labels", where="labels")
@@ -94,9 +92,9 @@ def _models(
     level: float,
     seed: int,
     margin: float | None,
-) -> Comparison:
+) -> ModelComparison:
     from nearfield.evaluation import compare
-    from nearfield.evaluation.find import find_results
+    from nearfield.evaluation.results import find_results
 
     if len(models) < 2:
         raise BadInputError("a comparison needs two models or more", where="command line")
@@ -120,7 +118,7 @@ def _models(
 def _methods(
     models: list[str], runs: Path, named: list[str] | None, baseline: str | None, tasks: list[str] | None, level: float
 ) -> MethodComparison:
-    from nearfield.evaluation.methods import compare_methods
+    from nearfield.evaluation.comparison import compare_methods
     from nearfield.pipeline.methods import find_method
 
     if len(models) < 2:
@@ -140,8 +138,8 @@ def _published(
     level: float,
     seed: int,
 ) -> Standing:
-    from nearfield.evaluation.find import find_results
-    from nearfield.evaluation.published import compare_published, published_folder
+    from nearfield.evaluation.comparison import compare_published, published_folder
+    from nearfield.evaluation.results import find_results
 
     if len(models) != 1:
         raise BadInputError("one model is set beside published results", where="command line", hint="Name one model.")
@@ -159,7 +157,7 @@ def short_labels(folders: list[Path]) -> list[str]:
 
 
 def _position(baseline: str, models: list[str], folders: list[Path], results: Path) -> int:
-    from nearfield.evaluation.find import find_results
+    from nearfield.evaluation.results import find_results
 
     if baseline in models:
         return models.index(baseline)
@@ -171,13 +169,13 @@ def _position(baseline: str, models: list[str], folders: list[Path], results: Pa
     return folders.index(folder)
 
 
-def show_comparison(comparison: Comparison) -> None:
+def show_comparison(comparison: ModelComparison) -> None:
     """Print scores, differences and what they say."""
     from rich.table import Table
     from rich.text import Text
 
     from nearfield.console import stdout_console
-    from nearfield.evaluation.noticed import MARK, noticed
+    from nearfield.evaluation.scores import MARK, noticed
 
     console = stdout_console()
     level = f"{comparison.settings['level']:.0%}".rstrip()

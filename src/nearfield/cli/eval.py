@@ -166,7 +166,7 @@ def _show(result: EvaluationResult) -> None:
     from rich.text import Text
 
     from nearfield.console import stdout_console
-    from nearfield.evaluation.noticed import MARK, tasks_in_words
+    from nearfield.evaluation.scores import MARK, tasks_in_words
 
     console = stdout_console()
     table = Table(title=Text(f"{result.model} at {result.revision[:12]}"))

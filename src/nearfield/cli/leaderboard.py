@@ -35,8 +35,8 @@ def leaderboard_command(
 ) -> None:
     """Rank models by Borda points and means, with intervals and the ranks that each may hold."""
     from nearfield.cli.compare import short_labels
-    from nearfield.evaluation.find import all_results, find_results
     from nearfield.evaluation.leaderboard import leaderboard
+    from nearfield.evaluation.results import all_results, find_results
     from nearfield.files import write_json, write_text
 
     folders = [find_results(model, results) for model in models] if models else all_results(results)
@@ -56,7 +56,7 @@ HEADINGS = ("place", "model", "mean of tasks", "ranks", "mean of types", "Borda"
 
 
 def _cells(board: Leaderboard) -> list[list[str]]:
-    from nearfield.evaluation.noticed import MARK
+    from nearfield.evaluation.scores import MARK
 
     rows, marked = [], {notice.model for notice in board.notices}
     for row in board.rows:
@@ -99,7 +99,7 @@ def _about(board: Leaderboard) -> list[str]:
 
 def as_markdown(board: Leaderboard) -> str:
     """The table, the scores of each task and the notes as Markdown."""
-    from nearfield.evaluation.noticed import MARK, noticed
+    from nearfield.evaluation.scores import MARK, noticed
 
     lines = ["| " + " | ".join(HEADINGS) + " |", "| --- | --- |" + " ---: |" * (len(HEADINGS) - 2)]
     lines += ["| " + " | ".join(_escape(cell) for cell in cells) + " |" for cells in _cells(board)]

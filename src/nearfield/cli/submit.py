@@ -51,7 +51,7 @@ def submit_command(
     from rich.text import Text
 
     from nearfield.console import stdout_console
-    from nearfield.evaluation.find import find_results
+    from nearfield.evaluation.results import find_results
     from nearfield.evaluation.submission import submit
     from nearfield.notices import refuse
 
@@ -103,7 +103,7 @@ def card_command(
 
     from nearfield.console import stdout_console
     from nearfield.evaluation.card import update_card
-    from nearfield.evaluation.find import find_results
+    from nearfield.evaluation.results import find_results
 
     if base is not None:
         from nearfield.encoders.build import relink

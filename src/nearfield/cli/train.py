@@ -67,9 +67,9 @@ def train(
     comparison = result.folder / "comparison.json"
     if comparison.is_file() and until is None:
         # Brings mteb, which takes seconds to import and which the training itself can do without.
-        from nearfield.evaluation import Comparison
+        from nearfield.evaluation import ModelComparison
 
-        show_comparison(Comparison.from_json(comparison))
+        show_comparison(ModelComparison.from_json(comparison))
     for name, path in (("run", result.folder), ("model", result.model), ("report", result.report)):
         if path is not None:
             console.print(f"{name + ':':8}{path}", markup=False, highlight=False)

@@ -39,7 +39,7 @@ def twins_command(
     from nearfield.cli.printing import quiet_libraries
 
     quiet_libraries()
-    from nearfield.evaluation.find import find_results
+    from nearfield.evaluation.results import find_results
     from nearfield.evaluation.suite import open_suite
     from nearfield.files import write_json
     from nearfield.pipeline.twins import twins

@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nearfield.evaluation.comparison import Comparison, compare
+    from nearfield.evaluation.comparison import ModelComparison, compare
     from nearfield.evaluation.config import FolderTasks, HeldOutTask, MtebTasks, SuiteConfig
     from nearfield.evaluation.runner import EvaluationResult, evaluate
 
 _HOMES = {
-    "Comparison": "comparison",
+    "ModelComparison": "comparison",
     "compare": "comparison",
     "EvaluationResult": "runner",
     "evaluate": "runner",
@@ -25,10 +25,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "Comparison",
     "EvaluationResult",
     "FolderTasks",
     "HeldOutTask",
+    "ModelComparison",
     "MtebTasks",
     "SuiteConfig",
     "compare",

@@ -9,11 +9,9 @@ from typing import Any
 import yaml
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation import scores, statistics
-from nearfield.evaluation.comparison import drawn_scores, title_of
 from nearfield.evaluation.local import LOCAL
-from nearfield.evaluation.manifest import read_manifest
-from nearfield.evaluation.noticed import MARK, score_notices, tasks_in_words
+from nearfield.evaluation.results import read_manifest, read_scores
+from nearfield.evaluation.scores import MARK, Key, TaskScores, score_interval, score_notices, tasks_in_words, title_of
 from nearfield.files import write_text
 
 START, END = "<!-- nearfield: scores -->", "<!-- nearfield: end of scores -->"
@@ -36,7 +34,7 @@ def update_card(model: Path, results: Path, *, samples: int = 10_000, level: flo
     else:
         text = text.rstrip("\n") + "\n\n" + section
     try:
-        text = with_index(text, model.resolve().name, scores.read_scores(results))
+        text = with_index(text, model.resolve().name, read_scores(results))
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInputError(
@@ -48,7 +46,7 @@ def update_card(model: Path, results: Path, *, samples: int = 10_000, level: flo
     return card
 
 
-def with_index(text: str, name: str, found: Mapping[scores.Key, scores.TaskScores]) -> str:
+def with_index(text: str, name: str, found: Mapping[Key, TaskScores]) -> str:
     """The card with its front matter's ``model-index`` (what the hub shows as evaluation results) made anew.
 
     Only scores on official data stand there: those on local data, and of tasks that mteb does not have, are in the table
@@ -72,7 +70,7 @@ def with_index(text: str, name: str, found: Mapping[scores.Key, scores.TaskScore
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n{rest}"
 
 
-def _entry(key: scores.Key, of: scores.TaskScores) -> dict[str, Any] | None:
+def _entry(key: Key, of: TaskScores) -> dict[str, Any] | None:
     """A score as the hub keeps it, with the task's own data set, as mteb writes it; None for a task that mteb does not have."""
     from nearfield.evaluation.official import described
 
@@ -94,7 +92,7 @@ def _entry(key: scores.Key, of: scores.TaskScores) -> dict[str, Any] | None:
 
 def scores_section(results: Path, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> str:
     """Markdown with a row a task: score, interval, units, what the interval speaks of, data revision, prompts."""
-    found = scores.read_scores(results)
+    found = read_scores(results)
     if not found:
         raise BadInputError("there are no scores", where=str(results), hint="Score the model with nearfield eval.")
     facts: dict[str, dict[str, Any]] = {}
@@ -105,13 +103,11 @@ def scores_section(results: Path, *, samples: int = 10_000, level: float = 0.95,
     lines = [START, "## Scores", "", f"| task | score | {100 * level:g} % interval | units | of | prompts | data |"]
     lines += ["| --- | ---: | ---: | ---: | --- | --- | --- |"]
     for key, of in sorted(found.items()):
-        ends = "none"
-        for _, drawn in drawn_scores(key, {"": of}, samples, seed):
-            interval = statistics.percentile_interval(scores.score_draws(of, drawn), level, of.freedom)
-            ends = f"{interval.low:.4f} to {interval.high:.4f}"
+        interval = score_interval(key, of, samples, level, seed)
+        ends = "none" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
         units, clusters = of.sizes
         counted = "" if units is None else str(units) + (f" in {clusters} clusters" if clusters != units else "")
-        scope = scores.SCOPES[of.kind] if of.reason is None else of.reason
+        scope = of.estimator.scope if of.reason is None else of.reason
         prompts = facts.get(key[0], {}).get("prompts", {})
         texts = "; ".join(f"{role}: `{text}`" for role, text in prompts.items() if text) or "none"
         mark = MARK if of.notices else ""

@@ -10,8 +10,6 @@ from nearfield.config import Config, ConfigPath
 
 BASELINES = {"bm25": "mteb/baseline-bm25s", "random": "mteb/baseline-random-encoder"}
 """Models that are always there, and the names that their results are filed under."""
-UNITS_SUFFIX = ".units.parquet"
-"""How the file of a task's unit scores ends."""
 
 Language = Annotated[str, Field(pattern=r"^[a-z]{3}-[A-Z][a-z]{3}$")]
 """ISO 639-3 language and ISO 15924 script, e.g. ``eng-Latn``."""

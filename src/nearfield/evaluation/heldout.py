@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.cluster.hierarchy import DisjointSet
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import HeldOutTask
 from nearfield.evaluation.local import TYPES, SuiteTask, make_task
-from nearfield.evaluation.statistics import DisjointSets
 from nearfield.files import fingerprint
 from nearfield.randomness import generator
 
@@ -213,19 +213,16 @@ def query_clusters(relevant: dict[int, list[int]], document_keys: dict[int, set[
     The cluster is named by its smallest query. ``document_keys`` gives the cluster keys of the examples that a
     document is a positive of; where there are none, queries are joined by shared documents alone.
     """
-    documents = sorted({document for of_query in relevant.values() for document in of_query})
-    place = {document: i for i, document in enumerate(documents)}
-    keys = sorted({key for document in documents for key in document_keys.get(document, ())})
-    key_place = {key: len(documents) + i for i, key in enumerate(keys)}
-    sets = DisjointSets(len(documents) + len(keys))
-    for document in documents:
-        for key in document_keys.get(document, ()):
-            sets.join(place[document], key_place[key])
-    for of_query in relevant.values():
-        for document in of_query[1:]:
-            sets.join(place[of_query[0]], place[document])
-    first: dict[int, int] = {}
-    return {query: first.setdefault(sets.find(place[relevant[query][0]]), query) for query in sorted(relevant)}
+    sets: DisjointSet[int | str] = DisjointSet()
+    for documents in relevant.values():
+        for document in documents:
+            sets.add(document)
+            sets.merge(documents[0], document)
+            for key in document_keys.get(document, ()):
+                sets.add(key)
+                sets.merge(document, key)
+    first: dict[int | str, int] = {}
+    return {query: first.setdefault(sets[relevant[query][0]], query) for query in sorted(relevant)}
 
 
 def _document_keys(rows: _Rows, answering: str) -> dict[int, set[str]]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation.card import update_card
-from nearfield.evaluation.manifest import MANIFEST
+from nearfield.evaluation.results import MANIFEST
 
 RESULTS = "nearfield"
 """The folder of the repository that holds the results and the manifest."""

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation import ranking, statistics
-from nearfield.evaluation.comparison import check_settings, drawn_scores, open_models
-from nearfield.evaluation.noticed import ScoreNotice, score_notices
-from nearfield.evaluation.scores import Key, TaskScores, read_scores
+from nearfield.evaluation import statistics
+from nearfield.evaluation.comparison import ModelRow, check_settings, chosen_keys, open_models
+from nearfield.evaluation.results import read_scores
+from nearfield.evaluation.scores import Key, ScoreNotice, TaskScores, joint_replicates, score_notices
 from nearfield.evaluation.statistics import Floats
 
 VERSION = 1
@@ -89,14 +89,14 @@ def leaderboard(
 
     A task's score is the mean over its subsets and splits; ``mean_task`` the plain mean over tasks, ``mean_type`` the
     mean over the means of task types; both are null for a model that lacks a task. Intervals come from ``samples``
-    joint draws of all models, in which models with the same units share their resamples.
+    joint replicates of all models, in which models with the same units share their resamples.
     """
     check_settings(samples, samples, level)
     models = open_models(results, labels)
     read = {model.label: read_scores(Path(model.path)) for model in models}
     columns, notes = _columns(read, tasks)
     names = [model.label for model in models]
-    scores, draws, uncertain = _matrix(read, names, columns, samples, seed)
+    scores, replicates, uncertain = _matrix(read, names, columns, samples, seed)
     board_tasks = tuple(
         BoardTask(task, of.task_type, of.metric, bool(known))
         for (task, (_, of)), known in zip(columns.items(), uncertain, strict=True)
@@ -105,55 +105,74 @@ def leaderboard(
     notes += dependent
     if dependent:
         # Where the error of one task cannot be told, that of a mean over tasks cannot either.
-        draws = np.full_like(draws, np.nan)
+        replicates = np.full_like(replicates, np.nan)
     certain = [task.name for task in board_tasks if not task.uncertain]
     if certain and not dependent:
         notes.append(f"no interval can be given on {', '.join(certain)}: there the scores are taken as exact")
-    types = [[i for i, task in enumerate(board_tasks) if task.type == kind] for kind in _types(board_tasks)]
-    complete = np.asarray(~np.isnan(scores).any(axis=1))
-    means, mean_draws = scores.mean(axis=1), draws.mean(axis=2)
-    points, point_draws = ranking.borda(scores), ranking.borda(draws)
-    ranks, rank_draws = ranking.task_ranks(scores).mean(axis=1), ranking.task_ranks(draws).mean(axis=2)
-    by_type = np.stack([scores[:, of].mean(axis=1) for of in types]).mean(axis=0)
-    by_type_draws = np.stack([draws[:, :, of].mean(axis=2) for of in types]).mean(axis=0)
-    places = ranking.places(points)
-    kept = np.flatnonzero(complete)
-    sets = ranking.rank_sets(means[kept], mean_draws[:, kept], level) if len(kept) and not dependent else None
-    rows = []
-    for i, model in enumerate(models):
-        low = high = None
-        above: tuple[str, ...] = ()
-        if sets is not None and complete[i]:
-            at = int(np.searchsorted(kept, i))
-            low, high = int(sets.low[at]), int(sets.high[at])
-            above = tuple(names[kept[j]] for j in np.flatnonzero(sets.above[at, :]))
-        rows.append(
-            BoardRow(
-                model.label,
-                model.name,
-                model.revision,
-                int(places[i]),
-                _value(points[i], point_draws[:, i], level),
-                _value(means[i], mean_draws[:, i], level),
-                _value(by_type[i], by_type_draws[:, i], level),
-                _value(ranks[i], rank_draws[:, i], level),
-                low,
-                high,
-                above,
-                {task.name: float(scores[i, j]) for j, task in enumerate(board_tasks) if not np.isnan(scores[i, j])},
-            )
-        )
-        missing = [task.name for j, task in enumerate(board_tasks) if np.isnan(scores[i, j])]
+    rows = _rows(models, board_tasks, scores, replicates, level, ranked=not dependent)
+    for row in rows:
+        missing = [task.name for task in board_tasks if task.name not in row.scores]
         if missing:
-            notes.append(f"{model.label} lacks {', '.join(missing)}: it has no means, and earns no points there")
+            notes.append(f"{row.label} lacks {', '.join(missing)}: it has no means, and earns no points there")
     order = sorted(rows, key=lambda row: (row.place, -(row.mean_task.value or 0.0), row.label))
     settings = {"samples": samples, "level": level, "seed": seed}
     shown = [key for keys, _ in columns.values() for key in keys]
     return Leaderboard(board_tasks, tuple(order), tuple(notes), settings, score_notices(read, shown))
 
 
-def _types(tasks: Sequence[BoardTask]) -> list[str]:
-    return list(dict.fromkeys(task.type for task in tasks))
+def _rows(
+    models: Sequence[ModelRow],
+    tasks: Sequence[BoardTask],
+    scores: Floats,
+    replicates: Floats,
+    level: float,
+    *,
+    ranked: bool,
+) -> list[BoardRow]:
+    """A row for each model from ``scores [models, tasks]`` and ``replicates [samples, models, tasks]``."""
+    kinds = dict.fromkeys(task.type for task in tasks)
+    types = [[i for i, task in enumerate(tasks) if task.type == kind] for kind in kinds]
+    estimates, drawn = _figures(scores, types), _figures(replicates, types)
+    places = statistics.places(estimates[0])
+    complete = np.flatnonzero(~np.isnan(scores).any(axis=1))
+    sets = None
+    if len(complete) and ranked:
+        sets = statistics.rank_sets(estimates[1][complete], drawn[1][:, complete], level)
+    rows = []
+    for i, model in enumerate(models):
+        low = high = None
+        above: tuple[str, ...] = ()
+        if sets is not None and i in complete:
+            at = int(np.searchsorted(complete, i))
+            low, high = int(sets.low[at]), int(sets.high[at])
+            above = tuple(models[complete[j]].label for j in np.flatnonzero(sets.above[at, :]))
+        borda, mean_task, mean_type, mean_rank = (
+            _value(one[i], many[:, i], level) for one, many in zip(estimates, drawn, strict=True)
+        )
+        own = {task.name: float(scores[i, j]) for j, task in enumerate(tasks) if not np.isnan(scores[i, j])}
+        rows.append(
+            BoardRow(
+                model.label,
+                model.name,
+                model.revision,
+                int(places[i]),
+                borda,
+                mean_task,
+                mean_type,
+                mean_rank,
+                low,
+                high,
+                above,
+                own,
+            )
+        )
+    return rows
+
+
+def _figures(table: Floats, types: Sequence[Sequence[int]]) -> tuple[Floats, Floats, Floats, Floats]:
+    """Borda points, means over tasks and over types, mean ranks ``[..., models]`` of ``table [..., models, tasks]``."""
+    by_type = np.stack([table[..., columns].mean(axis=-1) for columns in types]).mean(axis=0)
+    return statistics.borda(table), table.mean(axis=-1), by_type, statistics.task_ranks(table).mean(axis=-1)
 
 
 Columns = dict[str, tuple[list[Key], TaskScores]]
@@ -161,14 +180,10 @@ Columns = dict[str, tuple[list[Key], TaskScores]]
 
 def _columns(read: Mapping[str, Mapping[Key, TaskScores]], tasks: Sequence[str] | None) -> tuple[Columns, list[str]]:
     """Task -> its subsets and splits and one of its scores; tasks that were scored on different data are left out."""
-    keys = list(dict.fromkeys(sorted(key for found in read.values() for key in found)))
-    known = list(dict.fromkeys(task for task, _, _ in keys))
-    for task in tasks or ():
-        if task not in known:
-            raise BadInputError(f"no model has results on {task!r}", hint=f"Tasks: {', '.join(known)}.")
+    keys = chosen_keys(read, tasks)
     columns: Columns = {}
     notes = []
-    for task in known if tasks is None else [task for task in known if task in set(tasks)]:
+    for task in dict.fromkeys(task for task, _, _ in keys):
         own = [key for key in keys if key[0] == task]
         found = [scores[key] for scores in read.values() for key in own if key in scores]
         if len({of.data_revision for of in found}) > 1 or len({of.metric for of in found}) > 1:
@@ -183,15 +198,15 @@ def _columns(read: Mapping[str, Mapping[Key, TaskScores]], tasks: Sequence[str] 
 def _matrix(
     read: Mapping[str, Mapping[Key, TaskScores]], names: Sequence[str], columns: Columns, samples: int, seed: int
 ) -> tuple[Floats, Floats, list[bool]]:
-    """Scores ``[models, tasks]`` (NaN where missing), draws ``[samples, models, tasks]``, and which tasks have draws."""
+    """Scores ``[models, tasks]`` (NaN where missing), replicates ``[samples, models, tasks]``, and which tasks have replicates."""
     scores = np.full((len(names), len(columns)), np.nan)
-    draws = np.full((samples, len(names), len(columns)), np.nan)
+    replicates = np.full((samples, len(names), len(columns)), np.nan)
     uncertain = []
     for column, (keys, _) in enumerate(columns.values()):
         drawn = {}
         for key in keys:
             of_key = {name: read[name][key] for name in names if key in read[name]}
-            drawn[key] = dict(drawn_scores(key, of_key, samples, seed))
+            drawn[key] = dict(joint_replicates(key, of_key, samples, seed))
         uncertain.append(all(drawn[key] for key in keys))
         for row, name in enumerate(names):
             if all(key in read[name] for key in keys):
@@ -200,8 +215,8 @@ def _matrix(
                 parts = [
                     np.asarray(drawn[key].get(name, np.full(samples, s))) for key, s in zip(keys, own, strict=True)
                 ]
-                draws[:, row, column] = np.mean(parts, axis=0)
-    return scores, draws, uncertain
+                replicates[:, row, column] = np.mean(parts, axis=0)
+    return scores, replicates, uncertain
 
 
 def _dependent(read: Mapping[str, Mapping[Key, TaskScores]], columns: Columns) -> list[str]:
@@ -216,10 +231,10 @@ def _dependent(read: Mapping[str, Mapping[Key, TaskScores]], columns: Columns) -
     return [f"{task}: {reason}; so the table has neither intervals nor ranks" for task, reason in found.items()]
 
 
-def _value(value: float, draws: Floats, level: float) -> Value:
+def _value(value: float, replicates: Floats, level: float) -> Value:
     if np.isnan(value):
         return Value(None)
-    if np.isnan(draws).all() or np.ptp(draws) == 0:
+    if np.isnan(replicates).all() or np.ptp(replicates) == 0:
         return Value(float(value))
-    interval = statistics.percentile_interval(draws, level)
+    interval = statistics.percentile_interval(replicates, level)
     return Value(float(value), interval.low, interval.high)

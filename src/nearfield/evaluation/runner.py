@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ from typing import Any
 import mteb
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
-from mteb.cache import ResultCache
-from mteb.results import TaskResult
 
 from nearfield.data.tokens import CutTexts
 from nearfield.encoders import LoadedEncoder
@@ -30,13 +28,12 @@ from nearfield.evaluation.crew import Crew
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.heldout import OpenStore
 from nearfield.evaluation.local import SuiteTask, fresh_generators, parts_of
-from nearfield.evaluation.manifest import write_manifest
 from nearfield.evaluation.models import ScoredModel, open_model
+from nearfield.evaluation.results import ResultFolder
 from nearfield.evaluation.suite import open_suite
-from nearfield.evaluation.unit_files import read_units, write_metadata, write_record
 from nearfield.evaluation.units import Recorder
-from nearfield.files import fingerprint, read_json, remove_leftovers, write_json
-from nearfield.notices import Notice, Said, from_file, in_file, listening, refuse
+from nearfield.files import fingerprint
+from nearfield.notices import Notice, Said, from_file, listening, refuse
 from nearfield.provenance import versions_of
 
 logger = logging.getLogger("nearfield.evaluation")
@@ -71,20 +68,6 @@ class EvaluationResult:
     reused: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     notices: dict[str, tuple[Notice, ...]] = field(default_factory=dict)
-
-
-class ResultFolder(ResultCache):  # type: ignore[misc]
-    """mteb's result cache with its files right in the given folder: ``<folder>/<org>__<model>/<revision>/``."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder.parent)
-        self.folder = folder
-
-    def get_task_result_path(self, task_name: str, model_name: Any, *args: Any, **kwargs: Any) -> Path:
-        """The path of a task's result; mteb's layout below ``folder`` whatever that folder is called."""
-        path: Path = super().get_task_result_path(task_name, model_name, *args, **kwargs)
-        root = self.cache_path / "results"
-        return self.folder / path.relative_to(root) if path.is_relative_to(root) else path
 
 
 def evaluate(
@@ -156,7 +139,6 @@ def _score_tasks(
     scored: ScoredModel, suite_tasks: Sequence[SuiteTask], out: Path, prompts: str, overwrite: bool, said: Said
 ) -> EvaluationResult:
     """Score an open model on open tasks, one after the other, and write the manifest."""
-    meta = scored.wrapper.mteb_model_meta
     applicable, not_applicable = [], {}
     for suite_task in suite_tasks:
         reason = _not_applicable(scored, suite_task.task)
@@ -173,18 +155,16 @@ def _score_tasks(
             for notice in notices:
                 said.say(notice, name)
 
-    files = ResultFolder(out)
-    folder = files.get_task_result_path("any", meta).parent
-    remove_leftovers(folder)
-    run = _Run(scored, files, folder, overwrite, said)
+    folder = ResultFolder(out, scored.wrapper.mteb_model_meta)
+    run = _Run(scored, folder, overwrite, said)
     started = time.monotonic()
     for number, suite_task in enumerate(applicable, start=1):
         logger.info("task %d of %d: %s%s", number, len(applicable), suite_task.name, _left(run, started, applicable))
         with said.about(suite_task.name):
             run.task(suite_task)
-    write_manifest(folder, scored, run.facts, run.failures, prompts, said.all())
+    folder.add_to_manifest(run.facts, run.failures, said.all(), {"prompts": prompts, **_about(scored)})
     return EvaluationResult(
-        results_dir=folder,
+        results_dir=folder.path,
         model=scored.name,
         revision=scored.revision,
         scores=run.scores,
@@ -198,6 +178,22 @@ def _score_tasks(
     )
 
 
+def _about(scored: ScoredModel) -> dict[str, Any]:
+    """What the manifest says of how an embedding model encoded."""
+    encoder = scored.encoder
+    if encoder is None:
+        return {}
+    parameter = next(encoder.model.parameters(), None)
+    return {
+        "device": str(encoder.model.device),
+        "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        "batch_tokens": encoder.batch_tokens,
+        "max_length": longest_input(encoder.model),
+        "dimensions": encoder.dimensions,
+        "quantize": encoder.quantize,
+    }
+
+
 def _left(run: _Run, started: float, tasks: Sequence[SuiteTask]) -> str:
     """How long the rest will take if its tasks are like those that were scored now."""
     if not run.seconds:
@@ -209,8 +205,8 @@ def _left(run: _Run, started: float, tasks: Sequence[SuiteTask]) -> str:
 class _Run:
     """The tasks of one evaluation, one after the other."""
 
-    def __init__(self, scored: ScoredModel, cache: ResultFolder, folder: Path, overwrite: bool, said: Said) -> None:
-        self.scored, self.cache, self.folder, self.overwrite, self.said = scored, cache, folder, overwrite, said
+    def __init__(self, scored: ScoredModel, folder: ResultFolder, overwrite: bool, said: Said) -> None:
+        self.scored, self.folder, self.overwrite, self.said = scored, folder, overwrite, said
         self.scores: Scores = {}
         self.failures: dict[str, str] = {}
         self.details: dict[str, dict[str, Any]] = {}
@@ -227,10 +223,11 @@ class _Run:
             return
         started = time.monotonic()
         mark = self._fingerprint(suite_task)
-        known = None if self.overwrite else self._present(suite_task, mark)
+        known = None if self.overwrite else self.folder.reusable(suite_task.name, mark, self._versions)
         if known is not None:
-            self.scores[suite_task.name], self.details[suite_task.name] = known
-            self._keep_notices(suite_task.name)
+            self.scores[suite_task.name] = mean_over_splits(known["main_scores"])
+            self.details[suite_task.name] = known["details"]
+            self._keep_notices(suite_task.name, known)
             self.reused.append(suite_task.name)
             logger.info("%s: present, not scored again", suite_task.name)
             return
@@ -253,7 +250,7 @@ class _Run:
             logger.error("%s failed: %s", suite_task.name, self.failures[suite_task.name])
 
     def _aggregate(self, suite_task: SuiteTask) -> None:
-        task, meta = suite_task.task, self.scored.wrapper.mteb_model_meta
+        task = suite_task.task
         names = [str(part.metadata.name) for part in task.metadata.tasks]
         for part in task.metadata.tasks:
             with self.said.about(str(part.metadata.name)):
@@ -262,10 +259,10 @@ class _Run:
         if broken:
             self.failures[suite_task.name] = f"its parts failed: {', '.join(broken)}"
             return
-        result = task.combine_task_results([self.cache.load_task_result(name, meta) for name in names])
+        result = task.combine_task_results([self.folder.result(name) for name in names])
         for notice in dict.fromkeys(notice for name in names for notice in self.said.of(name)):
             self.said.say(notice, suite_task.name)
-        self._save(result)
+        self.folder.file(result, self._notices(suite_task.name), None, {})
         main_scores = {s: {e["hf_subset"]: float(e["main_score"]) for e in of} for s, of in result.scores.items()}
         self.scores[suite_task.name] = mean_over_splits(main_scores)
 
@@ -278,54 +275,18 @@ class _Run:
         parts += [task.metadata.dataset.get("path"), list(task.eval_splits), list(task.hf_subsets), _settings_of(task)]
         return fingerprint([*parts, prompts, clusters, suite_task.details, self.scored.computes, self._versions])
 
-    def _present(self, suite_task: SuiteTask, mark: str) -> tuple[dict[str, float], dict[str, Any]] | None:
-        path = self.cache.get_task_result_path(suite_task.name, self.scored.wrapper.mteb_model_meta)
-        if not path.is_file():
-            return None
-        try:
-            _, metadata = read_units(self.folder, suite_task.name)
-            filed = TaskResult.from_disk(path)
-        except (NearfieldError, ValueError, KeyError) as error:
-            logger.warning("%s: the present result cannot be used and is scored anew (%s)", suite_task.name, error)
-            return None
-        before = metadata.get("versions") or {"mteb": metadata.get("mteb_version")}
-        changed = [f"{name} {before.get(name)}" for name, of in self._versions.items() if before.get(name) != of]
-        if filed.mteb_version != self._versions["mteb"] and not changed:
-            changed = [f"mteb {filed.mteb_version}"]
-        if changed:
-            logger.info("%s: the present result was made with %s; scored anew", suite_task.name, ", ".join(changed))
-            return None
-        if metadata.get("fingerprint") != mark:
-            logger.info("%s: the present result is of another model, data or settings; scored anew", suite_task.name)
-            return None
-        return mean_over_splits(metadata["main_scores"]), metadata["details"]
-
     def _notices(self, task: str) -> list[Notice]:
         """What a reader of this task's score must know: of the model, and of the task."""
         return list(dict.fromkeys([*self.said.of(), *self.said.of(task)]))
 
-    def _keep_notices(self, task: str) -> None:
+    def _keep_notices(self, task: str, metadata: Mapping[str, Any]) -> None:
         """Say again what was filed with a present score, and file with it what is said of the model for the first time."""
-        _, metadata = read_units(self.folder, task)
         filed = from_file(metadata.get("notices"))
         for notice in filed:
             if notice not in self.said.of():
                 self.said.say(notice, task)
         if set(self._notices(task)) - set(filed):
-            write_metadata(self.folder, task, {**metadata, "notices": in_file(self._notices(task))})
-            self._into_result(task)
-
-    def _save(self, result: TaskResult) -> None:
-        """File a result as mteb does, with its notices."""
-        self.cache.save_to_cache(result, self.scored.wrapper.mteb_model_meta)
-        self._into_result(str(result.task_name))
-
-    def _into_result(self, task: str) -> None:
-        """Put the notices into mteb's result file, under a key that mteb's readers pass over."""
-        path = self.cache.get_task_result_path(task, self.scored.wrapper.mteb_model_meta)
-        value = read_json(path, "result")
-        value["notices"] = in_file(self._notices(task))
-        write_json(path, value)
+            self.folder.add_notices(task, metadata, self._notices(task))
 
     def _say_of_texts(self, encoder: TaskEncoder, task: str) -> None:
         """What became of the texts of the task that was scored now: those that were cut, those without a direction."""
@@ -355,7 +316,7 @@ class _Run:
                 cache=None,
                 co2_tracker=False,
                 encode_kwargs={"batch_size": 256, "show_progress_bar": False},
-                prediction_folder=self.folder,
+                prediction_folder=self.folder.path,
                 show_progress_bar=False,
             )
         if model_result.exceptions:
@@ -381,11 +342,8 @@ class _Run:
             "mteb_version": result.mteb_version,
             "versions": self._versions,
             "details": suite_task.details,
-            "notices": in_file(self._notices(suite_task.name)),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_record(self.folder, suite_task.name, recorder.record, metadata)
-        self._save(result)
+        self.folder.file(result, self._notices(suite_task.name), recorder.record, metadata)
         self.scores[suite_task.name] = mean_over_splits(main_scores)
         self.details[suite_task.name] = suite_task.details
         self.facts[suite_task.name] = {

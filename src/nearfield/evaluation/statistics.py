@@ -126,96 +126,6 @@ def midranks(values: Floats) -> Floats:
     return np.asarray((ends - (sizes - 1) / 2)[group], dtype=np.float64)
 
 
-class _TieGroups:
-    """Sorted order of a column and its groups of ties, to rank resamples of it without sorting again."""
-
-    def __init__(self, values: Floats) -> None:
-        self.order = np.argsort(values, kind="stable")
-        ordered = values[self.order]
-        new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-        self.starts = np.flatnonzero(new)
-        self.group = np.empty(len(values), dtype=np.int64)
-        self.group[self.order] = np.cumsum(new) - 1
-
-    def ranks(self, counts: Floats) -> Floats:
-        """Midranks of the units in resamples that hold unit i ``counts[:, i]`` times; ``[rows, units]``."""
-        sizes = np.add.reduceat(counts[:, self.order], self.starts, axis=1)
-        ends = np.cumsum(sizes, axis=1)
-        means = ends - (sizes - 1) / 2
-        return np.asarray(means[:, self.group], dtype=np.float64)
-
-
-def spearman(gold: Floats, predictions: Floats) -> float:
-    """Spearman's correlation of two columns ``[units]``; NaN where one is constant."""
-    return float(_correlation(midranks(gold)[None], midranks(predictions)[None], np.ones((1, len(gold))))[0])
-
-
-def _correlation(x: Floats, y: Floats, counts: Floats) -> Floats:
-    total = counts.sum(axis=1, keepdims=True)
-    x = x - (counts * x).sum(axis=1, keepdims=True) / total
-    y = y - (counts * y).sum(axis=1, keepdims=True) / total
-    covariance = (counts * x * y).sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        result = covariance / np.sqrt((counts * x * x).sum(axis=1) * (counts * y * y).sum(axis=1))
-    return np.asarray(result, dtype=np.float64)
-
-
-def bootstrap_spearman(
-    gold: Floats, predictions: Floats, clusters: Ints, samples: int, rng: np.random.Generator
-) -> Floats:
-    """Spearman's correlation of resampled pairs: ``gold [units]``, ``predictions [units, models]`` -> ``[samples, models]``.
-
-    The pairs of a resample are ranked anew. All models share each resample.
-    """
-    count = int(clusters.max()) + 1
-    gold_ties = _TieGroups(gold)
-    model_ties = [_TieGroups(predictions[:, i]) for i in range(predictions.shape[1])]
-    parts = []
-    for rows in chunks(samples, 4 * len(gold)):
-        counts = resample_counts(rng, rows, count)[:, clusters]
-        ranked_gold = gold_ties.ranks(counts)
-        parts.append(np.stack([_correlation(ranked_gold, ties.ranks(counts), counts) for ties in model_ties], axis=1))
-    return np.concatenate(parts)
-
-
-def swap_p(
-    gold: Floats, first: Floats, second: Floats, clusters: Ints, permutations: int, rng: np.random.Generator
-) -> float:
-    """Two-sided p of a paired permutation test of two Spearman correlations with the same gold scores.
-
-    The models' ranks (which are comparable, as their raw scores need not be) are swapped for a random half of the
-    clusters; the statistic is the difference of the two correlations. All arguments are ``[units]``.
-    """
-    g = midranks(gold)
-    a, b = midranks(first), midranks(second)
-    g, a, b = (x - x.mean() for x in (g, a, b))
-    if not (g @ g > 0 and a @ a > 0 and b @ b > 0):
-        return 1.0
-    count = int(clusters.max()) + 1
-    total, total_square = float((a + b).sum()), float((a * a + b * b).sum())
-    total_product, n = float(g @ (a + b)), len(g)
-
-    def by_cluster(x: Floats) -> Floats:
-        return np.asarray(np.bincount(clusters, weights=x, minlength=count), dtype=np.float64)
-
-    moved = np.stack([by_cluster(a - b), by_cluster(a * a - b * b), by_cluster(g * (a - b))], axis=1)
-    base = np.array([b.sum(), b @ b, g @ b])
-    scale = float(np.sqrt(g @ g))
-
-    def statistic(sums: Floats) -> Floats:
-        other = np.array([total, total_square, total_product]) - sums
-        kept = sums[:, 2] / (scale * np.sqrt(sums[:, 1] - sums[:, 0] ** 2 / n))
-        lost = other[:, 2] / (scale * np.sqrt(other[:, 1] - other[:, 0] ** 2 / n))
-        return np.abs(kept - lost)
-
-    observed = float(statistic((base + moved.sum(axis=0))[None])[0])
-    extreme = 0
-    for rows in chunks(permutations, count):
-        chosen = rng.integers(2, size=(rows, count), dtype=np.int8).astype(np.float64)
-        extreme += int(np.count_nonzero(statistic(base + chosen @ moved) >= observed - 1e-12))
-    return (extreme + 1) / (permutations + 1)
-
-
 def percentile_interval(resamples: Floats, level: float, freedom: float | None = None) -> Interval:
     """The central ``level`` of resampled statistics ``[samples]``; undefined resamples (NaN) are left out.
 
@@ -244,6 +154,36 @@ def equivalence_p(differences: Floats, margin: float) -> float:
     return (beyond + 1) / (len(drawn) + 1)
 
 
+def paired_interval(differences: Sequence[float], level: float) -> tuple[float, float, float]:
+    """Student's t interval of the mean of paired differences and the two-sided p of zero: ``(low, high, p)``."""
+    from scipy import stats
+
+    values = np.asarray(differences, dtype=np.float64)
+    mean, error = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+    if error <= 1e-15:
+        return mean, mean, 1.0 if abs(mean) <= 1e-15 else 0.0
+    reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
+    return mean - reach, mean + reach, float(2 * stats.t.sf(abs(mean) / error, len(values) - 1))
+
+
+def detectable(differences: Sequence[float], level: float = 0.95, power: float = 0.8) -> float:
+    """The true mean difference that a paired t-test of so many pairs finds with ``power``, by the spread of these."""
+    from scipy import optimize, stats
+
+    count = len(differences)
+    bar = float(stats.t.ppf((1 + level) / 2, count - 1))
+
+    def missing(shift: float) -> float:
+        # That it is found with the wrong sign is as good as impossible at any power worth asking for.
+        return float(stats.nct.sf(bar, count - 1, shift)) - power
+
+    enough = 1.0
+    while missing(enough) < 0:
+        enough *= 2
+    error = float(np.std(differences, ddof=1) / np.sqrt(count))
+    return float(optimize.brentq(missing, 0.0, enough)) * error
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment: the family-wise error stays below alpha where adjusted p <= alpha."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
@@ -254,23 +194,76 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-class DisjointSets:
-    """Connected components by union-find over nodes 0..n-1."""
+_ROUND = 1e-12
 
-    def __init__(self, size: int) -> None:
-        self._parent = list(range(size))
 
-    def find(self, node: int) -> int:
-        """The representative of a node's component."""
-        root = node
-        while self._parent[root] != root:
-            root = self._parent[root]
-        while self._parent[node] != root:
-            self._parent[node], node = root, self._parent[node]
-        return root
+def task_ranks(scores: Floats) -> Floats:
+    """Ranks from 1 (best) within each task, ties sharing their mean rank: ``[..., models, tasks]``; NaN stays NaN."""
+    greater = scores[..., None, :, :] > scores[..., :, None, :] + _ROUND
+    equal = np.abs(scores[..., None, :, :] - scores[..., :, None, :]) <= _ROUND
+    ranks = greater.sum(axis=-2) + (equal.sum(axis=-2) + 1) / 2
+    return np.asarray(np.where(np.isnan(scores), np.nan, ranks), dtype=np.float64)
 
-    def join(self, first: int, second: int) -> None:
-        """Merge two components; the smaller representative stays, so the result does not depend on the order."""
-        a, b = self.find(first), self.find(second)
-        if a != b:
-            self._parent[max(a, b)] = min(a, b)
+
+def borda(scores: Floats) -> Floats:
+    """Borda points ``[..., models]`` of ``scores [..., models, tasks]``: models minus rank, summed over tasks.
+
+    It is how mteb ranks a leaderboard; a missing score (NaN) earns nothing. The points depend on which models are in
+    the table.
+    """
+    points = scores.shape[-2] - task_ranks(scores)
+    return np.asarray(np.nansum(points, axis=-1), dtype=np.float64)
+
+
+def places(points: Floats) -> NDArray[np.int64]:
+    """Places from 1 by points ``[models]``, most points first; ties share the smallest place."""
+    better = (points[None, :] > points[:, None] + _ROUND).sum(axis=1)
+    return np.asarray(better + 1, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class RankSets:
+    """Ranks that are compatible with the data, ``low`` to ``high`` for each model, for all models at once.
+
+    ``above[i, j]`` says that model i is above model j beyond doubt. That two models cannot be told apart is not
+    transitive: A may not be separable from B, nor B from C, while A is above C. So there are no groups of equals.
+    """
+
+    low: NDArray[np.int64]
+    high: NDArray[np.int64]
+    above: NDArray[np.bool_]
+
+
+def rank_sets(estimates: Floats, draws: Floats, level: float = 0.95) -> RankSets:
+    """Simultaneous confidence sets of ranks from ``estimates [models]`` and joint draws around them ``[samples, models]``.
+
+    All pairwise differences are tested at once by the largest standardised deviation of the draws, step by step (Romano
+    & Wolf, 2005); a model's rank lies between one plus the models above it and the number of those not below it
+    (Mogstad, Romano, Shaikh & Wilhelm, 2024). All true ranks are in their sets with probability ``level``.
+    """
+    models = len(estimates)
+    above = np.zeros((models, models), dtype=bool)
+    first, second = np.triu_indices(models, 1)
+    if len(first):
+        centred = draws - draws.mean(axis=0)
+        spread = np.empty(len(first))
+        standard = np.empty((len(draws), len(first)), dtype=np.float32)
+        for pair, (i, j) in enumerate(zip(first, second, strict=True)):
+            deviation = centred[:, i] - centred[:, j]
+            spread[pair] = deviation.std()
+            standard[:, pair] = np.abs(deviation) / spread[pair] if spread[pair] > _ROUND else 0.0
+        difference = estimates[first] - estimates[second]
+        # Without spread nothing is known of the error: such a pair is never separated.
+        distance = np.where(spread > _ROUND, np.abs(difference) / np.maximum(spread, _ROUND), 0.0)
+        apart = np.zeros(len(first), dtype=bool)
+        while not apart.all():
+            largest = standard[:, ~apart].max(axis=1)
+            found = ~apart & (distance > np.quantile(largest, level)) & (distance > 0)
+            if not found.any():
+                break
+            apart |= found
+        above[first, second] = apart & (difference > 0)
+        above[second, first] = apart & (difference < 0)
+    low = 1 + above.sum(axis=0)
+    high = models - above.sum(axis=1)
+    return RankSets(np.asarray(low, dtype=np.int64), np.asarray(high, dtype=np.int64), above)

@@ -26,11 +26,12 @@ from mteb.abstasks import (
     AbsTaskZeroShotClassification,
 )
 from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
+from scipy.cluster.hierarchy import DisjointSet
 
+from nearfield.evaluation.estimators import AVERAGE_PRECISION
 from nearfield.evaluation.local import SuiteTask
-from nearfield.evaluation.resampling import average_precision
-from nearfield.evaluation.statistics import DisjointSets, Floats
-from nearfield.evaluation.unit_files import EXPERIMENT, TOP, TOP_SCHEMA, Record
+from nearfield.evaluation.results import EXPERIMENT, TOP, TOP_SCHEMA, Record
+from nearfield.evaluation.statistics import Floats
 
 _NOT_RIGHT_OR_WRONG = (AbsTaskMultilabelClassification, AbsTaskRegression)
 """Classifications whose items have several labels, or a number: a prediction is not simply right or wrong."""
@@ -240,16 +241,15 @@ class Recorder:
 
 def shared_clusters(contents: Mapping[str, Iterable[str]]) -> dict[str, str]:
     """Unit -> the first unit that it is connected with by shared content; nothing where none shares any."""
-    keys = list(contents)
-    sets = DisjointSets(len(keys))
-    holder: dict[str, int] = {}
-    for number, key in enumerate(keys):
-        for content in contents[key]:
-            sets.join(number, holder.setdefault(content, number))
-    roots = [sets.find(number) for number in range(len(keys))]
-    if len(set(roots)) == len(keys):
+    sets = DisjointSet(contents)
+    holder: dict[str, str] = {}
+    for key, shared in contents.items():
+        for content in shared:
+            sets.merge(key, holder.setdefault(content, key))
+    if sets.n_subsets == len(contents):
         return {}
-    return {key: keys[root] for key, root in zip(keys, roots, strict=True)}
+    first: dict[str, str] = {}
+    return {key: first.setdefault(sets[key], key) for key in contents}
 
 
 def _pair_scores(main: str, predictions: Any, labels: Floats) -> tuple[Floats, bool]:
@@ -268,7 +268,7 @@ def _pair_scores(main: str, predictions: Any, labels: Floats) -> tuple[Floats, b
     if not main.endswith("_ap") or name not in (*measures, "max") or labels.sum() == 0:
         return measures["similarity"], False
     if name == "max":
-        name = max(measures, key=lambda measure: average_precision(labels, measures[measure]))
+        name = max(measures, key=lambda measure: AVERAGE_PRECISION.value(labels, measures[measure]))
     return measures[name], True
 
 

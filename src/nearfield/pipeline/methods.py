@@ -13,7 +13,7 @@ from nearfield.files import canonical_json
 from nearfield.pipeline.run import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
-    from nearfield.evaluation.methods import Method
+    from nearfield.evaluation.comparison import Method
 
 
 def is_method(argument: str) -> bool:
@@ -32,7 +32,7 @@ def find_method(argument: str, runs: Path, label: str | None = None) -> Method:
     A recipe's runs are those below ``runs`` whose recipe is the same but for ``seed`` and ``name``; a folder's are the
     runs in it, which must be of one recipe in this sense.
     """
-    from nearfield.evaluation.methods import Method
+    from nearfield.evaluation.comparison import Method
 
     path = Path(argument)
     if path.is_dir():

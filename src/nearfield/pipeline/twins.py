@@ -17,8 +17,9 @@ import numpy as np
 
 from nearfield.analysis.complexity import by_thirds, entropy, fog
 from nearfield.errors import BadInputError
-from nearfield.evaluation.comparison import check_settings, drawn_scores, open_models
-from nearfield.evaluation.scores import Key, TaskScores, read_scores, score_draws
+from nearfield.evaluation.comparison import check_settings, open_models
+from nearfield.evaluation.results import read_scores
+from nearfield.evaluation.scores import Key, TaskScores, joint_replicates
 from nearfield.evaluation.statistics import Floats, is_too_large, midranks
 
 VERSION = 1
@@ -139,7 +140,7 @@ def _drawn(scores: Mapping[Key, TaskScores], samples: int, seed: int) -> Floats 
     """Draws of a task's score (the mean over its subsets), None where one of them has no interval."""
     parts = []
     for key, of in scores.items():
-        draws = [score_draws(of, drawn) for _, drawn in drawn_scores(key, {"": of}, samples, seed)]
+        draws = [of.own(drawn) for _, drawn in joint_replicates(key, {"": of}, samples, seed)]
         if not draws:
             return None
         parts.append(draws[0])

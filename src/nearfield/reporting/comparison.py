@@ -9,7 +9,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from nearfield.evaluation.noticed import MARK, tasks_in_words
+from nearfield.evaluation.scores import MARK, tasks_in_words
 from nearfield.reporting import text
 from nearfield.reporting.run import AbsentError, Json, listing, load_object, mapping, real, string
 from nearfield.reporting.suite import SuiteTable, dimension_chart, suite_tables

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nearfield.evaluation.noticed import MARK
+from nearfield.evaluation.scores import MARK
 from nearfield.reporting import text
 from nearfield.reporting.run import AbsentError, Json, listing, load_object, mapping, real, string
 from nearfield.reporting.svg import LineChart, Series
