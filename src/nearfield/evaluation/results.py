@@ -148,8 +148,7 @@ class ResultFolder:
 
     def add_notices(self, task: str, metadata: Mapping[str, Any], notices: Sequence[Notice]) -> None:
         """File a present result with these notices instead of those that it has."""
-        table, _ = read_units(self.path, task)
-        _write_units(self.path, task, table, {**metadata, "notices": in_file(notices)})
+        write_metadata(self.path, task, {**metadata, "notices": in_file(notices)})
         self._put_into_result(task, notices)
 
     def _put_into_result(self, task: str, notices: Sequence[Notice]) -> None:
@@ -202,6 +201,11 @@ def write_record(folder: Path, task: str, record: Record, metadata: dict[str, An
             pq.write_table(pa.table(record.top, schema=TOP_SCHEMA), aside, compression="zstd")
     else:
         top.unlink(missing_ok=True)
+
+
+def write_metadata(folder: Path, task: str, metadata: dict[str, Any]) -> None:
+    """Write a task's unit file again, with other metadata."""
+    _write_units(folder, task, read_units(folder, task)[0], metadata)
 
 
 def _write_units(folder: Path, task: str, table: pa.Table, metadata: dict[str, Any]) -> None:
