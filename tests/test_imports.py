@@ -26,6 +26,7 @@ FLOORS = [
     ["encoders"],
     ["data"],
     ["config", "shipped"],
+    ["kinds"],
     ["console", "randomness", "provenance", "yaml12"],
     ["notices"],
     ["checksums"],

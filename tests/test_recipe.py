@@ -31,7 +31,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
 
 def test_shipped_schema_is_the_schema() -> None:
     shipped = json.loads((ROOT / "training" / "recipes" / "recipe.schema.json").read_text())
-    assert shipped == recipe_schema(), (
+    assert shipped == recipe_schema(registered=False), (
         "write it anew: nearfield recipe schema --out training/recipes/recipe.schema.json"
     )
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 from pydantic_core import ErrorDetails
 
 from nearfield import yaml12
 from nearfield.errors import BadInputError
+from nearfield.kinds import Kinds, outside_sources
 
 KeyPath = tuple[str | int, ...]
 T = TypeVar("T", bound="Config")
@@ -29,12 +30,33 @@ T = TypeVar("T", bound="Config")
 class Config(BaseModel):
     """Frozen and strict: settings are written once, in a file or in Python, and never changed behind one's back."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @classmethod
     def load(cls, path: str | Path, overrides: typing.Sequence[str] = ()) -> Self:
         """Read this config from a YAML file, with ``key.path=value`` overrides."""
         return load_config(cls, path, overrides).config
+
+    def identity(self, exclude: set[str] | None = None) -> dict[str, Any]:
+        """These settings as they enter a fingerprint: those of kinds from outside with the content of their code."""
+        settings = self.model_dump(mode="json", exclude=exclude)
+        code = [[one.path, one.version, one.content] for one in outside_sources(self, exclude or ())]
+        return {**settings, "code": code} if code else settings
+
+
+class KindSettings(Config):
+    """The base of settings that a ``kind`` picks. Ours name their ``kind``; a class from outside leaves that to the recipe."""
+
+    kind: str = ""
+    """Which kind these settings are of: a name of ours, one that an installed package registers, or an import path."""
+
+    @model_validator(mode="after")
+    def _goes_by_a_name(self) -> Self:
+        if not self.kind:
+            self.__dict__["kind"] = f"{type(self).__module__}:{type(self).__qualname__}"
+        return self
 
 
 def _resolve_path(path: Path, info: ValidationInfo) -> Path:
@@ -235,7 +257,7 @@ def _complaint(
     where = _nearest(key, path, origins)
     name, kind, context = dotted(key) or "the file", details["type"], details.get("ctx", {})
     if kind == "extra_forbidden":
-        owner = _model_at(cls, details["loc"][:-1])
+        owner = _model_at(cls, details["loc"][:-1], data)
         allowed = sorted(owner.model_fields) if owner else []
         return BadInputError(f"unknown key {name!r}", where=where, hint=_suggest(str(key[-1]), allowed, "Keys here"))
     if kind == "missing":
@@ -248,6 +270,9 @@ def _complaint(
         tag = str(context["tag"])
         tag_where = origins.get((*key, "kind"), where)
         return BadInputError(f"{name}: unknown kind {tag!r}", where=tag_where, hint=_suggest(tag, tags, "Kinds"))
+    if kind == "kind_refused":
+        tag_where = origins.get((*key, "kind"), where)
+        return BadInputError(f"{name}: {context['what']}", where=tag_where, hint=context.get("hint") or None)
     if kind in ("literal_error", "enum"):
         allowed = [part.strip().strip("'") for part in str(context["expected"]).replace(" or ", ", ").split(",")]
         return BadInputError(
@@ -289,30 +314,42 @@ def _data_path(loc: tuple[str | int, ...], data: Any) -> KeyPath:
     return key
 
 
-def _model_at(annotation: Any, loc: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """The model class at a pydantic location; tags of unions pick the member."""
-    origin = typing.get_origin(annotation)
+def _model_at(
+    annotation: Any, loc: tuple[str | int, ...], data: Any, metadata: typing.Sequence[Any] = ()
+) -> type[BaseModel] | None:
+    """The model class at a pydantic location in ``data``; tags of closed unions pick the member."""
+    open_kinds = next((one for one in metadata if isinstance(one, Kinds)), None)
+    if open_kinds is not None and isinstance(data, dict):
+        return _model_at(open_kinds.find(str(data.get("kind"))), loc, data)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        return _model_at(typing.get_args(annotation)[0], loc)
+        return _model_at(arguments[0], loc, data, arguments[1:])
     if origin in (typing.Union, types.UnionType):
-        members = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
+        members = [argument for argument in arguments if argument is not type(None)]
         if len(members) == 1:
-            return _model_at(members[0], loc)
+            return _model_at(members[0], loc, data)
         for member in members:
-            model = _model_at(member, ())
+            model = _model_at(member, (), data)
             if loc and model is not None and _kind_of(model) == loc[0]:
-                return _model_at(member, loc[1:])
+                return _model_at(member, loc[1:], data)
         return None
-    if origin in (list, tuple):
-        return _model_at(typing.get_args(annotation)[0], loc[1:]) if loc else None
-    if origin is dict:
-        return _model_at(typing.get_args(annotation)[1], loc[1:]) if loc else None
+    if origin in (list, tuple) and loc:
+        return _model_at(arguments[0], loc[1:], _child(data, loc[0]))
+    if origin is dict and loc:
+        return _model_at(arguments[1], loc[1:], _child(data, loc[0]))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        if not loc:
-            return annotation
-        member_field = annotation.model_fields.get(str(loc[0]))
-        return _model_at(member_field.annotation, loc[1:]) if member_field else None
+        member_field = annotation.model_fields.get(str(loc[0])) if loc else None
+        if not loc or member_field is None:
+            return None if loc else annotation
+        return _model_at(member_field.annotation, loc[1:], _child(data, loc[0]), member_field.metadata)
     return None
+
+
+def _child(data: Any, key: str | int) -> Any:
+    try:
+        return data[key]
+    except (KeyError, IndexError, TypeError):
+        return None
 
 
 def _kind_of(model: type[BaseModel]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from nearfield.encoders.config import EncoderConfig, PromptConfig
 from nearfield.encoders.prompts import PromptContract, make_contract
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import HeldOutTask, SuiteConfig
+from nearfield.kinds import only_our_kinds
 from nearfield.mining.config import (
     MiningConfig,
     SentenceTransformerTeacher,
@@ -24,8 +26,8 @@ from nearfield.mining.config import (
     VectorsTeacher,
     dense_teachers,
 )
-from nearfield.objectives.config import InfoNCEConfig
-from nearfield.objectives.kinds import CombinedConfig, ObjectiveConfig
+from nearfield.objectives.config import InfoNCEConfig, ObjectiveConfig
+from nearfield.objectives.kinds import CombinedConfig
 from nearfield.training.config import TrainingConfig, TrainingEvaluationConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -346,6 +348,8 @@ def resolve(loaded: Loaded[Recipe]) -> list[ResolvedValue]:
     return values
 
 
-def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of recipes, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+def recipe_schema(registered: bool = True) -> dict[str, Any]:
+    """The JSON schema of recipes, for editors; with the kinds that installed packages register."""
+    with contextlib.nullcontext() if registered else only_our_kinds():
+        schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -170,7 +170,7 @@ def test_stages_take_what_the_first_base_says(tmp_path: Path, tiny_model: Path, 
 def test_every_objective_says_how_it_compares() -> None:
     from pydantic import TypeAdapter
 
-    from nearfield.objectives.kinds import ObjectiveConfig
+    from nearfield.objectives.config import ObjectiveConfig
     from tests.objectives.test_family import SETTINGS
 
     for name, values in SETTINGS.items():

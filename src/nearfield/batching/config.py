@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from nearfield.config import Config
+from nearfield.config import Config, KindSettings
+from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
     from nearfield.batching.planner import StreamPlanner
@@ -51,8 +53,8 @@ SamplingConfig = Annotated[
 ]
 
 
-class CommonConfig(Config):
-    """What all planners share."""
+class CommonConfig(KindSettings):
+    """The base of every planner's settings: what all planners share."""
 
     needs_vectors: ClassVar[bool] = False
     """Whether the planner cannot do without a teacher's vectors."""
@@ -81,6 +83,15 @@ class CommonConfig(Config):
     """How often each source comes."""
     pools: dict[str, tuple[str, ...]] = {}
     """Sources to be treated as one, under a name for them."""
+
+    @classmethod
+    def shared_settings(cls) -> list[str]:
+        """The names of the settings that all planners have."""
+        return [name for name in CommonConfig.model_fields if name != "kind"]
+
+    @abstractmethod
+    def build(self) -> StreamPlanner:
+        """The planner."""
 
     @field_validator("pools")
     @classmethod
@@ -202,9 +213,19 @@ class CommunitiesConfig(SeparatedConfig):
         return CommunityPlanner(self)
 
 
-PureConfig = Annotated[
-    ShuffledConfig | SingleSourceConfig | KMeansStrataConfig | CommunitiesConfig, Field(discriminator="kind")
-]
+_HERE = "nearfield.batching.config"
+PLANNERS = Kinds(
+    "planners",
+    f"{_HERE}:CommonConfig",
+    {
+        "shuffled": (f"{_HERE}:ShuffledConfig", "shuffled batches that mix all sources"),
+        "single_source": (f"{_HERE}:SingleSourceConfig", "shuffled batches of one source each"),
+        "kmeans_strata": (f"{_HERE}:KMeansStrataConfig", "batches of one cluster of vectors each"),
+        "communities": (f"{_HERE}:CommunitiesConfig", "batches of examples that are near each other"),
+        "patterns": (f"{_HERE}:PatternsConfig", "batches of whole samples, with what each source has of them"),
+        "mixed": (f"{_HERE}:MixedConfig", "examples are dealt to several kinds by weight"),
+    },
+)
 
 
 class PatternsConfig(CommonConfig):
@@ -238,13 +259,13 @@ class MixedPart(Config):
     """One kind of a mixture."""
 
     weight: Share = 1.0
-    planner: PureConfig
+    planner: Annotated[CommonConfig, PLANNERS.without("patterns", "mixed")]
     """Its settings; those that all planners share are set on the mixture."""
 
     @field_validator("planner")
     @classmethod
     def _shared_settings_stand_above(cls, planner: CommonConfig) -> CommonConfig:
-        twice = sorted(planner.model_fields_set & set(CommonConfig.model_fields))
+        twice = sorted(planner.model_fields_set.intersection(planner.shared_settings()))
         if twice and twice != ["batch_size"]:
             raise ValueError(f"{', '.join(twice)} must be set on the mixture, not on a part of it")
         return planner
@@ -267,9 +288,9 @@ class MixedConfig(CommonConfig):
         return self
 
     @property
-    def part_configs(self) -> tuple[ShuffledConfig | SingleSourceConfig | KMeansStrataConfig | CommunitiesConfig, ...]:
+    def part_configs(self) -> tuple[CommonConfig, ...]:
         """The settings of the parts, with those of the mixture that all planners share."""
-        shared = {name: getattr(self, name) for name in CommonConfig.model_fields}
+        shared = {name: getattr(self, name) for name in self.shared_settings()}
         kinds = (
             type(part.planner)(**{**part.planner.model_dump(exclude=set(shared)), **shared}) for part in self.parts
         )
@@ -282,11 +303,8 @@ class MixedConfig(CommonConfig):
         return MixedPlanner(self)
 
 
-BatchConfig = Annotated[
-    ShuffledConfig | SingleSourceConfig | KMeansStrataConfig | CommunitiesConfig | PatternsConfig | MixedConfig,
-    Field(discriminator="kind"),
-]
-"""The union of all planners' settings, discriminated by ``kind``."""
+BatchConfig = Annotated[CommonConfig, PLANNERS]
+"""The settings of any planner."""
 
 
 def needs_vectors(config: CommonConfig) -> bool:

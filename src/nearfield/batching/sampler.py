@@ -161,7 +161,7 @@ class _PlannedEpochs:
         if self._read is None:
             sources, known = read_tables(self.datasets, self.label_columns)
             vectors = None if self.vectors is None else _vectors_of(sources, *self.vectors)
-            self._read, self._planner = (sources, known, vectors), self.config.build()  # type: ignore[attr-defined]
+            self._read, self._planner = (sources, known, vectors), self.config.build()
         sources, known, vectors = self._read
         made = self._planner.plan(sources, self.seed, epoch, known=known, vectors=vectors)
         if not len(made):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nearfield.batching.config import CommonConfig, SeparatedConfig, ShuffledConfig
+from nearfield.batching.config import SeparatedConfig, ShuffledConfig
 from nearfield.batching.drawing import Stream
 from nearfield.batching.fitting import arrange
 from nearfield.batching.planner import NOT_FILLED, NOT_REACHED, Drawn, EpochBatches, Request, StreamPlanner
@@ -168,5 +168,5 @@ class SingleSourcePlanner(StreamPlanner):
     ) -> EpochBatches | None:
         if not others:
             return None
-        shared = {name: getattr(self.config, name) for name in CommonConfig.model_fields}
+        shared = {name: getattr(self.config, name) for name in self.config.shared_settings()}
         return ShuffledPlanner(ShuffledConfig(**shared)).plan_streams(streams, request, others)

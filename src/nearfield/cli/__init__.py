@@ -5,6 +5,7 @@ Nothing heavy (pydantic, torch, mteb) is imported before a command runs, so that
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 
@@ -18,12 +19,29 @@ _NO_ROOM = {
 }
 
 
+LOCAL_CODE = "--allow-local-code"
+
+
+def _local_code_allowed(allowed: bool) -> contextlib.AbstractContextManager[None]:
+    """Import paths in recipes may name modules of the working folder, where the user says so."""
+    if not allowed:
+        return contextlib.nullcontext()
+    from nearfield.kinds import allow_local_code
+
+    return allow_local_code()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error that the user can act on is one message and its own exit code."""
     from nearfield.cli.app import app
 
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    # It may stand anywhere, as all commands that read a recipe know it.
+    local_code = LOCAL_CODE in given
+    given = [argument for argument in given if argument != LOCAL_CODE]
     try:
-        app(arguments)
+        with _local_code_allowed(local_code):
+            app(given)
     except NearfieldError as error:
         print(f"nearfield: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -34,6 +34,14 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
+    # Taken out before the commands see it, so that it may stand anywhere: see `nearfield.cli.main`.
+    allow_local_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-local-code",
+            help="Let recipes name classes of the working folder (kind: module:Settings), not of installed packages alone.",
+        ),
+    ] = False,
     # The launcher `deepspeed` gives it to all programs; the environment says the same.
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:

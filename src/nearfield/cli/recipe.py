@@ -22,11 +22,15 @@ def register(app: typer.Typer) -> None:
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Check a recipe and the files that it names."""
     from nearfield.console import stdout_console
+    from nearfield.kinds import outside_sources
     from nearfield.recipe import check_recipe, load_recipe
 
     checked = check_recipe(load_recipe(recipe, overrides or ()))
     names = ", ".join(source.name for source in checked.sources)
-    stdout_console().print(f"{recipe}: valid. Trains on {names}.", markup=False, highlight=False)
+    console = stdout_console()
+    console.print(f"{recipe}: valid. Trains on {names}.", markup=False, highlight=False)
+    for source in outside_sources([checked.recipe, checked.data, checked.suite, checked.training_suite]):
+        console.print(f"{source}.", markup=False, highlight=False, soft_wrap=True)
 
 
 def show(recipe: RecipeFile, overrides: Overrides = None) -> None:

@@ -38,7 +38,7 @@ def data_fingerprint(config: DataConfig) -> str:
 
 
 def _fingerprint(config: DataConfig, readers: Sequence[Reader]) -> str:
-    settings = config.model_dump(mode="json")
+    settings = config.identity()
     for source in settings["sources"]:
         for reader in (source["reader"], source["reader"].get("of", {})):
             for place in ("path", "cache", "captions", "image_folder"):
@@ -61,7 +61,7 @@ def _fingerprint(config: DataConfig, readers: Sequence[Reader]) -> str:
         del owner["steps"]
         # A recipe without steps has the fingerprint that it had before there were any.
         if steps:
-            owner["steps"] = [step.model_dump(mode="json", exclude={"path"}) for step in steps]
+            owner["steps"] = [step.identity(exclude={"path"}) for step in steps]
             inputs.append([step.inputs() for step in steps])
     return fingerprint({"version": VERSION, "config": settings, "inputs": inputs})
 

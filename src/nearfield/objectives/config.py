@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from nearfield.config import Config
+from nearfield.config import Config, KindSettings
 from nearfield.encoders.token_config import TokenTaskConfig
+from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
     from nearfield.objectives.infonce import InfoNCE
@@ -126,7 +127,7 @@ class Reading:
     """The share of a text's tokens that are left out when it is encoded."""
 
 
-class ObjectiveSettings(Config):
+class ObjectiveSettings(KindSettings):
     """What the settings of every objective answer."""
 
     example_kinds: ClassVar[tuple[str, ...]] = ("retrieval",)
@@ -192,8 +193,39 @@ class ObjectiveSettings(Config):
     @property
     def summary(self) -> str:
         """For a model card: the kind, and the temperature where there is one."""
-        kind, temperature = getattr(self, "kind", "objective"), getattr(self, "temperature", None)
-        return str(kind) if temperature is None else f"{kind}, temperature {temperature:g}"
+        temperature = getattr(self, "temperature", None)
+        return self.kind if temperature is None else f"{self.kind}, temperature {temperature:g}"
+
+
+_CORE, _MORE, _LABELS = (f"nearfield.objectives.{module}" for module in ("kinds", "more_kinds", "label_kinds"))
+OBJECTIVES = Kinds(
+    "objectives",
+    "nearfield.objectives.config:ObjectiveSettings",
+    {
+        "infonce": ("nearfield.objectives.config:InfoNCEConfig", "in-batch and explicit negatives, masks and weights"),
+        "cosent": (f"{_CORE}:CoSENTConfig", "graded pairs: pairs with higher scores are more similar"),
+        "angle": (f"{_CORE}:AngleConfig", "cosent of the angle in complex space"),
+        "cosine_regression": (f"{_CORE}:CosineRegressionConfig", "graded pairs: the cosine is the score"),
+        "triplet": (f"{_CORE}:TripletConfig", "the positive is nearer than the negative by a margin"),
+        "distil_scores": (f"{_CORE}:ScoreDistillationConfig", "the student scores documents as the teacher does"),
+        "distil_embeddings": (f"{_CORE}:EmbeddingDistillationConfig", "the student's embeddings are the guide's"),
+        "supcon": (f"{_CORE}:SupConConfig", "labelled texts: those of one label are nearer than all others"),
+        "sbcl": (f"{_LABELS}:SBCLConfig", "labelled texts: supcon of labels and of subclasses of equal size"),
+        "hiprbert": (f"{_LABELS}:HiPrBERTConfig", "labelled texts: the nearer in a tree of labels, the more similar"),
+        "simlap": (f"{_LABELS}:SimLAPConfig", "labelled texts: the parts of a vector that a pair of labels is about"),
+        "carol": (f"{_MORE}:CAROLConfig", "texts: rebuild what was deleted, and contrast"),
+        "unicom": (f"{_CORE}:UnicomConfig", "labelled texts or images: a margin softmax over a prototype a label"),
+        "siglip": (f"{_CORE}:SigLIPConfig", "pairs: a sigmoid of each pair instead of a softmax"),
+        "simcse": (f"{_CORE}:SimCSEConfig", "texts: two passes with other dropout are a pair"),
+        "mcse": (f"{_MORE}:MCSEConfig", "texts and images: simcse, grounded in the images"),
+        "ntxent": (f"{_CORE}:NTXentConfig", "pairs: both texts look for each other among all texts"),
+        "cmim": (f"{_MORE}:CMIMConfig", "texts and images: mutual information of their vectors"),
+        "masked_tokens": (f"{_CORE}:MaskedTokensConfig", "texts: predict hidden tokens"),
+        "combined": (f"{_CORE}:CombinedConfig", "a weighted sum of objectives"),
+    },
+)
+ObjectiveConfig = Annotated[ObjectiveSettings, OBJECTIVES]
+"""The settings of any objective."""
 
 
 Settings = TypeVar("Settings", bound=ObjectiveSettings)

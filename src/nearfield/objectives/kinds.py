@@ -12,6 +12,7 @@ from nearfield.encoders.token_config import TokenTaskConfig
 from nearfield.errors import BadInputError
 from nearfield.objectives.config import (
     ANY_EXAMPLES,
+    OBJECTIVES,
     InfoNCEConfig,
     NotNegative,
     ObjectiveSettings,
@@ -20,8 +21,6 @@ from nearfield.objectives.config import (
     Surroundings,
     compared_as,
 )
-from nearfield.objectives.label_kinds import HiPrBERTConfig, SBCLConfig, SimLAPConfig
-from nearfield.objectives.more_kinds import CAROLConfig, CMIMConfig, MCSEConfig
 
 if TYPE_CHECKING:
     from nearfield.objectives.combined import Combined
@@ -324,33 +323,10 @@ class MaskedTokensConfig(TokenTaskConfig, ObjectiveSettings):
         return TokenLosses([1.0] if self.decoder is None else [1.0, self.decoder.weight])
 
 
-Single = (
-    InfoNCEConfig
-    | CoSENTConfig
-    | AngleConfig
-    | CosineRegressionConfig
-    | TripletConfig
-    | ScoreDistillationConfig
-    | EmbeddingDistillationConfig
-    | SupConConfig
-    | SBCLConfig
-    | HiPrBERTConfig
-    | SimLAPConfig
-    | CAROLConfig
-    | UnicomConfig
-    | SigLIPConfig
-    | SimCSEConfig
-    | MCSEConfig
-    | NTXentConfig
-    | CMIMConfig
-    | MaskedTokensConfig
-)
-
-
 class PartConfig(Config):
     """One of several objectives: its sources, and its weight over the run."""
 
-    objective: Annotated[Single, Field(discriminator="kind")]
+    objective: Annotated[ObjectiveSettings, OBJECTIVES.without("combined")]
     name: str | None = None
     """What figures call it; null takes the objective's kind."""
     sources: tuple[str, ...] | None = None
@@ -453,7 +429,3 @@ class CombinedConfig(ObjectiveSettings):
         from nearfield.objectives.combined import Combined
 
         return Combined(self, dict(sources) if isinstance(sources, Mapping) else dict(enumerate(sources)), around)
-
-
-ObjectiveConfig = Annotated[Single | CombinedConfig, Field(discriminator="kind")]
-"""The union of all objectives' settings."""

@@ -125,7 +125,7 @@ class Freshness:
         plan = {
             "version": PLAN_VERSION,
             "tokens": found["tokens"],
-            "batches": recipe.batches.model_dump(mode="json"),
+            "batches": recipe.batches.identity(),
             "seed": recipe.seed,
             "length": [recipe.training.epochs, recipe.training.max_steps],
         }
@@ -140,13 +140,13 @@ class Freshness:
             "plan": found["plan"],
             "encoder": encoder,
             "prompts": self.contract.model_prompts,
-            "objective": recipe.objective.model_dump(mode="json"),
-            "training": recipe.training.model_dump(mode="json", exclude=_NOT_IN_TRAINING_FINGERPRINT),
+            "objective": recipe.objective.identity(),
+            "training": recipe.training.identity(exclude=_NOT_IN_TRAINING_FINGERPRINT),
         }
         if self.contract.default_prompt_name is not None:
             train["default_prompt"] = self.contract.default_prompt_name
         if recipe.mining is not None and recipe.mining.during is not None:
-            train["negatives"] = recipe.mining.during.model_dump(mode="json")
+            train["negatives"] = recipe.mining.during.identity()
         guide = guide_teacher(recipe)
         if guide is not None:
             train["guide"] = teachers[guide]
@@ -168,7 +168,7 @@ class Freshness:
     def _encoder_print(self) -> dict[str, Any]:
         """The settings of the encoder, with an image tower by what it holds instead of where it lies."""
         encoder = self.recipe.encoder
-        found = encoder.model_dump(mode="json", exclude={"model", "revision"})
+        found = encoder.identity(exclude={"model", "revision"})
         if encoder.image_tower is not None and encoder.image_tower.model is not None:
             source = locate(encoder.image_tower.model, encoder.image_tower.revision)
             found["image_tower"] |= {"model": source.name, "revision": source.content}
@@ -323,7 +323,7 @@ def suite_content(path: Path, suite: SuiteConfig | None) -> list[Any]:
         return [_content(path)]
     inputs: list[Any] = []
     for task in suite.tasks:
-        inputs.append(task.model_dump(mode="json", exclude={"data", "path", "file", "images"}))
+        inputs.append(task.identity(exclude={"data", "path", "file", "images"}))
         if isinstance(task, HeldOutTask):
             recipe = task.data.is_file()
             inputs.append(data_fingerprint(DataConfig.load(task.data)) if recipe else _content(task.data))

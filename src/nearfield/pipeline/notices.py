@@ -12,6 +12,7 @@ import numpy as np
 from nearfield.batching.plan import total_steps
 from nearfield.evaluation.config import FolderTasks, HeldOutTask, MmebTask, MtebTasks
 from nearfield.files import read_json
+from nearfield.kinds import outside_sources
 from nearfield.notices import Notice
 
 if TYPE_CHECKING:
@@ -223,7 +224,10 @@ def batch_notices(stages: Freshness, plans: list[Plan]) -> Iterator[Notice]:
 
 
 def setting_notices(stages: Freshness, steps: int) -> Iterator[Notice]:
-    """Settings that do not go with the length of the run."""
+    """Settings that run code from outside, or do not go with the length of the run."""
+    checked = stages.run.checked
+    for source in outside_sources([stages.recipe, checked.data, checked.suite, checked.training_suite]):
+        yield Notice("outside-code", str(source), minor=True)
     training = stages.recipe.training
     warmup = training.schedule.warmup
     if warmup >= 1 and warmup >= steps:

@@ -92,12 +92,12 @@ def identity(teacher: TeacherConfig, recipe: Recipe) -> Any:
         return [teacher.kind, [hash_file(file) for file in [*files, *listed] if file.is_file()], *zeros]
     if isinstance(teacher, CrossEncoderTeacher):
         source = locate(teacher.model, teacher.revision)
-        settings = teacher.model_dump(mode="json", exclude={"model", "revision", "retrieve"})
+        settings = teacher.identity(exclude={"model", "revision", "retrieve"})
         return [teacher.kind, source.name, source.content, settings, identity(teacher.retrieve, recipe)]
     if isinstance(teacher, EnsembleTeacher):
         members = [identity(member, recipe) for member in teacher.members]
         return [teacher.kind, teacher.fusion, teacher.weights, members]
-    return teacher.model_dump(mode="json")
+    return teacher.identity()
 
 
 def vectors_fingerprint(teacher: DenseTeacher, recipe: Recipe, data: str, sources: list[str]) -> str:
@@ -117,7 +117,7 @@ def negatives_fingerprint(recipe: Recipe, data: str, sources: list[str]) -> str:
     """Of the negatives mined before the training begins."""
     assert recipe.mining is not None
     # Whether the data's own negatives stay is decided when batches are planned, how negatives change in training.
-    settings = recipe.mining.model_dump(mode="json", exclude={"teacher", "memory_mib", "explicit", "during"})
+    settings = recipe.mining.identity(exclude={"teacher", "memory_mib", "explicit", "during"})
     return fingerprint(
         {
             "version": NEGATIVES_VERSION,
