@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from nearfield.conformance.tiny import WORDS, save_tiny_bert
+from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 FROZEN = "training.freeze=['*.embeddings.*','*.layer.0.*','*.layer.1.*','*.layer.2.*']"

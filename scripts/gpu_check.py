@@ -38,10 +38,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from nearfield.conformance.objectives import OBJECTIVES
-from nearfield.conformance.problem import Problem, difference
-from nearfield.conformance.steps import decoupled_adam, one_step, whole
-from nearfield.conformance.tiny import WORDS, save_tiny_bert
+from nearfield.conformance.cases import OBJECTIVES, Problem, decoupled_adam, difference, one_step, whole
+from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
 from nearfield.encoders.build import build_encoder, load_encoder
 from nearfield.encoders.config import EncoderConfig
 from nearfield.encoders.packing import embed, evaluating, packed_features, packing_kind, padded_features

@@ -24,10 +24,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from nearfield.conformance.tiny import WORDS, save_tiny_bert
+from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
 from nearfield.files import hash_file
 from nearfield.training.checkpoint import checkpoint_paths
-from nearfield.training.metrics import read_metrics
+from nearfield.training.tracking import read_metrics
 
 BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 KINDS = ("in a checkpoint's writing", "one rank", "all ranks")

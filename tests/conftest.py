@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Triton reads this when it is imported, which torch may do in any test: its kernels are tested in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from nearfield.conformance.tiny import WORDS, save_tiny_bert
+from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
 
 # A test never compares times: a busy machine must not fail one.
 settings.register_profile("nearfield", deadline=None)

@@ -10,7 +10,7 @@ import pytest
 from nearfield.cli.doctor import table
 from nearfield.conformance.equalities import Line
 from nearfield.conformance.runner import LAUNCHES, Outcome, run_launch, select
-from nearfield.conformance.tiny import save_tiny_bert
+from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.errors import BadInputError
 
 pytestmark = pytest.mark.conformance

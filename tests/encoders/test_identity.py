@@ -153,7 +153,7 @@ def test_what_changes_no_vector_changes_no_key(saved: Path, tmp_path: Path) -> N
 def test_processors_of_pictures_and_chat_templates_count(tmp_path: Path) -> None:
     from PIL import Image
 
-    from nearfield.conformance.tiny_vlm import save_tiny_vlm
+    from nearfield.conformance.tiny_models import save_tiny_vlm
 
     folder = save_tiny_vlm(tmp_path / "model")
     model = load_encoder(str(folder), device="cpu").model

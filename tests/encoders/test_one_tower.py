@@ -15,8 +15,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-from nearfield.conformance.problem import Problem, difference
-from nearfield.conformance.tiny_vlm import ONE_TOWERS, save_tiny_vlm
+from nearfield.conformance.cases import Problem, difference
+from nearfield.conformance.tiny_models import ONE_TOWERS, save_tiny_vlm
 from nearfield.encoders.build import build_encoder, load_encoder, save_encoder
 from nearfield.encoders.config import EncoderConfig
 from nearfield.encoders.identity import model_fingerprint

@@ -23,7 +23,7 @@ from sentence_transformers.sentence_transformer.modules import (
 from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
 from tokenizers import Tokenizer
 
-from nearfield.conformance.tiny import WORDS
+from nearfield.conformance.tiny_models import WORDS
 from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders.build import build_encoder, save_encoder
 from nearfield.encoders.lengths import count_cuts, shorten

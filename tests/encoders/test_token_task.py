@@ -11,7 +11,7 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-from nearfield.conformance.tiny import save_tiny_bert
+from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.encoders import EncoderConfig
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.masking import NOTHING

@@ -14,8 +14,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Router
 from transformers import AutoModel, CLIPModel, SiglipVisionConfig
 
-from nearfield.conformance.problem import TINY_VISION
-from nearfield.conformance.tiny import save_tiny_bert, save_tiny_clip
+from nearfield.conformance.cases import TINY_VISION
+from nearfield.conformance.tiny_models import save_tiny_bert, save_tiny_clip
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.build import build_encoder, load_encoder, save_encoder
 from nearfield.encoders.config import EncoderConfig, ImageTowerConfig

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nearfield.conformance.tiny import save_tiny_bert
+from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders.build import build_encoder
 from nearfield.errors import BadInputError

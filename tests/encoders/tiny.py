@@ -10,7 +10,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
-from nearfield.conformance.tiny import save_tiny_bert
+from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.encoders.packing import Features, Tokens, embed
 
 VOCABULARY = 205

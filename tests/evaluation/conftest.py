@@ -207,8 +207,8 @@ def some_sentences() -> Callable[..., list[str]]:
 @pytest.fixture(scope="session")
 def picture_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A loaded model with a tower of texts (whole words) and one of pictures."""
-    from nearfield.conformance.problem import TINY_VISION
-    from nearfield.conformance.tiny import save_tiny_bert
+    from nearfield.conformance.cases import TINY_VISION
+    from nearfield.conformance.tiny_models import save_tiny_bert
     from nearfield.encoders.build import build_encoder
     from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from nearfield.conformance.tiny import WORDS
+from nearfield.conformance.tiny_models import WORDS
 from nearfield.encoders import LoadedEncoder
 from nearfield.evaluation import EvaluationResult, evaluate
 from nearfield.evaluation.local import TYPES

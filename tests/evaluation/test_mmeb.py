@@ -11,8 +11,8 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from nearfield.conformance.problem import TINY_VISION
-from nearfield.conformance.tiny import save_tiny_bert
+from nearfield.conformance.cases import TINY_VISION
+from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.encoders.build import LoadedEncoder, build_encoder
 from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
 from nearfield.errors import BadInputError

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from nearfield.conformance.problem import TINY_VISION
-from nearfield.conformance.tiny import save_tiny_bert
+from nearfield.conformance.cases import TINY_VISION
+from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.data import Store, build_data
 from nearfield.encoders.build import LoadedEncoder, build_encoder
 from nearfield.encoders.config import EncoderConfig, ImageTowerConfig

@@ -12,7 +12,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Router, StaticEmbedding
 
-from nearfield.conformance.tiny import WORDS
+from nearfield.conformance.tiny_models import WORDS
 from nearfield.data.store import Store
 from nearfield.encoders.text_encoder import TextEncoder
 from nearfield.errors import BadInputError

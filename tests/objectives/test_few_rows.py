@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nearfield.conformance.objectives import OBJECTIVES
+from nearfield.conformance.cases import OBJECTIVES
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.config import Surroundings
 from nearfield.objectives.objective import Objective

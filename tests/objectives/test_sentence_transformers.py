@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 
-from nearfield.conformance.tiny import WORDS
+from nearfield.conformance.tiny_models import WORDS
 from nearfield.errors import BadInputError
 from nearfield.objectives import CachedInfoNCELoss, InfoNCEConfig, InfoNCELoss
 from nearfield.objectives.sentence_transformers import text_ids

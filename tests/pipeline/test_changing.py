@@ -14,7 +14,7 @@ from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.stages import Stages
 from nearfield.recipe import check_recipe, load_recipe
 from nearfield.training.launch import Launch
-from nearfield.training.metrics import read_metrics
+from nearfield.training.tracking import read_metrics
 
 NAIVE = "mining={rules: [{kind: naive}], negatives: 14, depth: 20, explicit: replace}"
 DYNAMIC = "mining.during={kind: dynamic, check_every: 2, ratio: 1.0, skip: 10}"

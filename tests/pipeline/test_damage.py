@@ -18,7 +18,7 @@ from nearfield import checksums
 from nearfield.batching.plan import Plan
 from nearfield.checksums import SUMS, DamagedError
 from nearfield.cli.app import app
-from nearfield.conformance.tiny import save_tiny_bert
+from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.data.store import Store
 from nearfield.data.tokens import TokenCache
 from nearfield.data.vectors import ItemVectors

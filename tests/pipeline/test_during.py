@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from nearfield.errors import BadInputError, StoppedError
 from nearfield.pipeline import open_run, run_stages, status
-from nearfield.training import gradient
-from nearfield.training.metrics import read_metrics
+from nearfield.training import trainer
+from nearfield.training.tracking import read_metrics
 
 
 @pytest.fixture()
@@ -56,7 +56,7 @@ def test_a_run_with_evaluations(toy_recipe: Path, suite: Path, tmp_path: Path) -
     alone = evaluate(str(whole / "model"), suite, tmp_path / "results")
     assert alone.scores["Toy"]["default"] == pytest.approx(best[1]["Toy"], abs=2e-5)
 
-    run_step = gradient.run_step
+    run_step = trainer.run_step
 
     def interrupted(*args: Any, **keywords: Any) -> Any:
         if keywords["step"] == 7:
@@ -64,7 +64,7 @@ def test_a_run_with_evaluations(toy_recipe: Path, suite: Path, tmp_path: Path) -
         return run_step(*args, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradient, "run_step", interrupted)
+        patch.setattr(trainer, "run_step", interrupted)
         with pytest.raises(StoppedError):
             run_stages(open_run(toy_recipe, overrides, stopped), "train")
     assert [step for step, _ in scores(stopped)] == [0, 3, 6]

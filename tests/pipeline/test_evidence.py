@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nearfield.conformance.tiny import save_tiny_bert
+from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.errors import NearfieldError
 from nearfield.evaluation import ModelComparison
 from nearfield.pipeline import open_run, run_stages, status

@@ -26,7 +26,7 @@ from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.kinds import SIMILARITIES, CoSENTConfig, TripletConfig
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.freshness import Freshness
-from nearfield.training.metrics import read_metrics
+from nearfield.training.tracking import read_metrics
 from tests.conftest import write_toy_recipe
 
 KEPT = 5

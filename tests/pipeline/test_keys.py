@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from nearfield.conformance.tiny import save_tiny_bert
+from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.evaluation import evaluate
 from nearfield.evaluation import runner as evaluation_runner
 from nearfield.pipeline import decontamination, open_run

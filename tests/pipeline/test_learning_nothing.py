@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import nearfield
-from nearfield.conformance.tiny import WORDS
+from nearfield.conformance.tiny_models import WORDS
 from nearfield.errors import BadInputError
-from nearfield.training import idle
-from nearfield.training.idle import ChanceWatch, GradientWatch
+from nearfield.training import diagnostics
+from nearfield.training.diagnostics import ChanceWatch, GradientWatch
 from tests.conftest import write_toy_recipe
 
 
@@ -115,7 +115,7 @@ def test_scores_beyond_a_cosine_and_negatives_that_are_not_there(tiny_model: Pat
 
 def test_a_gradient_of_exactly_0_stops_a_run() -> None:
     watch = GradientWatch(0, 100)
-    for _ in range(idle.STEPS - 1):
+    for _ in range(diagnostics.STEPS - 1):
         watch.see(0.0)
     with pytest.raises(BadInputError, match="the gradient of the first 10 steps is exactly 0"):
         watch.see(0.0)
@@ -154,7 +154,7 @@ def test_a_verdict_of_chance_wants_a_loss_that_never_moved() -> None:
         ([0.5] * 24, 0),
     ):
         assert len(list(ChanceWatch(24, list(shares)).notices())) == said
-    assert sum(ChanceWatch(1000).wants(step) for step in range(1000)) in range(idle.LOOKS, idle.LOOKS + 2)
+    assert sum(ChanceWatch(1000).wants(step) for step in range(1000)) in range(diagnostics.LOOKS, diagnostics.LOOKS + 2)
 
 
 def test_a_loss_at_chance_that_never_moves_is_said(toy_recipe: Path, tmp_path: Path) -> None:

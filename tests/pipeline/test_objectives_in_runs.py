@@ -13,11 +13,11 @@ import pytest
 
 from nearfield.batching.plan import Batch, Plan
 from nearfield.batching.rows import Lists
-from nearfield.conformance.tiny import WORDS, save_tiny_bert
+from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
 from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages
-from nearfield.training.metrics import read_metrics
-from nearfield.training.teacher_scores import TeacherScores
+from nearfield.training.chunks import TeacherScores
+from nearfield.training.tracking import read_metrics
 
 SOURCES = """\
 name: kinds

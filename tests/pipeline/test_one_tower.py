@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from nearfield.conformance.tiny_vlm import save_tiny_vlm
+from nearfield.conformance.tiny_models import save_tiny_vlm
 from nearfield.data import Store
 from nearfield.encoders.build import load_encoder
 from nearfield.encoders.text_encoder import TextEncoder

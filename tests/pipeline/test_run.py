@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages, status
-from nearfield.training.metrics import read_metrics
+from nearfield.training.tracking import read_metrics
 
 
 def states(recipe: Path, run: Path, *overrides: str) -> dict[str, str]:

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nearfield.conformance.tiny import WORDS
-from nearfield.conformance.tiny_vlm import ONE_TOWERS, save_tiny_vlm
+from nearfield.conformance.tiny_models import ONE_TOWERS, WORDS, save_tiny_vlm
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.lengths import shorten
 from nearfield.encoders.tokenize import token_ids
@@ -21,8 +20,8 @@ from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.dry_run import dry_run
 from nearfield.recipe import check_recipe, load_recipe, stage_recipes
-from nearfield.training.metrics import read_metrics
 from nearfield.training.model_options import freeze_parameters
+from nearfield.training.tracking import read_metrics
 from tests.encoders.tiny import save_tiny
 from tests.patience import PATIENCE
 

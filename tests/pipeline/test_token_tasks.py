@@ -14,10 +14,10 @@ import yaml
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from nearfield.conformance.tiny import WORDS, save_tiny_bert
+from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
 from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages
-from nearfield.training.metrics import read_metrics
+from nearfield.training.tracking import read_metrics
 from tests.encoders.tiny import save_tiny
 
 RETROMAE = "{kind: masked_tokens, share: 0.3, decoder: {share: 0.5}}"

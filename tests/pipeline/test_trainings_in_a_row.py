@@ -15,7 +15,7 @@ from nearfield.objectives.batch import LossSum
 from nearfield.pipeline import open_run, run_stages, status
 from nearfield.pipeline.dry_run import dry_run
 from nearfield.recipe import load_recipe, stage_recipes
-from nearfield.training.metrics import read_metrics
+from nearfield.training.tracking import read_metrics
 from tests.training.launching import PYTHONPATH, TORCHRUN, launch
 
 STAGES = """\

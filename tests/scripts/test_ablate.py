@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nearfield.conformance.tiny import WORDS
+from nearfield.conformance.tiny_models import WORDS
 from nearfield.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nearfield.training.feed import Feed
-from nearfield.training.inputs import TrainingInputs
+from nearfield.training.chunks import Feed
+from nearfield.training.trainer import TrainingInputs
 from tests.training.making import make_plan, make_tokens
 
 

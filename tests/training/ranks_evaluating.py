@@ -12,10 +12,10 @@ import torch
 from nearfield.encoders import load_encoder
 from nearfield.objectives import InfoNCEConfig
 from nearfield.training import TrainingConfig
+from nearfield.training.chunks import Feed
+from nearfield.training.engine import build_engine
 from nearfield.training.evaluating import InterruptedEvaluationError, encode_texts, undisturbed
-from nearfield.training.feed import Feed
 from nearfield.training.launch import Launch
-from nearfield.training.opening import build_engine
 from nearfield.training.optimizers import make_optimizer
 from tests.training.making import make_tokens
 

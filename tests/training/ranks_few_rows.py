@@ -20,13 +20,12 @@ import torch
 import torch.distributed as dist
 
 from nearfield.batching.planner import Rows
-from nearfield.conformance.objectives import OBJECTIVES
+from nearfield.conformance.cases import OBJECTIVES
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings, Surroundings
 from nearfield.objectives.infonce import can_ring
 from nearfield.objectives.watching import watch
 from nearfield.training.chunks import Pool
-from nearfield.training.communication import Shares
-from nearfield.training.exchange import Exchange, Gathered, Passed
+from nearfield.training.exchange import Exchange, Gathered, Passed, Shares
 
 WIDTH, GUIDE, TOKENS = 16, 5, 4
 AROUND = Surroundings(

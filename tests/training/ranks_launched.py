@@ -27,7 +27,7 @@ from nearfield.cli import main
 from nearfield.errors import BadInputError
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.pipeline.stages import Stages
-from nearfield.training import exchange, gradient, launch, loop
+from nearfield.training import exchange, launch, trainer
 
 
 def slow_tokens(seconds: float) -> Any:
@@ -61,7 +61,7 @@ def unready() -> Any:
 
 def terminated(step: int) -> Any:
     """This rank gets SIGTERM twice in a step, as from Slurm and then from the launcher."""
-    run_step = gradient.run_step
+    run_step = trainer.run_step
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if kwargs["step"] == step - 1:
@@ -69,7 +69,7 @@ def terminated(step: int) -> Any:
             signal.raise_signal(signal.SIGTERM)
         return run_step(*args, **kwargs)
 
-    return mock.patch.object(gradient, "run_step", run)
+    return mock.patch.object(trainer, "run_step", run)
 
 
 FAULTS: dict[str, Callable[..., Any]] = {
@@ -85,7 +85,7 @@ def types_seen() -> Iterator[dict[str, list[str]]]:
     """The types of gathered embeddings and the loss, of parameters in training, and the class that forwards go through."""
     seen: dict[str, set[str]] = {"embeddings": set(), "loss": set(), "parameters": set(), "module": set()}
     found: dict[str, list[str]] = {}
-    gather, build = exchange.gather_embeddings, loop.build_engine
+    gather, build = exchange.gather_embeddings, trainer.build_engine
 
     def gathered(own: torch.Tensor, shares: Any) -> torch.Tensor:
         everyone = gather(own, shares)
@@ -112,7 +112,7 @@ def types_seen() -> Iterator[dict[str, list[str]]]:
 
     with (
         mock.patch.object(exchange, "gather_embeddings", gathered),
-        mock.patch.object(loop, "build_engine", built),
+        mock.patch.object(trainer, "build_engine", built),
     ):
         yield found
     found.update({name: sorted(values) for name, values in seen.items()})

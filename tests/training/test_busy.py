@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nearfield.conformance.problem import Problem
+from nearfield.conformance.cases import Problem
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.training.busy import Load, busy_share, measure_loads, say_busy, tell_busy
 from nearfield.training.chunks import Cut, Pool
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import Engine
-from nearfield.training.inputs import TrainingInputs
 from nearfield.training.launch import Launch
 from nearfield.training.memory import Budget
 from nearfield.training.step import Work, cut_work
+from nearfield.training.trainer import TrainingInputs
 
 
 def work_of(lengths: np.ndarray, ranks: int, cut: Cut) -> Work:

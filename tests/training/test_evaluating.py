@@ -18,17 +18,15 @@ from safetensors.torch import load_file
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, StoppedError
 from nearfield.objectives import InfoNCEConfig
-from nearfield.training import TrainingConfig, evaluating, gradient
+from nearfield.training import TrainingConfig, evaluating, trainer
 from nearfield.training.checkpoint import checkpoint_paths, open_checkpoint
-from nearfield.training.engine import Engine
+from nearfield.training.chunks import Feed
+from nearfield.training.engine import Engine, build_engine
 from nearfield.training.evaluating import EncodeTexts, EvaluationState, encode_texts, undisturbed
-from nearfield.training.feed import Feed
-from nearfield.training.inputs import TrainingInputs
 from nearfield.training.launch import Launch
-from nearfield.training.loop import TrainingResult, train
-from nearfield.training.metrics import read_metrics
-from nearfield.training.opening import build_engine
 from nearfield.training.optimizers import make_optimizer
+from nearfield.training.tracking import read_metrics
+from nearfield.training.trainer import TrainingInputs, TrainingResult, train
 from tests.training.making import make_tokens
 
 CPU = torch.device("cpu")
@@ -242,14 +240,14 @@ def test_patience(go: Go, tmp_path: Path, tiny_model: Path) -> None:
 
 
 def signalled(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    run_step = gradient.run_step
+    run_step = trainer.run_step
 
     def interrupted(*args: Any, **keywords: Any) -> Any:
         if keywords["step"] == step - 1:
             signal.raise_signal(signal.SIGTERM)
         return run_step(*args, **keywords)
 
-    monkeypatch.setattr(gradient, "run_step", interrupted)
+    monkeypatch.setattr(trainer, "run_step", interrupted)
 
 
 @pytest.mark.conformance
@@ -282,7 +280,7 @@ def test_a_crash_between_checkpoints_loses_no_evaluation(
     settings = {"evaluation": {"keep_best": True}, "checkpoints": {"every_steps": 100}, "every": 1}
     rising = [0.1, 0.5, 0.2, 0.3, 0.2, 0.1, 0.1]
     go(unruly(rising), to="whole", **settings)
-    run_step = gradient.run_step
+    run_step = trainer.run_step
 
     def crashing(*args: Any, **keywords: Any) -> Any:
         if keywords["step"] == 4:
@@ -290,7 +288,7 @@ def test_a_crash_between_checkpoints_loses_no_evaluation(
         return run_step(*args, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gradient, "run_step", crashing)
+        patch.setattr(trainer, "run_step", crashing)
         with pytest.raises(KeyError):
             go(unruly(rising), to="crashed", **settings)
     assert [step for step, _ in evaluations(tmp_path / "crashed")] == [0, 1, 2, 3, 4]

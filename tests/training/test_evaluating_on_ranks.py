@@ -13,7 +13,7 @@ import pytest
 
 from nearfield.encoders import load_encoder
 from nearfield.pipeline import open_run, run_stages
-from nearfield.training.metrics import read_metrics
+from nearfield.training.tracking import read_metrics
 from tests.patience import PATIENCE
 from tests.training.ranks_evaluating import TEXTS
 

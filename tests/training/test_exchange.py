@@ -14,10 +14,9 @@ from nearfield.errors import BadInputError
 from nearfield.objectives import InfoNCEConfig
 from nearfield.objectives.objective import Objective
 from nearfield.training.chunks import Pool, split_rows
-from nearfield.training.communication import Shares
 from nearfield.training.config import TrainingConfig
-from nearfield.training.exchange import Passed, contrastive_batch, part_of
-from nearfield.training.opening import check_ring, open_queue
+from nearfield.training.engine import check_ring, open_queue
+from nearfield.training.exchange import Passed, Shares, contrastive_batch, part_of
 
 
 def make_pool(queries: int, seed: int) -> Pool:

@@ -12,20 +12,21 @@ import pytest
 import torch
 
 import nearfield
-from nearfield.conformance.problem import Problem
+from nearfield.conformance.cases import Problem
 from nearfield.files import read_json
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training import forecast as forecasting
+from nearfield.training import trainer
 from nearfield.training.busy import sampled_steps
 from nearfield.training.chunks import Cut
 from nearfield.training.config import TrainingConfig
 from nearfield.training.costs import plan_costs
 from nearfield.training.engine import Engine
 from nearfield.training.forecast import FILE, Forecast, Memory, predict, say_bytes, say_seconds
-from nearfield.training.inputs import TrainingInputs
 from nearfield.training.launch import Launch
 from nearfield.training.memory import Budget, choose_budget, measure_profile
+from nearfield.training.trainer import TrainingInputs
 from nearfield.training.trial import run_trial
 
 CONFIG = TrainingConfig(device="cpu", precision="fp32", averaged_batches=1)
@@ -146,12 +147,10 @@ def test_measuring_at_the_start_changes_no_bit(
 ) -> None:
     from safetensors.torch import load_file
 
-    from nearfield.training import loop
-
     settings = ["training.max_steps=3", "training.micro_batch_tokens=64", "training.graph_tokens=64"]
     measured = run_stages(open_run(toy_recipe, settings, tmp_path / "a"), "train").folder
     unmeasured = (Budget(64, 64), forecasting.Outlook(None, None, 0.0))
-    monkeypatch.setattr(loop, "begin_forecast", lambda *args, **kwargs: unmeasured)
+    monkeypatch.setattr(trainer, "begin_forecast", lambda *args, **kwargs: unmeasured)
     plain = run_stages(open_run(toy_recipe, settings, tmp_path / "b"), "train").folder
     assert not (plain / FILE).exists()
     one, other = (load_file(run / "model" / "model.safetensors") for run in (measured, plain))

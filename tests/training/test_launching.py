@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from nearfield.conformance.tiny import save_tiny_clip
+from nearfield.conformance.tiny_models import save_tiny_clip
 from nearfield.evaluation import evaluate
 from nearfield.pipeline import open_run, run_stages
 from nearfield.shipped import copy_shipped
@@ -282,8 +282,8 @@ def test_an_adapter_in_another_type_than_its_base_cannot_be_sharded(folder: Path
     """Refused before anything is built, by one process too: it need not be tried on many."""
     from nearfield.errors import BadInputError
     from nearfield.training.config import TrainingConfig
+    from nearfield.training.engine import check_can_train
     from nearfield.training.launch import Launch
-    from nearfield.training.opening import check_can_train
 
     config = TrainingConfig.model_validate({"backend": "fsdp2", "precision": "bf16-pure", "device": "cpu"})
     with pytest.raises(BadInputError, match="FSDP2 shards parameters of one type") as error:

@@ -17,19 +17,16 @@ from nearfield.objectives import watching
 from nearfield.objectives.infonce import ContrastiveBatch, LossSum
 from nearfield.objectives.watching import similarities
 from nearfield.training import TrainingConfig
-from nearfield.training.chunks import Pool
-from nearfield.training.communication import ControlWord
-from nearfield.training.engine import Engine
-from nearfield.training.feed import Feed
-from nearfield.training.inputs import TrainingInputs, batch_of_step
+from nearfield.training.chunks import Feed, Pool
+from nearfield.training.config import AdamWConfig
+from nearfield.training.diagnostics import non_finite_error
+from nearfield.training.engine import Engine, open_backend, pick_device, pick_precision
+from nearfield.training.exchange import ControlWord
 from nearfield.training.launch import Launch
 from nearfield.training.memory import FAST_MICRO_BATCH_TOKENS, Budget
-from nearfield.training.non_finite import non_finite_error
-from nearfield.training.opening import open_backend, pick_device, pick_precision
-from nearfield.training.optimizer_configs import AdamWConfig
 from nearfield.training.optimizers import make_optimizer
-from nearfield.training.out_of_memory import halve_budget
 from nearfield.training.step import StepResult
+from nearfield.training.trainer import TrainingInputs, batch_of_step, halve_budget
 from tests.training.making import SIZES, make_tokens
 
 NAN = float("nan")

@@ -15,8 +15,8 @@ from nearfield.objectives import InfoNCEConfig
 from nearfield.objectives.batch import ContrastiveBatch, LossSum
 from nearfield.objectives.objective import Objective
 from nearfield.training import loss_cost
+from nearfield.training.chunks import Feed
 from nearfield.training.engine import Engine
-from nearfield.training.feed import Feed
 from nearfield.training.launch import Launch
 from nearfield.training.loss_cost import LossCost, implementation, measure_loss
 from tests.training.making import make_tokens

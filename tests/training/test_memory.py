@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from nearfield.conformance.problem import Problem
+from nearfield.conformance.cases import Problem
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.training import memory
 from nearfield.training.chunks import Cut
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import Engine
-from nearfield.training.inputs import TrainingInputs
 from nearfield.training.launch import Launch
 from nearfield.training.machine import available_main_memory, peak_resident_bytes, resident_bytes
 from nearfield.training.measure import AllocationTracker, Line, fit_line, measure_chunk, no_trace, run_chunk
@@ -30,6 +29,7 @@ from nearfield.training.memory import (
 )
 from nearfield.training.optimizers import make_optimizer
 from nearfield.training.state_size import optimizer_bytes, state_size
+from nearfield.training.trainer import TrainingInputs
 
 
 @pytest.fixture()

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from nearfield.training import metrics
-from nearfield.training.metrics import TrainingProgress, read_metrics
+from nearfield.training import tracking
+from nearfield.training.tracking import TrainingProgress, read_metrics
 
 
 def test_a_line_that_cannot_be_read_takes_no_other_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -27,7 +27,7 @@ def test_a_line_that_cannot_be_read_takes_no_other_with_it(tmp_path: Path, caplo
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Time stands still until ``clock.now`` is moved."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
@@ -60,7 +60,7 @@ def test_a_bar_on_a_terminal(
     caplog.set_level(logging.INFO, logger="nearfield")
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, color_system=None)
-    monkeypatch.setattr(metrics, "stderr_console", lambda: console)
+    monkeypatch.setattr(tracking, "stderr_console", lambda: console)
     progress = TrainingProgress(first_step=4, total_steps=24)
     bar = progress._bar
     assert bar is not None
@@ -86,5 +86,5 @@ def test_a_bar_on_a_terminal(
 def test_no_bar_where_nobody_wants_to_know(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="nearfield")
     console = Console(file=io.StringIO(), force_terminal=True)
-    monkeypatch.setattr(metrics, "stderr_console", lambda: console)
+    monkeypatch.setattr(tracking, "stderr_console", lambda: console)
     assert TrainingProgress(0, 2)._bar is None

@@ -17,7 +17,7 @@ from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
 from nearfield.optional import require_bitsandbytes
 from nearfield.training import TrainingConfig
-from nearfield.training.optimizer_configs import check_sharded
+from nearfield.training.config import check_sharded
 from nearfield.training.optimizers import MuonWithAdamW, layer_factors, make_optimizer
 
 CPU = torch.device("cpu")

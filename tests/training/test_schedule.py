@@ -8,7 +8,7 @@ import math
 import pytest
 
 from nearfield.training import ScheduleConfig
-from nearfield.training.schedule import rate_factor, warmup_steps
+from nearfield.training.optimizers import rate_factor, warmup_steps
 
 
 def test_warmup_is_a_share_or_a_number() -> None:

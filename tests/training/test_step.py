@@ -21,11 +21,9 @@ from nearfield.objectives.infonce import ContrastiveBatch, LossSum
 from nearfield.objectives.objective import Objective
 from nearfield.training import step as module
 from nearfield.training.backends.replicated import ReplicatedBackend
-from nearfield.training.chunks import Cut, Pool
-from nearfield.training.communication import ControlWord
+from nearfield.training.chunks import Cut, Feed, Pool
 from nearfield.training.engine import Engine
-from nearfield.training.exchange import contrastive_batch
-from nearfield.training.feed import Feed
+from nearfield.training.exchange import ControlWord, contrastive_batch
 from nearfield.training.launch import Launch
 from nearfield.training.step import (
     StepResult,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nearfield.training.stopping import StopRequest
+from nearfield.training.launch import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -64,7 +64,7 @@ def test_a_launcher_hands_signals_on_a_second_time(
     try:
         with StopRequest(launched=True) as stop:
             clock = iter([100.0, 100.0 + later])
-            monkeypatch.setattr("nearfield.training.stopping.time", SimpleNamespace(monotonic=lambda: next(clock)))
+            monkeypatch.setattr("nearfield.training.launch.time", SimpleNamespace(monotonic=lambda: next(clock)))
             signal.raise_signal(wanted)
             assert (stop.received, seen) == (number, [])
             signal.raise_signal(wanted)

@@ -20,14 +20,13 @@ import torch
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, NonFiniteError, OutOfMemoryStopError, StoppedError
 from nearfield.objectives import InfoNCEConfig
-from nearfield.training import TrainingConfig, checkpoint, gradient, loop
+from nearfield.training import TrainingConfig, checkpoint, trainer
 from nearfield.training import step as step_module
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.checkpoint import checkpoint_paths, newest_checkpoint, read_tensors
 from nearfield.training.evaluating import Evaluations
-from nearfield.training.inputs import TrainingInputs
-from nearfield.training.loop import TrainingResult, train
-from nearfield.training.metrics import read_metrics
+from nearfield.training.tracking import read_metrics
+from nearfield.training.trainer import TrainingInputs, TrainingResult, train
 from tests.training.making import SIZES, make_plan
 
 NAN = float("nan")
@@ -58,7 +57,7 @@ Go = Callable[..., TrainingResult]
 def spy_on_steps(monkeypatch: pytest.MonkeyPatch, before: Callable[[dict[str, Any]], None] | None = None) -> list[Any]:
     """Every call of ``run_step`` from here on: its pool, features, chunks, known positives and keywords."""
     calls: list[Any] = []
-    run_step = gradient.run_step
+    run_step = trainer.run_step
 
     def spy(backend, objective, work, make_features, **keywords):  # type: ignore[no-untyped-def]
         features = [make_features(chunk) for chunk in work.chunks]
@@ -71,7 +70,7 @@ def spy_on_steps(monkeypatch: pytest.MonkeyPatch, before: Callable[[dict[str, An
             before(keywords)
         return run_step(backend, objective, work, make_features, **keywords)
 
-    monkeypatch.setattr(gradient, "run_step", spy)
+    monkeypatch.setattr(trainer, "run_step", spy)
     return calls
 
 
@@ -150,7 +149,7 @@ def test_what_a_run_leaves_behind(go: Go, inputs: TrainingInputs, tmp_path: Path
 def test_seconds_are_those_of_the_steps(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that moves by one at each look: one look before the steps, two in each, one at the checkpoint, one after."""
     ticks = iter(range(100, 1000))
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     result = go(max_steps=3)
     assert result.seconds == 8.0
     assert [line["seconds"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1.0, 1.0, 1.0]
@@ -338,14 +337,14 @@ def test_precisions_of_one_process(go: Go) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: int = 0) -> None:
     """Make the loss or the gradient of a step not a number."""
-    run_step, encode_chunk, backward = gradient.run_step, step_module.encode_chunk, ReplicatedBackend.backward
+    run_step, encode_chunk, backward = trainer.run_step, step_module.encode_chunk, ReplicatedBackend.backward
     now: list[int] = []
 
     def watched(*arguments: Any, **keywords: Any) -> Any:
         now[:] = [keywords["step"]]
         return run_step(*arguments, **keywords)
 
-    monkeypatch.setattr(gradient, "run_step", watched)
+    monkeypatch.setattr(trainer, "run_step", watched)
 
     def encode(*arguments: Any) -> torch.Tensor:
         embeddings: torch.Tensor = encode_chunk(*arguments)
@@ -442,8 +441,8 @@ class ShortOfMemory:
         self.pushes = 0
         self.queries: list[tuple[int, list[int]]] = []
         self.weights: list[torch.Tensor] = []
-        self.run_step, self.encode_chunk = gradient.run_step, step_module.encode_chunk
-        monkeypatch.setattr(gradient, "run_step", self.step)
+        self.run_step, self.encode_chunk = trainer.run_step, step_module.encode_chunk
+        monkeypatch.setattr(trainer, "run_step", self.step)
         monkeypatch.setattr(step_module, "encode_chunk", self.encode)
 
     def fail(self) -> None:
@@ -657,7 +656,7 @@ def test_of_several_batches_the_one_that_is_not_finite_is_named(
     go: Go, inputs: TrainingInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of two: its queries, not those that stand at the same places of the first."""
-    run_step = gradient.run_step
+    run_step = trainer.run_step
     calls: list[None] = []
 
     def second(backend: Any, objective: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -668,7 +667,7 @@ def test_of_several_batches_the_one_that_is_not_finite_is_named(
         broken = replace(result.batch, queries=result.batch.queries * torch.tensor([[1.0], [NAN]]))
         return replace(result, word=replace(result.word, loss=NAN), batch=broken)
 
-    monkeypatch.setattr(gradient, "run_step", second)
+    monkeypatch.setattr(trainer, "run_step", second)
     with pytest.raises(NonFiniteError):
         go(averaged_batches=2)
     report = json.loads((tmp_path / "run" / "non_finite.json").read_text())

@@ -7,19 +7,19 @@ import sys
 from typing import Any
 
 from nearfield.cli import main
-from nearfield.training import gradient
+from nearfield.training import trainer
 
 
 def install(step: int) -> None:
     """Let this rank vanish in a step, counted from 1."""
-    run_step = gradient.run_step
+    run_step = trainer.run_step
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if kwargs["step"] == step - 1:
             os._exit(0)
         return run_step(*args, **kwargs)
 
-    gradient.run_step = run
+    trainer.run_step = run
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    from nearfield.conformance.cases import CPU, Problem
     from nearfield.conformance.equalities import Suite
-    from nearfield.conformance.problem import CPU, Problem
     from nearfield.objectives.config import ObjectiveSettings
     from nearfield.training.launch import Launch
 

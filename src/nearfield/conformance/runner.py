@@ -99,7 +99,7 @@ def run_all(
     backends: Sequence[str] = (), on_launch: Callable[[str, int], None] = lambda backend, ranks: None
 ) -> list[Outcome]:
     """Run the equalities of the named backends (all where none is named), one launch after the other."""
-    from nearfield.conformance.tiny import save_tiny_bert
+    from nearfield.conformance.tiny_models import save_tiny_bert
 
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="nearfield-conformance-") as folder:

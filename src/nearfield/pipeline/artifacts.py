@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nearfield.data.in_context import ExampleSet
     from nearfield.data.store import Store
     from nearfield.data.tokens import TokenCache
-    from nearfield.training.feed import Pictures
+    from nearfield.training.chunks import Pictures
 
 
 class Artifacts(Freshness):

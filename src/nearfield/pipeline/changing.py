@@ -13,7 +13,7 @@ from nearfield.pipeline.mining import MiningStages
 
 if TYPE_CHECKING:
     from nearfield.data.tokens import TokenCache
-    from nearfield.training.negatives import NegativeInputs
+    from nearfield.training.changing_negatives import NegativeInputs
 
 
 class ChangingStages(MiningStages):
@@ -21,8 +21,7 @@ class ChangingStages(MiningStages):
 
     def negative_inputs(self, store: Store, tokens: TokenCache) -> NegativeInputs | None:
         """For the training loop; None where those of the plan stay."""
-        from nearfield.training.negatives import Candidates, NegativeInputs
-        from nearfield.training.negatives.refreshed import Remine
+        from nearfield.training.changing_negatives import Candidates, NegativeInputs, Remine
 
         recipe = self.recipe
         if recipe.mining is None or recipe.mining.during is None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from nearfield.training.forecast import Forecast
     from nearfield.training.forecast_notices import Machine
-    from nearfield.training.inputs import TrainingInputs
+    from nearfield.training.trainer import TrainingInputs
 
 logger = logging.getLogger("nearfield.pipeline")
 
@@ -145,8 +145,8 @@ def _measure(stages: Stages, trial_seconds: float) -> _Measured:
     """Put the model on its devices and try a few steps; *collective*."""
     import torch
 
-    from nearfield.training.inputs import TrainingInputs
-    from nearfield.training.opening import pick_device
+    from nearfield.training.engine import pick_device
+    from nearfield.training.trainer import TrainingInputs
 
     recipe, launch = stages.recipe, stages.launch
     device = pick_device(recipe.training, launch)
@@ -173,9 +173,9 @@ def _try_out(
     stages: Stages, model: SentenceTransformer, inputs: TrainingInputs, device: Any, trial_seconds: float
 ) -> tuple[Forecast, int, list[Notice]]:
     from nearfield.training.costs import plan_costs
+    from nearfield.training.engine import build_engine
     from nearfield.training.forecast import FILE, held_bytes, load_trackers, predict
     from nearfield.training.memory import choose_budget, measure_profile
-    from nearfield.training.opening import build_engine
     from nearfield.training.optimizers import optimizer_of
     from nearfield.training.trial import run_trial
 

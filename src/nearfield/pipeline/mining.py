@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from nearfield.mining.pool import Pool
     from nearfield.mining.teachers import PairScorer, Scorer
     from nearfield.pipeline.planning import Negatives as PlannedNegatives
-    from nearfield.training.teacher_scores import TeacherScores
+    from nearfield.training.chunks import TeacherScores
 
 
 Engine = Literal["local", "ray"]
@@ -293,7 +293,7 @@ class MiningStages(Artifacts):
         from nearfield.batching.rows import Lists
         from nearfield.mining.negatives import Negatives
         from nearfield.pipeline.planning import arrow_lists
-        from nearfield.training.teacher_scores import TeacherScores
+        from nearfield.training.chunks import TeacherScores
 
         if not self.recipe.objective.needs_teacher_scores:
             return None

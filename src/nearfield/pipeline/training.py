@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from nearfield.batching.plan import Plan
     from nearfield.encoders.token_task import TokenTask
     from nearfield.objectives.objective import Objective
-    from nearfield.training.feed import Feed
-    from nearfield.training.loop import TrainingResult
+    from nearfield.training.chunks import Feed
+    from nearfield.training.trainer import TrainingResult
 
 logger = logging.getLogger("nearfield.pipeline")
 
@@ -74,7 +74,7 @@ class TrainingStage(ChangingStages):
 
     def teaching_notices(self, model: SentenceTransformer, feed: Feed, plans: list[Plan]) -> list[Notice]:
         """What the data and the objective could teach no encoder."""
-        from nearfield.training.teaching import teaching_notices
+        from nearfield.training.diagnostics import teaching_notices
 
         store = self._store()
         names = {number: source.name for number, source in enumerate(store.sources)}
@@ -83,9 +83,8 @@ class TrainingStage(ChangingStages):
 
     def train(self) -> dict[str, Any]:
         """Train from the newest checkpoint on and save the model."""
-        from nearfield.training.inputs import TrainingInputs
-        from nearfield.training.loop import train
-        from nearfield.training.opening import pick_device
+        from nearfield.training.engine import pick_device
+        from nearfield.training.trainer import TrainingInputs, train
 
         store, folder = self._store(), self.run.folder
         plans, hashes = self._plans()
@@ -152,7 +151,7 @@ class TrainingStage(ChangingStages):
 
     def _feed(self, encoder: LoadedEncoder) -> Feed:
         """What the items and examples of the store are to this encoder and the recipe's objective."""
-        from nearfield.training.feed import Feed
+        from nearfield.training.chunks import Feed
 
         named = self.recipe.objective.readings(self._kinds())
         readings = {number: named[s.name] for number, s in enumerate(self._store().sources) if s.name in named}
@@ -194,7 +193,7 @@ class TrainingStage(ChangingStages):
 
     def _encoder(self, device: torch.device) -> LoadedEncoder:
         """The encoder of the recipe in the precision that weights have in training, the same on all ranks."""
-        from nearfield.training.opening import pick_precision
+        from nearfield.training.engine import pick_precision
 
         recipe = self.recipe
         pure = pick_precision(recipe.training, device) == "bf16-pure"
@@ -211,7 +210,7 @@ class TrainingStage(ChangingStages):
 
     def _stored_dtype(self, loaded: LoadedEncoder, device: torch.device) -> str | None:
         """The type that the saved weights get, where it is not that of the training: the base's."""
-        from nearfield.training.opening import pick_precision
+        from nearfield.training.engine import pick_precision
 
         encoder = self.recipe.encoder
         alone = encoder.adapter is not None and encoder.adapter.save == "adapter"
@@ -275,7 +274,7 @@ class TrainingStage(ChangingStages):
 
     def check_can_train(self) -> None:
         """Refuse what this rank could never train with its launcher, devices and libraries."""
-        from nearfield.training.opening import check_can_train
+        from nearfield.training.engine import check_can_train
 
         check_can_train(
             self.recipe.training,

@@ -18,7 +18,7 @@ import yaml
 from nearfield import yaml12
 from nearfield.errors import BadInputError
 from nearfield.pipeline.run import LOCK, MANIFEST
-from nearfield.training.metrics import EVALUATIONS, METRICS
+from nearfield.training.tracking import EVALUATIONS, METRICS
 
 _RECENT_STEPS = 50
 _BARS = "▁▂▃▄▅▆▇█"

@@ -1,19 +1,26 @@
-"""Texts of a global batch -> length-sorted chunks of nearly equal cost, dealt to ranks."""
+"""Rows of a plan -> the distinct texts of a global batch -> length-sorted chunks of nearly equal cost, dealt to ranks."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from nearfield.batching.plan import SEVERAL_SOURCES, Batch
-from nearfield.batching.planner import Rows
+from nearfield.batching.planner import VectorsOf
+from nearfield.batching.rows import Floats, Lists, Rows
+from nearfield.data.tokens import Ids, TokenCache
+from nearfield.encoders.token_task import TokenTask
 from nearfield.objectives.config import Reading
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 Bools = npt.NDArray[np.bool_]
 
@@ -312,3 +319,79 @@ def _by_kind(numbers: Iterable[int], kinds: Sequence[int] | None) -> list[set[in
 def split_rows(count: int, ranks: int, rank: int) -> Rows:
     """The rows 0..count-1 whose loss a rank computes: an even, contiguous share."""
     return np.arange(count * rank // ranks, count * (rank + 1) // ranks, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """Of examples: the teacher's score of each known positive and of each mined negative."""
+
+    examples: Rows
+    """(n,) example rows, rising."""
+    positives: Lists
+    positive_scores: Floats
+    """One of each value of ``positives``."""
+    negatives: Lists
+    negative_scores: Floats
+
+    def of(self, batch: Batch) -> Floats:
+        """(D,) scores of the batch's documents in the order of its pool; not a number for what was not scored."""
+        found: list[Floats] = [np.empty(0, dtype=np.float64)]
+        places = np.minimum(np.searchsorted(self.examples, batch.example), max(0, len(self.examples) - 1))
+        for row, place in enumerate(places.tolist()):
+            known: dict[int, float] = {}
+            if len(self.examples) and self.examples[place] == batch.example[row]:
+                for lists, scores in (
+                    (self.negatives, self.negative_scores),
+                    (self.positives, self.positive_scores),
+                ):
+                    low, high = int(lists.offsets[place]), int(lists.offsets[place + 1])
+                    known |= dict(zip(lists.values[low:high].tolist(), scores[low:high].tolist(), strict=True))
+            documents = [*batch.positives[row].tolist(), *batch.negatives[row].tolist()]
+            found.append(np.asarray([known.get(item, np.nan) for item in documents], dtype=np.float64))
+        return np.concatenate(found)
+
+
+Pictures = Callable[[Rows], "Sequence[Image | None]"]
+"""Item rows -> their pictures, RGB."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What is known of the items and examples of the data that batches name by their rows."""
+
+    tokens: TokenCache
+    guide: VectorsOf | None = None
+    """A guide's vectors of the items, where the objective asks for them."""
+    weights: Floats | None = None
+    """What each example counts, by its row; None where all count alike."""
+    teacher_scores: TeacherScores | None = None
+    """What the miner's teacher gave, where the objective learns from it."""
+    readings: Mapping[int, Reading] = field(default_factory=dict)
+    """The number of a source -> how the texts of its examples are read; those that are not named are read plainly."""
+    token_task: TokenTask | None = None
+    """What hides tokens and gives the losses on them, where the objective asks for that."""
+    pictures: Pictures | None = None
+    """The pictures of items, where the data has some."""
+
+    def pool(self, batch: Batch) -> Pool:
+        """The texts of a planned batch, with what its examples count."""
+        sources = [batch.source] * len(batch.query) if batch.sources is None else batch.sources.tolist()
+        pool = pool_batch(batch, [self.readings.get(source, Reading()) for source in sources])
+        if self.token_task is not None:
+            pool = replace(pool, token_columns=self.token_task.columns)
+        if self.weights is not None:
+            pool = replace(pool, weights=self.weights[batch.example])
+        return pool if self.teacher_scores is None else replace(pool, teacher_scores=self.teacher_scores.of(batch))
+
+    def tokens_of(self, pool: Pool, places: Rows) -> list[Ids]:
+        """The tokens of some texts of a pool."""
+        where = zip(pool.prompts[places].tolist(), pool.items[places].tolist(), strict=True)
+        return [self.tokens.tables[prompt].tokens(item) for prompt, item in where]
+
+    def with_query_tokens(self, pool: Pool) -> Pool:
+        """The pool with the (Q, T) tokens of its queries' whole texts, padded with -1."""
+        rows = self.tokens_of(pool, pool.queries)
+        found = np.full((len(rows), max(map(len, rows), default=0)), -1, dtype=np.int64)
+        for line, row in enumerate(rows):
+            found[line, : len(row)] = row
+        return replace(pool, query_tokens=found)

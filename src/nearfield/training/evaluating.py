@@ -25,11 +25,11 @@ from nearfield.encoders.packing import Features
 from nearfield.encoders.tokenize import prompt_tokens, token_ids
 from nearfield.errors import BadInputError
 from nearfield.training.chunks import chunk_tokens, cut_chunks, deal_chunks, turns_of
-from nearfield.training.communication import Shares, any_rank, broadcast_json, gather_embeddings
 from nearfield.training.config import TrainingEvaluationConfig
 from nearfield.training.engine import Engine
+from nearfield.training.exchange import Shares, any_rank, broadcast_json, gather_embeddings
 from nearfield.training.step import encode_chunk
-from nearfield.training.trackers import Trackers
+from nearfield.training.tracking import Trackers
 
 logger = logging.getLogger("nearfield.training")
 

@@ -18,8 +18,8 @@ from nearfield.batching.plan import total_steps
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json
 from nearfield.training.busy import busy_share, tell_busy
-from nearfield.training.communication import broadcast_json, min_over_ranks
 from nearfield.training.costs import PlanCosts, StepCost, plan_costs
+from nearfield.training.exchange import broadcast_json, min_over_ranks
 from nearfield.training.machine import peak_resident_bytes, reset_peak_resident, resident_bytes
 from nearfield.training.memory import HEAP, Budget, Profile, choose_budget, measure_profile
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nearfield.training.chunks import Cut
-from nearfield.training.communication import min_over_ranks
+from nearfield.training.exchange import min_over_ranks
 from nearfield.training.loss_cost import LossCost, measure_loss
 from nearfield.training.machine import available_main_memory, local_processes
 from nearfield.training.measure import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nearfield.training.backends.common import saved_buffers, trainable
+from nearfield.training.backends.base import saved_buffers, trainable
 from nearfield.training.optimizers import make_optimizer
 
 if TYPE_CHECKING:

@@ -25,8 +25,7 @@ from nearfield.objectives.watching import watch as watch_learning
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.base import Backend
 from nearfield.training.chunks import Bools, Cut, Pool, Turn, chunk_tokens, cut_chunks, deal_chunks, turns_of
-from nearfield.training.communication import ControlWord, Shares, exchange_control
-from nearfield.training.exchange import Exchange, Gathered, Passed
+from nearfield.training.exchange import ControlWord, Exchange, Gathered, Passed, Shares, exchange_control
 
 MakeFeatures = Callable[[Rows], Features]
 """Pool rows of a chunk of n texts -> what the encoder takes."""

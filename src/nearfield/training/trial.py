@@ -16,11 +16,10 @@ from nearfield.console import track
 from nearfield.objectives.watching import similarities
 from nearfield.training.costs import PlanCosts, StepCost
 from nearfield.training.forecast import Forecast, Memory, overlaps, peak_bytes, reset_peak, slowest
-from nearfield.training.gradient import batch_gradient
-from nearfield.training.inputs import TrainingInputs
+from nearfield.training.launch import StopRequest
 from nearfield.training.measure import Line, fit_line
 from nearfield.training.memory import Budget, Profile
-from nearfield.training.stopping import StopRequest
+from nearfield.training.trainer import TrainingInputs, batch_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nearfield.errors import BadInputError, NearfieldError
-from nearfield.training.backends.base import KeptGraphs
-from nearfield.training.backends.common import (
+from nearfield.training.backends.base import (
+    KeptGraphs,
     MakeOptimizer,
     check_fit,
     clip_,
@@ -30,7 +30,7 @@ from nearfield.training.backends.common import (
     square_sum,
     trainable,
 )
-from nearfield.training.communication import broadcast_tensors
+from nearfield.training.exchange import broadcast_tensors
 from nearfield.training.launch import BackendName
 
 

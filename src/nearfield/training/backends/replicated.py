@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nearfield.errors import NearfieldError
-from nearfield.training.backends.base import KeptGraphs
-from nearfield.training.backends.common import (
+from nearfield.training.backends.base import (
+    KeptGraphs,
     MakeOptimizer,
     autocast_context,
     check_fit,
@@ -30,7 +30,7 @@ from nearfield.training.backends.common import (
     square_sum,
     trainable,
 )
-from nearfield.training.communication import all_equal, broadcast_tensors
+from nearfield.training.exchange import all_equal, broadcast_tensors
 from nearfield.training.launch import BackendName
 
 _BUCKET_BYTES = 64 << 20

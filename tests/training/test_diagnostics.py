@@ -12,7 +12,8 @@ import torch
 from nearfield.notices import Notice
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.pipeline import open_run, run_stages
-from nearfield.training.zero_vectors import ZeroVectors
+from nearfield.training import trainer
+from nearfield.training.diagnostics import ZeroVectors
 
 
 def batch(queries: torch.Tensor, documents: torch.Tensor) -> ContrastiveBatch:
@@ -37,9 +38,8 @@ def test_zero_rows_are_counted_over_steps_and_told_once() -> None:
 
 
 def test_a_run_says_it(toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nearfield.training import loop
 
-    own = loop.batch_gradient
+    own = trainer.batch_gradient
 
     def silenced(*arguments: Any, **named: Any) -> Any:
         result, *rest = own(*arguments, **named)
@@ -47,7 +47,7 @@ def test_a_run_says_it(toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert seen is not None
         return (replace(result, batch=replace(seen, queries=torch.zeros_like(seen.queries))), *rest)
 
-    monkeypatch.setattr(loop, "batch_gradient", silenced)
+    monkeypatch.setattr(trainer, "batch_gradient", silenced)
     run = open_run(toy_recipe, (), tmp_path / "runs" / "toy")
     run_stages(run, "train")
     assert "zero-vectors" in {notice.code for notice in run.notices}

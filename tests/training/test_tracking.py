@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from nearfield.errors import BadInputError, NearfieldError
-from nearfield.training.metrics import read_metrics
-from nearfield.training.tracker_configs import TensorBoardConfig, TrackerConfig, WandbConfig
-from nearfield.training.trackers import JsonLines, Trackers
+from nearfield.training.config import TensorBoardConfig, TrackerConfig, WandbConfig
+from nearfield.training.tracking import JsonLines, Trackers, read_metrics
 
 FIGURES = ("loss", "learning_rate", "gradient_norm", "positive_similarity", "hardest_negative_similarity")
 

@@ -1,48 +1,198 @@
-"""The training loop, to be read from top to bottom. Every rank runs it."""
+"""What the training loop follows and feeds on.
+
+What happens when memory runs out: a smaller budget, in place or in the last checkpoint.
+
+The gradient of a planned batch.
+
+The training loop, to be read from top to bottom. Every rank runs it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from nearfield.batching.plan import total_steps
+from nearfield.batching.plan import Batch, Plan, total_steps
+from nearfield.batching.planner import Rows
 from nearfield.errors import BadInputError, OutOfMemoryStopError, StoppedError
+from nearfield.notices import Notice
 from nearfield.objectives.objective import Objective
 from nearfield.objectives.watching import similarities
-from nearfield.training.checkpoint import CheckpointWriter, checkpoint_paths
-from nearfield.training.chunks import CUT_RULE
-from nearfield.training.communication import any_rank, broadcast_notices
+from nearfield.training.changing_negatives import NegativeInputs, open_negatives
+from nearfield.training.checkpoint import CheckpointWriter, amend_state, checkpoint_paths, newest_checkpoint, resume
+from nearfield.training.chunks import CUT_RULE, Feed, split_batch
 from nearfield.training.config import TrainingConfig
-from nearfield.training.evaluating import Evaluations, InterruptedEvaluationError
+from nearfield.training.diagnostics import ChanceWatch, GradientWatch, ZeroVectors, non_finite_error
+from nearfield.training.engine import Engine, build_engine, pick_device, pick_precision
+from nearfield.training.evaluating import Evaluate, Evaluations, InterruptedEvaluationError
+from nearfield.training.exchange import any_rank, broadcast_notices
 from nearfield.training.forecast import begin_forecast, end_forecast
 from nearfield.training.forecast_notices import notices_of_start
-from nearfield.training.gradient import batch_gradient
-from nearfield.training.idle import ChanceWatch, GradientWatch
-from nearfield.training.inputs import TrainingInputs, batch_of_step
-from nearfield.training.launch import Launch, RankDiedError
-from nearfield.training.memory import Budget
-from nearfield.training.metrics import TrainingProgress, used_memory
-from nearfield.training.negatives import open_negatives
-from nearfield.training.non_finite import non_finite_error
-from nearfield.training.opening import build_engine, pick_device, pick_precision
-from nearfield.training.optimizers import optimizer_of
-from nearfield.training.out_of_memory import ShrinkBudget, halve_budget, stops_for_memory
-from nearfield.training.resuming import resume
-from nearfield.training.schedule import rate_factor
-from nearfield.training.stopping import StopRequest
-from nearfield.training.trackers import Trackers
-from nearfield.training.zero_vectors import ZeroVectors
+from nearfield.training.launch import Launch, RankDiedError, StopRequest
+from nearfield.training.memory import Budget, keeps_graph
+from nearfield.training.optimizers import optimizer_of, rate_factor
+from nearfield.training.step import StepResult, is_out_of_memory, mean_result, run_step
+from nearfield.training.tracking import Trackers, TrainingProgress, used_memory
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What the loop follows and feeds on."""
+
+    plans: Sequence[Plan]
+    """One an epoch."""
+    plan_hashes: Sequence[str]
+    feed: Feed
+    known_positives: Callable[[int], Rows]
+    """Query item row -> its known positive item rows."""
+    item_ids: Callable[[Rows], list[str]]
+    """Item rows -> their ids in hex, for messages."""
+    evaluate: Evaluate | None = None
+    """What scores the model during the training, where the configuration asks for it."""
+    negatives: NegativeInputs | None = None
+    """What changing negatives are made of; None where those of the plans stay."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What trackers show beside the figures: the run's name and settings."""
+    tell: Callable[[Sequence[Notice]], None] = lambda found: None
+    """Takes what users of the training must know; every rank calls it with the same."""
+
+
+def batch_of_step(plans: Sequence[Plan], step: int) -> tuple[int, Batch]:
+    """The epoch and the batch of a step of the whole run."""
+    for epoch, plan in enumerate(plans):
+        if step < len(plan):
+            return epoch, plan.batch(step)
+        step -= len(plan)
+    raise IndexError("the plans have fewer steps")
+
+
+logger = logging.getLogger("nearfield.training")
+
+
+@contextlib.contextmanager
+def stops_for_memory(doing: str, budget: Budget) -> Iterator[None]:
+    """Where memory runs out in what cannot be repeated, end the run so that it goes on with a smaller budget.
+
+    Ranks may wait in a collective that this one will never join, or parameters may be half updated: only the last
+    checkpoint is sound.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryStopError(
+            f"memory ran out in {doing} with {budget.micro_batch_tokens} tokens at a time",
+            hint="`nearfield train --resume` with the same launcher goes on from the last checkpoint with half as many.",
+        ) from error
+
+
+def halve_budget(budget: Budget, step: int) -> Budget:
+    """The budget that the step is repeated with; :class:`BadInputError` where less is no use."""
+    smaller = budget.halved()
+    if smaller is None:
+        raise BadInputError(
+            f"memory ran out in step {step + 1} with {budget.micro_batch_tokens} tokens at a time, and less is no use",
+            where="training.max_length",
+            hint="Lower training.max_length, use gradient checkpointing, an adapter, or more devices with fsdp2 or zero3.",
+        )
+    logger.warning(
+        "Memory ran out in step %d: %d tokens at a time from now on (was %d)",
+        step + 1,
+        smaller.micro_batch_tokens,
+        budget.micro_batch_tokens,
+    )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return smaller
+
+
+class ShrinkBudget:
+    """Halves the budget in the last checkpoint, once, where memory ran out on a backend that cannot repeat the step."""
+
+    def __init__(self, checkpoints: Path, writes: bool) -> None:
+        self.checkpoints = checkpoints
+        self.writes = writes
+
+    def when_dead(self, exit_code: int) -> None:
+        """Act if a rank left because memory ran out."""
+        if exit_code == OutOfMemoryStopError.exit_code:
+            self()
+
+    def __call__(self) -> None:
+        paths = checkpoint_paths(self.checkpoints)
+        if not self.writes or not paths:
+            return
+        self.writes = False
+        path = newest_checkpoint(self.checkpoints)
+        assert path is not None
+        smaller = Budget.from_json(path.state).halved()
+        if smaller is not None:
+            amend_state(path.path, smaller.to_json())
+            logger.warning("The budget in %s is now %d tokens at a time", path.path.name, smaller.micro_batch_tokens)
+
+
+def batch_gradient(
+    engine: Engine,
+    config: TrainingConfig,
+    budget: Budget,
+    batch: Batch,
+    inputs: TrainingInputs,
+    *,
+    seed: int,
+    step: int,
+    stop: StopRequest,
+    watch: bool = False,
+    progress: float = 0.0,
+) -> tuple[StepResult, int, int]:
+    """Leave the gradient of a planned batch in the backend; the tokens of the batch, real and as encoded.
+
+    With ``watch`` this process looks at how the learning goes: of the last part, where there are several.
+    """
+    engine.backend.begin()
+    parts = split_batch(batch, config.averaged_batches)
+    results: list[StepResult] = []
+    chunks = tokens = encoded = 0
+    for number, part in enumerate(parts):
+        work, lengths = engine.work(part, inputs.known_positives, budget.cut, first_number=chunks)
+        chunks, tokens, encoded = chunks + len(work.chunks), tokens + int(lengths.sum()), encoded + sum(work.tokens)
+        # Where chunks hold no collectives the step itself says that memory ran out, and is repeated.
+        in_place = engine.retries_in_place
+        with contextlib.nullcontext() if in_place else stops_for_memory(f"step {step + 1}", budget):
+            result = run_step(
+                engine.backend,
+                engine.objective,
+                work,
+                engine.make_features(work.pool, seed, step),
+                dimension=engine.columns,
+                seed=seed,
+                step=step,
+                keep_graph=keeps_graph(config, budget, work, engine.backend),
+                weight=1 / len(parts),
+                final=number == len(parts) - 1,
+                stop=lambda: stop.received is not None,
+                catch_out_of_memory=in_place,
+                progress=progress,
+                watch=watch and number == len(parts) - 1,
+            )
+        results.append(replace(result, first_query=sum(len(before.query) for before in parts[:number])))
+        if result.word.out_of_memory:
+            break
+    return mean_result(results), tokens, encoded
+
 
 logger = logging.getLogger("nearfield.training")
 

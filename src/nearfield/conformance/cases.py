@@ -1,9 +1,11 @@
-"""A small problem with all that makes batches hard: ragged texts, several positives, explicit negatives, shared texts."""
+"""Small cases with all that makes batches hard: ragged texts, several positives, explicit negatives, shared texts; the
+objectives that are checked, and steps as the trainer makes them.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,32 +17,129 @@ from torch import Tensor, nn
 from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows, VectorsOf
 from nearfield.batching.rows import Floats, Lists
-from nearfield.conformance.tiny import WORDS, save_tiny_bert, save_tiny_clip
-from nearfield.conformance.tiny_vlm import save_tiny_vlm
+from nearfield.conformance.tiny_models import WORDS, save_tiny_bert, save_tiny_clip, save_tiny_vlm
 from nearfield.data.tokens import IMAGE, TokenCache, TokenTable
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig, ImageTowerConfig, LoRAConfig
 from nearfield.encoders.one_tower import row_ids
+from nearfield.encoders.token_config import DecoderConfig
 from nearfield.encoders.token_task import TokenTask
 from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings, Surroundings
+from nearfield.objectives.config import (
+    FocalConfig,
+    HardnessConfig,
+    InfoNCEConfig,
+    MatryoshkaConfig,
+    MixingConfig,
+    ObjectiveSettings,
+    ScoreMaskConfig,
+    SpreadConfig,
+    Surroundings,
+)
+from nearfield.objectives.kinds import (
+    CombinedConfig,
+    CoSENTConfig,
+    EmbeddingDistillationConfig,
+    MaskedTokensConfig,
+    NTXentConfig,
+    PartConfig,
+    ScoreDistillationConfig,
+    SigLIPConfig,
+    SimCSEConfig,
+    SupConConfig,
+    TripletConfig,
+    UnicomConfig,
+)
+from nearfield.objectives.label_kinds import HiPrBERTConfig, SBCLConfig, SimLAPConfig
+from nearfield.objectives.more_kinds import CAROLConfig, CMIMConfig, MCSEConfig
 from nearfield.objectives.objective import Objective
 from nearfield.objectives.queue import MemoryQueue
 from nearfield.randomness import derive_seed
+from nearfield.training.backends.base import Backend
 from nearfield.training.backends.replicated import ReplicatedBackend
-from nearfield.training.chunks import Cut
+from nearfield.training.chunks import Cut, Feed, Pictures, TeacherScores
 from nearfield.training.config import TrainingConfig
-from nearfield.training.engine import EmbeddingModule, Engine
+from nearfield.training.engine import EmbeddingModule, Engine, build_engine
 from nearfield.training.exchange import contrastive_batch
-from nearfield.training.feed import Feed, Pictures
 from nearfield.training.launch import Launch
-from nearfield.training.opening import build_engine
 from nearfield.training.step import StepResult, Work, run_step
-from nearfield.training.teacher_scores import TeacherScores
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from sentence_transformers import SentenceTransformer
+
+
+SEVERAL = "infonce and cosent at once, each of its source"
+VIEWS = "simcse of one source beside infonce of another"
+WEIGHTED = "infonce, guide mask, examples with weights"
+OBJECTIVES: dict[str, ObjectiveSettings] = {
+    "infonce": InfoNCEConfig(temperature=0.1),
+    "infonce, both directions": InfoNCEConfig(temperature=0.1, both_directions=True),
+    "infonce, log-sum of positives": InfoNCEConfig(temperature=0.1, several_positives="log_sum"),
+    "infonce, own documents only": InfoNCEConfig(temperature=0.1, in_batch_negatives=False),
+    "infonce, learnt temperature": InfoNCEConfig(temperature=0.1, both_directions=True, learn_temperature=True),
+    "infonce, four directions in tiles": InfoNCEConfig(
+        temperature=0.1,
+        directions=("query_document", "query_query", "document_query", "document_document"),
+        implementation="blockwise",
+    ),
+    "infonce, score mask, hardness, focal": InfoNCEConfig(
+        temperature=0.1,
+        score_mask=ScoreMaskConfig(margin=0.3),
+        hardness=HardnessConfig(alpha=2.0, detach=False),
+        focal=FocalConfig(detach=False),
+    ),
+    "infonce, mixing, prefixes, spread": InfoNCEConfig(
+        temperature=0.1,
+        mixing=MixingConfig(),
+        matryoshka=MatryoshkaConfig(dimensions=(8, 16)),
+        spread=SpreadConfig(),
+    ),
+    "infonce, queue of earlier positives": InfoNCEConfig(temperature=0.1, queue=4),
+    WEIGHTED: InfoNCEConfig(temperature=0.1, guide_mask=ScoreMaskConfig()),
+    "cosent": CoSENTConfig(),
+    "triplet": TripletConfig(margin=1.0),
+    "supcon": SupConConfig(class_weights="inverse"),
+    "siglip": SigLIPConfig(),
+    "unicom, a part of prototypes and features": UnicomConfig(classes=0.8, features=0.5),
+    "simcse": SimCSEConfig(),
+    "ntxent": NTXentConfig(temperature=0.1),
+    "masked tokens, with a decoder": MaskedTokensConfig(share=0.4, decoder=DecoderConfig(share=0.5, weight=0.7)),
+    "masked next tokens beside infonce": CombinedConfig(
+        parts=(
+            PartConfig(objective=InfoNCEConfig(temperature=0.1)),
+            PartConfig(objective=MaskedTokensConfig(predict="next", share=0.5), weight=0.3),
+        )
+    ),
+    "sbcl, subclasses of labels": SBCLConfig(),
+    "hiprbert, levels of labels": HiPrBERTConfig(),
+    "simlap, gates of pairs of labels": SimLAPConfig(label_width=8, hidden=8, project=16, project_hidden=8),
+    "carol, decoding and contrast": CAROLConfig(delete=0.0, inner=8),
+    "cmim": CMIMConfig(inner=8),
+    "mcse, texts and features of pictures": MCSEConfig(weight=0.5, projection=16),
+    "distillation of scores, own and in batch": CombinedConfig(
+        parts=(
+            PartConfig(objective=ScoreDistillationConfig()),
+            PartConfig(objective=ScoreDistillationConfig(loss="margin_mse")),
+            PartConfig(objective=ScoreDistillationConfig(teacher="vectors", candidates="in_batch")),
+        )
+    ),
+    "distillation of embeddings, projected": EmbeddingDistillationConfig(),
+    VIEWS: CombinedConfig(
+        parts=(
+            PartConfig(objective=SimCSEConfig(temperature=0.1), sources=("a",)),
+            PartConfig(objective=InfoNCEConfig(temperature=0.1), sources=("b",), weight=0.8),
+        )
+    ),
+    SEVERAL: CombinedConfig(
+        parts=(
+            PartConfig(objective=InfoNCEConfig(temperature=0.1, learn_temperature=True), sources=("a",)),
+            PartConfig(objective=CoSENTConfig(), sources=("b",), weight=0.8),
+        )
+    ),
+}
+"""Every shipped objective, with the options that change which cells of the logits count."""
+
 
 CPU = torch.device("cpu")
 TEXTS = 60
@@ -366,3 +465,51 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
         else:
             worst = max(worst, float((a.double().cpu() - b.double().cpu()).abs().max()))
     return worst / scale
+
+
+def whole(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Copies of all tensors."""
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def one_step(
+    engine: Engine, problem: Problem, budget: int, *, step: int, max_norm: float | None = None, rate: float = 1.0
+) -> float:
+    """A step as the loop makes it; returns the gradient's norm."""
+    engine.backend.begin()
+    work = problem.work(engine, budget)
+    result = run_step(
+        engine.backend,
+        engine.objective,
+        work,
+        engine.make_features(work.pool, 5, step),
+        dimension=engine.columns,
+        seed=5,
+        step=step,
+        keep_graph=False,
+    )
+    rates = [rate] * len(engine.backend.optimizer.param_groups)
+    return engine.backend.update(rates, max_norm, result.word.used)
+
+
+def next_loss(engine: Engine, problem: Problem, step: int) -> float:
+    """The loss of one more step, without taking it."""
+    return problem.gradient(engine, problem.work(engine, 60), keep_graph=True, step=step)[0].loss
+
+
+def count_differences(one: Backend, other: Backend) -> float:
+    """Tensors of the model and of the optimiser that differ in at least one bit; *collective*."""
+    count = 0
+    for tensors in (Backend.model_tensors, Backend.optimizer_tensors):
+        name = tensors.__name__
+        a, b = whole(getattr(one, name)()), whole(getattr(other, name)())
+        count += len(a.keys() ^ b.keys())
+        count += sum(not torch.equal(a[key], b[key]) for key in a.keys() & b.keys())
+    return float(count)
+
+
+def decoupled_adam(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """AdamW in two groups, as recipes have it."""
+    big = [p for p in parameters if p.ndim >= 2]
+    small = [p for p in parameters if p.ndim < 2]
+    return torch.optim.AdamW([{"params": big, "weight_decay": 0.01}, {"params": small, "weight_decay": 0.0}], lr=rate)

@@ -19,9 +19,9 @@ from nearfield.objectives.infonce import ContrastiveBatch
 from nearfield.objectives.watching import similarities
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training import TrainingConfig
-from nearfield.training.metrics import read_metrics
-from nearfield.training.optimizer_configs import AdamWConfig
+from nearfield.training.config import AdamWConfig
 from nearfield.training.optimizers import make_optimizer
+from nearfield.training.tracking import read_metrics
 from tests.patience import PATIENCE
 from tests.training.test_train import poison
 

@@ -28,16 +28,20 @@ from nearfield.mining.config import (
 from nearfield.mining.documents import RowLists
 from nearfield.mining.pool import Pool
 from nearfield.objectives import InfoNCEConfig
-from nearfield.training import TrainingConfig, gradient
+from nearfield.training import TrainingConfig, changing_negatives, trainer
+from nearfield.training.changing_negatives import (
+    BlockAtATime,
+    Candidates,
+    NegativeInputs,
+    OneAtATime,
+    Remine,
+    Scheduled,
+    fit,
+    negative_scores,
+)
 from nearfield.training.checkpoint import newest_checkpoint, read_tensors
-from nearfield.training.inputs import TrainingInputs
-from nearfield.training.loop import TrainingResult, train
-from nearfield.training.metrics import read_metrics
-from nearfield.training.negatives import Candidates, NegativeInputs
-from nearfield.training.negatives.changing import fit
-from nearfield.training.negatives.dynamic import BlockAtATime, OneAtATime, negative_scores
-from nearfield.training.negatives.refreshed import Remine
-from nearfield.training.negatives.scheduled import Scheduled
+from nearfield.training.tracking import read_metrics
+from nearfield.training.trainer import TrainingInputs, TrainingResult, train
 
 SETTINGS = {"trackers": [], "device": "cpu", "packing": "never", "micro_batch_tokens": 512, "graph_tokens": 65_536}
 
@@ -295,7 +299,7 @@ KINDS: list[Any] = [
 def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[tuple[int, list[list[int]]]]:
     """The negatives of each step from here on; a signal comes in the step ``stop_after``."""
     found: list[tuple[int, list[list[int]]]] = []
-    run_step = gradient.run_step
+    run_step = trainer.run_step
 
     def spy(backend, objective, work, make_features, **keywords):  # type: ignore[no-untyped-def]
         pool = work.pool
@@ -306,7 +310,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> l
             keywords["stop"] = lambda: True
         return run_step(backend, objective, work, make_features, **keywords)
 
-    monkeypatch.setattr(gradient, "run_step", spy)
+    monkeypatch.setattr(trainer, "run_step", spy)
     return found
 
 
@@ -350,16 +354,15 @@ def test_a_refreshed_pool_is_the_nearest_by_the_weights_in_training(
     used = watched(monkeypatch)
     model = load_encoder(str(tiny_model), device="cpu").model
     weights: dict[int, dict[str, torch.Tensor]] = {}
-    from nearfield.training.negatives import refreshed
 
-    mine_by_weights = refreshed.mine_by_weights
+    mine_by_weights = changing_negatives.mine_by_weights
 
     def noted(engine: Any, *rest: Any, **keywords: Any) -> Any:
         weights[keywords["generation"]] = {k: v.clone() for k, v in model.state_dict().items()}
         assert not model.training, "no dropout while encoding"
         return mine_by_weights(engine, *rest, **keywords)
 
-    monkeypatch.setattr(refreshed, "mine_by_weights", noted)
+    monkeypatch.setattr(changing_negatives, "mine_by_weights", noted)
     config = TrainingConfig.model_validate(
         {**SETTINGS, "learning_rate": 1e-2, "checkpoints": {"every_steps": 1, "keep_last": 10}}
     )
@@ -433,14 +436,13 @@ def test_a_signal_during_the_mining_leaves_it_to_the_resumed_run(
         whole = watched(patch)
         go(inputs, tiny_model, tmp_path / "whole")
     from nearfield.training.evaluating import InterruptedEvaluationError
-    from nearfield.training.negatives import refreshed
 
     def interrupted(*arguments: Any, **keywords: Any) -> Any:
         raise InterruptedEvaluationError
 
     with monkeypatch.context() as patch:
         first = watched(patch)
-        patch.setattr(refreshed, "mine_by_weights", interrupted)
+        patch.setattr(changing_negatives, "mine_by_weights", interrupted)
         with pytest.raises(StoppedError):
             go(inputs, tiny_model, tmp_path / "run")
     second = watched(monkeypatch)

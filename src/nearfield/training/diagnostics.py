@@ -1,0 +1,319 @@
+"""Signs that a training learns nothing: batches that teach nothing whatever the encoder gives, gradients of exactly 0, a loss
+that stays at chance, embeddings of zeros, and numbers that are not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nearfield.batching.plan import Batch, Plan
+from nearfield.batching.planner import Rows
+from nearfield.errors import BadInputError, NonFiniteError
+from nearfield.files import write_json
+from nearfield.notices import Notice
+from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.objectives.objective import Objective
+from nearfield.objectives.watching import watched_rows
+from nearfield.randomness import derive_seed
+from nearfield.training.chunks import Feed, Pool, cut_batch
+from nearfield.training.exchange import broadcast_notices, contrastive_batch
+from nearfield.training.step import StepResult
+
+if TYPE_CHECKING:
+    from nearfield.training.engine import Engine
+    from nearfield.training.trainer import TrainingInputs
+
+
+STEPS = 10
+"""Steps at the start of a run whose gradients may all be 0 before it is stopped."""
+LOOKS = 24
+"""Steps of a run whose loss is held against chance, at most."""
+LEAST = 12
+"""Looks that a verdict wants."""
+NEAR = 0.02
+"""A loss is at chance where it is less than this share below what embeddings that are all alike give."""
+
+
+class GradientWatch:
+    """Stops a run whose first gradients are all exactly 0."""
+
+    def __init__(self, first: int, steps: int) -> None:
+        """``first`` steps are done of ``steps``."""
+        self._left = min(STEPS, steps - first) if first < STEPS else 0
+        self._all = self._left
+
+    def see(self, norm: float) -> None:
+        """Take the norm of a step's gradient, the same on all ranks.
+
+        Raises:
+            BadInputError: It and all before it are 0, and there were enough.
+        """
+        if not self._left:
+            return
+        self._left = 0 if norm else self._left - 1
+        if not norm and not self._left:
+            raise BadInputError(
+                f"the gradient of the first {self._all} steps is exactly 0: nothing is learnt",
+                where="training",
+                hint="Are all parameters frozen, all weights 0, all negatives masked, or all margins kept already?",
+            )
+
+
+@dataclass
+class ChanceWatch:
+    """Holds the loss of some steps against that of embeddings which are all alike."""
+
+    steps: int
+    """Of the run."""
+    shares: list[float] = field(default_factory=list)
+    """Loss over chance, in the order of steps."""
+
+    def wants(self, step: int) -> bool:
+        """Whether the step is looked at."""
+        every = max(1, self.steps // LOOKS)
+        return step % every == 0
+
+    def see(self, engine: Engine, result: StepResult) -> None:
+        """Look at a step; *collective*, though rank 0 alone computes."""
+        objective, batch = engine.objective, result.batch
+        if not objective.contrasts or engine.ring or batch is None:
+            return
+        with engine.backend.whole([p for p in objective.parameters() if p.requires_grad]):
+            if engine.launch.is_main and (chance := loss_of_chance(objective, batch)) > 0:
+                self.shares.append(result.loss / chance)
+
+    def notices(self) -> Iterator[Notice]:
+        """Whether the loss was at chance all the time."""
+        if len(self.shares) < LEAST:
+            return
+        half = len(self.shares) // 2
+        begin, end = (sum(part) / len(part) for part in (self.shares[:half], self.shares[-half:]))
+        if min(begin, end) > 1 - NEAR:
+            yield Notice(
+                "loss-at-chance",
+                f"the loss was at chance and did not move: {begin:.1%} of what texts that are all alike give in the first half "
+                f"of the steps that were looked at, {end:.1%} in the last",
+                "Do queries and positives belong together? Is the learning rate too low, or so high that all embeddings "
+                "became alike?",
+            )
+
+
+@torch.no_grad()
+def loss_of_chance(objective: Objective, batch: ContrastiveBatch) -> float:
+    """The mean loss of a batch whose embeddings are all alike, of its watched rows; 0 where these count nothing."""
+    rows = watched_rows(batch)
+    alike = [torch.ones_like(side) for side in (batch.queries, batch.documents)]
+    found = objective.forward(replace(batch, queries=alike[0], documents=alike[1], rows=rows, ring=None)).rows
+    counted = float(len(rows)) if batch.weights is None else float(batch.weights[rows].sum())
+    return float(found.sum()) / counted if counted else 0.0
+
+
+class ZeroVectors:
+    """Counts the embeddings that are zero in every dimension, and tells of them once."""
+
+    def __init__(self, device: torch.device, tell: Callable[[Sequence[Notice]], None]) -> None:
+        self.device, self._tell, self.told = device, tell, False
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self._seen = 0
+
+    def look(self, batch: ContrastiveBatch | None) -> None:
+        """Take in the embeddings of a step, of this rank's part alone where parts are passed round; waits for no device."""
+        if batch is None or self.told:
+            return
+        for embeddings in (batch.queries, batch.documents):
+            self._count += (embeddings == 0).all(dim=1).sum()
+            self._seen += len(embeddings)
+
+    def say(self, step: int) -> None:
+        """Tell of those so far where there are some; *collective*, rank 0 decides."""
+        if self.told:
+            return
+        found = broadcast_notices(lambda: self._notices(step), self.device)
+        if found:
+            self.told = True
+            self._tell(found)
+
+    def _notices(self, step: int) -> list[Notice]:
+        count = int(self._count)
+        if not count:
+            return []
+        what = (
+            f"{count:,} of {self._seen:,} embeddings of the steps up to {step:,} are zero: nothing is learnt from them"
+        )
+        return [Notice("zero-vectors", what, "Look for texts without a token that is pooled, such as empty ones.")]
+
+
+def non_finite_error(
+    run: Path,
+    step: int,
+    batch: Batch,
+    result: StepResult,
+    inputs: TrainingInputs,
+    objective: nn.Module,
+    norm: float,
+    writes: bool,
+) -> NonFiniteError:
+    """Name the examples: those whose own loss is not finite if there are some, else the whole batch."""
+    assert result.batch is not None
+    with torch.no_grad():
+        rows = objective(result.batch).rows
+    bad = np.flatnonzero(~torch.isfinite(rows).cpu().numpy()) + result.first_query
+    slots = bad if len(bad) else np.arange(len(batch.query))
+    ids = inputs.item_ids(batch.query[slots])
+    if writes:
+        report = {
+            "step": step + 1,
+            "loss": str(result.loss),
+            "gradient_norm": str(norm),
+            "examples": batch.example[slots].tolist(),
+            "queries": ids,
+        }
+        write_json(run / "non_finite.json", report)
+    what = "the loss" if not math.isfinite(result.loss) else "the gradient"
+    shown = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+    return NonFiniteError(
+        f"{what} of step {step + 1} is not finite; queries {shown}",
+        where=str(run / "non_finite.json"),
+        hint=f"The state before that step is in checkpoints/step-{step:08d}. Lower the learning rate, or look at these examples.",
+    )
+
+
+BATCHES = 64
+"""Batches of a source that are looked at, at most; the first that teaches something ends it."""
+EXAMPLES = 128
+"""Examples of a batch that are looked at first; all of it only where these teach nothing."""
+NOTHING = 1e-9
+"""Gradients of float64 below this are what rounding leaves of 0."""
+
+_WHY = (
+    "Explicit-only objectives want negatives, graded ones scores that differ, labelled ones labels that several texts have; "
+    "masks may leave out every negative, and weights may all be 0."
+)
+
+
+def teaching_notices(
+    objective: Objective,
+    feed: Feed,
+    plans: Sequence[Plan],
+    known_positives: Callable[[int], Rows],
+    names: Mapping[int, str],
+    width: int,
+) -> Iterator[Notice]:
+    """What no encoder of ``width`` could learn from; ``names`` are those of the sources by number."""
+    yield from _same_texts(feed)
+    if feed.token_task is not None:
+        return  # losses on tokens are the encoder's own
+    objective = objective.double()
+    total = sum(map(len, plans))
+    idle: list[str] = []
+    found = batches_by_source(plans)
+    for source, steps in found.items():
+        some = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, BATCHES).round().astype(int)).tolist()]
+        probe = _Probe(objective, feed, known_positives, width, total)
+        if not any(probe.teaches(plans[epoch].batch(step), number) for epoch, step, number in some):
+            idle.append(names.get(source, "batches of several sources"))
+    if len(idle) == len(found):
+        yield Notice(
+            "nothing-to-learn",
+            "the gradient of the loss is 0 whatever the encoder gives: nothing can be learnt from these batches",
+            _WHY,
+            blocks=True,
+        )
+        return
+    for name in idle:
+        yield Notice(
+            "source-teaches-nothing", f"{name}: the gradient of the loss is 0 whatever the encoder gives", _WHY
+        )
+
+
+def batches_by_source(plans: Sequence[Plan]) -> dict[int, list[tuple[int, int, int]]]:
+    """Source, or ``SEVERAL_SOURCES`` -> (epoch, step, number of the step in the run) of its batches."""
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    number = 0
+    for epoch, plan in enumerate(plans):
+        for step, source in enumerate(plan.sources().tolist()):
+            found.setdefault(source, []).append((epoch, step, number))
+            number += 1
+    return found
+
+
+def _same_texts(feed: Feed) -> Iterator[Notice]:
+    """Prompts that leave no room for the text."""
+    for table in feed.tokens.tables:
+        if feed.pictures is not None or len(table.rows) < 2:
+            continue
+        first = table.tokens(int(table.rows[0]))
+        if all(np.array_equal(table.tokens(int(row)), first) for row in table.rows):
+            yield Notice(
+                "texts-all-the-same",
+                f"all {len(table.rows):,} texts with the prompt {table.prompt[:80]!r} are the same {len(first)} tokens: the "
+                "prompt takes all that is read of a text",
+                "Shorten the prompt, or raise training.max_length.",
+                blocks=True,
+            )
+
+
+class _Probe:
+    """Batches of the plan with embeddings that nobody encoded."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        feed: Feed,
+        known_positives: Callable[[int], Rows],
+        width: int,
+        steps: int,
+    ) -> None:
+        self.objective, self.feed, self.known_positives = objective, feed, known_positives
+        self.width, self.steps = width, steps
+
+    def teaches(self, batch: Batch, number: int) -> bool:
+        """Whether some embeddings have a gradient."""
+        sizes = sorted({min(EXAMPLES, len(batch.query)), len(batch.query)})
+        return any(self._some(cut_batch(batch, 0, size), number) for size in sizes)
+
+    def _some(self, batch: Batch, number: int) -> bool:
+        pool = self.feed.pool(batch)
+        if self.objective.wants_tokens:
+            pool = self.feed.with_query_tokens(pool)
+        known = [self.known_positives(int(query)) for query in batch.query]
+        texts = self._texts(pool)
+        for vectors in self._embeddings(pool, texts):
+            leaf = vectors.requires_grad_()
+            seen = contrastive_batch(pool, leaf[torch.from_numpy(texts)], known, draw=number, guide=self.feed.guide)
+            loss = self.objective.forward(replace(seen, progress=number / self.steps))
+            (gradient,) = loss.gradients([leaf])
+            if not bool((gradient.abs() <= NOTHING).all()):
+                return True
+        return False
+
+    def _texts(self, pool: Pool) -> Rows:
+        """(n,) the number of what an encoder would see of each text of the pool."""
+        places = np.arange(len(pool.items))
+        rows = self.feed.tokens_of(pool, places)
+        shares = np.zeros(len(rows)) if pool.deleted is None else pool.deleted
+        numbers: dict[tuple[object, ...], int] = {}
+        # A picture's tokens say nothing of it: there each item is another.
+        items = pool.items if self.feed.pictures is not None else np.zeros(len(rows), dtype=np.int64)
+        keys = zip((row.tobytes() for row in rows), items.tolist(), shares.tolist(), strict=True)
+        return np.asarray([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+    def _embeddings(self, pool: Pool, texts: Rows) -> Iterator[Tensor]:
+        """Unrelated ones; positives near their queries; all near each other."""
+        draw = torch.Generator().manual_seed(derive_seed(0, "teaching"))
+        count = int(texts.max(initial=-1)) + 1
+        apart = torch.randn(count, self.width, generator=draw, dtype=torch.float64)
+        yield apart.clone()
+        near = apart.clone()
+        positives = np.flatnonzero(pool.is_positive)
+        near[texts[pool.documents[positives]]] += 2 * apart[texts[pool.queries[pool.owner[positives]]]]
+        yield near
+        yield apart[:1] + 0.1 * apart
