@@ -12,10 +12,11 @@ from typing import Annotated, Literal
 
 import pytest
 
+import nearfield.recipe  # noqa: F401 (brings the tables of all parts)
 from nearfield import kinds
 from nearfield.config import Config, KindSettings, load_config
 from nearfield.errors import BadInputError
-from nearfield.kinds import Kinds, allow_local_code, outside_sources
+from nearfield.kinds import PARTS, Kinds, allow_local_code, outside_sources
 
 
 class Shape(KindSettings):
@@ -192,3 +193,29 @@ def test_kinds_can_be_left_out(working: Path) -> None:
         Round.model_validate({"shape": {"kind": "circle"}})
     with pytest.raises(ValueError, match="none of these kinds"):
         Round(shape=Circle())
+
+
+def test_all_kinds_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    from nearfield.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["recipe", "kinds", "objectives"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["objectives", "infonce"]
+    assert {line.split()[0] for line in lines[1:]} == {"objectives"}
+    with pytest.raises(SystemExit) as ended:
+        main(["recipe", "kinds", "loses"])
+    assert (ended.value.code, "Parts: " in capsys.readouterr().err) == (2, True)
+
+
+@pytest.mark.parametrize("part", sorted(PARTS))
+def test_the_table_of_a_part_says_what_its_classes_are(part: str) -> None:
+    """Each name of ours is the ``kind`` of a subclass of the base, and has a line of help."""
+    found = PARTS[part]
+    base = kinds._settings_class(found.base)
+    for name, (_, text) in found.table.items():
+        settings = found.find(name)
+        assert issubclass(settings, base)
+        assert settings.model_fields["kind"].default == name
+        assert text and not text.endswith(".") and text[0] == text[0].lower()

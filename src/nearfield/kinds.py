@@ -69,6 +69,10 @@ class KindSource:
         return f"{self.path} runs code of {self.file or 'this session'}{version}"
 
 
+PARTS: dict[str, Kinds] = {}
+"""The tables of kinds of all parts whose settings are imported, by the part's name."""
+
+
 @dataclass(frozen=True)
 class Kinds:
     """The kinds of one part of the library; an annotation of the settings that pick one of them."""
@@ -80,6 +84,10 @@ class Kinds:
     table: Mapping[str, tuple[str, str]]
     """Name -> (import path of its settings, one line of help)."""
     left_out: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.left_out:
+            PARTS[self.part] = self
 
     def without(self, *names: str) -> Kinds:
         """The same kinds without some of ours, for settings that cannot hold them."""

@@ -12,10 +12,14 @@ from nearfield.cli.options import Overrides, RecipeFile
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    group = typer.Typer(help="Check a recipe, show it with all defaults, write its JSON schema.", no_args_is_help=True)
+    group = typer.Typer(
+        help="Check a recipe, show it with all defaults, write its JSON schema, list what it can name.",
+        no_args_is_help=True,
+    )
     group.command()(check)
     group.command()(show)
     group.command()(schema)
+    group.command()(kinds)
     app.add_typer(group, name="recipe")
 
 
@@ -62,3 +66,24 @@ def schema(out: Annotated[Path | None, typer.Option(help="Write here instead of 
         typer.echo(text, nl=False)
     else:
         write_text(out, text)
+
+
+def kinds(
+    part: Annotated[str | None, typer.Argument(help="One part alone, such as objectives.", metavar="[PART]")] = None,
+) -> None:
+    """List the kinds that recipes can name, a line about each; those of installed packages too."""
+    from rich.table import Table
+    from rich.text import Text
+
+    import nearfield.recipe  # noqa: F401 (brings the tables of all parts)
+    from nearfield.console import stdout_console
+    from nearfield.errors import BadInputError
+    from nearfield.kinds import PARTS
+
+    if part is not None and part not in PARTS:
+        raise BadInputError(f"there is no part {part!r}", hint=f"Parts: {', '.join(sorted(PARTS))}.")
+    table = Table("part", "kind", "what it is", box=None, pad_edge=False)
+    for name, found in sorted(PARTS.items()):
+        for kind in found.names() if part in (None, name) else ():
+            table.add_row(name, Text(kind), Text(found.help(kind)))
+    stdout_console().print(table)
