@@ -13,7 +13,7 @@ import argparse
 import time
 from pathlib import Path
 
-from nearfield.cli.printing import quiet_libraries
+from nearfield.cli.common import quiet_libraries
 from nearfield.encoders.config import EncoderConfig
 from nearfield.files import atomic_path, write_json, write_text
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     quiet_libraries()
-    from nearfield.cli.leaderboard import as_markdown
+    from nearfield.cli.compare import as_markdown
     from nearfield.evaluation import evaluate
     from nearfield.evaluation.leaderboard import leaderboard
     from nearfield.provenance import versions

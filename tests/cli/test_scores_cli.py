@@ -13,8 +13,8 @@ import pytest
 import typer
 
 from nearfield.cli import analyse as analyse_module
-from nearfield.cli import leaderboard as leaderboard_module
-from nearfield.cli import submit as submit_module
+from nearfield.cli import compare as leaderboard_module
+from nearfield.cli import eval as submit_module
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import evaluate, hub

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nearfield.cli.doctor import table
+from nearfield.cli.project import equalities
 from nearfield.conformance.equalities import Line
 from nearfield.conformance.runner import LAUNCHES, Outcome, run_launch, select
 from nearfield.conformance.tiny_models import save_tiny_bert
@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcome(request: pytest.FixtureRequest, model: Path) -> Iterator[Outcome]:
     backend, ranks = request.param
     found = run_launch(backend, ranks, model)
-    print("\n" + "\n".join(table([found])))
+    print("\n" + "\n".join(equalities([found])))
     yield found
 
 
@@ -57,7 +57,9 @@ def test_a_broken_equality_is_told() -> None:
     unnoticed = Line("ddp", 2, "a fault is noticed", 1e-5, 1e-3, at_least=True)
     undefined = Line("ddp", 2, "z = x", float("nan"), 1e-10)
     assert [line.passed for line in (fine, off, unnoticed, undefined)] == [True, False, False, False]
-    texts = table([Outcome("ddp", 2, [fine, off, unnoticed, undefined]), Outcome("zero1", 2, skipped="no DeepSpeed")])
+    texts = equalities(
+        [Outcome("ddp", 2, [fine, off, unnoticed, undefined]), Outcome("zero1", 2, skipped="no DeepSpeed")]
+    )
     assert sum("FAIL" in text for text in texts) == 3
     assert texts[-1] == "1 of 4 equalities hold; 0 launches ended early, 1 were left out"
     assert not Outcome("ddp", 2).passed, "a launch without a line shows nothing"

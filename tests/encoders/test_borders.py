@@ -18,8 +18,8 @@ from nearfield.encoders.build import build_encoder, save_encoder
 from nearfield.encoders.text_encoder import TextEncoder
 from nearfield.encoders.tokenize import prompt_tokens
 from nearfield.pipeline import open_run, run_stages
-from nearfield.pipeline.freshness import Freshness
-from nearfield.pipeline.notices import unpooled_notices
+from nearfield.pipeline.preparing import unpooled_notices
+from nearfield.pipeline.stages import Stages
 
 WORDS = [
     "Instruct: given a word, find its definition Query: dog cat house query: passage: the quick brown fox (x) : ... 7",
@@ -221,7 +221,7 @@ def test_a_trained_instruction_pools_as_plain_sentence_transformers_does(instruc
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(instructed / "run" / "model"), device="cpu")
-    cache = TokenCache(Freshness(open_run(instructed / "recipe.yaml", (), instructed / "run")).tokens_path)
+    cache = TokenCache(Stages.of(open_run(instructed / "recipe.yaml", (), instructed / "run")).tokens.output)
     prompt = "Instruct: find\nQuery: "
     table = cache.tables[cache.number(prompt)]
     model.preprocess(["dog"], prompt=prompt)
@@ -232,15 +232,15 @@ def test_a_trained_instruction_pools_as_plain_sentence_transformers_does(instruc
 
 def test_a_text_without_a_pooled_token_is_said(instructed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a text that ends with its prompt, for want of room or of words, the vector is zero."""
-    stages = Freshness(open_run(instructed / "recipe.yaml", (), instructed / "run"))
-    assert list(unpooled_notices(stages)) == []
-    cache = TokenCache(stages.tokens_path)
+    stages = Stages.of(open_run(instructed / "recipe.yaml", (), instructed / "run"))
+    assert list(unpooled_notices(stages.tokens)) == []
+    cache = TokenCache(stages.tokens.output)
     table = cache.tables[cache.number("Instruct: find\nQuery: ")]
     lengths = np.diff(table.offsets)
     shortest = int((lengths == lengths.min()).sum())
     assert shortest < len(lengths)
     monkeypatch.setattr(TokenCache, "_open", _with_longer_prompts(int(lengths.min())))
-    [notice] = unpooled_notices(stages)
+    [notice] = unpooled_notices(stages.tokens)
     assert notice.what.startswith(f"{shortest} of {len(lengths)} texts have no token behind the prompt 'Instruct: find")
     assert notice.code == "no-token-pooled"
 

@@ -11,10 +11,12 @@ import pytest
 from nearfield.errors import BadInputError
 from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages
+from nearfield.pipeline.stage import Job
 from nearfield.pipeline.stages import Stages
 from nearfield.recipe import check_recipe, load_recipe
 from nearfield.training.launch import Launch
 from nearfield.training.tracking import read_metrics
+from tests.pipeline.fingerprints import fingerprints
 
 NAIVE = "mining={rules: [{kind: naive}], negatives: 14, depth: 20, explicit: replace}"
 DYNAMIC = "mining.during={kind: dynamic, check_every: 2, ratio: 1.0, skip: 10}"
@@ -25,31 +27,31 @@ SCHEDULED = "mining.during={kind: scheduled, start: 12}"
 def run(recipe: Path, *overrides: str, until: str = "train") -> Stages:
     opened = open_run(recipe, [NAIVE, "batches.negatives=2", *overrides], recipe.parent / "runs" / "toy")
     run_stages(opened, until)
-    return Stages(opened, Launch())
+    return Stages.of(opened)
 
 
 @pytest.mark.parametrize("during", [SCHEDULED, DYNAMIC, REFRESH], ids=["scheduled", "dynamic", "refresh"])
 def test_a_recipe_trains_with_negatives_that_change(toy_recipe: Path, during: str) -> None:
     stages = run(toy_recipe, during)
-    store = stages._store()
-    inputs = stages.negative_inputs(store, stages._tokens())
+    store = stages.data.open()
+    inputs = stages.train._negative_inputs(stages.tokens.open())
     assert inputs is not None
     assert (inputs.wanted, inputs.distinct, inputs.avoid_positives) == (2, True, True)
     examples = store.select("pairs", "train")
-    mined = Negatives(stages.negatives_path)
+    mined = Negatives(stages.mine.output)
     for found, expected in zip(inputs.candidates.of(examples), mined.of(examples), strict=True):
         assert found.tolist() == expected.tolist()
     assert (inputs.remine is not None) == (during is REFRESH)
-    lines = read_metrics(stages.run.folder / "metrics.jsonl")
+    lines = read_metrics(stages.job.run.folder / "metrics.jsonl")
     assert len(lines) == 12
     assert all("negatives_clashing" in line for line in lines)
-    pools = sorted(path.name for path in (stages.run.folder / "negatives").glob("generation-*"))
+    pools = sorted(path.name for path in (stages.job.run.folder / "negatives").glob("generation-*"))
     assert pools == (["generation-00001", "generation-00002"] if during is REFRESH else [])
 
 
 def test_what_makes_a_training_stale(toy_recipe: Path) -> None:
     def prints(*overrides: str) -> dict[str, str]:
-        return Stages(open_run(toy_recipe, [NAIVE, "batches.negatives=2", *overrides]), Launch()).fingerprints
+        return fingerprints(toy_recipe, [NAIVE, "batches.negatives=2", *overrides])
 
     plain, dynamic = prints(), prints(DYNAMIC)
     assert {stage for stage in plain if plain[stage] != dynamic[stage]} == {
@@ -93,14 +95,15 @@ class Ranks:
             launch = Launch(rank, 3, rank)
             object.__setattr__(launch, "divide", self.divide)
             opened = open_run(recipe, overrides, recipe.parent / "runs" / "toy")
-            self.stages.append(Stages(opened, launch))
+            self.stages.append(Stages(Job(opened, launch)))
 
     def divide(self, task: str, own) -> None:  # type: ignore[no-untyped-def]
         self.tasks.append(task)
         own()
         if self.shares:
+            name, number = task.split()
             for stages in self.stages[1:]:
-                stages.help(task)
+                getattr(stages, name).help(int(number))
 
 
 @pytest.mark.parametrize("shares", [True, False], ids=["shared file system", "each its own"])
@@ -117,10 +120,10 @@ def test_all_ranks_encode_and_search(toy_recipe: Path, shares: bool, monkeypatch
     )
     overrides = [NAIVE]
     whole = run(toy_recipe, until="mine")
-    alone = Negatives(whole.negatives_path).table
-    vectors = {path.name: path.read_bytes() for path in whole.output("vectors").glob("*.npy")}
-    shutil.rmtree(whole.negatives_path)
-    shutil.rmtree(whole.output("vectors"))
+    alone = Negatives(whole.mine.output).table
+    vectors = {path.name: path.read_bytes() for path in whole.vectors.output.glob("*.npy")}
+    shutil.rmtree(whole.mine.output)
+    shutil.rmtree(whole.vectors.output)
 
     ranks = Ranks(toy_recipe, overrides, shares)
     main = ranks.stages[0]
@@ -133,8 +136,8 @@ def test_all_ranks_encode_and_search(toy_recipe: Path, shares: bool, monkeypatch
         made.append(len(list(parts.glob("*.npy"))) - before)
 
     monkeypatch.setattr(vectors_module, "_encode", counted)
-    main.vectors()
-    assert {path.name: path.read_bytes() for path in main.output("vectors").glob("*.npy")} == vectors
+    main.vectors.run()
+    assert {path.name: path.read_bytes() for path in main.vectors.output.glob("*.npy")} == vectors
     total = sum(made)
     assert total > 6
     if shares:
@@ -142,8 +145,8 @@ def test_all_ranks_encode_and_search(toy_recipe: Path, shares: bool, monkeypatch
         assert max(made[:3]) - min(made[:3]) <= 1
     else:
         assert len(made) == 2 and made[0] < total
-    main.mine()
-    assert Negatives(main.negatives_path).table.equals(alone)
-    assert ranks.tasks == ["vectors 0", "search 0"]
-    assert not main._shares.exists()
+    main.mine.run()
+    assert Negatives(main.mine.output).table.equals(alone)
+    assert ranks.tasks == ["vectors 0", "mine 0"]
+    assert not main.mine._shares.exists()
     assert np.array_equal(alone["example"].to_numpy(), np.sort(alone["example"].to_numpy()))

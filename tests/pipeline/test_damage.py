@@ -25,7 +25,7 @@ from nearfield.data.vectors import ItemVectors
 from nearfield.errors import BadInputError
 from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages
-from nearfield.pipeline.freshness import Freshness
+from nearfield.pipeline.stages import Stages
 from tests.pipeline.pairs import write_pairs
 
 STAGES = ("data", "vectors", "mine", "tokens", "plan")
@@ -60,8 +60,8 @@ def flip(file: Path, place: float = 0.5, bit: int = 4) -> None:
 
 
 def artifacts(folder: Path) -> dict[str, Path]:
-    stages = Freshness(open_run(folder / "recipe.yaml", folder=folder / "runs" / "toy"))
-    return {stage: path for stage in STAGES for path in stages.sealed(stage)}
+    stages = Stages.of(open_run(folder / "recipe.yaml", folder=folder / "runs" / "toy"))
+    return {stage.name: path for stage in stages.wanted("plan") for path in stage.sealed()}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -207,18 +207,15 @@ def test_a_training_goes_on_after_its_plan_was_damaged(planned: Path, tmp_path: 
 
 
 def test_a_damaged_model_is_not_scored(planned: Path, tmp_path: Path) -> None:
-    from nearfield.pipeline.stages import Stages
-    from nearfield.training.launch import Launch
-
     folder = Path(shutil.copytree(planned, tmp_path / "project"))
     run = open_run(folder / "recipe.yaml", folder=folder / "runs" / "toy")
     run_stages(run, "train")
     file = run.folder / "model" / "model.safetensors"
     known = file.read_bytes()
-    Stages(run, Launch()).check_model()
+    Stages.of(run).evaluate.check_model()
     flip(file, 0.9)
     with pytest.raises(BadInputError, match="not the one that this training wrote") as error:
-        Stages(run, Launch()).check_model()
+        Stages.of(run).evaluate.check_model()
     assert error.value.hint is not None and f"rm -r {run.folder / 'model'}" in error.value.hint
     shutil.rmtree(run.folder / "model")
     run_stages(run, "train")

@@ -15,6 +15,7 @@ from nearfield.errors import BadInputError, StoppedError
 from nearfield.pipeline import open_run, run_stages, status
 from nearfield.training import trainer
 from nearfield.training.tracking import read_metrics
+from tests.pipeline.fingerprints import fingerprints
 
 
 @pytest.fixture()
@@ -104,9 +105,7 @@ def test_what_makes_a_training_stale(toy_recipe: Path, suite: Path, toy_data: Pa
     run = tmp_path / "runs" / "toy"
 
     def train_print(*overrides: str) -> str:
-        from nearfield.pipeline.freshness import Freshness
-
-        return Freshness(open_run(toy_recipe, overrides, run)).fingerprints["train"]
+        return fingerprints(toy_recipe, overrides, run)["train"]
 
     plain = train_print()
     assert train_print("training.trackers=[{kind: tensorboard}]") == plain

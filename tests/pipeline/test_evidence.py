@@ -13,6 +13,7 @@ from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.errors import NearfieldError
 from nearfield.evaluation import ModelComparison
 from nearfield.pipeline import open_run, run_stages, status
+from tests.pipeline.fingerprints import fingerprints
 
 
 @pytest.fixture()
@@ -89,11 +90,9 @@ def test_a_suite_may_be_a_folder_and_its_content_counts(recipe: Path, tmp_path: 
     tasks.mkdir()
     (tasks / "file").write_text("one")
     settings = [f"evaluation.suite={tasks}"]
-    from nearfield.pipeline.freshness import Freshness
-
-    first = Freshness(open_run(recipe, settings, tmp_path / "run")).fingerprints["evaluate"]
+    first = fingerprints(recipe, settings, tmp_path / "run")["evaluate"]
     (tasks / "file").write_text("two")
-    assert Freshness(open_run(recipe, settings, tmp_path / "run")).fingerprints["evaluate"] != first
+    assert fingerprints(recipe, settings, tmp_path / "run")["evaluate"] != first
 
 
 def test_training_is_reproducible_from_a_copy_of_the_model(recipe: Path, tmp_path: Path, tiny_model: Path) -> None:

@@ -15,8 +15,7 @@ from nearfield.data.store import Store
 from nearfield.objectives.infonce import ContrastiveBatch, InfoNCE
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.dry_run import dry_run
-from nearfield.pipeline.stages import Stages
-from nearfield.training.launch import Launch
+from tests.pipeline.fingerprints import fingerprints
 
 MASK = "objective.guide_mask={rule: absolute, margin: 0.0}"
 FEW = ("training.max_steps=2", "batches.batch_size=8")
@@ -59,7 +58,7 @@ def test_each_batch_brings_the_guides_vectors_of_its_texts(
 
 def test_a_guide_makes_only_the_training_stale(toy_recipe: Path) -> None:
     def prints(*overrides: str) -> dict[str, str]:
-        return Stages(open_run(toy_recipe, list(overrides)), Launch()).fingerprints
+        return fingerprints(toy_recipe, list(overrides))
 
     without, base = prints(), prints(MASK)
     assert "vectors" in base and "vectors" not in without

@@ -23,9 +23,9 @@ from nearfield.encoders.stated import stated_similarity, stored_dtype
 from nearfield.encoders.text_encoder import TextEncoder
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.kinds import SIMILARITIES, CoSENTConfig, TripletConfig
+from nearfield.objectives.config import SIMILARITIES, CoSENTConfig, TripletConfig
 from nearfield.pipeline import open_run, run_stages
-from nearfield.pipeline.freshness import Freshness
+from nearfield.pipeline.stages import Stages
 from nearfield.training.tracking import read_metrics
 from tests.conftest import write_toy_recipe
 
@@ -62,7 +62,7 @@ def first_loss(run: Path, base: Path, similarity: str) -> float:
     from sentence_transformers import SentenceTransformer
 
     batch = Plan(min((run / "plan").glob("epoch-*.parquet"))).batch(0)
-    store = Store.open(Freshness(open_run(run, (), run)).store_path)
+    store = Store.open(Stages.of(open_run(run, (), run)).data.output)
     model = SentenceTransformer(str(base), device="cpu")
 
     def vectors(rows: Any) -> torch.Tensor:
@@ -146,10 +146,10 @@ def test_what_is_taken_from_the_base_is_in_the_recipe_of_the_run(
     base = save_base(tmp_path / "base", tiny_model, similarity_fn_name="dot")
     run = train(tmp_path, base, toy_data, until="data")
     assert yaml.safe_load((run / "recipe.yaml").read_text())["objective"]["similarity"] == "dot"
-    first = Freshness(open_run(tmp_path / "toy.yaml", ["training.max_steps=1", "training.dropout=false"], run))
+    first = Stages.of(open_run(tmp_path / "toy.yaml", ["training.max_steps=1", "training.dropout=false"], run))
     (tmp_path / "toy.yaml").unlink()
-    again = Freshness(open_run(run, (), run))
-    assert again.fingerprints["train"] == first.fingerprints["train"]
+    again = Stages.of(open_run(run, (), run))
+    assert again.train.fingerprint == first.train.fingerprint
 
 
 def test_stages_take_what_the_first_base_says(tmp_path: Path, tiny_model: Path, toy_data: Path) -> None:

@@ -15,9 +15,10 @@ import yaml
 from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.evaluation import evaluate
 from nearfield.evaluation import runner as evaluation_runner
-from nearfield.pipeline import decontamination, open_run
-from nearfield.pipeline import freshness as freshness_module
-from nearfield.pipeline.freshness import Freshness
+from nearfield.pipeline import contamination, open_run
+from nearfield.pipeline import stage as stage_module
+from nearfield.pipeline.stages import Stages
+from tests.pipeline.fingerprints import fingerprints
 from tests.pipeline.pairs import write_pairs
 
 Change = Callable[[dict[str, Any], Path], Any]
@@ -132,12 +133,12 @@ TOKENS: dict[str, Change] = {
 
 
 def places(folder: Path) -> dict[str, str]:
-    found = Freshness(open_run(folder / "recipe.yaml", folder=folder / "run"))
-    mined = found.recipe.mining is not None
+    found = Stages.of(open_run(folder / "recipe.yaml", folder=folder / "run"))
+    mined = found.mine.is_wanted
     return {
-        "vectors": " ".join(path.name for path in map(found.vectors_path, found._teacher_prints)),
-        "negatives": found.negatives_path.name if mined else "",
-        "tokens": found.tokens_path.name,
+        "vectors": " ".join(path.name for path in found.vectors.outputs()),
+        "negatives": found.mine.output.name if mined else "",
+        "tokens": found.tokens.output.name,
     }
 
 
@@ -157,35 +158,35 @@ def test_each_input_moves_an_artifact_of_the_shared_cache(
 
 def test_versions_move_artifacts_but_no_run_that_has_begun(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_run(project / "recipe.yaml", folder=project / "begun")
-    before, known = places(project), Freshness(run)
-    now = known.versions("tokens")
-    for kind, stage in (("vectors", "vectors"), ("negatives", "mine"), ("tokens", "tokens")):
-        for package in freshness_module._PACKAGES[stage]:
+    before, known = places(project), Stages.of(run)
+    now, first = known.tokens.versions(), fingerprints(project / "recipe.yaml")
+    for kind, stage in (("vectors", known.vectors), ("negatives", known.mine), ("tokens", known.tokens)):
+        for package in stage.packages:
 
             def other(packages: Any, package: str = package) -> dict[str, str]:
                 return {**dict.fromkeys(packages, "1"), package: "0.0.1"}
 
-            monkeypatch.setattr(freshness_module, "versions_of", other)
+            monkeypatch.setattr(stage_module, "versions_of", other)
             assert places(project)[kind] != before[kind]
     monkeypatch.undo()
     run.begin()
-    run.finish("tokens", {"fingerprint": known.fingerprints["tokens"], "versions": now})
-    made = known.tokens_path
+    run.finish("tokens", {"fingerprint": first["tokens"], "versions": now})
+    made = known.tokens.output
     made.mkdir(parents=True)
-    monkeypatch.setattr(freshness_module, "versions_of", lambda packages: {"tokenizers": "99"})
-    assert Freshness(run).tokens_path == made
-    assert Freshness(run).fingerprints == known.fingerprints  # and nothing that follows is stale
+    monkeypatch.setattr(stage_module, "versions_of", lambda packages: {"tokenizers": "99"})
+    assert Stages.of(run).tokens.output == made
+    assert fingerprints(project / "recipe.yaml") == first  # and nothing that follows is stale
     other_run = open_run(project / "recipe.yaml", folder=project / "another")
-    assert Freshness(other_run).tokens_path != made
+    assert Stages.of(other_run).tokens.output != made
     shutil.rmtree(made)
-    assert Freshness(run).tokens_path != made
+    assert Stages.of(run).tokens.output != made
 
 
 REPORT: dict[str, Callable[[pytest.MonkeyPatch, Path], Any]] = {
-    "the way of comparing": lambda patch, model: patch.setattr(decontamination, "VERSION", 99),
-    "mteb": lambda patch, model: patch.setattr(decontamination, "versions_of", lambda packages: {"mteb": "1"}),
+    "the way of comparing": lambda patch, model: patch.setattr(contamination, "VERSION", 99),
+    "mteb": lambda patch, model: patch.setattr(contamination, "versions_of", lambda packages: {"mteb": "1"}),
     "versions of the embeddings": lambda patch, model: patch.setattr(
-        decontamination, "computing_versions", lambda: {"torch": "1"}
+        contamination, "computing_versions", lambda: {"torch": "1"}
     ),
     "the model of the embeddings": lambda patch, model: config("config.json", hidden_act="relu")({}, model),
 }
@@ -210,16 +211,16 @@ def test_a_contamination_report_counts_while_it_would_be_the_same(
     pq.write_table(pa.table(columns), task / "default.test.parquet")
     store = prepare_store(project / "data.yaml", tmp_path / "cache")
     suite = tmp_path / "tasks"
-    made = decontamination.decontaminate_store(store, suite, tmp_path / "cache", encoder=str(model))
-    mark = decontamination.suite_fingerprint(suite, None)
+    made = contamination.decontaminate_store(store, suite, tmp_path / "cache", encoder=str(model))
+    mark = contamination.suite_fingerprint(suite, None)
 
     def found() -> Any:
-        return decontamination.stored_report(tmp_path / "cache", store.fingerprint, mark, ["pairs"], "train")
+        return contamination.stored_report(tmp_path / "cache", store.fingerprint, mark, ["pairs"], "train")
 
     kept = found()
     assert kept is not None and kept.report.contaminated == made.report.contaminated
-    assert decontamination.stored_report(tmp_path / "cache", store.fingerprint, mark, ["pairs"], "test") is None
-    assert decontamination.stored_report(tmp_path / "cache", store.fingerprint, mark, ["others"], "train") is None
+    assert contamination.stored_report(tmp_path / "cache", store.fingerprint, mark, ["pairs"], "test") is None
+    assert contamination.stored_report(tmp_path / "cache", store.fingerprint, mark, ["others"], "train") is None
     content = bytearray(kept.path.read_bytes())
     content[len(content) // 2] ^= 1
     kept.path.write_bytes(bytes(content))
@@ -232,7 +233,7 @@ def test_a_contamination_report_counts_while_it_would_be_the_same(
     assert found() is None
     monkeypatch.undo()
     pq.write_table(pa.table(columns), task / "default.test.parquet")
-    assert decontamination.suite_fingerprint(suite, None) != mark
+    assert contamination.suite_fingerprint(suite, None) != mark
 
 
 def older_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,10 @@ from nearfield.encoders.lengths import count_cuts, lost_tokens, shorten, whole_l
 from nearfield.encoders.limits import longest_input
 from nearfield.evaluation.results import read_manifest
 from nearfield.pipeline import open_run, run_stages
-from nearfield.pipeline.freshness import Freshness
 from nearfield.pipeline.long_models import say_long_model
+from nearfield.pipeline.stages import Stages
 from nearfield.recipe import load_recipe
+from tests.pipeline.fingerprints import fingerprints
 
 ROOT = Path(__file__).parents[2]
 SHORT = 8
@@ -56,8 +57,8 @@ def test_the_model_keeps_the_length_of_its_base(short_run: Path, tiny_model: Pat
 
 
 def test_training_reads_no_more_than_its_length(short_run: Path) -> None:
-    stages = Freshness(open_run(short_run / "toy.yaml", (), short_run / "run"))
-    cache = TokenCache(stages.tokens_path)
+    stages = Stages.of(open_run(short_run / "toy.yaml", (), short_run / "run"))
+    cache = TokenCache(stages.tokens.output)
     lengths = np.concatenate([np.diff(table.offsets) for table in cache.tables])
     assert lengths.max() == SHORT == cache.max_length
 
@@ -76,23 +77,20 @@ def test_before_is_the_base_as_published(short_run: Path, tiny_model: Path) -> N
 def test_a_length_beside_a_change_of_the_base_is_not_of_before(toy_recipe: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
-    from nearfield.pipeline.stages import Stages
-    from nearfield.training.launch import Launch
-
     settings = ["encoder.max_length=16", "encoder.pooling=cls"]
-    stages = Stages(open_run(toy_recipe, settings, tmp_path / "run"), Launch())
-    stages.run.folder.mkdir()
-    assert SentenceTransformer(stages._untrained(), device="cpu").max_seq_length == 64
+    stages = Stages.of(open_run(toy_recipe, settings, tmp_path / "run"))
+    stages.job.run.folder.mkdir()
+    assert SentenceTransformer(stages.evaluate.untrained(), device="cpu").max_seq_length == 64
 
 
 def test_cuts_are_counted_as_the_tokenizer_counts(short_run: Path, tiny_model: Path) -> None:
     """Texts of just the length are not cut; the manifest, the card and the log say what is."""
     from transformers import AutoTokenizer
 
-    stages = Freshness(open_run(short_run / "toy.yaml", (), short_run / "run"))
+    stages = Stages.of(open_run(short_run / "toy.yaml", (), short_run / "run"))
     from nearfield.data.store import Store
 
-    store, cache = Store.open(stages.store_path), TokenCache(stages.tokens_path)
+    store, cache = Store.open(stages.data.output), TokenCache(stages.tokens.output)
     texts = [text for table in cache.tables for text in store.texts(table.rows)]
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     whole = [len(tokenizer(text)["input_ids"]) for text in texts]
@@ -132,7 +130,7 @@ def test_a_training_length_above_the_models_is_said(toy_recipe: Path, tmp_path: 
 
 def test_fingerprints_follow_what_is_read(toy_recipe: Path, tmp_path: Path) -> None:
     def prints(*settings: str) -> dict[str, str]:
-        return Freshness(open_run(toy_recipe, settings, tmp_path / "run")).fingerprints
+        return fingerprints(toy_recipe, settings, tmp_path / "run")
 
     plain, short = prints(), prints("training.max_length=8")
     assert {name for name in plain if plain[name] != short[name]} >= {"tokens", "plan", "train"}

@@ -18,8 +18,8 @@ from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages, status
 from nearfield.pipeline.planning import read_examples
 from nearfield.pipeline.stages import Stages
-from nearfield.training.launch import Launch
 from tests.mining import reference
+from tests.pipeline.fingerprints import fingerprints
 
 MINING = "mining={rules: [{kind: percent_of_positive, share: 0.999}], negatives: 2, depth: 20}"
 
@@ -27,7 +27,7 @@ MINING = "mining={rules: [{kind: percent_of_positive, share: 0.999}], negatives:
 def planned(recipe: Path, *overrides: str) -> Stages:
     run = open_run(recipe, list(overrides), recipe.parent / "runs" / "toy")
     run_stages(run, "plan")
-    return Stages(run, Launch())
+    return Stages.of(run)
 
 
 def test_a_recipe_without_mining_has_no_stages_of_it(toy_recipe: Path) -> None:
@@ -37,10 +37,10 @@ def test_a_recipe_without_mining_has_no_stages_of_it(toy_recipe: Path) -> None:
 
 def test_mined_negatives_are_those_of_brute_force_and_the_plan_uses_them(toy_recipe: Path) -> None:
     stages = planned(toy_recipe, MINING, "mining.explicit=replace", "batches.negatives=2")
-    names = [stage.name for stage in status(stages.run) if stage.state == "done"]
+    names = [stage.name for stage in status(stages.job.run) if stage.state == "done"]
     assert names[:5] == ["data", "vectors", "mine", "tokens", "plan"]
-    store, negatives = stages._store(), Negatives(stages.negatives_path)
-    vectors = ItemVectors.open(stages.vectors_path(SentenceTransformerTeacher()))
+    store, negatives = stages.data.open(), Negatives(stages.mine.output)
+    vectors = ItemVectors.open(stages.vectors.path(SentenceTransformerTeacher()))
     examples = store.select("pairs", "train")
     part = store.examples.take(examples).to_pylist()
     documents = np.unique([row for example in part for row in [*example["positives"], *example["negatives"]]])
@@ -54,7 +54,7 @@ def test_mined_negatives_are_those_of_brute_force_and_the_plan_uses_them(toy_rec
         order = [item for item in sorted(place, key=lambda i: (-line[place[i]], i)) if item not in hidden][:20]
         bar = a - abs(a) * (1 - 0.999)
         assert mined[row].tolist() == [item for item in order if float(line[place[item]]) < bar][:2]
-    plan = Plan(stages.run.folder / "plan" / "epoch-000.parquet")
+    plan = Plan(stages.job.run.folder / "plan" / "epoch-000.parquet")
     for step in range(len(plan)):
         batch = plan.batch(step)
         for row, items in zip(batch.example.tolist(), batch.negatives, strict=True):
@@ -63,10 +63,10 @@ def test_mined_negatives_are_those_of_brute_force_and_the_plan_uses_them(toy_rec
 
 
 def test_what_changes_makes_only_its_own_stages_stale(toy_recipe: Path) -> None:
-    once = planned(toy_recipe, MINING).fingerprints
+    once = fingerprints(toy_recipe, [MINING])
 
     def changed(*overrides: str) -> set[str]:
-        now = Stages(open_run(toy_recipe, [MINING, *overrides]), Launch()).fingerprints
+        now = fingerprints(toy_recipe, [MINING, *overrides])
         return {stage for stage in ("data", "vectors", "mine", "tokens", "plan") if now[stage] != once[stage]}
 
     assert changed("mining.negatives=3") == {"mine", "plan"}
@@ -80,12 +80,12 @@ def test_what_changes_makes_only_its_own_stages_stale(toy_recipe: Path) -> None:
 
 def test_explicit_negatives_stay_before_the_mined_ones(toy_recipe: Path) -> None:
     stages = planned(toy_recipe, MINING)
-    store = stages._store()
-    found = stages.planned_negatives(store)
+    store = stages.data.open()
+    found = stages.plan.negatives(store)
     assert found is not None
     examples = store.select("pairs", "train")
     own = [row.as_py() for row in store.examples.take(examples)["negatives"]]
-    negatives = Negatives(stages.negatives_path)
+    negatives = Negatives(stages.mine.output)
     lists = found["pairs"].items
     scores, positive_scores = found["pairs"].scores, found["pairs"].positive_scores
     assert scores is not None and positive_scores is not None
@@ -100,14 +100,14 @@ def test_explicit_negatives_stay_before_the_mined_ones(toy_recipe: Path) -> None
 def test_examples_that_the_consistency_filter_drops_are_not_planned(toy_recipe: Path) -> None:
     mining = "mining={rules: [{kind: consistency, top: 1}, {kind: percent_of_positive}], depth: 20}"
     stages = planned(toy_recipe, mining, "batches.batch_size=8", "batches.drop_last=false", "training.max_steps=null")
-    store, negatives = stages._store(), Negatives(stages.negatives_path)
+    store, negatives = stages.data.open(), Negatives(stages.mine.output)
     examples = store.select("pairs", "train")
     kept = negatives.kept(examples)
     assert 0 < kept.sum() < len(kept)
-    plan = Plan(stages.run.folder / "plan" / "epoch-000.parquet")
+    plan = Plan(stages.job.run.folder / "plan" / "epoch-000.parquet")
     rows = np.concatenate([plan.batch(step).example for step in range(len(plan))])
     assert set(rows.tolist()) <= set(examples[kept].tolist())
-    sources, _ = read_examples(store, ["pairs"], "train", stages.planned_negatives(store))
+    sources, _ = read_examples(store, ["pairs"], "train", stages.plan.negatives(store))
     assert sources[0].negative_scores is not None and sources[0].positive_scores is not None
     assert len(sources[0].negative_scores) == len(sources[0].negatives.values)
     assert len(sources[0].positive_scores) == len(sources[0].positives.values)
@@ -151,10 +151,10 @@ mining: {{rules: [{{kind: naive}}], negatives: 3, corpus: sources}}
 
 def test_documents_of_other_sources_are_tokenised_with_this_sources_prompt(tmp_path: Path, tiny_model: Path) -> None:
     stages = planned(two_sources(tmp_path, tiny_model), 'prompts.fallback.document="one: "')
-    store, negatives = stages._store(), Negatives(stages.negatives_path)
-    names = [stage.name for stage in status(stages.run)]
+    store, negatives = stages.data.open(), Negatives(stages.mine.output)
+    names = [stage.name for stage in status(stages.job.run)]
     assert "vectors" not in names and "mine" in names
-    tokens = stages._tokens()
+    tokens = stages.tokens.open()
     table = tokens.tables[tokens.number("one: ")]
     rows = np.concatenate([np.empty(0, np.int64), *negatives.of(store.select("one", "train"))])
     texts = store.texts(rows)
@@ -165,10 +165,10 @@ def test_documents_of_other_sources_are_tokenised_with_this_sources_prompt(tmp_p
 def test_the_planner_gets_the_teachers_vectors(toy_recipe: Path, tiny_model: Path) -> None:
     batches = "batches={kind: kmeans_strata, batch_size: 16, clusters: 3}"
     stages = planned(toy_recipe, batches, f"teacher={{kind: sentence_transformer, model: {tiny_model}}}")
-    assert [stage.name for stage in status(stages.run)][:4] == ["data", "vectors", "tokens", "plan"]
-    given = stages.planner_vectors()
+    assert [stage.name for stage in status(stages.job.run)][:4] == ["data", "vectors", "tokens", "plan"]
+    given = stages.vectors.planned()
     assert given is not None
-    store = stages._store()
+    store = stages.data.open()
     queries = store.examples.take(store.select("pairs", "train"))["query"].to_numpy()
     assert given("query", queries).shape == (len(queries), 32)
 
@@ -198,7 +198,7 @@ def test_bad_recipes(toy_recipe: Path, overrides: Any, words: str) -> None:
 def test_mining_from_python(toy_recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "python"
     negatives = nearfield.mine(toy_recipe, [MINING], run)
-    stages = Stages(open_run(toy_recipe, [MINING], run), Launch())
-    assert negatives.path == stages.negatives_path
-    assert negatives.examples.tolist() == stages._store().select("pairs", "train").tolist()
+    stages = Stages.of(open_run(toy_recipe, [MINING], run))
+    assert negatives.path == stages.mine.output
+    assert negatives.examples.tolist() == stages.data.open().select("pairs", "train").tolist()
     assert negatives.rows.size

@@ -22,7 +22,6 @@ from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.dry_run import dry_run
 from nearfield.pipeline.stages import Stages
-from nearfield.training.launch import Launch
 from tests.data.making import write_rows
 from tests.pipeline.scores import score
 
@@ -148,9 +147,9 @@ def test_what_cannot_work_is_refused(recipe: Path, tmp_path: Path) -> None:
 
 def test_texts_pictures_and_both_are_mined_by_one_tower(recipe: Path, tmp_path: Path) -> None:
     settings = ["mining={negatives: 2, rules: []}", "batches.negatives=1"]
-    stages = Stages(open_run(recipe, settings, tmp_path / "runs" / "mined"), Launch())
-    run_stages(stages.run, "mine")
-    store, found = Store.open(stages.store_path), Negatives(stages.negatives_path)
+    stages = Stages.of(open_run(recipe, settings, tmp_path / "runs" / "mined"))
+    run_stages(stages.job.run, "mine")
+    store, found = Store.open(stages.data.output), Negatives(stages.mine.output)
     encoder = TextEncoder.load(str(recipe.parent / "base"), device="cpu")
     queries = found.table["query"].to_numpy()
     assert set(store.modalities(queries)) == {"text", "text+image"}

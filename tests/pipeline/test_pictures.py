@@ -20,7 +20,6 @@ from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.auditing import audit_run
 from nearfield.pipeline.stages import Stages
-from nearfield.training.launch import Launch
 from tests.data.making import write_rows
 from tests.pipeline.scores import score
 
@@ -121,8 +120,8 @@ def test_pictures_are_mined_and_planned_by_a_teacher_of_both(recipe: Path, tmp_p
         "evaluation=null",
     ]
     run_stages(open_run(recipe, settings, tmp_path / "runs" / "mined"))
-    stages = Stages(open_run(recipe, settings, tmp_path / "runs" / "mined"), Launch())
-    store, found = Store.open(stages.store_path), Negatives(stages.negatives_path)
+    stages = Stages.of(open_run(recipe, settings, tmp_path / "runs" / "mined"))
+    store, found = Store.open(stages.data.output), Negatives(stages.mine.output)
     model = SentenceTransformer(str(teacher), device="cpu")
     names = model.encode(store.texts(found.table["query"].to_numpy()), normalize_embeddings=True)
     shown = model.encode(store.images(found.rows), normalize_embeddings=True)
@@ -131,10 +130,10 @@ def test_pictures_are_mined_and_planned_by_a_teacher_of_both(recipe: Path, tmp_p
     positives = store.examples.take(found.examples)["positives"].to_pylist()
     everything = np.unique([row for rows in positives for row in rows])
     similarity = names @ model.encode(store.images(everything), normalize_embeddings=True).T
-    seen = audit_run(stages.run, SentenceTransformerTeacher(model=str(teacher)), shown=1)
+    seen = audit_run(stages.job.run, SentenceTransformerTeacher(model=str(teacher)), shown=1)
     assert seen.sample[0].negatives[0].text.startswith("[image ")
     with pytest.raises(BadInputError, match="goes by words alone"):
-        audit_run(stages.run, BM25Teacher())
+        audit_run(stages.job.run, BM25Teacher())
     for line, own, mined in zip(similarity, positives, found.rows.reshape(-1, 2).tolist(), strict=True):
         others = [item for item in everything[np.argsort(-line)].tolist() if item not in own]
         assert mined == others[:2]
@@ -166,17 +165,17 @@ def test_patterns_of_a_sample_are_scored_in_one_batch(recipe: Path, tmp_path: Pa
         "training.max_steps=3",
         "evaluation=null",
     ]
-    stages = Stages(open_run(recipe, settings, tmp_path / "runs" / "patterns"), Launch())
-    run_stages(stages.run)
-    plan = pq.read_table(stages.run.folder / "plan" / "epoch-000.parquet")
-    store = Store.open(stages.store_path)
+    stages = Stages.of(open_run(recipe, settings, tmp_path / "runs" / "patterns"))
+    run_stages(stages.job.run)
+    plan = pq.read_table(stages.job.run.folder / "plan" / "epoch-000.parquet")
+    store = Store.open(stages.data.output)
     samples = store.examples.take(plan["example"])["cluster"].to_pylist()
     assert len(samples) == 24 + 32
     for step in range(4):
         mine = [i for i, number in enumerate(plan["step"].to_pylist()) if number == step]
         of = [{samples[i] for i in mine if plan["source"][i].as_py() == number} for number in (0, 1)]
         assert len(of[0]) == 8 and of[1] == {sample for sample in of[0] if int(sample[1:]) % 4}
-    lines = [json.loads(line) for line in (stages.run.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (stages.job.run.folder / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(line["loss"] > 1 for line in lines), "two losses, of 8 and of 6 rows"
     with pytest.raises(BadInputError, match="negatives of each other"):
         open_run(recipe, [*settings, "objective={kind: infonce}"], tmp_path / "runs" / "plain")

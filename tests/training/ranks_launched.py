@@ -26,37 +26,39 @@ import torch
 from nearfield.cli import main
 from nearfield.errors import BadInputError
 from nearfield.evaluation.encoder import TaskEncoder
-from nearfield.pipeline.stages import Stages
+from nearfield.pipeline.planning import PlanStage
+from nearfield.pipeline.preparing import TokensStage
+from nearfield.pipeline.training import TrainStage
 from nearfield.training import exchange, launch, trainer
 
 
 def slow_tokens(seconds: float) -> Any:
     """The stage ``tokens`` takes longer."""
-    tokens = Stages.tokens
+    tokens = TokensStage.run
 
-    def slow(self: Stages) -> dict[str, Any]:
+    def slow(self: TokensStage) -> dict[str, Any]:
         time.sleep(seconds)
         return tokens(self)
 
-    return mock.patch.object(Stages, "tokens", slow)
+    return mock.patch.object(TokensStage, "run", slow)
 
 
 def broken_plan() -> Any:
     """The stage ``plan`` fails."""
 
-    def broken(self: Stages) -> dict[str, Any]:
+    def broken(self: PlanStage) -> dict[str, Any]:
         raise BadInputError("the disk is on fire", where="somewhere", hint="Put it out.")
 
-    return mock.patch.object(Stages, "plan", broken)
+    return mock.patch.object(PlanStage, "run", broken)
 
 
 def unready() -> Any:
     """This rank cannot build the model, which is found out after the data stages and before the process group is made."""
 
-    def fail(self: Stages, device: torch.device) -> Any:
+    def fail(self: TrainStage, device: torch.device) -> Any:
         raise OSError("no model on this machine")
 
-    return mock.patch.object(Stages, "_encoder", fail)
+    return mock.patch.object(TrainStage, "encoder", fail)
 
 
 def terminated(step: int) -> Any:

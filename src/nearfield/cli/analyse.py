@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nearfield.cli.common import quiet_libraries, table, tell
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -47,13 +48,8 @@ def analyse_command(
 ) -> None:
     """Isotropy, spectrum, intrinsic dimension, truncation, hubs, near-duplicates and length of each model; CKA and shared
     neighbours of each pair; with a suite's questions thresholds and whether one model reads another's index."""
-    from nearfield.cli.printing import quiet_libraries
-
     quiet_libraries()
-    from rich.text import Text
-
     from nearfield.analysis.run import NEIGHBOURS
-    from nearfield.console import stdout_console
     from nearfield.encoders.encode import text_encoder
     from nearfield.files import write_json
     from nearfield.pipeline.analysing import analyse_models, sample_of
@@ -82,10 +78,9 @@ def analyse_command(
         from nearfield.reporting.analysis import write_analysis_page
 
         write_analysis_page(made, html)
-    console = stdout_console()
-    console.print(_table(analysis))
+    tell(_table(analysis))
     for sentence in sentences_of(analysis):
-        console.print(Text(sentence))
+        tell(sentence)
 
 
 def sentences_of(analysis: Analysis) -> list[str]:
@@ -140,13 +135,5 @@ ROWS = (
 
 
 def _table(analysis: Analysis) -> object:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(f"{analysis.texts} texts"))
-    table.add_column("")
-    for model in analysis.models:
-        table.add_column(model, justify="right", overflow="fold")
-    for title, field, form in ROWS:
-        table.add_row(title, *(format(getattr(one, field), form) for one in analysis.geometry))
-    return table
+    rows = [[title, *(format(getattr(one, field), form) for one in analysis.geometry)] for title, field, form in ROWS]
+    return table(["", *analysis.models], rows, f"{analysis.texts} texts", words=1)

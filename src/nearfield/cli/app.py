@@ -65,21 +65,5 @@ def _end_in_order() -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
-for module in (
-    "init",
-    "recipe",
-    "data",
-    "mine",
-    "plan",
-    "train",
-    "eval",
-    "compare",
-    "leaderboard",
-    "twins",
-    "analyse",
-    "submit",
-    "report",
-    "run",
-    "doctor",
-):
+for module in ("project", "data", "mine", "plan", "train", "eval", "compare", "twins", "analyse", "run"):
     importlib.import_module(f"nearfield.cli.{module}").register(app)

@@ -1,23 +1,26 @@
-"""``nearfield compare``: which model, or which way to train, is better, and how sure that is."""
+"""``nearfield compare`` and ``nearfield leaderboard``: which model, or which way to train, is better, and how sure that is."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nearfield.cli.options import RESULTS, ResultsFolder, TaskNames
+from nearfield.cli.common import RESULTS, Labels, ResultsFolder, TaskNames, names, table, tell
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
     from nearfield.evaluation import ModelComparison
     from nearfield.evaluation.comparison import DifferenceRow, MethodComparison, ScoreRow, Standing
+    from nearfield.evaluation.leaderboard import Leaderboard, Value
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
     app.command("compare")(compare_command)
+    app.command("leaderboard")(leaderboard_command)
 
 
 def compare_command(
@@ -37,7 +40,7 @@ def compare_command(
         str | None,
         typer.Option("--against", help="Published results: a folder of mteb's files, or 'mteb' for its repository."),
     ] = None,
-    labels: Annotated[str | None, typer.Option("--labels", help="Names for the table, separated by commas.")] = None,
+    labels: Labels = None,
     tasks: TaskNames = None,
     margin: Annotated[
         float | None, typer.Option("--margin", help="Test equivalence within this many points (of 100) too.")
@@ -52,13 +55,13 @@ def compare_command(
 
     Recipes (or folders that hold runs) are compared as ways to train: paired by seed, with a verdict from five seeds on.
     """
+    from nearfield.evaluation import compare
     from nearfield.evaluation.comparison import check_settings
     from nearfield.files import write_json
     from nearfield.pipeline.methods import is_method
 
     check_settings(samples, permutations, level)
-    named = [label.strip() for label in labels.split(",")] if labels is not None else None
-    chosen = [task.strip() for task in tasks.split(",") if task.strip()] if tasks is not None else None
+    named, chosen = names(labels), names(tasks)
     made: ModelComparison | MethodComparison | Standing
     methods = [model for model in models if is_method(model)]
     if named is not None and len(named) != len(models):
@@ -75,25 +78,27 @@ def compare_command(
         made = _published(models, results, against, named, samples, level, seed)
         show_standing(made)
     else:
-        made = _models(models, results, named, baseline, chosen, samples, permutations, level, seed, margin)
+        folders, named, baseline = _models(models, results, named, baseline)
+        made = compare(
+            folders,
+            named,
+            baseline=baseline,
+            tasks=chosen,
+            samples=samples,
+            permutations=permutations,
+            level=level,
+            seed=seed,
+            margin=None if margin is None else margin / 100,
+        )
         show_comparison(made)
     if json_out is not None:
         write_json(json_out, made.to_json())
 
 
 def _models(
-    models: list[str],
-    results: Path,
-    named: list[str] | None,
-    baseline: str | None,
-    tasks: list[str] | None,
-    samples: int,
-    permutations: int,
-    level: float,
-    seed: int,
-    margin: float | None,
-) -> ModelComparison:
-    from nearfield.evaluation import compare
+    models: list[str], results: Path, named: list[str] | None, baseline: str | None
+) -> tuple[list[Path], list[str], str | None]:
+    """The results of models, their names in the table, and the name of the baseline."""
     from nearfield.evaluation.results import find_results
 
     if len(models) < 2:
@@ -102,17 +107,7 @@ def _models(
     named = named or short_labels(folders)
     if baseline is not None and baseline not in named:
         baseline = named[_position(baseline, models, folders, results)]
-    return compare(
-        folders,
-        named,
-        baseline=baseline,
-        tasks=tasks,
-        samples=samples,
-        permutations=permutations,
-        level=level,
-        seed=seed,
-        margin=None if margin is None else margin / 100,
-    )
+    return folders, named, baseline
 
 
 def _methods(
@@ -171,34 +166,26 @@ def _position(baseline: str, models: list[str], folders: list[Path], results: Pa
 
 def show_comparison(comparison: ModelComparison) -> None:
     """Print scores, differences and what they say."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from nearfield.console import stdout_console
     from nearfield.evaluation.scores import MARK, noticed
 
-    console = stdout_console()
     level = f"{comparison.settings['level']:.0%}".rstrip()
-    table = Table(title=Text(f"Scores with {level} intervals; differences to {comparison.baseline}"))
-    for heading in ("task", "model"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("score", f"{level} interval", "difference", f"{level} interval", "p", "effect", "units"):
-        table.add_column(heading, justify="right")
     differences = {(d.task, d.subset, d.split, d.model): d for d in comparison.differences}
-    marked = noticed(comparison.notices)
+    marked, rows = noticed(comparison.notices), []
     for row in comparison.scores:
         difference = differences.get((row.task, row.subset, row.split, row.model))
         title = row.task + (f" {row.subset}" if row.subset != "default" else "")
         score, *numbers = _numbers(row, difference)
-        table.add_row(Text(title), Text(row.model), score + (MARK if (row.model, row.task) in marked else ""), *numbers)
-    console.print(table)
+        rows.append([title, row.model, score + (MARK if (row.model, row.task) in marked else ""), *numbers])
+    interval = f"{level} interval"
+    heads = ["task", "model", "score", interval, "difference", interval, "p", "effect", "units"]
+    tell(table(heads, rows, f"Scores with {level} intervals; differences to {comparison.baseline}", words=2))
     for difference in comparison.differences:
-        console.print(Text(difference.sentence))
+        tell(difference.sentence)
     for row in comparison.scores:
         if row.reason is not None and row.model == comparison.baseline:
-            console.print(Text(f"{row.task} {row.subset}: no interval, because {row.reason}."))
+            tell(f"{row.task} {row.subset}: no interval, because {row.reason}.")
     for note in (*comparison.notes, *(notice.sentence for notice in comparison.notices)):
-        console.print(Text(note))
+        tell(note)
 
 
 def _numbers(row: ScoreRow, difference: DifferenceRow | None) -> list[str]:
@@ -218,27 +205,123 @@ def _numbers(row: ScoreRow, difference: DifferenceRow | None) -> list[str]:
 
 def show_methods(comparison: MethodComparison) -> None:
     """Print what is said of ways to train."""
-    from rich.text import Text
-
-    from nearfield.console import stdout_console
-
-    console = stdout_console()
     for row in comparison.rows:
-        console.print(Text(row.sentence))
+        tell(row.sentence)
     for note in comparison.notes:
-        console.print(Text(note))
+        tell(note)
 
 
 def show_standing(standing: Standing) -> None:
     """Print where a model stands against published results."""
-    from rich.text import Text
-
-    from nearfield.console import stdout_console
-
-    console = stdout_console()
     for title, (place, models) in standing.places.items():
-        console.print(Text(f"{title}: place {place} of {models}"))
+        tell(f"{title}: place {place} of {models}")
     for row in standing.rows:
-        console.print(Text(row.sentence))
+        tell(row.sentence)
     for note in standing.notes:
-        console.print(Text(note))
+        tell(note)
+
+
+def leaderboard_command(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Results folders or models; all models below --results by default.")
+    ] = None,
+    results: ResultsFolder = RESULTS,
+    labels: Labels = None,
+    tasks: TaskNames = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the whole table here.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the table here, as Markdown.")] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Joint draws of all models.")] = 2_000,
+    level: Annotated[float, typer.Option("--level", help="Level of intervals and rank sets.")] = 0.95,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
+) -> None:
+    """Rank models by Borda points and means, with intervals and the ranks that each may hold."""
+    from nearfield.evaluation.leaderboard import leaderboard
+    from nearfield.evaluation.results import all_results, find_results
+    from nearfield.files import write_json, write_text
+
+    folders = [find_results(model, results) for model in models] if models else all_results(results)
+    if not folders:
+        raise BadInputError("there are no results", where=str(results), hint="Score models with nearfield eval.")
+    named = names(labels) or short_labels(folders)
+    board = leaderboard(folders, named, tasks=names(tasks), samples=samples, level=level, seed=seed)
+    if json_out is not None:
+        write_json(json_out, board.to_json())
+    if markdown is not None:
+        write_text(markdown, as_markdown(board))
+    _show(board)
+
+
+HEADINGS = ("place", "model", "mean of tasks", "ranks", "mean of types", "Borda", "mean rank")
+
+
+def _cells(board: Leaderboard) -> list[list[str]]:
+    from nearfield.evaluation.scores import MARK
+
+    rows, marked = [], {notice.model for notice in board.notices}
+    for row in board.rows:
+        ranks = "" if row.rank_low is None else _range(row.rank_low, row.rank_high)
+        rows.append(
+            [
+                str(row.place),
+                row.label + (MARK if row.label in marked else ""),
+                _words(row.mean_task, 4),
+                ranks,
+                _words(row.mean_type, 4),
+                _words(row.borda, 1),
+                _words(row.mean_rank, 2),
+            ]
+        )
+    return rows
+
+
+def _range(low: int, high: int | None) -> str:
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _words(value: Value, digits: int) -> str:
+    if value.value is None:
+        return "tasks missing"
+    ends = "" if value.low is None or value.high is None else f" [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    return f"{value.value:.{digits}f}{ends}"
+
+
+def _about(board: Leaderboard) -> list[str]:
+    level = f"{100 * board.settings['level']:g} %"
+    return [
+        f"{len(board.tasks)} {'task' if len(board.tasks) == 1 else 'tasks'}. Ranks: by the mean of tasks, sets that hold all true ranks at once with {level}. That two "
+        "models cannot be told apart is not transitive, so models with overlapping sets form no group. Borda points depend "
+        "on which models are in the table.",
+        *board.notes,
+        *(notice.sentence for notice in board.notices),
+    ]
+
+
+def as_markdown(board: Leaderboard) -> str:
+    """The table, the scores of each task and the notes as Markdown."""
+    from nearfield.evaluation.scores import MARK, noticed
+
+    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- | --- |" + " ---: |" * (len(HEADINGS) - 2)]
+    lines += ["| " + " | ".join(_escape(cell) for cell in cells) + " |" for cells in _cells(board)]
+    lines += ["", "| model | " + " | ".join(task.name for task in board.tasks) + " |"]
+    lines += ["| --- |" + " ---: |" * len(board.tasks)]
+    marked = noticed(board.notices)
+    for row in board.rows:
+        scores = [
+            f"{row.scores[task.name]:.4f}{MARK if (row.label, task.name) in marked else ''}"
+            if task.name in row.scores
+            else ""
+            for task in board.tasks
+        ]
+        lines.append(f"| {_escape(row.label)} | " + " | ".join(scores) + " |")
+    # A line that begins with an asterisk would be a list's.
+    return "\n".join([*lines, "", *(re.sub(r"^\*", r"\\*", line) for line in _about(board))]) + "\n"
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+def _show(board: Leaderboard) -> None:
+    tell(table(HEADINGS, _cells(board), f"{len(board.rows)} models on {len(board.tasks)} tasks", words=2))
+    for line in _about(board):
+        tell(line)

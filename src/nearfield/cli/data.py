@@ -1,4 +1,4 @@
-"""``nearfield data``: build a store, count what it holds, show examples."""
+"""Data stores: ``nearfield data build|stats|sample``, and ``data decontaminate``, which compares them with benchmarks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nearfield.cli.options import Overrides
-from nearfield.errors import BadInputError
+from nearfield.cli.common import Overrides, line_of, names, quiet_libraries, table, tell
+from nearfield.errors import EXIT_FAULT, BadInputError
 
 if TYPE_CHECKING:
+    from nearfield.data.contamination import ContaminationReport
+    from nearfield.data.decontamination_config import DecontaminationConfig
+    from nearfield.data.examples import Example
     from nearfield.data.stats import CountTokens, Lengths, ShownExample, StoreStats
     from nearfield.data.store import Store
     from nearfield.data.summary import DataSummary, StepSummary
@@ -24,8 +27,6 @@ StoreOrRecipe = Annotated[Path, typer.Argument(help="A built store (folder) or a
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the tree."""
-    from nearfield.cli.decontaminate import decontaminate
-
     data = typer.Typer(help="Build data stores, look into them, check them against benchmarks.", no_args_is_help=True)
     data.command("build")(build)
     data.command("stats")(stats)
@@ -122,129 +123,197 @@ def _token_counter(name: str) -> CountTokens:
 
 def print_summary(summary: DataSummary) -> None:
     """A built store as a table, its conflicts and its place."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from nearfield.console import stdout_console
-
-    console = stdout_console()
     state = "is there already" if summary.reused else "is built"
-    console.print(
-        f"The store [bold]{escape(summary.name)}[/] {state}: {summary.items:,} items, {summary.examples:,} examples"
-    )
-    table = Table("source", "kind", "rows", "examples", "duplicates", "quarantined", "groups", "splits")
-    for source in summary.sources:
-        splits = ", ".join(f"{escape(name)} {count:,}" for name, count in source.splits.items())
-        bad = sum(source.quarantined.values())
-        numbers = [f"{n:,}" for n in (source.rows, source.examples, source.duplicates, bad, source.groups)]
-        table.add_row(source.name, source.kind, *numbers, splits)
-    console.print(table)
+    counts = f" {state}: {summary.items:,} items, {summary.examples:,} examples"
+    tell(line_of("The store ", (summary.name, "bold"), counts))
+    rows = [
+        [
+            source.name,
+            source.kind,
+            *(f"{n:,}" for n in (source.rows, source.examples, source.duplicates, sum(source.quarantined.values()))),
+            f"{source.groups:,}",
+            ", ".join(f"{name} {count:,}" for name, count in source.splits.items()),
+        ]
+        for source in summary.sources
+    ]
+    heads = ["source", "kind", "rows", "examples", "duplicates", "quarantined", "groups", "splits"]
+    tell(table(heads, rows))
     for source in summary.sources:
         for reason, count in source.quarantined.items():
-            console.print(f"  {source.name}: {count:,} rows quarantined: {escape(reason)}")
+            tell(f"  {source.name}: {count:,} rows quarantined: {reason}")
     print_steps(summary.steps, summary.path)
     conflicts = summary.conflicts
     if conflicts.positive_and_negative:
-        console.print(
+        tell(
             f"  {conflicts.positive_and_negative:,} texts were positive and negative of one query; they stay positive "
             f"({conflicts.examples_changed:,} examples changed)"
         )
     if conflicts.labels:
-        console.print(f"  {conflicts.labels:,} items have more than one label")
+        tell(f"  {conflicts.labels:,} items have more than one label")
     if conflicts.scores:
-        console.print(f"  {conflicts.scores:,} pairs have more than one score")
+        tell(f"  {conflicts.scores:,} pairs have more than one score")
     for conflict in conflicts.first:
         shown = " | ".join(f"{key}: {value[:100]}" for key, value in conflict.items() if key != "what")
-        console.print(f"    {conflict['what']}: {shown}", markup=False, highlight=False)
+        tell(f"    {conflict['what']}: {shown}")
     for splits, count in summary.shared_between_splits.items():
-        console.print(f"  {count:,} texts are in examples of both splits {escape(splits.replace('+', ' and '))}")
-    console.print(f"Place: {escape(str(summary.path))}")
+        tell(f"  {count:,} texts are in examples of both splits {splits.replace('+', ' and ')}")
+    tell(f"Place: {summary.path}")
 
 
 def print_steps(steps: Sequence[StepSummary], store: Path) -> None:
     """What each cleaning step took out, if there is one."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from nearfield.console import stdout_console
-
     if not steps:
         return
-    console = stdout_console()
-    table = Table("step", "source", "before", "after", "taken out", "positives", "negatives", "reasons")
+    rows = []
     for step in steps:
         reasons = "; ".join(f"{reason} {count:,}" for reason, count in list(step.reasons.items())[:5])
         for place, (name, before) in enumerate(step.before.items()):
             after = step.after[name]
-            first = place == 0
-            table.add_row(
-                f"{step.number} {step.kind}" if first else "",
-                name,
-                *(f"{count:,}" for count in (before, after, before - after)),
-                *(f"{count:,}" if first else "" for count in (step.positives, step.negatives)),
-                Text(reasons if first else ""),
-            )
-    console.print(table)
-    console.print(f"  What went, and why: {store / 'removed.jsonl'}", markup=False, highlight=False)
+            counts = [f"{count:,}" for count in (before, after, before - after)]
+            whole = [f"{step.positives:,}", f"{step.negatives:,}", reasons] if place == 0 else ["", "", ""]
+            rows.append([f"{step.number} {step.kind}" if place == 0 else "", name, *counts, *whole])
+    tell(table(["step", "source", "before", "after", "taken out", "positives", "negatives", "reasons"], rows))
+    tell(f"  What went, and why: {store / 'removed.jsonl'}")
 
 
 def print_stats(stats: StoreStats) -> None:
     """Statistics as tables and histograms."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from nearfield.console import stdout_console
-
-    console = stdout_console()
-    console.print(f"[bold]{escape(stats.name)}[/]: {stats.items:,} items, {stats.examples:,} examples")
-    table = Table("source", "kind", "task type", "splits", "positives", "negatives", "labels", "duplicates", "overlap")
-    for source in stats.sources:
-        splits = ", ".join(f"{escape(name)} {count:,}" for name, count in source.splits.items())
-        overlap = "" if source.overlap is None else f"{source.overlap:.1%}"
-        numbers = [f"{source.positives:.2f}", f"{source.negatives:.2f}", f"{source.labels:,}"]
-        table.add_row(
-            source.name, source.kind, source.task_type, splits, *numbers, f"{source.duplicate_share:.1%}", overlap
-        )
-    console.print(table)
+    tell(line_of((stats.name, "bold"), f": {stats.items:,} items, {stats.examples:,} examples"))
+    rows = [
+        [
+            *(source.name, source.kind, source.task_type),
+            ", ".join(f"{name} {count:,}" for name, count in source.splits.items()),
+            *(f"{source.positives:.2f}", f"{source.negatives:.2f}", f"{source.labels:,}"),
+            f"{source.duplicate_share:.1%}",
+            "" if source.overlap is None else f"{source.overlap:.1%}",
+        ]
+        for source in stats.sources
+    ]
+    heads = ["source", "kind", "task type", "splits", "positives", "negatives", "labels", "duplicates", "overlap"]
+    tell(table(heads, rows))
     print_steps(stats.steps, Path(stats.path))
     for source in stats.sources:
         if source.pictures:
-            console.print(f"{escape(source.name)}: {source.pictures:,} different pictures")
-    console.print(f"Lengths in {escape(stats.unit)}:")
+            tell(f"{source.name}: {source.pictures:,} different pictures")
+    tell(f"Lengths in {stats.unit}:")
     for source in stats.sources:
         for lengths in source.lengths:
-            console.print(_histogram(source.name, lengths))
+            _print_histogram(source.name, lengths)
 
 
-def _histogram(source: str, lengths: Lengths) -> object:
-    from rich.table import Table
-
-    title = (
+def _print_histogram(source: str, lengths: Lengths) -> None:
+    tell(
         f"{source}, {lengths.role}: {lengths.items:,} items, mean {lengths.mean:.1f}, median {lengths.median:.0f}, "
-        f"95% up to {lengths.p95:.0f}, longest {lengths.longest:,}"
+        f"95% up to {lengths.p95:.0f}, longest {lengths.longest:,}",
+        "italic",
     )
-    table = Table("up to", "items", "", title=title, title_justify="left", box=None)
     top = max(count for _, count in lengths.histogram)
-    for bound, count in lengths.histogram:
-        table.add_row(f"{bound:,}", f"{count:,}", "█" * round(40 * count / top))
-    return table
+    bars = [(f"{bound:,}", f"{count:,}", "█" * round(40 * count / top)) for bound, count in lengths.histogram]
+    tell(table(["up to", "items", ""], bars))
 
 
 def print_example(example: ShownExample) -> None:
     """An example in words; long texts are cut."""
+    tell(f"{example.source} / {example.split} / example {example.row}", "bold")
+    colours = {"query": "cyan", "item": "cyan", "negative": "red", "score": "", "label": ""}
+    for name, text in example_parts(example):
+        cut = text if len(text) <= 500 else f"{text[:500]} ... ({len(text):,} characters)"
+        tell(line_of(f"  {name:<9}", (cut, colours.get(name, "green"))))
+
+
+def example_parts(example: ShownExample | Example) -> list[tuple[str, str]]:
+    """An example as names and words."""
+    parts = [("query" if example.positives else "item", str(example.query))]
+    parts += [("positive" if example.score is None else "second", str(text)) for text in example.positives]
+    parts += [("negative", str(text)) for text in example.negatives]
+    parts += [("score", f"{example.score:g}")] if example.score is not None else []
+    return parts + ([("label", str(example.label))] if example.label is not None else [])
+
+
+def decontaminate(
+    store: Annotated[Path, typer.Argument(help="A data recipe, or a built store (folder).", metavar="RECIPE|STORE")],
+    suite: Annotated[Path, typer.Option("--suite", help="A suite YAML, or a folder of local tasks.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings of the data recipe as key.path=value.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split that is trained on.")] = "train",
+    sources: Annotated[str | None, typer.Option(help="Only these sources, separated by commas.")] = None,
+    embed: Annotated[
+        str | None, typer.Option("--embed", help="Find near-duplicates by this model's embeddings, too.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the comparison, e.g. ngram=8 or cosine=0.9.")
+    ] = None,
+    remove: Annotated[
+        Path | None, typer.Option("--remove", help="Write the texts to remove here, for a step removal_list.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the report here, too.")] = None,
+    cache: Annotated[Path, typer.Option(help="Where stores and reports are kept.")] = Path("runs/.cache"),
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a training text matches.")] = False,
+) -> None:
+    """Compare the training texts of a data recipe with the texts of a suite, and keep the report for the model card."""
+    quiet_libraries()
+    from nearfield.pipeline.contamination import decontaminate_store
+
+    opened, config = open_store(store, overrides, cache), _settings(settings or [])
+    stored = decontaminate_store(opened, suite, cache, config, sources=names(sources), split=split, encoder=embed)
+    if out is not None:
+        stored.report.save(out)
+    if remove is not None:
+        stored.report.save_removals(remove)
+    print_report(stored.report, stored.path, remove)
+    if check and stored.report.contaminated:
+        raise typer.Exit(EXIT_FAULT)
+
+
+def _settings(texts: list[str]) -> DecontaminationConfig:
+    from nearfield.config import KeyPath, apply_override, validate
+    from nearfield.data.decontamination_config import DecontaminationConfig
+
+    data: dict[str, object] = {}
+    origins: dict[KeyPath, str] = {}
+    for text in texts:
+        apply_override(data, text, origins)
+    return validate(DecontaminationConfig, data, Path("--set"), origins, base=None)
+
+
+def print_report(report: ContaminationReport, path: Path, remove: Path | None = None) -> None:
+    """A report as tables; texts are printed as they are, without markup."""
     from rich.text import Text
 
-    from nearfield.console import stdout_console
+    from nearfield.data.contamination import KINDS
 
-    console = stdout_console()
-    console.print(Text(f"{example.source} / {example.split} / example {example.row}", style="bold"))
-    lines = [("query" if example.positives else "item", "cyan", example.query)]
-    lines += [("positive" if example.score is None else "second", "green", text) for text in example.positives]
-    lines += [("negative", "red", text) for text in example.negatives]
-    for name, colour, text in lines:
-        cut = text if len(text) <= 500 else f"{text[:500]} ... ({len(text):,} characters)"
-        console.print(Text.assemble(f"  {name:<9}", (cut, colour)))
-    if example.score is not None:
-        console.print(Text(f"  score    {example.score:g}"))
-    if example.label is not None:
-        console.print(Text(f"  label    {example.label}"))
+    sides = ", ".join(f"{count:,} {role}" for role, count in report.training.items() if count)
+    tell(
+        f"{report.texts:,} training texts of {', '.join(report.sources)} ({report.split}; as {sides}) against the suite "
+        f"{report.suite}"
+    )
+    rows: list[list[object]] = []
+    for task in report.tasks:
+        if task.problem is not None:
+            rows.append([task.task, Text("not read", style="red")])
+            continue
+        for role, count in task.benchmark.items():
+            kinds = task.matched.get(role, {})
+            numbers = [f"{kinds[kind]:,}" if kind in kinds else "" for kind in KINDS]
+            rows.append([task.task, role, f"{count:,}", *numbers, f"{sum(kinds.values()) / count:.2%}"])
+    tell("Benchmark texts that training holds", "italic")
+    tell(table(["task", "role", "texts", *KINDS, "found"], rows))
+    for task in report.tasks:
+        if task.problem is not None:
+            tell(f"{task.task} was not read: {task.problem}")
+        for example in task.examples:
+            tell(f"  {task.task}: {example.kind} {example.similarity:.2f}")
+            for side, role, text in (
+                ("training", example.training_role, example.training),
+                ("benchmark", example.benchmark_role, example.benchmark),
+            ):
+                tell(f"    {side} {role}: {json.dumps(text, ensure_ascii=False)}")
+    tell(f"{report.contaminated:,} training texts match a benchmark text that is no distractor")
+    tell(f"{report.unseen}.")
+    if remove is not None:
+        tell(f"To remove them, add to the data recipe: steps: [{{kind: removal_list, path: {remove}}}]")
+    elif report.contaminated:
+        tell("To remove them: --remove FILE, and a step {kind: removal_list, path: FILE}")
+    tell(f"Report: {path}")

@@ -1,4 +1,4 @@
-"""``nearfield eval``: score a model on a suite of benchmark tasks."""
+"""``nearfield eval``, ``submit`` and ``card``: scores on a suite, and their way to a leaderboard and into a model's card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nearfield.cli.options import RESULTS, Base, Strict, TaskNames
+from nearfield.cli.common import RESULTS, Base, ResultsFolder, Strict, TaskNames, names, quiet_libraries, table, tell
 from nearfield.errors import EXIT_FAULT, BadInputError
 
 if TYPE_CHECKING:
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
     app.command("eval")(evaluate_command)
+    app.command("submit")(submit_command)
+    app.command("card")(card_command)
 
 
 def evaluate_command(
@@ -71,8 +73,6 @@ def evaluate_command(
 
     Under `torchrun` or `accelerate launch` all processes encode, each on its GPU, and the first scores.
     """
-    from nearfield.cli.printing import quiet_libraries
-
     quiet_libraries()
     from nearfield.evaluation import SuiteConfig, evaluate
     from nearfield.evaluation.crew import Crew
@@ -86,7 +86,7 @@ def evaluate_command(
         if not suite.is_file():
             raise BadInputError("overrides change a suite file", where=str(suite), hint="Give a suite YAML.")
         config = SuiteConfig.load(suite, overrides)
-    chosen = [task.strip() for task in tasks.split(",") if task.strip()] if tasks is not None else None
+    chosen = names(tasks)
     if chosen == []:
         raise BadInputError("--tasks names no task", where="--tasks", hint="Give names separated by commas.")
     variants, launch = _variants(dims, quantize, axes), Launch.from_environment()
@@ -153,50 +153,129 @@ def _variants(dims: str | None, quantize: str | None, axes: str) -> list[tuple[i
     if unknown:
         raise BadInputError(f"unknown axes {', '.join(unknown)!r}", where="--axes", hint=f"Known: {', '.join(AXES)}.")
     try:
-        numbers = [int(part) for part in dims.split(",") if part.strip()] if dims is not None else []
+        numbers = [int(part) for part in names(dims) or ()]
     except ValueError as error:
         raise BadInputError(f"{dims!r} are no numbers of dimensions", where="--dims", hint="E.g. 32,64,128.") from error
-    roundings = [part.strip() for part in quantize.split(",") if part.strip()] if quantize is not None else []
     cuts: list[tuple[int | None, Axes]] = [(None, "first"), *((number, kind) for kind in kinds for number in numbers)]
-    return [(number, kind, rounding) for rounding in ("none", *roundings) for number, kind in cuts]
+    return [(number, kind, rounding) for rounding in ("none", *(names(quantize) or ())) for number, kind in cuts]
 
 
 def _show(result: EvaluationResult) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    from nearfield.console import stdout_console
     from nearfield.evaluation.scores import MARK, tasks_in_words
 
-    console = stdout_console()
-    table = Table(title=Text(f"{result.model} at {result.revision[:12]}"))
-    for heading in ("task", "subset"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("score", justify="right")
-    table.add_column("", overflow="fold")
+    rows: list[tuple[object, ...]] = []
     for task, scores in result.scores.items():
         mark = MARK if result.notices.get(task) or result.notices.get("") else ""
         remark = "was there" if task in result.reused else f"{result.seconds.get(task, 0):.0f} s"
         for subset, score in scores.items():
-            table.add_row(Text(task), Text(subset), f"{score:.4f}{mark}", remark)
+            rows.append((task, subset, f"{score:.4f}{mark}", remark))
     for task, reason in result.not_applicable.items():
-        table.add_row(Text(task), "", "n/a", Text(reason))
+        rows.append((task, "", "n/a", reason))
     for task, reason in result.failures.items():
-        table.add_row(Text(task), "", "failed", Text(reason), style="red")
-    console.print(table)
+        rows.append((Text(task, "red"), "", Text("failed", "red"), Text(reason, "red")))
+    tell(table(["task", "subset", "score", ""], rows, f"{result.model} at {result.revision[:12]}", words=2))
     for task, details in result.details.items():
         if "largest_cluster" in details:
             facts = ", ".join(f"{details[key]} {key.replace('_', ' ')}" for key in _FACTS if key in details)
-            console.print(Text(f"{task}: {facts}"))
+            tell(f"{task}: {facts}")
     for note in result.notes:
-        console.print(Text(note))
+        tell(note)
     said: dict[Notice, list[str]] = {}
     for task, notices in result.notices.items():
         for notice in notices:
             said.setdefault(notice, []).append(task)
     for notice, tasks in said.items():
-        console.print(Text(f"* {'all tasks' if '' in tasks else tasks_in_words(tasks, False)}: {notice.what}"))
-    console.print(Text(f"results: {result.results_dir}"))
+        tell(f"* {'all tasks' if '' in tasks else tasks_in_words(tasks, False)}: {notice.what}")
+    tell(f"results: {result.results_dir}")
 
 
 _FACTS = ("queries", "pairs", "corpus", "distractors", "clusters", "largest_cluster")
+
+
+def submit_command(
+    model: Annotated[str, typer.Argument(help="A results folder, or a model found below --results.")],
+    results: ResultsFolder = RESULTS,
+    benchmark: Annotated[
+        str | None,
+        typer.Option("--benchmark", help="The benchmark whose tasks must be complete, e.g. 'MTEB(eng, v2)'."),
+    ] = None,
+    facts: Annotated[
+        Path | None,
+        typer.Option("--facts", help="YAML with fields of mteb's ModelMeta: license, training_datasets, ..."),
+    ] = None,
+    folder: Annotated[Path | None, typer.Option("--model", help="The model's folder, for its card.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="The submission's folder; replaced if it is there.")] = Path(
+        "submission"
+    ),
+    hub: Annotated[
+        str | None,
+        typer.Option("--hub", help="Push the folder of --model, with its card, to this ORGANISATION/NAME of the hub."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository that --hub makes is private.")] = False,
+    strict: Strict = False,
+    base: Base = None,
+) -> None:
+    """Check what the leaderboard asks for, lay out the submission, and say what is left to do.
+
+    Leaves with 1 if something that is required is missing, with 2 under --strict if the scores have notices; the folder is
+    written all the same.
+    """
+    quiet_libraries()
+    from nearfield.evaluation.results import find_results
+    from nearfield.evaluation.submission import submit
+    from nearfield.notices import refuse
+
+    found = find_results(model, results)
+    if hub is not None and folder is None:
+        raise BadInputError("--hub pushes a model's folder", where="--hub", hint="Name the folder with --model.")
+    # What cannot be read is said before anything is pushed.
+    made = submit(found, out, benchmark=benchmark, facts=facts, model=folder, base=base)
+    if strict:
+        refuse(made.notices, where=str(found))
+    if hub is not None and folder is not None:
+        from nearfield.evaluation.hub import push
+
+        pushed = push(folder, hub, found, private=private)
+        tell(f"pushed {len(pushed.files)} files to {pushed.repository}, commit {pushed.commit}")
+        if found.name != pushed.commit:
+            tell("The leaderboard wants the results of that commit: score it once more, by name.")
+    for check in made.checks:
+        mark = "ok      " if check.ok else "missing " if check.required else "advised "
+        tell(f"{mark}{check.name}: {check.detail}")
+    if made.unstated:
+        tell("A file for --facts states what is true of this model, in this form:")
+        for line in made.unstated:
+            tell(f"  {line}")
+    tell(f"submission: {made.folder}")
+    if not made.complete:
+        tell("It is not complete yet: see 'missing' above. Then:")
+    for number, step in enumerate(made.steps, start=1):
+        tell(f"{number}. {step}")
+    if not made.complete:
+        raise typer.Exit(EXIT_FAULT)
+
+
+def card_command(
+    model: Annotated[Path, typer.Argument(help="The model's folder; its README.md is changed.")],
+    scored: Annotated[
+        str | None, typer.Option("--scores", help="A results folder or a model's name; by default the model's own.")
+    ] = None,
+    results: ResultsFolder = RESULTS,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the intervals' resamples.")] = 0,
+    base: Base = None,
+) -> None:
+    """Write a model's scores with their intervals, prompts and versions into its card; the rest of it stays.
+
+    --base says in the folder of an adapter that its base lies elsewhere now.
+    """
+    from nearfield.evaluation.card import update_card
+    from nearfield.evaluation.results import find_results
+
+    if base is not None:
+        from nearfield.encoders.build import relink
+
+        relink(model, base)
+    path = update_card(model, find_results(scored or str(model), results), seed=seed)
+    tell(f"{path} has the scores")

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from nearfield.cli.default_command import DEFAULT, DefaultGroup
-from nearfield.cli.options import Overrides, RecipeFile, RunFolder
+from nearfield.cli.common import (
+    DEFAULT,
+    DefaultGroup,
+    Overrides,
+    RecipeFile,
+    RunFolder,
+    announce_stage,
+    line_of,
+    table,
+    tell,
+)
 
 if TYPE_CHECKING:
     from nearfield.mining.audit import Audit
+
+RULES = ("source", "rule", "removed", "dropped", "left", "short")
 
 mine_app = typer.Typer(
     cls=DefaultGroup,
@@ -36,32 +47,20 @@ def run_mining(
     ] = "local",
 ) -> None:
     """Mine the negatives of a recipe (its key `mining`) and print what each rule did. `run` may be left out."""
-    from rich.table import Table
-
-    from nearfield.cli.printing import announce_stage
-    from nearfield.console import stdout_console
     from nearfield.pipeline import open_run
     from nearfield.pipeline.auditing import mine_run
+    from nearfield.reporting.mining import rule_rows
 
     negatives = mine_run(open_run(recipe, overrides or (), run), on_stage=announce_stage, engine=engine)
     summary = negatives.summary
-    table = Table("source", "rule", "removed", "dropped", "left", "short", box=None, pad_edge=False)
-    for name, source in summary["sources"].items():
-        table.add_row(name, "(found)", "", "", f"{source['candidates']:,}", "")
-        for rule in source["rules"]:
-            table.add_row(name, rule["kind"], *(f"{rule[key]:,}" for key in ("removed", "dropped", "left", "short")))
-    console = stdout_console()
-    console.print(table)
+    tell(table(RULES, rule_rows(summary)))
     total = sum(source["negatives"] for source in summary["sources"].values())
-    console.print(f"{total:,} negatives for {summary['examples']:,} examples, in {negatives.path}", highlight=False)
+    tell(f"{total:,} negatives for {summary['examples']:,} examples, in {negatives.path}")
     if summary["short"]:
         where = negatives.path / "short.jsonl"
-        console.print(
-            f"{summary['short']:,} examples have fewer negatives than wanted; they are listed in {where}",
-            highlight=False,
-        )
+        tell(f"{summary['short']:,} examples have fewer negatives than wanted; they are listed in {where}")
     for name, one in summary["recall"].items():
-        console.print(f"{name}: the search found {one['recall']:.1%} of the true best {one['depth']}", highlight=False)
+        tell(f"{name}: the search found {one['recall']:.1%} of the true best {one['depth']}")
 
 
 @mine_app.command("audit")
@@ -92,32 +91,24 @@ def audit_mining(
 def print_audit(found: Audit, page: Path) -> None:
     """The audit in words."""
     import numpy as np
-    from rich.table import Table
-    from rich.text import Text
 
-    from nearfield.console import stdout_console
     from nearfield.reporting.mining import rate_words, rule_rows
     from nearfield.reporting.text import clip
 
-    console = stdout_console()
-
-    def line(*parts: Any) -> None:
-        console.print(Text.assemble(*parts))
-
     for example in found.sample:
-        line((clip(example.query, 160), "bold"), f"  ({example.source}, example {example.example})")
+        tell(line_of((clip(example.query, 160), "bold"), f"  ({example.source}, example {example.example})"))
         for words, score in example.positives:
-            line(f"  {score:7.3f}  ", (clip(words, 120), "green"))
+            tell(line_of(f"  {score:7.3f}  ", (clip(words, 120), "green")))
         for negative in example.negatives:
-            line(f"  {negative.score:7.3f}  ", (clip(negative.text, 120), "red"), f"  rank {negative.rank}")
-    table = Table("source", "rule", "removed", "dropped", "left", "short", box=None, pad_edge=False)
-    for row in rule_rows(found):
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+            tell(line_of(f"  {negative.score:7.3f}  ", (clip(negative.text, 120), "red"), f"  rank {negative.rank}"))
+    tell(table(RULES, rule_rows(found.summary)))
     if len(found.gaps):
-        cuts = ", ".join(f"{cut} %: {value:.3f}" for cut, value in zip((5, 25, 50, 75, 95), np.percentile(found.gaps, [5, 25, 50, 75, 95]), strict=True))  # fmt: skip
-        line(f"score of the positive less that of the negative: {cuts}; {(found.gaps <= 0).mean():.1%} are 0 or less")
+        shares = (5, 25, 50, 75, 95)
+        cuts = ", ".join(
+            f"{cut} %: {value:.3f}" for cut, value in zip(shares, np.percentile(found.gaps, shares), strict=True)
+        )
+        tell(f"score of the positive less that of the negative: {cuts}; {(found.gaps <= 0).mean():.1%} are 0 or less")
     for source, rate in found.false_negatives.items():
         value, interval, counts = rate_words(rate)
-        line(f"{source}: false negatives by {found.judge}: {value} (95 %: {interval}; {counts} judged)")
-    line(f"page: {page}")
+        tell(f"{source}: false negatives by {found.judge}: {value} (95 %: {interval}; {counts} judged)")
+    tell(f"page: {page}")

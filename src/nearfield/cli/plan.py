@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from nearfield.cli.default_command import DEFAULT, DefaultGroup
-from nearfield.cli.options import Overrides, RecipeFile, RunFolder
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from rich.console import Console
+from nearfield.cli.common import DEFAULT, DefaultGroup, Overrides, RecipeFile, RunFolder, announce_stage, table, tell
+from nearfield.errors import BadInputError
 
 plan_app = typer.Typer(
     cls=DefaultGroup,
@@ -33,21 +29,13 @@ def register(app: typer.Typer) -> None:
 @plan_app.command(DEFAULT)
 def run_planning(recipe: RecipeFile, overrides: Overrides = None, run: RunFolder = None) -> None:
     """Write which examples meet in which step, and print a summary. `run` may be left out."""
-    from nearfield.cli.printing import announce_stage
-    from nearfield.console import stdout_console
     from nearfield.files import read_json
     from nearfield.pipeline import open_run, run_stages
 
     result = run_stages(open_run(recipe, overrides or (), run), "plan", on_stage=announce_stage)
     summary = read_json(result.folder / "plan" / "summary.json", "plan summary")
-    console = stdout_console()
-    _print_epochs(console, summary["epochs"])
-    console.print(
-        f"{summary['steps']:,} steps, in {result.folder / 'plan'}. Look at them: nearfield plan show {result.folder}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    _print_epochs(summary["epochs"])
+    tell(f"{summary['steps']:,} steps, in {result.folder / 'plan'}. Look at them: nearfield plan show {result.folder}")
 
 
 @plan_app.command("show")
@@ -60,21 +48,19 @@ def show_plan(
     """Print what a plan holds, how hard its batches are and what was left out; write a page with the pictures."""
     from nearfield.batching.files import plan_files
     from nearfield.batching.plan import Plan
-    from nearfield.console import stdout_console
     from nearfield.reporting.plans import write_plan_page
 
     plans = [Plan(file) for file in plan_files(path)]
-    console = stdout_console()
     epochs = [{"epoch": plan.metadata.get("epoch"), **plan.metadata["summary"]} for plan in plans]
     settings = plans[0].metadata.get("batches", {})
     kind = f"{settings.get('kind', 'unknown kind')}, batches of {settings.get('batch_size', '?')}"
-    console.print(f"{path}: {kind}, seed {plans[0].metadata.get('seed', '?')}", markup=False, highlight=False)
-    _print_epochs(console, epochs)
-    _print_hardness(console, epochs)
-    _print_strata(console, epochs[0].get("planner", {}))
+    tell(f"{path}: {kind}, seed {plans[0].metadata.get('seed', '?')}")
+    _print_epochs(epochs)
+    _print_hardness(epochs)
+    _print_strata(epochs[0].get("planner", {}))
     folder = path if path.is_dir() else path.parent
     page = write_plan_page(plans, out or (folder / "plan.html" if path.is_dir() else path.with_suffix(".html")))
-    console.print(f"pictures: {page}", markup=False, highlight=False, soft_wrap=True)
+    tell(f"pictures: {page}")
 
 
 @plan_app.command("shares")
@@ -91,11 +77,7 @@ def find_shares(
     temperature: Annotated[float, typer.Option(min=1e-6, help="High: all alike. Low: the most similar alone.")] = 0.05,
 ) -> None:
     """Say how often to draw each source so that training is like what it is to be good at, by optimal transport (SAIL)."""
-    from rich.markup import escape
-    from rich.table import Table
-    from rich.text import Text
 
-    from nearfield.console import stdout_console
     from nearfield.pipeline import open_run
     from nearfield.pipeline.specialising import find_shares as find
 
@@ -108,23 +90,14 @@ def find_shares(
         temperature=temperature,
     )
     others = list(next(iter(found.scores.values())))
-    table = Table("source", "examples", *(escape(f"like {name}") for name in others), "share", box=None, pad_edge=False)
-    for name, scores in found.scores.items():
-        table.add_row(
-            Text(name),
-            f"{found.sizes[name]:,}",
-            *(f"{scores[other]:.4f}" for other in others),
-            f"{found.shares[name]:.4f}",
-        )
-    console = stdout_console()
-    console.print(table)
+    rows = [
+        [name, f"{found.sizes[name]:,}", *(f"{scores[other]:.4f}" for other in others), f"{found.shares[name]:.4f}"]
+        for name, scores in found.scores.items()
+    ]
+    tell(table(["source", "examples", *(f"like {name}" for name in others), "share"], rows))
     shares = ", ".join(f"{name}: {share:.4f}" for name, share in found.shares.items())
-    console.print(
-        f"In the recipe, under batches (kind: single_source): sampling: {{kind: shares, exhausted: repeat, shares: {{{shares}}}}}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    setting = f"{{kind: shares, exhausted: repeat, shares: {{{shares}}}}}"
+    tell(f"In the recipe, under batches (kind: single_source): sampling: {setting}")
 
 
 @plan_app.command("diff")
@@ -134,42 +107,30 @@ def diff_plans(
     epoch: Annotated[int, typer.Option(min=0, help="Which epoch of runs and plan folders.")] = 0,
 ) -> None:
     """Compare two plans: batches in both, examples that moved, pairs that meet in both, figures side by side."""
-    from rich.table import Table
-    from rich.text import Text
-
     from nearfield.batching.difference import compare_plans
     from nearfield.batching.plan import Plan
-    from nearfield.console import stdout_console
 
     found = compare_plans(Plan(_epoch_of(first, epoch)), Plan(_epoch_of(second, epoch)))
-    console = stdout_console()
     if found.identical:
-        console.print("The plans are identical: the same examples in the same slots of the same steps.")
+        tell("The plans are identical: the same examples in the same slots of the same steps.")
     elif not found.in_both:
-        console.print("The plans have no example in common: are they over the same data?")
-    console.print(
+        tell("The plans have no example in common: are they over the same data?")
+    tell(
         f"{found.in_both:,} examples are in both (of {found.examples[0]:,} and {found.examples[1]:,}); "
         f"{found.moved:,} of them are in another step\n"
         f"{found.same_step:,} steps have the same examples (of {found.steps[0]:,} and {found.steps[1]:,}); "
         f"{found.shared_batches:,} batches are in both in any step\n"
         f"{found.shared_pairs:,} pairs of examples meet in both (of {found.pairs[0]:,} and {found.pairs[1]:,}), "
-        f"overlap {found.overlap:.1%}",
-        highlight=False,
+        f"overlap {found.overlap:.1%}"
     )
-    table = Table("", "first", "second", box=None, pad_edge=False)
-    for name, one, other in found.figures:
-        table.add_row(Text(name), _figure(one), _figure(other))
-    console.print(table)
+    rows = [(name, _figure(one), _figure(other)) for name, one, other in found.figures]
+    tell(table(["", "first", "second"], rows))
     if found.settings:
-        settings = Table("what differs", "first", "second", box=None, pad_edge=False)
-        for name, one, other in found.settings:
-            settings.add_row(Text(name), Text(str(one)), Text(str(other)))
-        console.print(settings)
+        tell(table(["what differs", "first", "second"], found.settings))
 
 
 def _epoch_of(path: Path, epoch: int) -> Path:
     from nearfield.batching.files import plan_files
-    from nearfield.errors import BadInputError
 
     files = plan_files(path)
     if path.is_file():
@@ -189,18 +150,15 @@ def _figure(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-def _print_epochs(console: Console, epochs: list[Mapping[str, Any]] | list[dict[str, Any]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("epoch", "batches", "examples", "tokens", "batches a source", "left out", box=None, pad_edge=False)
+def _print_epochs(epochs: Sequence[Mapping[str, Any]]) -> None:
+    rows = []
     for epoch in epochs:
         by_source = ", ".join(f"{name} {count:,}" for name, count in epoch["batches_by_source"].items())
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in epoch["dropped"].items()) or "none"
         number = "–" if epoch["epoch"] is None else str(epoch["epoch"])
         figures = [f"{epoch[key]:,}" for key in ("batches", "rows", "tokens")]
-        table.add_row(number, *figures, Text(by_source), Text(dropped))
-    console.print(table)
+        rows.append([number, *figures, by_source, dropped])
+    tell(table(["epoch", "batches", "examples", "tokens", "batches a source", "left out"], rows))
     for epoch in epochs:
         exceptions = epoch.get("exceptions", {})
         said = [
@@ -214,15 +172,13 @@ def _print_epochs(console: Console, epochs: list[Mapping[str, Any]] | list[dict[
         if epoch.get("planner", {}).get("repeated"):
             said.append(f"{epoch['planner']['repeated']:,} examples come again, as the sampling of sources asks")
         if said:
-            console.print(f"epoch {epoch['epoch']}: {'; '.join(said)}", markup=False, highlight=False)
+            tell(f"epoch {epoch['epoch']}: {'; '.join(said)}")
 
 
-def _print_hardness(console: Console, epochs: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
+def _print_hardness(epochs: Sequence[Mapping[str, Any]]) -> None:
     measured = [epoch for epoch in epochs if epoch.get("hardness")]
     if not measured:
-        console.print("How hard the batches are is not known: the recipe names no teacher.")
+        tell("How hard the batches are is not known: the recipe names no teacher.")
         return
 
     def with_margin(hardness: Mapping[str, Any], name: str, scale: float = 1, unit: str = "") -> str:
@@ -230,26 +186,23 @@ def _print_hardness(console: Console, epochs: list[dict[str, Any]]) -> None:
         shown = f"{scale * hardness[name]:.3f}{unit}"
         return shown if margin is None else f"{shown} ± {scale * margin:.3f}"
 
-    table = Table("epoch", "similarity", "at random", "false negatives", "at random", box=None, pad_edge=False)
-    for epoch in measured:
-        hardness = epoch["hardness"]
-        table.add_row(
-            str(epoch["epoch"]),
-            with_margin(hardness, "planned_similarity"),
-            with_margin(hardness, "random_similarity"),
-            with_margin(hardness, "planned_false_negatives", 100, " %"),
-            with_margin(hardness, "random_false_negatives", 100, " %"),
-        )
-    console.print(table)
+    rows = [
+        [
+            epoch["epoch"],
+            *(with_margin(epoch["hardness"], f"{side}_similarity") for side in ("planned", "random")),
+            *(with_margin(epoch["hardness"], f"{side}_false_negatives", 100, " %") for side in ("planned", "random")),
+        ]
+        for epoch in measured
+    ]
+    tell(table(["epoch", "similarity", "at random", "false negatives", "at random"], rows))
     first = measured[0]["hardness"]
-    console.print(
+    tell(
         f"By the teacher, on {first['batches']:,} batches an epoch ({first['pairs']:,} pairs of a query with another "
-        "example's positive). False negatives score above the query's own positive. ± is 95 %, over batches.",
-        highlight=False,
+        "example's positive). False negatives score above the query's own positive. ± is 95 %, over batches."
     )
 
 
-def _print_strata(console: Console, planner: Mapping[str, Any]) -> None:
+def _print_strata(planner: Mapping[str, Any]) -> None:
     for part in [planner, *planner.get("parts", [])]:
         for name, about in part.get("strata", {}).items():
             if about["kind"] == "kmeans":
@@ -264,4 +217,4 @@ def _print_strata(console: Console, planner: Mapping[str, Any]) -> None:
                     f"{name}: {about['communities']:,} communities of {about['size']:,}, {about['left']:,} examples in none; "
                     f"{about['cut']:.1%} of {about['edges']:,} edges cut{recall}"
                 )
-            console.print(text, markup=False, highlight=False)
+            tell(text)

@@ -1,4 +1,4 @@
-"""``nearfield run status``, ``nearfield run verify`` and ``nearfield run watch``."""
+"""Looking at runs: ``nearfield run status|verify|watch`` and ``nearfield report``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nearfield.cli.options import Overrides
+from nearfield.cli.common import Overrides, table, tell
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     group.command()(verify)
     group.command()(watch)
     app.add_typer(group, name="run")
+    app.command("report")(report)
 
 
 def status(
@@ -26,25 +27,25 @@ def status(
     overrides: Overrides = None,
 ) -> None:
     """Say which stages of a run are done, which are stale, and which comes next."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from nearfield.console import stdout_console
     from nearfield.pipeline import open_run
     from nearfield.pipeline import status as stage_status
 
     opened = open_run(run, overrides or ())
     stages = stage_status(opened)
     following = next((stage.name for stage in stages if stage.state != "done"), None)
-    table = Table("stage", "state", "seconds", "", box=None, pad_edge=False)
-    for stage in stages:
-        state = stage.state + (" (next)" if stage.name == following else "")
-        table.add_row(stage.name, state, "" if stage.seconds is None else f"{stage.seconds:.1f}", Text(stage.detail))
-    console = stdout_console()
-    console.print(table)
-    console.print(f"run:    {opened.folder}", markup=False, highlight=False)
+    rows = [
+        (
+            stage.name,
+            stage.state + (" (next)" if stage.name == following else ""),
+            "" if stage.seconds is None else f"{stage.seconds:.1f}",
+            stage.detail,
+        )
+        for stage in stages
+    ]
+    tell(table(["stage", "state", "seconds", ""], rows))
+    tell(f"run:    {opened.folder}")
     if following:
-        console.print(f"next:   nearfield train {run}", markup=False, highlight=False)
+        tell(f"next:   nearfield train {run}")
 
 
 def verify(
@@ -52,25 +53,26 @@ def verify(
     overrides: Overrides = None,
 ) -> None:
     """Read every byte that a run's stages left behind and compare it with its checksum. Ends with 1 where one differs."""
-    from rich.table import Table
     from rich.text import Text
 
-    from nearfield.console import stdout_console
     from nearfield.errors import EXIT_FAULT
     from nearfield.pipeline import open_run
-    from nearfield.pipeline.verifying import verify as verify_run
+    from nearfield.pipeline.stages import verify as verify_run
 
     opened = open_run(run, overrides or ())
     found = verify_run(opened)
-    table = Table("what", "MB", "", box=None, pad_edge=False)
-    for part in found:
-        words = Text(part.damage or "every byte is what was written", style="red" if part.damage else "")
-        table.add_row(Text(part.name), f"{part.bytes / 1e6:,.1f}", words)
-    console = stdout_console()
-    console.print(table)
+    rows = [
+        (
+            part.name,
+            f"{part.bytes / 1e6:,.1f}",
+            Text(part.damage or "every byte is what was written", style="red" if part.damage else ""),
+        )
+        for part in found
+    ]
+    tell(table(["what", "MB", ""], rows))
     damaged = [part for part in found if part.damage]
     for hint in dict.fromkeys(part.mend for part in damaged):
-        console.print(Text(f"mend:   {hint.format(run=run)}"))
+        tell(f"mend:   {hint.format(run=run)}")
     if damaged:
         raise typer.Exit(EXIT_FAULT)
 
@@ -92,29 +94,46 @@ def watch(
     from nearfield.console import stdout_console
     from nearfield.pipeline.watch import Progress, Watcher, facts, one_line
 
-    def table(progress: Progress) -> Table:
-        grid = Table.grid(padding=(0, 2))
+    def grid(progress: Progress) -> Table:
+        made = Table.grid(padding=(0, 2))
         for name, words in facts(progress):
-            grid.add_row(Text(name, style="dim"), Text(words))
-        return grid
+            made.add_row(Text(name, style="dim"), Text(words))
+        return made
 
     watcher, console = Watcher(run), stdout_console()
     progress = watcher.look()
     if once or progress.state != "running":
-        console.print(table(progress))
+        tell(grid(progress))
         return
     pause = every or (1.0 if console.is_terminal else 10.0)
     with contextlib.suppress(KeyboardInterrupt):
         if console.is_terminal:
-            with Live(table(progress), console=console, auto_refresh=False) as live:
+            with Live(grid(progress), console=console, auto_refresh=False) as live:
                 while progress.state == "running":
                     time.sleep(pause)
                     progress = watcher.look()
-                    live.update(table(progress), refresh=True)
+                    live.update(grid(progress), refresh=True)
             return
         while True:
-            console.print(Text(one_line(progress)))
+            tell(one_line(progress))
             if progress.state != "running":
                 return
             time.sleep(pause)
             progress = watcher.look()
+
+
+def report(
+    run: Path = typer.Argument(..., metavar="RUN", help="The run's folder, such as runs/NAME."),
+    out: Path | None = typer.Option(
+        None, "--out", metavar="FILE", help="Where to write the page; RUN/report.html by default."
+    ),
+) -> None:
+    """Write a run's report: one HTML file that needs no network."""
+    from nearfield.reporting import build_report
+    from nearfield.reporting.text import size
+
+    result = build_report(run, out)
+    tell(f"{result.path} ({size(result.size)})")
+    for name, reason in result.sections.items():
+        if reason is not None:
+            tell(f"  {name}: {reason}")

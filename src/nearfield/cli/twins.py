@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nearfield.cli.options import RESULTS, ResultsFolder
+from nearfield.cli.common import RESULTS, ResultsFolder, quiet_libraries, table, tell
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ def twins_command(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Is a domain harder for these models than its general twin, do they keep their order, and is it the texts' complexity?"""
-    from nearfield.cli.printing import quiet_libraries
-
     quiet_libraries()
     from nearfield.evaluation.results import find_results
     from nearfield.evaluation.suite import open_suite
@@ -90,20 +88,12 @@ def _measured(tasks: list[Any], most: int, seed: int) -> dict[str, dict[str, flo
 
 
 def _show(made: Twins) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from nearfield.console import stdout_console
-
-    console = stdout_console()
-    table = Table(title=Text("domain minus general"))
-    for heading in ("model", "type", "general", "domain", "gap", "95 % interval"):
-        table.add_column(heading, justify="left" if heading in ("model", "type") else "right", overflow="fold")
+    rows = []
     for gap in made.gaps:
         ends = "none" if gap.low is None or gap.high is None else f"{gap.low:+.4f} to {gap.high:+.4f}"
         cells = [gap.model, gap.type, f"{gap.general:.4f}", f"{gap.domain:.4f}", f"{gap.gap:+.4f}", ends]
-        table.add_row(*map(Text, cells))
-    console.print(table)
+        rows.append(cells)
+    tell(table(["model", "type", "general", "domain", "gap", "95 % interval"], rows, "domain minus general", words=2))
     for measure, thirds in made.thirds.items():
         parts = [
             f"{one['name']} {one['gap']:+.4f} ({one['general']} general, {one['domain']} domain)"
@@ -111,21 +101,15 @@ def _show(made: Twins) -> None:
             else f"{one['name']} has one side only"
             for one in thirds
         ]
-        console.print(Text(f"Gap within thirds of {measure}: {'; '.join(parts)}."))
-    console.print(
-        Text("A gap in all thirds alike is the domain's; one that is gone within thirds was that of the texts.")
-    )
+        tell(f"Gap within thirds of {measure}: {'; '.join(parts)}.")
+    tell("A gap in all thirds alike is the domain's; one that is gone within thirds was that of the texts.")
     if made.spearman is None:
-        console.print(Text("Whether models keep their order takes three models or more."))
+        tell("Whether models keep their order takes three models or more.")
     else:
-        console.print(
-            Text(
-                f"Order of the models on both sides: Spearman {made.spearman:+.2f}, p = {made.p:.3g} ({len(made.models)} models). "
-                "With few models a lack of evidence is no evidence of another order."
-            )
+        tell(
+            f"Order of the models on both sides: Spearman {made.spearman:+.2f}, p = {made.p:.3g} ({len(made.models)} models). "
+            "With few models a lack of evidence is no evidence of another order."
         )
-    console.print(
-        Text("Intervals are over queries and items of these tasks; other tasks of the domain may differ more.")
-    )
+    tell("Intervals are over queries and items of these tasks; other tasks of the domain may differ more.")
     for note in made.notes:
-        console.print(Text(note))
+        tell(note)

@@ -20,12 +20,11 @@ from nearfield.mining.documents import Rows, Vectors
 from nearfield.mining.negatives import Negatives
 from nearfield.mining.pool import document_items
 from nearfield.mining.ray_engine import require_ray
-from nearfield.pipeline.mining import Engine
+from nearfield.pipeline.mining import mining_teacher
 from nearfield.pipeline.run import Run
+from nearfield.pipeline.stage import Engine
 from nearfield.pipeline.stages import Stages, run_stages
-from nearfield.pipeline.teaching import mining_teacher
 from nearfield.recipe import Recipe
-from nearfield.training.launch import Launch
 
 
 def mine_run(run: Run, *, on_stage: Callable[[str, str], None] | None = None, engine: Engine = "local") -> Negatives:
@@ -34,7 +33,7 @@ def mine_run(run: Run, *, on_stage: Callable[[str, str], None] | None = None, en
     if engine == "ray":
         require_ray()
     run_stages(run, "mine", on_stage=on_stage, engine=engine)
-    return Negatives(Stages(run, Launch()).negatives_path)
+    return Stages.of(run).mine.open()
 
 
 def _check_mines(run: Run) -> None:
@@ -65,24 +64,24 @@ def choose_judge(recipe: Recipe, judge: str | None, cross_encoder: str | None) -
 def audit_run(run: Run, judge: PairTeacher, *, shown: int = 10, judged: int = 500) -> Audit:
     """Look at what a run mined, with a second teacher beside; see :func:`nearfield.mining.audit.audit`."""
     _check_mines(run)
-    stages = Stages(run, Launch())
-    if not stages.negatives_path.is_dir():
+    stages = Stages.of(run)
+    if not stages.mine.output.is_dir():
         raise BadInputError(
             "the negatives of this run are not mined yet, or its recipe changed since",
             where=str(run.folder),
             hint=f"nearfield mine {run.loaded.path}",
         )
-    store = stages._store()
+    store = stages.data.open()
 
     def scores(source: int, queries: Rows, items: Rows) -> Vectors:
         # BM25 weighs words by how rare they are in the whole corpus; others need the documents in question only.
-        corpus = document_items(store, stages.source_names, run.recipe.split) if _counts_words(judge) else items
+        corpus = document_items(store, stages.job.source_names, run.recipe.split) if _counts_words(judge) else items
         asked, where = np.unique(queries, return_inverse=True)
         documents, place = np.unique(np.concatenate([corpus, items]), return_inverse=True)
-        scorer = stages.judge(judge, store, asked.astype(np.int64), documents.astype(np.int64))
+        scorer = stages.mine.judge(judge, store, asked.astype(np.int64), documents.astype(np.int64))
         return scorer.score(where.astype(np.int64), place[len(corpus) :].astype(np.int64))
 
-    return audit(store, Negatives(stages.negatives_path), scores, judge_words(judge), shown=shown, judged=judged)
+    return audit(store, stages.mine.open(), scores, judge_words(judge), shown=shown, judged=judged)
 
 
 def _counts_words(judge: TeacherConfig) -> bool:

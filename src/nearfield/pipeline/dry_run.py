@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from nearfield.errors import BadInputError
 from nearfield.files import write_json
 from nearfield.notices import Notice
-from nearfield.pipeline.during import prepare_suites
-from nearfield.pipeline.notices import plan_notices, suite_notices
-from nearfield.pipeline.prompting import suite_prompts
+from nearfield.pipeline.planning import plan_notices
 from nearfield.pipeline.run import Run
+from nearfield.pipeline.stage import Job
 from nearfield.pipeline.stages import Stages, run_stages, tell_training
+from nearfield.pipeline.suites import prepare_training_suite, suite_notices, suite_prompts
 from nearfield.training.launch import Launch
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _dry_run(
 ) -> DryRun | None:
     blocked: list[Notice] = []
     built: list[str] = []
-    stages, reached, planned = Stages(run, launch), True, False
+    stages, reached, planned = Stages(Job(run, launch)), True, False
 
     def prepare(tell: Callable[[str], None]) -> str:
         nonlocal planned
@@ -103,7 +103,7 @@ def _dry_run(
         except BadInputError as error:
             blocked.append(Notice.of(error))
         # What a run looks at before it trains.
-        for check in (stages.check_can_train, partial(prepare_suites, stages, stages._open_store, False)):
+        for check in (stages.train.check_can_train, partial(prepare_training_suite, stages.job)):
             try:
                 check()
             except BadInputError as error:
@@ -148,22 +148,22 @@ def _measure(stages: Stages, trial_seconds: float) -> _Measured:
     from nearfield.training.engine import pick_device
     from nearfield.training.trainer import TrainingInputs
 
-    recipe, launch = stages.recipe, stages.launch
+    recipe, launch, train = stages.job.recipe, stages.job.launch, stages.train
     device = pick_device(recipe.training, launch)
-    encoder = stages._encoder(device)
-    known = stages._store().known_positives()
-    plans, hashes = stages._plans()
-    stages.check_ring()
+    encoder = train.encoder(device)
+    known = stages.data.open().known_positives()
+    plans, hashes = stages.plan.open()
+    train.check_ring()
     inputs = TrainingInputs(
         plans,
         hashes,
-        stages._feed(encoder),
+        train.feed(encoder),
         known.of,
         lambda rows: [str(row) for row in rows],
     )
     lasting = [*encoder.notices]
     if launch.is_main:
-        lasting += stages.teaching_notices(encoder.model, inputs.feed, plans)
+        lasting += train.teaching_notices(encoder.model, inputs.feed, plans)
     with torch.random.fork_rng(), launch.process_group(device, recipe.training.collective_timeout):
         forecast, steps, found = _try_out(stages, encoder.model, inputs, device, trial_seconds)
     return _Measured(forecast, steps, tuple(lasting), tuple(found))
@@ -179,9 +179,9 @@ def _try_out(
     from nearfield.training.optimizers import optimizer_of
     from nearfield.training.trial import run_trial
 
-    recipe, launch = stages.recipe, stages.launch
+    recipe, launch = stages.job.recipe, stages.job.launch
     config, plans, known = recipe.training, inputs.plans, inputs.known_positives
-    objective, optimizer = stages._objective(model), optimizer_of(config, device)
+    objective, optimizer = stages.train.objective(model), optimizer_of(config, device)
     engine = build_engine(config, model, objective, optimizer, inputs.feed, device, launch)
     if launch.is_main:
         load_trackers(config)
@@ -189,7 +189,7 @@ def _try_out(
     profile = measure_profile(config, engine, plans, known, timed=True)
     budget = choose_budget(config, engine, plans, known, profile)
     planned = plan_costs(engine, config, budget, profile, plans, known)
-    fingerprint = stages.fingerprints["train"]
+    fingerprint = stages.train.fingerprint
     forecast = predict(config, engine, plans, planned, budget, profile, fingerprint=fingerprint, held=held)
     growth = forecast.memory.peak - held
     found: list[Notice] = _long_model(stages, model, profile.forward_seconds) if launch.is_main else []
@@ -225,7 +225,7 @@ def _try_out(
             )
         )
     if launch.is_main:
-        write_json(stages.run.folder / FILE, trial.forecast.to_json())
+        write_json(stages.job.run.folder / FILE, trial.forecast.to_json())
     return trial.forecast, trial.steps, found
 
 
@@ -234,10 +234,11 @@ def _long_model(stages: Stages, model: SentenceTransformer, token_seconds: float
     from nearfield.evaluation.suite import open_suite
     from nearfield.pipeline.long_models import say_long_model
 
-    evaluation, cut = stages.recipe.evaluation, stages._tokens().cut
+    job, cut = stages.job, stages.tokens.open().cut
+    evaluation = job.recipe.evaluation
     try:
-        suite = None if evaluation is None else stages.run.checked.suite or evaluation.suite
-        tasks = [] if suite is None else open_suite(suite, open_store=stages._open_store)
+        suite = None if evaluation is None else job.run.checked.suite or evaluation.suite
+        tasks = [] if suite is None else open_suite(suite, open_store=job.open_store)
     except BadInputError:
         tasks = []  # what is wrong with the suite is said by itself
     models = 1 + (evaluation is not None and evaluation.before)
@@ -262,14 +263,15 @@ def _result(
     from nearfield.training.checkpoint import checkpoint_paths
     from nearfield.training.forecast_notices import Machine, count_gpus, forecast_notices
 
-    training, folder = stages.recipe.training, stages.run.folder
+    job = stages.job
+    training, folder = job.recipe.training, job.run.folder
     lasting: list[Notice] = []
     """What the training itself will say too."""
     passing = list(blocked)
     machine = None
     if planned:
-        plans, _ = stages._plans()
-        lasting += plan_notices(stages, plans)
+        plans, _ = stages.plan.open()
+        lasting += plan_notices(stages.plan, plans)
     if measured is not None:
         machine = Machine.of(measured.forecast, training, folder)
         lasting += [*measured.lasting, *forecast_notices(measured.forecast, machine)]
@@ -278,11 +280,11 @@ def _result(
         if there:
             found = f"a training is under way here: it would go on from {there[-1].name}"
             passing.append(Notice("training-under-way", found))
-    suite = list(suite_notices(stages))
+    suite = list(suite_notices(job.run))
     lasting += suite
     if planned and not any(notice.blocks for notice in suite):
         try:
-            passing += suite_prompts(stages, stages._open_store)
+            passing += suite_prompts(job, stages.tokens.prompts.trained_contract)
         except BadInputError as error:
             passing.append(Notice.of(error))
     if strict:

@@ -1,71 +1,130 @@
-"""The stages that mine: a teacher's vectors of the items, and the negatives that it finds."""
+"""The stages ``vectors`` and ``mine``: a teacher's vectors of the items, and the negatives that it finds."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nearfield.batching.config import needs_vectors
 from nearfield.data.store import Rows, Store
+from nearfield.data.vectors import VERSION as VECTORS_VERSION
 from nearfield.data.vectors import EncodeItems, ItemVectors, build_vectors, encode_share
+from nearfield.encoders.base_prompts import base_prompts
+from nearfield.encoders.build import ModelSource, locate
+from nearfield.encoders.identity import PACKAGES as COMPUTING_PACKAGES
 from nearfield.errors import BadInputError
-from nearfield.files import atomic_path
+from nearfield.files import atomic_path, fingerprint, hash_file
 from nearfield.mining.config import (
+    CrossEncoderTeacher,
     DenseTeacher,
+    EnsembleTeacher,
     PairTeacher,
     RefreshedNegatives,
     SentenceTransformerTeacher,
     TeacherConfig,
     VectorsTeacher,
+    dense_teachers,
     reads_texts_alone,
 )
 from nearfield.mining.documents import ArrayDocuments, Documents, IndexedDocuments, Vectors
+from nearfield.mining.negatives import VERSION as NEGATIVES_VERSION
 from nearfield.mining.pool import search_share
 from nearfield.mining.search import Neighbours
 from nearfield.mining.teachers import DenseScorer
-from nearfield.pipeline.artifacts import Artifacts
-from nearfield.pipeline.teaching import (
-    guide_teacher,
-    identity,
-    mining_teacher,
-    planning_teacher,
-    teacher_prompts,
-    teachers_of_vectors,
-)
+from nearfield.pipeline.stage import Job, Stage
 
 if TYPE_CHECKING:
     from nearfield.batching.planner import VectorsOf
+    from nearfield.mining.config import MiningConfig
+    from nearfield.mining.negatives import Negatives
     from nearfield.mining.pool import Pool
     from nearfield.mining.teachers import PairScorer, Scorer
-    from nearfield.pipeline.planning import Negatives as PlannedNegatives
-    from nearfield.training.chunks import TeacherScores
+    from nearfield.pipeline.preparing import DataStage
+    from nearfield.recipe import Recipe
 
 
-Engine = Literal["local", "ray"]
+class VectorsStage(Stage):
+    """Encodes the items of the training split with every teacher that makes vectors."""
 
+    name = "vectors"
+    shared = True
+    packages = COMPUTING_PACKAGES
 
-class MiningStages(Artifacts):
-    """What rank 0 does where a recipe mines or its planner wants vectors."""
+    def __init__(self, job: Job, data: DataStage) -> None:
+        super().__init__(job)
+        self.data = data
 
-    engine: Engine = "local"
-    """``ray`` encodes and searches on a Ray cluster; what comes out is the same."""
+    @cached_property
+    def teachers(self) -> list[DenseTeacher]:
+        """All teachers whose vectors the run needs, each once."""
+        found = dense_teachers(mining_teacher(self.recipe)) if self.recipe.mining else []
+        for teacher in (planning_teacher(self.recipe), guide_teacher(self.recipe)):
+            if teacher is not None and teacher not in found:
+                found.append(teacher)
+        return found
 
-    def vectors(self) -> dict[str, Any]:
-        """Encode the items of the training split with every teacher that makes vectors."""
-        teachers = teachers_of_vectors(self.recipe)
-        store = self._store()
-        wanted = items_by_role(store, self.source_names, self.recipe.split)
-        counts = {}
-        for number, teacher in enumerate(teachers):
-            path = self.vectors_path(teacher)
+    @property
+    def is_wanted(self) -> bool:
+        """Where the recipe mines by vectors, its planner wants some, or its objective has a guide."""
+        return bool(self.teachers)
+
+    @cached_property
+    def fingerprints(self) -> dict[DenseTeacher, str]:
+        """The fingerprint of the vectors of each teacher."""
+        found = {}
+        for teacher in self.teachers:
+            made_of = {
+                "version": VECTORS_VERSION,
+                "data": self.data.fingerprint,
+                "teacher": identity(teacher, self.recipe),
+                "sources": self.job.source_names,
+                "split": self.recipe.split,
+            }
+            found[teacher] = fingerprint(made_of)
+        return found
+
+    def inputs(self) -> Any:
+        """The fingerprints of all vectors."""
+        return list(self.fingerprints.values())
+
+    def path(self, teacher: DenseTeacher) -> Path:
+        """A teacher's vectors."""
+        return self.in_cache("vectors", self.fingerprints[teacher])
+
+    def outputs(self) -> list[Path]:
+        """The vectors of all teachers."""
+        return [self.path(teacher) for teacher in self.teachers]
+
+    def open(self, teacher: DenseTeacher) -> ItemVectors:
+        """A teacher's vectors, which were made."""
+        return ItemVectors.open(self.path(teacher))
+
+    def planned(self) -> VectorsOf | None:
+        """The vectors that the planner gets, where there are any."""
+        teacher = planning_teacher(self.recipe)
+        return None if teacher is None else self.open(teacher).of
+
+    def guide(self) -> ItemVectors | None:
+        """The vectors that the objective gets of its guide, where it asks for one."""
+        teacher = guide_teacher(self.recipe)
+        return None if teacher is None else self.open(teacher)
+
+    def run(self) -> dict[str, Any]:
+        """Encode what is not there yet."""
+        store, counts = self.data.open(), {}
+        wanted = items_by_role(store, self.job.source_names, self.recipe.split)
+        for number, teacher in enumerate(self.teachers):
+            path = self.path(teacher)
             if path.is_dir():
                 continue
-            encode, shared = self._encode_items(teacher, store), self._shares_vectors(teacher)
-            divide = self._divider(f"vectors {number}")
-            if self.engine == "ray" and isinstance(teacher, SentenceTransformerTeacher):
+            encode, shared = self.encode_items(teacher, store), self._is_shared(teacher)
+            divide = self.divider(number)
+            if self.job.engine == "ray" and isinstance(teacher, SentenceTransformerTeacher):
                 divide = on_ray(wanted, encode, path, shared)
             about = {"teacher": identity(teacher, self.recipe)}
             zeros = _may_be_zero(teacher)
@@ -73,68 +132,22 @@ class MiningStages(Artifacts):
             counts[teacher.kind] = {role: len(table.rows) for role, table in sorted(made.tables.items())}
         return {"vectors": counts}
 
-    def _divider(self, task: str) -> Callable[[Callable[[int], None]], None] | None:
-        """What has all ranks do their shares of a task; None where there is one."""
-        ranks = self.launch.world_size
-        return None if ranks == 1 else lambda own: self.launch.divide(task, lambda: own(ranks))
+    def help(self, number: int) -> None:
+        """Encode this rank's share of the items with a teacher."""
+        teacher, store = self.teachers[number], self.data.open()
+        path, share = self.path(teacher), (self.job.launch.rank, self.job.launch.world_size)
+        wanted = items_by_role(store, self.job.source_names, self.recipe.split)
+        encode, shared = self.encode_items(teacher, store), self._is_shared(teacher)
+        encode_share(wanted, encode, path, path.name, share=share, shared=shared, zeros=_may_be_zero(teacher))
 
-    def help(self, task: str) -> None:
-        """Do this rank's part of a task that rank 0 divides."""
-        kind, number = task.split()
-        store, share = self._store(), (self.launch.rank, self.launch.world_size)
-        if kind == "vectors":
-            teacher = teachers_of_vectors(self.recipe)[int(number)]
-            path = self.vectors_path(teacher)
-            wanted = items_by_role(store, self.source_names, self.recipe.split)
-            encode, shared = self._encode_items(teacher, store), self._shares_vectors(teacher)
-            zeros = _may_be_zero(teacher)
-            encode_share(wanted, encode, path, path.name, share=share, shared=shared, zeros=zeros)
-            return
-        mining = self.recipe.mining
-        assert kind == "search" and mining is not None
-        pool = self._pool(store, self._mined_sources(store)[int(number)])
-        judge = mining_teacher(self.recipe)
-        assert isinstance(judge, DenseTeacher)
-        if self.vectors_path(judge).is_dir():
-            self._keep_share(int(number), search_share(pool, self._dense_scorer(store, pool), mining, share))
-
-    def _found(self, number: int, store: Store, pool: Pool) -> Neighbours | None:
-        """What all ranks find for a pool, where the search can be divided: by exact search of vectors."""
-        mining = self.recipe.mining
-        assert mining is not None
-        ranks, teacher = self.launch.world_size, mining_teacher(self.recipe)
-        if ranks == 1 or mining.search.kind != "exact" or not isinstance(teacher, DenseTeacher):
-            return None
-        scorer = self._dense_scorer(store, pool)
-        shutil.rmtree(self._shares, ignore_errors=True)
-        own: list[Neighbours] = []
-        self.launch.divide(f"search {number}", lambda: own.append(search_share(pool, scorer, mining, (0, ranks))))
-        parts = own
-        for rank in range(1, ranks):
-            file = self._shares / f"{number}-{rank}.npz"
-            if file.is_file():
-                with np.load(file, allow_pickle=False) as arrays:
-                    parts.append(Neighbours(arrays["rows"], arrays["scores"]))
-            else:  # that rank does not share the file system
-                parts.append(search_share(pool, scorer, mining, (rank, ranks)))
-        shutil.rmtree(self._shares, ignore_errors=True)
-        return Neighbours(np.concatenate([p.rows for p in parts]), np.concatenate([p.scores for p in parts]))
-
-    def _keep_share(self, number: int, found: Neighbours) -> None:
-        self._shares.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self._shares / f"{number}-{self.launch.rank}.npz") as aside, aside.open("wb") as stream:
-            np.savez(stream, rows=found.rows, scores=found.scores)
-
-    @property
-    def _shares(self) -> Path:
-        return self.negatives_path.with_name(f"{self.negatives_path.name}.shares")
-
-    def _shares_vectors(self, teacher: DenseTeacher) -> bool:
+    def _is_shared(self, teacher: DenseTeacher) -> bool:
+        """Whether an item has the same vector as a query and as a document."""
         if isinstance(teacher, SentenceTransformerTeacher):
             return len(set(teacher_prompts(teacher, self.recipe).values())) == 1
         return teacher.queries is None
 
-    def _encode_items(self, teacher: DenseTeacher, store: Store) -> EncodeItems:
+    def encode_items(self, teacher: DenseTeacher, store: Store) -> EncodeItems:
+        """A function from items to a teacher's vectors."""
         if not isinstance(teacher, SentenceTransformerTeacher):
             from nearfield.mining.vector_files import read_vectors
 
@@ -148,67 +161,154 @@ class MiningStages(Artifacts):
             teacher.model or base.model,
             base.revision if own else teacher.revision,
             teacher_prompts(teacher, self.recipe),
-            device=self.launch.device if self.engine == "local" else None,
+            device=self.job.launch.device if self.job.engine == "local" else None,
             max_length=teacher.max_length or (base.max_length if own else None),
             trust_remote_code=base.trust_remote_code if own else teacher.trust_remote_code,
         )
 
-    def mine(self) -> dict[str, Any]:
-        """Find negatives for the examples of the training split."""
+
+class MineStage(Stage):
+    """Finds negatives for the examples of the training split."""
+
+    name = "mine"
+    shared = True
+    packages = (*COMPUTING_PACKAGES, "bm25s", "PyStemmer", "faiss-cpu")
+
+    def __init__(self, job: Job, data: DataStage, vectors: VectorsStage) -> None:
+        super().__init__(job)
+        self.data = data
+        self.vectors = vectors
+
+    @property
+    def is_wanted(self) -> bool:
+        """Where the recipe mines."""
+        return self.recipe.mining is not None
+
+    @property
+    def mining(self) -> MiningConfig:
+        """The settings of a recipe that mines."""
+        assert self.recipe.mining is not None
+        return self.recipe.mining
+
+    def inputs(self) -> Any:
+        """What the negatives that are mined before the training depend on."""
+        # Whether the data's own negatives stay is decided when batches are planned, how negatives change in training.
+        settings = self.mining.identity(exclude={"teacher", "memory_mib", "explicit", "during"})
+        return {
+            "version": NEGATIVES_VERSION,
+            "data": self.data.fingerprint,
+            "teacher": identity(mining_teacher(self.recipe), self.recipe),
+            "mining": settings,
+            "sources": self.job.source_names,
+            "split": self.recipe.split,
+            "seed": self.recipe.seed,
+            "generation": 0,
+        }
+
+    def outputs(self) -> list[Path]:
+        """The mined negatives."""
+        return [self.in_cache("negatives", self.fingerprint)]
+
+    def open(self) -> Negatives:
+        """The negatives that were mined."""
+        from nearfield.mining.negatives import Negatives
+
+        return Negatives(self.output)
+
+    def run(self) -> dict[str, Any]:
+        """Search, apply the rules, write what is left."""
         from nearfield.mining.negatives import write_negatives
         from nearfield.mining.pool import mine_pool
 
-        mining, store = self.recipe.mining, self._store()
-        assert mining is not None
+        store = self.data.open()
         self._check_reads(mining_teacher(self.recipe), store)
         mined, recalls = [], {}
-        for number, pool in enumerate(self._pools(store)):
+        for number, pool in enumerate(self.pools(store)):
             scorer, found = self._scorer(store, pool), self._found(number, store, pool)
-            mined.append((pool, mine_pool(pool, scorer, mining, seed=self.recipe.seed, found=found)))
+            mined.append((pool, mine_pool(pool, scorer, self.mining, seed=self.recipe.seed, found=found)))
             recall = getattr(scorer, "recall", None)
             if recall is not None:
                 recalls[pool.name] = {"recall": recall.value, "queries": recall.queries, "depth": recall.depth}
         metadata = {
-            "fingerprint": self.fingerprints["mine"],
+            "fingerprint": self.fingerprint,
             "generation": 0,
             "teacher": identity(mining_teacher(self.recipe), self.recipe),
-            "rules": [rule.model_dump(mode="json") for rule in mining.rules],
+            "rules": [rule.model_dump(mode="json") for rule in self.mining.rules],
             "recall": recalls,
         }
-        summary = write_negatives(self.negatives_path, store, mined, metadata)
+        summary = write_negatives(self.output, store, mined, metadata)
         return {key: summary[key] for key in ("examples", "short")} | {
             "negatives": sum(source["negatives"] for source in summary["sources"].values())
         }
+
+    def help(self, number: int) -> None:
+        """Search this rank's share of the queries of a pool."""
+        store, share = self.data.open(), (self.job.launch.rank, self.job.launch.world_size)
+        pool = self._pool(store, self.sources(store)[number])
+        judge = mining_teacher(self.recipe)
+        assert isinstance(judge, DenseTeacher)
+        if self.vectors.path(judge).is_dir():
+            found = search_share(pool, self._dense_scorer(store, pool), self.mining, share)
+            self._shares.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self._share(number, share[0])) as aside, aside.open("wb") as stream:
+                np.savez(stream, rows=found.rows, scores=found.scores)
+
+    def _found(self, number: int, store: Store, pool: Pool) -> Neighbours | None:
+        """What all ranks find for a pool, where the search can be divided: by exact search of vectors."""
+        divide = self.divider(number)
+        if divide is None or self.mining.search.kind != "exact":
+            return None
+        if not isinstance(mining_teacher(self.recipe), DenseTeacher):
+            return None
+        ranks, scorer = self.job.launch.world_size, self._dense_scorer(store, pool)
+        shutil.rmtree(self._shares, ignore_errors=True)
+        parts: list[Neighbours] = []
+        divide(lambda ranks: parts.append(search_share(pool, scorer, self.mining, (0, ranks))))
+        for rank in range(1, ranks):
+            file = self._share(number, rank)
+            if file.is_file():
+                with np.load(file, allow_pickle=False) as arrays:
+                    parts.append(Neighbours(arrays["rows"], arrays["scores"]))
+            else:  # that rank does not share the file system
+                parts.append(search_share(pool, scorer, self.mining, (rank, ranks)))
+        shutil.rmtree(self._shares, ignore_errors=True)
+        return Neighbours(np.concatenate([p.rows for p in parts]), np.concatenate([p.scores for p in parts]))
+
+    @property
+    def _shares(self) -> Path:
+        return self.output.with_name(f"{self.output.name}.shares")
+
+    def _share(self, number: int, rank: int) -> Path:
+        return self._shares / f"{number}-{rank}.npz"
 
     def _check_reads(self, teacher: TeacherConfig, store: Store) -> None:
         if reads_texts_alone(teacher) and store.has_images and store.pictures.num_rows:
             raise BadInputError(
                 f"{teacher.kind} goes by words alone, and this data has pictures",
-                where=self.run.loaded.where(("mining",)),
+                where=self.job.run.loaded.where(("mining",)),
                 hint="Name an embedding model that takes both.",
             )
 
-    def _pools(self, store: Store) -> list[Pool]:
-        return [self._pool(store, name) for name in self._mined_sources(store)]
-
-    def _mined_sources(self, store: Store) -> list[str]:
+    def sources(self, store: Store) -> list[str]:
         """The sources that negatives are mined for."""
         kinds = {source.name: source.kind for source in store.sources}
-        return [name for name in self.source_names if kinds[name] == "retrieval"]
+        return [name for name in self.job.source_names if kinds[name] == "retrieval"]
+
+    def pools(self, store: Store) -> list[Pool]:
+        """The pool of each of them."""
+        return [self._pool(store, name) for name in self.sources(store)]
 
     def _pool(self, store: Store, name: str) -> Pool:
         from nearfield.mining.pool import make_pool
 
-        assert self.recipe.mining is not None
-        corpus = self._mined_sources(store) if self.recipe.mining.corpus == "sources" else [name]
+        corpus = self.sources(store) if self.mining.corpus == "sources" else [name]
         return make_pool(store, name, self.recipe.split, corpus)
 
     def _scorer(self, store: Store, pool: Pool) -> Scorer:
         from nearfield.mining.teachers import Searching, make_scorer
 
-        mining = self.recipe.mining
-        assert mining is not None
-        searching = Searching(mining.search, mining.memory_mib << 20, self.launch.device, self.recipe.seed)
+        mining = self.mining
+        searching = Searching(mining.search, mining.memory_mib << 20, self.job.launch.device, self.recipe.seed)
         return make_scorer(
             mining_teacher(self.recipe),
             (len(pool.queries), len(pool.documents)),
@@ -223,13 +323,12 @@ class MiningStages(Artifacts):
         return scorer
 
     def _pool_vectors(self, teacher: DenseTeacher, pool: Pool) -> tuple[Vectors, Documents]:
-        vectors = ItemVectors.open(self.vectors_path(teacher))
+        vectors = self.vectors.open(teacher)
         table = vectors.table("document")
         rows = table.positions(pool.documents)
-        if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        is_range = bool(len(rows)) and rows[-1] - rows[0] + 1 == len(rows)
+        if is_range or self.mining.search.kind != "exact":
             documents: Documents = ArrayDocuments(table.take(rows))
-        elif self.recipe.mining is not None and self.recipe.mining.search.kind != "exact":
-            documents = ArrayDocuments(table.take(rows))
         else:
             table.check(rows, rows + 1)
             documents = IndexedDocuments(table.vectors, rows)
@@ -244,72 +343,23 @@ class MiningStages(Artifacts):
         items = {"query": queries, "document": documents}
 
         def vectors(dense: DenseTeacher) -> tuple[Vectors, Documents]:
-            encode = self._encode_items(dense, store)
+            encode = self.vectors.encode_items(dense, store)
             made = {role: unit(np.asarray(encode(role, rows)), rows) for role, rows in items.items()}
             return made["query"], ArrayDocuments(made["document"])
 
         counts = (len(queries), len(documents))
         return make_pair_scorer(teacher, counts, lambda role, rows: store.texts(items[role][rows]), vectors)
 
-    def mined_items(self, store: Store) -> dict[str, Rows]:
-        """Source -> the items that are its mined negatives, to be tokenised with its document prompt."""
-        from nearfield.mining.negatives import Negatives
-
+    def documents_by_source(self, store: Store) -> dict[str, Rows]:
+        """Source -> the items that are its mined negatives, to be tokenised with its document prompt; empty without mining."""
         if self.recipe.mining is None:
             return {}
-        if self.recipe.mining.corpus == "sources" and isinstance(self.recipe.mining.during, RefreshedNegatives):
-            return {pool.name: pool.documents for pool in self._pools(store)}
-        negatives = Negatives(self.negatives_path)
+        if self.mining.corpus == "sources" and isinstance(self.mining.during, RefreshedNegatives):
+            return {pool.name: pool.documents for pool in self.pools(store)}
+        negatives = self.open()
         names = {number: source.name for number, source in enumerate(store.sources)}
         sources = np.repeat(negatives.table["source"].to_numpy(), np.diff(negatives.offsets))
         return {names[n]: np.unique(negatives.rows[sources == n]) for n in np.unique(sources).tolist()}
-
-    def planned_negatives(self, store: Store) -> dict[str, PlannedNegatives] | None:
-        """What the planner takes instead of the data's negatives, by source; None where the recipe does not mine."""
-        from nearfield.mining.negatives import Negatives
-        from nearfield.pipeline.planning import planned_negatives
-
-        mining = self.recipe.mining
-        if mining is None:
-            return None
-        mined = Negatives(self.negatives_path)
-        return {
-            name: planned_negatives(store, store.select(name, self.recipe.split), mined, mining.explicit)
-            for name in self._mined_sources(store)
-        }
-
-    def planner_vectors(self) -> VectorsOf | None:
-        """The vectors that the planner gets, where there are any."""
-        teacher = planning_teacher(self.recipe)
-        return None if teacher is None else ItemVectors.open(self.vectors_path(teacher)).of
-
-    def guide_width(self) -> int | None:
-        """How wide the guide's vectors are, where the objective asks for them."""
-        teacher = guide_teacher(self.recipe)
-        return None if teacher is None else ItemVectors.open(self.vectors_path(teacher)).dimension
-
-    def teacher_scores(self) -> TeacherScores | None:
-        """What the miner's teacher gave, where the objective learns from it."""
-        from nearfield.batching.rows import Lists
-        from nearfield.mining.negatives import Negatives
-        from nearfield.pipeline.planning import arrow_lists
-        from nearfield.training.chunks import TeacherScores
-
-        if not self.recipe.objective.needs_teacher_scores:
-            return None
-        mined = Negatives(self.negatives_path)
-        return TeacherScores(
-            mined.examples,
-            arrow_lists(self._store().examples.take(mined.examples)["positives"]),
-            mined.positive_scores.astype(np.float64),
-            Lists(mined.offsets, mined.rows),
-            mined.scores.astype(np.float64),
-        )
-
-    def guide_vectors(self) -> VectorsOf | None:
-        """The vectors that the objective gets of its guide, where it asks for one."""
-        teacher = guide_teacher(self.recipe)
-        return None if teacher is None else ItemVectors.open(self.vectors_path(teacher)).of
 
 
 def _may_be_zero(teacher: DenseTeacher) -> bool:
@@ -338,3 +388,69 @@ def items_by_role(store: Store, sources: list[str], split: str) -> dict[str, Row
             # The planner takes other items of a label as positives.
             found["document"].append(part["query"].to_numpy())
     return {role: np.unique(np.concatenate(rows)).astype(np.int64) for role, rows in found.items()}
+
+
+def mining_teacher(recipe: Recipe) -> TeacherConfig:
+    """Who scores candidates: the one of ``mining``, else the recipe's, else the model that the recipe trains from."""
+    own = recipe.mining.teacher if recipe.mining else None
+    return own or recipe.teacher or SentenceTransformerTeacher()
+
+
+def planning_teacher(recipe: Recipe) -> DenseTeacher | None:
+    """Whose vectors the planner gets: the first of the recipe's teacher that makes any; None where it gets none."""
+    if recipe.teacher is None:
+        return SentenceTransformerTeacher() if needs_vectors(recipe.batches) else None
+    # That there is one where the planner cannot do without is checked with the recipe.
+    return next(iter(dense_teachers(recipe.teacher)), None)
+
+
+def guide_teacher(recipe: Recipe) -> DenseTeacher | None:
+    """Whose vectors the objective gets; None where it asks for none."""
+    if not recipe.objective.needs_guide:
+        return None
+    if recipe.guide is not None:
+        return recipe.guide
+    # That the recipe's teacher makes vectors is checked with the recipe.
+    return SentenceTransformerTeacher() if recipe.teacher is None else next(iter(dense_teachers(recipe.teacher)), None)
+
+
+def located(teacher: SentenceTransformerTeacher, recipe: Recipe) -> ModelSource:
+    """The teacher's model, found without loading it."""
+    if teacher.model is None:
+        return locate(recipe.encoder.model, recipe.encoder.revision)
+    return locate(teacher.model, teacher.revision)
+
+
+def teacher_prompts(teacher: SentenceTransformerTeacher, recipe: Recipe) -> dict[str, str]:
+    """Role -> the text that the teacher wants before an item: the recipe's, else the model's own for retrieval."""
+    own = base_prompts(
+        located(teacher, recipe).path, recipe.encoder.revision if teacher.model is None else teacher.revision
+    )
+    stated = {"query": teacher.prompts.query, "document": teacher.prompts.document}
+    return {role: own.of("Retrieval", role) or "" if text is None else text for role, text in stated.items()}
+
+
+def identity(teacher: TeacherConfig, recipe: Recipe) -> Any:
+    """What a teacher's scores depend on, as a JSON-able value."""
+    if isinstance(teacher, SentenceTransformerTeacher):
+        source = located(teacher, recipe)
+        length = teacher.max_length or (recipe.encoder.max_length if teacher.model is None else None)
+        code = recipe.encoder.trust_remote_code if teacher.model is None else teacher.trust_remote_code
+        parts = [teacher.kind, source.name, source.content, length, teacher_prompts(teacher, recipe)]
+        return [*parts, *(["trust_remote_code"] if code else [])]
+    if isinstance(teacher, VectorsTeacher):
+        files = [teacher.documents, *([teacher.queries] if teacher.queries else [])]
+        listed = [file.with_suffix(".ids.txt") for file in files]
+        for file in files:
+            if not file.is_file():
+                raise BadInputError("this file of vectors does not exist", where=str(file))
+        zeros = ["zeros"] if teacher.zeros else []
+        return [teacher.kind, [hash_file(file) for file in [*files, *listed] if file.is_file()], *zeros]
+    if isinstance(teacher, CrossEncoderTeacher):
+        source = locate(teacher.model, teacher.revision)
+        settings = teacher.identity(exclude={"model", "revision", "retrieve"})
+        return [teacher.kind, source.name, source.content, settings, identity(teacher.retrieve, recipe)]
+    if isinstance(teacher, EnsembleTeacher):
+        members = [identity(member, recipe) for member in teacher.members]
+        return [teacher.kind, teacher.fusion, teacher.weights, members]
+    return teacher.identity()

@@ -1,9 +1,8 @@
-"""From a store to plan files: examples as columns, one plan an epoch, the summary of all."""
+"""The stage ``plan``: from a store to plan files, one an epoch, with a summary of all."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,15 +13,29 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from nearfield.batching.config import BatchConfig
-from nearfield.batching.plan import Lengths, write_plan
+from nearfield.batching.plan import VERSION as PLAN_VERSION
+from nearfield.batching.plan import Lengths, Plan, total_steps, write_plan
 from nearfield.batching.planner import VectorsOf
 from nearfield.batching.rows import Floats, Lists, PlannedRows, Rows, SourceExamples
 from nearfield.batching.summary import count_exceptions, measure_hardness, positives_as_negatives
+from nearfield.checksums import seal
 from nearfield.data.store import Store
-from nearfield.files import write_json
+from nearfield.errors import BadInputError
+from nearfield.files import atomic_path, hash_file, read_json, write_json
+from nearfield.kinds import outside_sources
 from nearfield.mining.negatives import Negatives as MinedNegatives
-
-logger = logging.getLogger("nearfield.pipeline")
+from nearfield.notices import Notice
+from nearfield.pipeline.mining import MineStage, VectorsStage, planning_teacher
+from nearfield.pipeline.preparing import (
+    DataStage,
+    TokensStage,
+    data_notices,
+    prompt_notices,
+    score_notices,
+    token_notices,
+    unpooled_notices,
+)
+from nearfield.pipeline.stage import Job, Stage
 
 
 class PromptsOfEpoch(Protocol):
@@ -34,7 +47,7 @@ class PromptsOfEpoch(Protocol):
 
 
 @dataclass(frozen=True)
-class Negatives:
+class SourceNegatives:
     """Negatives that stand in for a source's own: a list for each of its examples, with a teacher's scores if known."""
 
     items: Lists
@@ -44,7 +57,7 @@ class Negatives:
     kept: npt.NDArray[np.bool_] | None = None
     """(n,) the examples that a filter keeps; the lists above have all n."""
 
-    def of_kept(self, store: Store, examples: Rows) -> Negatives:
+    def of_kept(self, store: Store, examples: Rows) -> SourceNegatives:
         """The same for the kept examples alone; ``examples`` are the rows of all n."""
         if self.kept is None:
             return self
@@ -54,7 +67,7 @@ class Negatives:
             return None if scores is None else scores[lists.positions(kept)]
 
         positives = arrow_lists(store.examples.take(examples)["positives"])
-        return Negatives(
+        return SourceNegatives(
             self.items.take(kept), values(self.items, self.scores), values(positives, self.positive_scores)
         )
 
@@ -79,7 +92,7 @@ def read_examples(
     store: Store,
     names: Sequence[str],
     split: str,
-    negatives: Mapping[str, Negatives] | None = None,
+    negatives: Mapping[str, SourceNegatives] | None = None,
     *,
     samples: bool = False,
 ) -> tuple[list[SourceExamples], list[tuple[str, str]]]:
@@ -129,9 +142,9 @@ def read_examples(
     return sources, labels
 
 
-def planned_negatives(
+def source_negatives(
     store: Store, examples: Rows, mined: MinedNegatives, explicit: Literal["keep", "replace"]
-) -> Negatives:
+) -> SourceNegatives:
     """Mined negatives of some examples as the planner takes them; ``keep`` puts the data's own before them.
 
     The data's own have no teacher's score (not a number) unless they were mined too.
@@ -159,7 +172,7 @@ def planned_negatives(
     of_positives = Lists(offsets - offsets[0], np.empty(0, dtype=np.int64))
     positive_scores = mined.positive_scores[of_positives.positions(places)].astype(np.float64)
     kept = mined.kept(examples)
-    return Negatives(items, scores, positive_scores, None if kept.all() else kept)
+    return SourceNegatives(items, scores, positive_scores, None if kept.all() else kept)
 
 
 def arrow_lists(column: pa.ChunkedArray) -> Lists:
@@ -212,3 +225,209 @@ def write_plans(
     whole = {"kind": config.kind, "batch_size": config.batch_size, "steps": steps, "epochs": summaries}
     write_json(folder / "summary.json", whole)
     return whole
+
+
+class PlanStage(Stage):
+    """Writes which examples meet in which step, for all epochs."""
+
+    name = "plan"
+
+    def __init__(self, job: Job, data: DataStage, vectors: VectorsStage, mine: MineStage, tokens: TokensStage) -> None:
+        super().__init__(job)
+        self.data = data
+        self.vectors = vectors
+        self.mine = mine
+        self.tokens = tokens
+
+    def inputs(self) -> Any:
+        """The tokens, the planner's settings and vectors, the negatives, the length of the training."""
+        recipe = self.recipe
+        plan = {
+            "version": PLAN_VERSION,
+            "tokens": self.tokens.fingerprint,
+            "batches": recipe.batches.identity(),
+            "seed": recipe.seed,
+            "length": [recipe.training.epochs, recipe.training.max_steps],
+        }
+        if recipe.mining is not None:
+            plan["mined"] = [self.mine.fingerprint, recipe.mining.explicit]
+        teacher = planning_teacher(recipe)
+        if teacher is not None:
+            plan["vectors"] = self.vectors.fingerprints[teacher]
+        return plan
+
+    @property
+    def folder(self) -> Path:
+        """Where the plans of all epochs are."""
+        return self.job.run.folder / "plan"
+
+    def outputs(self) -> list[Path]:
+        """The summary, which is written last."""
+        return [self.folder / "summary.json"]
+
+    def sealed(self) -> list[Path]:
+        """The folder."""
+        return [self.folder]
+
+    def open(self) -> tuple[list[Plan], list[str]]:
+        """The plans of all epochs, and the hash of each file."""
+        paths = sorted(self.folder.glob("epoch-*.parquet"))
+        return [Plan(path) for path in paths], [hash_file(path) for path in paths]
+
+    def negatives(self, store: Store) -> dict[str, SourceNegatives] | None:
+        """What the planner takes instead of the data's negatives, by source; None where the recipe does not mine."""
+        mining = self.recipe.mining
+        if mining is None:
+            return None
+        mined = self.mine.open()
+        return {
+            name: source_negatives(store, store.select(name, self.recipe.split), mined, mining.explicit)
+            for name in self.mine.sources(store)
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Write the plans."""
+        store, tokens, recipe = self.data.open(), self.tokens.open(), self.recipe
+        samples = recipe.batches.needs_samples
+        sources, labels = read_examples(
+            store, self.job.source_names, recipe.split, self.negatives(store), samples=samples
+        )
+        prompts = self.tokens.prompts.of_rows(tokens.number)
+        lengths: Lengths = lambda prompt, items: tokens.tables[prompt].lengths(items)  # noqa: E731
+        inputs = PlanInputs(sources, labels, prompts, lengths, store, self.vectors.planned())
+        made_of = (self.data, self.vectors, self.mine, self.tokens)
+        with atomic_path(self.folder) as aside:
+            aside.mkdir()
+            summary = write_plans(
+                aside,
+                recipe.batches,
+                inputs,
+                seed=recipe.seed,
+                epochs=recipe.training.epochs,
+                max_steps=recipe.training.max_steps,
+                metadata={stage.name: stage.fingerprint for stage in made_of if stage.is_wanted},
+            )
+            if summary["steps"] == 0:
+                raise BadInputError(
+                    f"not one batch of {recipe.batches.batch_size} can be made: {summary['epochs'][0]['dropped']}",
+                    where=self.job.run.loaded.where(("batches", "batch_size")),
+                    hint="Lower batches.batch_size, or set batches.drop_last=false.",
+                )
+            seal(aside)
+        return {"steps": summary["steps"]}
+
+
+def plan_notices(stage: PlanStage, plans: list[Plan]) -> list[Notice]:
+    """All that is known of a run once its batches are planned."""
+    return [
+        *data_notices(stage.data),
+        *prompt_notices(stage.job.contract),
+        *token_notices(stage.tokens),
+        *unpooled_notices(stage.tokens),
+        *score_notices(stage.data),
+        *batch_notices(stage, plans),
+        *negative_notices(stage, plans),
+        *setting_notices(stage, total_steps(plans, stage.recipe.training.max_steps)),
+    ]
+
+
+def negative_notices(stage: PlanStage, plans: list[Plan]) -> Iterator[Notice]:
+    """Explicit negatives that the recipe asks for by name and the data do not have."""
+    batches = stage.recipe.batches
+    if not plans or not batches.negatives or "negatives" not in batches.model_fields_set:
+        return
+    counts, source = plans[0].lists("negatives").lengths, plans[0].column("source")
+    numbers = {name: int(number) for number, name in plans[0].metadata["sources"].items()}
+    for one in stage.job.run.checked.sources:
+        mine = counts[source == numbers[one.name]] if one.name in numbers else counts[:0]
+        few = int((mine < batches.negatives).sum())
+        if one.examples.kind == "retrieval" and few:
+            has = "none has any" if not mine.any() else f"{few:,} have fewer"
+            yield Notice(
+                "negatives-missing",
+                f"{one.name}: batches.negatives asks for {batches.negatives} a query, and of {len(mine):,} examples {has}",
+                "Mine some (see 'mining'), name their column in the data recipe, or lower batches.negatives.",
+            )
+
+
+def batch_notices(stage: PlanStage, plans: list[Plan]) -> Iterator[Notice]:
+    """What the plan leaves out, and batches that are smaller than asked for."""
+    recipe = stage.recipe
+    summary = read_json(stage.output, "plan summary")
+    dropped: dict[str, int] = {}
+    for epoch in summary["epochs"]:
+        for reason, count in epoch["dropped"].items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    kept = sum(epoch["rows"] for epoch in summary["epochs"])
+    # Each source of each epoch has a last batch, which need not be full.
+    ends = len(summary["epochs"]) * len(stage.job.run.checked.sources)
+    for reason, count in dropped.items():
+        share = count / max(1, kept + sum(dropped.values()))
+        unfilled = reason.startswith("in a batch")
+        yield Notice(
+            "examples-left-out",
+            f"{count:,} examples of all epochs ({share:.1%}) are left out: {reason}",
+            "Lower batches.batch_size, or set batches.drop_last=false." if unfilled else None,
+            minor=unfilled and count < recipe.batches.batch_size * ends,
+        )
+    names = {name for epoch in summary["epochs"] for name in epoch["rows_by_source"]}
+    for source in stage.job.run.checked.sources:
+        if source.name not in names:
+            yield Notice(
+                "source-without-batch",
+                f"{source.name}: not one batch is made of it",
+                "Is batch_size larger than the source?",
+            )
+    wrong = sum(epoch.get("exceptions", {}).get("positives_as_negatives", 0) for epoch in summary["epochs"])
+    if wrong:
+        yield Notice(
+            "positives-as-negatives",
+            f"{wrong:,} explicit negatives of all epochs are known positives of their query, by another source or split",
+            "infonce leaves them out by mask_known_positives; other objectives take them as negatives.",
+        )
+    size = recipe.batches.batch_size
+    small = examples = repeated = 0
+    for plan in plans:
+        _, counts = np.unique(plan.table["step"].to_numpy(), return_counts=True)
+        small, examples = small + int((counts < size).sum()), examples + int(counts.sum())
+    if small:
+        yield Notice(
+            "small-batches",
+            f"{small:,} of {summary['steps']:,} batches have fewer than {size} examples",
+            minor=small <= ends,
+        )
+    if plans:
+        queries = plans[0].table["query"].to_numpy()
+        repeated = len(queries) - len(np.unique(queries))
+    if repeated:
+        yield Notice(
+            "queries-repeated",
+            f"{repeated:,} of {len(queries):,} examples of the first epoch have a query that another has too",
+            minor=True,
+        )
+
+
+def setting_notices(stage: PlanStage, steps: int) -> Iterator[Notice]:
+    """Settings that run code from outside, or do not go with the length of the run."""
+    checked, training = stage.job.run.checked, stage.recipe.training
+    for source in outside_sources([stage.recipe, checked.data, checked.suite, checked.training_suite]):
+        yield Notice("outside-code", str(source), minor=True)
+    warmup = training.schedule.warmup
+    if warmup >= 1 and warmup >= steps:
+        yield Notice(
+            "warmup-too-long",
+            f"the warm-up of {warmup:g} steps is as long as the run or longer ({steps:,} steps): the learning rate "
+            "never reaches its peak",
+            "Lower training.schedule.warmup; below 1 it is a share of the run.",
+        )
+    if training.max_steps is not None and training.max_steps > steps:
+        yield Notice(
+            "max-steps-not-reached",
+            f"max_steps is {training.max_steps:,}, and {training.epochs} epochs have {steps:,} steps",
+        )
+    if training.checkpoints.every_steps >= steps > 1000:
+        yield Notice(
+            "first-checkpoint-late",
+            f"the first checkpoint is the last step's: a run that is killed before step {steps:,} begins anew",
+            "Lower training.checkpoints.every_steps.",
+        )

@@ -1,59 +1,254 @@
-"""The stages before training: the store, its tokens, the batches."""
+"""The stages ``data`` and ``tokens``: the store of items and examples, the prompts of its items, and their tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nearfield.checksums import seal
+from nearfield.data.tokens import VERSION as TOKENS_VERSION
+from nearfield.encoders.borders import folder_pools_prompt
+from nearfield.encoders.prompts import PromptContract, add_examples
 from nearfield.errors import BadInputError
-from nearfield.files import atomic_path
-from nearfield.notices import say
-from nearfield.pipeline.mining import MiningStages
-from nearfield.pipeline.notices import token_notices
+from nearfield.notices import Notice, say
+from nearfield.pipeline.stage import Job, Stage
 
 if TYPE_CHECKING:
-    from nearfield.batching.plan import Lengths
-    from nearfield.data.tokens import Rows
+    from nearfield.batching.rows import PlannedRows, Rows
+    from nearfield.data.in_context import ExampleSet
+    from nearfield.data.store import Store
+    from nearfield.data.tokens import TokenCache
+    from nearfield.pipeline.mining import MineStage
+    from nearfield.pipeline.planning import PromptsOfEpoch
+    from nearfield.training.chunks import Pictures
 
 
-class PreparingStages(MiningStages):
-    """What rank 0 does before the others are needed."""
+class DataStage(Stage):
+    """Reads the sources into a store of items and examples."""
 
-    def data(self) -> dict[str, Any]:
-        """Read the sources into a store of items and examples."""
+    name = "data"
+    shared = True
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the data recipe, which other runs share."""
+        from nearfield.data.build import data_fingerprint
+
+        return data_fingerprint(self.job.run.checked.data)
+
+    def outputs(self) -> list[Path]:
+        """The store."""
+        return [self.job.run.cache / "data" / self.fingerprint]
+
+    def run(self) -> dict[str, Any]:
+        """Build the store."""
         from nearfield.data import prepare_store
         from nearfield.data.summary import read_summary
         from nearfield.encoders.encode import text_encoder
 
-        store = prepare_store(self.recipe.data, self.run.cache, encoders=text_encoder)
+        store = prepare_store(self.recipe.data, self.job.run.cache, encoders=text_encoder)
         steps = [dataclasses.asdict(step) for step in read_summary(store.path).steps]
         counts = {"items": store.items.num_rows, "examples": store.examples.num_rows}
         return {**counts, "steps": steps} if steps else counts
 
-    def tokens(self) -> dict[str, Any]:
-        """Tokenise the items of the training split with their prompts."""
+    def open(self) -> Store:
+        """The store that was built."""
+        from nearfield.data.store import Store
+
+        return Store.open(self.output)
+
+    def images(self) -> Pictures | None:
+        """How a training gets the images of items; none where the data has no images."""
+        store = self.open()
+        return store.images if store.has_images else None
+
+
+@dataclass(frozen=True)
+class SourcePrompts:
+    """The prompts of a source."""
+
+    query: list[list[str]]
+    """[phrasings][1 + sets of examples]: the phrasing alone, then with each set before it."""
+    document: list[str]
+
+    @property
+    def queries(self) -> list[str]:
+        """All of its query prompts."""
+        return [prompt for phrasing in self.query for prompt in phrasing]
+
+
+class ItemPrompts:
+    """The prompts that a run's items are tokenised with, and those that each row of a plan gets."""
+
+    def __init__(self, job: Job, data: DataStage) -> None:
+        self.job = job
+        self.data = data
+        self.in_context = job.recipe.prompts.in_context
+
+    @cached_property
+    def example_sets(self) -> dict[str, list[ExampleSet]]:
+        """The in-context examples of each source that gets some: a function of the store, the recipe and its seed."""
+        from nearfield.data.in_context import draw_example_sets
+
+        if self.in_context is None:
+            return {}
+        recipe, chosen = self.job.recipe, self.in_context.sources
+        names = [name for name in self.job.source_names if chosen is None or name in chosen]
+        store = self.data.open()
+        return {name: draw_example_sets(store, name, recipe.split, self.in_context, recipe.seed) for name in names}
+
+    @cached_property
+    def trained_contract(self) -> PromptContract:
+        """The contract with the in-context examples in it; without such the run's own. Needs the store."""
+        if self.in_context is None:
+            return self.job.contract
+        sets = {name: [one.text for one in found] for name, found in self.example_sets.items()}
+        return add_examples(self.job.contract, sets, self.in_context.evaluated == "examples")
+
+    def of_source(self, name: str) -> SourcePrompts:
+        """The prompts of a source: its phrasings, for queries with each set of examples before them, too."""
+        contract = self.job.contract
+        before = ["", *(examples.text for examples in self.example_sets.get(name, ()))]
+        query = [[text + phrasing for text in before] for phrasing in contract.of(name, "query")]
+        return SourcePrompts(query, list(contract.of(name, "document")))
+
+    def all(self) -> list[str]:
+        """Every text that stands before items, in training or in the model that is saved."""
+        found = {*self.trained_contract.model_prompts.values()}
+        for name in self.job.source_names:
+            prompts = self.of_source(name)
+            found |= {*prompts.queries, *prompts.document}
+        return sorted(found)
+
+    def of_rows(self, number: Callable[[str], int]) -> PromptsOfEpoch:
+        """A function from the rows of an epoch's plan to their (query, document) prompt numbers, [n] each.
+
+        ``number`` gives the number of a prompt. What a row gets depends on the seed, the epoch, its source and its example
+        alone, not on the batch it is in.
+        """
+        from nearfield.data.in_context import PromptDraw, forbidden_queries
+
+        store, seed, draws = self.data.open(), self.job.recipe.seed, {}
+        for name in self.job.contract.sources:
+            prompts = self.of_source(name)
+            draws[store.source_number(name)] = PromptDraw(
+                name,
+                [[number(text) for text in phrasing] for phrasing in prompts.query],
+                [number(text) for text in prompts.document],
+                [forbidden_queries(examples, store.known_positives()) for examples in self.example_sets.get(name, ())],
+                0.0 if self.in_context is None else self.in_context.none,
+            )
+
+        def of_rows(rows: PlannedRows, epoch: int) -> tuple[Rows, Rows]:
+            query = np.full(len(rows), -1, dtype=np.int64)
+            document = query.copy()
+            for source in np.unique(rows.source).tolist():
+                mine = np.flatnonzero(rows.source == source)
+                query[mine], document[mine] = draws[source].draw(rows.example[mine], rows.query[mine], seed, epoch)
+            return query, document
+
+        return of_rows
+
+
+class TokensStage(Stage):
+    """Tokenises the items of the training split with their prompts."""
+
+    name = "tokens"
+    shared = True
+    packages = ("transformers", "sentence-transformers", "tokenizers", "sentencepiece", "tiktoken", "pillow", "numpy")
+
+    def __init__(self, job: Job, data: DataStage, mine: MineStage) -> None:
+        super().__init__(job)
+        self.data = data
+        self.mine = mine
+        self.prompts = ItemPrompts(job, data)
+
+    def inputs(self) -> Any:
+        """The data, the tokenizer and the prompts; mined documents of other sources, which get prompts that they had not."""
+        recipe, base = self.recipe, self.job.base
+        encoder = recipe.encoder
+        tower = self.job.encoder_inputs["image_tower"] if encoder.image_tower is not None else None
+        tokens: dict[str, Any] = {
+            "version": TOKENS_VERSION,
+            "data": self.data.fingerprint,
+            "tokenizer": [
+                base.name,
+                base.content,
+                # The base's own is in its content.
+                min(filter(None, [recipe.training.max_length, encoder.max_length]), default=None),
+                *(["append_eos"] if encoder.append_eos else []),
+                *([] if tower is None else [tower]),
+            ],
+            "prompts": self.job.contract.inputs(),
+            "split": recipe.split,
+        }
+        if not (folder_pools_prompt(base.path) if encoder.pool_prompt is None else encoder.pool_prompt):
+            # The ends of all prompts are borders of tokens then.
+            tokens["pooled_without"] = sorted({*self.job.contract.model_prompts.values()})
+        if recipe.prompts.in_context is not None:
+            tokens["in_context"] = [recipe.prompts.in_context.model_dump(mode="json"), recipe.seed]
+        if recipe.mining is not None and recipe.mining.corpus == "sources":
+            refreshes = recipe.mining.during is not None and recipe.mining.during.kind == "refresh"
+            tokens["mined"] = "all" if refreshes else self.mine.fingerprint
+        return tokens
+
+    def outputs(self) -> list[Path]:
+        """The token cache."""
+        return [self.in_cache("tokens", self.fingerprint)]
+
+    def open(self) -> TokenCache:
+        """The tokens that were made."""
+        from nearfield.data.tokens import TokenCache
+
+        return TokenCache(self.output)
+
+    def run(self) -> dict[str, Any]:
+        """Build the token cache."""
         from nearfield.data.in_context import check_room
         from nearfield.data.tokens import build_tokens
         from nearfield.encoders.tokenize import Tokenizer
-        from nearfield.pipeline.prompting import source_prompts
 
-        store = self._store()
-        sets = self._example_sets(store)
+        store, prompts = self.data.open(), self.prompts
+        tokenizer = Tokenizer(self.recipe.encoder, self.recipe.training.max_length, prompts.all())
+        in_context, limit = self.recipe.prompts.in_context, tokenizer.max_length
+        if in_context is not None and limit is not None:
+            for name in prompts.example_sets:
+                queries = prompts.of_source(name).queries
+                check_room(queries, tokenizer.prompt_length, limit, in_context.query_tokens, name)
+        build_tokens(
+            store,
+            self._items_by_prompt(store),
+            tokenizer,
+            tokenizer.prompt_length,
+            self.output,
+            self.fingerprint,
+            tokenize_items=tokenizer.of_items if store.has_images else None,
+            reader=tokenizer,
+        )
+        for notice in token_notices(self):
+            say(notice)
+        return {"tokens": sum(int(table.offsets[-1]) for table in self.open().tables)}
+
+    def _items_by_prompt(self, store: Store) -> dict[str, Rows]:
+        """Prompt -> the items that it stands before."""
         wanted: dict[str, list[Rows]] = {}
-        for source in self.run.checked.sources:
+        for source in self.job.run.checked.sources:
             rows = store.select(source.name, self.recipe.split)
             if not len(rows):
                 splits = sorted({str(s) for s in store.examples["split"].unique().to_pylist()})
                 raise BadInputError(
                     f"the source {source.name!r} has no examples in the split {self.recipe.split!r}",
-                    where=self.run.loaded.where(("split",)),
+                    where=self.job.run.loaded.where(("split",)),
                     hint=f"Splits: {', '.join(splits)}.",
                 )
-            prompts = source_prompts(self.contract, sets, source.name)
+            prompts = self.prompts.of_source(source.name)
             part = store.examples.take(rows)
             for prompt in prompts.queries:
                 wanted.setdefault(prompt, []).append(part["query"].to_numpy())
@@ -63,63 +258,109 @@ class PreparingStages(MiningStages):
                 # The planner takes other items of a label as its positives.
                 for prompt in prompts.document:
                     wanted[prompt].append(part["query"].to_numpy())
-        for name, items in self.mined_items(store).items():
-            for prompt in self.contract.of(name, "document"):
+        for name, items in self.mine.documents_by_source(store).items():
+            for prompt in self.job.contract.of(name, "document"):
                 wanted[prompt].append(items)
-        tokenizer = Tokenizer(self.recipe.encoder, self.recipe.training.max_length, self.all_prompts(store))
-        in_context, limit = self.recipe.prompts.in_context, tokenizer.max_length
-        if in_context is not None and limit is not None:
-            for name in sets:
-                queries = source_prompts(self.contract, sets, name).queries
-                check_room(queries, tokenizer.prompt_length, limit, in_context.query_tokens, name)
-        build_tokens(
-            store,
-            {prompt: np.concatenate(rows) for prompt, rows in wanted.items()},
-            tokenizer,
-            tokenizer.prompt_length,
-            self.tokens_path,
-            self.fingerprints["tokens"],
-            tokenize_items=tokenizer.of_items if store.has_images else None,
-            reader=tokenizer,
-        )
-        for notice in token_notices(self):
-            say(notice)
-        return {"tokens": sum(int(table.offsets[-1]) for table in self._tokens().tables)}
+        return {prompt: np.concatenate(rows) for prompt, rows in wanted.items()}
 
-    def plan(self) -> dict[str, Any]:
-        """Write the batches of all epochs."""
-        from nearfield.pipeline.planning import PlanInputs, read_examples, write_plans
-        from nearfield.pipeline.prompting import row_prompts
 
-        store, tokens, recipe = self._store(), self._tokens(), self.recipe
-        names = [source.name for source in self.run.checked.sources]
-        sources, labels = read_examples(
-            store, names, recipe.split, self.planned_negatives(store), samples=recipe.batches.needs_samples
-        )
-        in_context, sets = recipe.prompts.in_context, self._example_sets(store)
-        prompts = row_prompts(store, self.contract, sets, tokens.number, in_context, recipe.seed)
-        lengths: Lengths = lambda prompt, items: tokens.tables[prompt].lengths(items)  # noqa: E731
-        inputs = PlanInputs(sources, labels, prompts, lengths, store, self.planner_vectors())
-        with atomic_path(self.run.folder / "plan") as aside:
-            aside.mkdir()
-            summary = write_plans(
-                aside,
-                recipe.batches,
-                inputs,
-                seed=recipe.seed,
-                epochs=recipe.training.epochs,
-                max_steps=recipe.training.max_steps,
-                metadata={
-                    name: self.fingerprints[name]
-                    for name in ("data", "vectors", "mine", "tokens")
-                    if name in self.fingerprints
-                },
+def data_notices(stage: DataStage) -> Iterator[Notice]:
+    """What the build of the data met, of the sources that are trained on."""
+    from nearfield.data.summary import read_summary
+
+    summary = read_summary(stage.output)
+    names = {source.name for source in stage.job.run.checked.sources}
+    for source in summary.sources:
+        if source.name not in names:
+            continue
+        bad = sum(source.quarantined.values())
+        if bad:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in source.quarantined.items())
+            yield Notice(
+                "rows-unusable", f"{source.name}: {bad:,} of {source.rows:,} rows could not be used ({reasons})"
             )
-            if summary["steps"] == 0:
-                raise BadInputError(
-                    f"not one batch of {recipe.batches.batch_size} can be made: {summary['epochs'][0]['dropped']}",
-                    where=self.run.loaded.where(("batches", "batch_size")),
-                    hint="Lower batches.batch_size, or set batches.drop_last=false.",
+        if source.duplicates:
+            yield Notice(
+                "rows-repeated",
+                f"{source.name}: {source.duplicates:,} of {source.rows:,} rows repeat another row; left out",
+                minor=True,
+            )
+    conflicts = summary.conflicts
+    if conflicts.positive_and_negative:
+        yield Notice(
+            "positive-and-negative",
+            f"{conflicts.positive_and_negative:,} texts were both positive and negative of a query; taken as positives",
+        )
+    for pair, count in summary.shared_between_splits.items():
+        if stage.recipe.split in pair.split("+"):
+            yield Notice(
+                "texts-in-two-splits",
+                f"{count:,} texts are in two splits ({pair}), so scores on one of them are flattered",
+                "Split by group: set 'group' in the data recipe.",
+            )
+
+
+def score_notices(stage: DataStage) -> Iterator[Notice]:
+    """Scores of graded pairs that the objective cannot give, or that are all the same."""
+    store, recipe = stage.open(), stage.recipe
+    for source in stage.job.run.checked.sources:
+        if source.examples.kind != "graded":
+            continue
+        scores = store.examples.take(store.select(source.name, recipe.split))["score"].drop_null().to_numpy()
+        if not len(scores):
+            continue
+        low, high = float(scores.min()), float(scores.max())
+        if low == high:
+            yield Notice("scores-all-equal", f"{source.name}: all {len(scores):,} pairs have the score {low:g}")
+        for objective in recipe.objective.of_source(source.name, source.examples.kind):
+            bounds = objective.score_bounds
+            if bounds is not None and not (bounds[0] <= low and high <= bounds[1]):
+                outside = int(((scores < bounds[0]) | (scores > bounds[1])).sum())
+                yield Notice(
+                    "scores-out-of-range",
+                    f"{source.name}: {outside:,} of {len(scores):,} scores (from {low:g} to {high:g}) are beyond what "
+                    f"{getattr(objective, 'kind', 'the objective')} can give ({bounds[0]:g} to {bounds[1]:g})",
+                    f"Set scale, such as [{min(low, 0.0):.0f}, {math.ceil(high)}], in the examples of the data recipe.",
                 )
-            seal(aside)
-        return {"steps": summary["steps"]}
+
+
+def prompt_notices(contract: PromptContract) -> Iterator[Notice]:
+    """What the prompts leave open."""
+    yield from contract.notices()
+    for name, prompts in contract.sources.items():
+        for role, text in prompts.items():
+            if text and text[-1:].isalnum():
+                yield Notice(
+                    "prompt-runs-into-text",
+                    f"the {role} prompt of {name} runs into the text: {text!r} does not end in a space",
+                )
+
+
+def token_notices(stage: TokensStage) -> Iterator[Notice]:
+    """Texts that are cut in training."""
+    cache, asked = stage.open(), stage.recipe.training.max_length
+    if asked is not None and cache.max_length is not None and cache.max_length < asked:
+        yield Notice(
+            "training-length",
+            f"training.max_length is {asked:,}, and the model reads {cache.max_length:,} tokens: so much of a text is trained on",
+            "Raise encoder.max_length too, if the model allows it.",
+        )
+    if cache.cut.cut and cache.max_length is not None:
+        key = "training.max_length" if asked is not None and asked <= cache.max_length else "encoder.max_length"
+        yield Notice(
+            "texts-cut", f"in training {cache.cut.say(cache.max_length)}", f"Raise {key} if the model allows it."
+        )
+
+
+def unpooled_notices(stage: TokensStage) -> Iterator[Notice]:
+    """Texts that are nothing but their prompt, where pooling leaves that out."""
+    cache = stage.open()
+    for table in cache.tables:
+        rows = cache.without_tokens(table)
+        if len(rows):
+            yield Notice(
+                "no-token-pooled",
+                f"{len(rows):,} of {len(table.rows):,} texts have no token behind the prompt {table.prompt!r} (such as item "
+                f"{int(rows[0])}), which pooling leaves out: their vectors are zero and nothing is learnt from them",
+                "Leave out empty texts, raise training.max_length where it ends in the prompt, or set encoder.pool_prompt: true.",
+            )

@@ -31,18 +31,6 @@ LOCK = ".lock"
 
 
 @dataclass(frozen=True)
-class StageStatus:
-    """Whether a stage is done, and where its output is."""
-
-    name: str
-    state: str
-    """``done``, ``stale`` (its inputs or settings changed), ``missing`` or ``partial`` (can be continued)."""
-    detail: str
-    path: str | None = None
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
 class Run:
     """A recipe with the folder that its run lives in."""
 

@@ -1,33 +1,62 @@
-"""The stages after training: results, comparison, report."""
+"""The stages after training: ``evaluate``, ``compare`` and ``report``."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from nearfield.encoders.build import (
-    LoadedEncoder,
-    build_encoder,
-    folder_revision,
-    load_encoder,
-    save_encoder,
-)
+from nearfield.encoders.build import LoadedEncoder, build_encoder, folder_revision, load_encoder, save_encoder
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, write_json
 from nearfield.notices import from_file, in_file, refuse
-from nearfield.pipeline.artifacts import Artifacts
+from nearfield.pipeline.stage import Job, Stage
+from nearfield.pipeline.suites import suite_content
+
+if TYPE_CHECKING:
+    from nearfield.pipeline.training import TrainStage
 
 logger = logging.getLogger("nearfield.pipeline")
 
+EVALUATE_VERSION = 3
 
-class ScoringStages(Artifacts):
-    """What rank 0 does with the model that was trained."""
 
-    strict: bool = False
-    """Whether notices of the trained model's scores are errors, once all are filed."""
+class EvaluateStage(Stage):
+    """Scores the trained model, the base model and the baselines."""
 
-    def evaluate(self) -> dict[str, Any]:
-        """Score the trained model, the base model and the baselines."""
+    name = "evaluate"
+
+    def __init__(self, job: Job, train: TrainStage) -> None:
+        super().__init__(job)
+        self.train = train
+
+    @property
+    def models(self) -> int:
+        """How many models are scored."""
+        evaluation = self.recipe.evaluation
+        return 0 if evaluation is None else 1 + evaluation.before + len(evaluation.baselines)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Where the recipe has an evaluation."""
+        return self.models > 0
+
+    def inputs(self) -> Any:
+        """The trained model, the settings of the evaluation, and the suite with its data."""
+        evaluation, suite = self.recipe.evaluation, None
+        if evaluation is not None:
+            # What the report looks at scores nothing; without cut dimensions a run is what it was before there were any.
+            left_out = {"suite", "analysed_texts"} | (set() if evaluation.dimensions else {"dimensions"})
+            settings = evaluation.model_dump(mode="json", exclude=left_out)
+            suite = [settings, *suite_content(evaluation.suite, self.job.run.checked.suite)]
+        return {"version": EVALUATE_VERSION, "train": self.train.fingerprint, "suite": suite}
+
+    def outputs(self) -> list[Path]:
+        """The results."""
+        return [self.job.run.folder / "results"]
+
+    def run(self) -> dict[str, Any]:
+        """Score all models."""
         from nearfield.evaluation import evaluate
 
         evaluation = self.recipe.evaluation
@@ -37,36 +66,36 @@ class ScoringStages(Artifacts):
             name: (name, None) for name in evaluation.baselines
         }
         if evaluation.before:
-            models["before"] = (self._untrained(), None)
-        models["after"] = (self._trained(), f"nearfield/{self.recipe.name}")
+            models["before"] = (self.untrained(), None)
+        models["after"] = (self.trained(), f"nearfield/{self.recipe.name}")
         folders, failures = {}, {}
         notices: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for label, (model, name) in models.items():
             logger.info("Evaluating %s (%s)", label, name or model)
             result = evaluate(
                 model,
-                self.run.checked.suite or evaluation.suite,
-                self.run.folder / "results",
+                self.job.run.checked.suite or evaluation.suite,
+                self.job.run.folder / "results",
                 name=name,
-                open_store=self._open_store,
+                open_store=self.job.open_store,
                 prompts="as-is" if label == "before" else evaluation.prompts,
                 # The base model is the same in many runs; a trained one is scored once, but for its cut vectors.
-                cache=self.run.cache / "vectors" if label == "before" or evaluation.dimensions else None,
+                cache=self.job.run.cache / "vectors" if label == "before" or evaluation.dimensions else None,
             )
             if result.notices:
                 notices[label] = {task: in_file(said) for task, said in result.notices.items()}
-            folders[label] = str(result.results_dir.relative_to(self.run.folder))
+            folders[label] = str(result.results_dir.relative_to(self.job.run.folder))
             if result.failures:
                 failures[label] = {task: str(reason) for task, reason in result.failures.items()}
         for dimensions in evaluation.dimensions:
             cut = evaluate(
                 models["after"][0],
-                self.run.checked.suite or evaluation.suite,
-                self.run.folder / "results",
+                self.job.run.checked.suite or evaluation.suite,
+                self.job.run.folder / "results",
                 name=models["after"][1],
-                open_store=self._open_store,
+                open_store=self.job.open_store,
                 prompts=evaluation.prompts,
-                cache=self.run.cache / "vectors",
+                cache=self.job.run.cache / "vectors",
                 dimensions=dimensions,
             )
             if cut.failures:
@@ -75,15 +104,15 @@ class ScoringStages(Artifacts):
             lines = [
                 f"{label}: {task}: {reason}" for label, tasks in failures.items() for task, reason in tasks.items()
             ]
-            raise NearfieldError("some tasks failed:\n" + "\n".join(lines), where=str(self.run.folder / "results"))
-        if self.strict:
+            raise NearfieldError("some tasks failed:\n" + "\n".join(lines), where=str(self.job.run.folder / "results"))
+        if self.job.strict:
             found = [notice for said in notices.get("after", {}).values() for notice in from_file(said)]
-            refuse(found, where=str(self.run.folder / folders["after"]))
+            refuse(found, where=str(self.job.run.folder / folders["after"]))
         return {"results": folders} | ({"notices": notices} if notices else {})
 
     def check_model(self) -> None:
         """Refuse to score a saved model that is not the one that the training wrote."""
-        folder, wanted = self.run.folder / "model", self.run.record("train").get("model")
+        folder, wanted = self.job.run.folder / "model", self.job.run.record("train").get("model")
         if wanted is not None and folder_revision(folder) != wanted:
             raise BadInputError(
                 "this model is not the one that this training wrote: a file was changed or is damaged",
@@ -92,47 +121,92 @@ class ScoringStages(Artifacts):
                 "A model that was changed on purpose is scored by `nearfield eval`.",
             )
 
-    def _trained(self) -> str | LoadedEncoder:
-        folder = str(self.run.folder / "model")
+    def trained(self) -> str | LoadedEncoder:
+        """The trained model: its folder, or the model where that is an adapter alone."""
+        folder = str(self.job.run.folder / "model")
         if self.recipe.encoder.adapter is not None and self.recipe.encoder.adapter.save == "adapter":
             # The folder names its base, but not where on this machine that lies.
             return load_encoder(folder, base=self.recipe.encoder.model)
         return folder
 
-    def _untrained(self) -> str:
+    def untrained(self) -> str:
         """The base model, of its own length: by name where the recipe changes nothing, else saved beside the run as the recipe
         builds it."""
         encoder = self.recipe.encoder
         if not encoder.changes_base:
             return encoder.model
 
-        path = self.run.folder / "untrained"
+        path = self.job.run.folder / "untrained"
         with atomic_path(path) as aside:
             plain = encoder.model_copy(update={"adapter": None, "max_length": None})
             save_encoder(build_encoder(plain, "cpu", seed=self.recipe.seed).model, aside)
         return str(path)
 
-    def compare(self) -> dict[str, Any]:
-        """Intervals for each model and paired differences to the base model."""
+
+class CompareStage(Stage):
+    """Intervals for each model, and paired differences to the base model."""
+
+    name = "compare"
+
+    def __init__(self, job: Job, evaluate: EvaluateStage) -> None:
+        super().__init__(job)
+        self.evaluate = evaluate
+
+    @property
+    def is_wanted(self) -> bool:
+        """Where there are two models or more."""
+        return self.evaluate.models > 1
+
+    def inputs(self) -> Any:
+        """The results."""
+        return {"evaluate": self.evaluate.fingerprint}
+
+    def outputs(self) -> list[Path]:
+        """The comparison."""
+        return [self.job.run.folder / "comparison.json"]
+
+    def run(self) -> dict[str, Any]:
+        """Compare all models with the base model."""
         from nearfield.evaluation import compare
 
-        folders = self.run.record("evaluate").get("results")
+        folders = self.job.run.record("evaluate").get("results")
         if not isinstance(folders, dict) or not folders:
             raise BadInputError(
                 "this manifest does not say where the results are",
-                where=str(self.run.folder / "manifest.json"),
+                where=str(self.job.run.folder / "manifest.json"),
                 hint="Delete it to run all stages again.",
             )
         baseline = "before" if "before" in folders else next(iter(folders))
         labels = sorted(folders, key=lambda label: (label != baseline, list(folders).index(label)))
         comparison = compare(
-            [self.run.folder / folders[label] for label in labels], labels=labels, seed=self.recipe.seed
+            [self.job.run.folder / folders[label] for label in labels], labels=labels, seed=self.recipe.seed
         )
-        write_json(self.run.folder / "comparison.json", comparison.to_json())
+        write_json(self.job.run.folder / "comparison.json", comparison.to_json())
         return {"baseline": baseline}
 
-    def report(self) -> dict[str, Any]:
-        """Look at the embeddings, and write the HTML report."""
+
+class ReportStage(Stage):
+    """Looks at the embeddings, and writes the HTML report."""
+
+    name = "report"
+
+    def __init__(self, job: Job, evaluate: EvaluateStage, compare: CompareStage) -> None:
+        super().__init__(job)
+        self.evaluate = evaluate
+        self.compare = compare
+
+    def inputs(self) -> Any:
+        """The comparison, and how many texts are looked at."""
+        evaluation = self.recipe.evaluation
+        looked_at = evaluation.analysed_texts if evaluation is not None else 0
+        return {"compare": self.compare.fingerprint, "analysed_texts": looked_at}
+
+    def outputs(self) -> list[Path]:
+        """The page."""
+        return [self.job.run.folder / "report.html"]
+
+    def run(self) -> dict[str, Any]:
+        """Write ``analysis.json`` where texts can be looked at, and the page."""
         from nearfield.reporting import build_report
 
         try:
@@ -140,7 +214,7 @@ class ScoringStages(Artifacts):
         except (NearfieldError, ValueError) as error:
             # Scores and curves are told all the same.
             logger.warning("The embeddings cannot be looked at: %s", error)
-        result = build_report(self.run.folder)
+        result = build_report(self.job.run.folder)
         return {"bytes": result.size}
 
     def _look(self) -> None:
@@ -153,11 +227,11 @@ class ScoringStages(Artifacts):
         evaluation = self.recipe.evaluation
         if evaluation is None or not evaluation.analysed_texts:
             return
-        tasks = open_suite(self.run.checked.suite or evaluation.suite, open_store=self._open_store)
+        tasks = open_suite(self.job.run.checked.suite or evaluation.suite, open_store=self.job.open_store)
         sample = sample_of(tasks, evaluation.analysed_texts, self.recipe.seed)
         if len(sample.texts) < 4 * NEIGHBOURS:
             raise NearfieldError(f"the suite has {len(sample.texts)} texts; {4 * NEIGHBOURS} are needed")
-        encoders: dict[str, Encode] = {"before": text_encoder(self._untrained())} if evaluation.before else {}
-        encoders["after"] = text_encoder(self._trained())
+        encoders: dict[str, Encode] = {"before": text_encoder(self.evaluate.untrained())} if evaluation.before else {}
+        encoders["after"] = text_encoder(self.evaluate.trained())
         analysis = analyse_models(encoders, sample, seed=self.recipe.seed)
-        write_json(self.run.folder / "analysis.json", analysis.to_json())
+        write_json(self.job.run.folder / "analysis.json", analysis.to_json())

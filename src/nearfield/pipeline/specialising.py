@@ -11,11 +11,10 @@ from nearfield.batching.specialisation import specialised_shares, transport_simi
 from nearfield.data.vectors import unit
 from nearfield.errors import BadInputError
 from nearfield.mining.config import SentenceTransformerTeacher
+from nearfield.pipeline.mining import planning_teacher
 from nearfield.pipeline.run import Run
 from nearfield.pipeline.stages import Stages, run_stages
-from nearfield.pipeline.teaching import planning_teacher
 from nearfield.randomness import generator
-from nearfield.training.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,13 @@ def find_shares(
 ) -> Shares:
     """Compare the queries of each source's training split with those of ``split`` of the sources ``towards`` (all, where none is named)."""
     run_stages(run, "data")
-    stages = Stages(run, Launch())
-    store, recipe = stages._store(), run.recipe
+    stages = Stages.of(run)
+    store, recipe, names = stages.data.open(), run.recipe, stages.job.source_names
     known = [source.name for source in store.sources]
     for name in towards:
         if name not in known:
             raise BadInputError(f"there is no source {name!r}", where="--towards", hint=f"Sources: {', '.join(known)}.")
-    encode = stages._encode_items(planning_teacher(recipe) or SentenceTransformerTeacher(), store)
+    encode = stages.vectors.encode_items(planning_teacher(recipe) or SentenceTransformerTeacher(), store)
 
     def vectors(name: str, part: str) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         items = np.unique(store.examples.take(store.select(name, part))["query"].to_numpy())
@@ -59,9 +58,9 @@ def find_shares(
         items = np.sort(random.permutation(items)[:samples])
         return unit(np.asarray(encode("query", items)), items)
 
-    others = {name: vectors(name, split) for name in towards or stages.source_names}
+    others = {name: vectors(name, split) for name in towards or names}
     scores: dict[str, dict[str, float]] = {}
-    for name in stages.source_names:
+    for name in names:
         mine = vectors(name, recipe.split)
         scores[name] = {
             other: transport_similarity(
@@ -69,5 +68,5 @@ def find_shares(
             )
             for other, theirs in others.items()
         }
-    sizes = {name: len(store.select(name, recipe.split)) for name in stages.source_names}
+    sizes = {name: len(store.select(name, recipe.split)) for name in names}
     return Shares(scores, specialised_shares(scores, temperature), sizes)

@@ -1,24 +1,32 @@
-"""All stages of a run, and running those that are missing or stale."""
+"""All stages of a run in their order: what is done, running what is missing or stale, and checking what they left behind."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
-from nearfield.notices import listening, refuse
-from nearfield.pipeline.during import prepare_suites
-from nearfield.pipeline.freshness import STAGES, Freshness
-from nearfield.pipeline.mining import Engine
-from nearfield.pipeline.preparing import PreparingStages
-from nearfield.pipeline.run import Run, StageStatus
-from nearfield.pipeline.scoring import ScoringStages
-from nearfield.pipeline.training import TrainingStage, set_aside
+from nearfield.checksums import damage
+from nearfield.encoders.build import folder_revision
+from nearfield.errors import BadInputError
+from nearfield.notices import listening, refuse, stop_on_blocking
+from nearfield.pipeline.mining import MineStage, VectorsStage
+from nearfield.pipeline.planning import PlanStage
+from nearfield.pipeline.preparing import DataStage, TokensStage
+from nearfield.pipeline.run import Run
+from nearfield.pipeline.scoring import CompareStage, EvaluateStage, ReportStage
+from nearfield.pipeline.stage import Engine, Job, Stage, StageStatus
+from nearfield.pipeline.suites import prepare_training_suite, suite_notices, suite_prompts
+from nearfield.pipeline.training import TrainStage, set_aside
 from nearfield.training.launch import Launch
+
+STAGES = ("data", "vectors", "mine", "tokens", "plan", "train", "evaluate", "compare", "report")
+OnStage = Callable[[str, str], None]
+"""Is told each stage (``training/part`` of trainings before the last one) and ``done`` or ``running``."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +40,79 @@ class RunResult:
     report: Path | None
 
 
-class Stages(PreparingStages, TrainingStage, ScoringStages):
-    """The work of each stage of a run: each reads artifacts and writes artifacts."""
+class Stages:
+    """The stages of a run, each with those whose output it reads; one is made when it is asked for."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @classmethod
+    def of(cls, run: Run) -> Stages:
+        """The stages of a run in this process alone."""
+        return cls(Job(run))
+
+    @cached_property
+    def data(self) -> DataStage:
+        """The store."""
+        return DataStage(self.job)
+
+    @cached_property
+    def vectors(self) -> VectorsStage:
+        """The teachers' vectors."""
+        return VectorsStage(self.job, self.data)
+
+    @cached_property
+    def mine(self) -> MineStage:
+        """The negatives."""
+        return MineStage(self.job, self.data, self.vectors)
+
+    @cached_property
+    def tokens(self) -> TokensStage:
+        """The token cache."""
+        return TokensStage(self.job, self.data, self.mine)
+
+    @cached_property
+    def plan(self) -> PlanStage:
+        """The batches."""
+        return PlanStage(self.job, self.data, self.vectors, self.mine, self.tokens)
+
+    @cached_property
+    def train(self) -> TrainStage:
+        """The model."""
+        return TrainStage(self.job, self.plan)
+
+    @cached_property
+    def evaluate(self) -> EvaluateStage:
+        """The results."""
+        return EvaluateStage(self.job, self.train)
+
+    @cached_property
+    def compare(self) -> CompareStage:
+        """The comparison."""
+        return CompareStage(self.job, self.evaluate)
+
+    @cached_property
+    def report(self) -> ReportStage:
+        """The page."""
+        return ReportStage(self.job, self.evaluate, self.compare)
+
+    def wanted(self, until: str | None = None) -> list[Stage]:
+        """The stages that the recipe asks for, in order, up to ``until``."""
+        end = len(STAGES) if until not in STAGES else STAGES.index(until) + 1
+        stages: list[Stage] = [stage for name in STAGES[:end] if (stage := getattr(self, name)).is_wanted]
+        if until is not None and until not in [stage.name for stage in stages]:
+            names = ", ".join(stage.name for stage in self.wanted())
+            raise BadInputError(f"this recipe has no stage {until!r}", hint=f"Stages: {names}.")
+        return stages
 
 
 def status(run: Run) -> list[StageStatus]:
     """The state of each stage of a run; of trainings before it, of the parts of each that are wanted, as ``training/part``."""
     found: list[StageStatus] = []
     for earlier in run.before:
-        stages = Freshness(earlier.preview())
-        wanted = stages.wanted(_end(earlier))
-        found += [replace(stages.status(stage), name=f"{earlier.stage}/{stage}") for stage in wanted]
-    stages = Freshness(run.preview())
-    return found + [stages.status(stage) for stage in stages.wanted(None)]
+        wanted = Stages.of(earlier.preview()).wanted(_end(earlier))
+        found += [replace(stage.status(), name=f"{earlier.stage}/{stage.name}") for stage in wanted]
+    return found + [stage.status() for stage in Stages.of(run.preview()).wanted()]
 
 
 def _end(earlier: Run) -> str | None:
@@ -58,7 +126,7 @@ def run_stages(
     *,
     restart: bool = False,
     resume: bool = False,
-    on_stage: Callable[[str, str], None] | None = None,
+    on_stage: OnStage | None = None,
     launch: Launch | None = None,
     engine: Engine = "local",
     strict: bool = False,
@@ -69,7 +137,6 @@ def run_stages(
     yet is stood in for by the one that it begins from.
 
     ``restart`` keeps old checkpoints aside and trains from the start; ``resume`` demands that there is one to go on from.
-    ``on_stage`` is told each stage (``training/part`` of those before) and ``done`` or ``running``.
 
     Under a launcher all ranks call this. ``launch`` stands in for what the launcher's environment says. ``engine`` encodes
     and searches for the stages that mine. ``strict`` makes errors of notices of the training, before it begins where they
@@ -81,121 +148,176 @@ def run_stages(
     for earlier in run.before:
         told = None if on_stage is None else partial(tell_training, on_stage, str(earlier.stage))
         one, end = (earlier.preview(), until) if prepares else (earlier, _end(earlier))
-        if end is not None and end not in Freshness(one).wanted(None):
+        stages = Stages(Job(one, launch.within(f"stage/{earlier.stage}"), engine=engine, strict=strict))
+        if end is not None and end not in (stage.name for stage in stages.wanted()):
             continue  # such as mining, where only another training mines
-        part = launch.within(f"stage/{earlier.stage}")
-        found = _run_one(
-            one, end, on_stage=told, launch=part, restart=restart, resume=resume, engine=engine, strict=strict
-        )
+        made = _Work(stages, end, restart, resume, told).run()
         # What was trained now began after what there was to go on from.
-        resume = resume and "train" not in found.ran
-        ran += [f"{earlier.stage}/{name}" for name in found.ran]
+        resume = resume and "train" not in made
+        ran += [f"{earlier.stage}/{name}" for name in made]
     one = run.preview() if prepares else run
-    found = _run_one(
-        one, until, on_stage=on_stage, launch=launch, restart=restart, resume=resume, engine=engine, strict=strict
-    )
-    return replace(found, ran=(*ran, *found.ran))
+    ran += _Work(Stages(Job(one, launch, engine=engine, strict=strict)), until, restart, resume, on_stage).run()
+    model, report = one.folder / "model", one.folder / "report.html"
+    return RunResult(one.folder, tuple(ran), model if model.is_dir() else None, report if report.is_file() else None)
 
 
-def tell_training(on_stage: Callable[[str, str], None], training: str, name: str, state: str) -> None:
+def tell_training(on_stage: OnStage, training: str, name: str, state: str) -> None:
     """Tell a stage of one of several trainings."""
     on_stage(f"{training}/{name}", state)
 
 
-def _run_one(
-    run: Run,
-    until: str | None,
-    *,
-    restart: bool,
-    resume: bool,
-    on_stage: Callable[[str, str], None] | None,
-    launch: Launch,
-    engine: Engine,
-    strict: bool,
-) -> RunResult:
-    """Run the stages that are missing or stale, in order; once one ran, those after it are looked at anew.
+class _Work:
+    """Running the stages of one training.
 
     Rank 0 runs the stages before training while the others wait, all train, and rank 0 does the rest.
     """
-    stages = Stages(run, launch)
-    wanted = stages.wanted(until)
-    stages.engine, stages.strict, stages.scores = engine, strict, "evaluate" in wanted
-    before = wanted[: wanted.index("train")] if "train" in wanted else wanted
-    ran: list[str] = []
 
-    def work(names: list[str], tell: Callable[[str], None]) -> None:
-        for name in names:
-            fresh = stages.status(name).state == "done" and not (restart and name == "train")
-            tell(name)
-            if fresh and looks:
-                fresh = not stages.drop_damaged(name)
-            if launch.is_main:
-                run.tell_stage(None if fresh else name)
-                if on_stage is not None:
-                    on_stage(name, "done" if fresh else "running")
-            # An artifact that another run left in the shared cache is done, but this run's manifest must name it.
-            if fresh and run.record(name).get("fingerprint") == stages.fingerprints[name]:
-                continue
-            began = time.monotonic()
-            details = {} if fresh else getattr(stages, name)()
-            if not launch.is_main:
-                continue
-            seconds = round(time.monotonic() - began, 1)
-            entry = {
-                "fingerprint": stages.fingerprints[name],
-                "path": str(stages.output(name)),
-                "seconds": seconds,
-                **({"versions": versions} if (versions := stages.versions(name)) else {}),
-                **details,
-            }
-            run.finish(name, entry)
-            if not fresh:
-                ran.append(name)
+    def __init__(
+        self, stages: Stages, until: str | None, restart: bool, resume: bool, on_stage: OnStage | None
+    ) -> None:
+        self.stages, self.job = stages, stages.job
+        self.restart, self.resume, self.on_stage = restart, resume, on_stage
+        wanted = stages.wanted(until)
+        names = [stage.name for stage in wanted]
+        cut = names.index("train") if "train" in names else len(names)
+        self.before, self.rest = wanted[:cut], wanted[cut:]
+        self.is_scored = "evaluate" in names
+        self.trains = bool(self.rest)
+        self.looks_for_damage = False
+        self.ran: list[str] = []
+        self.held = contextlib.ExitStack()
 
-    looks = False
+    def run(self) -> list[str]:
+        """The names of the stages that were missing or stale, and ran."""
+        launch = self.job.launch
+        with listening(self.job.said), self.held:
+            launch.prepare(self._prepare, self._verify, self._help)
+            if self.rest:
+                with launch.together() if self.trains else contextlib.nullcontext():
+                    if launch.is_main:
+                        self._run(self.rest)
+                    elif self.trains:
+                        self.stages.train.run()
+        return self.ran
 
-    def prepare(tell: Callable[[str], None]) -> str:
-        nonlocal looks
-        held.enter_context(run.lock())
-        trains = "train" in wanted and (restart or stages.status("train").state != "done")
-        if trains:
-            stages.check_can_train()
-            stages.check_suite()
+    def _prepare(self, tell: Callable[[str], None]) -> str:
+        """On rank 0: all that comes before the training; what the others have to know of it."""
+        job, run, wanted = self.job, self.job.run, [*self.before, *self.rest]
+        self.held.enter_context(run.lock())
+        self.trains = bool(self.rest) and (self.restart or not self.stages.train.is_done)
+        if self.trains:
+            self.stages.train.is_scored = self.is_scored
+            self.stages.train.check_can_train()
+            if self.is_scored:  # before the training is paid for
+                stop_on_blocking(suite_notices(run))
         run.begin()
-        if strict and not trains and "train" in wanted:
+        if job.strict and self.rest and not self.trains:
             refuse(run.notices, str(run.loaded.path))
         # Who asks for a finished run once more has nothing read by it.
-        looks = "train" not in wanted or any(stages.status(name).state != "done" for name in wanted)
-        if restart and (run.folder / "checkpoints").is_dir():
+        self.looks_for_damage = not self.rest or not all(stage.is_done for stage in wanted)
+        if self.restart and (run.folder / "checkpoints").is_dir():
             set_aside(run.folder / "checkpoints", "checkpoints-before-restart")
-        elif resume:
-            stages.check_resumable()
-        work(before, tell)
-        if trains:
+        elif self.resume:
+            self.stages.train.check_resumable()
+        self._run(self.before, tell)
+        if self.trains:
             tell("the suites that are scored")
-            prepare_suites(stages, stages._open_store, "evaluate" in wanted)
-        return json.dumps(
-            {"trains": trains, "artifacts": stages.artifacts() if trains and launch.world_size > 1 else {}}
-        )
+            prepare_training_suite(job)
+            if self.is_scored:
+                suite_prompts(job, self.stages.tokens.prompts.trained_contract)
+        artifacts = self.stages.train.artifacts() if self.trains and job.launch.world_size > 1 else {}
+        return json.dumps({"trains": self.trains, "artifacts": artifacts})
 
-    trains = True
-
-    def verify(word: str) -> None:
-        nonlocal trains
+    def _verify(self, word: str) -> None:
+        """On the other ranks: refuse what this one could never train with."""
         said = json.loads(word)
-        trains = said["trains"]
-        if trains:
-            stages.check_can_train()
-            stages.check_artifacts(said["artifacts"])
+        self.trains = said["trains"]
+        if self.trains:
+            self.stages.train.check_can_train()
+            self.stages.train.check_artifacts(said["artifacts"])
 
-    with listening(stages.said), contextlib.ExitStack() as held:
-        launch.prepare(prepare, verify, stages.help)
-        if "train" in wanted:
-            rest = wanted[wanted.index("train") :]
-            with launch.together() if trains else contextlib.nullcontext():
-                if launch.is_main:
-                    work(rest, lambda text: None)
-                elif trains:
-                    stages.train()
-    model, report = run.folder / "model", run.folder / "report.html"
-    return RunResult(run.folder, tuple(ran), model if model.is_dir() else None, report if report.is_file() else None)
+    def _help(self, task: str) -> None:
+        """On the other ranks: their part of a task that rank 0 divides."""
+        name, number = task.split()
+        next(stage for stage in self.before if stage.name == name).help(int(number))
+
+    def _run(self, stages: Sequence[Stage], tell: Callable[[str], None] = lambda text: None) -> None:
+        """Run what is not done; once one ran, those after it are looked at anew."""
+        run = self.job.run
+        for stage in stages:
+            fresh = stage.is_done and not (self.restart and stage.name == "train")
+            tell(stage.name)
+            if fresh and self.looks_for_damage:
+                fresh = not stage.remove_damaged()
+            run.tell_stage(None if fresh else stage.name)
+            if self.on_stage is not None:
+                self.on_stage(stage.name, "done" if fresh else "running")
+            # An artifact that another run left in the shared cache is done, but this run's manifest must name it.
+            if fresh and run.record(stage.name).get("fingerprint") == stage.fingerprint:
+                continue
+            began = time.monotonic()
+            details = {} if fresh else stage.run()
+            versions = stage.versions()
+            entry = {
+                "fingerprint": stage.fingerprint,
+                "path": str(stage.output),
+                "seconds": round(time.monotonic() - began, 1),
+                **({"versions": versions} if versions else {}),
+                **details,
+            }
+            run.finish(stage.name, entry)
+            if not fresh:
+                self.ran.append(stage.name)
+
+
+AGAIN = "nearfield train {run}"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A folder that was read whole."""
+
+    name: str
+    bytes: int
+    damage: str | None
+    """What is wrong with it; None where nothing is."""
+    mend: str
+    """The command that mends it, with ``{run}`` for the run."""
+
+
+def verify(run: Run) -> list[Verified]:
+    """All artifacts of a run (and of the trainings before it) that are there, in the order of the stages."""
+    found: list[Verified] = []
+    for each in (*run.before, run):
+        prefix = "" if each is run else f"{each.stage}/"
+        found += [replace(one, name=f"{prefix}{one.name}") for one in _of(each)]
+    return found
+
+
+def _of(run: Run) -> Iterator[Verified]:
+    for stage in Stages.of(run.preview()).wanted():
+        for folder in stage.sealed():
+            if folder.is_dir():
+                yield Verified(f"{stage.name} ({folder.name})", _size(folder), damage(folder), AGAIN)
+    yield from _checkpoints(run.folder / "checkpoints")
+    model, wanted = run.folder / "model", run.record("train").get("model")
+    if model.is_dir() and wanted is not None:
+        changed = None if folder_revision(model) == wanted else "its files are not those that training wrote"
+        yield Verified("model", _size(model), changed, f"rm -r {model} && {AGAIN}")
+
+
+def _checkpoints(folder: Path) -> Iterator[Verified]:
+    from nearfield.training.checkpoint import checkpoint_paths, open_checkpoint
+
+    for path in checkpoint_paths(folder):
+        try:
+            open_checkpoint(path)
+            wrong = None
+        except BadInputError as error:
+            wrong = str(error).splitlines()[0]
+        # A run passes over a damaged checkpoint by itself, and goes on from the one before it.
+        yield Verified(f"checkpoint {path.name}", _size(path), wrong, AGAIN)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

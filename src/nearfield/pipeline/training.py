@@ -1,102 +1,185 @@
-"""The stage that trains, what must hold before it, and the model that it leaves."""
+"""The stage ``train``: what must hold before it, the training itself, and the model that it leaves."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import socket
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from nearfield.batching.rows import Lists, join_lists
 from nearfield.encoders.build import LoadedEncoder, build_encoder, folder_revision, save_encoder
+from nearfield.encoders.stated import stored_dtype, trained_similarity
 from nearfield.encoders.static import vocabulary_size
 from nearfield.errors import BadInputError
-from nearfield.files import atomic_path, hash_folder, write_text
+from nearfield.files import atomic_path, hash_folder, read_json, write_text
+from nearfield.mining.config import RefreshedNegatives
 from nearfield.notices import Notice, refuse, stop_on_blocking
-from nearfield.pipeline.changing import ChangingStages
-from nearfield.pipeline.decontamination import contamination_entry, contamination_lines
-from nearfield.pipeline.during import evaluation_during_training
-from nearfield.pipeline.holding import hold_similarity, kept_dtype, say_rounding
-from nearfield.pipeline.teaching import guide_teacher
+from nearfield.pipeline.contamination import contamination_entry, contamination_lines
+from nearfield.pipeline.mining import guide_teacher
+from nearfield.pipeline.planning import PlanStage, arrow_lists, plan_notices
+from nearfield.pipeline.stage import Job, Stage, StageStatus
+from nearfield.pipeline.suites import evaluation_during_training, suite_content, suite_notices
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import torch
     from sentence_transformers import SentenceTransformer
 
     from nearfield.batching.plan import Plan
+    from nearfield.data.tokens import TokenCache
     from nearfield.encoders.token_task import TokenTask
+    from nearfield.objectives.config import ObjectiveSettings
     from nearfield.objectives.objective import Objective
-    from nearfield.training.chunks import Feed
+    from nearfield.training.changing_negatives import NegativeInputs
+    from nearfield.training.chunks import Feed, TeacherScores
     from nearfield.training.trainer import TrainingResult
 
 logger = logging.getLogger("nearfield.pipeline")
 
+TRAIN_VERSION = 2
 
-class TrainingStage(ChangingStages):
-    """What all ranks do."""
+# What decides how a training runs but not what comes out of it.
+_NOT_IN_TRAINING_FINGERPRINT = {
+    "device",
+    "backend",
+    "collective_timeout",
+    "micro_batch_tokens",
+    "packing",
+    "compile",
+    "exchange",
+    "gradient_checkpointing",
+    "gradient_cache",
+    "graph_tokens",
+    "checkpoints",
+    "log_every",
+    "watch_every",
+    "trackers",
+    # It decides what the tokens are, of which the plan is made.
+    "max_length",
+    # What of it decides which model comes out is added by itself.
+    "evaluation",
+}
 
-    strict: bool = False
-    """Whether a notice that is not minor ends the run."""
-    scores: bool = True
-    """Whether the trained model is scored on the recipe's suite."""
+HALF = ("bfloat16", "float16")
+
+
+class TrainStage(Stage):
+    """Trains from the newest checkpoint on and saves the model; all ranks do."""
+
+    name = "train"
+
+    def __init__(self, job: Job, plan: PlanStage) -> None:
+        super().__init__(job)
+        self.plan = plan
+        self.data, self.tokens, self.mine, self.vectors = plan.data, plan.tokens, plan.mine, plan.vectors
+        self.is_scored = True
+        """Whether the trained model is scored on the recipe's suite."""
+
+    def inputs(self) -> Any:
+        """The plan, the encoder, the prompts, the objective, and of the training what decides which model comes out."""
+        recipe, contract = self.recipe, self.job.contract
+        train = {
+            "version": TRAIN_VERSION,
+            "plan": self.plan.fingerprint,
+            "encoder": self.job.encoder_inputs,
+            "prompts": contract.model_prompts,
+            "objective": recipe.objective.identity(),
+            "training": recipe.training.identity(exclude=_NOT_IN_TRAINING_FINGERPRINT),
+        }
+        if contract.default_prompt_name is not None:
+            train["default_prompt"] = contract.default_prompt_name
+        if recipe.mining is not None and recipe.mining.during is not None:
+            train["negatives"] = recipe.mining.during.identity()
+        guide = guide_teacher(recipe)
+        if guide is not None:
+            train["guide"] = self.vectors.fingerprints[guide]
+        during = recipe.training.evaluation
+        if during is not None and during.decides:
+            # Whether the untrained model is scored, and what is asked of prompts, decides nothing.
+            settings = during.model_dump(mode="json", exclude={"suite", "at_start", "prompts"})
+            train["evaluation"] = [settings, *suite_content(during.suite, self.job.run.checked.training_suite)]
+        return train
+
+    @property
+    def folder(self) -> Path:
+        """The model that is saved."""
+        return self.job.run.folder / "model"
+
+    def outputs(self) -> list[Path]:
+        """The model."""
+        return [self.folder]
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints of this run that are there, oldest first."""
+        from nearfield.training.checkpoint import checkpoint_paths
+
+        return checkpoint_paths(self.job.run.folder / "checkpoints")
+
+    def status(self) -> StageStatus:
+        """Whether it is done; a training that can go on is ``partial``."""
+        found, record = super().status(), self.job.run.record(self.name)
+        checkpoints = self.checkpoints()
+        if found.state == "done" or record.get("fingerprint") == self.fingerprint or not checkpoints:
+            return found
+        state = "stale" if record else "partial"
+        return StageStatus(self.name, state, f"newest checkpoint: {checkpoints[-1].name}", str(self.output))
 
     def tell(self, found: Iterable[Notice]) -> None:
         """Log what users of this training must know, once, and keep it in the manifest with all that was said meanwhile.
 
         Where that blocks, or the run is strict, it is an error instead, which every rank must be told of.
         """
-        where = str(self.run.loaded.path)
+        where = str(self.job.run.loaded.path)
         found = list(found)
         stop_on_blocking(found, where)
-        if self.launch.is_main:
+        if self.job.launch.is_main:
             for notice in found:
-                self.said.say(notice)
-            heard = [notice for notices in self.said.all().values() for notice in notices]
-            self.run.keep_notices([*self.run.notices, *heard])
+                self.job.said.say(notice)
+            heard = [notice for notices in self.job.said.all().values() for notice in notices]
+            self.job.run.keep_notices([*self.job.run.notices, *heard])
             found = heard
-        if self.strict:
+        if self.job.strict:
             refuse(found, where)
 
     def _tell_at_start(self, encoder: LoadedEncoder, feed: Feed, plans: list[Plan]) -> None:
         """Before the first step, what the encoder, the data and the plan show; rank 0 alone."""
-        from nearfield.pipeline.notices import plan_notices, suite_notices
-        from nearfield.training.checkpoint import checkpoint_paths
-
-        begins = not checkpoint_paths(self.run.folder / "checkpoints")
+        begins = not self.checkpoints()
         if begins:
-            self.run.keep_notices([])
-        suite = suite_notices(self) if self.scores else ()
+            self.job.run.keep_notices([])
+        suite = suite_notices(self.job.run) if self.is_scored else ()
         teaches = self.teaching_notices(encoder.model, feed, plans) if begins else ()
-        self.tell([*encoder.notices, *plan_notices(self, plans), *suite, *teaches])
+        self.tell([*encoder.notices, *plan_notices(self.plan, plans), *suite, *teaches])
 
     def teaching_notices(self, model: SentenceTransformer, feed: Feed, plans: list[Plan]) -> list[Notice]:
         """What the data and the objective could teach no encoder."""
         from nearfield.training.diagnostics import teaching_notices
 
-        store = self._store()
+        store = self.data.open()
         names = {number: source.name for number, source in enumerate(store.sources)}
         known, width = store.known_positives().of, model.get_embedding_dimension()
-        return [] if width is None else [*teaching_notices(self._objective(model), feed, plans, known, names, width)]
+        return [] if width is None else [*teaching_notices(self.objective(model), feed, plans, known, names, width)]
 
-    def train(self) -> dict[str, Any]:
-        """Train from the newest checkpoint on and save the model."""
+    def run(self) -> dict[str, Any]:
+        """Train and save the model."""
         from nearfield.training.engine import pick_device
         from nearfield.training.trainer import TrainingInputs, train
 
-        store, folder = self._store(), self.run.folder
-        plans, hashes = self._plans()
-        if self.launch.is_main:
+        store, folder = self.data.open(), self.job.run.folder
+        plans, hashes = self.plan.open()
+        if self.job.launch.is_main:
             self._set_aside_stale_checkpoints()
         known = store.known_positives()
         ids = store.items["id"]
         config = self.recipe.training
-        device = pick_device(config, self.launch)
-        encoder = self._encoder(device)
-        feed = self._feed(encoder)
-        if self.launch.is_main:
+        device = pick_device(config, self.job.launch)
+        encoder = self.encoder(device)
+        feed = self.feed(encoder)
+        if self.job.launch.is_main:
             self._tell_at_start(encoder, feed, plans)
         inputs = TrainingInputs(
             plans=plans,
@@ -104,22 +187,22 @@ class TrainingStage(ChangingStages):
             feed=feed,
             known_positives=known.of,
             item_ids=lambda rows: [ids[int(row)].as_py().hex() for row in rows],
-            evaluate=evaluation_during_training(self, encoder.model, self._open_store),
-            negatives=self.negative_inputs(store, feed.tokens),
+            evaluate=evaluation_during_training(self.job, encoder.model, self.tokens.prompts.trained_contract),
+            negatives=self._negative_inputs(feed.tokens),
             about=self.recipe.model_dump(mode="json"),
             tell=self.tell,
         )
         result = train(
             config,
-            self._objective(encoder.model),
+            self.objective(encoder.model),
             encoder.model,
             inputs,
             folder,
             seed=self.recipe.seed,
-            fingerprint=self.fingerprints["train"],
-            launch=self.launch,
+            fingerprint=self.fingerprint,
+            launch=self.job.launch,
         )
-        if not self.launch.is_main:
+        if not self.job.launch.is_main:
             return {}
         self.tell(())
         self._export(result, device)
@@ -135,10 +218,10 @@ class TrainingStage(ChangingStages):
             "world_size": result.world_size,
             "base_model": [encoder.name, encoder.revision],
             "stopped_early": result.stopped_early,
-            "contamination": contamination_entry(self),
+            "contamination": contamination_entry(self.data),
             "lengths": self._lengths(encoder.model),
             "checkpoint": result.checkpoint.name,
-            "model": folder_revision(self.run.folder / "model"),
+            "model": folder_revision(self.folder),
             **({} if result.best is None else {"best": {"step": result.best[0], "score": result.best[1]}}),
         }
 
@@ -146,43 +229,89 @@ class TrainingStage(ChangingStages):
         """How much of a text the training and the model read, and what the training cut off."""
         from nearfield.encoders.limits import longest_input
 
-        tokens = self._tokens()
+        tokens = self.tokens.open()
         return {"training": tokens.max_length, "model": longest_input(model), **tokens.cut.to_json()}
 
-    def _feed(self, encoder: LoadedEncoder) -> Feed:
+    def feed(self, encoder: LoadedEncoder) -> Feed:
         """What the items and examples of the store are to this encoder and the recipe's objective."""
         from nearfield.training.chunks import Feed
 
+        guide = self.vectors.guide()
         named = self.recipe.objective.readings(self._kinds())
-        readings = {number: named[s.name] for number, s in enumerate(self._store().sources) if s.name in named}
+        readings = {number: named[s.name] for number, s in enumerate(self.data.open().sources) if s.name in named}
         return Feed(
-            self._tokens(),
-            guide=self.guide_vectors(),
-            weights=self._store().weights(),
-            teacher_scores=self.teacher_scores(),
+            self.tokens.open(),
+            guide=None if guide is None else guide.of,
+            weights=self.data.open().weights(),
+            teacher_scores=self._teacher_scores(),
             readings=readings,
             token_task=self._token_task(encoder),
-            pictures=self.pictures(),
+            pictures=self.data.images(),
+        )
+
+    def _negative_inputs(self, tokens: TokenCache) -> NegativeInputs | None:
+        """What negatives that change are made of: the candidates that were mined, and how to mine anew; None where those of
+        the plan stay."""
+        from nearfield.training.changing_negatives import Candidates, NegativeInputs, Remine
+
+        recipe, store = self.recipe, self.data.open()
+        if recipe.mining is None or recipe.mining.during is None:
+            return None
+        found = self.plan.negatives(store) or {}
+        examples = np.concatenate([store.select(name, recipe.split) for name in found])
+        lists = join_lists([negatives.items for negatives in found.values()])
+        order = np.argsort(examples, kind="stable")
+        remine = None
+        if isinstance(recipe.mining.during, RefreshedNegatives):
+            prompts = {}
+            for name in found:
+                texts = self.job.contract.sources[name]
+                prompts[store.source_number(name)] = (tokens.number(texts["query"]), tokens.number(texts["document"]))
+            remine = Remine(self.mine.pools(store), prompts, recipe.mining)
+        batches = recipe.batches
+        return NegativeInputs(
+            recipe.mining.during,
+            Candidates(examples[order], lists.take(order)),
+            wanted=batches.negatives,
+            distinct=batches.duplicates == "forbid",
+            avoid_positives=batches.known_positives == "forbid",
+            remine=remine,
+        )
+
+    def _teacher_scores(self) -> TeacherScores | None:
+        """What the miner's teacher gave, where the objective learns from it."""
+        from nearfield.training.chunks import TeacherScores
+
+        if not self.recipe.objective.needs_teacher_scores:
+            return None
+        mined = self.mine.open()
+        return TeacherScores(
+            mined.examples,
+            arrow_lists(self.data.open().examples.take(mined.examples)["positives"]),
+            mined.positive_scores.astype(np.float64),
+            Lists(mined.offsets, mined.rows),
+            mined.scores.astype(np.float64),
         )
 
     def _kinds(self) -> dict[str, str]:
         """Source -> the kind of its examples, of the sources that are trained on."""
-        return {source.name: source.examples.kind for source in self.run.checked.sources}
+        return {source.name: source.examples.kind for source in self.job.run.checked.sources}
 
-    def _objective(self, model: SentenceTransformer) -> Objective:
+    def objective(self, model: SentenceTransformer) -> Objective:
         """The objective of the recipe, which may name sources, for this encoder."""
         from nearfield.objectives.config import Surroundings
 
-        labels = self._plans()[0][0].metadata.get("labels", ())
+        guide = self.vectors.guide()
+        labels = self.plan.open()[0][0].metadata.get("labels", ())
         around = Surroundings(
             kinds=self._kinds(),
             width=model.get_embedding_dimension(),
-            guide_width=self.guide_width(),
+            guide_width=None if guide is None else guide.dimension,
             labels=len(labels),
             label_names=[(source, label) for source, label in labels],
             vocabulary=vocabulary_size(model),
         )
-        return self.recipe.objective.build([source.name for source in self._store().sources], around)
+        return self.recipe.objective.build([source.name for source in self.data.open().sources], around)
 
     def _token_task(self, encoder: LoadedEncoder) -> TokenTask | None:
         """What hides tokens and tells them, where the objective of the recipe asks for it."""
@@ -191,7 +320,7 @@ class TrainingStage(ChangingStages):
         config = self.recipe.objective.token_task
         return None if config is None else TokenTask(encoder.model, config, encoder.path, self.recipe.seed)
 
-    def _encoder(self, device: torch.device) -> LoadedEncoder:
+    def encoder(self, device: torch.device) -> LoadedEncoder:
         """The encoder of the recipe in the precision that weights have in training, the same on all ranks."""
         from nearfield.training.engine import pick_precision
 
@@ -203,7 +332,7 @@ class TrainingStage(ChangingStages):
             str(device) if quantized else "cpu",
             dtype="bfloat16" if pure else "float32",
             seed=recipe.seed,
-            prompts=self.all_prompts(self._store()),
+            prompts=self.tokens.prompts.all(),
         )
         loaded = hold_similarity(loaded, recipe.objective)
         return replace(loaded, notices=(*loaded.notices, *say_rounding(self._stored_dtype(loaded, device))))
@@ -223,15 +352,15 @@ class TrainingStage(ChangingStages):
         from nearfield.training.checkpoint import load_into, open_checkpoint
         from nearfield.training.engine import EmbeddingModule
 
-        encoder = self._encoder(device)
-        module = EmbeddingModule(encoder.model, self._objective(encoder.model), self._token_task(encoder))
+        encoder = self.encoder(device)
+        module = EmbeddingModule(encoder.model, self.objective(encoder.model), self._token_task(encoder))
         load_into(module, open_checkpoint(result.checkpoint))
-        self.trained_contract.apply(encoder.model)
-        with atomic_path(self.run.folder / "model") as aside:
+        self.tokens.prompts.trained_contract.apply(encoder.model)
+        with atomic_path(self.folder) as aside:
             adapter = self.recipe.encoder.adapter
             dtype = self._stored_dtype(encoder, device)
             save_encoder(encoder.model, aside, adapter=adapter.save if adapter else "merged", dtype=dtype)
-            self.trained_contract.save(aside)
+            self.tokens.prompts.trained_contract.save(aside)
             write_text(aside / "README.md", self._card(encoder, result))
 
     def _card(self, encoder: LoadedEncoder, result: TrainingResult) -> str:
@@ -242,7 +371,7 @@ class TrainingStage(ChangingStages):
         kept, during = int(result.checkpoint.name.removeprefix("step-")), recipe.training.evaluation
         best = f", the model of step {kept} scored best ({during.metric})" if during and during.keep_best else ""
         facts = {
-            "data": f"{self.run.checked.data.name} ({', '.join(self.contract.sources)}; split {recipe.split})",
+            "data": f"{self.job.run.checked.data.name} ({', '.join(self.job.contract.sources)}; split {recipe.split})",
             "objective": recipe.objective.summary,
             "batches": f"{recipe.batches.kind}, {recipe.batches.batch_size} examples",
             "steps": f"{result.steps}{best}",
@@ -254,17 +383,17 @@ class TrainingStage(ChangingStages):
         return model_card(
             recipe.name,
             origin_of(recipe.encoder, (encoder.name, encoder.revision)),
-            self.trained_contract,
+            self.tokens.prompts.trained_contract,
             facts,
-            contamination_lines(self),
+            contamination_lines(self.data),
             shipped_files(encoder.model),
-            [notice.what for notice in self.run.notices],
+            [notice.what for notice in self.job.run.notices],
         )
 
     def _say_lengths(self, model: SentenceTransformer) -> str:
         from nearfield.encoders.limits import longest_input
 
-        tokens, limit = self._tokens(), longest_input(model)
+        tokens, limit = self.tokens.open(), longest_input(model)
         whole = "all tokens" if limit is None else f"at most {limit:,} tokens"
         if tokens.max_length is None or not tokens.cut.cut:
             read = "nothing was cut in training"
@@ -278,23 +407,16 @@ class TrainingStage(ChangingStages):
 
         check_can_train(
             self.recipe.training,
-            self.launch,
+            self.job.launch,
             adapter=self.recipe.encoder.adapter is not None,
             token_task=self.recipe.objective.token_task is not None,
         )
-
-    def check_suite(self) -> None:
-        """Refuse, before the training is paid for, to score on data that is not there."""
-        from nearfield.pipeline.notices import suite_notices
-
-        if self.scores:
-            stop_on_blocking(suite_notices(self))
 
     def check_ring(self) -> None:
         """Refuse negatives that look at whole batches where parts of a batch are passed round."""
         mining = self.recipe.mining
         dynamic = mining is not None and mining.during is not None and mining.during.kind == "dynamic"
-        if dynamic and self.launch.world_size > 1 and self.recipe.training.exchange == "ring":
+        if dynamic and self.job.launch.world_size > 1 and self.recipe.training.exchange == "ring":
             raise BadInputError(
                 "dynamic negatives look at the embeddings of whole batches, which a ring never brings together",
                 where="training.exchange",
@@ -303,12 +425,10 @@ class TrainingStage(ChangingStages):
 
     def check_resumable(self) -> None:
         """Refuse to go on from nothing."""
-        from nearfield.training.checkpoint import checkpoint_paths
-
-        if self.status("train").state != "done" and not checkpoint_paths(self.run.folder / "checkpoints"):
+        if not self.is_done and not self.checkpoints():
             raise BadInputError(
                 "there is no checkpoint to resume from",
-                where=str(self.run.folder / "checkpoints"),
+                where=str(self.job.run.folder / "checkpoints"),
                 hint="Leave out --resume to train from the start.",
             )
 
@@ -327,25 +447,21 @@ class TrainingStage(ChangingStages):
                 else f"this node does not hold the {name} that rank 0 prepared",
                 where=f"{path} (on {socket.gethostname()})",
                 hint="Put the run's folder on a file system that all nodes share, or make it on this node first: "
-                f"nearfield train {self.run.loaded.path} --until plan --run-folder {self.run.folder}",
+                f"nearfield train {self.job.run.loaded.path} --until plan --run-folder {self.job.run.folder}",
             )
 
     def _artifact_paths(self) -> dict[str, Path]:
-        paths = {"data": self.store_path, "tokens": self.tokens_path, "batches": self.run.folder / "plan"}
+        paths = {"data": self.data.output, "tokens": self.tokens.output, "batches": self.plan.folder}
         if self.recipe.mining is not None and self.recipe.mining.during is not None:
-            paths["negatives"] = self.negatives_path
+            paths["negatives"] = self.mine.output
         guide = guide_teacher(self.recipe)
         if guide is not None:
-            paths["guide's vectors"] = self.vectors_path(guide)
+            paths["guide's vectors"] = self.vectors.path(guide)
         return paths
 
     def _set_aside_stale_checkpoints(self) -> None:
         """Checkpoints of another recipe are kept under another name, so that nothing is lost and nothing mixed."""
-        from nearfield.files import read_json
-        from nearfield.training.checkpoint import checkpoint_paths
-
-        folder = self.run.folder / "checkpoints"
-        paths = checkpoint_paths(folder)
+        folder, paths = self.job.run.folder / "checkpoints", self.checkpoints()
         if not paths or not (paths[-1] / "state.json").is_file():
             return
         try:
@@ -353,7 +469,7 @@ class TrainingStage(ChangingStages):
         except BadInputError:
             return
         old = state.get("fingerprint") if isinstance(state, dict) else None
-        if isinstance(old, str) and old != self.fingerprints["train"]:
+        if isinstance(old, str) and old != self.fingerprint:
             set_aside(folder, f"checkpoints-{old[:8]}")
             logger.warning(
                 "The recipe changed: training starts anew; the old checkpoints are in checkpoints-%s", old[:8]
@@ -366,3 +482,76 @@ def set_aside(path: Path, name: str) -> None:
     if target.exists():
         shutil.rmtree(target)
     path.rename(target)
+
+
+def hold_similarity(loaded: LoadedEncoder, objective: ObjectiveSettings) -> LoadedEncoder:
+    """The encoder, which compares its vectors as the objective does: by what its base says where the objective knows it.
+
+    Where that differs from what the base says, or several are trained, a notice tells.
+    """
+    model, comparisons = loaded.model, objective.comparisons
+    stated = str(model.similarity_fn_name)
+    model.similarity_fn_name = trained_similarity(comparisons, stated)
+    notices = [*_differs(comparisons, stated, str(model.similarity_fn_name)), *_scale(model, objective)]
+    return replace(loaded, notices=(*loaded.notices, *notices)) if notices else loaded
+
+
+def _differs(comparisons: Collection[str], stated: str, kept: str) -> list[Notice]:
+    if not comparisons or set(comparisons) == {stated}:
+        return []
+    trained = " and ".join(sorted(comparisons))
+    return [
+        Notice(
+            "similarity",
+            f"the base compares its vectors by {stated}, and the objective by {trained}: the trained model says {kept}",
+            "Set objective.similarity (of triplets objective.distance), or name an objective that knows the base's.",
+        )
+    ]
+
+
+def _scale(model: SentenceTransformer, objective: ObjectiveSettings) -> list[Notice]:
+    from sentence_transformers.sentence_transformer.modules import Normalize
+
+    temperature = getattr(objective, "temperature", None)
+    unit = isinstance(model[-1], Normalize) and model.truncate_dim is None
+    if "dot" not in objective.comparisons or unit or temperature is None or temperature >= 1:
+        return []
+    return [
+        Notice(
+            "dot-products",
+            f"similarities are dot products of vectors of any length, divided by a temperature of {temperature:g}, which is made "
+            "for cosines: a softmax of them may be all 0 and 1",
+            "Set objective.temperature: 1, as is common for dot products.",
+            minor=True,
+        )
+    ]
+
+
+def kept_dtype(loaded: LoadedEncoder) -> str | None:
+    """The half-precision type that the base's weights are stored in, which the trained model's are stored in too; None for
+    others."""
+    transformer: Any = getattr(loaded.model[0], "auto_model", None)
+    if transformer is None or loaded.path.endswith(".gguf"):
+        return None
+    folder = Path(getattr(transformer, "name_or_path", "") or loaded.path)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        found = cached_file(str(folder), "config.json", revision=loaded.revision, local_files_only=True)
+        folder = Path(str(found)).parent
+    stored = stored_dtype(folder)
+    return stored if stored in HALF else None
+
+
+def say_rounding(dtype: str | None) -> list[Notice]:
+    """That weights are trained in another type than they are stored in."""
+    if dtype is None:
+        return []
+    return [
+        Notice(
+            "stored-dtype",
+            f"the base is stored in {dtype}, and so is the trained model: the weights that training holds in float32 are rounded "
+            "when they are saved",
+            minor=True,
+        )
+    ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,7 +72,7 @@ def audit_page(found: Audit, name: str) -> AuditPage:
     return AuditPage(
         name,
         facts,
-        rule_rows(found),
+        rule_rows(summary),
         [(source, *rate_words(rate)) for source, rate in found.false_negatives.items()],
         found.judge,
         gap_chart(found),
@@ -81,10 +81,10 @@ def audit_page(found: Audit, name: str) -> AuditPage:
     )
 
 
-def rule_rows(found: Audit) -> list[tuple[str, ...]]:
+def rule_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """What each rule did: source, rule, candidates removed, examples dropped, candidates left, examples left short."""
     rows: list[tuple[str, ...]] = []
-    for name, source in found.summary["sources"].items():
+    for name, source in summary["sources"].items():
         rows.append((name, "(found)", "", "", text.count(source["candidates"]), ""))
         for rule in source["rules"]:
             numbers = [text.count(rule[key]) for key in ("removed", "dropped", "left", "short")]

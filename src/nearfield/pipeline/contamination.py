@@ -13,7 +13,7 @@ from nearfield.encoders.build import locate
 from nearfield.encoders.identity import computing_versions
 from nearfield.errors import BadInputError
 from nearfield.files import fingerprint
-from nearfield.pipeline.freshness import Freshness, suite_content
+from nearfield.pipeline.suites import suite_content
 from nearfield.provenance import versions_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nearfield.data.decontamination_config import DecontaminationConfig
     from nearfield.data.store import Store
     from nearfield.evaluation.config import SuiteConfig
-
+    from nearfield.pipeline.preparing import DataStage
 
 logger = logging.getLogger("nearfield.pipeline")
 
@@ -124,19 +124,19 @@ def stored_report(cache: Path, data: str, suite: str, sources: Sequence[str], sp
     return StoredReport(path, report)
 
 
-def report_of(run: Freshness) -> StoredReport | None:
+def report_of(data: DataStage) -> StoredReport | None:
     """The kept report of a run's data against the suite that it is scored on, if there is one that fits both."""
-    evaluation = run.recipe.evaluation
+    evaluation = data.recipe.evaluation
     if evaluation is None:
         return None
-    mark = suite_fingerprint(evaluation.suite, run.run.checked.suite)
-    sources = [source.name for source in run.run.checked.sources]
-    return stored_report(run.run.cache, run.fingerprints["data"], mark, sources, run.recipe.split)
+    mark = suite_fingerprint(evaluation.suite, data.job.run.checked.suite)
+    sources = [source.name for source in data.job.run.checked.sources]
+    return stored_report(data.job.run.cache, data.fingerprint, mark, sources, data.recipe.split)
 
 
-def contamination_entry(run: Freshness) -> dict[str, Any] | None:
+def contamination_entry(data: DataStage) -> dict[str, Any] | None:
     """What the manifest says of it: where the report is, and for each task the benchmark texts that training holds."""
-    stored = report_of(run)
+    stored = report_of(data)
     if stored is None:
         return None
     report = stored.report
@@ -157,11 +157,11 @@ def contamination_entry(run: Freshness) -> dict[str, Any] | None:
     }
 
 
-def contamination_lines(run: Freshness) -> list[str]:
+def contamination_lines(data: DataStage) -> list[str]:
     """What the model card says of it."""
-    stored = report_of(run)
+    stored = report_of(data)
     if stored is not None:
         return stored.report.lines()
-    if run.recipe.evaluation is None:
+    if data.recipe.evaluation is None:
         return []
     return ["The training texts were not compared with the texts of the suite (`nearfield data decontaminate`)."]
