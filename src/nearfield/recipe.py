@@ -17,7 +17,7 @@ from nearfield.encoders.base_prompts import BasePrompts, base_prompts
 from nearfield.encoders.config import EncoderConfig, PromptConfig
 from nearfield.encoders.prompts import PromptContract, make_contract
 from nearfield.errors import BadInputError
-from nearfield.evaluation.config import HeldOutTask, SuiteConfig
+from nearfield.evaluation.config import SuiteConfig
 from nearfield.kinds import only_our_kinds
 from nearfield.mining.config import (
     MiningConfig,
@@ -312,14 +312,7 @@ def _suite(evaluation: EvaluationConfig | TrainingEvaluationConfig | None) -> Su
         return None
     suite = SuiteConfig.load(evaluation.suite)
     for position, task in enumerate(suite.tasks):
-        if isinstance(task, HeldOutTask) and not task.data.is_dir():
-            sources = [source.name for source in DataConfig.load(task.data).sources]
-            if task.source not in sources:
-                raise BadInputError(
-                    f"tasks.{position}.source: there is no source {task.source!r} in {task.data}",
-                    where=str(evaluation.suite),
-                    hint=f"Sources: {', '.join(sources)}.",
-                )
+        task.check(str(evaluation.suite), f"tasks.{position}")
     return suite
 
 

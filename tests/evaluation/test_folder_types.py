@@ -19,7 +19,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from nearfield.conformance.tiny_models import WORDS
 from nearfield.encoders import LoadedEncoder
 from nearfield.evaluation import EvaluationResult, evaluate
-from nearfield.evaluation.local import TYPES
+from nearfield.evaluation.tasks import TYPES
 from tests.data.picture_making import picture, saved
 from tests.evaluation.test_mocks import Reference
 

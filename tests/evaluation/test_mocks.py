@@ -16,7 +16,8 @@ from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.evaluation import SuiteConfig, runner
 from nearfield.evaluation.comparison import compare
 from nearfield.evaluation.config import FolderTasks
-from nearfield.evaluation.local import SuiteTask
+from nearfield.evaluation.scoring import mean_over_splits, scores_by_split
+from nearfield.evaluation.tasks import SuiteTask
 
 ANY = SuiteConfig(name="mocks", tasks=[FolderTasks(path=Path())])
 TEXTS = {type(task).__name__: type(task) for task in MOCK_TASK_TEST_GRID}
@@ -66,9 +67,7 @@ def of_pictures(picture_model: LoadedEncoder, tmp_path_factory: pytest.TempPathF
 
 
 def main_scores(result: Any) -> dict[str, float]:
-    return runner.mean_over_splits(
-        {split: {e["hf_subset"]: float(e["main_score"]) for e in of} for split, of in result.scores.items()}
-    )
+    return mean_over_splits(scores_by_split(result))
 
 
 def check(found: Any, made: Any, reference: Any) -> None:

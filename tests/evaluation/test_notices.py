@@ -14,13 +14,13 @@ from mteb.results import TaskResult
 
 from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.errors import BadInputError
-from nearfield.evaluation import compare, evaluate, runner
+from nearfield.evaluation import compare, evaluate, runner, scoring
 from nearfield.evaluation.card import scores_section
 from nearfield.evaluation.comparison import ModelComparison
 from nearfield.evaluation.during import DuringTraining
 from nearfield.evaluation.leaderboard import leaderboard
-from nearfield.evaluation.local import SuiteTask
 from nearfield.evaluation.results import read_manifest, read_scores
+from nearfield.evaluation.tasks import SuiteTask
 from nearfield.notices import Notice, from_file, in_file, listening, refuse, say
 from tests.cli.command import run
 from tests.evaluation.made import write_result
@@ -44,14 +44,14 @@ def nearfield(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, st
 @pytest.fixture
 def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part deep in the scoring of TinySTS says a notice, twice."""
-    own = runner.read_columns_whole
+    own = scoring.read_columns_whole
 
     def read(task: Any) -> Any:
         if task.metadata.name == "TinySTS":
             say(OF_TASK), say(OF_TASK)
         return own(task)
 
-    monkeypatch.setattr(runner, "read_columns_whole", read)
+    monkeypatch.setattr(scoring, "read_columns_whole", read)
 
 
 def with_notice(folder: Path) -> LoadedEncoder:
@@ -171,10 +171,8 @@ def test_a_failed_task_keeps_its_notices_in_the_manifest(
 def test_scores_during_training_say_a_notice_once(
     tasks: Any, model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from nearfield.evaluation import during
-
     tasks.sts()
-    monkeypatch.setattr(during, "read_columns_whole", lambda task: say(OF_TASK))
+    monkeypatch.setattr(scoring, "read_columns_whole", lambda task: say(OF_TASK))
     model = load_encoder(str(model_folder), device="cpu").model
     scorer = DuringTraining(model, tasks.root, name="me/tiny", metric="mean", contract=None)
     for _ in range(2):

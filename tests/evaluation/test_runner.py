@@ -17,7 +17,7 @@ from nearfield.errors import BadInputError
 from nearfield.evaluation import MtebTasks, SuiteConfig, evaluate
 from nearfield.evaluation.folder import folder_task, task_folders
 from nearfield.evaluation.results import TOP_SCHEMA, UNIT_SCHEMA, read_scores, read_units
-from nearfield.evaluation.units import shared_clusters
+from nearfield.evaluation.scoring import shared_clusters
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_an_aggregate_task_is_the_mean_of_its_parts(
     from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
     from nearfield.evaluation import runner
-    from nearfield.evaluation.local import SuiteTask
+    from nearfield.evaluation.tasks import SuiteTask
 
     parts = [folder_task(tasks.sts("PartOne")).task, folder_task(tasks.sts("PartTwo", count=25)).task]
 

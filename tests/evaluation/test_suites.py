@@ -8,8 +8,7 @@ import pytest
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation import SuiteConfig
-from nearfield.evaluation.config import MtebTasks
-from nearfield.evaluation.suite import open_suite
+from nearfield.evaluation.config import MtebTasks, open_suite
 
 SUITES = Path(__file__).parents[2] / "eval" / "suites"
 

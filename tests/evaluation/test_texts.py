@@ -8,9 +8,8 @@ import pytest
 
 from nearfield.data.decontaminate import BenchmarkText
 from nearfield.errors import BadInputError
-from nearfield.evaluation.config import FolderTasks, SuiteConfig
-from nearfield.evaluation.local import TYPES, make_task
-from nearfield.evaluation.suite import open_suite
+from nearfield.evaluation.config import FolderTasks, SuiteConfig, open_suite
+from nearfield.evaluation.tasks import TYPES, make_task
 from nearfield.evaluation.texts import benchmark_tasks, task_texts
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

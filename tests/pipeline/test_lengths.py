@@ -187,8 +187,7 @@ def test_lengths_equal_a_loop(tiny_model: Path, prompt: str) -> None:
 
 def test_a_long_base_is_said_with_what_its_evaluation_takes(tiny_model: Path, toy_data: Path) -> None:
     from nearfield.encoders import load_encoder
-    from nearfield.evaluation.config import SuiteConfig
-    from nearfield.evaluation.suite import open_suite
+    from nearfield.evaluation.config import SuiteConfig, open_suite
 
     tasks = [{"kind": "heldout", "name": "Toy", "data": str(toy_data), "source": "pairs", "split": "test"}]
     suite = open_suite(SuiteConfig.model_validate({"name": "s", "tasks": tasks}))

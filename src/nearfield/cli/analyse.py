@@ -59,7 +59,7 @@ def analyse_command(
             "the texts come from --suite or from --texts", where="command line", hint="Give one of them."
         )
     if suite is not None:
-        from nearfield.evaluation.suite import open_suite
+        from nearfield.evaluation.config import open_suite
 
         sample = sample_of(open_suite(suite), limit, seed)
     else:

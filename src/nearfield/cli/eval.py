@@ -76,7 +76,7 @@ def evaluate_command(
     quiet_libraries()
     from nearfield.evaluation import SuiteConfig, evaluate
     from nearfield.evaluation.crew import Crew
-    from nearfield.evaluation.models import open_model
+    from nearfield.evaluation.runner import open_model
     from nearfield.files import write_json
     from nearfield.notices import listening
     from nearfield.training.launch import Launch

@@ -37,8 +37,8 @@ def twins_command(
 ) -> None:
     """Is a domain harder for these models than its general twin, do they keep their order, and is it the texts' complexity?"""
     quiet_libraries()
+    from nearfield.evaluation.config import open_suite
     from nearfield.evaluation.results import find_results
-    from nearfield.evaluation.suite import open_suite
     from nearfield.files import write_json
     from nearfield.pipeline.twins import twins
 

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation.local import LOCAL
 from nearfield.evaluation.results import read_manifest, read_scores
 from nearfield.evaluation.scores import MARK, Key, TaskScores, score_interval, score_notices, tasks_in_words, title_of
+from nearfield.evaluation.tasks import LOCAL
 from nearfield.files import write_text
 
 START, END = "<!-- nearfield: scores -->", "<!-- nearfield: end of scores -->"

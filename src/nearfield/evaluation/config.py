@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from nearfield.config import Config, ConfigPath
+from nearfield.errors import BadInputError
+from nearfield.files import hash_file, hash_folder
 
-BASELINES = {"bm25": "mteb/baseline-bm25s", "random": "mteb/baseline-random-encoder"}
-"""Models that are always there, and the names that their results are filed under."""
+if TYPE_CHECKING:
+    from nearfield.evaluation.tasks import SuiteTask
+
+OpenStore = Callable[[Path], Any]
+"""Turns the path of a data recipe, or of a store folder, into an open store (``nearfield.data.Store``)."""
 
 Language = Annotated[str, Field(pattern=r"^[a-z]{3}-[A-Z][a-z]{3}$")]
 """ISO 639-3 language and ISO 15924 script, e.g. ``eng-Latn``."""
@@ -17,9 +25,38 @@ TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_le
 """A task's name is also the name of its result file."""
 
 
-class MtebTasks(Config):
+class TaskConfig(Config):
+    """The base of all that a suite may list: one task, or several."""
+
+    needs_hub: ClassVar[bool] = False
+    """Whether the data come from the hub."""
+
+    def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
+        """The tasks, with no data loaded; ``where`` is the suite, for messages."""
+        raise NotImplementedError
+
+    @property
+    def paths(self) -> list[Path]:
+        """Files and folders that the tasks are read from."""
+        return []
+
+    def content(self) -> Any:
+        """What of those files the scores depend on."""
+        return [content_of(path) for path in self.paths]
+
+    def check(self, where: str, key: str) -> None:
+        """Raise :class:`BadInputError` for what can be seen to be wrong before anything is built."""
+
+
+def content_of(path: Path) -> str | None:
+    """The hash of a file or folder; None where there is none, which is said before it is read."""
+    return hash_folder(path) if path.is_dir() else hash_file(path) if path.is_file() else None
+
+
+class MtebTasks(TaskConfig):
     """Official tasks, by name or by benchmark; mteb fetches their data from the hub."""
 
+    needs_hub: ClassVar[bool] = True
     kind: Literal["mteb"] = "mteb"
     names: list[TaskName] = []
     """Names as mteb knows them, e.g. ``SciFact``."""
@@ -53,8 +90,14 @@ class MtebTasks(Config):
             raise ValueError("'subsets' and 'splits' go with 'names': a benchmark brings its own")
         return self
 
+    def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
+        """mteb's own tasks."""
+        from nearfield.evaluation.tasks import official_tasks
 
-class FolderTasks(Config):
+        return official_tasks(self, where)
+
+
+class FolderTasks(TaskConfig):
     """A local task (a folder with meta.json and Parquet files), or a folder of such folders."""
 
     kind: Literal["folder"] = "folder"
@@ -62,8 +105,23 @@ class FolderTasks(Config):
     only: list[TaskName] | None = None
     """Names of the tasks to take from a folder of folders; null takes all."""
 
+    def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
+        """A task for each folder; files are hashed now."""
+        from nearfield.evaluation.folder import folder_task, task_folders
 
-class HeldOutTask(Config):
+        return [folder_task(folder) for folder in task_folders(self.path, self.only)]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The folder."""
+        return [self.path]
+
+    def content(self) -> Any:
+        """The folder's."""
+        return content_of(self.path)
+
+
+class HeldOutTask(TaskConfig):
     """The held-out split of a data recipe's source, as a task of the kind that its examples allow.
 
     Retrieval examples become a retrieval task, graded pairs an STS task, labelled items a classification (or, with
@@ -95,8 +153,40 @@ class HeldOutTask(Config):
     seed: Annotated[int, Field(ge=0)] = 0
     language: Language = "eng-Latn"
 
+    def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
+        """The task; the store is opened now."""
+        from nearfield.evaluation.heldout import heldout_task
 
-class LimitTask(Config):
+        return [heldout_task(self, open_store)]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The data recipe or store."""
+        return [self.data]
+
+    def content(self) -> Any:
+        """That of the store that the data recipe gives."""
+        from nearfield.data.build import data_fingerprint
+        from nearfield.data.config import DataConfig
+
+        return data_fingerprint(DataConfig.load(self.data)) if self.data.is_file() else content_of(self.data)
+
+    def check(self, where: str, key: str) -> None:
+        """The source must be one of the data recipe's."""
+        from nearfield.data.config import DataConfig
+
+        if self.data.is_dir():
+            return
+        sources = [source.name for source in DataConfig.load(self.data).sources]
+        if self.source not in sources:
+            raise BadInputError(
+                f"{key}.source: there is no source {self.source!r} in {self.data}",
+                where=where,
+                hint=f"Sources: {', '.join(sources)}.",
+            )
+
+
+class LimitTask(TaskConfig):
     """LIMIT, made here: every pair of some documents is asked for. Its limits are those of the number of dimensions."""
 
     kind: Literal["limit"] = "limit"
@@ -110,6 +200,12 @@ class LimitTask(Config):
     """Which pairs are asked for: the benchmark's, random ones, neighbours on a ring, pairs that share no document."""
     seed: Annotated[int, Field(ge=0)] = 0
 
+    def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
+        """The task; its data are made when it runs."""
+        from nearfield.evaluation.limit import limit_task
+
+        return [limit_task(self)]
+
 
 Probe = Literal[
     "Length", "WordContent", "Depth", "TopConstituents", "BigramShift", "Tense", "SubjNumber", "ObjNumber", "OddManOut",
@@ -117,7 +213,7 @@ Probe = Literal[
 ]  # fmt: skip
 
 
-class ProbingTasks(Config):
+class ProbingTasks(TaskConfig):
     """SentEval's ten probes on sentences that are made here: what a linear classifier reads off a frozen vector."""
 
     kind: Literal["probing"] = "probing"
@@ -129,8 +225,14 @@ class ProbingTasks(Config):
     """Training sentences a class in each of mteb's ten draws."""
     seed: Annotated[int, Field(ge=0)] = 0
 
+    def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
+        """A task for each probe; sentences are made when it runs."""
+        from nearfield.evaluation.probing import probing_tasks
 
-class MmebTask(Config):
+        return probing_tasks(self)
+
+
+class MmebTask(TaskConfig):
     """One of MMEB's evaluation files: each row has its own candidates, the first of which is right; the score is hit@1."""
 
     kind: Literal["mmeb"] = "mmeb"
@@ -140,6 +242,17 @@ class MmebTask(Config):
     images: ConfigPath | None = None
     """Where the paths of pictures start; null is the folder of the file."""
     language: Language = "eng-Latn"
+
+    def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
+        """The task; rows are read now, pictures when it runs."""
+        from nearfield.evaluation.mmeb import mmeb_task
+
+        return [mmeb_task(self)]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The file, and the folder of images if one is named."""
+        return [self.file] if self.images is None else [self.file, self.images]
 
 
 TaskEntry = Annotated[
@@ -152,3 +265,53 @@ class SuiteConfig(Config):
 
     name: str = Field(min_length=1)
     tasks: list[TaskEntry] = Field(min_length=1)
+
+    @classmethod
+    def of(cls, suite: SuiteConfig | Path) -> tuple[SuiteConfig, str]:
+        """A suite from a YAML file or a folder of tasks (or as it is), and where it comes from."""
+        if isinstance(suite, SuiteConfig):
+            return suite, "suite"
+        if suite.is_dir():
+            folder = suite.resolve()
+            return cls(name=folder.name or "folder", tasks=[FolderTasks(path=folder)]), str(suite)
+        if not suite.exists():
+            raise BadInputError(
+                "this suite does not exist", where=str(suite), hint="A suite is a YAML file or a folder of tasks."
+            )
+        return cls.load(suite), str(suite)
+
+
+def open_suite(
+    suite: SuiteConfig | Path, *, only: Sequence[str] | None = None, open_store: OpenStore | None = None
+) -> list[SuiteTask]:
+    """The tasks of a suite, in its order, with no data loaded; ``only`` keeps the named ones."""
+    config, where = SuiteConfig.of(suite)
+    open_once = functools.cache(open_store or default_open_store)
+    tasks = [task for entry in config.tasks for task in entry.build(where, open_once)]
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInputError(f"the task {name!r} stands twice in the suite {config.name!r}", where=where)
+    if only is None:
+        return tasks
+    for name in only:
+        if name not in names:
+            raise BadInputError(
+                f"there is no task {name!r} in the suite {config.name!r}",
+                where=where,
+                hint=f"Tasks: {', '.join(names)}.",
+            )
+    return [task for task in tasks if task.name in set(only)]
+
+
+CACHE = Path("runs/.cache")
+
+
+def default_open_store(path: Path) -> Any:
+    """Open a store folder, or build a data recipe's store below ``runs/.cache`` unless it is there already."""
+    from nearfield import data
+    from nearfield.encoders.encode import text_encoder
+
+    if path.is_dir():
+        return data.Store.open(path)
+    return data.prepare_store(data.DataConfig.load(path), CACHE, encoders=text_encoder)

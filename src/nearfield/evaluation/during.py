@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mteb
 import numpy as np
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.results import TaskResult
@@ -15,15 +14,11 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation.checks import check_task
-from nearfield.evaluation.columns import read_columns_whole
-from nearfield.evaluation.config import SuiteConfig
+from nearfield.evaluation.config import OpenStore, SuiteConfig, open_suite
 from nearfield.evaluation.contract import TrainedPrompts, check_prompts
 from nearfield.evaluation.encoder import TaskEncoder
-from nearfield.evaluation.heldout import OpenStore
-from nearfield.evaluation.local import fresh_generators, parts_of
-from nearfield.evaluation.runner import mean_over_splits
-from nearfield.evaluation.suite import open_suite
+from nearfield.evaluation.scoring import mean_over_splits, score_task, scores_by_split
+from nearfield.evaluation.tasks import parts_of
 from nearfield.notices import Said, listening, say
 
 if TYPE_CHECKING:
@@ -126,26 +121,15 @@ class DuringTraining:
     def _score(self, task: Any) -> TaskResult:
         if isinstance(task, AbsTaskAggregate):
             return task.combine_task_results([self._score(part) for part in task.metadata.tasks])
-        read_columns_whole(task)
-        fresh_generators(task)
         try:
-            task.load_data()
-            check_task(task)
-            result = mteb.evaluate(
-                self.encoder,
-                task,
-                cache=None,
-                co2_tracker=False,
-                encode_kwargs={"batch_size": 256, "show_progress_bar": False},
-                show_progress_bar=False,
-            )
+            result = score_task(self.encoder, task)
             for notice in self.encoder.made.notices():
                 say(notice)
         finally:
             self.encoder.forget()
             if task.data_loaded:
                 task.unload_data()
-        return result.task_results[0]
+        return result
 
     def _extra(self, result: TaskResult, metric: str) -> float:
         value = _means(result, metric)
@@ -161,13 +145,9 @@ class DuringTraining:
 
 
 def _means(result: TaskResult, metric: str) -> float | None:
-    """A metric's mean over splits, then over subsets."""
-    by_split: dict[str, dict[str, float]] = {}
-    for split, entries in result.scores.items():
-        for entry in entries:
-            value = entry.get(metric)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                return None
-            by_split.setdefault(split, {})[entry["hf_subset"]] = float(value)
+    """A metric's mean over splits, then over subsets; None where one of them has no number."""
+    by_split = scores_by_split(result, metric)
+    if any(len(scores) < len(result.scores[split]) for split, scores in by_split.items()):
+        return None
     by_subset = mean_over_splits(by_split)
     return sum(by_subset.values()) / len(by_subset)

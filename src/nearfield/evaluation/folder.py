@@ -16,7 +16,7 @@ from mteb.types import PromptType
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation.folder_shape import TEXT_COLUMNS, holds_images, holds_text, official_shape, own_shape
-from nearfield.evaluation.local import TYPES, RetrievalSplit, SuiteTask, columns_of, make_task, official_class
+from nearfield.evaluation.tasks import TYPES, RetrievalSplit, SuiteTask, columns_of, make_task, official_class
 from nearfield.files import fingerprint, hash_file, read_json
 from nearfield.notices import Notice, say
 

@@ -20,7 +20,7 @@ from mteb.abstasks import (
 )
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation.local import TYPES
+from nearfield.evaluation.tasks import TYPES
 
 TEXT_COLUMNS = {"text", "sentence1", "sentence2", "sentences", "id", "query-id", "corpus-id"}
 _INPUTS = ("text", "sentences", "image")

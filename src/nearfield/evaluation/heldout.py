@@ -11,36 +11,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import DisjointSet
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation.config import HeldOutTask
-from nearfield.evaluation.local import TYPES, SuiteTask, make_task
+from nearfield.evaluation.tasks import TYPES, SuiteTask, make_task
 from nearfield.files import fingerprint
 from nearfield.randomness import generator
 
-OpenStore = Callable[[Path], Any]
-"""Turns the path of a data recipe, or of a store folder, into an open store (``nearfield.data.Store``)."""
-CACHE = Path("runs/.cache")
+if TYPE_CHECKING:
+    from nearfield.evaluation.config import HeldOutTask, OpenStore
+
 K_VALUES = (1, 3, 5, 10, 20, 100)
 """mteb's cut-offs without 1,000, which would cost most of the time of a task with thousands of queries."""
 
 Ints = NDArray[np.int64]
-
-
-def default_open_store(path: Path) -> Any:
-    """Open a store folder, or build a data recipe's store below ``runs/.cache`` unless it is there already."""
-    from nearfield import data
-    from nearfield.encoders.encode import text_encoder
-
-    if path.is_dir():
-        return data.Store.open(path)
-    return data.prepare_store(data.DataConfig.load(path), CACHE, encoders=text_encoder)
 
 
 @dataclass(frozen=True)

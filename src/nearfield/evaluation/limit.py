@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nearfield.data.readers.wordnet import FOLDER, read_synsets
-from nearfield.evaluation.config import LimitTask
-from nearfield.evaluation.local import SuiteTask, make_task
+from nearfield.evaluation.tasks import SuiteTask, make_task
 from nearfield.files import fingerprint
 from nearfield.randomness import generator
+
+if TYPE_CHECKING:
+    from nearfield.evaluation.config import LimitTask
 
 LIKES = 45
 """Things that each person likes."""

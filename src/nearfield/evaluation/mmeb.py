@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 from nearfield.data.picture_config import ImagesConfig
 from nearfield.data.pictures import ImageRef, PictureError, decode
 from nearfield.errors import BadInputError
-from nearfield.evaluation.config import MmebTask
-from nearfield.evaluation.local import TYPES, SuiteTask, make_task
+from nearfield.evaluation.tasks import TYPES, SuiteTask, make_task
 from nearfield.files import fingerprint, hash_file
+
+if TYPE_CHECKING:
+    from nearfield.evaluation.config import MmebTask
 
 Item = tuple[str, str]
 """(text, path of a picture); one of them may be empty."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nearfield.evaluation.config import ProbingTasks
-from nearfield.evaluation.local import TYPES, SuiteTask, make_task
+from nearfield.evaluation.tasks import TYPES, SuiteTask, make_task
 from nearfield.files import fingerprint
 from nearfield.randomness import generator
+
+if TYPE_CHECKING:
+    from nearfield.evaluation.config import ProbingTasks
 
 EATERS = ("child", "farmer", "doctor", "soldier", "teacher", "singer", "neighbor", "sailor", "king", "student")
 FOODS = ("apple", "cake", "pear", "egg", "potato", "carrot", "biscuit", "plum", "pie", "melon")

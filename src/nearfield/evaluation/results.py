@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.evaluation import statistics
-from nearfield.evaluation.config import BASELINES
 from nearfield.evaluation.estimators import (
     AVERAGE_PRECISION,
     CROSSED_MEAN,
@@ -48,6 +47,8 @@ logger = logging.getLogger("nearfield.evaluation")
 
 UNITS_SUFFIX = ".units.parquet"
 TOP_SUFFIX = ".top10.parquet"
+BASELINES = {"bm25": "mteb/baseline-bm25s", "random": "mteb/baseline-random-encoder"}
+"""Models that are always there, and the names that their results are filed under."""
 MANIFEST = "manifest.jsonl"
 """mteb reads every ``*.json`` of the folder as a result, and leaves this alone."""
 TOP = 10

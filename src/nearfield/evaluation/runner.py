@@ -11,27 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mteb
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
 from nearfield.data.tokens import CutTexts
-from nearfield.encoders import LoadedEncoder
+from nearfield.encoders import LoadedEncoder, load_encoder
+from nearfield.encoders.identity import model_fingerprint
 from nearfield.encoders.limits import longest_input
 from nearfield.errors import BadInputError, NearfieldError
-from nearfield.evaluation.axes import Axes
-from nearfield.evaluation.checks import check_task
-from nearfield.evaluation.columns import read_columns_whole
-from nearfield.evaluation.config import SuiteConfig
+from nearfield.evaluation.axes import AXES, SUFFIXES, Axes, turn_of
+from nearfield.evaluation.config import OpenStore, SuiteConfig, open_suite
 from nearfield.evaluation.contract import prompt_notices, roles_of
 from nearfield.evaluation.crew import Crew
 from nearfield.evaluation.encoder import TaskEncoder
-from nearfield.evaluation.heldout import OpenStore
-from nearfield.evaluation.local import SuiteTask, fresh_generators, parts_of
-from nearfield.evaluation.models import ScoredModel, open_model
-from nearfield.evaluation.results import ResultFolder
-from nearfield.evaluation.suite import open_suite
-from nearfield.evaluation.units import Recorder
+from nearfield.evaluation.results import BASELINES, ResultFolder
+from nearfield.evaluation.scoring import Recorder, mean_over_splits, score_task, scores_by_split
+from nearfield.evaluation.tasks import SuiteTask, parts_of
+from nearfield.evaluation.vectors import QUANTIZATIONS, VectorCache
 from nearfield.files import fingerprint
 from nearfield.notices import Notice, Said, from_file, listening, refuse
 from nearfield.provenance import versions_of
@@ -263,17 +259,17 @@ class _Run:
         for notice in dict.fromkeys(notice for name in names for notice in self.said.of(name)):
             self.said.say(notice, suite_task.name)
         self.folder.file(result, self._notices(suite_task.name), None, {})
-        main_scores = {s: {e["hf_subset"]: float(e["main_score"]) for e in of} for s, of in result.scores.items()}
-        self.scores[suite_task.name] = mean_over_splits(main_scores)
+        self.scores[suite_task.name] = mean_over_splits(scores_by_split(result))
 
     def _fingerprint(self, suite_task: SuiteTask) -> str:
         """What a result must have been made of to be reused; taken before the data are loaded."""
-        task, encoder = suite_task.task, self.scored.encoder
-        prompts = {} if encoder is None else {str(r): encoder.prompt_for(task.metadata, r) for r in roles_of(task)}
+        task = suite_task.task
         parts = [VERSION, task.metadata.name, task.metadata.type, task.metadata.main_score, task.metadata.revision]
         clusters = [[*key, sorted(of.items())] for key, of in sorted(suite_task.clusters.items())]
         parts += [task.metadata.dataset.get("path"), list(task.eval_splits), list(task.hf_subsets), _settings_of(task)]
-        return fingerprint([*parts, prompts, clusters, suite_task.details, self.scored.computes, self._versions])
+        return fingerprint(
+            [*parts, self._prompts(task), clusters, suite_task.details, self.scored.computes, self._versions]
+        )
 
     def _notices(self, task: str) -> list[Notice]:
         """What a reader of this task's score must know: of the model, and of the task."""
@@ -297,42 +293,23 @@ class _Run:
             self.said.say(notice, task)
 
     def _score(self, suite_task: SuiteTask, mark: str) -> None:
-        task, wrapper, encoder = suite_task.task, self.scored.wrapper, self.scored.encoder
-        before = (encoder.encoded, encoder.reused) if encoder is not None else (0, 0)
+        task, encoder, name = suite_task.task, self.scored.encoder, suite_task.name
+        before = (0, 0) if encoder is None else (encoder.encoded, encoder.reused)
         if encoder is not None:
             encoder.cut = CutTexts()
-        if not task.data_loaded:
-            fresh_generators(task)
-        task.load_data()
-        check_task(task)
-        read_columns_whole(task)
         recorder = Recorder(suite_task)
         # bm25s draws progress bars that cannot be turned off through mteb.
         quiet = contextlib.redirect_stderr(io.StringIO()) if self.scored.searches_only else contextlib.nullcontext()
         with quiet, recorder.listening():
-            model_result = mteb.evaluate(
-                wrapper,
-                task,
-                cache=None,
-                co2_tracker=False,
-                encode_kwargs={"batch_size": 256, "show_progress_bar": False},
-                prediction_folder=self.folder.path,
-                show_progress_bar=False,
-            )
-        if model_result.exceptions:
-            raise RuntimeError(model_result.exceptions[0].exception)
-        result = model_result.task_results[0]
+            result = score_task(self.scored.wrapper, task, self.folder.path)
         recorder.finish(result.scores)
         if encoder is not None:
-            self._say_of_texts(encoder, suite_task.name)
-        main_scores = {
-            split: {entry["hf_subset"]: float(entry["main_score"]) for entry in entries}
-            for split, entries in result.scores.items()
-        }
+            self._say_of_texts(encoder, name)
+        main_scores = scores_by_split(result)
         metadata = {
             "version": VERSION,
             "fingerprint": mark,
-            "task": suite_task.name,
+            "task": name,
             "task_type": task.metadata.type,
             "main_score": task.metadata.main_score,
             "main_scores": main_scores,
@@ -343,20 +320,22 @@ class _Run:
             "versions": self._versions,
             "details": suite_task.details,
         }
-        self.folder.file(result, self._notices(suite_task.name), recorder.record, metadata)
-        self.scores[suite_task.name] = mean_over_splits(main_scores)
-        self.details[suite_task.name] = suite_task.details
-        self.facts[suite_task.name] = {
+        self.folder.file(result, self._notices(name), recorder.record, metadata)
+        self.scores[name], self.details[name] = mean_over_splits(main_scores), suite_task.details
+        self.facts[name] = {
             "data_revision": task.metadata.revision,
             "mteb": result.mteb_version,
-            "prompts": {}
-            if encoder is None
-            else {str(r): encoder.prompt_for(task.metadata, r) for r in roles_of(task)},
+            "prompts": self._prompts(task),
             "texts_encoded": None if encoder is None else encoder.encoded - before[0],
             "texts_from_cache": None if encoder is None else encoder.reused - before[1],
             "texts_cut": None if encoder is None else encoder.cut.to_json(),
             "seconds": round(result.evaluation_time or 0.0, 3),
         }
+
+    def _prompts(self, task: Any) -> dict[str, str]:
+        """What the task puts before texts, by role."""
+        encoder = self.scored.encoder
+        return {} if encoder is None else {str(r): encoder.prompt_for(task.metadata, r) for r in roles_of(task)}
 
 
 def _settings_of(task: Any) -> dict[str, Any]:
@@ -366,16 +345,6 @@ def _settings_of(task: Any) -> dict[str, Any]:
         held |= {key: value for key, value in each.items() if not key.startswith("_")}
     plain = (bool, int, float, str, tuple)
     return {key: value for key, value in sorted(held.items()) if isinstance(value, plain) and key != "data_loaded"}
-
-
-def mean_over_splits(main_scores: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Subset -> score from split -> subset -> score; a subset scored on several splits gets their mean."""
-    subsets = dict.fromkeys(subset for scores in main_scores.values() for subset in scores)
-    result = {}
-    for subset in subsets:
-        values = [scores[subset] for scores in main_scores.values() if subset in scores]
-        result[subset] = sum(values) / len(values)
-    return result
 
 
 def _not_applicable(scored: ScoredModel, task: Any) -> str | None:
@@ -410,3 +379,115 @@ def _explain(suite_task: SuiteTask, error: BaseException) -> str:
         )
     first = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {first}"
+
+
+# Models
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """A model as mteb calls it, and where its files are (None for a baseline)."""
+
+    wrapper: Any
+    name: str
+    revision: str
+    folder: Path | None
+    note: str | None = None
+    notices: tuple[Notice, ...] = ()
+    """What a reader of its scores must know."""
+    computes: str = ""
+    """Names all that its vectors depend on: what loading read, the model in memory, versions; empty for a baseline."""
+
+    @property
+    def encoder(self) -> TaskEncoder | None:
+        """The wrapper, where it is an embedding model with prompts."""
+        return self.wrapper if isinstance(self.wrapper, TaskEncoder) else None
+
+    @property
+    def searches_only(self) -> bool:
+        """Whether the model ranks documents without embedding them (BM25)."""
+        return not hasattr(self.wrapper, "encode")
+
+
+def open_model(
+    model: str | LoadedEncoder,
+    *,
+    name: str | None,
+    device: str | None,
+    batch_tokens: int | None,
+    cache: Path | None = None,
+    dimensions: int | None = None,
+    quantize: str = "none",
+    axes: Axes = "first",
+    base: str | None = None,
+) -> ScoredModel:
+    """Load a model by name, folder or baseline name; ``name`` replaces the name that results are filed under.
+
+    Vectors are kept below ``cache``. A model that is cut to ``dimensions`` (of its own ``axes``, drawn or principal ones) or
+    quantised is filed under a name that says so. ``base`` is where the base of an adapter alone lies, if not where it says.
+    """
+    if base is not None and (not isinstance(model, str) or model in BASELINES):
+        raise BadInputError("only an adapter that was saved alone has a base", where="base", hint="Leave it out.")
+    _check_variant(model, dimensions, quantize, axes)
+    if name is not None and (name.count("/") > 1 or not all(part.strip() for part in name.split("/"))):
+        raise BadInputError(f"the name {name!r} is not of the form organisation/model", where="name")
+    if isinstance(model, str) and model in BASELINES:
+        if name is not None:
+            raise BadInputError(f"the baseline {model} keeps its own name, {BASELINES[model]}", where="name")
+        return _baseline(model)
+    loaded = load_encoder(model, device=device, base=base) if isinstance(model, str) else model
+    filed = name or loaded.name
+    filed = filed if "/" in filed else f"local/{filed}"
+    if dimensions is not None:
+        full = loaded.model.get_embedding_dimension()
+        if full is not None and dimensions > full:
+            raise BadInputError(f"the model has {full} dimensions; {dimensions} were asked for", where="dimensions")
+        filed = f"{filed}-{SUFFIXES[axes]}{dimensions}"
+    if quantize != "none":
+        filed = f"{filed}-{quantize}"
+    kept, computes = None, fingerprint([loaded.content, model_fingerprint(loaded.model)])
+    if cache is not None:
+        kept = VectorCache(cache, computes, {"name": loaded.name, "revision": loaded.revision})
+    wrapper = TaskEncoder(
+        loaded.model,
+        name=filed,
+        revision=loaded.revision,
+        batch_tokens=batch_tokens,
+        cache=kept,
+        dimensions=dimensions,
+        quantize=quantize,
+    )
+    if dimensions is not None and axes != "first":
+        wrapper.turn = turn_of(axes, int(loaded.model.get_embedding_dimension() or 0), wrapper.vectors)
+    folder = Path(loaded.path) if Path(loaded.path).is_dir() else None
+    return ScoredModel(wrapper, filed, loaded.revision, folder, loaded.note, loaded.notices, computes)
+
+
+def _check_variant(model: str | LoadedEncoder, dimensions: int | None, quantize: str, axes: str) -> None:
+    if quantize not in QUANTIZATIONS:
+        raise BadInputError(
+            f"unknown quantisation {quantize!r}", where="quantize", hint=f"Known: {', '.join(QUANTIZATIONS)}."
+        )
+    if axes not in AXES:
+        raise BadInputError(f"unknown axes {axes!r}", where="axes", hint=f"Known: {', '.join(AXES)}.")
+    if axes != "first" and dimensions is None:
+        raise BadInputError(
+            f"the axes {axes!r} are for vectors that are cut", where="axes", hint="Give dimensions, too."
+        )
+    if dimensions is not None and dimensions < 1:
+        raise BadInputError(f"the dimensions must be positive; they are {dimensions}", where="dimensions")
+    if isinstance(model, str) and model in BASELINES and (dimensions is not None or quantize != "none"):
+        raise BadInputError(f"the baseline {model} has no vectors to cut or quantise", where="dimensions")
+
+
+def _baseline(model: str) -> ScoredModel:
+    import mteb
+
+    meta = mteb.get_model_meta(BASELINES[model])
+    try:
+        wrapper = meta.load_model()
+    except ImportError as error:
+        raise BadInputError(
+            f"the baseline {model} lacks a package: {str(error).splitlines()[0]}", hint="pip install bm25s PyStemmer"
+        ) from error
+    return ScoredModel(wrapper, meta.name, meta.revision, None)

@@ -23,8 +23,8 @@ from nearfield.data.contamination import ContaminationStatement, read_statement
 from nearfield.errors import BadInputError
 from nearfield.evaluation import official
 from nearfield.evaluation.description import ASKED, MAY_BE_NULL, Check, Known, base_of, describe
-from nearfield.evaluation.local import LOCAL, parts_of
 from nearfield.evaluation.results import MANIFEST, failed_tasks, read_manifest
+from nearfield.evaluation.tasks import LOCAL, parts_of
 from nearfield.files import atomic_path, read_json, write_text
 from nearfield.notices import Notice, from_file
 

@@ -9,7 +9,7 @@ from mteb.abstasks import AbsTaskRetrieval
 
 from nearfield.data.decontaminate import BenchmarkTask, BenchmarkText
 from nearfield.errors import BadInputError
-from nearfield.evaluation.local import SuiteTask, parts_of
+from nearfield.evaluation.tasks import SuiteTask, parts_of, splits_of
 
 _NO_TEXT = {"id", "_id", "idx", "lang", "language", "cluster", "query-id", "corpus-id", "image", "modality"}
 
@@ -54,18 +54,6 @@ def task_texts(task: Any) -> Iterator[BenchmarkText]:
     finally:
         if not was_loaded and task.data_loaded:
             task.unload_data()
-
-
-def splits_of(task: Any) -> Iterator[tuple[str, Any]]:
-    """``subset/split`` and the data of each split that is scored."""
-    wanted = list(task.eval_splits)
-    for key, value in task.dataset.items():
-        if key in wanted and not (isinstance(value, Mapping) and set(wanted) & set(value)):
-            yield f"default/{key}", value
-        elif isinstance(value, Mapping) and key in task.hf_subsets:
-            for split in wanted:
-                if split in value:
-                    yield f"{key}/{split}", value[split]
 
 
 def _retrieval_texts(place: str, split: Mapping[str, Any]) -> Iterator[BenchmarkText]:

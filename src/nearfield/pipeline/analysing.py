@@ -18,8 +18,8 @@ from nearfield.analysis.association import weat
 from nearfield.analysis.run import Analysis, analyse
 from nearfield.analysis.search import Questions, searched, versions
 from nearfield.errors import BadInputError
-from nearfield.evaluation.local import SuiteTask
 from nearfield.evaluation.statistics import holm
+from nearfield.evaluation.tasks import SuiteTask
 from nearfield.evaluation.texts import labelled_texts, questions_of
 from nearfield.randomness import generator
 

@@ -63,7 +63,7 @@ def decontaminate_store(
     from nearfield.data.store import Store
     from nearfield.encoders.encode import text_encoder
     from nearfield.evaluation import SuiteConfig
-    from nearfield.evaluation.suite import open_suite
+    from nearfield.evaluation.config import open_suite
     from nearfield.evaluation.texts import benchmark_tasks
 
     loaded = None if suite.is_dir() else SuiteConfig.load(suite)

@@ -231,7 +231,7 @@ def _try_out(
 
 def _long_model(stages: Stages, model: SentenceTransformer, token_seconds: float) -> list[Notice]:
     """What scoring takes where the model reads long texts."""
-    from nearfield.evaluation.suite import open_suite
+    from nearfield.evaluation.config import open_suite
     from nearfield.pipeline.long_models import say_long_model
 
     job, cut = stages.job, stages.tokens.open().cut

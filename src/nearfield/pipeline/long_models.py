@@ -9,7 +9,7 @@ from nearfield.errors import BadInputError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from nearfield.evaluation.local import SuiteTask
+    from nearfield.evaluation.tasks import SuiteTask
 
 LONG = 2048
 """Tokens that a model may read without a word about it."""

@@ -221,7 +221,7 @@ class ReportStage(Stage):
         """Write ``analysis.json``: the shape of the suite's texts before and after, and how alike both are."""
         from nearfield.analysis.run import NEIGHBOURS
         from nearfield.encoders.encode import text_encoder
-        from nearfield.evaluation.suite import open_suite
+        from nearfield.evaluation.config import open_suite
         from nearfield.pipeline.analysing import Encode, analyse_models, sample_of
 
         evaluation = self.recipe.evaluation

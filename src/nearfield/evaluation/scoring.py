@@ -1,37 +1,313 @@
-"""Scores of single queries, pairs and items, caught while mteb scores a task.
+"""One task scored by mteb: its data are checked before, and the scores of single queries, pairs and items kept meanwhile.
 
-mteb hands every task's predictions to one method when predictions are to be saved; here that method keeps them in
-memory, so that nothing is encoded or predicted twice and the kept values are the very ones that mteb scored.
+mteb hands every task's predictions to one method when predictions are to be saved; here that method keeps them in memory,
+so that nothing is encoded or predicted twice and the kept values are the very ones that mteb scored.
 """
 
 from __future__ import annotations
 
 import contextlib
 import heapq
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mteb
 import numpy as np
 from mteb.abstasks import (
     AbsTaskBitextMining,
     AbsTaskClassification,
     AbsTaskClustering,
+    AbsTaskClusteringLegacy,
     AbsTaskMultilabelClassification,
     AbsTaskPairClassification,
     AbsTaskRegression,
     AbsTaskRetrieval,
     AbsTaskSTS,
+    AbsTaskSummarization,
     AbsTaskZeroShotClassification,
 )
-from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
+from mteb.results import TaskResult
 from scipy.cluster.hierarchy import DisjointSet
 
+from nearfield.errors import BadInputError
 from nearfield.evaluation.estimators import AVERAGE_PRECISION
-from nearfield.evaluation.local import SuiteTask
 from nearfield.evaluation.results import EXPERIMENT, TOP, TOP_SCHEMA, Record
 from nearfield.evaluation.statistics import Floats
+from nearfield.evaluation.tasks import SuiteTask, embedded_items, fresh_generators, is_local, splits_of
+from nearfield.notices import Notice, say
+
+
+def score_task(encoder: Any, task: Any, prediction_folder: Path | None = None) -> TaskResult:
+    """Load a task's data, check them, and have mteb score ``encoder`` on them.
+
+    Raises :class:`BadInputError` for data that cannot be scored.
+    """
+    if not task.data_loaded:
+        fresh_generators(task)
+    task.load_data()
+    check_task(task)
+    read_columns_whole(task)
+    scored = mteb.evaluate(
+        encoder,
+        task,
+        cache=None,
+        co2_tracker=False,
+        encode_kwargs={"batch_size": 256, "show_progress_bar": False},
+        prediction_folder=prediction_folder,
+        show_progress_bar=False,
+    )
+    if scored.exceptions:
+        raise RuntimeError(scored.exceptions[0].exception)
+    return scored.task_results[0]
+
+
+def scores_by_split(result: TaskResult, metric: str = "main_score") -> dict[str, dict[str, float]]:
+    """Split -> subset -> score of a result, where it has a number for the metric."""
+    return {
+        split: {
+            str(entry["hf_subset"]): float(value)
+            for entry in entries
+            if isinstance(value := entry.get(metric), int | float) and not isinstance(value, bool)
+        }
+        for split, entries in result.scores.items()
+    }
+
+
+def mean_over_splits(by_split: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Subset -> score from split -> subset -> score; a subset that is scored on several splits gets their mean."""
+    values: dict[str, list[float]] = {}
+    for scores in by_split.values():
+        for subset, score in scores.items():
+            values.setdefault(subset, []).append(score)
+    return {subset: sum(of) / len(of) for subset, of in values.items()}
+
+
+# Data before they are scored
+
+_PLACES = 3
+
+
+def check_task(task: Any) -> None:
+    """Look at a task's loaded data: say what its score will leave out, and raise :class:`BadInputError` for labels that its
+    type does not document."""
+    if isinstance(task, AbsTaskRetrieval):
+        task.convert_v1_dataset_format_to_v2(num_proc=None)
+    places = list(splits_of(task))
+    for place, data in places:
+        _check_labels(task, place, data)
+    for notice in _left_out(task, places):
+        say(notice)
+
+
+def _check_labels(task: Any, place: str, data: Any) -> None:
+    values: Iterable[Any]
+    name, where = task.metadata.name, f"{task.metadata.name}, {place}"
+    if isinstance(task, AbsTaskPairClassification):
+        column = task.label_column_name
+        values = (label for label in _whole(data, column) if _number(label) not in (0, 1))
+        _refuse(values, column, "0 (unlike) or 1 (alike)", where)
+    elif isinstance(task, AbsTaskZeroShotClassification):
+        known = task.get_candidate_labels()
+        allowed = {*range(len(known)), *known}
+        words = f"a number from 0 to {len(known) - 1}, or one of the {len(known)} candidate labels"
+        values = (label for label in data[task.label_column_name][:] if label not in allowed)
+        _refuse(values, task.label_column_name, words, where)
+    elif isinstance(task, AbsTaskSTS) and is_local(task):
+        _refuse(_beyond(data["score"][:], task), "score", _range(task), where, _STATED)
+    elif isinstance(task, AbsTaskSummarization) and is_local(task):
+        column = task.relevancy_column_name
+        values = [score for scores in data[column][:] for score in scores]
+        _refuse(_beyond(values, task), column, _range(task), where, _STATED)
+    elif isinstance(task, AbsTaskMultilabelClassification):
+        column = task.label_column_name
+        _refuse((label for label in data[column][:] if not isinstance(label, list)), column, "a list of labels", where)
+    elif isinstance(task, AbsTaskRegression):
+        values = (value for value in data[task.label_column_name][:] if not _finite(value))
+        _refuse(values, task.label_column_name, "a finite number", where)
+    elif isinstance(task, AbsTaskClassification):
+        values = (label for label in data[task.label_column_name][:] if isinstance(label, float) and label % 1 != 0)
+        _refuse(values, task.label_column_name, "a class: a text or a whole number", where)
+    elif isinstance(task, AbsTaskRetrieval) and not any(data["relevant_docs"].values()):
+        raise BadInputError(f"no query of {name} has a judgement", where=where)
+
+
+_STATED = "State min_score and max_score in meta.json where the scale is another one."
+
+
+def _whole(data: Any, column: str) -> Sequence[Any]:
+    """The values of a column, also of a table that holds all of them in its only row."""
+    values: Sequence[Any] = data[column][:]
+    return values[0] if len(values) == 1 and isinstance(values[0], list) else values
+
+
+def _number(value: Any) -> float | None:
+    """A number as mteb reads it, which may stand there as text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _beyond(values: Iterable[Any], task: Any) -> Iterator[Any]:
+    low, high = task.min_score, task.max_score
+    return (value for value in values if not (_finite(value) and low <= value <= high))
+
+
+def _range(task: Any) -> str:
+    return f"a number from {task.min_score:g} to {task.max_score:g}"
+
+
+def _refuse(bad: Iterable[Any], column: str, wanted: str, where: str, hint: str | None = None) -> None:
+    """Raise where a label is bad, with the number of such labels and the commonest of them."""
+    found = Counter(repr(value) for value in bad)
+    if found:
+        shown = ", ".join(value for value, _ in found.most_common(_PLACES))
+        count = found.total()
+        raise BadInputError(
+            f"{count:,} {'value' if count == 1 else 'values'} of the column {column!r} "
+            f"{'is' if count == 1 else 'are'} not {wanted}: {shown}{', …' if len(found) > _PLACES else ''}",
+            where=where,
+            hint=hint,
+        )
+
+
+def _left_out(task: Any, places: Sequence[tuple[str, Any]]) -> Iterator[Notice]:
+    """What the score of a task is not made of, although it is in its data."""
+    if isinstance(task, AbsTaskRetrieval):
+        yield from _queries_left_out(places)
+    elif isinstance(task, AbsTaskClustering):
+        yield from _items_left_out(task, places)
+    elif isinstance(task, AbsTaskMultilabelClassification) and task.max_eval_samples is not None:
+        most = task.max_eval_samples
+        drawn = [(place, most, len(data)) for place, data in places if len(data) > most]
+        if drawn:
+            yield _sampled(drawn, "scores", f"mteb's max_eval_samples = {most}")
+    if isinstance(task, AbsTaskClustering | AbsTaskClusteringLegacy):
+        yield from _same_labels(task, places)
+
+
+def _queries_left_out(places: Sequence[tuple[str, Any]]) -> Iterator[Notice]:
+    unjudged, without, unranked = [], [], []
+    for place, data in places:
+        judged, ranked = data["relevant_docs"], data["top_ranked"]
+        queries = data["queries"]["id"][:]
+        asked = [query for query in queries if judged.get(query)]
+        unjudged.append((place, len(queries) - len(asked), len(queries)))
+        without.append((place, sum(max(judged[query].values()) <= 0 for query in asked), len(queries)))
+        if ranked is not None:
+            unranked.append((place, sum(not ranked.get(query) for query in asked), len(queries)))
+    rules = (
+        (unjudged, "queries-without-judgements", "queries have no judgement and are left out of the score", None),
+        (without, "queries-without-relevant", "queries have no relevant document and score 0", None),
+        (unranked, "queries-without-candidates", "queries have no document to rank", "Give each query its top_ranked."),
+    )
+    for counts, code, words, hint in rules:
+        found = [(place, count, total) for place, count, total in counts if count]
+        if found:
+            yield Notice(code, f"{_counted(found)} {words}", hint)
+
+
+def _counted(found: Sequence[tuple[str, int, int]]) -> str:
+    """``12 of 300``, of several places together, with the places where these are not the only one."""
+    count, total = sum(n for _, n, _ in found), sum(n for _, _, n in found)
+    named = [place for place, _, _ in found]
+    if len(named) == 1 and named[0].startswith("default/"):
+        return f"{count:,} of {total:,}"
+    more = f" and {len(named) - _PLACES} more" if len(named) > _PLACES else ""
+    return f"({', '.join(named[:_PLACES])}{more}) {count:,} of {total:,}"
+
+
+def _items_left_out(task: Any, places: Sequence[tuple[str, Any]]) -> Iterator[Notice]:
+    drawn = [(place, embedded_items(task, data), len(data)) for place, data in places]
+    cut = [(place, count, total) for place, count, total in drawn if count < total]
+    if cut:
+        share, most = task.max_fraction_of_documents_to_embed, task.max_document_to_embed
+        why = (
+            f"max_fraction_of_documents_to_embed = {share:g}"
+            if share is not None
+            else f"max_document_to_embed = {most}"
+        )
+        yield _sampled(cut, "clusters", f"mteb's {why}")
+    bare = [(place, _without_label(data[task.label_column_name][:]), len(data)) for place, data in places]
+    found = [(place, count, total) for place, count, total in bare if count]
+    if found:
+        yield Notice(
+            "items-without-label", f"{_counted(found)} items have the label -1, which mteb leaves out of the clustering"
+        )
+
+
+def _sampled(found: Sequence[tuple[str, int, int]], does: str, why: str) -> Notice:
+    return Notice("sampled", f"the task {does} {_counted(found)} items that are drawn ({why})")
+
+
+def _without_label(labels: Sequence[Any]) -> int:
+    first = [label[0] if isinstance(label, list) and label else label for label in labels]
+    # Beside texts mteb turns -1 into a text, which it keeps.
+    return 0 if any(isinstance(label, str) for label in first) else sum(label == -1 for label in first)
+
+
+def _same_labels(task: Any, places: Sequence[tuple[str, Any]]) -> Iterator[Notice]:
+    """Sets whose items all have one label, or each its own: nearly any clustering of them is perfect."""
+    trivial = []
+    for place, data in places:
+        labels = data[task.label_column_name][:]
+        sets = (
+            labels if isinstance(task, AbsTaskClusteringLegacy) and task.metadata.modalities == ["text"] else [labels]
+        )
+        same = sum(len(np.unique([str(label) for label in each])) in (1, len(each)) for each in sets)
+        if same:
+            trivial.append((place, same, len(sets)))
+    if trivial:
+        yield Notice(
+            "trivial-clusters",
+            f"{_counted(trivial)} sets of items have one label, or as many labels as items: nearly any clustering of them scores 1",
+        )
+
+
+def read_columns_whole(task: Any) -> None:
+    """From now on, hand the task's methods the values of a column instead of a view of it: the numbers stay the same.
+
+    Ten experiments with seven metrics read the labels of a test set some hundred times. Tasks of other types read once.
+    """
+    if not isinstance(task, AbsTaskClassification) or "_calculate_scores" in vars(task):
+        return
+    scores, undersample = task._calculate_scores, task._undersample_data
+
+    def calculate_scores(labels: Any, *arguments: Any, **named: Any) -> Any:
+        # Subclasses hand on more than the predictions: a multilabel task its vectors and the classifier, too.
+        return scores(labels[:], *arguments, **named)
+
+    def undersample_data(dataset: Any, *arguments: Any, **named: Any) -> Any:
+        return undersample(_Whole(dataset, task.label_column_name), *arguments, **named)
+
+    task._calculate_scores, task._undersample_data = calculate_scores, undersample_data
+
+
+class _Whole:
+    """A table as ``_undersample_data`` uses it, with one column read."""
+
+    def __init__(self, dataset: Any, column: str) -> None:
+        self._dataset, self._column, self._values = dataset, column, dataset[column][:]
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._values if key == self._column else self._dataset[key]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
+
+
+# Units while they are scored
 
 _NOT_RIGHT_OR_WRONG = (AbsTaskMultilabelClassification, AbsTaskRegression)
 """Classifications whose items have several labels, or a number: a prediction is not simply right or wrong."""

@@ -1,11 +1,15 @@
-"""Tasks over data at hand: classes made from mteb's own, so that the scores are mteb's own."""
+"""The tasks of a suite: mteb's official ones, and tasks over data at hand.
+
+The latter are instances of new subclasses of mteb's own classes, so that the scores are mteb's own.
+"""
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mteb
 import numpy as np
@@ -24,6 +28,11 @@ from mteb.abstasks import (
 )
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.task_metadata import TaskMetadata
+
+from nearfield.errors import BadInputError
+
+if TYPE_CHECKING:
+    from nearfield.evaluation.config import MtebTasks
 
 LOCAL = "local-"
 
@@ -112,7 +121,12 @@ class SuiteTask:
     @property
     def is_local(self) -> bool:
         """Whether the data are local, so that the result can never pass for an official one."""
-        return str(self.task.metadata.revision).startswith(LOCAL)
+        return is_local(self.task)
+
+
+def is_local(task: Any) -> bool:
+    """Whether a task's data are local."""
+    return str(task.metadata.revision).startswith(LOCAL)
 
 
 def parts_of(task: Any) -> list[Any]:
@@ -120,6 +134,18 @@ def parts_of(task: Any) -> list[Any]:
     return (
         [part for of in task.metadata.tasks for part in parts_of(of)] if isinstance(task, AbsTaskAggregate) else [task]
     )
+
+
+def splits_of(task: Any) -> Iterator[tuple[str, Any]]:
+    """``subset/split`` and the data of each split that is scored."""
+    wanted = list(task.eval_splits)
+    for key, value in task.dataset.items():
+        if key in wanted and not (isinstance(value, Mapping) and set(wanted) & set(value)):
+            yield f"default/{key}", value
+        elif isinstance(value, Mapping) and key in task.hf_subsets:
+            for split in wanted:
+                if split in value:
+                    yield f"{key}/{split}", value[split]
 
 
 def official_class(name: str) -> type[Any] | None:
@@ -199,7 +225,7 @@ def embedded_items(task: Any, data: Any) -> int:
     drawn = count if task.max_document_to_embed is None else min(count, int(task.max_document_to_embed))
     if task.max_fraction_of_documents_to_embed is not None:
         drawn = min(count, int(task.max_fraction_of_documents_to_embed * count))
-    if drawn < count and str(task.metadata.revision).startswith(LOCAL):
+    if drawn < count and is_local(task):
         labels = data[task.label_column_name][:]
         if drawn < len({label[0] if isinstance(label, list) and label else str(label) for label in labels}):
             return count
@@ -218,3 +244,55 @@ def _modalities(category: str | None) -> list[str]:
     """What the items of a task of this category are, those that are asked first."""
     letters = {"t": "text", "i": "image"}
     return list(dict.fromkeys(letters[each] for each in category or "" if each in letters)) or ["text"]
+
+
+def official_tasks(entry: MtebTasks, where: str) -> list[SuiteTask]:
+    """The official tasks that an entry of a suite names or filters."""
+    try:
+        if entry.benchmark is not None:
+            tasks = _in_languages(_filtered(_copies(mteb.get_benchmark(entry.benchmark).tasks), entry), entry.languages)
+        elif entry.filtered:
+            known = mteb.get_tasks(exclude_superseded=True, exclude_private=True)
+            tasks = _in_languages(_filtered(known, entry), entry.languages)
+        else:
+            filters = {"languages": entry.languages, "eval_splits": entry.splits, "hf_subsets": entry.subsets}
+            tasks = [mteb.get_task(name, **filters) for name in entry.names]
+    except (KeyError, ValueError) as error:
+        message = str(error.args[0] if error.args else error).removeprefix("KeyError: ")
+        raise BadInputError(f"mteb: {message}", where=where) from error
+    if not tasks:
+        raise BadInputError(
+            f"no task of {entry.benchmark or 'mteb'} is left by types, domains, modalities and languages", where=where
+        )
+    return [SuiteTask(task) for task in tasks]
+
+
+def _copies(tasks: Iterable[Any]) -> list[Any]:
+    """Copies of the tasks of a benchmark, which mteb hands to all who ask for it: what is changed of one is changed for all."""
+    return [copy.deepcopy(task) for task in tasks]
+
+
+def _filtered(tasks: Iterable[Any], entry: MtebTasks) -> list[Any]:
+    """The tasks of the types, domains and modalities that are asked for."""
+
+    def kept(metadata: Any) -> bool:
+        return (
+            (entry.types is None or metadata.type in entry.types)
+            and (entry.domains is None or bool(set(metadata.domains or ()) & set(entry.domains)))
+            and (entry.modalities is None or set(metadata.modalities) <= set(entry.modalities))
+        )
+
+    return [task for task in tasks if kept(task.metadata)]
+
+
+def _in_languages(tasks: list[Any], languages: Sequence[str] | None) -> list[Any]:
+    """The tasks of a benchmark that have a subset in one of the languages, cut down to those subsets."""
+    if languages is None:
+        return tasks
+    kept = []
+    for task in tasks:
+        try:
+            kept.append(task.filter_languages(list(languages)))
+        except ValueError:  # mteb's way to say that no subset is left
+            continue
+    return kept
