@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nearfield.evaluation.models import open_model
+from nearfield.evaluation.runner import open_model
 from sentence_transformers import SentenceTransformer
 
 from nearfield.encoders import load_encoder

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nearfield.evaluation.models import open_model
+from nearfield.evaluation.runner import open_model
 
 from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders.build import build_encoder

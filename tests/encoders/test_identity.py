@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from nearfield.evaluation.models import open_model
+from nearfield.evaluation.runner import open_model
 from torch import nn
 
 from nearfield.encoders import LoadedEncoder, identity, load_encoder

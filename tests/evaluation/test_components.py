@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from nearfield.evaluation import evaluate
-from nearfield.evaluation.card import scores_section
 from nearfield.evaluation.comparison import compare, compare_published
+from nearfield.evaluation.hub import scores_section
 from nearfield.evaluation.leaderboard import leaderboard
 from nearfield.evaluation.results import read_scores
 from nearfield.evaluation.statistics import LARGEST_COMPONENT, is_too_large, too_large

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation.card import update_card, with_index
-from nearfield.evaluation.hub import push
+from nearfield.evaluation.hub import push, update_card, with_index
 from nearfield.evaluation.results import read_scores
 from tests.evaluation.made import write_result
 

@@ -15,9 +15,9 @@ from mteb.results import TaskResult
 from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import compare, evaluate, runner, scoring
-from nearfield.evaluation.card import scores_section
 from nearfield.evaluation.comparison import ModelComparison
 from nearfield.evaluation.during import DuringTraining
+from nearfield.evaluation.hub import scores_section
 from nearfield.evaluation.leaderboard import leaderboard
 from nearfield.evaluation.results import read_manifest, read_scores
 from nearfield.evaluation.tasks import SuiteTask

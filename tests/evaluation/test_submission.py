@@ -14,7 +14,7 @@ from mteb.models.model_meta import ModelMeta
 from mteb.results import TaskResult
 
 from nearfield.data.contamination import ContaminationReport, TaskContamination, read_statement
-from nearfield.evaluation.card import with_index
+from nearfield.evaluation.hub import with_index
 from nearfield.evaluation.scores import TaskScores
 from nearfield.evaluation.submission import Submission, submit
 from tests.cli.command import run

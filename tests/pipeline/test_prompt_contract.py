@@ -20,7 +20,7 @@ from mteb.get_tasks import _TASKS_REGISTRY
 from mteb.models.abs_encoder import get_prompt
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
-from nearfield.evaluation.models import open_model
+from nearfield.evaluation.runner import open_model
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase

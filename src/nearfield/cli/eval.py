@@ -270,7 +270,7 @@ def card_command(
 
     --base says in the folder of an adapter that its base lies elsewhere now.
     """
-    from nearfield.evaluation.card import update_card
+    from nearfield.evaluation.hub import update_card
     from nearfield.evaluation.results import find_results
 
     if base is not None:

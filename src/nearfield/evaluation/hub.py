@@ -1,14 +1,141 @@
-"""Push a model's folder to the hub: with its scores in the card, and beside them the results and the manifest."""
+"""A model's page on the hub: its scores in the card, and beside its files the results and the manifest."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import yaml
+
 from nearfield.errors import BadInputError
-from nearfield.evaluation.card import update_card
-from nearfield.evaluation.results import MANIFEST
+from nearfield.evaluation.results import MANIFEST, read_manifest, read_scores
+from nearfield.evaluation.scores import MARK, Key, TaskScores, score_interval, score_notices, tasks_in_words, title_of
+from nearfield.evaluation.tasks import LOCAL
+from nearfield.files import write_text
+
+START, END = "<!-- nearfield: scores -->", "<!-- nearfield: end of scores -->"
+
+
+def update_card(model: Path, results: Path, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Path:
+    """Put the scores of a results folder into the ``README.md`` of a model's folder, in place of those that are there."""
+    card = model / "README.md"
+    if not model.is_dir():
+        raise BadInputError("this model folder does not exist", where=str(model))
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {model.resolve().name}\n"
+    if (START in text) != (END in text):
+        raise BadInputError(
+            "the marks around the scores of this card are damaged", where=str(card), hint="Delete both."
+        )
+    section = scores_section(results, samples=samples, level=level, seed=seed)
+    if START in text:
+        before, _, rest = text.partition(START)
+        text = before + section + rest.partition(END)[2].lstrip("\n")
+    else:
+        text = text.rstrip("\n") + "\n\n" + section
+    try:
+        text = with_index(text, model.resolve().name, read_scores(results))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInputError(
+            f"the front matter of this card is no YAML ({reason})",
+            where=str(card),
+            hint="It stands between two lines '---'.",
+        ) from error
+    write_text(card, text)
+    return card
+
+
+def with_index(text: str, name: str, found: Mapping[Key, TaskScores]) -> str:
+    """The card with its front matter's ``model-index`` (what the hub shows as evaluation results) made anew.
+
+    Only scores on official data stand there: those on local data, and of tasks that mteb does not have, are in the table
+    alone.
+    """
+    entries = [
+        entry
+        for key, of in sorted(found.items())
+        if not of.data_revision.startswith(LOCAL) and (entry := _entry(key, of)) is not None
+    ]
+    head: Any = {}
+    rest = text
+    if text.startswith("---\n") and "\n---\n" in text[4:]:
+        front, _, rest = text[4:].partition("\n---\n")
+        head = yaml.safe_load(front) or {}
+    if not isinstance(head, dict) or not (entries or "model-index" in head):
+        return text
+    head.pop("model-index", None)
+    if entries:
+        head["model-index"] = [{"name": name, "results": entries}]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n{rest}"
+
+
+def _entry(key: Key, of: TaskScores) -> dict[str, Any] | None:
+    """A score as the hub keeps it, with the task's own data set, as mteb writes it; None for a task that mteb does not have."""
+    from nearfield.evaluation.requirements import official_task
+
+    name, subset, split = key
+    task = official_task(name)
+    if task is None:
+        return None
+    data = {
+        "type": task.metadata.dataset["path"],
+        "name": f"{name} ({subset})",
+        "config": subset,
+        "split": split,
+        "revision": of.data_revision,
+    }
+    metric = {"type": of.metric, "name": of.metric, "value": round(100 * of.score, 4)}
+    kind = {"type": task.metadata._hf_task_type()[0], "name": task.metadata.type}
+    return {"task": kind, "dataset": data, "metrics": [metric]}
+
+
+def scores_section(results: Path, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> str:
+    """Markdown with a row a task: score, interval, units, what the interval speaks of, data revision, prompts."""
+    found = read_scores(results)
+    if not found:
+        raise BadInputError("there are no scores", where=str(results), hint="Score the model with nearfield eval.")
+    facts: dict[str, dict[str, Any]] = {}
+    versions: dict[str, str] = {}
+    for line in read_manifest(results):
+        facts |= line.get("tasks", {})
+        versions = line.get("versions", versions)
+    lines = [START, "## Scores", "", f"| task | score | {100 * level:g} % interval | units | of | prompts | data |"]
+    lines += ["| --- | ---: | ---: | ---: | --- | --- | --- |"]
+    for key, of in sorted(found.items()):
+        interval = score_interval(key, of, samples, level, seed)
+        ends = "none" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
+        units, clusters = of.sizes
+        counted = "" if units is None else str(units) + (f" in {clusters} clusters" if clusters != units else "")
+        scope = of.estimator.scope if of.reason is None else of.reason
+        prompts = facts.get(key[0], {}).get("prompts", {})
+        texts = "; ".join(f"{role}: `{text}`" for role, text in prompts.items() if text) or "none"
+        mark = MARK if of.notices else ""
+        cells = [
+            f"{title_of(key)} ({of.metric})",
+            f"{of.score:.4f}{mark}",
+            ends,
+            counted,
+            scope,
+            texts,
+            of.data_revision,
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    said = score_notices({"scores": found}, sorted(found))
+    if said:
+        lines += ["", "What to know of scores with an asterisk:", ""]
+        lines += [f"- {tasks_in_words(notice.tasks, notice.everywhere)}: {notice.what}" for notice in said]
+    made = ", ".join(
+        f"{name} {versions[name]}" for name in ("mteb", "sentence-transformers", "torch") if name in versions
+    )
+    lines += [
+        "",
+        f"Scored with nearfield{' (' + made + ')' if made else ''}. A score says nothing of other domains.",
+        END,
+    ]
+    return "\n".join(lines) + "\n"
+
 
 RESULTS = "nearfield"
 """The folder of the repository that holds the results and the manifest."""

@@ -21,8 +21,18 @@ from pydantic import ValidationError
 from nearfield import yaml12
 from nearfield.data.contamination import ContaminationStatement, read_statement
 from nearfield.errors import BadInputError
-from nearfield.evaluation import official
-from nearfield.evaluation.description import ASKED, MAY_BE_NULL, Check, Known, base_of, describe
+from nearfield.evaluation.requirements import (
+    ASKED,
+    MAY_BE_NULL,
+    RUN_SETTINGS,
+    Check,
+    Known,
+    check_results,
+    describe,
+    in_words,
+    missing_places,
+    official_tasks,
+)
 from nearfield.evaluation.results import MANIFEST, failed_tasks, read_manifest
 from nearfield.evaluation.tasks import LOCAL, parts_of
 from nearfield.files import atomic_path, read_json, write_text
@@ -75,6 +85,8 @@ def submit(
     meta = read_meta(results / "model_meta.json", facts, model, counted)
     scored = read_meta(results / "model_meta.json", None)
     found, local = _results(results)
+    tasks = official_tasks(found)
+    left_out = f"; left out, scored on local data: {', '.join(local)}" if local else ""
     said = {task: from_file(read_json(results / f"{task}.json", "result").get("notices")) for task in sorted(found)}
     stated = None if model is None else read_statement(_card(model))
     prompts, lacking = _known_prompts(results, sorted(found))
@@ -82,7 +94,9 @@ def submit(
     checks = [
         _named(meta, results),
         *describe(meta, known),
-        *_taken(found, local, results, benchmark),
+        _complete(found, tasks, benchmark),
+        Check("official data", bool(found), f"{len(found)} results on official data{left_out}"),
+        *check_results(found, tasks, results),
         _no_failures(results),
         _prompts(prompts, lacking, _unchecked(results, sorted(found))),
         _contamination(model, stated, sorted(found)),
@@ -129,12 +143,12 @@ def _base_of(model: Path, given: str | None) -> _Base | None:
                 "this is a whole model, no adapter that was saved alone: it has no base", where=str(model)
             )
         return None
+    place = None
     try:
         place = Path(find_base(stands_on, model, given))
     except BadInputError:
         if given is not None:
             raise
-        return _Base(stands_on.name, stands_on.is_local, None)
     return _Base(stands_on.name, stands_on.is_local, place)
 
 
@@ -191,6 +205,18 @@ def read_meta(path: Path, facts: Path | None, model: Path | None = None, counted
         raise BadInputError(f"mteb does not accept this description: {error}", where=str(facts or path)) from error
 
 
+def base_of(card: str) -> str | None:
+    """The hub model that a card names as its base; of several the first."""
+    front = card[4:].partition("\n---\n")[0] if card.startswith("---\n") else ""
+    try:
+        head = yaml.safe_load(front) if front else None
+    except yaml.YAMLError:
+        return None
+    named = head.get("base_model") if isinstance(head, dict) else None
+    first = named[0] if isinstance(named, list) and named else named
+    return first if isinstance(first, str) else None
+
+
 def parameters(model: Path) -> int | None:
     """How many numbers a model's safetensors files hold, by their headers; null where there are none that can be read."""
     from safetensors import SafetensorError, safe_open
@@ -244,46 +270,24 @@ def _results(folder: Path) -> tuple[dict[str, TaskResult], list[str]]:
 
 def _named(meta: ModelMeta, results: Path) -> Check:
     name, revision = str(meta.name), str(meta.revision)
-    fixed = bool(re.fullmatch(r"[0-9a-f]{40}", revision))
-    detail = f"{name} at {revision}"
-    if not _HUB_NAME.fullmatch(name) or name.startswith("local/") or not fixed:
-        return Check(
-            "name and revision",
-            False,
-            f"{detail}: a hub name (organisation/model) and the commit of its weights are asked for; see --name",
-        )
-    scored = results.resolve()
+    on_hub = bool(_HUB_NAME.fullmatch(name)) and not name.startswith("local/")
+    scored, detail = results.resolve(), f"{name} at {revision}"
     filed = f"{scored.parent.name}/{scored.name}"
-    if filed != f"{name.replace('/', '__')}/{revision}":
-        return Check("name and revision", False, f"{detail}, but the results are filed as {filed}")
-    return Check("name and revision", True, detail)
-
-
-def _taken(found: Mapping[str, TaskResult], local: Sequence[str], folder: Path, benchmark: str | None) -> list[Check]:
-    """Whether the leaderboard takes the results as they are."""
-    tasks = official.all_tasks(found)
-    left = f"; left out, scored on local data: {', '.join(local)}" if local else ""
-    checks = [Check("official data", bool(found), f"{len(found)} results on official data{left}")]
-    for name, fine, problems in (
-        ("data revisions", "those of mteb", official.other_revisions(found, tasks)),
-        ("mteb version", f"{official.OLDEST} or newer", official.old_versions(found)),
-        ("splits and subsets", "those of the tasks", official.wrong_places(found, tasks)),
-        ("scores", "each is its metric's value", official.wrong_scores(found, tasks)),
-        ("run settings", "of each score", official.unsettled(found, folder)),
-    ):
-        if problems:
-            checks.append(Check(name, False, official.in_words(problems)))
-        else:
-            checks.append(Check(name, bool(found), fine if found else "there is no result"))
-    return [_complete(found, tasks, benchmark), *checks]
+    if not on_hub or not re.fullmatch(r"[0-9a-f]{40}", revision):
+        wrong = ": a hub name (organisation/model) and the commit of its weights are asked for; see --name"
+    elif filed != f"{name.replace('/', '__')}/{revision}":
+        wrong = f", but the results are filed as {filed}"
+    else:
+        wrong = ""
+    return Check("name and revision", not wrong, detail + wrong)
 
 
 def _complete(found: Mapping[str, TaskResult], tasks: Mapping[str, Any], benchmark: str | None) -> Check:
     if benchmark is None:
-        missing = official.missing_places(found, tasks)
+        missing = missing_places(found, tasks)
         detail = f"{', '.join(sorted(found)) or 'none'} (no benchmark was named)"
         if missing:
-            detail += f"; missing: {official.in_words(missing)}; if a benchmark has fewer, name it with --benchmark"
+            detail += f"; missing: {in_words(missing)}; if a benchmark has fewer, name it with --benchmark"
         return Check("tasks", bool(found) and not missing, detail)
     try:
         # An aggregate is a result of its own, beside those of its parts.
@@ -295,7 +299,7 @@ def _complete(found: Mapping[str, TaskResult], tasks: Mapping[str, Any], benchma
     except KeyError as error:
         raise BadInputError(f"mteb: {error.args[0]}", where="benchmark") from error
     named = {str(task.metadata.name): task for task in asked}
-    incomplete = official.missing_places(found, {name: task for name, task in named.items() if name in found})
+    incomplete = missing_places(found, {name: task for name, task in named.items() if name in found})
     missing_tasks = {name: incomplete.get(name, []) for name in named if name not in found or name in incomplete}
     words = [name + (f" ({', '.join(lacking)})" if lacking else "") for name, lacking in missing_tasks.items()]
     detail = f"{benchmark}: {len(named) - len(words)} of {len(named)} tasks"
@@ -313,8 +317,7 @@ def _known_prompts(folder: Path, tasks: Sequence[str]) -> tuple[dict[str, tuple[
     for line in read_manifest(folder):
         known |= {task: facts.get("prompts") for task, facts in line.get("tasks", {}).items()}
     parts = {
-        task: [part.metadata.name for part in parts_of(of)]
-        for task, of in official.all_tasks(dict.fromkeys(tasks)).items()
+        task: [part.metadata.name for part in parts_of(of)] for task, of in official_tasks(dict.fromkeys(tasks)).items()
     }
     made = {}
     for task in tasks:
@@ -355,38 +358,34 @@ def _card(model: Path) -> str:
 
 def _contamination(model: Path | None, stated: ContaminationStatement | None, tasks: Sequence[str]) -> Check:
     """Whether the card says what the training texts share with the texts of the tasks that are submitted."""
-    name = "contamination report"
+
+    def check(ok: bool, detail: str) -> Check:
+        return Check("contamination report", ok, detail, required=False)
+
     if model is None:
-        return Check(name, False, "name the model's folder with --model", required=False)
+        return check(False, "name the model's folder with --model")
     card = model / "README.md"
     if CONTAMINATION not in _card(model):
-        return Check(
-            name, False, f"{card} has none: compare the texts with nearfield data decontaminate", required=False
-        )
+        return check(False, f"{card} has none: compare the texts with nearfield data decontaminate")
     if stated is None:
-        return Check(
-            name,
-            False,
-            f"{card} says that the training texts were not compared: run nearfield data decontaminate, then train again",
-            required=False,
-        )
+        what = "the training texts were not compared: run nearfield data decontaminate, then train again"
+        return check(False, f"{card} says that {what}")
     left = [task for task in tasks if task not in stated.tasks]
     if left:
-        what = f"{card} does not speak of {', '.join(left[:8])}" + (
-            f" and {len(left) - 8} more" if len(left) > 8 else ""
-        )
-        return Check(name, False, f"{what}: compare with the texts of what is submitted", required=False)
+        more = f" and {len(left) - 8} more" if len(left) > 8 else ""
+        what = f"{', '.join(left[:8])}{more}: compare with the texts of what is submitted"
+        return check(False, f"{card} does not speak of {what}")
     shared = ", ".join(f"{task} ({count} texts)" for task, count in stated.matched.items()) or "no text is shared"
-    return Check(name, True, f"in {card}: {shared}", required=False)
+    return check(True, f"in {card}: {shared}")
 
 
 def _copy_settings(results: Path, folder: Path, tasks: Collection[str]) -> None:
     """The lines of mteb's run settings that are of these tasks."""
-    file = results / official.RUN_SETTINGS
+    file = results / RUN_SETTINGS
     if file.is_file():
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         kept = [line for line in lines if json.loads(line).get("task") in tasks]
-        write_text(folder / official.RUN_SETTINGS, "".join(f"{line}\n" for line in kept))
+        write_text(folder / RUN_SETTINGS, "".join(f"{line}\n" for line in kept))
 
 
 def _read_back(out: Path, meta: ModelMeta, found: Mapping[str, TaskResult]) -> Check:
@@ -394,7 +393,7 @@ def _read_back(out: Path, meta: ModelMeta, found: Mapping[str, TaskResult]) -> C
     name = "read back by mteb"
     if not found:
         return Check(name, False, "there is nothing to read")
-    known = sorted(official.all_tasks(found))
+    known = sorted(official_tasks(found))
     loaded = ResultCache(out).load_results(
         models=[str(meta.name)], tasks=known, include_remote=False, require_model_meta=True, validate_and_filter=True
     )
