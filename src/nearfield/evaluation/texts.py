@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ from mteb.abstasks import AbsTaskRetrieval
 from nearfield.data.decontaminate import BenchmarkTask, BenchmarkText
 from nearfield.errors import BadInputError
 from nearfield.evaluation.tasks import SuiteTask, parts_of, splits_of
+from nearfield.randomness import generator
 
 _NO_TEXT = {"id", "_id", "idx", "lang", "language", "cluster", "query-id", "corpus-id", "image", "modality"}
 
@@ -18,11 +21,7 @@ def benchmark_tasks(tasks: Sequence[SuiteTask]) -> Iterator[BenchmarkTask]:
     """The tasks of a suite with their texts, which are loaded when they are asked for and given back after it."""
     for suite_task in tasks:
         for task in parts_of(suite_task.task):
-            yield BenchmarkTask(str(task.metadata.name), _reader(task))
-
-
-def _reader(task: Any) -> Any:
-    return lambda: task_texts(task)
+            yield BenchmarkTask(str(task.metadata.name), functools.partial(task_texts, task))
 
 
 def task_texts(task: Any) -> Iterator[BenchmarkText]:
@@ -30,6 +29,19 @@ def task_texts(task: Any) -> Iterator[BenchmarkText]:
 
     Raises :class:`BadInputError` where its data cannot be loaded, as of a hub task on a machine without a network.
     """
+    with _loaded(task):
+        if isinstance(task, AbsTaskRetrieval):
+            for place, split in splits_of(task):
+                yield from _retrieval_texts(place, split)
+        else:
+            label = getattr(task, "label_column_name", None)
+            for place, split in splits_of(task):
+                yield from _column_texts(place, split, {label, *_NO_TEXT})
+
+
+@contextlib.contextmanager
+def _loaded(task: Any) -> Iterator[None]:
+    """The data of a task are loaded inside, and given back afterwards if they were not loaded before."""
     was_loaded = task.data_loaded
     try:
         task.load_data()
@@ -45,12 +57,7 @@ def task_texts(task: Any) -> Iterator[BenchmarkText]:
     try:
         if isinstance(task, AbsTaskRetrieval):
             task.convert_v1_dataset_format_to_v2(num_proc=None)
-            for place, split in splits_of(task):
-                yield from _retrieval_texts(place, split)
-        else:
-            label = getattr(task, "label_column_name", None)
-            for place, split in splits_of(task):
-                yield from _column_texts(place, split, {label, *_NO_TEXT})
+        yield
     finally:
         if not was_loaded and task.data_loaded:
             task.unload_data()
@@ -114,24 +121,15 @@ def labelled_texts(task: Any) -> Iterator[tuple[str, str]]:
             for text in task_texts(part):
                 yield text.text, f"{name}: {text.role}"
             continue
-        was_loaded = part.data_loaded
-        part.load_data()
-        try:
+        with _loaded(part):
             for _, split in splits_of(part):
                 for row in split:
                     value, of = row.get(column), row.get(label)
                     # A clustering's row may be a list of texts with a list of classes.
-                    pairs = (
-                        zip(value, of, strict=True)
-                        if isinstance(value, list) and isinstance(of, list)
-                        else [(value, of)]
-                    )
-                    for text, one in pairs:
+                    listed = isinstance(value, list) and isinstance(of, list)
+                    for text, one in zip(value, of, strict=True) if listed else [(value, of)]:
                         if isinstance(text, str):
                             yield text, f"{name}: {one}"
-        finally:
-            if not was_loaded and part.data_loaded:
-                part.unload_data()
 
 
 def questions_of(
@@ -139,39 +137,30 @@ def questions_of(
 ) -> tuple[list[str], list[str], list[tuple[int, ...]]] | None:
     """Questions of a retrieval task's first split, documents (the right ones first, others drawn), and the rows of the right
     ones of each question; None for a task of another kind."""
-    from nearfield.randomness import generator
-
     task = parts_of(task)[0]
     if not isinstance(task, AbsTaskRetrieval):
         return None
-    was_loaded = task.data_loaded
-    task.load_data()
-    try:
-        task.convert_v1_dataset_format_to_v2(num_proc=None)
-        for _, split in splits_of(task):
-            if split.get("top_ranked"):
-                return None
-            rng = generator(seed, "questions")
-            corpus = {row["id"]: _forms(row)[:1] for row in split["corpus"]}
-            asked = []
-            for row in split["queries"]:
-                scores = split["relevant_docs"].get(row["id"], {})
-                right = [document for document, score in scores.items() if score > 0 and corpus.get(document)]
-                texts = list(_strings(row.get("text")))
-                if right and texts:
-                    asked.append((texts[0], right))
-            kept = [asked[i] for i in sorted(rng.permutation(len(asked))[:most].tolist())]
-            chosen = list(dict.fromkeys(document for _, right in kept for document in right))
-            known = set(chosen)
-            rest = [document for document, forms in corpus.items() if forms and document not in known]
-            chosen += [rest[i] for i in rng.permutation(len(rest))[: max(documents - len(chosen), 0)].tolist()]
-            row_of = {document: i for i, document in enumerate(chosen)}
-            return (
-                [text for text, _ in kept],
-                [corpus[document][0] for document in chosen],
-                [tuple(row_of[document] for document in right) for _, right in kept],
-            )
-    finally:
-        if not was_loaded and task.data_loaded:
-            task.unload_data()
-    return None
+    with _loaded(task):
+        split = next((split for _, split in splits_of(task)), None)
+        if split is None or split.get("top_ranked"):
+            return None
+        rng = generator(seed, "questions")
+        corpus = {row["id"]: _forms(row)[:1] for row in split["corpus"]}
+        asked = []
+        for row in split["queries"]:
+            scores = split["relevant_docs"].get(row["id"], {})
+            right = [document for document, score in scores.items() if score > 0 and corpus.get(document)]
+            texts = list(_strings(row.get("text")))
+            if right and texts:
+                asked.append((texts[0], right))
+        kept = [asked[i] for i in sorted(rng.permutation(len(asked))[:most].tolist())]
+        chosen = list(dict.fromkeys(document for _, right in kept for document in right))
+        known = set(chosen)
+        rest = [document for document, forms in corpus.items() if forms and document not in known]
+        chosen += [rest[i] for i in rng.permutation(len(rest))[: max(documents - len(chosen), 0)].tolist()]
+        row_of = {document: i for i, document in enumerate(chosen)}
+        return (
+            [text for text, _ in kept],
+            [corpus[document][0] for document in chosen],
+            [tuple(row_of[document] for document in right) for _, right in kept],
+        )
