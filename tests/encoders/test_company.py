@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nearfield.evaluation.runner import open_model
 from sentence_transformers import SentenceTransformer
 
 from nearfield.encoders import load_encoder
@@ -19,6 +18,7 @@ from nearfield.encoders.tokenize import token_ids
 from nearfield.errors import BadInputError
 from nearfield.evaluation.crew import Wording
 from nearfield.evaluation.encoder import TaskEncoder
+from nearfield.evaluation.runner import open_model
 from tests.encoders.zoo import ANIMALS, STYLES, TEXTS, save_animal, save_tokenizer
 
 WIDTH = 16

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nearfield.evaluation.runner import open_model
 
 from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.text_encoder import TextEncoder
 from nearfield.errors import BadInputError
+from nearfield.evaluation.runner import open_model
 
 FAMILIES = {
     "splade": "sparse",

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from nearfield.evaluation.runner import open_model
 from torch import nn
 
 from nearfield.encoders import LoadedEncoder, identity, load_encoder
 from nearfield.encoders.build import locate, save_encoder
 from nearfield.encoders.identity import model_fingerprint
+from nearfield.evaluation.runner import open_model
 
 from .tiny import tiny_encoder
 

@@ -20,7 +20,6 @@ from mteb.get_tasks import _TASKS_REGISTRY
 from mteb.models.abs_encoder import get_prompt
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
-from nearfield.evaluation.runner import open_model
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +31,7 @@ from nearfield.encoders.base_prompts import TYPES_WITH_ROLES, has_roles
 from nearfield.errors import BadInputError
 from nearfield.evaluation import evaluate, runner
 from nearfield.evaluation.contract import roles_of
+from nearfield.evaluation.runner import open_model
 from nearfield.evaluation.tasks import SuiteTask
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.dry_run import dry_run
