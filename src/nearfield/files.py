@@ -108,6 +108,14 @@ def _aside(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def scratch_folder(folder: Path, name: str) -> Iterator[Path]:
+    """A folder in ``folder`` that no other process uses, removed afterwards; a killed process's is removed first."""
+    remove_leftovers(folder)
+    with _aside(folder / name) as own:
+        yield own
+
+
 def _lock(file: IO[str]) -> bool:
     """Lock a file for this process; whether nobody else had it. Where there are no locks, as if nobody had."""
     try:

@@ -106,11 +106,23 @@ def test_a_process_that_does_not_see_the_folder_leaves_its_share(
     assert "Rank 2 does not share" in caplog.text
 
 
-def test_what_was_left_of_another_run_is_removed(tmp_path: Path) -> None:
-    (tmp_path / "shared").mkdir()
-    (tmp_path / "shared" / "1-1.npy").write_bytes(b"old")
-    (tmp_path / "shared" / "1.json").write_text(json.dumps({"texts": ["old"]}))
-    made = crew(tmp_path, [[], []])
+def test_two_launches_share_a_folder_and_disturb_each_other_not(tmp_path: Path) -> None:
+    """Each has texts and numbers of its own; what a killed launch left is removed by the next."""
+    left = tmp_path / "shared" / ".encoding.0123456789abcdef.tmp"
+    left.mkdir(parents=True)
+    (left / "owner").write_text("")
+    (left / "1.json").write_text(json.dumps({"texts": ["old"]}))
+    first_done: list[list[str]] = [[], []]
+    second_done: list[list[str]] = [[], []]
+    first, second = crew(tmp_path, first_done), crew(tmp_path, second_done)
+    assert not left.exists() and first.folder != second.folder
+    texts, others = [str(i) for i in range(300)], [f"other {i}" for i in range(300)]
+    going = iter(first.embed(texts, WORDING, "", embedder(first_done[0])))
+    found = dict([next(going)])
+    assert dict(second.embed(others, WORDING, "", embedder(second_done[0]))).keys() == set(others)
+    second.close()
+    found |= dict(going)
+    assert found.keys() == set(texts)
+    assert sorted(first_done[0] + first_done[1]) == sorted(texts), "no share was left to the first"
+    first.close()
     assert list((tmp_path / "shared").iterdir()) == []
-    made.close()
-    assert not (tmp_path / "shared").exists()

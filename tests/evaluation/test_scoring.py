@@ -165,6 +165,47 @@ def test_labels_that_a_type_does_not_document_are_refused(tasks: Any, model_fold
     assert "a class: a text or a whole number" in failure(classes, model_folder, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("task_type", "file", "column", "value", "said"),
+    [
+        (
+            "ZeroShotClassification",
+            "test",
+            "label",
+            3,
+            "'label' is not a number from 0 to 2, or one of the 3 candidate",
+        ),
+        (
+            "ZeroShotClassification",
+            "test",
+            "label",
+            -1,
+            "'label' is not a number from 0 to 2, or one of the 3 candidate",
+        ),
+        ("MultilabelClassification", "test", "label", 2, "'label' is not a list of labels: 2"),
+        ("MultilabelClassification", "train", "label", 2, "'label' is not a list of labels: 2"),
+        ("Regression", "test", "value", float("nan"), "'value' is not a finite number: nan"),
+        ("Regression", "train", "value", float("inf"), "'value' is not a finite number: inf"),
+        ("Summarization", "test", "relevance", [5.5, 0.0, 1.0, 2.0], "'relevance' is not a number from 0 to 5: 5.5"),
+        ("Summarization", "test", "relevance", [float("nan"), 0.0, 1.0, 2.0], "a number from 0 to 5: nan"),
+    ],
+)
+def test_one_such_label_is_refused_and_counted(
+    picture_model: LoadedEncoder, tmp_path: Path, task_type: str, file: str, column: str, value: Any, said: str
+) -> None:
+    folder = write(tmp_path / "task", task_type)
+    path = folder / f"default.{file}.parquet"
+    before = pq.read_table(path).to_pydict()[column]
+    if task_type == "MultilabelClassification":
+        rewritten(path, **{column: [value] * len(before)})
+        said = said.replace("is not", "are not")
+    else:
+        rewritten(path, **{column: [value, *before[1:]]})
+    result = evaluate(picture_model, folder, tmp_path / "out", device="cpu")
+    assert result.scores == {} and said in result.failures["Mine"]
+    assert not list(result.results_dir.glob("*.json"))
+
+
 def test_queries_that_the_score_leaves_out_are_said(tasks: Any, model_folder: Path, tmp_path: Path) -> None:
     folder = tasks.retrieval()
     pairs = [(f"q{i}", f"d{i}", 0 if i == 4 else 1) for i in range(20) if i >= 3]

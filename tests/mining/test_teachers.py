@@ -130,6 +130,24 @@ def test_a_cross_encoder_scores_what_another_teacher_finds(cross_encoder: Path) 
     np.testing.assert_allclose(1 / (1 + np.exp(-logits.astype(float))), scores, atol=1e-5)
 
 
+def test_scores_of_pairs_that_are_not_finite_are_refused(cross_encoder: Path) -> None:
+    """One bad row of a common word: as a number it would have ordered the candidates anyhow."""
+    import torch
+
+    documents = [" ".join(WORDS[i : i + 2]) for i in range(12)]
+    texts = lambda role, rows: [WORDS[0] if role == "query" else documents[row] for row in rows]  # noqa: E731
+    teacher = CrossEncoderTeacher(model=str(cross_encoder), retrieve=BM25Teacher(language=None))
+    scorer = teachers.make_scorer(teacher, (1, 12), texts, no_vectors)
+    number = scorer.model.tokenizer.convert_tokens_to_ids(WORDS[3])
+    assert np.isfinite(scorer.score(np.zeros(12, dtype=np.int64), np.arange(12))).all()
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            scorer.model.model.bert.embeddings.word_embeddings.weight[number] = value
+        with pytest.raises(BadInputError, match="2 of 12 pairs have a score that is not finite") as error:
+            scorer.score(np.zeros(12, dtype=np.int64), np.arange(12))
+        assert str(cross_encoder) in str(error.value)
+
+
 def test_a_model_that_is_no_cross_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="cannot be loaded"):
         make(CrossEncoderTeacher(model=str(tmp_path), retrieve=BM25Teacher()))

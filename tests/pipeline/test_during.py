@@ -13,8 +13,10 @@ from safetensors.numpy import load_file
 
 from nearfield.errors import BadInputError, StoppedError
 from nearfield.pipeline import open_run, run_stages, status
+from nearfield.pipeline.dry_run import dry_run
 from nearfield.training import trainer
 from nearfield.training.tracking import read_metrics
+from tests.evaluation.conftest import Tasks
 from tests.pipeline.fingerprints import fingerprints
 
 
@@ -135,3 +137,21 @@ def test_a_suite_that_cannot_be_run_is_told_before_the_training(
         open_run(toy_recipe, scored(suite), run)
     with pytest.raises(BadInputError, match="does not exist"):
         open_run(toy_recipe, scored(tmp_path / "nowhere.yaml"), run)
+
+
+def test_types_that_no_source_had_are_said_of_the_suite_during_training(toy_recipe: Path, tmp_path: Path) -> None:
+    """By the dry run and by the training, in log and manifest; with --strict it ends before a step."""
+    pairs = tmp_path / "pairs.yaml"
+    pairs.write_text(f"name: pairs\ntasks:\n  - {{kind: folder, path: {Tasks(tmp_path / 'tasks').sts()}}}\n")
+    dry = dry_run(open_run(toy_recipe, scored(pairs), tmp_path / "looked-at"))
+    assert dry is not None and dry.would_start
+    (expected,) = [notice for notice in dry.notices if notice.code == "type-not-trained"]
+    assert "no source of the training was of type STS; TinySTS puts no prompt before its texts" in expected.what
+    settings = [*scored(pairs, prompts="as-is"), "training.max_steps=1"]
+    run_stages(open_run(toy_recipe, settings, tmp_path / "run"), "train")
+    kept = json.loads((tmp_path / "run" / "manifest.json").read_text())["notices"]
+    assert expected.to_json() in kept
+    assert [one["code"] for one in kept].count("prompts-as-is") == 1
+    with pytest.raises(BadInputError, match="type not trained"):
+        run_stages(open_run(toy_recipe, scored(pairs), tmp_path / "strict"), "train", strict=True)
+    assert not (tmp_path / "strict" / "checkpoints").exists()

@@ -174,3 +174,11 @@ def test_a_tracker_that_is_not_installed_blocks(
     monkeypatch.setitem(sys.modules, "wandb", None)
     settings = ["training.trackers=[{kind: wandb, project: p}]"]
     refused(toy_recipe, settings, tmp_path / "run", "Weights & Biases is not installed")
+
+
+def test_a_tracker_without_a_login_blocks(toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = ["training.trackers=[{kind: wandb, project: p}]"]
+    refused(toy_recipe, settings, tmp_path / "run", "Weights & Biases has no login")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from nearfield.objectives.batch import LossSum
 from nearfield.pipeline import open_run, run_stages, status
 from nearfield.pipeline.dry_run import dry_run
 from nearfield.recipe import load_recipe, stage_recipes
+from nearfield.shipped import copy_shipped
 from nearfield.training.tracking import read_metrics
-from tests.training.launching import PYTHONPATH, TORCHRUN, launch
+from tests.training.launching import BIN, PYTHONPATH, TORCHRUN, launch
 
 STAGES = """\
 stages:
@@ -191,10 +193,23 @@ def test_stages_on_two_ranks(staged: Path, tmp_path: Path, backend: str) -> None
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_a_sweep_in_one_launch(toy_recipe: Path, tmp_path: Path, backend: str) -> None:
     """Trainings, one that fails while it is prepared, and a dry run, by the same processes; models as of one process."""
-    check_sweep(toy_recipe, tmp_path, backend)
+    check_sweep(toy_recipe, tmp_path, backend, [*TORCHRUN, "-m"])
 
 
-def check_sweep(toy_recipe: Path, tmp_path: Path, backend: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
+def test_a_sweep_by_other_launchers(toy_recipe: Path, tmp_path: Path, launcher: str) -> None:
+    """Here rank 0 keeps the store that the ranks meet at, and keeps it for the next training."""
+    copy_shipped(tmp_path)
+    config = tmp_path / "training" / "accelerate" / "zero2.yaml"
+    start = {
+        "accelerate": [str(BIN / "accelerate"), "launch", "--config_file", str(config), "-m"],
+        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--no_local_rank", "--module"],
+    }[launcher]
+    check_sweep(toy_recipe, tmp_path, "zero2", start)
+
+
+def check_sweep(toy_recipe: Path, tmp_path: Path, backend: str, start: Sequence[str]) -> None:
     """Run the sweep on two ranks and compare its models with those of one process."""
     broken = tmp_path / "broken.yaml"
     data = tmp_path / "broken-data.yaml"
@@ -204,7 +219,9 @@ def check_sweep(toy_recipe: Path, tmp_path: Path, backend: str) -> None:
     overrides = ["training.dropout=false", "training.optimizer.kind=sgd", "training.max_steps=2"]
     runs = tmp_path / "runs"
     arguments = [str(toy_recipe), str(runs), str(broken), *overrides, f"training.backend={backend}"]
-    done = launch([*TORCHRUN, "-m", "tests.training.sweep", *arguments], cwd=tmp_path, PYTHONPATH=PYTHONPATH)
+    # The launcher deepspeed counts processor sockets where there is no GPU, unless it is told of devices.
+    more = {"PYTHONPATH": PYTHONPATH, "DS_ACCELERATOR": "cpu"}
+    done = launch([*start, "tests.training.sweep", *arguments], cwd=tmp_path, **more)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(done.stdout.split()).count("caught:") == 4, done.stdout
     for rate in ("1.0e-3", "5.0e-4"):

@@ -141,6 +141,45 @@ def test_without_wandb_there_is_one_line_of_help(tmp_path: Path, monkeypatch: py
     assert error.value.hint == "pip install 'nearfield[wandb]'"
 
 
+def test_wandb_without_a_login_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A login is looked for where W&B looks: environment, its settings, netrc by the host that is meant."""
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_CONFIG_DIR", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = WandbConfig(project="tests")
+    entry, settings = "machine {} login user password 0123\n", tmp_path / ".config" / "wandb" / "settings"
+
+    def refused() -> bool:
+        try:
+            config.check()
+        except BadInputError as error:
+            assert "no login" in str(error) and "wandb login" in str(error.hint)
+            return True
+        return False
+
+    assert refused()
+    for mode in ("offline", "disabled"):
+        WandbConfig(project="tests", mode=mode).check()
+    (tmp_path / ".netrc").write_text(entry.format("example.org"))
+    assert refused()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://example.org")
+    assert not refused()
+    monkeypatch.delenv("WANDB_BASE_URL")
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[default]\nbase_url = https://example.org\n")
+    assert not refused()
+    settings.unlink()
+    (tmp_path / "elsewhere").write_text(entry.format("api.wandb.ai"))
+    monkeypatch.setenv("NETRC", "~/elsewhere")
+    assert not refused()
+    monkeypatch.setenv("NETRC", str(tmp_path / "nowhere"))
+    assert refused()
+    monkeypatch.setenv("WANDB_API_KEY", "0123")
+    assert not refused()
+
+
 class BrokenTracker:
     """Takes one step, then fails."""
 

@@ -90,7 +90,7 @@ def evaluate_command(
     if chosen == []:
         raise BadInputError("--tasks names no task", where="--tasks", hint="Give names separated by commas.")
     variants, launch = _variants(dims, quantize, axes), Launch.from_environment()
-    crew = Crew(launch, out / ".encoding") if launch.world_size > 1 else None
+    crew = Crew(launch, out) if launch.world_size > 1 else None
     device = device or (None if crew is None else launch.device)
     results: list[EvaluationResult] = []
 

@@ -6,8 +6,8 @@ system, leaves its share to the first.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfield.files import atomic_path, read_json, write_json
+from nearfield.files import atomic_path, read_json, scratch_folder, write_json
 
 if TYPE_CHECKING:
     from nearfield.training.launch import Launch
@@ -58,16 +58,18 @@ def next_block(size: int, seconds: float) -> int:
 class Crew:
     """What the first process calls to have texts encoded by all, and what the others do (:meth:`help`)."""
 
-    def __init__(self, launch: Launch, folder: Path) -> None:
-        self.launch, self.folder = launch, folder
+    def __init__(self, launch: Launch, shared: Path) -> None:
+        """Texts and vectors lie in a folder of this launch's own below ``shared``, where other launches may have theirs."""
+        self.launch, self.shared = launch, shared
         self._number = 0
+        self._held = contextlib.ExitStack()
+        self.folder: Path | None = None
         if launch.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            self.folder = self._held.enter_context(scratch_folder(shared, "encoding"))
 
     def close(self) -> None:
         """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._held.close()
 
     def embed(
         self, texts: Sequence[str], wording: Wording, says: str, own: Embed
@@ -83,34 +85,40 @@ class Crew:
             start += size * ranks
             self._number += 1
             task = {"texts": block, "role": wording.role, "prompt": wording.prompt, "before": wording.before}
-            write_json(self._texts(self._number), task)
+            folder = self.folder
+            assert folder is not None
+            write_json(_texts(folder, self._number), task)
             found: list[tuple[str, NDArray[np.float32]]] = []
-            self.launch.divide(f"encode {self._number}", lambda: found.extend(own(block[::ranks], wording, says)))  # noqa: B023
+            named = f"encode {self._number} {folder.name}"
+            self.launch.divide(named, lambda: found.extend(own(block[::ranks], wording, says)))  # noqa: B023
             yield from found
             for rank in range(1, ranks):
-                file, share = self._vectors(self._number, rank), block[rank::ranks]
+                file, share = _vectors(folder, self._number, rank), block[rank::ranks]
                 if file.is_file():
                     yield from zip(share, np.load(file, allow_pickle=False), strict=True)
                     file.unlink()
                 else:
-                    logger.warning("Rank %d does not share %s: its texts are encoded here", rank, self.folder)
+                    logger.warning("Rank %d does not share %s: its texts are encoded here", rank, folder)
                     yield from own(share, wording, says)
-            self._texts(self._number).unlink()
+            _texts(folder, self._number).unlink()
             size = next_block(size, time.monotonic() - began)
 
     def help(self, task: str, own: Embed) -> None:
         """Do this process's share of a task of :meth:`embed`."""
-        number = int(task.split()[1])
-        if not self._texts(number).is_file():
+        number, name = int(task.split()[1]), task.split()[2]
+        folder = self.shared / name
+        if not _texts(folder, number).is_file():
             return
-        told = read_json(self._texts(number))
+        told = read_json(_texts(folder, number))
         share = told["texts"][self.launch.rank :: self.launch.world_size]
         vectors = dict(own(share, Wording(told["role"], told["prompt"], told["before"]), ""))
-        with atomic_path(self._vectors(number, self.launch.rank)) as aside, aside.open("wb") as stream:
+        with atomic_path(_vectors(folder, number, self.launch.rank)) as aside, aside.open("wb") as stream:
             np.save(stream, np.stack([vectors[text] for text in share]))
 
-    def _texts(self, number: int) -> Path:
-        return self.folder / f"{number}.json"
 
-    def _vectors(self, number: int, rank: int) -> Path:
-        return self.folder / f"{number}-{rank}.npy"
+def _texts(folder: Path, number: int) -> Path:
+    return folder / f"{number}.json"
+
+
+def _vectors(folder: Path, number: int, rank: int) -> Path:
+    return folder / f"{number}-{rank}.npy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from nearfield.pipeline.planning import plan_notices
 from nearfield.pipeline.run import Run
 from nearfield.pipeline.stage import Job
 from nearfield.pipeline.stages import Stages, run_stages, tell_training
-from nearfield.pipeline.suites import prepare_training_suite, suite_notices, suite_prompts
+from nearfield.pipeline.suites import suite_notices, suite_prompts, training_suite_prompts
 from nearfield.training.launch import Launch
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ def _dry_run(
     built: list[str] = []
     stages, reached, planned = Stages(Job(run, launch)), True, False
 
+    def check_suite() -> None:
+        training_suite_prompts(stages.job, stages.tokens.prompts.trained_contract)
+
     def prepare(tell: Callable[[str], None]) -> str:
         nonlocal planned
         tell("the plan")
@@ -103,7 +107,7 @@ def _dry_run(
         except BadInputError as error:
             blocked.append(Notice.of(error))
         # What a run looks at before it trains.
-        for check in (stages.train.check_can_train, partial(prepare_training_suite, stages.job)):
+        for check in (stages.train.check_can_train, check_suite):
             try:
                 check()
             except BadInputError as error:
@@ -272,6 +276,8 @@ def _result(
     if planned:
         plans, _ = stages.plan.open()
         lasting += plan_notices(stages.plan, plans)
+        with contextlib.suppress(BadInputError):  # which the preparation has met
+            lasting += training_suite_prompts(job, stages.tokens.prompts.trained_contract)
     if measured is not None:
         machine = Machine.of(measured.forecast, training, folder)
         lasting += [*measured.lasting, *forecast_notices(measured.forecast, machine)]

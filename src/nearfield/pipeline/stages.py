@@ -20,7 +20,7 @@ from nearfield.pipeline.preparing import DataStage, TokensStage
 from nearfield.pipeline.run import Run
 from nearfield.pipeline.scoring import CompareStage, EvaluateStage, ReportStage
 from nearfield.pipeline.stage import Engine, Job, Stage, StageStatus
-from nearfield.pipeline.suites import prepare_training_suite, suite_notices, suite_prompts
+from nearfield.pipeline.suites import suite_notices, suite_prompts, training_suite_prompts
 from nearfield.pipeline.training import TrainStage, set_aside
 from nearfield.training.launch import Launch
 
@@ -222,9 +222,10 @@ class _Work:
         self._run(self.before, tell)
         if self.trains:
             tell("the suites that are scored")
-            prepare_training_suite(job)
+            contract = self.stages.tokens.prompts.trained_contract
+            training_suite_prompts(job, contract)
             if self.is_scored:
-                suite_prompts(job, self.stages.tokens.prompts.trained_contract)
+                suite_prompts(job, contract)
         artifacts = self.stages.train.artifacts() if self.trains and job.launch.world_size > 1 else {}
         return json.dumps({"trains": self.trains, "artifacts": artifacts})
 

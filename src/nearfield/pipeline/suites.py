@@ -60,27 +60,44 @@ def suite_prompts(job: Job, contract: PromptContract) -> list[Notice]:
     ``contract`` is what the model is saved with. Raises :class:`BadInputError` where a task would get a prompt that the
     training does not allow.
     """
-    from nearfield.evaluation.contract import SavedPrompts, TrainedPrompts, check_prompts, untrained_types
-    from nearfield.evaluation.tasks import parts_of
-
     evaluation = job.recipe.evaluation
     if evaluation is None:
         return []
-    tasks = open_suite(job.run.checked.suite or evaluation.suite, open_store=job.open_store)
-    parts = [part for task in tasks for part in parts_of(task.task)]
+    suite = job.run.checked.suite or evaluation.suite
+    return _prompts_of(job, contract, suite, evaluation.prompts, str(evaluation.suite), "evaluation")
+
+
+def training_suite_prompts(job: Job, contract: PromptContract) -> list[Notice]:
+    """The same of the suite that the model is scored on while it is trained; what its tasks read is built where it is missing."""
+    during = job.recipe.training.evaluation
+    if during is None:
+        return []
+    suite, key = job.run.checked.training_suite or during.suite, "training.evaluation"
+    return _prompts_of(job, contract, suite, during.prompts, f"{key}.suite", key)
+
+
+def _prompts_of(
+    job: Job, contract: PromptContract, suite: SuiteConfig | Path, mode: str, where: str, key: str
+) -> list[Notice]:
+    from nearfield.evaluation.contract import (
+        SavedPrompts,
+        TrainedPrompts,
+        as_is_notice,
+        check_prompts,
+        untrained_types,
+    )
+    from nearfield.evaluation.tasks import parts_of
+
+    parts = [part for task in open_suite(suite, open_store=job.open_store) for part in parts_of(task.task)]
     saved = SavedPrompts(contract.model_prompts, contract.default_prompt_name)
     allowed = TrainedPrompts.of(contract.to_json())
-    if evaluation.prompts == "contract":
-        hint = "State the prompt under prompts.types, or set evaluation.prompts=as-is."
-        check_prompts(saved, allowed, parts, where=str(evaluation.suite), hint=hint)
-    return [notice for notices in untrained_types(saved, allowed, parts).values() for notice in notices]
-
-
-def prepare_training_suite(job: Job) -> None:
-    """Build what the tasks of the evaluation during the training read, so that one process does it before the others look."""
-    during = job.recipe.training.evaluation
-    if during is not None:
-        open_suite(job.run.checked.training_suite or during.suite, open_store=job.open_store)
+    found = [notice for notices in untrained_types(saved, allowed, parts).values() for notice in notices]
+    if mode == "contract":
+        hint = f"State the prompt under prompts.types, or set {key}.prompts=as-is."
+        check_prompts(saved, allowed, parts, where=where, hint=hint)
+    else:
+        found.append(as_is_notice(saved, allowed, parts))
+    return found
 
 
 def evaluation_during_training(job: Job, model: SentenceTransformer, contract: PromptContract) -> Evaluate | None:

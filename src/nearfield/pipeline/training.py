@@ -24,7 +24,12 @@ from nearfield.pipeline.contamination import contamination_entry, contamination_
 from nearfield.pipeline.mining import guide_teacher
 from nearfield.pipeline.planning import PlanStage, arrow_lists, plan_notices
 from nearfield.pipeline.stage import Job, Stage, StageStatus
-from nearfield.pipeline.suites import evaluation_during_training, suite_content, suite_notices
+from nearfield.pipeline.suites import (
+    evaluation_during_training,
+    suite_content,
+    suite_notices,
+    training_suite_prompts,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +156,9 @@ class TrainStage(Stage):
         begins = not self.checkpoints()
         if begins:
             self.job.run.keep_notices([])
-        suite = suite_notices(self.job.run) if self.is_scored else ()
+        suite = training_suite_prompts(self.job, self.tokens.prompts.trained_contract)
+        if self.is_scored:
+            suite += suite_notices(self.job.run)
         teaches = self.teaching_notices(encoder.model, feed, plans) if begins else ()
         self.tell([*encoder.notices, *plan_notices(self.plan, plans), *suite, *teaches])
 

@@ -230,10 +230,18 @@ class WandbConfig(Config):
     """``offline`` writes to the run's folder, for ``wandb sync`` later."""
 
     def check(self) -> None:
-        """Refuse, before any work, what is not installed."""
+        """Refuse, before any work, what is not installed, and figures that are sent without a login."""
         if sys.modules.get("wandb", False) is None or ("wandb" not in sys.modules and find_spec("wandb") is None):
             raise BadInputError(
                 "Weights & Biases is not installed", where="training.trackers", hint="pip install 'nearfield[wandb]'"
+            )
+        from nearfield.training.tracking import has_wandb_login
+
+        if self.mode == "online" and not has_wandb_login():
+            raise BadInputError(
+                "Weights & Biases has no login on this machine",
+                where="training.trackers",
+                hint="Run `wandb login`, set WANDB_API_KEY, or set mode: offline.",
             )
 
     def build(self, run: Path, first_step: int, about: Mapping[str, Any]) -> Tracker:

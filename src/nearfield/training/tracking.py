@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import json
 import logging
 import math
+import netrc
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
+from urllib.parse import urlsplit
 
 from nearfield.console import stderr_console
 from nearfield.errors import BadInputError, NearfieldError
@@ -193,6 +197,26 @@ class TensorBoardTracker:
 
     def close(self, *, failed: bool) -> None:
         self._board.close()
+
+
+def has_wandb_login() -> bool:
+    """Whether W&B would find a key, in the places where it looks, in their order; no key is looked at, nothing is sent."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    settings = configparser.ConfigParser(interpolation=None)
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
+    with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
+        settings.read([folder / "settings", Path("wandb") / "settings"])
+    if settings.get("default", "api_key", fallback=None):
+        return True
+    url = os.environ.get("WANDB_BASE_URL") or settings.get("default", "base_url", fallback="https://api.wandb.ai")
+    host = str(urlsplit(url).netloc)
+    named = os.environ.get("NETRC")
+    for file in [Path(named).expanduser()] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        with contextlib.suppress(netrc.NetrcParseError, OSError):
+            if netrc.netrc(file).authenticators(host):
+                return True
+    return False
 
 
 class WandbTracker:
