@@ -77,6 +77,8 @@ SMALLER = {
     # A random teacher finds next to nothing consistent.
     "kind: consistency, top: 2}": "kind: consistency, top: 300}",
     "kind: consistency, top: 51}": "kind: consistency, top: 300}",
+    # To it all texts are alike: hardly any is so much less like a query than the positive.
+    "kind: percent_of_positive, share: 0.95}": "kind: percent_of_positive, share: 1.0}",
 }
 
 

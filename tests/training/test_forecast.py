@@ -158,9 +158,18 @@ def test_measuring_at_the_start_changes_no_bit(
 
 
 def test_a_run_says_what_was_predicted_and_what_came(
-    toy_recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    toy_recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tmp_path / "run"
+    """Memory is that of the process as it begins, and its peak since then; what other tests have left moves neither."""
+    run, asked = tmp_path / "run", []
+
+    def told(name: str, value: int) -> None:
+        monkeypatch.setattr(forecasting, name, lambda: asked.append(name) or value)
+
+    assert forecasting.resident_bytes() > 50_000_000 and forecasting.peak_resident_bytes() > 50_000_000
+    told("reset_peak_resident", 0)
+    told("resident_bytes", 300_000_000)
+    told("peak_resident_bytes", 360_000_000)
     with caplog.at_level(logging.INFO, logger="nearfield"):
         run_stages(open_run(toy_recipe, ["training.max_steps=3"], run), "train")
     assert len([r for r in caplog.records if r.message.startswith("Predicted") and "; actual " in r.message]) == 1
@@ -169,7 +178,8 @@ def test_a_run_says_what_was_predicted_and_what_came(
     assert found["steps"] == 3
     assert found["actual"]["steps"] == 3
     assert found["actual"]["seconds"] > 0
-    assert found["actual"]["peak"] >= found["memory"]["base"] > 50_000_000
+    assert asked == ["reset_peak_resident", "resident_bytes", "peak_resident_bytes"]
+    assert (found["memory"]["base"], found["actual"]["peak"]) == (300_000_000, 360_000_000)
     assert found["at_start"]["peak"] == found["memory"]["peak"]
 
 
