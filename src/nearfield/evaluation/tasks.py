@@ -136,9 +136,9 @@ def parts_of(task: Any) -> list[Any]:
     )
 
 
-def splits_of(task: Any) -> Iterator[tuple[str, Any]]:
-    """``subset/split`` and the data of each split that is scored."""
-    wanted = list(task.eval_splits)
+def splits_of(task: Any, names: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """``subset/split`` and the data of each split that is scored, or of those named."""
+    wanted = list(task.eval_splits if names is None else names)
     for key, value in task.dataset.items():
         if key in wanted and not (isinstance(value, Mapping) and set(wanted) & set(value)):
             yield f"default/{key}", value
