@@ -99,8 +99,8 @@ def cut_model(folder: Path, name: str, layers: int) -> Path:
     """The first layers of a model as a model of its own."""
     path = folder / f"{name.rpartition('/')[2]}-{layers}-layers"
     if not path.is_dir():
-        from nearfield.encoders.build import load_encoder, save_encoder
-        from nearfield.encoders.trunk import keep_layers
+        from nearfield.encoders.load import load_encoder, save_encoder
+        from nearfield.encoders.transformer import keep_layers
 
         model = load_encoder(name, device="cpu").model
         keep_layers(model, layers)

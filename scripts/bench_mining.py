@@ -110,13 +110,13 @@ def measure(side: str, folder: Path) -> dict[str, Any]:
         count = len(np.load(folder / "queries.npy", mmap_mode="r"))
         queries, documents = [f"q{i}" for i in range(count)], [f"d{i}" for i in range(count)]
     if side.startswith("nearfield"):
-        from nearfield.encoders.text_encoder import TextEncoder
+        from nearfield.encoders.encode import Encoder
         from nearfield.mining.config import PercentOfPositiveRule
         from nearfield.mining.documents import RowLists
         from nearfield.mining.mine import mine
 
         if from_texts:
-            encoder = TextEncoder.load(MODEL, device="cpu")
+            encoder = Encoder.load(MODEL, device="cpu")
         else:
             q, d = (np.load(folder / f"{name}.npy") for name in ("queries", "documents"))
         _begin()
@@ -146,7 +146,7 @@ def measure(side: str, folder: Path) -> dict[str, Any]:
         data = Dataset.from_dict({"anchor": queries, "positive": documents})
         model: Any = Stored(folder)
         if from_texts:
-            from nearfield.encoders.build import load_encoder
+            from nearfield.encoders.load import load_encoder
 
             model = load_encoder(MODEL, device="cpu").model
         _begin()

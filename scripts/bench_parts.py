@@ -41,7 +41,7 @@ def make_texts(folder: Path, count: int) -> list[tuple[str, str]]:
 
 
 def load_model() -> Any:
-    from nearfield.encoders.build import load_encoder
+    from nearfield.encoders.load import load_encoder
 
     model = load_encoder(MODEL, device="cpu").model
     model.max_seq_length = MAX_LENGTH

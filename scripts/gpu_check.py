@@ -40,10 +40,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from nearfield.conformance.cases import OBJECTIVES, Problem, decoupled_adam, difference, one_step, whole
 from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
-from nearfield.encoders.build import build_encoder, load_encoder
+from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
+from nearfield.encoders.encode import Encoder
+from nearfield.encoders.load import load_encoder
 from nearfield.encoders.packing import embed, evaluating, packed_features, packing_kind, padded_features
-from nearfield.encoders.text_encoder import TextEncoder
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.training.config import TrainingConfig
@@ -420,7 +421,7 @@ def encode(place: Place) -> Iterator[Finding]:
         exact = torch.from_numpy(np.asarray(SentenceTransformer(str(folder), device="cpu").double().encode(some)))
         for dtype in ("float32", "bfloat16") if place.cuda else ("float32",):
             loaded = load_encoder(str(folder), device=str(place.device), dtype=dtype)
-            found = torch.from_numpy(TextEncoder(loaded.model)(some))
+            found = torch.from_numpy(Encoder(loaded.model)(some))
             limit = FLOAT32 if dtype == "float32" else BFLOAT16
             yield Finding(f"{architecture}, {dtype}", relative(found, exact), limit)
 
@@ -517,7 +518,7 @@ def run(place: Place) -> Iterator[Finding]:
     os.chdir(place.folder)
     result = nearfield.train(recipe)
     some = texts(20)
-    ours = torch.from_numpy(TextEncoder(load_encoder(str(result.model), device=str(place.device)).model)(some))
+    ours = torch.from_numpy(Encoder(load_encoder(str(result.model), device=str(place.device)).model)(some))
     theirs = torch.from_numpy(np.asarray(SentenceTransformer(str(result.model), device="cpu").double().encode(some)))
     base = torch.from_numpy(np.asarray(SentenceTransformer(str(place.folder / "base"), device="cpu").encode(some)))
     yield Finding("vectors to plain sentence-transformers", relative(ours, theirs), FLOAT32)

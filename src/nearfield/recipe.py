@@ -13,9 +13,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from nearfield.batching.config import BatchConfig, SingleSourceConfig, needs_vectors
 from nearfield.config import Config, ConfigPath, KeyPath, Loaded, dotted, load_config
 from nearfield.data.config import DataConfig, SourceConfig
-from nearfield.encoders.base_prompts import BasePrompts, base_prompts
 from nearfield.encoders.config import EncoderConfig, PromptConfig
-from nearfield.encoders.prompts import PromptContract, make_contract
+from nearfield.encoders.prompts import BasePrompts, PromptContract, base_prompts, make_contract
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import SuiteConfig
 from nearfield.kinds import only_our_kinds

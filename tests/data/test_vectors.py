@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nearfield.data.vectors import ItemVectors, build_vectors
+from nearfield.data.vectors import ItemVectors, VectorJob
 from nearfield.errors import BadInputError
 
 
@@ -26,7 +26,7 @@ WANTED = {"query": np.array([7, 3, 3, 100]), "document": np.arange(2, 60)}
 
 
 def test_vectors_are_found_by_role_and_row(tmp_path: Path) -> None:
-    vectors = build_vectors(WANTED, encode, tmp_path / "v", "print", {"teacher": "t"}, shard=10)
+    vectors = VectorJob(WANTED, encode, tmp_path / "v", "print", shard=10).run({"teacher": "t"})
     assert (vectors.fingerprint, vectors.dimension, vectors.about) == ("print", 6, {"teacher": "t"})
     np.testing.assert_array_equal(vectors.of("query", np.array([100, 3, 100])), true("query", [100, 3, 100]))
     np.testing.assert_array_equal(vectors.of("document", np.arange(5, 20)), true("document", range(5, 20)))
@@ -45,7 +45,7 @@ def test_roles_share_a_table_where_the_teacher_has_no_prompts(tmp_path: Path) ->
         asked.extend(rows.tolist())
         return encode("document", rows)
 
-    vectors = build_vectors(WANTED, counting, tmp_path / "v", "p", shared=True)
+    vectors = VectorJob(WANTED, counting, tmp_path / "v", "p", shared=True).run()
     assert sorted(asked) == sorted({100, *range(2, 60)})
     np.testing.assert_array_equal(vectors.of("query", np.array([3])), vectors.of("document", np.array([3])))
 
@@ -60,12 +60,12 @@ def test_a_build_that_was_stopped_goes_on(tmp_path: Path) -> None:
         return encode(role, rows)
 
     with pytest.raises(KeyboardInterrupt):
-        build_vectors(WANTED, failing, tmp_path / "v", "p", shard=10)
+        VectorJob(WANTED, failing, tmp_path / "v", "p", shard=10).run()
     assert not (tmp_path / "v").exists()
     asked = []
-    later = build_vectors(WANTED, lambda r, i: asked.append(len(i)) or encode(r, i), tmp_path / "v", "p", shard=10)  # type: ignore[func-returns-value]
+    later = VectorJob(WANTED, lambda r, i: asked.append(len(i)) or encode(r, i), tmp_path / "v", "p", shard=10).run()  # type: ignore[func-returns-value]
     assert len(asked) == 4  # of 6 shards of documents and one of queries, 3 were there
-    once = build_vectors(WANTED, encode, tmp_path / "w", "p", shard=10)
+    once = VectorJob(WANTED, encode, tmp_path / "w", "p", shard=10).run()
     for role in WANTED:
         np.testing.assert_array_equal(later.table(role).vectors, once.table(role).vectors)
 
@@ -77,8 +77,8 @@ def test_shards_of_another_build_are_not_used(tmp_path: Path) -> None:
         return encode(role, rows) + 5
 
     with pytest.raises(KeyboardInterrupt):
-        build_vectors(WANTED, stopped, tmp_path / "v", "old")
-    vectors = build_vectors(WANTED, encode, tmp_path / "v", "new")
+        VectorJob(WANTED, stopped, tmp_path / "v", "old").run()
+    vectors = VectorJob(WANTED, encode, tmp_path / "v", "new").run()
     np.testing.assert_array_equal(vectors.of("document", np.array([9])), true("document", [9]))
 
 
@@ -93,20 +93,20 @@ def test_shards_of_another_build_are_not_used(tmp_path: Path) -> None:
 )
 def test_bad_teachers(encoder: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=words):
-        build_vectors(WANTED, encoder, tmp_path / "v", "p")
+        VectorJob(WANTED, encoder, tmp_path / "v", "p").run()
 
 
 def test_a_folder_that_is_no_vectors(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="does not exist"):
         ItemVectors.open(tmp_path)
-    build_vectors(WANTED, encode, tmp_path / "v", "p")
-    (tmp_path / "v" / "table-0.vectors.npy").write_bytes(b"x")
+    VectorJob(WANTED, encode, tmp_path / "v", "p").run()
+    (tmp_path / "v" / "document" / "vectors.npy").write_bytes(b"x")
     with pytest.raises(BadInputError, match="is damaged"):
         ItemVectors.open(tmp_path / "v")
     (tmp_path / "v" / "checksums.json").unlink()  # as earlier versions left it
     with pytest.raises(BadInputError, match="cannot be read"):
         ItemVectors.open(tmp_path / "v")
-    (tmp_path / "v" / "meta.json").write_text('{"version": 0}')
+    (tmp_path / "v" / "about.json").write_text('{"version": 0}')
     with pytest.raises(BadInputError, match="version 0"):
         ItemVectors.open(tmp_path / "v")
 
@@ -115,8 +115,8 @@ def test_zeros_stay_zeros_where_they_may_be(tmp_path: Path) -> None:
     def some(role: str, rows: Any) -> Any:
         return np.where((rows % 2 == 0)[:, None], 0.0, encode(role, rows))
 
-    vectors = build_vectors(WANTED, some, tmp_path / "v", "p", zeros=True).of("document", np.arange(2, 60))
+    vectors = VectorJob(WANTED, some, tmp_path / "v", "p", zeros=True).run().of("document", np.arange(2, 60))
     assert not vectors[::2].any()
     np.testing.assert_array_equal(vectors[1::2], true("document", range(3, 60, 2)))
     with pytest.raises(BadInputError, match="not finite"):
-        build_vectors(WANTED, lambda role, rows: np.full((len(rows), 3), np.nan), tmp_path / "n", "p", zeros=True)
+        VectorJob(WANTED, lambda role, rows: np.full((len(rows), 3), np.nan), tmp_path / "n", "p", zeros=True).run()

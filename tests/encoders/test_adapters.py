@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from nearfield.config import load_config
 from nearfield.encoders import EncoderConfig, LoRAConfig, load_encoder
-from nearfield.encoders.adapters import has_adapter, lora_targets, merge_adapter
-from nearfield.encoders.build import build_encoder, folder_revision, relink, save_encoder
-from nearfield.encoders.tokenize import Tokenizer
+from nearfield.encoders.adapters import has_adapter, lora_targets, merge_adapter, relink
+from nearfield.encoders.build import build_encoder, build_tokenizer
+from nearfield.encoders.load import save_encoder
+from nearfield.encoders.source import folder_revision
 from nearfield.errors import BadInputError
 
 TEXTS = ["word1 word2 word3", "word4", "word5 word6 word7 word8 word9 word10"]
@@ -425,7 +426,7 @@ def test_the_pooler_is_not_trained_and_saved_as_loaded(tiny_model: Path, tmp_pat
 
 def test_tokens_need_no_adapter(tiny_model: Path) -> None:
     config = EncoderConfig(model=str(tiny_model), adapter=LoRAConfig(quantize="4bit", save="adapter"))
-    assert not has_adapter(Tokenizer(config).model)
+    assert not has_adapter(build_tokenizer(config).model)
 
 
 def test_quantised_bases_need_bitsandbytes_and_cuda(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

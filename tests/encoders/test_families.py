@@ -11,7 +11,7 @@ import pytest
 
 from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders.build import build_encoder
-from nearfield.encoders.text_encoder import TextEncoder
+from nearfield.encoders.encode import Encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation.runner import open_model
 
@@ -73,7 +73,7 @@ def test_another_family_is_refused(zoo: Path, name: str, family: str) -> None:
     for use in (
         lambda: load_encoder(folder, device="cpu"),
         lambda: open_model(folder, name=None, device="cpu", batch_tokens=None),
-        lambda: TextEncoder.load(folder, device="cpu"),
+        lambda: Encoder.load(folder, device="cpu"),
         lambda: build_encoder(EncoderConfig(model=folder), "cpu"),
     ):
         with pytest.raises(BadInputError, match=f"{family}.*not a dense embedding model") as error:

@@ -16,8 +16,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from nearfield.encoders import EncoderConfig, load_encoder
-from nearfield.encoders.build import build_encoder, save_encoder
-from nearfield.encoders.heads import shipped_files
+from nearfield.encoders.build import build_encoder
+from nearfield.encoders.load import save_encoder, shipped_files
 from nearfield.encoders.packing import embed, packed_features, packing_kind, padded_features
 from nearfield.encoders.shipped.nearfield_pooling import AttentionPooling, LatentAttentionPooling
 from nearfield.errors import BadInputError

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from nearfield.encoders import LoadedEncoder, identity, load_encoder
-from nearfield.encoders.build import locate, save_encoder
 from nearfield.encoders.identity import model_fingerprint
+from nearfield.encoders.load import save_encoder
+from nearfield.encoders.source import locate
 from nearfield.evaluation.runner import open_model
 
 from .tiny import tiny_encoder

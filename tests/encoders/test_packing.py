@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
-from nearfield.encoders import attention, packing
-from nearfield.encoders.attention import ATTENTION, band, set_attention
+from nearfield.encoders import kernels, packing
+from nearfield.encoders.kernels import ATTENTION, band, set_attention
 from nearfield.encoders.packing import embed, pack_rows, packed_features, packed_tokens, packing_kind, padded_features
 from tests.encoders.tiny import CAUSAL, draw_rows, embeddings_and_gradients, tiny_encoder
 
@@ -237,7 +237,7 @@ def test_what_is_handed_to_the_kernel_of_a_gpu(
     features = packed_features(rows, kind="varlen", device=CPU, prompt_length=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = embed(model, features).float()
-        monkeypatch.setattr(attention, "_each_text", attention._variable_length)
+        monkeypatch.setattr(kernels, "_each_text", kernels._variable_length)
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
         actual = embed(model, features).float()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0.03)

@@ -142,7 +142,7 @@ def test_the_loss_is_that_of_a_plain_loop(tmp_path: Path, architecture: str, pre
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "varlen"), ("bert", "block"), ("llama-both", "block")])
 def test_packed_is_padded(tmp_path: Path, architecture: str, kind: str) -> None:
-    from nearfield.encoders.attention import set_attention
+    from nearfield.encoders.kernels import set_attention
 
     save_language_model(tmp_path, architecture)
     model = built(tmp_path)

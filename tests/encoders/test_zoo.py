@@ -13,9 +13,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from nearfield.encoders import load_encoder
-from nearfield.encoders.build import save_encoder
+from nearfield.encoders.encode import Encoder
+from nearfield.encoders.load import save_encoder
 from nearfield.encoders.packing import Padding, embed, packed_features
-from nearfield.encoders.text_encoder import TextEncoder
 from nearfield.encoders.tokenize import token_ids
 from nearfield.errors import BadInputError
 from tests.encoders.zoo import ANIMALS, RANDOM, TEXTS, save_animal
@@ -59,7 +59,7 @@ def test_an_animal(tmp_path: Path, name: str) -> None:
     pad = model.tokenizer.pad_token
     # The padding word in the middle, at the beginning and at the end of a text; twice in a row.
     texts = [*TEXTS, f"the {pad} fox jumps", f"{pad} dog", f"lazy dog {pad}", f"one {pad} {pad} two three"]
-    encoder = TextEncoder(model)
+    encoder = Encoder(model)
     assert encoder.packing == animal.packing
     plain = plain_vectors(folder, texts)
     scale = float(np.abs(plain).max())
@@ -84,7 +84,7 @@ def test_an_animal(tmp_path: Path, name: str) -> None:
             )
     else:
         steps(model, padded)
-    trained = np.concatenate([TextEncoder(model)([text]) for text in texts])
+    trained = np.concatenate([Encoder(model)([text]) for text in texts])
     assert float(np.abs(trained - plain).max()) > 1e-4 * scale
     save_encoder(model, tmp_path / "saved")
     np.testing.assert_allclose(plain_vectors(tmp_path / "saved", texts), trained, rtol=0, atol=2e-5 * scale)

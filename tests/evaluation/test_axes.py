@@ -11,7 +11,7 @@ import pytest
 from nearfield.errors import BadInputError
 from nearfield.evaluation import evaluate
 from nearfield.evaluation.axes import FITTED_ON, held_out_texts, principal_turn, random_turn
-from nearfield.evaluation.vectors import compress
+from nearfield.evaluation.encoder import compress
 
 VECTORS = (np.random.default_rng(0).normal(size=(300, 12)) * np.linspace(0.1, 3, 12) + 1).astype(np.float32)
 

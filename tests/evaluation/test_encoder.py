@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ import pytest
 import torch
 
 from nearfield.encoders import load_encoder
-from nearfield.encoders.text_encoder import cut
-from nearfield.evaluation.encoder import TaskEncoder
+from nearfield.encoders.encode import Encoder, cut
+from nearfield.encoders.identity import model_fingerprint
+from nearfield.errors import BadInputError
+from nearfield.evaluation import evaluate
+from nearfield.evaluation.encoder import TaskEncoder, compress
 from nearfield.evaluation.folder import folder_task, task_folders
+from nearfield.evaluation.results import failed_tasks, read_manifest
 
 PROMPTS = {
     "plain": {},
@@ -66,7 +71,7 @@ def test_every_task_type_gets_the_strings_and_scores_of_mteb(
     theirs, ours = load_encoder(str(folder), device="cpu").model, load_encoder(str(folder), device="cpu").model
     their_rows, our_rows = fed(theirs), fed(ours)
     encoder = TaskEncoder(ours, name="local/tiny", revision="1")
-    assert encoder._packed is not None
+    assert encoder.encoder.packing is not None
     for task_folder in task_folders(every_type):
         their_rows.clear(), our_rows.clear(), encoder.forget()
         expected, got = run(theirs, task_folder), run(encoder, task_folder)
@@ -99,7 +104,7 @@ def test_embeddings_equal_those_of_sentence_transformers(
     from mteb._create_dataloaders import _create_dataloader_from_texts
 
     model = load_encoder(str(model_folder), device="cpu").model
-    encoder = TaskEncoder(model, name="local/tiny", revision="1", batch_tokens=batch_tokens)
+    encoder = TaskEncoder(model, name="local/tiny", revision="1", encoder=Encoder(model, batch_tokens))
     texts = some_sentences(70, seed=3, longest=30)
     texts += [*texts[:9], "", "  ", "walnut " * 400]
     metadata = mteb.get_task("STS12").metadata
@@ -107,9 +112,9 @@ def test_embeddings_equal_those_of_sentence_transformers(
     got = encoder.encode(_create_dataloader_from_texts(texts), **arguments)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, model.encode(texts, show_progress_bar=False), atol=2e-6, rtol=0)
-    assert encoder.encoded == len(set(texts)) == 73
+    assert encoder.encoder.encoded == len(set(texts)) == 73
     encoder.encode(_create_dataloader_from_texts(texts[:20]), **arguments)
-    assert encoder.encoded == 73
+    assert encoder.encoder.encoded == 73
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -151,7 +156,7 @@ def test_packed_or_padded_a_text_gets_the_vector_of_its_role(
     if not packed:
         model[0].query_length = 9
     encoder = TaskEncoder(model, name="local/tiny", revision="1")
-    assert (encoder._packed is not None) == packed
+    assert (encoder.encoder.packing is not None) == packed
     texts = [*some_sentences(40, longest=20), ""]
     found = {}
     for role, alone in (("query", model.encode_query), ("document", model.encode_document)):
@@ -167,8 +172,8 @@ def test_what_waits_for_the_next_chunk_is_in_no_inference_mode(
     model_folder: Path, some_sentences: Callable[..., list[str]]
 ) -> None:
     model = load_encoder(str(model_folder), device="cpu").model.train()
-    encoder = TaskEncoder(model, name="local/tiny", revision="1", batch_tokens=30)
-    vectors = encoder._embed(some_sentences(10), ARGUMENTS["task_metadata"], None)
+    encoder = TaskEncoder(model, name="local/tiny", revision="1", encoder=Encoder(model, 30))
+    vectors = iter(encoder.encoder.pairs(some_sentences(10)))
     next(vectors)
     assert not torch.is_inference_mode_enabled() and model[0].training
     assert len(list(vectors)) == 9
@@ -199,4 +204,77 @@ def test_embeddings_of_a_huge_task_are_not_kept(
     first = encoder.encode(_create_dataloader_from_texts(texts[:20]), **arguments)
     whole = encoder.encode(_create_dataloader_from_texts(texts), **arguments)
     np.testing.assert_array_equal(whole[:20], first)
-    assert encoder.encoded == 50 and sum(map(len, encoder._kept.values())) == 20
+    assert encoder.encoder.encoded == 50 and sum(map(len, encoder._kept.values())) == 20
+
+
+def test_a_model_is_known_by_what_it_computes(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    first = load_encoder(str(make_model(tmp_path / "a")), device="cpu").model
+    copy = load_encoder(str(make_model(tmp_path / "b")), device="cpu").model
+    other = load_encoder(str(make_model(tmp_path / "c", seed=1)), device="cpu").model
+    name = model_fingerprint(first)
+    first.encode(["harbour", "lantern meadow"])
+    assert model_fingerprint(first) == model_fingerprint(copy) == name != model_fingerprint(other)
+    copy.max_seq_length = 16
+    assert model_fingerprint(copy) != name
+    assert model_fingerprint(first.bfloat16()) != name
+
+
+def test_cutting_and_rounding() -> None:
+    vectors = np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert np.array_equal(compress(vectors, None, "none"), vectors) and np.array_equal(
+        compress(vectors, 16, "none"), vectors
+    )
+    cut = compress(vectors, 4, "none")
+    np.testing.assert_allclose(cut, vectors[:, :4] / np.linalg.norm(vectors[:, :4], axis=1, keepdims=True), rtol=1e-6)
+    binary = compress(vectors, None, "binary")
+    assert np.array_equal(np.sign(binary), np.where(vectors > 0, 1, -1))
+    np.testing.assert_allclose(np.linalg.norm(binary, axis=1), 1, rtol=1e-6)
+    rounded = compress(vectors, None, "int8")
+    for row, vector in zip(rounded, vectors, strict=True):
+        steps = row / (np.abs(vector).max() / 127)
+        np.testing.assert_allclose(steps, np.round(steps), atol=1e-3)
+        assert np.abs(row - vector).max() <= np.abs(vector).max() / 254 + 1e-7
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_second_model_name_costs_nothing_and_scores_the_same(
+    every_type: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"device": "cpu", "tasks": ["TinyRetrieval", "TinySTS"], "cache": tmp_path / "vectors"}
+    plain = evaluate(str(model_folder), every_type, tmp_path / "plain", device="cpu", tasks=arguments["tasks"])
+    first = evaluate(str(model_folder), every_type, tmp_path / "one", **arguments)
+    assert first.scores == plain.scores
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(Encoder, "pairs", never)
+    again = evaluate(str(model_folder), every_type, tmp_path / "two", name="other/name", **arguments)
+    assert again.scores == first.scores
+    (line,) = read_manifest(again.results_dir)
+    facts = line["tasks"]["TinyRetrieval"]
+    assert facts["texts_encoded"] == 0 and facts["texts_from_cache"] == 60
+    assert line["versions"]["mteb"] and line["dtype"] == "float32" and facts["data_revision"].startswith("local-")
+    cut = evaluate(str(model_folder), every_type, tmp_path / "two", dimensions=8, **arguments)
+    assert cut.model == "local/tiny-dim8" and cut.scores != first.scores
+    rounded = evaluate(str(model_folder), every_type, tmp_path / "two", quantize="int8", **arguments)
+    assert rounded.model == "local/tiny-int8"
+    assert rounded.scores["TinySTS"]["default"] == pytest.approx(first.scores["TinySTS"]["default"], abs=0.02)
+    for bad in ({"dimensions": 33}, {"dimensions": 0}, {"quantize": "int3"}):
+        with pytest.raises(BadInputError):
+            evaluate(str(model_folder), every_type, tmp_path / "two", **{**arguments, **bad})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_failures_are_recorded_until_the_task_is_scored(tasks: Any, model_folder: Path, tmp_path: Path) -> None:
+    folder = tasks.sts()
+    good = (folder / "default.test.parquet").read_bytes()
+    tasks.table(folder / "default.test.parquet", sentence1=["a"], sentence2=["b"], score=["high"])
+    tasks.pairs()
+    result = evaluate(str(model_folder), tasks.root, tmp_path / "out", device="cpu")
+    assert set(failed_tasks(result.results_dir)) == {"TinySTS"}
+    (folder / "default.test.parquet").write_bytes(good)
+    again = evaluate(str(model_folder), tasks.root, tmp_path / "out", device="cpu")
+    assert again.failures == {} and again.reused == ("TinyPairs",) and failed_tasks(again.results_dir) == {}
+    assert [len(json.dumps(line)) > 2 for line in read_manifest(again.results_dir)] == [True, True]

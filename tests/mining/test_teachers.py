@@ -14,7 +14,8 @@ from sentence_transformers.sentence_transformer.modules import Dense, Router, St
 
 from nearfield.conformance.tiny_models import WORDS
 from nearfield.data.store import Store
-from nearfield.encoders.text_encoder import TextEncoder
+from nearfield.data.vectors import VectorFile, read_vectors
+from nearfield.encoders.encode import Encoder
 from nearfield.errors import BadInputError
 from nearfield.mining import teachers
 from nearfield.mining.config import (
@@ -26,7 +27,6 @@ from nearfield.mining.config import (
     dense_teachers,
 )
 from nearfield.mining.documents import ArrayDocuments, RowLists
-from nearfield.mining.vector_files import VectorFile, read_vectors
 from tests.data.making import build_rows
 from tests.mining import reference
 
@@ -226,7 +226,7 @@ def test_vectors_from_files_are_found_by_id(store: Store, tmp_path: Path, form: 
     else:
         column = [i.hex() for i in shuffled] if form == "hex" else shuffled
         pq.write_table(pa.table({"id": column, "vector": list(vectors[order])}), path)
-    encode = read_vectors(VectorsTeacher(documents=path), store)
+    encode = read_vectors(store, path)
     rows = np.array([3, 0, 9, 3])
     np.testing.assert_array_equal(encode("query", rows), vectors[rows])
     np.testing.assert_array_equal(encode("document", rows[:0]), vectors[:0])
@@ -264,7 +264,7 @@ def test_bad_files_of_vectors(store: Store, tmp_path: Path) -> None:
 
 
 def test_texts_are_encoded_as_sentence_transformers_does(tiny_model: Path) -> None:
-    encoder = TextEncoder.load(str(tiny_model), device="cpu")
+    encoder = Encoder.load(str(tiny_model), device="cpu")
     encoder.chunk_tokens = 40
     random = np.random.default_rng(0)
     texts = [" ".join(random.choice(WORDS, random.integers(1, 30))) for _ in range(50)]
@@ -281,13 +281,13 @@ def test_models_whose_texts_are_more_than_tokens_are_encoded_by_their_own_method
     table = base[0].auto_model.get_input_embeddings().weight.detach().numpy()
     words = SentenceTransformer(modules=[StaticEmbedding(base.tokenizer.backend_tokenizer, embedding_weights=table)])
     texts = ["word1 word2 word3", "word4", "", *(f"word{n} word{n + 1}" for n in range(100))]
-    encoder = TextEncoder(words)
+    encoder = Encoder(words)
     assert not encoder.by_tokens
     np.testing.assert_allclose(encoder(texts, "word9 "), words.encode(texts, prompt="word9 "), atol=1e-6)
     width = table.shape[1]
     sides = {name: [*base, Dense(width, 8, activation_function=None)] for name in ("query", "document")}
     both = SentenceTransformer(modules=[Router.for_query_document(sides["query"], sides["document"])], device="cpu")
-    encoder = TextEncoder(both)
+    encoder = Encoder(both)
     assert not encoder.by_tokens
     np.testing.assert_allclose(encoder(texts, "", "query"), both.encode_query(texts), atol=2e-6)
     np.testing.assert_allclose(encoder(texts, "", "document"), both.encode_document(texts), atol=2e-6)

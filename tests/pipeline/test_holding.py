@@ -17,10 +17,10 @@ from torch.nn import functional
 from nearfield.batching.plan import Plan
 from nearfield.data.store import Store
 from nearfield.encoders import EncoderConfig, load_encoder
-from nearfield.encoders.base_prompts import BasePrompts, base_prompts
 from nearfield.encoders.build import build_encoder
-from nearfield.encoders.stated import stated_similarity, stored_dtype
-from nearfield.encoders.text_encoder import TextEncoder
+from nearfield.encoders.encode import Encoder
+from nearfield.encoders.prompts import BasePrompts, base_prompts
+from nearfield.encoders.source import stated_similarity, stored_dtype
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.config import SIMILARITIES, CoSENTConfig, TripletConfig
@@ -110,7 +110,7 @@ def test_a_truncated_model_gives_truncated_vectors_everywhere(tmp_path: Path, ti
     texts = ["word1 word2", "word3"]
     wanted = SentenceTransformer(str(base), device="cpu").encode(texts)
     assert wanted.shape == (2, KEPT)
-    np.testing.assert_allclose(TextEncoder(load_encoder(str(base)).model)(texts), wanted, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(Encoder(load_encoder(str(base)).model)(texts), wanted, rtol=0, atol=1e-5)
     # A projection takes all dimensions, and keeps all of its own.
     built = build_encoder(EncoderConfig.model_validate({"model": str(base), "projection": {"dimensions": 8}}), "cpu")
     assert built.model.encode(texts).shape == (2, 8)

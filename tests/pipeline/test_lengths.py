@@ -11,8 +11,8 @@ import pytest
 
 import nearfield
 from nearfield.data.tokens import TokenCache
-from nearfield.encoders.lengths import count_cuts, lost_tokens, shorten, whole_lengths
 from nearfield.encoders.limits import longest_input
+from nearfield.encoders.tokenize import count_cuts, lost_tokens, shorten, whole_lengths
 from nearfield.evaluation.results import read_manifest
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.long_models import say_long_model

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import nearfield
-from nearfield.encoders.build import LoadedEncoder, build_encoder
+from nearfield.encoders.build import build_encoder
+from nearfield.encoders.load import LoadedEncoder
 from nearfield.errors import BadInputError
 from nearfield.notices import Notice
 from nearfield.pipeline import training

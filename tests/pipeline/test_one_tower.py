@@ -15,8 +15,8 @@ from sentence_transformers import SentenceTransformer
 
 from nearfield.conformance.tiny_models import save_tiny_vlm
 from nearfield.data import Store
-from nearfield.encoders.build import load_encoder
-from nearfield.encoders.text_encoder import TextEncoder
+from nearfield.encoders.encode import Encoder
+from nearfield.encoders.load import load_encoder
 from nearfield.errors import BadInputError
 from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages
@@ -133,7 +133,7 @@ def test_a_run_from_a_try_to_a_model(recipe: Path, tmp_path: Path) -> None:
 
 def test_the_score_is_that_of_the_strings_it_was_trained_with(recipe: Path, tmp_path: Path) -> None:
     """The tokens of a row of the evaluation are those of the same row of the training."""
-    from nearfield.encoders.one_tower import row_ids
+    from nearfield.encoders.vision_language import row_ids
 
     model = load_encoder(str(recipe.parent / "base"), device="cpu").model
     trained, scored = row_ids(model, ["<image>\nword100 word101", "word100 word101"], [(20, 16)] * 2, "word120 ")
@@ -150,7 +150,7 @@ def test_texts_pictures_and_both_are_mined_by_one_tower(recipe: Path, tmp_path: 
     stages = Stages.of(open_run(recipe, settings, tmp_path / "runs" / "mined"))
     run_stages(stages.job.run, "mine")
     store, found = Store.open(stages.data.output), Negatives(stages.mine.output)
-    encoder = TextEncoder.load(str(recipe.parent / "base"), device="cpu")
+    encoder = Encoder.load(str(recipe.parent / "base"), device="cpu")
     queries = found.table["query"].to_numpy()
     assert set(store.modalities(queries)) == {"text", "text+image"}
     assert set(store.modalities(found.rows)) == {"text", "text+image"}

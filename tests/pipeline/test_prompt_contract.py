@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from nearfield.batching.plan import Plan
 from nearfield.data.store import Store
 from nearfield.data.tokens import TokenCache
-from nearfield.encoders.base_prompts import TYPES_WITH_ROLES, has_roles
+from nearfield.encoders.prompts import TYPES_WITH_ROLES, has_roles
 from nearfield.errors import BadInputError
 from nearfield.evaluation import evaluate, runner
 from nearfield.evaluation.contract import roles_of

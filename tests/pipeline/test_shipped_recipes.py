@@ -14,8 +14,7 @@ import pytest
 
 from nearfield.conformance.tiny_models import ONE_TOWERS, WORDS, save_tiny_vlm
 from nearfield.encoders.build import build_encoder
-from nearfield.encoders.lengths import shorten
-from nearfield.encoders.tokenize import token_ids
+from nearfield.encoders.tokenize import shorten, token_ids
 from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.dry_run import dry_run

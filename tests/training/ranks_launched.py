@@ -24,8 +24,8 @@ from unittest import mock
 import torch
 
 from nearfield.cli import main
+from nearfield.encoders.encode import Encoder
 from nearfield.errors import BadInputError
-from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.pipeline.planning import PlanStage
 from nearfield.pipeline.preparing import TokensStage
 from nearfield.pipeline.training import TrainStage
@@ -123,13 +123,13 @@ def types_seen() -> Iterator[dict[str, list[str]]]:
 @contextlib.contextmanager
 def texts_encoded() -> Iterator[list[int]]:
     """How many texts this rank encodes for an evaluation, call by call."""
-    embed, counts = TaskEncoder.embed, []
+    embed, counts = Encoder.pairs, []
 
-    def counted(self: TaskEncoder, texts: Any, *args: Any) -> Any:
+    def counted(self: Encoder, texts: Any, *args: Any, **kwargs: Any) -> Any:
         counts.append(len(texts))
-        return embed(self, texts, *args)
+        return embed(self, texts, *args, **kwargs)
 
-    with mock.patch.object(TaskEncoder, "embed", counted):
+    with mock.patch.object(Encoder, "pairs", counted):
         yield counts
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfield.encoders import load_encoder
-from nearfield.encoders.build import save_encoder
+from nearfield.encoders.load import save_encoder
 from nearfield.errors import BadInputError
 from nearfield.training.model_options import (
     compile_transformer,

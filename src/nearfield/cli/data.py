@@ -105,7 +105,7 @@ def open_store(path: Path, overrides: list[str] | None = None, cache: Path = CAC
 def _token_counter(name: str) -> CountTokens:
     from transformers import AutoTokenizer
 
-    from nearfield.encoders.build import locate
+    from nearfield.encoders.source import locate
 
     folder = locate(name).path
     try:

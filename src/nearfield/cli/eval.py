@@ -13,9 +13,9 @@ from nearfield.cli.common import RESULTS, Base, ResultsFolder, Strict, TaskNames
 from nearfield.errors import EXIT_FAULT, BadInputError
 
 if TYPE_CHECKING:
+    from nearfield.encoders.encode import Encoder
     from nearfield.evaluation import EvaluationResult
     from nearfield.evaluation.axes import Axes
-    from nearfield.evaluation.encoder import TaskEncoder
     from nearfield.notices import Notice
 
 
@@ -74,8 +74,8 @@ def evaluate_command(
     Under `torchrun` or `accelerate launch` all processes encode, each on its GPU, and the first scores.
     """
     quiet_libraries()
+    from nearfield.encoders.encode import Workers
     from nearfield.evaluation import SuiteConfig, evaluate
-    from nearfield.evaluation.crew import Crew
     from nearfield.evaluation.runner import open_model
     from nearfield.files import write_json
     from nearfield.notices import listening
@@ -90,8 +90,8 @@ def evaluate_command(
     if chosen == []:
         raise BadInputError("--tasks names no task", where="--tasks", hint="Give names separated by commas.")
     variants, launch = _variants(dims, quantize, axes), Launch.from_environment()
-    crew = Crew(launch, out) if launch.world_size > 1 else None
-    device = device or (None if crew is None else launch.device)
+    workers = Workers(launch, out) if launch.world_size > 1 else None
+    device = device or (None if workers is None else launch.device)
     results: list[EvaluationResult] = []
 
     def score(say: Callable[[str], None]) -> str:
@@ -111,7 +111,7 @@ def evaluate_command(
                 dimensions=dimensions,
                 quantize=rounding,
                 axes=kept,
-                crew=crew,
+                workers=workers,
                 strict=strict,
                 base=base,
             )
@@ -120,21 +120,22 @@ def evaluate_command(
         return ""
 
     @functools.cache
-    def helper() -> TaskEncoder | None:
-        return open_model(model, name=name, device=device, batch_tokens=batch_tokens, base=base).encoder
+    def helper() -> Encoder:
+        encoder = open_model(model, name=name, device=device, batch_tokens=batch_tokens, base=base).encoder
+        assert encoder is not None
+        return encoder.encoder
 
     def help(task: str) -> None:
-        encoder = helper()
-        assert crew is not None and encoder is not None
-        crew.help(task, encoder.embed)
+        assert workers is not None
+        workers.help(task, helper())
 
     try:
         # Of a model that is scored several times a notice is logged once.
         with listening():
             launch.prepare(score, lambda word: None, help)
     finally:
-        if crew is not None and launch.is_main:
-            crew.close()
+        if workers is not None and launch.is_main:
+            workers.close()
     if not launch.is_main:
         return
     scores = {result.model: result.scores for result in results}
@@ -274,7 +275,7 @@ def card_command(
     from nearfield.evaluation.results import find_results
 
     if base is not None:
-        from nearfield.encoders.build import relink
+        from nearfield.encoders.adapters import relink
 
         relink(model, base)
     path = update_card(model, find_results(scored or str(model), results), seed=seed)

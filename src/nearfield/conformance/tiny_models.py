@@ -183,7 +183,7 @@ def _save_processor(folder: Path, architecture: str) -> None:
     import transformers
     from transformers import AutoTokenizer
 
-    from nearfield.encoders.one_tower import FAMILIES
+    from nearfield.encoders.vision_language import FAMILIES
 
     square = {"height": 16, "width": 16}
     own: dict[str, Any]

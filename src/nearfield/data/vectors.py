@@ -1,48 +1,92 @@
-"""A teacher's vectors of a store's items, on disk, memory-mapped: float32 rows of length 1, by role and item row.
+"""The store of vectors: a folder of shards, each some keys and their vectors with checksums, found by key::
 
-The vectors come from a callable that is handed in, so that this module needs no model. They are made in shards, each a file:
-a build that was stopped goes on with the shards that are missing.
+    about.json            version of this layout, and what the vectors are of
+    SHARD/keys.npy        (n,) rising: item rows (int64), or the hex digits of a text's hash (S32)
+    SHARD/vectors.npy     (n, d) float32, memory-mapped and checked as it is read
+    SHARD/checksums.json  of the two; of a finished set of item vectors it lies in the folder above, for all shards
+
+Shards are written aside and renamed, so several processes may add to a store at once, and one that was killed loses the shard in
+hand alone. The vectors come from callables that are handed in: this module needs no model.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nearfield.checksums import CheckedFile, Sealed, seal
+from nearfield.arrays import Index
+from nearfield.checksums import CheckedFile, DamagedError, Sealed, seal
 from nearfield.console import track
+from nearfield.data.store import Rows, Store
 from nearfield.errors import BadInputError
-from nearfield.files import atomic_path, hash_file, read_json, write_json
+from nearfield.files import atomic_path, read_json, write_json
 
 logger = logging.getLogger("nearfield.data")
 
-Rows = npt.NDArray[np.int64]
+Keys = npt.NDArray[Any]
 Vectors = npt.NDArray[np.float32]
 EncodeItems = Callable[[str, Rows], npt.NDArray[Any]]
 """(role, item rows) -> vectors [n, d] of any length."""
 
-VERSION = 2
+VERSION = 3
 ROLES = ("query", "document")
 SHARD = 8_192
+ABOUT, KEYS, VECTORS = "about.json", "keys.npy", "vectors.npy"
+_SHOWN = 200
 
 
 @dataclass(frozen=True)
 class VectorTable:
-    """The vectors of the items of some roles."""
+    """Keys and their vectors, as one shard holds them."""
 
-    rows: Rows
-    """Item rows, rising."""
+    keys: Keys
+    """(n,), rising."""
     vectors: Vectors
     """[n, d], mapped. Read by :meth:`take`, which checks what it reads."""
     file: CheckedFile | None = None
+
+    @staticmethod
+    def write(folder: Path, keys: Keys, parts: Sequence[npt.NDArray[Any]]) -> None:
+        """Write a table that a few arrays make up, one after the other, into a new folder; the keys must rise."""
+        folder.mkdir()
+        np.save(folder / KEYS, keys)
+        shape = (len(keys), parts[0].shape[1] if parts else 0)
+        if not len(keys):  # no file can be mapped that holds nothing
+            np.save(folder / VECTORS, np.empty(shape, dtype=np.float32))
+            return
+        written = np.lib.format.open_memmap(folder / VECTORS, mode="w+", dtype=np.float32, shape=shape)
+        start = 0
+        for part in parts:
+            written[start : start + len(part)] = part
+            start += len(part)
+        written.flush()
+
+    @classmethod
+    def open(cls, sealed: Sealed, name: str = "") -> VectorTable:
+        """Open the table in the folder ``name`` of a sealed one: its keys are checked now, its vectors as they are read.
+
+        Raises :class:`DamagedError`, or :class:`ValueError` or :class:`OSError` where it was sealed so or has no checksums.
+        """
+        places = [str(Path(name) / part) for part in (KEYS, VECTORS)]
+        file = None
+        if sealed.known:
+            sealed.file(places[0], whole=True)
+            file = sealed.file(places[1])
+            file.check(0, 1)  # its header
+        keys = np.load(sealed.folder / places[0], mmap_mode="r", allow_pickle=False)
+        vectors = np.load(sealed.folder / places[1], mmap_mode="r", allow_pickle=False)
+        if keys.ndim != 1 or vectors.ndim != 2 or len(keys) != len(vectors):
+            raise ValueError("its keys do not fit its vectors")
+        return cls(keys, vectors, file)
 
     def take(self, positions: Rows) -> Vectors:
         """The vectors [n, d] at some places of this table: a view of the map where they lie side by side, else a copy."""
@@ -61,23 +105,87 @@ class VectorTable:
             self.file.check(0, header)
             self.file.check_ranges(header + starts * width, header + stops * width)
 
-    def positions(self, rows: Rows) -> Rows:
-        """Where items stand in this table; an item that is not there is an error of the caller."""
-        rows = np.asarray(rows, dtype=np.int64)
-        positions = np.searchsorted(self.rows, rows)
-        if len(rows) and (positions.max() >= len(self.rows) or not np.array_equal(self.rows[positions], rows)):
-            raise KeyError("items that were not encoded in this role")
-        return positions.astype(np.int64)
+    @cached_property
+    def index(self) -> Index:
+        """Where each key stands in this table."""
+        return Index(self.keys, rising=True)
+
+    def positions(self, keys: Keys) -> Rows:
+        """Where keys stand in this table; one that is not there is an error of the caller."""
+        return self.index.rows(keys, "items that were not encoded in this role")
+
+
+def write_shard(folder: Path, keys: Keys, vectors: npt.NDArray[Any]) -> None:
+    """Write keys, in any order, and their vectors into a folder with their checksums."""
+    order = np.argsort(keys, kind="stable")
+    with atomic_path(folder) as aside:
+        VectorTable.write(aside, keys[order], [vectors[order]])
+        seal(aside)
+
+
+class VectorStore:
+    """Shards of vectors that are added at any time. A shard that is damaged is removed: what it held is to be encoded again."""
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        """Opened when it is first read; the folder is made with the first shard, and ``about`` kept in it."""
+        self.folder, self.about = folder, dict(about)
+        self._shards: list[tuple[Path, VectorTable]] | None = None
+
+    def has(self, name: str) -> bool:
+        """Whether there is a shard of this name."""
+        return (self.folder / name).is_dir()
+
+    def append(self, keys: Keys, vectors: npt.NDArray[Any], name: str | None = None) -> None:
+        """Add a shard. Readers that have opened the store already do not see it."""
+        if not (self.folder / ABOUT).is_file():
+            write_json(self.folder / ABOUT, self.about)
+        write_shard(self.folder / (name or uuid.uuid4().hex), keys, vectors)
+
+    def find(self, keys: Keys) -> Iterable[tuple[Rows, Vectors]]:
+        """Which of some keys are here, with their vectors, shard by shard; of a key in several shards the last is right."""
+        if self._shards is None:
+            folders = [file.parent for file in sorted(self.folder.glob(f"*/{KEYS}"))]
+            self._shards = [
+                (folder, table) for folder in folders if (table := self.open_shard(folder.name)) is not None
+            ]
+        for folder, table in list(self._shards):
+            positions = table.index.find(keys)
+            known = np.flatnonzero(positions >= 0)
+            try:
+                yield known, table.take(positions[known])
+            except DamagedError as error:
+                self._drop(folder, error)
+                self._shards.remove((folder, table))
+
+    def open_shard(self, name: str, *, whole: bool = False) -> VectorTable | None:
+        """A shard, of which ``whole`` checks all vectors too; None for one that is damaged, which is removed then."""
+        folder = self.folder / name
+        try:
+            sealed = Sealed(folder, "")
+            if not sealed.known:
+                raise ValueError("it has no checksums")
+            table = VectorTable.open(sealed)
+            if whole:
+                sealed.check_all()
+        except (DamagedError, OSError, ValueError, EOFError) as error:
+            self._drop(folder, error)
+            return None
+        return table
+
+    def _drop(self, folder: Path, error: Exception) -> None:
+        reason = str(error).splitlines()[0]
+        logger.warning("%s is damaged, and what it held is encoded again (%s)", folder, reason)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class ItemVectors:
-    """Opened vectors."""
+    """A finished set of vectors of a store's items, of length 1: one shard a role, or one for both."""
 
-    def __init__(self, path: Path, meta: Mapping[str, Any], tables: Mapping[str, VectorTable]) -> None:
+    def __init__(self, path: Path, about: Mapping[str, Any], tables: Mapping[str, VectorTable]) -> None:
         self.path = path
-        self.fingerprint: str = meta["fingerprint"]
-        self.dimension: int = meta["dimension"]
-        self.about: dict[str, Any] = meta["about"]
+        self.fingerprint: str = about["fingerprint"]
+        self.dimension: int = about["dimension"]
+        self.about: dict[str, Any] = about["about"]
         self.tables = dict(tables)
 
     @classmethod
@@ -86,28 +194,22 @@ class ItemVectors:
         path = Path(path)
         sealed = Sealed(path, "Run the same command again: it encodes anew what is damaged.")
         if sealed.known:
-            sealed.file("meta.json", whole=True)
-        meta = read_json(path / "meta.json", "folder of vectors")
-        version = meta.get("version") if isinstance(meta, dict) else None
+            sealed.file(ABOUT, whole=True)
+        about = read_json(path / ABOUT, "folder of vectors")
+        version = about.get("version") if isinstance(about, dict) else None
         if version != VERSION:
             raise BadInputError(
                 f"these vectors have version {version}; {VERSION} is wanted", where=str(path), hint="Delete the folder."
             )
         tables: dict[str, VectorTable] = {}
-        for number, roles in enumerate(meta["tables"]):
-            file = sealed.file(f"table-{number}.vectors.npy") if sealed.known else None
-            if file is not None:
-                sealed.file(f"table-{number}.rows.npy", whole=True)
-                file.check(0, 1)  # its header
+        for roles in about["tables"]:
             try:
-                rows = np.load(path / f"table-{number}.rows.npy", mmap_mode="r", allow_pickle=False)
-                vectors = np.load(path / f"table-{number}.vectors.npy", mmap_mode="r", allow_pickle=False)
+                tables |= dict.fromkeys(roles, VectorTable.open(sealed, "+".join(roles)))
             except (OSError, ValueError) as error:
                 raise BadInputError(
                     f"these vectors cannot be read ({error})", where=str(path), hint="Delete the folder."
                 ) from error
-            tables |= {role: VectorTable(rows, vectors, file) for role in roles}
-        return cls(path, meta, tables)
+        return cls(path, about, tables)
 
     def table(self, role: str) -> VectorTable:
         """The table of a role."""
@@ -124,139 +226,114 @@ class ItemVectors:
         return table.take(table.positions(item_rows))
 
 
-def build_vectors(
-    wanted: Mapping[str, Rows],
-    encode: EncodeItems,
-    out: Path,
-    fingerprint: str,
-    about: Mapping[str, Any] | None = None,
-    *,
-    shared: bool = False,
-    shard: int = SHARD,
-    divide: Callable[[Callable[[int], None]], None] | None = None,
-    zeros: bool = False,
-) -> ItemVectors:
-    """Encode the wanted item rows of each role into the folder ``out``.
+@dataclass(frozen=True)
+class VectorJob:
+    """Item rows to encode into one folder, in shards that several processes may share.
 
-    ``divide`` is called with a function that encodes the first of so many shares of the shards; it returns once others have
-    called :func:`encode_share` for the rest.
-
-    ``shared`` says that a vector does not depend on the role: then each item is encoded once. ``about`` is kept in
-    ``meta.json``. Vectors are brought to length 1; one that is not finite, or is zero unless ``zeros`` may be, is an error that
-    names its item.
+    Vectors are brought to length 1; one that is not finite, or is zero unless ``zeros`` may be, is an error that names its item.
     """
-    tables = _tables(wanted, shared)
-    parts, plan = _parts(out), _plan(tables, fingerprint, shard)
-    if not _begun(parts, plan):
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-        write_json(parts / "plan.json", plan)
-    if divide is not None:
-        divide(lambda ranks: _encode(tables, encode, parts, shard, (0, ranks), zeros))
-    _drop_damaged(parts)
-    # All of it, or what others were asked for and could not put here.
-    _encode(tables, encode, parts, shard, (0, 1), zeros)
-    dimension = 0
-    with atomic_path(out) as aside:
-        aside.mkdir()
-        for number, (_, rows) in enumerate(tables):
-            files = [parts / f"{number}-{start}.npy" for start in range(0, len(rows), shard)]
-            shards = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
-            widths = {part.shape[1] for part in shards} | ({dimension} if dimension else set())
-            if len(widths) > 1:
-                raise BadInputError(f"the teacher gave vectors of {sorted(widths)} dimensions")
-            dimension = widths.pop() if widths else dimension
-            np.save(aside / f"table-{number}.rows.npy", rows)
-            target = aside / f"table-{number}.vectors.npy"
-            if not len(rows):
-                np.save(target, np.empty((0, dimension), dtype=np.float32))
-                continue
-            written = np.lib.format.open_memmap(target, mode="w+", dtype=np.float32, shape=(len(rows), dimension))
-            for start, part in zip(range(0, len(rows), shard), shards, strict=True):
-                written[start : start + shard] = part
-            written.flush()
-        meta = {
-            "version": VERSION,
-            "fingerprint": fingerprint,
-            "dimension": dimension,
-            "tables": [list(roles) for roles, _ in tables],
-            "items": [len(rows) for _, rows in tables],
-            "about": dict(about or {}),
-        }
-        write_json(aside / "meta.json", meta)
-        seal(aside)
-    shutil.rmtree(parts, ignore_errors=True)
-    return ItemVectors.open(out)
+
+    wanted: Mapping[str, Rows]
+    """Role -> item rows."""
+    encode: EncodeItems
+    out: Path
+    fingerprint: str
+    shared: bool = False
+    """Whether a vector does not depend on the role: then each item is encoded once."""
+    zeros: bool = False
+    """Whether a vector of zeros says that an item has none, rather than that something is wrong."""
+    shard: int = SHARD
+    """Items of a shard."""
+
+    def run(
+        self,
+        about: Mapping[str, Any] | None = None,
+        divide: Callable[[Callable[[int], None]], None] | None = None,
+    ) -> ItemVectors:
+        """Encode all that is not there yet, and put the shards together.
+
+        ``divide`` is called with a function that encodes the first of so many shares; it returns once others have done
+        the rest (:meth:`do_share`). ``about`` is kept with the vectors.
+        """
+        tables, store = self._tables(), self._store()
+        if not self._begun():
+            shutil.rmtree(store.folder, ignore_errors=True)
+            store.folder.mkdir(parents=True)
+            write_json(store.folder / ABOUT, store.about)
+        if divide is not None:
+            divide(lambda ranks: self._encode((0, ranks)))
+        for folder in list(store.folder.iterdir()):
+            if folder.is_dir():
+                store.open_shard(folder.name, whole=True)
+        # All of it, or what others were asked for and could not put here.
+        self._encode((0, 1))
+        shards = {number: self._shards_of(number) for number in range(len(tables))}
+        widths = {part.shape[1] for parts in shards.values() for part in parts}
+        if len(widths) > 1:
+            raise BadInputError(f"the teacher gave vectors of {sorted(widths)} dimensions")
+        dimension = widths.pop() if widths else 0
+        with atomic_path(self.out) as aside:
+            aside.mkdir()
+            for number, (roles, rows) in enumerate(tables):
+                parts = shards[number] or [np.empty((0, dimension), dtype=np.float32)]
+                VectorTable.write(aside / "+".join(roles), rows, parts)
+            described = {
+                "version": VERSION,
+                "fingerprint": self.fingerprint,
+                "dimension": dimension,
+                "tables": [list(roles) for roles, _ in tables],
+                "items": [len(rows) for _, rows in tables],
+                "about": dict(about or {}),
+            }
+            write_json(aside / ABOUT, described)
+            seal(aside)
+        shutil.rmtree(store.folder, ignore_errors=True)
+        return ItemVectors.open(self.out)
+
+    def do_share(self, share: tuple[int, int]) -> None:
+        """Encode every n-th shard, from the m-th on, for a :meth:`run` in another process; ``share`` is (m, n).
+
+        Does nothing where that has left no sign in the folder, as on a machine that does not share its file system.
+        """
+        if self._begun():
+            self._encode(share)
+
+    def _tables(self) -> list[tuple[Sequence[str], Rows]]:
+        if self.shared:
+            return [(sorted(self.wanted), np.unique(np.concatenate(list(self.wanted.values()))))]
+        return [((role,), np.unique(rows)) for role, rows in sorted(self.wanted.items())]
+
+    def _store(self) -> VectorStore:
+        """The shards that are made so far, beside the folder of the finished ones."""
+        items = [len(rows) for _, rows in self._tables()]
+        plan = {"version": VERSION, "fingerprint": self.fingerprint, "shard": self.shard, "items": items}
+        return VectorStore(self.out.with_name(f"{self.out.name}.parts"), plan)
+
+    def _begun(self) -> bool:
+        store = self._store()
+        return (store.folder / ABOUT).is_file() and read_json(store.folder / ABOUT) == store.about
+
+    def _encode(self, share: tuple[int, int]) -> None:
+        """Make the shards of a share that are not there yet."""
+        tables, store = self._tables(), self._store()
+        pieces = [(n, start) for n, (_, rows) in enumerate(tables) for start in range(0, len(rows), self.shard)]
+        missing = [piece for piece in pieces[share[0] :: share[1]] if not store.has(_shard_name(*piece))]
+        total = sum(min(self.shard, len(tables[number][1]) - start) for number, start in missing)
+        for number, start in track(missing, f"Encoding {total:,} items in shards of {self.shard:,}"):
+            roles, rows = tables[number]
+            chosen = rows[start : start + self.shard]
+            vectors = unit(np.asarray(self.encode(roles[0], chosen)), chosen, zeros=self.zeros)
+            store.append(chosen, vectors, _shard_name(number, start))
+
+    def _shards_of(self, number: int) -> list[Vectors]:
+        """The vectors of a table's shards, in their order; they were checked just now."""
+        store, (_, rows) = self._store(), self._tables()[number]
+        names = [_shard_name(number, start) for start in range(0, len(rows), self.shard)]
+        return [np.load(store.folder / name / VECTORS, mmap_mode="r", allow_pickle=False) for name in names]
 
 
-def encode_share(
-    wanted: Mapping[str, Rows],
-    encode: EncodeItems,
-    out: Path,
-    fingerprint: str,
-    *,
-    share: tuple[int, int],
-    shared: bool = False,
-    shard: int = SHARD,
-    zeros: bool = False,
-) -> None:
-    """Encode every n-th shard, from the m-th on, for a :func:`build_vectors` of another process; ``share`` is (m, n).
-
-    Does nothing where that build has left no sign in the folder, as on a machine that does not share its file system.
-    """
-    tables = _tables(wanted, shared)
-    if _begun(_parts(out), _plan(tables, fingerprint, shard)):
-        _encode(tables, encode, _parts(out), shard, share, zeros)
-
-
-def _tables(wanted: Mapping[str, Rows], shared: bool) -> list[tuple[Sequence[str], Rows]]:
-    if shared:
-        return [(sorted(wanted), np.unique(np.concatenate(list(wanted.values()))))]
-    return [((role,), np.unique(rows)) for role, rows in sorted(wanted.items())]
-
-
-def _parts(out: Path) -> Path:
-    return out.with_name(f"{out.name}.parts")
-
-
-def _plan(tables: Sequence[tuple[Sequence[str], Rows]], fingerprint: str, shard: int) -> dict[str, Any]:
-    return {"version": VERSION, "fingerprint": fingerprint, "shard": shard, "items": [len(rows) for _, rows in tables]}
-
-
-def _begun(parts: Path, plan: dict[str, Any]) -> bool:
-    return (parts / "plan.json").is_file() and read_json(parts / "plan.json") == plan
-
-
-def _encode(
-    tables: Sequence[tuple[Sequence[str], Rows]],
-    encode: EncodeItems,
-    parts: Path,
-    shard: int,
-    share: tuple[int, int],
-    zeros: bool,
-) -> None:
-    """Make the shards of a share that are not there yet."""
-    pieces = [(n, start) for n, (_, rows) in enumerate(tables) for start in range(0, len(rows), shard)]
-    missing = [piece for piece in pieces[share[0] :: share[1]] if not (parts / f"{piece[0]}-{piece[1]}.npy").is_file()]
-    total = sum(min(shard, len(tables[number][1]) - start) for number, start in missing)
-    for number, start in track(missing, f"Encoding {total:,} items in shards of {shard:,}"):
-        roles, rows = tables[number]
-        chosen = rows[start : start + shard]
-        vectors = unit(np.asarray(encode(roles[0], chosen)), chosen, zeros=zeros)
-        with atomic_path(parts / f"{number}-{start}.npy") as aside, aside.open("wb") as stream:
-            np.save(stream, vectors)
-            stream.flush()
-            # Behind the array, where its readers do not look: a shard may wait for long until a build goes on.
-            stream.write(bytes.fromhex(hash_file(aside)))
-
-
-def _drop_damaged(parts: Path) -> None:
-    """Remove the shards of a build that do not have their checksum: they are encoded anew."""
-    for file in parts.glob("*.npy"):
-        content = file.read_bytes()
-        if hashlib.blake2b(content[:-16], digest_size=16).digest() != content[-16:]:
-            logger.warning("%s is damaged, and its items are encoded again", file)
-            file.unlink()
+def _shard_name(table: int, start: int) -> str:
+    return f"{table}-{start}"
 
 
 def unit(vectors: npt.NDArray[Any], item_rows: Rows, *, zeros: bool = False) -> Vectors:
@@ -277,3 +354,95 @@ def unit(vectors: npt.NDArray[Any], item_rows: Rows, *, zeros: bool = False) -> 
         )
     scaled: Vectors = (vectors / lengths[:, None]).astype(np.float32)
     return scaled
+
+
+class VectorFile:
+    """Vectors of a ``.npy`` file (mapped) or a Parquet file (read whole), found by item id."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise BadInputError("this file of vectors does not exist", where=str(path))
+        ids, self.vectors = _read_parquet(path) if path.suffix == ".parquet" else _read_npy(path)
+        if self.vectors.ndim != 2 or self.vectors.dtype.kind != "f":
+            raise BadInputError(
+                f"these vectors are {self.vectors.dtype} of shape {self.vectors.shape}; floats [n, dimensions] are wanted",
+                where=str(path),
+            )
+        if len(ids) != len(self.vectors):
+            raise BadInputError(f"{len(ids):,} ids for {len(self.vectors):,} vectors", where=str(path))
+        self.index = Index(ids)
+        twice = np.flatnonzero(self.index.find(ids) != np.arange(len(ids)))
+        if len(twice):
+            raise BadInputError(f"the id {bytes(ids[twice[0]]).hex()} stands twice", where=str(path))
+
+    def of(self, store: Store, item_rows: Rows) -> npt.NDArray[Any]:
+        """The vectors of items, in their order; raise :class:`BadInputError` where one is missing."""
+        wanted = _as_ids(store.items.column("id").take(item_rows).to_pylist())
+        rows = self.index.find(wanted)
+        missing = np.flatnonzero(rows < 0)
+        if len(missing):
+            first = int(missing[0])
+            text = store.shown(item_rows[first : first + 1])[0][:_SHOWN]
+            raise BadInputError(
+                f"{len(missing):,} of {len(wanted):,} items have no vector here, the first is "
+                f"{bytes(wanted[first]).hex()} ({text!r})",
+                where=str(self.path),
+                hint="Item ids are nearfield.data.items.item_id of the text; the store's items.arrow lists them.",
+            )
+        return self.vectors[rows]
+
+
+def read_vectors(store: Store, documents: Path, queries: Path | None = None) -> EncodeItems:
+    """The vectors of a store's items in files of other programs; without a file of queries, those of documents serve both."""
+    files = {role: VectorFile(path or documents) for role, path in (("query", queries), ("document", documents))}
+    return lambda role, rows: files[role].of(store, rows)
+
+
+def _as_ids(ids: list[bytes]) -> npt.NDArray[np.void]:
+    # As V16: comparisons of byte strings would drop zeros at the end.
+    return np.frombuffer(b"".join(ids), dtype="V16") if ids else np.empty(0, dtype="V16")
+
+
+def _read_npy(path: Path) -> tuple[npt.NDArray[np.void], npt.NDArray[Any]]:
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"this is no .npy or .parquet file of vectors ({error})", where=str(path)) from error
+    listed = path.with_suffix(".ids.txt")
+    try:
+        lines = listed.read_text(encoding="ascii").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(
+            "the ids of these vectors are missing: a text file with 32 hex digits a line", where=str(listed)
+        ) from error
+    return _as_ids([_id(line, listed, number) for number, line in enumerate(lines, start=1)]), vectors
+
+
+def _read_parquet(path: Path) -> tuple[npt.NDArray[np.void], npt.NDArray[Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, columns=["id", "vector"]).combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise BadInputError(f"this Parquet file has no columns id and vector ({error})", where=str(path)) from error
+    column = table["vector"].combine_chunks()
+    lengths = set(column.value_lengths().to_pylist())
+    if len(lengths) > 1 or None in lengths:
+        raise BadInputError(f"the vectors have lengths {sorted(map(str, lengths))}; one is wanted", where=str(path))
+    flat = column.flatten().to_numpy(zero_copy_only=False)
+    vectors = flat.reshape(len(column), -1 if len(column) else 0)
+    ids = [_id(value, path, number) for number, value in enumerate(table["id"].to_pylist(), start=1)]
+    return _as_ids(ids), vectors
+
+
+def _id(value: object, path: Path, number: int) -> bytes:
+    if isinstance(value, str):
+        try:
+            value = bytes.fromhex(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, bytes) or len(value) != 16:
+        raise BadInputError("this is no item id (16 bytes, or 32 hex digits)", where=f"{path}:{number}")
+    return value

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nearfield.encoders.build import LoadedEncoder, load_encoder
 from nearfield.encoders.config import BottleneckConfig, EncoderConfig, LoRAConfig, PromptConfig
 from nearfield.encoders.domains import activate, load_adapters, using
+from nearfield.encoders.load import LoadedEncoder, load_encoder
 
 __all__ = [
     "BottleneckConfig",

@@ -8,12 +8,23 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearfield.encoders.config import LoRAConfig
-from nearfield.encoders.layers import LAYER
+from nearfield.encoders.source import (
+    ADAPTER_CONFIG,
+    BASE_FILE,
+    BESIDE,
+    BOTTLENECKS,
+    INDEXES,
+    AdapterBase,
+    adapter_base,
+    adapter_files,
+    find_base,
+)
+from nearfield.encoders.transformer import LAYER
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json
 from nearfield.optional import require_bitsandbytes
@@ -22,40 +33,11 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
 
-ADAPTER_CONFIG = "adapter_config.json"
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-BASE_FILE = "adapter_base.json"
-BOTTLENECKS = "adapters.json"
-BESIDE = "adapter"
-"""The folder of a low-rank adapter's own files where the base is a folder. There transformers looks for the base's weights
-where an index in the model's folder says, which may be a path from there; it takes a base that an adapter names from the
-current folder only."""
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SETTINGS = "sentence_bert_config.json"
 _MAGNITUDE = ".lora_magnitude_vector"
 _ROUTERS = ("gate", "router")
-
-
-@dataclass(frozen=True)
-class AdapterBase:
-    """The model that an adapter was trained on: a hub id, or ``local/NAME`` for a folder."""
-
-    name: str
-    revision: str | None
-    weights: str | None = None
-    """The hash of its weights files, where they were at hand."""
-    path: str | None = None
-    """Where its folder lies; in a file, from the adapter's folder."""
-
-    @property
-    def identity(self) -> dict[str, str | None]:
-        """What is saved of it, but for its place."""
-        return {"name": self.name, "revision": self.revision, "weights": self.weights}
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it was a folder, whose revision is the hash of its content."""
-        return self.name.startswith("local/")
 
 
 def lora_targets(transformer: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
@@ -260,7 +242,7 @@ def _link_weights(folder: Path, base: Path, way: str) -> None:
 
 def _weights_of(base: Path) -> tuple[str, dict[str, str]]:
     """The index that names a model's weights, and weight -> file, in shards or in one file."""
-    from nearfield.encoders.checks import safetensors_names
+    from nearfield.encoders.source import safetensors_names
 
     for index in INDEXES:
         one = index.removesuffix(".index.json")
@@ -273,12 +255,6 @@ def _weights_of(base: Path) -> tuple[str, dict[str, str]]:
         if (base / index).is_file():
             return index, dict(read_json(base / index, "index of weights")["weight_map"])
     raise BadInputError("this base has no weights (*.safetensors) at its top", where=str(base))
-
-
-def adapter_files(folder: Path) -> Path:
-    """The folder with a low-rank adapter's own files: the model's, or one below it."""
-    beside = folder / BESIDE
-    return beside if (folder / BASE_FILE).is_file() and (beside / ADAPTER_CONFIG).is_file() else folder
 
 
 def repair_dora(folder: Path) -> None:
@@ -295,23 +271,6 @@ def repair_dora(folder: Path) -> None:
         renamed = {f"{name}.weight" if name.endswith(_MAGNITUDE) else name: t for name, t in tensors.items()}
         file.unlink()  # it may be a link
         save_file(renamed, file, metadata={"format": "pt"})
-
-
-def adapter_base(folder: Path) -> AdapterBase | None:
-    """What the adapter in a model folder was trained on; None for a folder that holds a whole model."""
-    known = read_json(folder / BASE_FILE, "adapter's base") if (folder / BASE_FILE).is_file() else {}
-    if (folder / BOTTLENECKS).is_file():
-        base = read_json(folder / BOTTLENECKS, "adapter configuration").get("base")
-        return AdapterBase(base["name"], base["revision"], base.get("weights"), known.get("path")) if base else None
-    place = adapter_files(folder)
-    file = place / ADAPTER_CONFIG
-    if not file.is_file() or (place == folder and (folder / "config.json").is_file()):
-        return None
-    settings = read_json(file, "adapter configuration")
-    name = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
-    if not isinstance(name, str) or not name:
-        raise BadInputError("this adapter does not say what it was trained on", where=str(file))
-    return AdapterBase(name, settings.get("revision"), known.get("weights"), known.get("path"))
 
 
 @contextlib.contextmanager
@@ -343,3 +302,11 @@ def joined_with_base(folder: Path, base: str) -> Iterator[Path]:
         repair_dora(joined)
         write_json(joined / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": base, "revision": None})
         yield joined
+
+
+def relink(folder: Path, given: str) -> None:
+    """Say in the folder of an adapter alone that its base lies elsewhere now; it must be the same base."""
+    stands_on = adapter_base(folder)
+    if stands_on is None:
+        raise BadInputError("this is a whole model, no adapter that was saved alone: it has no base", where=str(folder))
+    name_base(folder, replace(stands_on, path=find_base(stands_on, folder, given)))

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from nearfield.encoders.base_prompts import has_roles
-from nearfield.encoders.prompts import TEXT
+from nearfield.encoders.prompts import TEXT, has_roles
 
 if TYPE_CHECKING:
     from nearfield.encoders.config import EncoderConfig

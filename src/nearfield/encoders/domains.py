@@ -8,47 +8,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nearfield.encoders.adapters import (
+from nearfield.encoders.adapters import ADAPTER_WEIGHTS, joined_with_base, lora_targets
+from nearfield.encoders.config import BottleneckConfig, PrefixConfig
+from nearfield.encoders.source import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     BOTTLENECKS,
     AdapterBase,
     adapter_base,
     adapter_files,
-    joined_with_base,
-    lora_targets,
+    weights_hash,
 )
-from nearfield.encoders.config import BottleneckConfig, PrefixConfig
-from nearfield.encoders.layers import LAYER, layers_of
+from nearfield.encoders.transformer import LAYER, layers_of
 from nearfield.errors import BadInputError
-from nearfield.files import hash_folder, read_json
+from nearfield.files import read_json
 from nearfield.randomness import generator
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
 
-    from nearfield.encoders.build import LoadedEncoder
+    from nearfield.encoders.load import LoadedEncoder
     from nearfield.encoders.shipped.nearfield_adapters import AdaptedTransformer
 
 _DEFAULT = "default"
-
-
-def weights_hash(place: str, revision: str | None = None) -> str | None:
-    """32 hex digits of a model's weights files, in a folder or in the hub's cache; None where they are in neither."""
-    folder = Path(place)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            config = try_to_load_from_cache(place, "config.json", revision=revision)
-        except HFValidationError:  # the path of a file
-            return None
-        if not isinstance(config, str):
-            return None
-        folder = Path(config).parent
-    return hash_folder(folder, lambda file: file.suffix in (".safetensors", ".bin"))
 
 
 def bottleneck_places(model: SentenceTransformer, places: Literal["mlp", "both"]) -> list[str]:

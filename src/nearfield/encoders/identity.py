@@ -275,7 +275,7 @@ class _Telling:
         from tokenizers import Tokenizer
         from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-        from nearfield.encoders.attention import ATTENTION
+        from nearfield.encoders.kernels import ATTENTION
 
         if isinstance(value, torch.Tensor):
             digest = hashlib.blake2b(_bytes_of(value), digest_size=16).hexdigest()

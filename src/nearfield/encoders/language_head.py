@@ -118,7 +118,7 @@ def _begin(name: str, parameter: nn.Parameter) -> None:
 
 def _read(kind: Any, places: Sequence[str], names: Collection[str]) -> dict[str, Tensor]:
     """Those of the named parameters that the base's weights hold; nothing where they are in a file of another format."""
-    from nearfield.encoders.build import quiet_transformers
+    from nearfield.encoders.load import quiet_transformers
 
     for place in places:
         if not place or Path(place).is_file():

@@ -19,9 +19,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from nearfield.encoders.attention import Segments, has_flash_attn, set_attention, unmasked
-from nearfield.encoders.limits import counts_from_padding, longest_input, stated_positions, usable_positions
-from nearfield.encoders.static import bag, is_static
+from nearfield.encoders.kernels import Segments, has_flash_attn, set_attention, unmasked
+from nearfield.encoders.limits import (
+    bag,
+    counts_from_padding,
+    is_static,
+    longest_input,
+    stated_positions,
+    usable_positions,
+)
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -316,7 +322,7 @@ def packing_kind(model: SentenceTransformer, device: torch.device, *, bf16: bool
     """How this model can be fed without padding: found by comparing it, on a few texts, with padding; else None.
 
     Call it with the model on its device, before it is wrapped for several devices; ``bf16`` says that it will run under
-    autocast. A model that supports ``varlen`` is left with :mod:`nearfield.encoders.attention` in place, which treats
+    autocast. A model that supports ``varlen`` is left with :mod:`nearfield.encoders.kernels` in place, which treats
     padded calls as before and leaves no trace in saved files.
     """
     transformer = getattr(model[0], "auto_model", None)
@@ -441,3 +447,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def leads_to(outputs: Sequence[Tensor]) -> set[int]:
+    """The ids of the tensors with a gradient that the graph of some outputs leads to; no gradient is computed."""
+    ends: list[Any] = [output.grad_fn for output in outputs]
+    seen: set[Any] = set()
+    used: set[int] = set()
+    while ends:
+        node = ends.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            used.add(id(node.variable))
+        ends += [before for before, _ in node.next_functions]
+    return used

@@ -11,8 +11,8 @@ from mteb.abstasks import AbsTaskRetrieval
 from mteb.models.abs_encoder import AbsEncoder, get_prompt
 from mteb.types import PromptType
 
-from nearfield.encoders.base_prompts import CONTRACT_FILE, ROLES, SIDES, has_roles, read_contract
-from nearfield.encoders.prompts import TEXT
+from nearfield.encoders.prompts import ROLES, SIDES, TEXT, has_roles, read_contract
+from nearfield.encoders.source import CONTRACT_FILE
 from nearfield.errors import BadInputError
 from nearfield.notices import Notice
 

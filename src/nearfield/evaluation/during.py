@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.results import TaskResult
-from mteb.types import PromptType
 from numpy.typing import NDArray
 
+from nearfield.encoders.encode import Encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import OpenStore, SuiteConfig, open_suite
 from nearfield.evaluation.contract import TrainedPrompts, check_prompts
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nearfield.evaluation")
 
 MEAN = "mean"
-Encode = Callable[[Sequence[str], str], NDArray[np.float32]]
+EncodePrompted = Callable[[Sequence[str], str], NDArray[np.float32]]
 """(texts, prompt) -> (n, d) embeddings of the texts with the prompt before each."""
 
 
-class HandedEncoder(TaskEncoder):
-    """A model's prompts and similarity, with embeddings by a function: the model's own weights may lie anywhere."""
+class HandedEncoder(Encoder):
+    """Encodes by a function: the model's own weights may lie anywhere."""
 
-    encode_texts: Encode | None = None
+    encode_texts: EncodePrompted | None = None
 
-    def _embed(
-        self, texts: Sequence[str], task_metadata: Any, prompt_type: PromptType | None
-    ) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    def by_chunks(
+        self, texts: Sequence[str], prompt: str = "", role: str | None = None, *, says: str | None = None
+    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """All texts in one chunk; the function cuts them as it needs."""
         assert self.encode_texts is not None
         if texts:
-            vectors = self.encode_texts(texts, self.prompt_for(task_metadata, prompt_type))
-            yield from zip(texts, vectors, strict=True)
+            yield list(range(len(texts))), self.encode_texts(texts, prompt)
 
 
 class DuringTraining:
@@ -67,7 +67,8 @@ class DuringTraining:
         Raises :class:`BadInputError` for a suite that cannot be run on it, and for a metric that no task has.
         """
         self.tasks = open_suite(suite, open_store=open_store)
-        self.encoder = HandedEncoder(model, name=name, revision="in-training")
+        self.handed = HandedEncoder(model)
+        self.encoder = TaskEncoder(model, name=name, revision="in-training", encoder=self.handed)
         parts = [part for task in self.tasks for part in parts_of(task.task)]
         for part in parts:
             if "text" not in part.metadata.modalities or len(part.metadata.modalities) > 1:
@@ -102,8 +103,8 @@ class DuringTraining:
             hint=f"Use 'mean', or one of {', '.join(names)}, or <task>.<metric>.",
         )
 
-    def __call__(self, encode: Encode) -> dict[str, float]:
-        self.encoder.encode_texts = encode
+    def __call__(self, encode: EncodePrompted) -> dict[str, float]:
+        self.handed.encode_texts = encode
         scores, found = {}, {}
         try:
             for task in self.tasks:
@@ -115,7 +116,7 @@ class DuringTraining:
                 if self.extra is not None and self.extra[0] == task.name:
                     found[".".join(self.extra)] = self._extra(result, self.extra[1])
         finally:
-            self.encoder.encode_texts = None
+            self.handed.encode_texts = None
         return {MEAN: sum(scores.values()) / len(scores), **scores, **found}
 
     def _score(self, task: Any) -> TaskResult:
@@ -123,7 +124,7 @@ class DuringTraining:
             return task.combine_task_results([self._score(part) for part in task.metadata.tasks])
         try:
             result = score_task(self.encoder, task)
-            for notice in self.encoder.made.notices():
+            for notice in self.encoder.zeros.notices():
                 say(notice)
         finally:
             self.encoder.forget()

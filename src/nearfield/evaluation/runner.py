@@ -16,18 +16,17 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
 from nearfield.data.tokens import CutTexts
 from nearfield.encoders import LoadedEncoder, load_encoder
+from nearfield.encoders.encode import Encoder, KeptVectors, Workers
 from nearfield.encoders.identity import model_fingerprint
 from nearfield.encoders.limits import longest_input
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.evaluation.axes import AXES, SUFFIXES, Axes, turn_of
 from nearfield.evaluation.config import OpenStore, SuiteConfig, open_suite
 from nearfield.evaluation.contract import prompt_notices, roles_of
-from nearfield.evaluation.crew import Crew
-from nearfield.evaluation.encoder import TaskEncoder
+from nearfield.evaluation.encoder import QUANTIZATIONS, TaskEncoder
 from nearfield.evaluation.results import BASELINES, ResultFolder
 from nearfield.evaluation.scoring import Recorder, mean_over_splits, score_task, scores_by_split
 from nearfield.evaluation.tasks import SuiteTask, parts_of
-from nearfield.evaluation.vectors import QUANTIZATIONS, VectorCache
 from nearfield.files import fingerprint
 from nearfield.notices import Notice, Said, from_file, listening, refuse
 from nearfield.provenance import versions_of
@@ -82,7 +81,7 @@ def evaluate(
     dimensions: int | None = None,
     quantize: str = "none",
     axes: Axes = "first",
-    crew: Crew | None = None,
+    workers: Workers | None = None,
     strict: bool = False,
     base: str | None = None,
 ) -> EvaluationResult:
@@ -94,7 +93,7 @@ def evaluate(
     not trained with the prompts it would get) or ``as-is``. Vectors are kept below ``cache`` and taken from there;
     ``dimensions`` (the first so many, or so many ``random`` or ``principal`` ``axes``) and ``quantize`` (``int8``, ``binary``)
     score what is left of them. The processes of a
-    ``crew`` share the encoding of texts. Notices are logged and filed with the scores; ``strict`` makes them errors: those
+    ``workers`` share the encoding of texts. Notices are logged and filed with the scores; ``strict`` makes them errors: those
     of the model before any task runs, those of tasks when all are filed.
 
     A task that fails is recorded in ``failures`` and does not stop the others. Raises :class:`BadInputError` for a
@@ -120,7 +119,7 @@ def evaluate(
             base=base,
         )
         if scored.encoder is not None:
-            scored.encoder.crew = crew
+            scored.encoder.encoder.workers = workers
         for notice in scored.notices:
             said.say(notice)
         if strict:
@@ -183,7 +182,7 @@ def _about(scored: ScoredModel) -> dict[str, Any]:
     return {
         "device": str(encoder.model.device),
         "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
-        "batch_tokens": encoder.batch_tokens,
+        "batch_tokens": encoder.encoder.chunk_tokens,
         "max_length": longest_input(encoder.model),
         "dimensions": encoder.dimensions,
         "quantize": encoder.quantize,
@@ -238,8 +237,8 @@ class _Run:
             self.seconds[suite_task.name] = time.monotonic() - started
             if self.scored.encoder is not None:
                 self.scored.encoder.forget()
-                if self.scored.encoder.cache is not None:
-                    self.scored.encoder.cache.close()
+                if self.scored.encoder.encoder.kept is not None:
+                    self.scored.encoder.encoder.kept.close()
             if suite_task.task.data_loaded:
                 suite_task.task.unload_data()
         if suite_task.name in self.failures:
@@ -287,16 +286,18 @@ class _Run:
     def _say_of_texts(self, encoder: TaskEncoder, task: str) -> None:
         """What became of the texts of the task that was scored now: those that were cut, those without a direction."""
         limit = longest_input(encoder.model)
-        if limit is not None and encoder.cut.cut:
-            self.said.say(Notice("texts-cut", encoder.cut.say(limit)), task)
-        for notice in encoder.made.notices():
+        cut = encoder.encoder.cut
+        if limit is not None and cut.cut:
+            self.said.say(Notice("texts-cut", cut.say(limit)), task)
+        for notice in encoder.zeros.notices():
             self.said.say(notice, task)
 
     def _score(self, suite_task: SuiteTask, mark: str) -> None:
         task, encoder, name = suite_task.task, self.scored.encoder, suite_task.name
-        before = (0, 0) if encoder is None else (encoder.encoded, encoder.reused)
+        made = None if encoder is None else encoder.encoder
+        before = (0, 0) if made is None else (made.encoded, made.reused)
         if encoder is not None:
-            encoder.cut = CutTexts()
+            encoder.encoder.cut = CutTexts()
         recorder = Recorder(suite_task)
         # bm25s draws progress bars that cannot be turned off through mteb.
         quiet = contextlib.redirect_stderr(io.StringIO()) if self.scored.searches_only else contextlib.nullcontext()
@@ -326,9 +327,9 @@ class _Run:
             "data_revision": task.metadata.revision,
             "mteb": result.mteb_version,
             "prompts": self._prompts(task),
-            "texts_encoded": None if encoder is None else encoder.encoded - before[0],
-            "texts_from_cache": None if encoder is None else encoder.reused - before[1],
-            "texts_cut": None if encoder is None else encoder.cut.to_json(),
+            "texts_encoded": None if made is None else made.encoded - before[0],
+            "texts_from_cache": None if made is None else made.reused - before[1],
+            "texts_cut": None if made is None else made.cut.to_json(),
             "seconds": round(result.evaluation_time or 0.0, 3),
         }
 
@@ -447,13 +448,12 @@ def open_model(
         filed = f"{filed}-{quantize}"
     kept, computes = None, fingerprint([loaded.content, model_fingerprint(loaded.model)])
     if cache is not None:
-        kept = VectorCache(cache, computes, {"name": loaded.name, "revision": loaded.revision})
+        kept = KeptVectors(cache, computes, {"name": loaded.name, "revision": loaded.revision})
     wrapper = TaskEncoder(
         loaded.model,
         name=filed,
         revision=loaded.revision,
-        batch_tokens=batch_tokens,
-        cache=kept,
+        encoder=Encoder(loaded.model, batch_tokens, kept=kept),
         dimensions=dimensions,
         quantize=quantize,
     )

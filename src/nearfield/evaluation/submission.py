@@ -133,8 +133,7 @@ class _Base:
 
 def _base_of(model: Path, given: str | None) -> _Base | None:
     """The base of an adapter that is alone in a model's folder; None for a whole model."""
-    from nearfield.encoders.adapters import adapter_base
-    from nearfield.encoders.build import find_base
+    from nearfield.encoders.source import adapter_base, find_base
 
     stands_on = adapter_base(model)
     if stands_on is None:

@@ -11,15 +11,14 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from nearfield.data.vectors import SHARD, EncodeItems, encode_share
+from nearfield.data.vectors import SHARD, VectorJob
 from nearfield.errors import BadInputError
-from nearfield.mining.documents import Documents, RowLists, Rows, Vectors
+from nearfield.mining.documents import Documents, RowLists, Vectors
 from nearfield.mining.search import DEFAULT_MEMORY, Neighbours, search
 
 logger = logging.getLogger("nearfield.mining")
@@ -64,42 +63,37 @@ def workers(ray: Any) -> int:
 
 
 class _Encoding:
-    """A worker that encodes shares of the shards of :func:`nearfield.data.vectors.build_vectors`."""
+    """A worker that encodes shares of a job's shards."""
 
-    def __init__(self, encode: EncodeItems, threads: int, given: dict[str, Any]) -> None:
+    def __init__(self, job: VectorJob, shares: int, threads: int) -> None:
         import torch
 
         # Sums over another number of threads may differ in the last digits.
         torch.set_num_threads(threads)
-        self.encode, self.given = encode, given
+        self.job, self.shares = job, shares
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        given = dict(self.given)
-        shares = given.pop("shares")
         for number in batch["number"].tolist():
-            encode_share(encode=self.encode, share=(number, shares), **given)
+            self.job.do_share((number, self.shares))
         return {"number": batch["number"]}
 
 
-def spread_encoding(
-    wanted: Mapping[str, Rows], encode: EncodeItems, out: Path, fingerprint: str, *, shared: bool
-) -> None:
-    """Make the shards of vectors on the workers; ``encode`` is sent to them and must open its model there.
+def spread_encoding(job: VectorJob) -> None:
+    """Make the shards of vectors on the workers, a share for each shard at most.
 
-    As :func:`nearfield.data.vectors.encode_share`, with a share for each shard at most.
+    The job is sent to them, so its encoder must open its model there.
     """
     import torch
 
-    total = sum(len(rows) for rows in wanted.values())
+    total = sum(len(rows) for rows in job.wanted.values())
     shares = max(1, -(-total // SHARD))
     with connected() as ray:
         tasks = min(workers(ray), shares)
         logger.info("Encoding %d items in %d shares on %d Ray workers", total, shares, tasks)
-        given = {"wanted": dict(wanted), "out": out, "fingerprint": fingerprint, "shared": shared, "shares": shares}
         numbers = ray.data.from_items([{"number": number} for number in range(shares)], override_num_blocks=shares)
         done = numbers.map_batches(
             _Encoding,
-            fn_constructor_args=(encode, torch.get_num_threads(), given),
+            fn_constructor_args=(job, shares, torch.get_num_threads()),
             batch_size=1,
             concurrency=tasks,
             num_cpus=1,

@@ -173,8 +173,8 @@ class CrossEncoderScorer(PairScorer):
         from sentence_transformers import CrossEncoder
         from torch import nn
 
-        from nearfield.encoders.build import quiet_transformers
-        from nearfield.encoders.weights import check_weights, pair_trial, recorded_loading
+        from nearfield.encoders.load import quiet_transformers
+        from nearfield.encoders.trials import check_weights, pair_trial, recorded_loading
 
         self.retriever, self.texts, self.name = retriever, texts, config.model
         try:

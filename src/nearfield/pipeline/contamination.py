@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearfield.data.decontaminate import VERSION
-from nearfield.encoders.build import locate
 from nearfield.encoders.identity import computing_versions
+from nearfield.encoders.source import locate
 from nearfield.errors import BadInputError
 from nearfield.files import fingerprint
 from nearfield.pipeline.suites import suite_content

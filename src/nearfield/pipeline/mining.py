@@ -13,10 +13,10 @@ import numpy as np
 from nearfield.batching.config import needs_vectors
 from nearfield.data.store import Rows, Store
 from nearfield.data.vectors import VERSION as VECTORS_VERSION
-from nearfield.data.vectors import EncodeItems, ItemVectors, build_vectors, encode_share
-from nearfield.encoders.base_prompts import base_prompts
-from nearfield.encoders.build import ModelSource, locate
+from nearfield.data.vectors import EncodeItems, ItemVectors, VectorJob, read_vectors
 from nearfield.encoders.identity import PACKAGES as COMPUTING_PACKAGES
+from nearfield.encoders.prompts import base_prompts
+from nearfield.encoders.source import ModelSource, locate
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, fingerprint, hash_file
 from nearfield.mining.config import (
@@ -117,28 +117,32 @@ class VectorsStage(Stage):
     def run(self) -> dict[str, Any]:
         """Encode what is not there yet."""
         store, counts = self.data.open(), {}
-        wanted = items_by_role(store, self.job.source_names, self.recipe.split)
         for number, teacher in enumerate(self.teachers):
             path = self.path(teacher)
             if path.is_dir():
                 continue
-            encode, shared = self.encode_items(teacher, store), self._is_shared(teacher)
-            divide = self.divider(number)
+            work, divide = self._work(teacher, store), self.divider(number)
             if self.job.engine == "ray" and isinstance(teacher, SentenceTransformerTeacher):
-                divide = on_ray(wanted, encode, path, shared)
-            about = {"teacher": identity(teacher, self.recipe)}
-            zeros = _may_be_zero(teacher)
-            made = build_vectors(wanted, encode, path, path.name, about, shared=shared, divide=divide, zeros=zeros)
-            counts[teacher.kind] = {role: len(table.rows) for role, table in sorted(made.tables.items())}
+                divide = on_ray(work)
+            made = work.run({"teacher": identity(teacher, self.recipe)}, divide)
+            counts[teacher.kind] = {role: len(table.keys) for role, table in sorted(made.tables.items())}
         return {"vectors": counts}
 
     def help(self, number: int) -> None:
         """Encode this rank's share of the items with a teacher."""
-        teacher, store = self.teachers[number], self.data.open()
-        path, share = self.path(teacher), (self.job.launch.rank, self.job.launch.world_size)
-        wanted = items_by_role(store, self.job.source_names, self.recipe.split)
-        encode, shared = self.encode_items(teacher, store), self._is_shared(teacher)
-        encode_share(wanted, encode, path, path.name, share=share, shared=shared, zeros=_may_be_zero(teacher))
+        share = (self.job.launch.rank, self.job.launch.world_size)
+        self._work(self.teachers[number], self.data.open()).do_share(share)
+
+    def _work(self, teacher: DenseTeacher, store: Store) -> VectorJob:
+        path = self.path(teacher)
+        return VectorJob(
+            items_by_role(store, self.job.source_names, self.recipe.split),
+            self.encode_items(teacher, store),
+            path,
+            path.name,
+            shared=self._is_shared(teacher),
+            zeros=isinstance(teacher, VectorsTeacher) and teacher.zeros,
+        )
 
     def _is_shared(self, teacher: DenseTeacher) -> bool:
         """Whether an item has the same vector as a query and as a document."""
@@ -149,11 +153,8 @@ class VectorsStage(Stage):
     def encode_items(self, teacher: DenseTeacher, store: Store) -> EncodeItems:
         """A function from items to a teacher's vectors."""
         if not isinstance(teacher, SentenceTransformerTeacher):
-            from nearfield.mining.vector_files import read_vectors
-
-            encode: EncodeItems = read_vectors(teacher, store)
-            return encode
-        from nearfield.mining.encode import ItemEncoder
+            return read_vectors(store, teacher.documents, teacher.queries)
+        from nearfield.encoders.encode import ItemEncoder
 
         own, base = teacher.model is None, self.recipe.encoder
         return ItemEncoder(
@@ -362,18 +363,11 @@ class MineStage(Stage):
         return {names[n]: np.unique(negatives.rows[sources == n]) for n in np.unique(sources).tolist()}
 
 
-def _may_be_zero(teacher: DenseTeacher) -> bool:
-    """Whether a vector of zeros says that an item has none, rather than that something is wrong."""
-    return isinstance(teacher, VectorsTeacher) and teacher.zeros
-
-
-def on_ray(
-    wanted: dict[str, Rows], encode: EncodeItems, path: Path, shared: bool
-) -> Callable[[Callable[[int], None]], None]:
-    """What has a Ray cluster make all shards of vectors."""
+def on_ray(job: VectorJob) -> Callable[[Callable[[int], None]], None]:
+    """The function that has a Ray cluster make all shards of vectors."""
     from nearfield.mining.ray_engine import spread_encoding
 
-    return lambda own: spread_encoding(wanted, encode, path, path.name, shared=shared)
+    return lambda own: spread_encoding(job)
 
 
 def items_by_role(store: Store, sources: list[str], split: str) -> dict[str, Rows]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nearfield.data.tokens import VERSION as TOKENS_VERSION
-from nearfield.encoders.borders import folder_pools_prompt
 from nearfield.encoders.prompts import PromptContract, add_examples
+from nearfield.encoders.tokenize import folder_pools_prompt
 from nearfield.errors import BadInputError
 from nearfield.notices import Notice, say
 from nearfield.pipeline.stage import Job, Stage
@@ -213,10 +213,10 @@ class TokensStage(Stage):
         """Build the token cache."""
         from nearfield.data.in_context import check_room
         from nearfield.data.tokens import build_tokens
-        from nearfield.encoders.tokenize import Tokenizer
+        from nearfield.encoders.build import build_tokenizer
 
         store, prompts = self.data.open(), self.prompts
-        tokenizer = Tokenizer(self.recipe.encoder, self.recipe.training.max_length, prompts.all())
+        tokenizer = build_tokenizer(self.recipe.encoder, self.recipe.training.max_length, prompts.all())
         in_context, limit = self.recipe.prompts.in_context, tokenizer.max_length
         if in_context is not None and limit is not None:
             for name in prompts.example_sets:

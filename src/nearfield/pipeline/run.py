@@ -16,8 +16,8 @@ from typing import Any
 
 from nearfield import yaml12
 from nearfield.config import Loaded
-from nearfield.encoders.base_prompts import BasePrompts
-from nearfield.encoders.stated import stated_similarity, trained_similarity
+from nearfield.encoders.prompts import BasePrompts
+from nearfield.encoders.source import stated_similarity, trained_similarity
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, remove_leftovers, write_json, write_text
 from nearfield.notices import Notice, from_file, in_file

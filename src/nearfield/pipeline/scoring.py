@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearfield.encoders.build import LoadedEncoder, build_encoder, folder_revision, load_encoder, save_encoder
+from nearfield.encoders.build import build_encoder
+from nearfield.encoders.load import LoadedEncoder, load_encoder, save_encoder
+from nearfield.encoders.source import folder_revision
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, write_json
 from nearfield.notices import from_file, in_file, refuse

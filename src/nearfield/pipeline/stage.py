@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from nearfield.checksums import damage
-from nearfield.encoders.base_prompts import base_prompts
-from nearfield.encoders.build import ModelSource, locate
-from nearfield.encoders.prompts import PromptContract, make_contract
+from nearfield.encoders.prompts import PromptContract, base_prompts, make_contract
+from nearfield.encoders.source import ModelSource, locate
 from nearfield.files import fingerprint
 from nearfield.notices import Said
 from nearfield.pipeline.run import Run

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from nearfield.checksums import damage
-from nearfield.encoders.build import folder_revision
+from nearfield.encoders.source import folder_revision
 from nearfield.errors import BadInputError
 from nearfield.notices import listening, refuse, stop_on_blocking
 from nearfield.pipeline.mining import MineStage, VectorsStage

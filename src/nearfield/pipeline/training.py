@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nearfield.batching.rows import Lists, join_lists
-from nearfield.encoders.build import LoadedEncoder, build_encoder, folder_revision, save_encoder
-from nearfield.encoders.stated import stored_dtype, trained_similarity
-from nearfield.encoders.static import vocabulary_size
+from nearfield.encoders.build import build_encoder
+from nearfield.encoders.limits import vocabulary_size
+from nearfield.encoders.load import LoadedEncoder, save_encoder
+from nearfield.encoders.source import folder_revision, stored_dtype, trained_similarity
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_folder, read_json, write_text
 from nearfield.mining.config import RefreshedNegatives
@@ -372,7 +373,7 @@ class TrainStage(Stage):
 
     def _card(self, encoder: LoadedEncoder, result: TrainingResult) -> str:
         from nearfield.encoders.card import model_card, origin_of
-        from nearfield.encoders.heads import shipped_files
+        from nearfield.encoders.load import shipped_files
 
         recipe = self.recipe
         kept, during = int(result.checkpoint.name.removeprefix("step-")), recipe.training.evaluation

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from nearfield.batching.plan import Batch
 from nearfield.batching.planner import Rows
 from nearfield.data.tokens import IMAGE
-from nearfield.encoders.borders import leaves_prompt_out
-from nearfield.encoders.dropout import use_fast_dropout
-from nearfield.encoders.half_tables import add_tables_in_float32
-from nearfield.encoders.one_tower import family_of, picture_token
+from nearfield.encoders.image_tower import pictured_features
+from nearfield.encoders.kernels import add_tables_in_float32, sparse_embedding_gradients, use_fast_dropout
 from nearfield.encoders.packing import Features, PackingKind, Padding, embed, packed_features, packing_kind
-from nearfield.encoders.sparse import sparse_embedding_gradients
 from nearfield.encoders.token_task import TARGETS, TokenTask
-from nearfield.encoders.towers import pictured_features
+from nearfield.encoders.tokenize import leaves_prompt_out
+from nearfield.encoders.vision_language import family_of, picture_token
 from nearfield.errors import BadInputError
 from nearfield.objectives.infonce import InfoNCE, can_ring
 from nearfield.objectives.objective import Objective

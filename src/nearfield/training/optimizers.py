@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nearfield.encoders.layers import EMBEDDING, LAYER
+from nearfield.encoders.transformer import EMBEDDING, LAYER
 from nearfield.errors import BadInputError
 from nearfield.training.backends.base import MakeOptimizer
 from nearfield.training.config import ScheduleConfig, TrainingConfig

@@ -13,10 +13,10 @@ import torch
 
 from nearfield.data.tokens import TokenCache
 from nearfield.encoders import EncoderConfig, load_encoder
-from nearfield.encoders.borders import BORDER, fits, folder_pools_prompt, tokens_before
-from nearfield.encoders.build import build_encoder, save_encoder
-from nearfield.encoders.text_encoder import TextEncoder
-from nearfield.encoders.tokenize import prompt_tokens
+from nearfield.encoders.build import build_encoder
+from nearfield.encoders.encode import Encoder
+from nearfield.encoders.load import save_encoder
+from nearfield.encoders.tokenize import BORDER, fits, folder_pools_prompt, prompt_tokens, tokens_before
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.preparing import unpooled_notices
 from nearfield.pipeline.stages import Stages
@@ -140,7 +140,7 @@ def test_no_word_is_left_out_of_pooling(family: str, tmp_path: Path) -> None:
     plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     texts = [text for text in TEXTS if text]
     for prompt in PROMPTS:
-        ours = TextEncoder(built.model)(texts, prompt)
+        ours = Encoder(built.model)(texts, prompt)
         theirs = plain.encode(texts, prompt=prompt)
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=2e-5)
         # White space between them, where it is a token, goes with the prompt or with the text.
@@ -167,7 +167,7 @@ def test_the_space_of_a_prompt_was_counted(family: str, tmp_path: Path) -> None:
     assert [(one.code, "'query: '" in one.what) for one in loaded.notices] == [(BORDER, True)]
     plain = SentenceTransformer(str(tmp_path / "published"), device="cpu")
     np.testing.assert_allclose(
-        TextEncoder(loaded.model)(["the fox", "dog"], "query: "),
+        Encoder(loaded.model)(["the fox", "dog"], "query: "),
         plain.encode(["the fox", "dog"], prompt_name="query"),
         rtol=0,
         atol=1e-5,

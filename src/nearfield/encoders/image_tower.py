@@ -1,7 +1,7 @@
-"""Two towers: a model of pictures beside one of texts, both projected to one width.
+"""A tower for images beside a model of texts, both projected to one width.
 
 The towers are the routes of a sentence-transformers ``Router``, which sends each input to the one of its modality: saved,
-they load in plain ``SentenceTransformer(folder)``. A folder of CLIP or its kin, whose towers are one module, is fed alike.
+they load in plain ``SentenceTransformer(folder)``. A folder of CLIP and the like, whose towers are one module, is fed alike.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from nearfield.data.pictures import pillow
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.config import ImageTowerConfig
-from nearfield.encoders.heads import whole_dimension
-from nearfield.encoders.one_tower import family_of, row_features
-from nearfield.encoders.one_tower_checks import unused_parameters
-from nearfield.encoders.trunk import check_settings
+from nearfield.encoders.limits import whole_dimension
+from nearfield.encoders.transformer import check_settings
+from nearfield.encoders.vision_language import blank_picture, family_of, row_features, unused_parameters
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from nearfield.encoders.packing import Features
+
 
 _WHERE = "encoder.image_tower"
 _PATCH = 16
@@ -142,8 +141,8 @@ def _processor(size: int) -> Any:
 
 
 def _trained_tower(config: ImageTowerConfig, dtype: str) -> Any:
-    from nearfield.encoders.build import locate
-    from nearfield.encoders.weights import check_weights, recorded_loading
+    from nearfield.encoders.source import locate
+    from nearfield.encoders.trials import check_weights, recorded_loading
 
     assert config.model is not None
     source = locate(config.model, config.revision)
@@ -157,7 +156,7 @@ def _trained_tower(config: ImageTowerConfig, dtype: str) -> Any:
     except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
         from pathlib import Path
 
-        from nearfield.encoders.checks import load_error
+        from nearfield.encoders.source import load_error
 
         raise load_error(config.model, Path(source.path), error) from error
 
@@ -198,12 +197,6 @@ def _width(tower: nn.Module) -> int:
 def _seen(tower: nn.Module) -> Any:
     """What a tower gives for one picture."""
     return tower.eval()(tower.preprocess([blank_picture()]))[tower.module_output_name]  # type: ignore[operator]
-
-
-def blank_picture() -> Image:
-    """A small picture of one colour, to try models out with."""
-    blank: Image = pillow().new("RGB", (64, 64), (128, 160, 192))
-    return blank
 
 
 def image_tokens(model: SentenceTransformer) -> int:

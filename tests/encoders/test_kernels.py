@@ -1,25 +1,33 @@
-"""The fast dropout drops at its rate, independently, and the same again for the same seed."""
+"""The fast dropout drops at its rate, independently, and the same again for the same seed.
+
+A table in bfloat16 has the gradient of one in float64, but for one rounding.
+
+Sparse gradients of embedding tables add up to the dense ones.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
-from torch import nn
+from torch import Tensor, nn
 
-from nearfield.encoders.attention import ATTENTION
-from nearfield.encoders.dropout import (
+from nearfield.encoders.kernels import (
+    ATTENTION,
     FastDropout,
     _Attention,
     _head_blocks,
+    add_tables_in_float32,
     attention_with_dropout,
     draw_kept,
     dropout,
     kept_scale,
     levels,
+    sparse_embedding_gradients,
     use_fast_dropout,
 )
 from nearfield.encoders.packing import embed, packed_features, packing_kind, padded_features
@@ -236,3 +244,99 @@ def test_autocast_and_checkpointing(tmp_path: Path) -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][key]), key
+
+
+@pytest.fixture()
+def table() -> nn.Embedding:
+    torch.manual_seed(0)
+    return nn.Embedding(5, 8, padding_idx=3)
+
+
+def gradient(table: nn.Embedding, ids: Tensor, upstream: Tensor) -> Tensor:
+    rows = table(ids)
+    rows.backward(upstream.to(rows.dtype))
+    assert table.weight.grad is not None
+    return table.weight.grad.double()
+
+
+def test_many_tokens_of_one_row(table: nn.Embedding) -> None:
+    ids = torch.cat([torch.zeros(2000, dtype=torch.long), torch.arange(5)]).reshape(5, -1)
+    upstream = torch.randn(*ids.shape, 8).add(0.3).bfloat16()
+    expected = gradient(copy.deepcopy(table).double(), ids, upstream.double())
+    plain, ours = copy.deepcopy(table).bfloat16(), table.bfloat16()
+    add_tables_in_float32(ours)
+    assert torch.equal(ours(ids), plain(ids))
+    scale = expected.abs().max()
+    assert (gradient(ours, ids, upstream) - expected).abs().max() / scale < 2**-8
+    assert (gradient(plain, ids, upstream) - expected).abs().max() / scale > 0.05, "what this is for"
+    assert ours.weight.grad is not None and ours.weight.grad[3].count_nonzero() == 0
+
+
+def test_other_tables_do_as_before(table: nn.Embedding) -> None:
+    whole, frozen = copy.deepcopy(table), copy.deepcopy(table).bfloat16().requires_grad_(False)
+    add_tables_in_float32(nn.ModuleList([whole, frozen]))
+    ids = torch.arange(5)
+    assert torch.equal(gradient(whole, ids, torch.ones(5, 8)), gradient(table, ids, torch.ones(5, 8)))
+    assert not frozen(ids).requires_grad
+
+
+class Words(nn.Module):
+    """A large table, a small one, and a layer."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.words = nn.Embedding(5000, 3, padding_idx=0)
+        self.places = nn.Embedding(10, 3)
+        self.layer = nn.Linear(3, 2)
+        self.tied = tied
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        values = self.words(ids) + self.places(ids % 10)
+        plain = self.layer(values).sin()
+        return plain.sum() + (values @ self.words.weight[:7].T).cos().sum() if self.tied else plain.sum()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_equal_dense_ones(tied: bool, kept: bool) -> None:
+    """With words that come often, padding, several chunks in one backward or in several, over two steps."""
+    torch.manual_seed(0)
+    dense, sparse = Words(tied), Words(tied)
+    sparse.load_state_dict(dense.state_dict())
+    sparse_embedding_gradients(sparse)
+    sparse_embedding_gradients(sparse)
+    assert sparse.words.sparse
+    assert not sparse.places.sparse
+    for seed in range(2):
+        chunks = torch.randint(0, 40, (4, 50), generator=torch.Generator().manual_seed(seed))
+        for model in (dense, sparse):
+            model.zero_grad()
+            if kept:
+                torch.stack([model(chunk) for chunk in chunks]).sum().backward()
+            else:
+                for chunk in chunks:
+                    model(chunk).backward()
+        for (name, one), other in zip(dense.named_parameters(), sparse.parameters(), strict=True):
+            assert one.grad is not None and other.grad is not None
+            assert not other.grad.is_sparse
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_the_same_bits_each_time() -> None:
+    gradients = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = Words()
+        sparse_embedding_gradients(model)
+        for chunk in torch.randint(0, 40, (4, 5000), generator=torch.Generator().manual_seed(1)):
+            model(chunk).backward()
+        gradients.append(model.words.weight.grad)
+    assert gradients[0] is not None and gradients[1] is not None
+    assert torch.equal(gradients[0], gradients[1])
+
+
+def test_a_frozen_table_is_left_as_it_is() -> None:
+    model = nn.Sequential(nn.Embedding(5000, 4))
+    model[0].weight.requires_grad_(False)
+    sparse_embedding_gradients(model)
+    assert not model[0].sparse

@@ -17,13 +17,21 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 from nearfield.conformance.cases import Problem, difference
 from nearfield.conformance.tiny_models import ONE_TOWERS, save_tiny_vlm
-from nearfield.encoders.build import build_encoder, load_encoder, save_encoder
+from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
 from nearfield.encoders.identity import model_fingerprint
-from nearfield.encoders.one_tower import FAMILIES, family_of, picture_token, row_features, row_ids
-from nearfield.encoders.one_tower_checks import check_one_tower, unused_parameters
+from nearfield.encoders.load import load_encoder, save_encoder
 from nearfield.encoders.packing import embed, packing_kind
 from nearfield.encoders.tokenize import prompt_tokens, token_ids
+from nearfield.encoders.vision_language import (
+    FAMILIES,
+    check_one_tower,
+    family_of,
+    picture_token,
+    row_features,
+    row_ids,
+    unused_parameters,
+)
 from nearfield.errors import BadInputError
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.objectives.more_kinds import CAROLConfig

@@ -1,0 +1,315 @@
+"""Models loaded and saved in sentence-transformers' format, and the files of our own modules that travel with them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nearfield.encoders.adapters import (
+    base_of,
+    has_adapter,
+    joined_with_base,
+    merge_adapter,
+    name_base,
+    quantization_settings,
+    record_base,
+    save_adapter,
+)
+from nearfield.encoders.config import EncoderConfig
+from nearfield.encoders.domains import has_bottlenecks, saved_alone
+from nearfield.encoders.source import (
+    adapter_base,
+    check_folder,
+    find_base,
+    gguf_file,
+    load_error,
+    locate,
+)
+from nearfield.encoders.transformer import read_plain_texts
+from nearfield.errors import BadInputError
+from nearfield.files import fingerprint, read_json, write_json
+from nearfield.notices import Notice
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from torch import nn
+
+    from nearfield.encoders.trials import Loading
+
+
+logger = logging.getLogger("nearfield.encoders")
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """A loaded model with the name and revision it goes by in results, and a note on where it came from."""
+
+    model: SentenceTransformer
+    name: str
+    revision: str
+    path: str
+    note: str | None = None
+    notices: tuple[Notice, ...] = ()
+    """What its users must know, as that its vectors depend on the rest of the batch."""
+    content: str = ""
+    """All that loading read, by its hash or commit, that of an adapter's base counted; empty where it is not known."""
+
+
+def load_encoder(
+    name_or_path: str,
+    revision: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    dtype: Dtype = "float32",
+    base: str | None = None,
+    quantize: str = "none",
+    recipe: EncoderConfig | None = None,
+) -> LoadedEncoder:
+    """Load a dense embedding model by folder or hub id.
+
+    The folder of an adapter alone is loaded on its base: ``base`` if given, else the one it names. ``quantize`` holds the
+    transformer in 4 or 8 bits (CUDA). ``recipe`` says what a training that begins from the model replaces of it. Raises
+    :class:`BadInputError` when it is no such model, is damaged or incomplete, or cannot be fetched.
+    """
+    source = locate(name_or_path, revision)
+    folder = Path(source.path)
+    base_path, stands_on, gguf = None, None, gguf_file(folder)
+    if folder.is_dir() and gguf is None:
+        check_folder(folder)
+        stands_on = adapter_base(folder)
+    if stands_on is not None:
+        base_path = find_base(stands_on, folder, base)
+    elif base is not None:
+        raise BadInputError(
+            "this is a whole model, no adapter that was saved alone: it has no base",
+            where=name_or_path,
+            hint="Leave out the base.",
+        )
+    if source.note:
+        logger.info(source.note)
+    kwargs: dict[str, Any] = {"dtype": dtype}
+    if quantize != "none":
+        kwargs |= quantization_settings(quantize, _device_type(device))
+    from nearfield.encoders.families import check_family, reader_of
+    from nearfield.encoders.trials import recorded_loading
+    from nearfield.encoders.vision_language import read_in_a_row
+
+    notices: tuple[Notice, ...] = ()
+    try:
+        with (
+            quiet_transformers(),
+            contextlib.nullcontext(source.path) if base_path is None else joined_with_base(folder, base_path) as path,
+            recorded_loading() as loading,
+        ):
+            if gguf is not None:
+                model = _load_gguf(gguf, device, kwargs)
+            else:
+                # The commit that the name stands for now, so that what is loaded is what it is known by.
+                taken = None if folder.is_dir() else revision if source.content == "main" else source.content
+                read = reader_of(str(path), taken)
+                notices += check_family(read, name_or_path, recipe)
+                model = _open(str(path), taken, device, trust_remote_code, kwargs)
+    except BadInputError:
+        raise
+    except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
+        raise load_error(name_or_path, folder, error) from error
+    if stands_on is not None and has_bottlenecks(model):
+        model[0].base, model[0].base_path = stands_on.identity, base_path
+    elif stands_on is not None:
+        record_base(model[0].auto_model, replace(stands_on, path=base_path))
+    if gguf is not None or not _knows_its_inputs(folder, revision):
+        read_plain_texts(model)
+        read_in_a_row(model)
+    notices += _checked(model, loading, name_or_path, recipe)
+    commit = None
+    if not folder.is_dir() and gguf is None and hasattr(model[0], "config"):
+        commit = getattr(model[0].config, "_commit_hash", None)
+    content = (commit or source.content) if base is None else fingerprint([source.revision, locate(base).content])
+    return LoadedEncoder(model, source.name, commit or source.revision, source.path, source.note, notices, content)
+
+
+def _checked(
+    model: SentenceTransformer, loading: Loading, name: str, recipe: EncoderConfig | None
+) -> tuple[Notice, ...]:
+    """Make a loaded model read texts as it was made to, and try it out; returns what its users must know."""
+    from nearfield.encoders.limits import check_words, fit_positions
+    from nearfield.encoders.tokenize import border_notices
+    from nearfield.encoders.trials import (
+        check_claimed_direction,
+        check_weights,
+        embedding_trial,
+        pad_as_processor,
+        try_company,
+    )
+    from nearfield.encoders.vision_language import check_one_tower
+
+    notices = check_words(model, name) + fit_positions(model, name)
+    pad_as_processor(model)
+    if recipe is None or recipe.fresh is None:
+        check_weights(loading, embedding_trial(model), name)
+    check_claimed_direction(model, name)
+    check_one_tower(model, name)
+    return (*notices, *border_notices(model), *try_company(model, name))
+
+
+def _open(
+    path: str, revision: str | None, device: str | None, trust_remote_code: bool, kwargs: dict[str, Any]
+) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
+
+    from nearfield.encoders.vision_language import own_processors
+
+    with own_processors():
+        return SentenceTransformer._load_with_module_classes(
+            path,
+            own_modules(),
+            revision=revision,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            model_kwargs=kwargs,
+        )
+
+
+def _load_gguf(file: Path, device: str | None, kwargs: dict[str, Any]) -> SentenceTransformer:
+    """A sentence-transformers model with mean pooling on the file's weights, to which ``kwargs`` are passed.
+
+    It is saved as any other model: nothing of it still names the file.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise BadInputError(
+            "a GGUF file needs the package gguf, which is not installed", where=str(file), hint="pip install gguf"
+        )
+    from sentence_transformers import SentenceTransformer
+
+    named = {"gguf_file": file.name}
+    model = SentenceTransformer(
+        str(file.parent), device=device, model_kwargs={**kwargs, **named}, processor_kwargs=named, config_kwargs=named
+    )
+    transformer = model[0].auto_model
+    # Its weights are plain ones by now; transformers would quantise them again from a file that a saved folder lacks.
+    for owner, name in ((transformer.config, "quantization_config"), (transformer, "hf_quantizer")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    transformer.is_quantized = False
+    return model
+
+
+def _knows_its_inputs(folder: Path, revision: str | None) -> bool:
+    """Whether sentence-transformers saved the model: what it reads as a chat is its maker's choice then."""
+    if folder.is_dir():
+        return (folder / "modules.json").is_file()
+    from sentence_transformers.util import is_sentence_transformer_model
+
+    return bool(is_sentence_transformer_model(str(folder), revision=revision, local_files_only=True))
+
+
+def _device_type(device: str | None) -> str:
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device).type
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Bars and loading reports go unseen: what they warn of (tensors that a file lacks) is checked here and is an error."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    if not torch.cuda.is_available():
+        # Saving imports DeepSpeed where it is installed, which would look for devices and tell of it.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        # A head that the file lacks and nothing uses (BERT's pooler) is filled at random: the same for everyone.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def save_encoder(
+    model: SentenceTransformer,
+    folder: Path,
+    *,
+    adapter: Literal["merged", "adapter"] = "merged",
+    dtype: str | None = None,
+) -> None:
+    """Save in sentence-transformers' format, so that plain ``SentenceTransformer(folder)`` loads it.
+
+    ``adapter`` says what becomes of an adapter: ``merged`` saves a copy of the model that has it in its weights, ``adapter``
+    saves it alone, with the name and revision of its base. ``dtype`` is that of the saved weights; null keeps the model's.
+    Without a card: sentence-transformers would repeat the base model's.
+    """
+    from nearfield.encoders.tokenize import save_borders
+
+    merged = has_adapter(model) and adapter == "merged"
+    if merged or dtype is not None:
+        model = copy.deepcopy(model)
+    if merged:
+        merge_adapter(model)
+    if dtype is not None:
+        import torch
+
+        model = model.to(getattr(torch, dtype))
+    with quiet_transformers(), saved_alone(model, adapter == "adapter"):
+        if has_adapter(model):
+            save_adapter(model, folder)
+        else:
+            model.save_pretrained(str(folder), create_model_card=False)
+    stands_on = base_of(model)
+    if stands_on is not None and has_bottlenecks(model) and adapter == "adapter":
+        name_base(folder, stands_on)
+    ship_modules(model, folder)
+    save_borders(model, folder)
+
+
+_SHIPPED = f"{__package__}.shipped."
+
+
+def own_modules() -> dict[str, type[nn.Module]]:
+    """The types that our saved folders name in modules.json -> our own classes: loading them runs no code of a folder."""
+    from nearfield.encoders.shipped import nearfield_adapters, nearfield_pooling
+
+    classes = (
+        nearfield_adapters.AdaptedTransformer,
+        nearfield_pooling.AttentionPooling,
+        nearfield_pooling.LatentAttentionPooling,
+    )
+    return {f"{each.__module__.removeprefix(_SHIPPED)}.{each.__name__}": each for each in classes}
+
+
+def shipped_files(model: SentenceTransformer) -> list[str]:
+    """The files that plain sentence-transformers must run, with ``trust_remote_code``, to load the model when it is saved."""
+    modules = {type(module).__module__ for module in model}
+    return sorted(f"{name.removeprefix(_SHIPPED)}.py" for name in modules if name.startswith(_SHIPPED))
+
+
+def ship_modules(model: SentenceTransformer, folder: Path) -> None:
+    """Put the files of our own modules into a saved model's folder and let modules.json name them; nothing without any."""
+    files = shipped_files(model)
+    if not files:
+        return
+    for file in files:
+        shutil.copyfile(Path(__file__).parent / "shipped" / file, folder / file)
+    modules = read_json(folder / "modules.json", "list of modules")
+    for module in modules:
+        module["type"] = module["type"].removeprefix(_SHIPPED)
+    write_json(folder / "modules.json", modules)

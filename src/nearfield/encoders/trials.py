@@ -1,0 +1,415 @@
+"""Trials of a model as it is loaded: its weights come from its files, its vectors from their item alone, its tokens look the right way.
+
+transformers draws a weight that a file lacks at random and only warns. It knows the layouts that it reads (sharded, tied,
+compressed, of earlier versions, under a prefix of its own), so its report of each loading is kept, and a model that owes a weight
+to no file is refused.
+
+transformers builds a decoder's masks and calls its kernels by ``config.is_causal``, which is saved with the model, so that a plain
+``SentenceTransformer(folder)`` reads it. Some architectures heed it in some kernels only, or not at all: a model that is to look
+both ways is tried out each time it is loaded (LLM2Vec, arXiv 2404.05961; NV-Embed, arXiv 2405.17428).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nearfield.data.pictures import pillow
+from nearfield.encoders.limits import longest_input
+from nearfield.encoders.packing import Padding, evaluating, leads_to, random_tokens, rounding
+from nearfield.encoders.transformer import LAYER
+from nearfield.encoders.vision_language import family_of
+from nearfield.errors import BadInputError
+from nearfield.notices import Notice
+
+if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoder, SentenceTransformer
+
+
+_STATISTICS = re.compile(r"(?:^|\.)running_(?:mean|var)$")
+"""Buffers that are learnt: all others follow from the config."""
+
+
+@dataclass
+class Loading:
+    """What transformers reported of the models that it loaded."""
+
+    missing: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters and learnt buffers that no file held, by their names."""
+    unread: set[str] = field(default_factory=set)
+    """Tensors of the files that no model had a place for."""
+
+
+@contextlib.contextmanager
+def recorded_loading() -> Iterator[Loading]:
+    """Keep what transformers reports of each model and adapter that it loads inside the block."""
+    from transformers import modeling_utils
+    from transformers.integrations import peft
+
+    loading = Loading()
+    said = {owner: owner.log_state_dict_report for owner in (modeling_utils, peft)}
+
+    def recording(report: Callable[..., None]) -> Callable[..., None]:
+        def record(model: nn.Module, *args: Any, loading_info: Any, **kwargs: Any) -> None:
+            tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+            for name in loading_info.missing_keys:
+                tensor = tensors.get(name)
+                if isinstance(tensor, nn.Parameter) or (tensor is not None and _STATISTICS.search(name)):
+                    loading.missing[name] = tensor
+            loading.unread |= set(loading_info.unexpected_keys)
+            report(model, *args, loading_info=loading_info, **kwargs)
+
+        return record
+
+    for owner, report in said.items():
+        owner.log_state_dict_report = recording(report)
+    try:
+        yield loading
+    finally:
+        for owner, report in said.items():
+            owner.log_state_dict_report = report
+
+
+def check_weights(loading: Loading, outputs: Callable[[], Sequence[Tensor]], where: str) -> None:
+    """Refuse a model that owes a weight to no file, unless nothing depends on it (:func:`embedding_trial` makes ``outputs``).
+
+    Heads that an embedding does not pass through, as BERT's pooler, are often left out of files. Those of layers are
+    wanted always: of a mixture of experts one trial does not reach all.
+    """
+    missing = dict(loading.missing)
+    heads = {n: t for n, t in missing.items() if isinstance(t, nn.Parameter) and not LAYER.search(n)}
+    if heads:
+        try:
+            used = _reached(list(heads.values()), outputs)
+        except Exception:  # a model that cannot be tried out: all are wanted
+            used = {id(tensor) for tensor in heads.values()}
+        missing = {name: tensor for name, tensor in missing.items() if name not in heads or id(tensor) in used}
+    if not missing:
+        return
+    prefix = _prefix(missing, loading.unread)
+    raise BadInputError(
+        f"{len(missing)} tensors of the model are not in its weights files, e.g. {min(missing)!r}; random numbers would stand "
+        "in their place",
+        where=where,
+        hint=f"The files have them under names that begin with {prefix!r}: save the model without this wrapper."
+        if prefix
+        else "The folder's config and weights do not belong together, or its weights are not complete.",
+    )
+
+
+def _prefix(missing: dict[str, Tensor], unread: set[str]) -> str | None:
+    """What stands before the missing tensors' names in the files, where that is one and the same for most."""
+    before: Counter[str] = Counter()
+    for name in unread:
+        # The shortest start whose rest is missed.
+        parts = name.split(".")
+        rest = next((i for i in range(1, len(parts)) if ".".join(parts[i:]) in missing), None)
+        if rest is not None:
+            before[".".join(parts[:rest]) + "."] += 1
+    most = before.most_common(1)
+    return most[0][0] if most and most[0][1] > len(missing) // 2 else None
+
+
+def _reached(parameters: Sequence[Tensor], outputs: Callable[[], Sequence[Tensor]]) -> set[int]:
+    """The ids of those of some parameters that outputs depend on."""
+    # Whole numbers, as of a quantised layer, have no gradient: they count as reached.
+    fixed = {id(each) for each in parameters if not each.is_floating_point()}
+    learnt = [(each, each.requires_grad) for each in parameters if each.is_floating_point()]
+    for each, _ in learnt:
+        each.requires_grad_(True)
+    try:
+        return leads_to(outputs()) | fixed
+    finally:
+        for each, required in learnt:
+            each.requires_grad_(required)
+
+
+def embedding_trial(model: SentenceTransformer) -> Callable[[], list[Tensor]]:
+    """The function that embeds a text and a picture, each where the model takes them, with their graph."""
+
+    def outputs() -> list[Tensor]:
+        from nearfield.encoders.vision_language import blank_picture, family_of, trial_embedding
+
+        with torch.enable_grad(), torch.random.fork_rng(), evaluating(model):
+            if family_of(model) is not None:
+                return [trial_embedding(model)]
+            takes = {"text": "a text of some words", "image": blank_picture()}
+            unknown = [each for each in model.modalities if isinstance(each, str) and each not in (*takes, "message")]
+            if unknown:
+                raise ValueError(f"no trial of {unknown[0]}")
+            found = []
+            for modality, item in takes.items():
+                if modality not in model.modalities:
+                    continue
+                features = model.preprocess([item])
+                given = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in features.items()}
+                found.append(model(given)["sentence_embedding"])
+            return found
+
+    return outputs
+
+
+def pair_trial(model: CrossEncoder) -> Callable[[], list[Tensor]]:
+    """The function that scores a pair of texts by a cross-encoder, with its graph."""
+
+    def outputs() -> list[Tensor]:
+        with torch.enable_grad(), torch.random.fork_rng(), evaluating(model):
+            features = model.preprocess([("a text", "another text")])
+            given = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in features.items()}
+            return [model(given)["scores"]]
+
+    return outputs
+
+
+_TEXTS = ["the vectors of texts", "the vectors of texts that are read together are those of each alone and of no other"]
+_SIDE = 64
+
+FIXED_WIDTH = ("siglip", "siglip_text_model")
+"""Architectures that are made for texts of one width, where their processor does not say so by itself."""
+
+
+def pad_as_processor(model: SentenceTransformer) -> None:
+    """Pad texts as the model's own processor does: sentence-transformers pads them to the longest of a batch.
+
+    SigLIP's text tower takes the last position, padding or not, and was trained on texts of one width (as mteb's own loader
+    gives it). The setting is saved with the model, so that plain sentence-transformers pads alike.
+    """
+    module: Any = model[0]
+    settings = getattr(module, "processing_kwargs", None)
+    if settings is None or not hasattr(module, "config") or "padding" in settings.get("text", {}):
+        return
+    own = dict(getattr(type(module.processor), "text_kwargs", None) or {})
+    if own.get("padding") != "max_length" and module.config.model_type not in FIXED_WIDTH:
+        return
+    width = own.get("max_length")
+    limit = longest_input(model)
+    if width is None and limit is None:
+        return
+    if width is not None and (limit is None or limit > width):
+        model.max_seq_length = width
+    module.processing_kwargs = {**settings, "text": {**settings.get("text", {}), "padding": "max_length"}}
+
+
+def try_company(model: SentenceTransformer, name: str) -> tuple[Notice, ...]:
+    """Embed texts, and pictures, alone and together, as sentence-transformers does; what differs is a notice.
+
+    Raises :class:`BadInputError` where sentence-transformers cannot embed them at all.
+    """
+    if family_of(model) is not None:
+        return ()  # these are tried out with pictures and texts in one row
+    found = []
+    for what, items in _items(model).items():
+        try:
+            with torch.no_grad(), torch.random.fork_rng(), evaluating(model):
+                apart = max(_apart(model, items, task) for task in _tasks(model))
+        except Exception as error:
+            if model.get_model_kwargs():
+                continue  # it wants to be told more than items
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise BadInputError(
+                f"sentence-transformers cannot embed {what} with this model: {reason}", where=name
+            ) from error
+        if not apart <= rounding(model):
+            found.append(
+                Notice(
+                    "batch-dependent",
+                    f"{name} gives {what} other vectors in company than alone (by {apart:.2g} of the largest value): scores "
+                    "depend on how items are cut into batches",
+                    "Its architecture reads padding or other items; use one that does not, or compare scores of equal batches "
+                    "only.",
+                )
+            )
+    return tuple(found)
+
+
+def _tasks(model: SentenceTransformer) -> tuple[dict[str, str], ...]:
+    """What the model must be told of an item: nothing, or each side in turn where these go different ways."""
+    routes = getattr(model[0], "sub_modules", None)
+    if routes is None or getattr(model[0], "default_route", None) is not None:
+        return ({},)
+    return tuple({"task": task} for task in ("query", "document") if task in routes) or ({},)
+
+
+def _apart(model: SentenceTransformer, items: list[Any], task: dict[str, str]) -> float:
+    """How far the vectors of some items alone are from those together, by the largest value of any."""
+    together = _embedded(model, items, task)
+    alone = torch.cat([_embedded(model, [item], task) for item in items])
+    return float((alone - together).abs().max() / alone.abs().max().clamp(min=1e-12))
+
+
+def _items(model: SentenceTransformer) -> dict[str, list[Any]]:
+    """What the model is tried out with, by what it is called: a short and a long one of each kind that it takes."""
+    taken: Sequence[Any] = model.modalities
+    found: dict[str, list[Any]] = {}
+    if "text" in taken or not taken:
+        found["texts"] = list(_TEXTS)
+    if "image" in taken:
+        random = np.random.default_rng(0)
+        pixels = [random.integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8) for _ in range(2)]
+        found["pictures"] = [pillow().fromarray(each) for each in pixels]
+    return found
+
+
+def _embedded(model: SentenceTransformer, items: list[Any], task: dict[str, str]) -> Tensor:
+    features = model.preprocess(items, **task)
+    output = model({k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in features.items()}, **task)
+    if "sentence_embedding" not in output:
+        raise ValueError("it has no pooling, so each token gets a vector and the whole none")
+    vectors: Tensor = output["sentence_embedding"]
+    return vectors.double()
+
+
+_SHORT = 4
+_LONG = 24
+_LONGEST = 512
+
+
+def check_claimed_direction(model: SentenceTransformer, where: str) -> None:
+    """Try out a decoder whose config says that it was made bidirectional; other models are taken as they are."""
+    config = getattr(getattr(model[0], "auto_model", None), "config", None)
+    if getattr(config, "is_causal", None) is False:
+        check_direction(model, False, where)
+
+
+def set_direction(model: SentenceTransformer, causal: bool, where: str) -> None:
+    """Let tokens look back only, or over the whole text, and try it out (:func:`check_direction`)."""
+    transformer = getattr(model[0], "auto_model", None)
+    if transformer is None:
+        raise BadInputError("this model has no transformer whose attention could be set", where="encoder.attention")
+    transformer.config.is_causal = causal
+    check_direction(model, causal, where)
+
+
+def check_direction(model: SentenceTransformer, causal: bool, where: str) -> None:
+    """Refuse a model whose tokens do not look the way that its config says.
+
+    Bidirectional means: the hidden state of a text's first token depends on its last token, alone, beside a longer text
+    and in every layer; padding changes nothing; eager attention gives what the fast kernel gives. Causal means: it depends
+    on the last token neither alone nor beside a longer text.
+    """
+    transformer = model[0].auto_model
+    with torch.random.fork_rng(), evaluating(model):
+        try:
+            complaint = _first_sees_last(model) if causal else _complaint(model)
+        except Exception as error:  # whatever an unknown architecture raises means that it cannot be tried out
+            complaint = f"it cannot be tried out ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
+    if complaint:
+        direction = "causal" if causal else "bidirectional"
+        raise BadInputError(
+            f"{type(transformer).__name__} is not {direction} with config.is_causal = {causal}: {complaint}",
+            where=where,
+            hint="Leave out encoder.attention to use the model as it was made."
+            if causal
+            else "Use encoder.attention: causal, or another version of transformers; its architecture or its kernel "
+            f"({transformer.config._attn_implementation}) does not heed the setting.",
+        )
+
+
+def _hidden(model: SentenceTransformer, rows: list[Any]) -> tuple[Tensor, Tensor]:
+    """Hidden states (n, longest, d) of texts as the model pads them, and which of them are of real tokens."""
+    transformer = model[0].auto_model
+    features = Padding.of(model).features(rows, transformer.device, 0)
+    mask = features["attention_mask"]
+    with torch.no_grad():
+        states = transformer(input_ids=features["input_ids"], attention_mask=mask, return_dict=True).last_hidden_state
+    return states.double(), mask.bool()
+
+
+def _first_token(model: SentenceTransformer, rows: list[Any]) -> Tensor:
+    """(d,) the state of the first text's first token."""
+    states, real = _hidden(model, rows)
+    return states[0][real[0]][0]
+
+
+def _texts(model: SentenceTransformer) -> tuple[Any, Any, Any]:
+    """A short text, the same with another last token, and a long one that reaches past a window of attention."""
+    transformer = model[0].auto_model
+    window = getattr(transformer.config, "sliding_window", None) or 0
+    limit = getattr(transformer.config, "max_position_embeddings", None) or _LONGEST
+    long = min(max(_LONG, window + 2), _LONGEST, int(limit))
+    tokens = random_tokens(transformer, _SHORT + 1 + long)
+    short, other, rest = tokens[:_SHORT], tokens[: _SHORT + 1], tokens[_SHORT + 1 :]
+    other = other[[*range(_SHORT - 1), _SHORT]]
+    return short, other, rest
+
+
+def _first_sees_last(model: SentenceTransformer) -> str | None:
+    short, other, long = _texts(model)
+    for beside, how in (([], "alone"), ([long], "beside a longer one")):
+        first, changed = _first_token(model, [short, *beside]), _first_token(model, [other, *beside])
+        if float((first - changed).abs().max()) > 1e-6 * float(first.abs().max()):
+            return f"the first token of a text that is encoded {how} sees the last one"
+    return None
+
+
+def _complaint(model: SentenceTransformer) -> str | None:
+    transformer = model[0].auto_model
+    short, other, long = _texts(model)
+    for beside, how in (([], "alone"), ([long], "beside a longer one")):
+        first, changed = _first_token(model, [short, *beside]), _first_token(model, [other, *beside])
+        if not float((first - changed).abs().max()) > 1e-6 * float(first.abs().max()):
+            return f"the first token of a text that is encoded {how} does not see the last one"
+    layer = _blind_layer(transformer, short)
+    if layer is not None:
+        return f"in layer {layer} the first token does not see the last one"
+    tolerance = rounding(transformer)
+    together, real = _hidden(model, [short, long])
+    alone = [_hidden(model, [text])[0][0] for text in (short, long)]
+    for states, keep, single in zip(together, real, alone, strict=True):
+        if not _close(states[keep], single, tolerance):
+            side = Padding.of(model).side
+            return f"a text that is padded on the {side} has other hidden states than alone"
+    used = transformer.config._attn_implementation
+    with _other_kernel(transformer) as kernel:
+        if kernel is not None and not _close(_hidden(model, [short, long])[0][real], together[real], tolerance):
+            return f"attention by {kernel} gives other hidden states than by {used}"
+    return None
+
+
+def _close(states: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    return bool((states - wanted).abs().max() <= tolerance * wanted.abs().max())
+
+
+def _blind_layer(transformer: nn.Module, text: Any) -> int | None:
+    """The first layer in which the text's first token gets nothing from its last one: by the layer's own gradient."""
+    ids = torch.from_numpy(text).long().to(transformer.device)[None]  # type: ignore[arg-type]
+    with torch.enable_grad():
+        embeddings = transformer.get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
+        states = transformer(
+            inputs_embeds=embeddings,
+            attention_mask=torch.ones_like(ids),
+            output_hidden_states=True,
+            return_dict=True,
+        ).hidden_states
+        for layer, (before, after) in enumerate(itertools.pairwise(states)):
+            # Not the plain sum: a norm at the end would make it a constant.
+            weights = torch.linspace(-1, 2, after.shape[-1], device=after.device, dtype=after.dtype).sin()
+            (gradient,) = torch.autograd.grad((after[0, 0] * weights).sum(), before, retain_graph=True)
+            if not bool(gradient[0, -1].abs().max() > 0):
+                return layer
+    return None
+
+
+@contextlib.contextmanager
+def _other_kernel(transformer: Any) -> Iterator[str | None]:
+    """Another attention function than the model's own for the time of a block; None where it has no other."""
+    used = transformer.config._attn_implementation
+    other: str | None = "sdpa" if used == "eager" else "eager"
+    try:
+        transformer.set_attn_implementation(other)
+    except ValueError:  # an architecture with one attention function
+        other = None
+    try:
+        yield other
+    finally:
+        if transformer.config._attn_implementation != used:
+            transformer.set_attn_implementation(used)
