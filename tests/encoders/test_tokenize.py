@@ -16,7 +16,8 @@ from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.encode import Encoder
 from nearfield.encoders.load import save_encoder
-from nearfield.encoders.tokenize import BORDER, fits, folder_pools_prompt, prompt_tokens, tokens_before
+from nearfield.encoders.source import folder_pools_prompt
+from nearfield.encoders.tokenize import BORDER, fits, prompt_tokens, tokens_before
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.preparing import unpooled_notices
 from nearfield.pipeline.stages import Stages

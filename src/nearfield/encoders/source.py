@@ -11,11 +11,14 @@ import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nearfield.errors import BadInputError
 from nearfield.files import fingerprint, hash_file, hash_folder, read_json
 from nearfield.provenance import hub_commit
+
+if TYPE_CHECKING:
+    pass
 
 CONTRACT_FILE = "prompt_contract.json"
 
@@ -460,3 +463,9 @@ def load_error(name: str, folder: Path, error: Exception) -> BadInputError:
         else "Is the name right, and can the hub be reached? A folder works too."
     )
     return BadInputError(f"the model cannot be loaded from the hub: {reason}", where=name, hint=hint)
+
+
+def folder_pools_prompt(path: str) -> bool:
+    """Whether the model in a folder pools prompts, without loading it; so it is where that is not said."""
+    files = Path(path).glob("*/config.json") if Path(path).is_dir() else ()
+    return all(read_json(file, "settings of a module").get("include_prompt", True) for file in files)

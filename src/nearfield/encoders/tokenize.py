@@ -125,12 +125,6 @@ def leaves_prompt_out(model: nn.Module) -> bool:
     return any(getattr(module, "include_prompt", True) is False for module in model.modules())
 
 
-def folder_pools_prompt(path: str) -> bool:
-    """Whether the model in a folder pools prompts, without loading it; so it is where that is not said."""
-    files = Path(path).glob("*/config.json") if Path(path).is_dir() else ()
-    return all(read_json(file, "settings of a module").get("include_prompt", True) for file in files)
-
-
 def counted_tokens(model: SentenceTransformer, prompt: str) -> int:
     """The tokens that sentence-transformers counts as the prompt's, with the special tokens before it."""
     return int(model.preprocess(["a"], prompt=prompt).get("prompt_length") or 0) if prompt else 0

@@ -15,7 +15,7 @@ import numpy as np
 
 from nearfield.data.tokens import VERSION as TOKENS_VERSION
 from nearfield.encoders.prompts import PromptContract, add_examples
-from nearfield.encoders.tokenize import folder_pools_prompt
+from nearfield.encoders.source import folder_pools_prompt
 from nearfield.errors import BadInputError
 from nearfield.notices import Notice, say
 from nearfield.pipeline.stage import Job, Stage
