@@ -39,11 +39,17 @@ def versions() -> dict[str, str]:
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
     """The versions of those of some packages that are installed."""
-    found = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    found = {package: _version(package) for package in packages}
+    return {package: version for package, version in found.items() if version is not None}
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    # Reading a package's description takes milliseconds, and a run asks for the same ones hundreds of times.
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,24 @@ def _offline() -> None:
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+FEWER = {"AbsTaskClustering": ("max_documents_per_cluster", 512), "AbsTaskClassification": ("n_experiments", 3)}
+"""What mteb's classes draw, and how much of it is enough to compare a score with another: 10 times 16,384 take seconds."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fewer_draws() -> Iterator[list[tuple[type, str, int]]]:
+    """Tasks draw less; given is what mteb's own classes say, for tests that want its published scores."""
+    import mteb.abstasks
+
+    own = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (attribute, value) in FEWER.items():
+            base = getattr(mteb.abstasks, name)
+            own.append((base, attribute, getattr(base, attribute)))
+            patch.setattr(base, attribute, value)
+        yield own
 
 
 @pytest.fixture(scope="session")

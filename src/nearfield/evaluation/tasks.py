@@ -6,6 +6,7 @@ The latter are instances of new subclasses of mteb's own classes, so that the sc
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -148,8 +149,9 @@ def splits_of(task: Any, names: Sequence[str] | None = None) -> Iterator[tuple[s
                     yield f"{key}/{split}", value[split]
 
 
+@functools.cache
 def official_class(name: str) -> type[Any] | None:
-    """The class of an official task, or None if mteb has none of this name."""
+    """The class of an official task, or None if mteb has none of this name (mteb then looks for like ones: dear, so once)."""
     try:
         return type(mteb.get_task(name))
     except KeyError:

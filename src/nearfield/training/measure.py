@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nearfield.training.chunks import Pool
 from nearfield.training.step import encode_chunk, seed_chunk
@@ -41,10 +40,12 @@ class AllocationTracker(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {id(storage) for storage in _storages((args, kwargs))}
-        for storage in _storages(result):
-            if id(storage) not in given and id(storage) not in self._sizes:
-                self._count(storage)
+        made = [storage for storage in _storages(result) if id(storage) not in self._sizes]
+        if made:
+            given = {id(storage) for storage in (*_storages(args), *_storages(kwargs))}
+            for storage in made:
+                if id(storage) not in given and id(storage) not in self._sizes:
+                    self._count(storage)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -60,10 +61,15 @@ class AllocationTracker(TorchDispatchMode):
         self._watches.pop(key)
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    # Subclasses (sharded tensors) are made of plain tensors, which have operations of their own.
-    plain = [leaf for leaf in tree_leaves(tree) if type(leaf) in (Tensor, torch.nn.Parameter)]
-    return [leaf.untyped_storage() for leaf in plain if leaf.layout == torch.strided and leaf.device.type != "meta"]
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """Those of the plain tensors in what an operation takes or gives: subclasses (sharded tensors) are made of plain
+    tensors, which have operations of their own."""
+    if type(tree) in (Tensor, torch.nn.Parameter):
+        if tree.layout == torch.strided and tree.device.type != "meta":
+            yield tree.untyped_storage()
+    elif isinstance(tree, (tuple, list, dict)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _storages(part)
 
 
 @dataclass(frozen=True)
