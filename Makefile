@@ -8,6 +8,8 @@ export TOKENIZERS_PARALLELISM ?= false
 # Test processes side by side, each with one thread. Tests of one file stay together: they share launches and models.
 TEST_PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+# Shows the coverage: see tests/lines.py.
+COVERED := PYTEST_PLUGINS=tests.lines $(PYTEST)
 
 .PHONY: help install quickstart quickstart-debian quickstart-decoder quickstart-image test test-all conformance test-browser mutants lint types check clean
 .DEFAULT_GOAL := help
@@ -37,13 +39,13 @@ quickstart-image: $(STAMP) ## Train a model of pictures beside MiniLM on emoji a
 	$(BIN)/nearfield train training/recipes/emoji.yaml
 
 test: $(STAMP) ## Run the tests and show the coverage
-	$(PYTEST) -m 'not slow and not browser and not conformance' --cov --cov-report=term
+	$(COVERED) -m 'not slow and not browser and not conformance'
 
 test-all: $(STAMP) ## Run all tests, the slow ones too
-	$(PYTEST) -m 'not browser' --cov --cov-report=term
+	$(COVERED) -m 'not browser'
 
 conformance: $(STAMP) ## Run the equalities that the gradient and the resume must satisfy
-	$(BIN)/python -m pytest -m 'conformance' tests/conformance
+	$(PYTEST) -m conformance tests/conformance
 
 test-browser: $(STAMP) ## Open the report in a Chromium
 	$(BIN)/python -m pytest -m browser tests/browser
