@@ -15,8 +15,8 @@ from nearfield.analysis.search import Questions, searched, versions
 from nearfield.errors import BadInputError
 from nearfield.reporting import build_report
 from nearfield.reporting.analysis import analysis_section, build_analysis, short_names, write_analysis_page
-from nearfield.reporting.maps import clustered, heat_map, scatter
-from nearfield.reporting.run import AbsentError, part
+from nearfield.reporting.reading import AbsentError, part
+from nearfield.reporting.svg import clustered, heat_map, scatter
 from tests.reporting.analyses import made_analysis
 from tests.reporting.runs import write_run
 
@@ -24,7 +24,7 @@ from tests.reporting.runs import write_run
 def test_all_parts_are_drawn_and_said() -> None:
     made = made_analysis()
     section = analysis_section(made)
-    keys = {match for one in section.pictures for match in re.findall(r'aria-labelledby="(.+?)-title', one.svg)}
+    keys = {match for one in section.figures for match in re.findall(r'aria-labelledby="(.+?)-title', one.svg)}
     assert {
         "map-0",
         "map-1",
@@ -37,19 +37,19 @@ def test_all_parts_are_drawn_and_said() -> None:
         "cuts",
     } <= keys
     assert {"samples-0", "versions", "audit-0", "associations", "rankability"} <= keys
-    assert all(one.svg for one in section.pictures) and set(section.maps) == {"map-0", "map-1"}
+    assert all(one.svg for one in section.figures) and set(section.maps) == {"map-0", "map-1"}
     assert {table.caption.split(" ")[0] for table in section.tables} == {"Shape", "Cuts", "Associations"}
     assert any("It says nothing of" in line for line in section.sentences)
     assert any("degenerate" in line for line in section.sentences) is False
-    for key, chart in section.charts.items():
-        assert any(f'data-chart="{key}"' in one.svg for one in section.pictures), (key, chart)
+    for key, chart in ((one.key, one.values) for one in section.figures if one.values is not None):
+        assert any(f'data-chart="{key}"' in one.svg for one in section.figures), (key, chart)
 
 
 def test_one_model_alone() -> None:
     vectors = np.random.default_rng(0).normal(size=(60, 8))
     section = analysis_section(analyse({"org/one": vectors}).to_json())
     assert section.tables[0].heads == ["figure", "one"] and not section.maps
-    assert [one for one in section.pictures if "data-chart" in one.svg]
+    assert [one for one in section.figures if "data-chart" in one.svg]
     with pytest.raises(AbsentError):
         analysis_section({"models": []})
 
@@ -110,5 +110,5 @@ def test_the_samples_come_through(tmp_path: Path) -> None:
 
     extras: dict[str, Any] = {"search": {"a": asdict(searched(of))}, "versions": asdict(versions({"a": of, "b": of}))}
     made = analyse({"a": documents, "b": documents}).to_json() | {"extras": extras}
-    captions = [one.caption for one in analysis_section(made).pictures]
+    captions = [one.caption for one in analysis_section(made).figures]
     assert any("right, random" in one for one in captions) and any("index" in one for one in captions)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nearfield.cli import main
-from nearfield.reporting.suite import dimension_chart, scores_by_type
+from nearfield.reporting.comparison import dimension_figures, scores_by_type
 
 TASKS = {"A": "STS", "B": "STS", "C": "Retrieval"}
 
@@ -52,11 +52,9 @@ def test_only_tasks_that_all_have_count(whole: Path, tmp_path: Path) -> None:
 
 
 def test_the_report_draws_the_first_dimensions(whole: Path, tmp_path: Path) -> None:
-    made = dimension_chart(tmp_path / "results", {"after": whole})
-    assert made is not None
-    chart, values = made
-    assert list(chart.x) == [16, 32, 64]
-    assert values["series"] == [
+    (figure,) = dimension_figures(tmp_path / "results", {"after": whole})
+    assert figure.values is not None and figure.values["x"] == [16, 32, 64]
+    assert figure.values["series"] == [
         {"label": "STS (1)", "y": [0.3, 0.5, 0.6]},
         {"label": "Retrieval (1)", "y": [0.2, 0.3, 0.4]},
     ]

@@ -91,7 +91,7 @@ def sentences_of(analysis: Analysis) -> list[str]:
 
 def _scores(folder: Path) -> dict[str, object]:
     """Which dimensions were kept -> how many, and the mean score of each task type."""
-    from nearfield.reporting.suite import scores_by_type
+    from nearfield.reporting.comparison import scores_by_type
 
     if not folder.is_dir():
         raise BadInputError("there is no such folder of results", where=str(folder))

@@ -74,7 +74,10 @@ def tell(words: object = "", style: str = "") -> None:
 
     from nearfield.console import stdout_console
 
-    stdout_console().print(Text(words, style) if isinstance(words, str) else words, soft_wrap=isinstance(words, str))
+    if isinstance(words, str):
+        stdout_console().print(Text(words, style), soft_wrap=True)
+    else:
+        stdout_console().print(words)
 
 
 def line_of(*parts: str | tuple[str, str]) -> Text:

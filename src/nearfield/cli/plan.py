@@ -48,7 +48,7 @@ def show_plan(
     """Print what a plan holds, how hard its batches are and what was left out; write a page with the pictures."""
     from nearfield.batching.files import plan_files
     from nearfield.batching.plan import Plan
-    from nearfield.reporting.plans import write_plan_page
+    from nearfield.reporting.batches import write_plan_page
 
     plans = [Plan(file) for file in plan_files(path)]
     epochs = [{"epoch": plan.metadata.get("epoch"), **plan.metadata["summary"]} for plan in plans]

@@ -26,6 +26,6 @@ def build_report(run: Path, out: Path | None = None) -> ReportResult:
     A part of the run that is missing or damaged is said in its section. Raises :class:`BadInputError` if ``run`` is no
     run folder or ``out`` cannot be a file.
     """
-    from nearfield.reporting.page import write_page
+    from nearfield.reporting.report import write_report
 
-    return write_page(Path(run), None if out is None else Path(out))
+    return write_report(Path(run), None if out is None else Path(out))

@@ -1,21 +1,27 @@
-"""The section and the page on embeddings: an analysis as tables, pictures and sentences."""
+"""The section and the page on embeddings: an analysis as tables, figures and sentences."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from markupsafe import Markup
-
-from nearfield.errors import BadInputError
-from nearfield.files import write_text
 from nearfield.reporting import text
-from nearfield.reporting.maps import clustered, heat_map, scatter
-from nearfield.reporting.run import AbsentError, Json, listing, load_object, mapping, real, string
-from nearfield.reporting.svg import Histogram, LineChart, Series, Whisker, histogram, interval_plot, line_chart
+from nearfield.reporting.reading import AbsentError, Json, listing, load_object, mapping, real, string
+from nearfield.reporting.svg import (
+    Figure,
+    Histogram,
+    LineChart,
+    Series,
+    Whisker,
+    clustered,
+    heat_map,
+    histogram_figure,
+    interval_figure,
+    line_figure,
+    scatter,
+)
 
 MOST_MODELS = 4
 """Models that have a curve of their own; styles for more are not told apart."""
@@ -35,15 +41,6 @@ FIGURES = (
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A figure with its caption, and whether the page's script reads its values."""
-
-    caption: str
-    svg: Markup
-    live: bool = False
-
-
-@dataclass(frozen=True)
 class Tab:
     """A table: caption, heads, rows."""
 
@@ -54,13 +51,12 @@ class Tab:
 
 @dataclass(frozen=True)
 class AnalysisSection:
-    """All that the template shows, and the values that go to the page's script: ``charts`` and ``maps``."""
+    """All that the template shows, and the texts of ``maps``, which go to the page's script."""
 
     texts: str
     tables: list[Tab]
-    pictures: list[Picture]
+    figures: list[Figure]
     sentences: list[str]
-    charts: dict[str, object] = field(default_factory=dict)
     maps: dict[str, object] = field(default_factory=dict)
 
 
@@ -142,7 +138,7 @@ def _maps(section: AnalysisSection, models: Sequence[str], drawing: Json) -> Non
         held = sum(_numbers(shares))
         svg = scatter(key, f"Texts of {model} in the plane", [(x, y) for x, y in places], labels)
         caption = f"{model}: texts on the two principal axes, which hold {100 * held:.0f} % of the variance; far texts may fall together"
-        section.pictures.append(Picture(caption, svg, live=True))
+        section.figures.append(Figure(caption, svg, key, live=True))
         section.maps[key] = {"labels": labels, "texts": texts}
 
 
@@ -175,15 +171,7 @@ def _curves(section: AnalysisSection, models: Sequence[str], shapes: Sequence[Js
             series.append(Series(model, sums, f"s{number + 1}"))
     longest = max((len(one.y) for one in series), default=0)
     series = [Series(one.label, [*one.y, *[float("nan")] * (longest - len(one.y))], one.style) for one in series]
-    _line(
-        section,
-        "spectrum",
-        "Variance held by the first principal axes",
-        range(1, longest + 1),
-        series,
-        "axes",
-        log=False,
-    )
+    _line(section, "spectrum", "Variance held by the first principal axes", range(1, longest + 1), series, "axes")
 
 
 def _scores(section: AnalysisSection, found: Json) -> None:
@@ -205,16 +193,13 @@ def _line(
     xs: Sequence[float],
     series: Sequence[Series],
     label: str = "dimensions",
-    *,
-    log: bool = True,
 ) -> None:
+    """Curves over a scale of factors; over that of axes, of differences."""
     x = [float(value) for value in xs]
     if len(x) < 2 or not series or min(x) <= 0:
         return
-    chart = LineChart(key, title, x, series, label, from_zero=True, log=log)
-    section.pictures.append(Picture(title, line_chart(chart), live=True))
-    values = [{"label": one.label, "y": [float(f"{value:.5g}") for value in one.y]} for one in series]
-    section.charts[key] = {"title": title, "x": x, "series": values, "log": log, "unit": label}
+    chart = LineChart(key, title, x, series, label, from_zero=True, log=label != "axes")
+    section.figures.append(line_figure(chart))
 
 
 def _likeness(section: AnalysisSection, models: Sequence[str], made: Json) -> None:
@@ -229,9 +214,7 @@ def _likeness(section: AnalysisSection, models: Sequence[str], made: Json) -> No
         order = clustered(table)
         numbered = ", ".join(f"{i + 1} {models[row]}" for i, row in enumerate(order))
         caption = f"{title}, like models side by side ({numbered})"
-        section.pictures.append(
-            Picture(caption, heat_map(f"heat-{key.replace('_', '-')}", title, models, table, order))
-        )
+        section.figures.append(Figure(caption, heat_map(f"heat-{key.replace('_', '-')}", title, models, table, order)))
     sweep = {int(k): [_numbers(row) for row in listing(table)] for k, table in mapping(made.get("sweep")).items()}
     pairs = [(i, j) for i in range(len(models)) for j in range(i)][:MOST_MODELS]
     series = [
@@ -273,15 +256,11 @@ def _search(section: AnalysisSection, found: Json) -> None:
         chart = Histogram(
             f"samples-{number}", caption, _numbers(one.get("edges")), samples, "cosine", f"Overlaps: {told}."
         )
-        section.pictures.append(Picture(caption, histogram(chart)))
+        section.figures.append(histogram_figure(chart))
     heads = ["model", "rule", "cut", "95 % interval", "precision", "recall"]
     section.tables.append(Tab("Cuts between right and random documents", heads, rows))
-    described = "; ".join(f"{one.label} {one.value:.3f}" for one in whiskers)
-    title = "Questions with a right document among the first k"
-    section.pictures.append(Picture(title, interval_plot("accuracy", title, whiskers, described)))
-    described = "; ".join(f"{one.label} {one.value:.3f}" for one in cuts)
-    title = "Cuts and their bootstrap intervals over questions"
-    section.pictures.append(Picture(title, interval_plot("cuts", title, cuts, described)))
+    section.figures.append(interval_figure("accuracy", "Questions with a right document among the first k", whiskers))
+    section.figures.append(interval_figure("cuts", "Cuts and their bootstrap intervals over questions", cuts))
 
 
 def _versions(section: AnalysisSection, found: Json) -> None:
@@ -290,7 +269,7 @@ def _versions(section: AnalysisSection, found: Json) -> None:
     if len(models) > 1 and len(table) == len(models) and all(len(row) == len(models) for row in table):
         order = list(range(len(models)))
         title = "Questions by the row's model on the index of the column's: a right document first"
-        section.pictures.append(Picture(title, heat_map("versions", title, models, table, order)))
+        section.figures.append(Figure(title, heat_map("versions", title, models, table, order)))
     for number, (pair, points) in enumerate(list(mapping(found.get("audits")).items())[:MOST_MODELS]):
         places = [_numbers(point) for point in listing(points)]
         series = [Series("found again", [place[1] for place in places], "s3")]
@@ -327,9 +306,8 @@ def _associations(section: AnalysisSection, found: Json) -> None:
         return
     heads = ["model", "test", "effect", "p", "p, Holm", "test is", "targets left out"]
     section.tables.append(Tab("Associations (WEAT, SEAT)", heads, rows))
-    described = "; ".join(f"{one.label} {one.value:+.2f}" for one in points)
     title = "Effects of associations, from −2 to 2"
-    section.pictures.append(Picture(title, interval_plot("associations", title, points, described, zero=True)))
+    section.figures.append(interval_figure("associations", title, points, "+.2f", zero=True))
 
 
 def _rankability(section: AnalysisSection, found: Json) -> None:
@@ -338,35 +316,16 @@ def _rankability(section: AnalysisSection, found: Json) -> None:
         for axis, rho in mapping(mapping(value).get("spearman")).items():
             points.append(Whisker(f"{axis}, {model}", real(rho) or 0.0, None, None, f"s{number % 4 + 1}"))
     if points:
-        described = "; ".join(f"{one.label} {one.value:.2f}" for one in points)
         title = "Order of unseen items along a direction (Spearman)"
-        section.pictures.append(Picture(title, interval_plot("rankability", title, points, described, zero=True)))
+        section.figures.append(interval_figure("rankability", title, points, ".2f", zero=True))
 
 
 def write_analysis_page(made: Mapping[str, object], out: Path) -> Path:
     """Write a page of its own on an analysis; it loads nothing from a network."""
-    from nearfield.reporting.page import TEMPLATES, content_policy, embedded_json, environment
+    from nearfield.reporting.page import write_page
 
-    if out.is_dir():
-        raise BadInputError("the page is one file, and this is a folder", where=str(out), hint="Name a file.")
     part = analysis_section(made)
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    html = (
-        environment()
-        .get_template("analysis.html.j2")
-        .render(
-            part=part,
-            name=", ".join(string(model) or "?" for model in listing(made.get("models"))),
-            policy=content_policy(script, style),
-            style=Markup(style),
-            script=Markup(script),
-            data=embedded_json({"format": 1, "charts": part.charts, "maps": part.maps}),
-            version=importlib.metadata.version("nearfield"),
-        )
-    )
-    try:
-        write_text(out, html)
-    except OSError as error:
-        raise BadInputError(f"the page cannot be written ({error.strerror})", where=str(out)) from error
+    name = ", ".join(string(model) or "?" for model in listing(made.get("models")))
+    charts = {figure.key: figure.values for figure in part.figures if figure.values is not None}
+    write_page("analysis.html.j2", out, {"format": 1, "charts": charts, "maps": part.maps}, part=part, name=name)
     return out

@@ -1,24 +1,46 @@
-"""The section on batches: which examples met, read from the plan."""
+"""Which examples meet in batches: the section of a report, read from the plan, and the page of a plan."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from nearfield.reporting import text
-from nearfield.reporting.run import AbsentError, Json, Missing, first, listing, load_object, mapping, part, real, string
-from nearfield.reporting.svg import Histogram, Series, histogram, ticks
+from nearfield.reporting.reading import (
+    AbsentError,
+    Json,
+    Missing,
+    first,
+    listing,
+    load_object,
+    mapping,
+    part,
+    real,
+    string,
+)
+from nearfield.reporting.svg import (
+    Figure,
+    Histogram,
+    LineChart,
+    Series,
+    Whisker,
+    bin_edges,
+    binned,
+    counts_figure,
+    histogram,
+    interval_figure,
+    line_figure,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-BINS = 24
+    from nearfield.batching.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -39,11 +61,11 @@ class Batches:
     facts: list[tuple[str, str]]
     epochs: list[Epoch]
     sources: list[tuple[str, str, str]]
-    lengths: Lengths | Missing
+    lengths: ItemLengths | Missing
 
 
 @dataclass(frozen=True)
-class Lengths:
+class ItemLengths:
     """Tokens an item in the first epoch: the chart, and a table row for each side."""
 
     svg: Markup
@@ -123,7 +145,7 @@ def _epoch(one: Json, number: int) -> Epoch:
     )
 
 
-def _lengths(run: Path, names: Sequence[str]) -> Lengths:
+def _lengths(run: Path, names: Sequence[str]) -> ItemLengths:
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -145,16 +167,15 @@ def _lengths(run: Path, names: Sequence[str]) -> Lengths:
     documents = table["document_tokens"].to_numpy().astype(np.float64)
     sides = [("a query", queries), ("the documents of an example", documents)]
     high = max(float(np.percentile(values, 99.5)) for _, values in sides)
-    edges = np.asarray(bin_edges(high))
+    edges = bin_edges(high)
     series = []
     for number, (label, values) in enumerate(sides, start=1):
-        counts, _ = np.histogram(np.minimum(values, edges[-1]), bins=edges)
-        series.append(Series(label, [float(value) for value in counts], f"s{number}"))
+        series.append(binned(np.minimum(values, edges[-1]), edges, label, f"s{number}"))
     rows = [_row(label, values) for label, values in sides]
     chart = Histogram(
         key="tokens",
         title="Tokens of the planned items",
-        edges=[float(edge) for edge in edges],
+        edges=edges,
         sides=series,
         x_label="tokens, prompts included; the last bin takes all longer ones",
         description=". ".join(
@@ -171,7 +192,7 @@ def _lengths(run: Path, names: Sequence[str]) -> Lengths:
                 f"A batch holds {text.count(float(np.median(per_step)))} tokens in the median, "
                 f"{text.count(float(per_step.min()))} at least and {text.count(float(per_step.max()))} at most."
             )
-    return Lengths(histogram(chart), rows, batch, _by_source(table, queries, documents, names))
+    return ItemLengths(histogram(chart), rows, batch, _by_source(table, queries, documents, names))
 
 
 def _by_source(
@@ -209,9 +230,168 @@ def _row(label: str, values: npt.NDArray[np.float64]) -> tuple[str, str, str, st
     )
 
 
-def bin_edges(high: float) -> list[float]:
-    """Edges of about ``BINS`` bins of a round, whole width from 0 to at least ``high``."""
-    width = max(1.0, math.ceil(max(high, 1.0) / BINS))
-    steps = ticks(0.0, width, 1)
-    width = max(1.0, float(math.ceil(steps[-1])))
-    return [index * width for index in range(math.ceil(max(high, 1.0) / width) + 1)]
+MOST_SOURCES = 4
+"""Sources that have a curve of their own; styles for more are not told apart."""
+WINDOWS = 40
+
+
+@dataclass(frozen=True)
+class PlanPage:
+    """All that the template shows."""
+
+    name: str
+    facts: list[tuple[str, str]]
+    sources: list[tuple[str, ...]]
+    dropped: list[tuple[str, ...]]
+    dropped_heads: list[str]
+    figures: list[Figure]
+    notes: list[str]
+
+
+def write_plan_page(plans: Sequence[Plan], out: Path) -> Path:
+    """Write an HTML page on the plans of a run's epochs; it loads nothing from a network."""
+    from nearfield.reporting.page import write_page
+
+    page = build_plan_page(plans)
+    write_page("plan.html.j2", out, name=page.name, page=page)
+    return out
+
+
+def build_plan_page(plans: Sequence[Plan]) -> PlanPage:
+    """The page of plans; the figures are of the first epoch, but for hardness, which is of all."""
+    first = plans[0]
+    summaries = [plan.metadata["summary"] for plan in plans]
+    settings = first.metadata.get("batches", {})
+    facts = [
+        ("planner", str(settings.get("kind", "unknown")).replace("_", " ")),
+        ("examples a batch", str(settings.get("batch_size", "unknown"))),
+        ("seed", str(first.metadata.get("seed", "unknown"))),
+        ("epochs", text.count(len(plans))),
+        ("batches", text.count(sum(one["batches"] for one in summaries))),
+        ("examples", text.count(sum(one["rows"] for one in summaries))),
+        ("tokens", text.count(sum(one["tokens"] for one in summaries))),
+        ("moved for a clash", text.count(summaries[0]["planner"].get("moved", 0))),
+    ]
+    one = summaries[0]
+    sources: list[tuple[str, ...]] = [
+        (
+            name,
+            text.count(one["batches_by_source"].get(name, 0)),
+            text.count(rows),
+            text.percent(rows, one["rows"]),
+            text.count(one["tokens_by_source"][name]),
+        )
+        for name, rows in one["rows_by_source"].items()
+    ]
+    several = one["batches_by_source"].get("several sources")
+    if several:
+        sources.append(("several sources", text.count(several), "", "", ""))
+    reasons = sorted({reason for summary in summaries for reason in summary["dropped"]})
+    dropped: list[tuple[str, ...]] = [
+        (reason, *(text.count(summary["dropped"].get(reason, 0)) for summary in summaries[:6])) for reason in reasons
+    ]
+    figures = [
+        *_hardness_figures(summaries),
+        *_token_figures(first),
+        *_source_figures(first),
+        *_strata_figures(first, one["planner"]),
+    ]
+    name = first.path.parent.parent.resolve().name if first.path.parent.name == "plan" else first.path.name
+    shown = [figure for figure in figures if figure.svg]
+    heads = ["why", *(f"epoch {number}" for number in range(min(6, len(summaries))))]
+    return PlanPage(name, facts, sources, dropped, heads, shown, _notes(one))
+
+
+def _notes(summary: dict[str, Any]) -> list[str]:
+    notes = []
+    exceptions = summary.get("exceptions", {})
+    if exceptions.get("repeated_items"):
+        notes.append(f"{text.count(exceptions['repeated_items'])} times an item stands twice in a batch.")
+    if exceptions.get("known_positives"):
+        times = text.count(exceptions["known_positives"])
+        notes.append(f"{times} times an item is a known positive of another query of its batch.")
+    if exceptions and not notes:
+        notes.append("No item stands twice in a batch, and none is a known positive of another query of its batch.")
+    if summary.get("hardness"):
+        hardness = summary["hardness"]
+        notes.append(
+            f"Similarity and false negatives are the teacher's, measured on {text.count(hardness['batches'])} batches "
+            f"({text.count(hardness['pairs'])} pairs of a query with the positive of another example of its batch) and on "
+            "random batches of as many examples of the same sources. Bars are 95 % intervals over batches."
+        )
+    else:
+        notes.append("How hard the batches are is not known: the recipe names no teacher.")
+    return notes
+
+
+def _hardness_figures(summaries: Sequence[dict[str, Any]]) -> list[Figure]:
+    titles = {
+        "similarity": ("Similarity of a query and the positives of others in its batch", 1),
+        "false_negatives": ("In-batch negatives that score above the positive, %", 100),
+    }
+    figures = []
+    for key, (caption, scale) in titles.items():
+        rows = []
+        for number, summary in enumerate(summaries[:6]):
+            hardness = summary.get("hardness") or {}
+            for side, style in (("planned", "s1"), ("random", "s4")) if hardness else ():
+                value, margin = scale * hardness[f"{side}_{key}"], hardness[f"{side}_{key}_margin"]
+                low, high = (None, None) if margin is None else (value - scale * margin, value + scale * margin)
+                if low is not None and key == "false_negatives":
+                    low = max(0.0, low)
+                rows.append(Whisker(f"{side}, epoch {number}", value, low, high, style))
+        figures.append(interval_figure(key.replace("_", ""), caption, rows, ".4f"))
+    return figures
+
+
+def _token_figures(plan: Plan) -> list[Figure]:
+    import numpy as np
+
+    tokens = plan.tokens().astype(np.float64)
+    if not len(tokens):
+        return []
+    described = (
+        f"Median {text.count(float(np.median(tokens)))}, least {text.count(float(tokens.min()))}, "
+        f"most {text.count(float(tokens.max()))} tokens a batch."
+    )
+    return [counts_figure("tokens", "Tokens of a batch", tokens.tolist(), "batches", "tokens", described)]
+
+
+def _source_figures(plan: Plan) -> list[Figure]:
+    """The share of the examples that each source has, over the steps."""
+    import numpy as np
+
+    names = {int(number): name for number, name in plan.metadata.get("sources", {}).items()}
+    steps, source = plan.column("step"), plan.column("source")
+    numbers, counts = np.unique(source, return_counts=True)
+    if len(numbers) < 2 or len(plan) < 2:
+        return []
+    windows = max(2, min(WINDOWS, len(plan) // 8))
+    window = steps * windows // len(plan)
+    whole = np.maximum(np.bincount(window, minlength=windows), 1)
+    series = []
+    for place, number in enumerate(numbers[np.argsort(-counts, kind="stable")][:MOST_SOURCES].tolist()):
+        share = np.bincount(window[source == number], minlength=windows) / whole
+        series.append(Series(names.get(number, str(number)), share.tolist(), f"s{place + 1}"))
+    x = [float(step) for step in np.arange(windows) * len(plan) // windows]
+    return [line_figure(LineChart("sources", "Share of each source over the epoch", x, series, from_zero=True))]
+
+
+def _strata_figures(plan: Plan, planner: dict[str, Any]) -> list[Figure]:
+    import numpy as np
+
+    figures: list[Figure] = []
+    for one in [planner, *planner.get("parts", [])]:
+        for name, about in one.get("strata", {}).items():
+            if about["kind"] == "kmeans":
+                sizes, title = [float(size) for size in about["sizes"]], f"Examples a cluster, {name}"
+                described = f"{len(sizes)} clusters of {sizes[-1]:.0f} to {sizes[0]:.0f} examples."
+                key = f"strata{len(figures)}"
+                figures.append(counts_figure(key, title, sizes, "clusters", "examples", described))
+    stratum, steps = plan.column("stratum"), plan.column("step")
+    if (stratum >= 0).any():
+        pairs = np.unique(np.stack([steps[stratum >= 0], stratum[stratum >= 0]]), axis=1)
+        met = np.bincount(pairs[0], minlength=len(plan)).astype(np.float64)
+        title, described = "Clusters or communities a batch", f"Median {np.median(met):.0f}, at most {met.max():.0f}."
+        figures.append(counts_figure("met", title, met.tolist(), "batches", "clusters or communities", described))
+    return figures

@@ -1,10 +1,9 @@
-"""The audit of mined negatives as one HTML page: what was found, two pictures, a sample with scores."""
+"""The audit of mined negatives as one HTML page: what was found, two figures, a sample with scores."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from nearfield.files import write_text
 from nearfield.reporting import text
-from nearfield.reporting.page import TEMPLATES, content_policy, environment
-from nearfield.reporting.svg import Histogram, Series, histogram
+from nearfield.reporting.page import write_page
+from nearfield.reporting.svg import Figure, Histogram, binned, histogram_figure
 
 if TYPE_CHECKING:
     from nearfield.mining.audit import Audit, Proportion
@@ -27,34 +25,21 @@ BINS = 40
 class AuditPage:
     """All that the template shows."""
 
-    name: str
     facts: list[tuple[str, str]]
     rules: list[tuple[str, ...]]
     rates: list[tuple[str, ...]]
     judge: str
-    gaps: Markup
-    scores: Markup
+    figures: list[Figure]
     sample: Sequence[object]
 
 
 def write_audit(found: Audit, name: str, out: Path) -> Path:
-    """Render the page and write it aside and renamed."""
-    style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
-    html = (
-        environment()
-        .get_template("mining.html.j2")
-        .render(
-            page=audit_page(found, name),
-            policy=content_policy("", style),
-            style=Markup(style),
-            version=importlib.metadata.version("nearfield"),
-        )
-    )
-    write_text(out, html)
+    """Write the page of an audit."""
+    write_page("mining.html.j2", out, name=name, page=audit_page(found))
     return out
 
 
-def audit_page(found: Audit, name: str) -> AuditPage:
+def audit_page(found: Audit) -> AuditPage:
     """The page of an audit."""
     summary = found.summary
     facts = [
@@ -70,13 +55,11 @@ def audit_page(found: Audit, name: str) -> AuditPage:
         ),
     ]
     return AuditPage(
-        name,
         facts,
         rule_rows(summary),
         [(source, *rate_words(rate)) for source, rate in found.false_negatives.items()],
         found.judge,
-        gap_chart(found),
-        score_chart(found),
+        [figure for figure in (gap_figure(found), score_figure(found)) if figure.svg],
         found.sample,
     )
 
@@ -97,45 +80,37 @@ def rate_words(rate: Proportion) -> tuple[str, str, str]:
     return f"{rate.value:.1%}", f"{rate.low:.1%} to {rate.high:.1%}", f"{rate.hits} of {rate.n}"
 
 
-def gap_chart(found: Audit) -> Markup:
+def gap_figure(found: Audit) -> Figure:
     """How far below the positive the negatives score."""
+    title = "Score of the positive less that of the negative"
     if not len(found.gaps):
-        return Markup("")
+        return Figure(title, Markup(""))
     low, median, high = np.percentile(found.gaps, [5, 50, 95])
-    return histogram(
-        Histogram(
-            key="gaps",
-            title="Score of the positive less that of the negative",
-            edges=edges(found.gaps),
-            sides=[Series("negatives", bins(found.gaps, edges(found.gaps)), "s1")],
-            x_label="score gap; below 0 the negative scores higher",
-            description=f"Of {len(found.gaps):,} negatives, the median gap is {median:.3f}; 90 % lie from {low:.3f} to "
-            f"{high:.3f}; {float((found.gaps <= 0).mean()):.1%} are 0 or less.",
-        )
+    limits, label = edges(found.gaps), "score gap; below 0 the negative scores higher"
+    described = (
+        f"Of {len(found.gaps):,} negatives, the median gap is {median:.3f}; 90 % lie from {low:.3f} to "
+        f"{high:.3f}; {float((found.gaps <= 0).mean()):.1%} are 0 or less."
+    )
+    return histogram_figure(
+        Histogram("gaps", title, limits, [binned(found.gaps.tolist(), limits, "negatives", "s1")], label, described)
     )
 
 
-def score_chart(found: Audit) -> Markup:
+def score_figure(found: Audit) -> Figure:
     """The teacher's scores of positives and negatives."""
-    both = np.concatenate([found.positive_scores, found.negative_scores])
+    title = "The teacher's scores"
+    parts = {"positives": (found.positive_scores, "s2"), "negatives": (found.negative_scores, "s1")}
+    both = np.concatenate([values for values, _ in parts.values()])
     if not len(both):
-        return Markup("")
-    limits = edges(both)
-    sides = [
-        Series(f"{label} (share)", share(bins(values, limits)), style)
-        for label, values, style in (
-            ("positives", found.positive_scores, "s2"),
-            ("negatives", found.negative_scores, "s1"),
-        )
-    ]
-    words = [
-        f"{label}: median {float(np.median(values)):.3f}"
-        for label, values in (("positives", found.positive_scores), ("negatives", found.negative_scores))
-        if len(values)
-    ]
-    return histogram(
-        Histogram("scores", "The teacher's scores", limits, sides, "teacher's score", "; ".join(words) + ".")
+        return Figure(title, Markup(""))
+    limits, sides = edges(both), []
+    for label, (values, style) in parts.items():
+        side = binned(values.tolist(), limits, f"{label} (share)", style)
+        sides.append(replace(side, y=[count / max(1, len(values)) for count in side.y]))
+    described = "; ".join(
+        f"{label}: median {float(np.median(values)):.3f}" for label, (values, _) in parts.items() if len(values)
     )
+    return histogram_figure(Histogram("scores", title, limits, sides, "teacher's score", f"{described}."))
 
 
 def edges(values: npt.NDArray[np.float64]) -> list[float]:
@@ -144,14 +119,3 @@ def edges(values: npt.NDArray[np.float64]) -> list[float]:
     if high <= low:
         low, high = low - 0.5, high + 0.5
     return [float(edge) for edge in np.linspace(low, high, BINS + 1)]
-
-
-def bins(values: npt.NDArray[np.float64], limits: Sequence[float]) -> list[float]:
-    """Counts a bin."""
-    return [float(count) for count in np.histogram(values, bins=np.asarray(limits))[0]]
-
-
-def share(counts: Sequence[float]) -> list[float]:
-    """Counts as shares of their sum."""
-    total = sum(counts) or 1.0
-    return [count / total for count in counts]

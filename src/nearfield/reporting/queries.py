@@ -3,23 +3,30 @@
 Scores a query and the first ten results come from the files beside the results; texts and the relevant documents from
 the data store, where a document's id is the hash of its content. Tasks of other origin keep ids only, and the section
 says so.
+
+Images are shown without a network, and safe, since each is decoded and encoded anew.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nearfield.data.pictures import pillow, smaller
 from nearfield.reporting import text
 from nearfield.reporting.comparison import metric_words
-from nearfield.reporting.pictures import data_uri
-from nearfield.reporting.run import AbsentError, Json, Missing, logger, mapping, string
+from nearfield.reporting.reading import AbsentError, Json, Missing, logger, mapping, string
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from nearfield.data.store import Store
+
 
 EACH = 5
 """Gains shown, and losses shown, at most."""
@@ -36,8 +43,8 @@ class Result:
     text: str
     score: str
     relevant: bool | None
-    picture: str | None = None
-    """A data URI, where the document is a picture or has one."""
+    image: str | None = None
+    """A data URI, where the document is an image or has one."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +65,12 @@ class Query:
     about: str
     sides: list[Side]
     wanted: list[str]
-    picture: str | None = None
-    wanted_pictures: list[str] = field(default_factory=list)
+    image: str | None = None
+    wanted_images: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Group:
+class QueryGroup:
     """The gains or the losses."""
 
     kind: str
@@ -76,7 +83,7 @@ class Queries:
     """The section; ``raw`` is what goes into the page's JSON."""
 
     summary: list[str]
-    groups: list[Group]
+    groups: list[QueryGroup]
     notes: list[str]
     raw: list[dict[str, object]]
 
@@ -131,8 +138,8 @@ class Texts:
         store, row = self.rows[one]
         return store.shown([row])[0]
 
-    def picture(self, one: str) -> str | None:
-        """The picture of an id as a data URI; None where it has none."""
+    def image(self, one: str) -> str | None:
+        """The image of an id as a data URI; None where it has none."""
         if one not in self.rows:
             return None
         store, row = self.rows[one]
@@ -198,7 +205,7 @@ def build_queries(run: Path, manifest: Json | Missing, store: Path | None) -> Qu
     }
     texts = _texts(run, store, stores)
     texts.find(_ids(gains + losses, tops))
-    shown = [(Group("gain", "Largest gains", []), gains), (Group("loss", "Largest losses", []), losses)]
+    shown = [(QueryGroup("gain", "Largest gains", []), gains), (QueryGroup("loss", "Largest losses", []), losses)]
     raw: list[dict[str, object]] = []
     for group, chosen in shown:
         for change in chosen:
@@ -316,7 +323,7 @@ def _query(change: Change, tops: dict[tuple[str, str], Top], texts: Texts) -> tu
                     document if known is None else known,
                     f"{points:.3f}".replace("-", "−"),
                     marked,
-                    texts.picture(document),
+                    texts.image(document),
                 )
             )
         seen |= {document for _, document, _ in found}
@@ -346,14 +353,28 @@ def _query(change: Change, tops: dict[tuple[str, str], Top], texts: Texts) -> tu
     texts.find(unseen)
     wanted = [document for document in (texts.text(one) for one in unseen[:3]) if document is not None]
     found_one = any(result.relevant for side in sides for result in side.results)
-    pictures = [picture for picture in (texts.picture(one) for one in unseen[:3]) if picture is not None]
+    images = [image for image in (texts.image(one) for one in unseen[:3]) if image is not None]
     full = Query(
         text=change.query if query is None else query,
         delta=text.signed(change.delta),
         about=f"{about} · {change.task}",
         sides=sides,
         wanted=[] if found_one else wanted,
-        picture=texts.picture(change.query),
-        wanted_pictures=[] if found_one else pictures,
+        image=texts.image(change.query),
+        wanted_images=[] if found_one else images,
     )
     return full, record
+
+
+SIDE = 56
+"""Pixels of the longer side: ten queries with ten results on both sides stay below half a megabyte."""
+
+
+def data_uri(image: Image) -> str:
+    """An RGB image as a data URI of a small WebP."""
+    target = io.BytesIO()
+    flat = pillow().new("RGB", image.size)
+    # Onto a new image: metadata does not travel.
+    flat.paste(image)
+    smaller(flat, SIDE).save(target, "WEBP", quality=70, method=4)
+    return "data:image/webp;base64," + base64.b64encode(target.getvalue()).decode("ascii")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from nearfield.reporting import text
 WIDTH, HEIGHT = 460, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 14, 40
 _NOTHING = Markup("")
+BINS = 24
 LABEL_EMS = 15.0
 """What a row's label may take, in the height of its letters: half of a chart on a phone."""
 
@@ -70,6 +72,64 @@ class Whisker:
     low: float | None
     high: float | None
     style: str = "s1"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn chart with its caption."""
+
+    caption: str
+    svg: Markup
+    key: str = ""
+    values: dict[str, object] | None = None
+    """What the page's script shows beside the pointer, where it does."""
+    live: bool = False
+    """Whether the page's script reads values of it."""
+
+
+def line_figure(chart: LineChart, shown: Sequence[Series] | None = None) -> Figure:
+    """A line chart with the values behind it; ``shown`` are those of its curves that the script tells."""
+    series = [{"label": one.label, "y": [float(f"{y:.5g}") for y in one.y]} for one in shown or chart.series]
+    values: dict[str, object] = {
+        "title": chart.title,
+        "x": [round(x, 2) for x in chart.x],
+        "series": series,
+        "log": chart.log,
+        "unit": chart.x_label,
+    }
+    return Figure(chart.title, line_chart(chart), chart.key, values, live=True)
+
+
+def binned(values: Sequence[float], edges: Sequence[float], label: str, style: str) -> Series:
+    """How many of the values are in each bin."""
+    import numpy as np
+
+    counts, _ = np.histogram(np.asarray(values, dtype=np.float64), bins=np.asarray(edges))
+    return Series(label, [float(count) for count in counts], style)
+
+
+def bin_edges(high: float) -> list[float]:
+    """Edges of about ``BINS`` bins of a round, whole width from 0 to at least ``high``."""
+    width = max(1.0, math.ceil(max(high, 1.0) / BINS))
+    width = max(1.0, float(math.ceil(ticks(0.0, width, 1)[-1])))
+    return [index * width for index in range(math.ceil(max(high, 1.0) / width) + 1)]
+
+
+def histogram_figure(chart: Histogram) -> Figure:
+    """A histogram under its title."""
+    return Figure(chart.title, histogram(chart), chart.key)
+
+
+def counts_figure(key: str, title: str, values: Sequence[float], label: str, x_label: str, described: str) -> Figure:
+    """How many of some counts are in each bin from 0 on."""
+    edges = bin_edges(max(values))
+    return histogram_figure(Histogram(key, title, edges, [binned(values, edges, label, "s1")], x_label, described))
+
+
+def interval_figure(key: str, title: str, rows: Sequence[Whisker], form: str = ".3f", *, zero: bool = False) -> Figure:
+    """An interval plot under its title, with its values in words."""
+    described = "; ".join(f"{row.label} {row.value:{form}}" for row in rows)
+    return Figure(title, interval_plot(key, title, rows, described, zero=zero), key)
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -228,7 +288,7 @@ def describe(chart: LineChart) -> str:
 def chart_svg(
     key: str, title: str, description: str, height: float, parts: Sequence[Markup], more: Markup = _NOTHING
 ) -> Markup:
-    """A picture with its title and description in words; ``more`` are attributes."""
+    """A chart with its title and description in words; ``more`` are attributes."""
     head = Markup(
         '<svg class="chart" viewBox="0 0 {} {:.0f}" role="img" aria-labelledby="{}-title {}-text"{}>'
         '<title id="{}-title">{}</title><desc id="{}-text">{}</desc>{}</svg>'
@@ -305,3 +365,89 @@ def _legend(series: Sequence[Series]) -> Markup:
         parts.append(words_at(x + 21, 16, "start", label))
         x += 40 + 7.6 * len(label)
     return Markup("").join(parts)
+
+
+COLOURS = 6
+"""Labels with a colour of their own; the rarer ones share the last style."""
+MAP_HEIGHT = 400
+
+
+def clustered(values: Sequence[Sequence[float]]) -> list[int]:
+    """An order of rows that puts like ones side by side: average linkage on one minus the likeness."""
+    import numpy as np
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    square = np.asarray(values, dtype=np.float64)
+    if len(square) < 3:
+        return list(range(len(square)))
+    distance = np.maximum(1 - (square + square.T) / 2, 0)
+    np.fill_diagonal(distance, 0)
+    return [int(i) for i in leaves_list(linkage(squareform(distance, checks=False), "average"))]
+
+
+def heat_map(
+    key: str, title: str, names: Sequence[str], values: Sequence[Sequence[float | None]], order: Sequence[int]
+) -> Markup:
+    """An SVG of a square table, darker for larger values from 0 to 1; rows and columns in ``order``, empty for null."""
+    labels = [clipped(names[row], 12.0) for row in order]
+    left, top = max(130.0, label_width(labels)), 12.0
+    side = min((WIDTH - left - 10) / len(order), 44.0)
+    height = top + side * len(order) + 34
+    parts = []
+    for i, row in enumerate(order):
+        y = top + side * i
+        parts.append(words_at(left - 8, y + side / 2 + 4, "end", labels[i]))
+        parts.append(words_at(left + side * (i + 0.5), top + side * len(order) + 18, "middle", str(i + 1)))
+        for j, column in enumerate(order):
+            value = values[row][column]
+            if value is None:
+                continue
+            parts.append(
+                Markup(
+                    '<rect class="cell" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.3f}"/>'
+                ).format(left + side * j, y, side - 1, side - 1, 0.5 * min(max(value, 0.0), 1.0))
+            )
+            if side >= 28:
+                words = Markup('<text class="strong" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>')
+                parts.append(words.format(left + side * (j + 0.5), y + side / 2 + 4, f"{value:.2f}"))
+    told = ". ".join(
+        f"{names[a]} and {names[b]}: {value:.2f}"
+        for i, a in enumerate(order)
+        for b in order[:i]
+        if (value := values[a][b]) is not None
+    )
+    return chart_svg(key, title, told or "One model.", height, parts)
+
+
+def scatter(key: str, title: str, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> Markup:
+    """An SVG of points, coloured and shaped by label: the commonest labels have a colour, the others share a grey one."""
+    if not points:
+        return Markup("")
+    named = [label for label, _ in Counter(labels).most_common(COLOURS)]
+    style_of = {label: f"m{i + 1}" for i, label in enumerate(named)}
+    kinds = [*named, *(["other labels"] if len(set(labels)) > len(named) else [])]
+    rows = -(-len(kinds) // 2)
+    top = 18.0 * rows + 12
+    low = [min(point[axis] for point in points) for axis in (0, 1)]
+    high = [max(point[axis] for point in points) for axis in (0, 1)]
+    spread = max(high[0] - low[0], high[1] - low[1]) or 1.0
+    scale = min((WIDTH - 24) / spread, (MAP_HEIGHT - 24) / spread)
+    parts = []
+    for i, label in enumerate(kinds):
+        x, y = 12 + (i % 2) * WIDTH / 2, 14.0 + 18 * (i // 2)
+        parts.append(_mark(style_of.get(label, "m0"), x, y - 4))
+        parts.append(words_at(x + 10, y, "start", clipped(label, 14.0)))
+    width = (high[0] - low[0]) * scale
+    for (x, y), label in zip(points, labels, strict=True):
+        place = (WIDTH - width) / 2 + (x - low[0]) * scale, top + 10 + (high[1] - y) * scale
+        parts.append(_mark(style_of.get(label, "m0"), *place))
+    described = f"{len(points)} texts: " + ", ".join(
+        f"{count} {label}" for label, count in Counter(labels).most_common(8)
+    )
+    height = top + 20 + (high[1] - low[1]) * scale
+    return chart_svg(key, title, f"{described}.", height, parts, Markup(' data-map="{}"').format(key))
+
+
+def _mark(style: str, x: float, y: float) -> Markup:
+    return Markup('<circle class="mark {}" cx="{:.1f}" cy="{:.1f}" r="3.2"/>').format(style, x, y)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from nearfield.reporting.curves import build_curves
-from nearfield.reporting.learning import judge
+from nearfield.reporting.curves import build_curves, judge
 
 GOOD = {
     "positive_similarity": 0.7,
@@ -92,10 +91,11 @@ def test_charts_of_figures_that_are_told_now_and_then(tmp_path: Path) -> None:
         lines.append(json.dumps(line))
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     found = build_curves(tmp_path)
-    charts = {chart.key: chart for chart in found.charts}
+    charts: dict[str, Any] = {figure.key: figure.values for figure in found.figures}
     assert {"masked", "negatives", "gradient-shares", "temperature", "alignment", "rank"} <= charts.keys()
-    assert charts["rank"].x == list(range(1, 100, 10))
-    assert dict(charts["rank"].series)["effective rank"] == [40.0 - step / 4 for step in range(1, 100, 10)]
-    assert [label for label, _ in charts["masked"].series] == ["all", "by score", "known positive"]
-    assert len(charts["loss"].x) == 100
+    rank, masked = ({one["label"]: one["y"] for one in charts[key]["series"]} for key in ("rank", "masked"))
+    assert charts["rank"]["x"] == list(range(1, 100, 10))
+    assert rank["effective rank"] == [40.0 - step / 4 for step in range(1, 100, 10)]
+    assert list(masked) == ["all", "by score", "known positive"]
+    assert len(charts["loss"]["x"]) == 100
     assert any("fell from 39.8 to 17.2" in note for note in found.notes)
