@@ -75,7 +75,7 @@ def child(side: str, model_name: str, data: Path, tasks: list[str], out: Path) -
     import torch
 
     torch.set_num_threads(1)
-    from nearfield.cli.common import quiet_libraries
+    from nearfield.cli.app import quiet_libraries
 
     quiet_libraries()
     import mteb

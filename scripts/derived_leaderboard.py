@@ -13,7 +13,7 @@ import argparse
 import time
 from pathlib import Path
 
-from nearfield.cli.common import quiet_libraries
+from nearfield.cli.app import quiet_libraries
 from nearfield.encoders.config import EncoderConfig
 from nearfield.files import atomic_path, write_json, write_text
 

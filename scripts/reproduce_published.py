@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nearfield.cli.common import quiet_libraries
+from nearfield.cli.app import quiet_libraries
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 NOT_COMPARABLE = {

@@ -62,7 +62,7 @@ def mine(
     engine: Literal["local", "ray"] = "local",
 ) -> Negatives:
     """The hard negatives of a recipe, mined if they are missing; ``ray`` spreads the work over a cluster."""
-    from nearfield.pipeline.auditing import mine_run
+    from nearfield.pipeline.audit import mine_run
 
     return mine_run(open_run(recipe, overrides, run), engine=engine)
 

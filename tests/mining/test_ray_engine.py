@@ -18,7 +18,7 @@ from nearfield.mining.documents import ArrayDocuments, RowLists
 from nearfield.mining.negatives import Negatives
 from nearfield.mining.search import search
 from nearfield.pipeline import open_run
-from nearfield.pipeline.auditing import mine_run
+from nearfield.pipeline.audit import mine_run
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra ray)")
 

@@ -15,7 +15,7 @@ from nearfield.encoders.limits import longest_input
 from nearfield.encoders.tokenize import count_cuts, lost_tokens, shorten, whole_lengths
 from nearfield.evaluation.results import read_manifest
 from nearfield.pipeline import open_run, run_stages
-from nearfield.pipeline.long_models import say_long_model
+from nearfield.pipeline.dry_run import say_long_model
 from nearfield.pipeline.stages import Stages
 from nearfield.recipe import load_recipe
 from tests.pipeline.fingerprints import fingerprints

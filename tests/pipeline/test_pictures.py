@@ -18,7 +18,7 @@ from nearfield.errors import BadInputError
 from nearfield.mining.config import BM25Teacher, SentenceTransformerTeacher
 from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages
-from nearfield.pipeline.auditing import audit_run
+from nearfield.pipeline.audit import audit_run
 from nearfield.pipeline.stages import Stages
 from tests.data.making import write_rows
 from tests.pipeline.scores import score

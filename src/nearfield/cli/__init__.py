@@ -1,4 +1,4 @@
-"""The command ``nearfield``: one thin module a command, over the same functions that Python users call.
+"""The command ``nearfield``: one thin module a group of commands, over the same functions that Python users call.
 
 Nothing heavy (pydantic, torch, mteb) is imported before a command runs, so that ``nearfield --help`` answers at once.
 """
@@ -9,7 +9,12 @@ import contextlib
 import errno
 import sys
 
+from nearfield.cli import analyse, compare, data, eval, mine, plan, project, run, train, twins
+from nearfield.cli.app import app
 from nearfield.errors import EXIT_FAULT, NearfieldError
+
+for _commands in (project, data, mine, plan, train, eval, compare, twins, analyse, run):
+    _commands.register(app)
 
 _NO_ROOM = {
     errno.ENOSPC: "Make room, then run the same command again: what was whole is kept.",
@@ -33,8 +38,6 @@ def _local_code_allowed(allowed: bool) -> contextlib.AbstractContextManager[None
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error that the user can act on is one message and its own exit code."""
-    from nearfield.cli.app import app
-
     given = sys.argv[1:] if arguments is None else list(arguments)
     # It may stand anywhere, as all commands that read a recipe know it.
     local_code = LOCAL_CODE in given

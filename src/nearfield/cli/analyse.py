@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nearfield.cli.common import quiet_libraries, table, tell
+from nearfield.cli.app import quiet_libraries, table, tell
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
     from nearfield.analysis.run import Analysis
-    from nearfield.pipeline.analysing import Sample
+    from nearfield.pipeline.embeddings import Sample
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +52,7 @@ def analyse_command(
     from nearfield.analysis.run import NEIGHBOURS
     from nearfield.encoders.encode import text_encoder
     from nearfield.files import write_json
-    from nearfield.pipeline.analysing import analyse_models, sample_of
+    from nearfield.pipeline.embeddings import analyse_models, sample_of
 
     if (suite is None) == (texts is None):
         raise BadInputError(
@@ -109,7 +109,7 @@ def _scores(folder: Path) -> dict[str, object]:
 
 
 def _lines(path: Path, limit: int, seed: int) -> Sample:
-    from nearfield.pipeline.analysing import Sample, drawn
+    from nearfield.pipeline.embeddings import Sample, drawn
 
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

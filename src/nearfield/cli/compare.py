@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nearfield.cli.common import RESULTS, Labels, ResultsFolder, TaskNames, names, table, tell
+from nearfield.cli.app import RESULTS, Labels, ResultsFolder, TaskNames, names, table, tell
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def compare_command(
     from nearfield.evaluation import compare
     from nearfield.evaluation.comparison import check_settings
     from nearfield.files import write_json
-    from nearfield.pipeline.methods import is_method
+    from nearfield.pipeline.run import is_method
 
     check_settings(samples, permutations, level)
     named, chosen = names(labels), names(tasks)
@@ -114,7 +114,7 @@ def _methods(
     models: list[str], runs: Path, named: list[str] | None, baseline: str | None, tasks: list[str] | None, level: float
 ) -> MethodComparison:
     from nearfield.evaluation.comparison import compare_methods
-    from nearfield.pipeline.methods import find_method
+    from nearfield.pipeline.run import find_method
 
     if len(models) < 2:
         raise BadInputError("a comparison needs two methods or more", where="command line")

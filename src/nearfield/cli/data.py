@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nearfield.cli.common import Overrides, line_of, names, quiet_libraries, table, tell
+from nearfield.cli.app import Overrides, line_of, names, quiet_libraries, table, tell
 from nearfield.errors import EXIT_FAULT, BadInputError
 
 if TYPE_CHECKING:

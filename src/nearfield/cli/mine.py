@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from nearfield.cli.common import (
+from nearfield.cli.app import (
     DEFAULT,
     DefaultGroup,
     Overrides,
@@ -48,7 +48,7 @@ def run_mining(
 ) -> None:
     """Mine the negatives of a recipe (its key `mining`) and print what each rule did. `run` may be left out."""
     from nearfield.pipeline import open_run
-    from nearfield.pipeline.auditing import mine_run
+    from nearfield.pipeline.audit import mine_run
     from nearfield.reporting.mining import rule_rows
 
     negatives = mine_run(open_run(recipe, overrides or (), run), on_stage=announce_stage, engine=engine)
@@ -79,7 +79,7 @@ def audit_mining(
 ) -> None:
     """Show mined negatives with scores, the score gaps, and the false negatives that a second teacher sees."""
     from nearfield.pipeline import open_run
-    from nearfield.pipeline.auditing import audit_run, choose_judge
+    from nearfield.pipeline.audit import audit_run, choose_judge
     from nearfield.reporting.mining import write_audit
 
     opened = open_run(run)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nearfield.cli.common import DEFAULT, DefaultGroup, Overrides, RecipeFile, RunFolder, announce_stage, table, tell
+from nearfield.cli.app import DEFAULT, DefaultGroup, Overrides, RecipeFile, RunFolder, announce_stage, table, tell
 from nearfield.errors import BadInputError
 
 plan_app = typer.Typer(

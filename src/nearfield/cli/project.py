@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nearfield.cli.common import Overrides, RecipeFile, quiet_libraries, table, tell
+from nearfield.cli.app import Overrides, RecipeFile, quiet_libraries, table, tell
 from nearfield.cli.data import example_parts
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nearfield.cli.common import Overrides, table, tell
+from nearfield.cli.app import Overrides, table, tell
 
 
 def register(app: typer.Typer) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nearfield.cli.common import Overrides, RecipeFile, RunFolder, announce_stage, line_of, quiet_libraries, tell
+from nearfield.cli.app import Overrides, RecipeFile, RunFolder, announce_stage, line_of, quiet_libraries, tell
 from nearfield.cli.compare import show_comparison
 from nearfield.errors import EXIT_BAD_INPUT, BadInputError
 

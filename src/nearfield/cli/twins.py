@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nearfield.cli.common import RESULTS, ResultsFolder, quiet_libraries, table, tell
+from nearfield.cli.app import RESULTS, ResultsFolder, quiet_libraries, table, tell
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
-    from nearfield.pipeline.twins import Twins
+    from nearfield.methods.twins import Twins
 
 
 def register(app: typer.Typer) -> None:
@@ -40,7 +40,7 @@ def twins_command(
     from nearfield.evaluation.config import open_suite
     from nearfield.evaluation.results import find_results
     from nearfield.files import write_json
-    from nearfield.pipeline.twins import twins
+    from nearfield.methods.twins import twins
 
     sides = [open_suite(general), open_suite(domain)]
     complexity = _given(measures)
@@ -75,8 +75,8 @@ def _given(path: Path | None) -> dict[str, dict[str, float]]:
 def _measured(tasks: list[Any], most: int, seed: int) -> dict[str, dict[str, float]]:
     """Measure -> task -> value. English is measured by fog too; other languages are left out there, not guessed."""
     from nearfield.evaluation.texts import labelled_texts
-    from nearfield.pipeline.analysing import drawn
-    from nearfield.pipeline.twins import text_measures
+    from nearfield.methods.twins import text_measures
+    from nearfield.pipeline.embeddings import drawn
 
     found: dict[str, dict[str, float]] = {}
     for task in tasks:

@@ -224,7 +224,7 @@ class ReportStage(Stage):
         from nearfield.analysis.run import NEIGHBOURS
         from nearfield.encoders.encode import text_encoder
         from nearfield.evaluation.config import open_suite
-        from nearfield.pipeline.analysing import Encode, analyse_models, sample_of
+        from nearfield.pipeline.embeddings import Encode, analyse_models, sample_of
 
         evaluation = self.recipe.evaluation
         if evaluation is None or not evaluation.analysed_texts:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from nearfield.errors import BadInputError
-from nearfield.pipeline.methods import find_method, is_method
+from nearfield.pipeline.run import find_method, is_method
 from nearfield.recipe import load_recipe
 
 
