@@ -347,8 +347,8 @@ def say_long_model(
 
 def _suite_lengths(model: SentenceTransformer, tasks: list[SuiteTask]) -> tuple[list[str], list[int]]:
     """The tasks whose data are on this machine, and the tokens of each of their texts as the model reads it, without prompts."""
-    from nearfield.encoders.tokenize import whole_lengths
     from nearfield.encoders.limits import longest_input
+    from nearfield.encoders.tokenize import whole_lengths
     from nearfield.evaluation.texts import benchmark_tasks
 
     limit = longest_input(model)
