@@ -110,9 +110,9 @@ def measure(side: str, folder: Path) -> dict[str, Any]:
         count = len(np.load(folder / "queries.npy", mmap_mode="r"))
         queries, documents = [f"q{i}" for i in range(count)], [f"d{i}" for i in range(count)]
     if side.startswith("nearfield"):
+        from nearfield.arrays import Ragged
         from nearfield.encoders.encode import Encoder
         from nearfield.mining.config import PercentOfPositiveRule
-        from nearfield.mining.documents import RowLists
         from nearfield.mining.mine import mine
 
         if from_texts:
@@ -127,7 +127,7 @@ def measure(side: str, folder: Path) -> dict[str, Any]:
         mined = mine(
             q,
             d,
-            RowLists(np.arange(count + 1), np.arange(count)),
+            Ragged(np.arange(count + 1), np.arange(count)),
             rules=[PercentOfPositiveRule(share=1 - MARGIN).build()],
             negatives=NEGATIVES,
             depth=DEPTH,

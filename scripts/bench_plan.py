@@ -38,8 +38,9 @@ import torch
 from datasets import Dataset
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
+from nearfield.arrays import Ragged
 from nearfield.batching import SingleSourceConfig, batch_sampler
-from nearfield.batching.rows import Lists, SourceExamples
+from nearfield.batching.streams import SourceExamples
 
 Batches = list[list[int]]
 
@@ -109,7 +110,7 @@ def check(batches: Batches, texts: tuple[np.ndarray[Any, Any], np.ndarray[Any, A
 def planner_alone(texts: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], batch: int, times: int) -> list[float]:
     """CPU seconds of the planner on rows of items, one a run."""
     count = len(texts[0])
-    source = SourceExamples(0, "pairs", np.arange(count), texts[0], Lists.single(texts[1]), Lists.empty(count))
+    source = SourceExamples(0, "pairs", np.arange(count), texts[0], Ragged.single(texts[1]), Ragged.empty(count))
     samples = []
     for seed in range(times):
         gc.collect()

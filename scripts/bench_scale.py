@@ -106,15 +106,15 @@ def open_vectors(folder: Path) -> tuple[Any, Any]:
 
 def make_source(count: int, seed: int) -> Any:
     """``count`` pairs; queries are items 0 to count - 1, documents above; a tenth of the documents is in two pairs."""
-    from nearfield.batching.planner import SourceExamples
-    from nearfield.batching.rows import Lists
+    from nearfield.arrays import Ragged
+    from nearfield.batching.streams import SourceExamples
 
     random = np.random.default_rng(seed)
     documents = np.arange(count, dtype=np.int64)
     again = random.permutation(count)
     documents[again[: count // 10]] = documents[again[count // 10 : 2 * (count // 10)]]
     rows = np.arange(count, dtype=np.int64)
-    return SourceExamples(0, "pairs", rows, rows.copy(), Lists.single(count + documents), Lists.empty(count))
+    return SourceExamples(0, "pairs", rows, rows.copy(), Ragged.single(count + documents), Ragged.empty(count))
 
 
 # Phases: each gives the work and what to say of its result
@@ -169,7 +169,7 @@ def plan_communities(options: argparse.Namespace, folder: Path) -> Work:
 
 
 def kmeans(options: argparse.Namespace, folder: Path, *, sample: int | None = 256) -> Work:
-    from nearfield.batching.kmeans import spherical_kmeans
+    from nearfield.mining.kmeans import spherical_kmeans
 
     queries, _ = open_vectors(folder)
     clusters = min(options.clusters, options.size // 50)

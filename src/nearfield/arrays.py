@@ -68,6 +68,12 @@ class Ragged:
     @classmethod
     def from_pairs(cls, owners: Rows, values: npt.NDArray[Any], count: int) -> Ragged:
         """From (list, value) pairs in any order: ``count`` rising lists, each value once a list."""
+        low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
+        if low >= 0 and values.dtype.kind == "i" and count * (high + 1) < 2**63:
+            # One number a pair: sorting these takes a third of the time and memory of sorting by two columns.
+            joined = np.unique(owners * np.int64(high + 1) + values)
+            owners, values = joined // (high + 1), (joined % (high + 1)).astype(values.dtype)
+            return cls.from_lengths(np.bincount(owners, minlength=count), values)
         order = np.lexsort((values, owners))
         return cls.from_lengths(np.bincount(owners, minlength=count), values[order]).distinct(ordered=True)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from nearfield.batching.config import BatchConfig, SingleSourceConfig, needs_vectors
+from nearfield.batching.config import BatchConfig, SingleSourceConfig
 from nearfield.config import Config, ConfigPath, KeyPath, Loaded, dotted, load_config
 from nearfield.data.config import DataConfig, SourceConfig
 from nearfield.encoders.config import EncoderConfig, PromptConfig
@@ -224,7 +224,7 @@ def _check_teacher(loaded: Loaded[Recipe]) -> None:
                 where=loaded.where(("mining", "during")),
                 hint="Raise mining.negatives: it is how long each example's list of candidates is.",
             )
-    if recipe.teacher is not None and needs_vectors(recipe.batches) and not dense_teachers(recipe.teacher):
+    if recipe.teacher is not None and recipe.batches.needs_vectors and not dense_teachers(recipe.teacher):
         raise BadInputError(
             f"batches of kind {recipe.batches.kind!r} are made of vectors, and the teacher {recipe.teacher.kind!r} has none",
             where=loaded.where(("teacher",)),

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nearfield.arrays import Ragged, Rows
 from nearfield.batching.planner import EpochBatches, VectorsOf
-from nearfield.batching.rows import Lists, Rows, SourceExamples
-from nearfield.data.store import KnownPositives
+from nearfield.batching.streams import SourceExamples
 
 
 def make_source(number: int, count: int, items: int, seed: int) -> SourceExamples:
     """``count`` examples with 1 to 3 positives and 0 to 3 negatives of ``items`` items; rows are 1000 * number and on."""
     random = np.random.default_rng(seed)
-    positives = Lists.of([random.integers(0, items, size=random.integers(1, 4)) for _ in range(count)])
-    negatives = Lists.of([random.integers(0, items, size=random.integers(0, 4)) for _ in range(count)])
+    positives = Ragged.from_lists([random.integers(0, items, size=random.integers(1, 4)) for _ in range(count)])
+    negatives = Ragged.from_lists([random.integers(0, items, size=random.integers(0, 4)) for _ in range(count)])
     queries = random.integers(0, items, size=count)
     return SourceExamples(number, f"source{number}", np.arange(count) + 1000 * number, queries, positives, negatives)
 
@@ -28,12 +28,12 @@ def make_apart(number: int, count: int) -> SourceExamples:
         f"source{number}",
         np.arange(count) + 1000 * number,
         np.arange(count) + start,
-        Lists.single(np.arange(count) + start + 50_000),
-        Lists.empty(count),
+        Ragged.single(np.arange(count) + start + 50_000),
+        Ragged.empty(count),
     )
 
 
-def known_of(sources: Sequence[SourceExamples]) -> KnownPositives:
+def known_of(sources: Sequence[SourceExamples]) -> Ragged:
     """The known positives of all sources, as the store has them."""
     pairs: dict[int, set[int]] = {}
     top = 0
@@ -41,8 +41,7 @@ def known_of(sources: Sequence[SourceExamples]) -> KnownPositives:
         for row, query in enumerate(source.queries.tolist()):
             pairs.setdefault(query, set()).update(source.positives[row].tolist())
             top = max(top, query, *source.positives[row].tolist(), *source.negatives[row].tolist(), 0)
-    lists = Lists.of([sorted(pairs.get(item, ())) for item in range(top + 1)])
-    return KnownPositives(lists.offsets, lists.values)
+    return Ragged.from_lists([sorted(pairs.get(item, ())) for item in range(top + 1)])
 
 
 def make_vectors(dimension: int = 8, seed: int = 0, spread: int = 5) -> VectorsOf:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from itertools import combinations
 
 import numpy as np
@@ -12,20 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
+from nearfield.arrays import Ragged
 from nearfield.batching import communities as module
 from nearfield.batching.communities import (
     Communities,
-    community_negatives,
+    add_cluster_negatives,
     cut_edges,
     find_communities,
     mutual_edges,
     negative_weights,
     partition,
 )
+from nearfield.batching.streams import PlannedRows
 from nearfield.errors import BadInputError
-
-from .test_kmeans import planted, random_vectors, unit
-from .test_neighbours import as_excluded, brute_force
+from tests.mining.test_kmeans import planted, random_vectors, unit
+from tests.mining.test_nearest import as_excluded, brute_force
 
 Vectors = npt.NDArray[np.float32]
 
@@ -111,12 +111,6 @@ def test_what_holds_for_any_data(count: int, size: int, window: tuple[int, int],
     assert len(found.left) == count % size
     assert found.neighbours.shape == (count, rank_to - rank_from)
     assert found.groups.dtype == found.left.dtype == np.int64
-    completed = found.completed()
-    if count >= size:
-        assert set(completed.ravel().tolist()) == set(range(count))
-        assert completed.size - count < size
-    for group in completed:
-        assert len(set(group.tolist())) == size
     again = find_communities(queries, documents, labels=labels, **arguments)  # type: ignore[arg-type]
     np.testing.assert_array_equal(again.groups, found.groups)
     np.testing.assert_array_equal(again.neighbours, found.neighbours)
@@ -351,35 +345,55 @@ def test_weights_of_a_group() -> None:
     assert negative_weights(small_communities(), np.array([0, 1]), excluded)[0].tolist() == [5]
 
 
-def test_negatives_are_drawn_by_weight_and_missing_ones_counted() -> None:
-    drawn, missing = community_negatives(small_communities(), 2, seed=0)
-    assert drawn.shape == (2, 2, 2)
-    assert missing == 4
-    assert sorted(drawn[0].ravel().tolist()) == [-1, -1, 4, 5]
-    # Dealt in turn: each member has one.
-    assert (np.count_nonzero(drawn[0] >= 0, axis=1) == 1).all()
+def rows_of(examples: list[int], strata: list[int]) -> PlannedRows:
+    """Rows whose queries are numbered from 100 on and whose documents are the examples' own."""
+    count = len(examples)
+    documents = Ragged.single(np.array(examples))
+    return PlannedRows.of(
+        [0] * count, examples, np.array(examples) + 100, documents, Ragged.empty(count), stratum=np.array(strata)
+    )
+
+
+def drawn_for(count: int, seed: int) -> list[list[int]]:
+    """The negatives that are drawn for the two groups of ``small_communities``, a batch each, a row at a time."""
+    found = add_cluster_negatives(
+        rows_of([0, 1, 2, 3], [0, 0, 1, 1]), np.array([2, 2]), count, communities=small_communities(),
+        representatives=np.arange(8), known=None, random=np.random.default_rng(seed),
+    )  # fmt: skip
+    return [found.negatives[row].tolist() for row in range(4)]
+
+
+def test_negatives_are_drawn_by_weight_and_dealt_in_turn() -> None:
+    drawn = drawn_for(2, seed=0)
+    # Two documents for four places: each member has one.
+    assert sorted(drawn[0] + drawn[1]) == [4, 5] and sorted(drawn[2] + drawn[3]) == [0, 7]
+    assert [len(negatives) for negatives in drawn] == [1, 1, 1, 1]
 
 
 def test_negatives_are_in_proportion() -> None:
-    """One negative a member of a group of one kind, many seeds: 4 with weight 2 comes first twice as often as 5."""
-    community = small_communities()
-    first = [int(community_negatives(community, 1, seed=seed)[0][0, 0, 0]) for seed in range(3000)]
+    """Many seeds: 4 with weight 2 comes first twice as often as 5."""
+    first = [drawn_for(1, seed)[0][0] for seed in range(3000)]
     assert np.mean(np.array(first) == 4) == pytest.approx(2 / 3, abs=0.03)
 
 
 def test_negatives_of_found_groups() -> None:
     vectors, _ = planted(20, 16, 32, noise=0.8)
     found = find_communities(vectors, vectors, size=8, rank_from=3, rank_to=20, seed=0, method="exact")
-    drawn, missing = community_negatives(found, 2, seed=1)
-    assert drawn.shape == (40, 8, 2)
-    assert missing == np.count_nonzero(drawn < 0)
-    for group, negatives in zip(found.groups, drawn, strict=True):
-        real = negatives[negatives >= 0]
-        assert len(set(real.tolist())) == len(real)
-        assert not set(real.tolist()) & set(group.tolist())
-        assert np.isin(real, found.neighbours[group]).all()
-    again, _ = community_negatives(dataclasses.replace(found), 2, seed=1)
-    np.testing.assert_array_equal(again, drawn)
+    rows = rows_of(found.groups.ravel().tolist(), np.repeat(np.arange(40), 8).tolist())
+
+    def draw(seed: int) -> Ragged:
+        return add_cluster_negatives(
+            rows, np.full(40, 8), 2, communities=found, representatives=np.arange(320), known=None,
+            random=np.random.default_rng(seed),
+        ).negatives  # fmt: skip
+
+    drawn = draw(1)
+    for number, group in enumerate(found.groups):
+        negatives = drawn.slice(8 * number, 8 * number + 8).values
+        assert 0 < len(set(negatives.tolist())) == len(negatives) <= 16
+        assert not set(negatives.tolist()) & set(group.tolist())
+        assert np.isin(negatives, found.neighbours[group]).all()
+    np.testing.assert_array_equal(draw(1).values, drawn.values)
 
 
 @pytest.mark.parametrize(
@@ -396,8 +410,3 @@ def test_bad_input(changes: dict[str, object], words: str) -> None:
     arguments = {"queries": random_vectors(6, 4), "documents": random_vectors(6, 4), "size": 2, "rank_from": 0}
     with pytest.raises(BadInputError, match=words):
         find_communities(**{**arguments, "rank_to": 4, "seed": 0, "method": "exact", **changes})  # type: ignore[arg-type]
-
-
-def test_no_negatives_are_bad_input() -> None:
-    with pytest.raises(BadInputError, match="are none"):
-        community_negatives(small_communities(), 0, seed=0)

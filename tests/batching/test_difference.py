@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nearfield.batching import SingleSourceConfig
-from nearfield.batching.difference import compare_plans
 from nearfield.batching.plan import Plan, write_plan
+from nearfield.batching.summary import compare_plans
 from tests.batching.making import make_apart, make_source
 
 

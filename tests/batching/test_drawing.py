@@ -7,35 +7,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from nearfield.arrays import Ragged
 from nearfield.batching import SingleSourceConfig
-from nearfield.batching.drawing import choose, draw, make_streams, margin_weights
-from nearfield.batching.rows import Lists, SourceExamples, beside, join_lists
+from nearfield.batching.streams import SourceExamples, choose, draw, make_streams, margin_weights
 from nearfield.errors import BadInputError
-
-
-def test_lists_do_as_python_lists() -> None:
-    random = np.random.default_rng(0)
-    for _ in range(50):
-        plain = [random.integers(0, 9, size=random.integers(0, 4)).tolist() for _ in range(random.integers(0, 8))]
-        other = [random.integers(0, 9, size=random.integers(0, 4)).tolist() for _ in plain]
-        lists = Lists.of(plain)
-        assert [lists[row].tolist() for row in range(len(lists))] == plain
-        order = random.permutation(len(plain))
-        taken = lists.take(order)
-        assert [taken[row].tolist() for row in range(len(taken))] == [plain[row] for row in order]
-        joined = beside(lists, Lists.of(other))
-        assert [joined[row].tolist() for row in range(len(joined))] == [
-            left + right for left, right in zip(plain, other, strict=True)
-        ]
-        both = join_lists([lists, Lists.of(other)])
-        assert [both[row].tolist() for row in range(len(both))] == plain + other
-        even = lists.keep(lists.values % 2 == 0)
-        assert [even[row].tolist() for row in range(len(even))] == [[v for v in part if v % 2 == 0] for part in plain]
 
 
 def test_choose_is_uniform_and_keeps_the_order() -> None:
     random = np.random.default_rng(0)
-    lists = Lists.of([np.arange(6)] * 3000 + [[7]] + [[]])
+    lists = Ragged.from_lists([np.arange(6)] * 3000 + [[7]] + [[]])
     counts: Counter[int] = Counter()
     for _ in range(2):
         places = choose(lists, 2, random)
@@ -51,7 +31,7 @@ def test_balanced_margins_take_bins_and_not_pairs_uniformly() -> None:
     """TAS-B's test: margins 0.1 (90 pairs) and 5.0 (10 pairs), two bins: half of the draws are of the second."""
     count = 10_000
     margins = np.tile(np.repeat([0.1, 5.0], [90, 10]), count)
-    lists = Lists(np.arange(count + 1) * 100, np.tile(np.arange(100), count))
+    lists = Ragged(np.arange(count + 1) * 100, np.tile(np.arange(100), count))
     weights = margin_weights(lists, margins, 2)
     drawn = lists.values[choose(lists, 1, np.random.default_rng(0), weights)]
     assert (drawn >= 90).mean() == pytest.approx(0.5, abs=0.02)
@@ -61,7 +41,7 @@ def test_balanced_margins_take_bins_and_not_pairs_uniformly() -> None:
 
 def test_bins_of_margins_are_a_querys_own() -> None:
     """By hand: bins of the first list are [0, 1), [1, 2]; all margins of the second are one bin; the last is unknown."""
-    lists = Lists.of([[1, 2, 3], [4, 5], [6, 7]])
+    lists = Ragged.from_lists([[1, 2, 3], [4, 5], [6, 7]])
     margins = np.array([0.0, 0.5, 2.0, 9.0, 9.0, np.nan, 1.0])
     assert margin_weights(lists, margins, 2).tolist() == [0.5, 0.5, 1.0, 0.5, 0.5, 1.0, 1.0]
 
@@ -73,8 +53,8 @@ def test_margins_are_those_to_the_chosen_positive() -> None:
         "mined",
         np.arange(count),
         np.arange(count),
-        Lists.single(np.arange(count) + count),
-        Lists(np.arange(count + 1) * 4, np.tile(np.arange(4), count) + 3 * count),
+        Ragged.single(np.arange(count) + count),
+        Ragged(np.arange(count + 1) * 4, np.tile(np.arange(4), count) + 3 * count),
         positive_scores=np.full(count, 0.9),
         negative_scores=np.tile([0.8, 0.8, 0.8, 0.1], count),
     )
@@ -84,14 +64,16 @@ def test_margins_are_those_to_the_chosen_positive() -> None:
 
 
 def test_margins_need_scores() -> None:
-    source = SourceExamples(0, "a", np.arange(2), np.arange(2), Lists.single(np.arange(2, 4)), Lists.of([[5, 6], [7]]))
+    source = SourceExamples(
+        0, "a", np.arange(2), np.arange(2), Ragged.single(np.arange(2, 4)), Ragged.from_lists([[5, 6], [7]])
+    )
     with pytest.raises(BadInputError, match="no teacher's scores"):
         SingleSourceConfig(negative_choice="balanced_margins").build().plan([source], 0, 0)
 
 
 def test_labelled_examples_get_positives_of_their_label() -> None:
     labels = np.array([0, 1, 0, 2, 1, 0, 0])
-    none = Lists.empty(7)
+    none = Ragged.empty(7)
     source = SourceExamples(0, "topics", np.arange(7), np.arange(7) + 50, none, none, labels=labels)
     stream = make_streams([source], {})[0]
     seen: dict[int, Counter[int]] = {row: Counter() for row in range(7)}
@@ -113,7 +95,7 @@ def test_labelled_examples_get_positives_of_their_label() -> None:
 def test_graded_pairs_keep_their_scores() -> None:
     scores = np.array([0.1, 0.9, 0.5, 0.3])
     source = SourceExamples(
-        0, "sts", np.arange(4), np.arange(4), Lists.single(np.arange(4) + 10), Lists.empty(4), scores=scores
+        0, "sts", np.arange(4), np.arange(4), Ragged.single(np.arange(4) + 10), Ragged.empty(4), scores=scores
     )
     epoch = SingleSourceConfig(batch_size=2).build().plan([source], 0, 0)
     assert epoch.rows.score.tolist() == scores[epoch.rows.example].tolist()
@@ -123,7 +105,7 @@ def test_pools_join_sources() -> None:
     def make(number: int, name: str, labels: list[int] | None) -> SourceExamples:
         count = 3
         return SourceExamples(
-            number, name, np.arange(count) + 10 * number, np.arange(count) + 100 * number, Lists.single(np.arange(count) + 100 * number + 50), Lists.empty(count),
+            number, name, np.arange(count) + 10 * number, np.arange(count) + 100 * number, Ragged.single(np.arange(count) + 100 * number + 50), Ragged.empty(count),
             labels=None if labels is None else np.array(labels),
         )  # fmt: skip
 

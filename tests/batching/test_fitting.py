@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nearfield.batching.claims import Claims, count_clashes, make_claims, repeats_itself
-from nearfield.batching.fitting import Arrangement, arrange
-from nearfield.batching.rows import Lists, PlannedRows
-from nearfield.data.store import KnownPositives
+from nearfield.arrays import Ragged
+from nearfield.batching.assign import Arrangement, Conflicts, assign, count_conflicts, find_conflicts, repeats_itself
+from nearfield.batching.streams import PlannedRows
 
-Case = tuple[PlannedRows, KnownPositives]
+Case = tuple[PlannedRows, Ragged]
 
 
 def make_case(count: int, items: int, skewed: bool, seed: int) -> Case:
@@ -29,13 +28,13 @@ def make_case(count: int, items: int, skewed: bool, seed: int) -> Case:
         np.zeros(count, dtype=np.int64),
         np.arange(count),
         draw(count),
-        Lists.of([draw(int(random.integers(1, 3))) for _ in range(count)]),
-        Lists.of([draw(int(random.integers(0, 2))) for _ in range(count)]),
+        Ragged.from_lists([draw(int(random.integers(1, 3))) for _ in range(count)]),
+        Ragged.from_lists([draw(int(random.integers(0, 2))) for _ in range(count)]),
         score=np.where(random.random(count) < 0.1, 0.5, np.nan),
         label=random.integers(-1, 4, size=count),
     )
-    known = Lists.of([np.unique(draw(int(random.integers(0, 3)))) for _ in range(items)])
-    return rows, KnownPositives(known.offsets, known.values)
+    known = Ragged.from_lists([np.unique(draw(int(random.integers(0, 3)))) for _ in range(items)])
+    return rows, Ragged(known.offsets, known.values)
 
 
 cases = st.builds(make_case, st.integers(1, 45), st.integers(3, 200), st.booleans(), st.integers(0, 10**6))
@@ -45,16 +44,14 @@ def items_of(rows: PlannedRows, row: int) -> set[int]:
     return {int(rows.query[row]), *rows.positives[row].tolist(), *rows.negatives[row].tolist()}
 
 
-def meets_known(rows: PlannedRows, known: KnownPositives, one: int, other: int) -> bool:
+def meets_known(rows: PlannedRows, known: Ragged, one: int, other: int) -> bool:
     """Whether ``other`` brings a known positive of the query of ``one``."""
     if not np.isnan(rows.score[one]):
         return False
-    return not set(known.of(int(rows.query[one])).tolist()).isdisjoint(items_of(rows, other))
+    return not set(known[int(rows.query[one])].tolist()).isdisjoint(items_of(rows, other))
 
 
-def clash(
-    rows: PlannedRows, known: KnownPositives | None, one: int, other: int, *, distinct: bool, labels: bool
-) -> bool:
+def clash(rows: PlannedRows, known: Ragged | None, one: int, other: int, *, distinct: bool, labels: bool) -> bool:
     if distinct and not items_of(rows, one).isdisjoint(items_of(rows, other)):
         return True
     if labels and rows.label[one] == rows.label[other] >= 0:
@@ -78,14 +75,14 @@ def test_no_batch_has_two_rows_that_clash(case: Case, size: int, keep_small: boo
     rows, known = case
     distinct, labels = rule in ("both", "items", "labels"), rule == "labels"
     used = known if rule in ("both", "known", "labels") else None
-    claims = make_claims(rows, distinct=distinct, known=used, distinct_labels=labels)
+    claims = find_conflicts(rows, distinct=distinct, known=used, distinct_labels=labels)
     order = np.random.default_rng(len(rows)).permutation(len(rows))
     if distinct:
         twice = repeats_itself(claims)
         plain = [len(items_of(rows, row)) < 1 + len(rows.positives[row]) + len(rows.negatives[row]) for row in order]
         assert twice[order].tolist() == plain
         order = order[~twice[order]]
-    made = arrange(order, size, claims, keep_small=keep_small)
+    made = assign(order, size, claims, keep_small=keep_small)
     assert sorted([*made.rows.tolist(), *made.left.tolist()]) == sorted(order.tolist())
     assert made.sizes.sum() == len(made.rows)
     assert all(count == size or (keep_small and 2 <= count < size) for count in made.sizes)
@@ -126,10 +123,10 @@ def test_it_fills_as_many_batches_as_first_fit() -> None:
     ours = plain = 0
     for seed in range(60):
         rows, _ = make_case(60, 40 + 2 * seed, seed % 2 == 0, seed)
-        claims = make_claims(rows, distinct=True, known=None)
+        claims = find_conflicts(rows, distinct=True, known=None)
         order = np.random.default_rng(seed).permutation(60)
         order = order[~repeats_itself(claims)[order]]
-        ours += len(arrange(order, 4, claims).sizes)
+        ours += len(assign(order, 4, claims).sizes)
         plain += first_fit(rows, order.tolist(), 4)
     assert ours >= plain
 
@@ -137,31 +134,31 @@ def test_it_fills_as_many_batches_as_first_fit() -> None:
 def test_one_clash_costs_no_batch() -> None:
     """Two rows with one query are in a batch, and there is no row to spare: they are exchanged with another batch's."""
     query = np.array([0, 0, 2, 3, 4, 5, 6, 7])
-    rows = PlannedRows.of(query * 0, np.arange(8), query, Lists.single(np.arange(10, 18)), Lists.empty(8))
-    made = arrange(np.arange(8), 4, make_claims(rows, distinct=True, known=None))
+    rows = PlannedRows.of(query * 0, np.arange(8), query, Ragged.single(np.arange(10, 18)), Ragged.empty(8))
+    made = assign(np.arange(8), 4, find_conflicts(rows, distinct=True, known=None))
     assert made.sizes.tolist() == [4, 4]
     assert len(made.left) == 0
     assert made.moved == 1
 
 
 def test_an_order_without_clashes_stays_as_it_is() -> None:
-    rows = PlannedRows.of([0] * 7, np.arange(7), np.arange(7), Lists.single(np.arange(10, 17)), Lists.empty(7))
-    claims = make_claims(rows, distinct=True, known=None)
+    rows = PlannedRows.of([0] * 7, np.arange(7), np.arange(7), Ragged.single(np.arange(10, 17)), Ragged.empty(7))
+    claims = find_conflicts(rows, distinct=True, known=None)
     order = np.array([3, 1, 4, 6, 5, 2, 0])
-    made = arrange(order, 3, claims)
+    made = assign(order, 3, claims)
     assert (made.rows.tolist(), made.left.tolist(), made.moved) == ([3, 1, 4, 6, 5, 2], [0], 0)
-    assert arrange(order[:6], 4, claims, keep_small=True).sizes.tolist() == [4, 2]
-    assert arrange(order, 3, claims, keep_small=True).left.tolist() == [0]
+    assert assign(order[:6], 4, claims, keep_small=True).sizes.tolist() == [4, 2]
+    assert assign(order, 3, claims, keep_small=True).left.tolist() == [0]
 
 
 def test_an_item_of_most_rows_ends_soon() -> None:
     """20,000 rows bring one of 5 items: no batch of 64 can fill, and that is found out without trying all pairs."""
     count = 20_000
     document = count + np.arange(count) % 5
-    rows = PlannedRows.of(np.zeros(count, dtype=np.int64), np.arange(count), np.arange(count), Lists.single(document), Lists.empty(count))  # fmt: skip
-    claims = make_claims(rows, distinct=True, known=None)
-    assert len(arrange(np.arange(count), 64, claims).left) == count
-    kept = arrange(np.arange(count), 64, claims, keep_small=True)
+    rows = PlannedRows.of(np.zeros(count, dtype=np.int64), np.arange(count), np.arange(count), Ragged.single(document), Ragged.empty(count))  # fmt: skip
+    claims = find_conflicts(rows, distinct=True, known=None)
+    assert len(assign(np.arange(count), 64, claims).left) == count
+    kept = assign(np.arange(count), 64, claims, keep_small=True)
     assert set(kept.sizes.tolist()) == {5}
     assert len(kept.left) == 0
 
@@ -178,24 +175,22 @@ def test_clashes_are_counted_as_a_loop_counts_them(case: Case, size: int) -> Non
         for row in inside:
             repeated += len(seen & items_of(rows, row))
             seen |= items_of(rows, row)
-            shunned = [
-                set(known.of(int(rows.query[o])).tolist()) for o in inside if o != row and np.isnan(rows.score[o])
-            ]
+            shunned = [set(known[int(rows.query[o])].tolist()) for o in inside if o != row and np.isnan(rows.score[o])]
             met += sum(any(item in of for of in shunned) for item in items_of(rows, row))
-    claims = make_claims(rows, distinct=True, known=None)
+    claims = find_conflicts(rows, distinct=True, known=None)
     clean = ~repeats_itself(claims)
     if clean.all():
-        assert count_clashes(claims, batch)[0] == repeated
-        assert count_clashes(make_claims(rows, distinct=False, known=known), batch)[1] == met
+        assert count_conflicts(claims, batch)[0] == repeated
+        assert count_conflicts(find_conflicts(rows, distinct=False, known=known), batch)[1] == met
 
 
 @pytest.mark.parametrize("base", [0, 10**12])
 def test_items_may_have_any_numbers(base: int) -> None:
     """The numbers of items are no sizes of arrays."""
     query = np.array([base, base + 1, base, base + 3])
-    rows = PlannedRows.of([0] * 4, np.arange(4), query, Lists.single(query + 100), Lists.empty(4))
-    claims = make_claims(rows, distinct=True, known=None)
+    rows = PlannedRows.of([0] * 4, np.arange(4), query, Ragged.single(query + 100), Ragged.empty(4))
+    claims = find_conflicts(rows, distinct=True, known=None)
     assert [claims.holds[row].size for row in range(4)] == [2, 0, 2, 0]
-    assert isinstance(claims, Claims)
-    made = arrange(np.array([0, 2, 1, 3]), 2, claims)
+    assert isinstance(claims, Conflicts)
+    made = assign(np.array([0, 2, 1, 3]), 2, claims)
     assert sorted(map(sorted, members(made))) in ([[0, 1], [2, 3]], [[0, 3], [1, 2]])

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nearfield.arrays import Ragged
 from nearfield.batching.config import PatternsConfig
 from nearfield.batching.planner import EpochBatches
-from nearfield.batching.rows import Lists, SourceExamples
+from nearfield.batching.streams import SourceExamples
 from nearfield.errors import BadInputError
 from tests.batching.making import batches_of, known_of, make_source
 
@@ -71,7 +72,7 @@ def test_a_sample_without_a_pattern_is_in_the_batch_with_the_others() -> None:
         count = len(samples)
         query = 100 * np.array(samples)
         return SourceExamples(
-            number, f"s{number}", np.arange(count) + 1000 * number, query, Lists.single(query + 1 + number), Lists.empty(count),
+            number, f"s{number}", np.arange(count) + 1000 * number, query, Ragged.single(query + 1 + number), Ragged.empty(count),
             samples=np.array(samples),
         )  # fmt: skip
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nearfield.arrays import Rows
 from nearfield.batching import SingleSourceConfig
 from nearfield.batching.plan import Plan, total_steps, write_plan
-from nearfield.batching.planner import Rows
 from nearfield.errors import BadInputError
 from tests.batching.making import make_source
 

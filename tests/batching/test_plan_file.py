@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import nearfield.batching
+from nearfield.arrays import Ragged, Rows
 from nearfield.batching import SingleSourceConfig
 from nearfield.batching.plan import SCHEMA, SEVERAL_SOURCES, Plan, total_steps, write_plan
 from nearfield.batching.planner import EpochBatches
-from nearfield.batching.rows import Lists, PlannedRows, Rows, SourceExamples
+from nearfield.batching.streams import PlannedRows, SourceExamples
 from nearfield.errors import BadInputError
 from nearfield.files import hash_file
 from tests.batching.making import batches_of, items_of
@@ -41,8 +42,8 @@ def epoch() -> EpochBatches:
         [2, 2, 0, 2, 2],
         [20, 21, 3, 22, 23],
         [1, 2, 7, 3, 4],
-        Lists.of([[10, 11], [13], [14], [17], []]),
-        Lists.of([[12], [], [15, 16], [], []]),
+        Ragged.from_lists([[10, 11], [13], [14], [17], []]),
+        Ragged.from_lists([[12], [], [15, 16], [], []]),
         stratum=rows(-1, 4, -1, -1, -1),
     )
     return EpochBatches(made, rows(0, 2, 3, 5), Counter({"z": 2, "a": 1}), {"moved": 1})
@@ -258,8 +259,8 @@ def source(number: int, name: str, count: int = 8) -> SourceExamples:
         name,
         np.arange(count) + 1000 * number,
         np.arange(count),
-        Lists.of([100 + 10 * i + np.arange(3) for i in range(count)]),
-        Lists.of([500 + 10 * i + np.arange(2) for i in range(count)]),
+        Ragged.from_lists([100 + 10 * i + np.arange(3) for i in range(count)]),
+        Ragged.from_lists([500 + 10 * i + np.arange(2) for i in range(count)]),
     )
 
 
@@ -283,9 +284,9 @@ def test_a_batch_of_one_is_never_kept() -> None:
 
 
 def test_what_repeats_itself_is_counted() -> None:
-    examples = SourceExamples(0, "a", rows(0, 1, 2), rows(5, 6, 7), Lists.of([[5], [8], [9]]), Lists.empty(3))
+    examples = SourceExamples(0, "a", rows(0, 1, 2), rows(5, 6, 7), Ragged.from_lists([[5], [8], [9]]), Ragged.empty(3))
     plan = SingleSourceConfig(batch_size=2).build().plan([examples], 0, 0)
-    assert plan.dropped == Counter({"repeats an item in itself": 1})
+    assert plan.dropped == Counter({"the same item twice in one example": 1})
     assert sorted(batches_of(plan)[0]) == [1, 2]
 
 

@@ -21,12 +21,11 @@ from nearfield.batching import (
     ShuffledConfig,
     SingleSourceConfig,
 )
-from nearfield.batching.community_batches import CommunityPlanner
-from nearfield.batching.config import CommunitiesConfig, needs_vectors
-from nearfield.batching.kmeans_strata import KMeansStrataPlanner, merge_small
-from nearfield.batching.mixed import MixedPlanner
-from nearfield.batching.planner import EpochBatches, StreamPlanner
-from nearfield.batching.rows import SourceExamples
+from nearfield.batching.clusters import KMeansStrataPlanner, merge_small
+from nearfield.batching.communities import CommunityPlanner
+from nearfield.batching.config import CommunitiesConfig
+from nearfield.batching.planner import EpochBatches, MixedPlanner, StreamPlanner
+from nearfield.batching.streams import SourceExamples
 from nearfield.batching.summary import count_exceptions
 from nearfield.errors import BadInputError
 from tests.batching.making import batches_of, items_of, known_of, make_apart, make_source, make_vectors
@@ -310,7 +309,7 @@ def test_a_batch_that_is_no_union_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["kmeans_strata", "communities", "mixed"])
 def test_without_vectors_it_says_what_to_do(kind: str) -> None:
-    assert needs_vectors(ANY.validate_python({"batch_size": 4, **KINDS[kind]}))
+    assert ANY.validate_python({"batch_size": 4, **KINDS[kind]}).needs_vectors
     with pytest.raises(BadInputError, match="a teacher's vectors, and there are none") as error:
         build({"batch_size": 4, **KINDS[kind]}).plan([make_apart(0, 40)], 0, 0)
     assert error.value.hint is not None
@@ -328,7 +327,7 @@ def test_a_mixture_deals_by_weight() -> None:
             MixedPart(weight=1, planner=ShuffledConfig()),
         ),
     )
-    assert not needs_vectors(config)
+    assert not config.needs_vectors
     epoch = config.build().plan(sources, 0, 0)
     assert [part["batches"] for part in epoch.details["parts"]] == [112, 37]
     assert len(epoch) == 149

@@ -15,11 +15,12 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, concatenate_datasets
 
+from nearfield.arrays import Ragged
 from nearfield.batching import KMeansStrataConfig, SingleSourceConfig, batch_sampler, follow_plans
 from nearfield.batching.config import CommunitiesConfig
 from nearfield.batching.plan import write_plan
-from nearfield.batching.rows import Lists, SourceExamples
-from nearfield.batching.tables import read_tables
+from nearfield.batching.sampler import read_tables
+from nearfield.batching.streams import SourceExamples
 from nearfield.errors import BadInputError
 from nearfield.randomness import generator
 
@@ -55,8 +56,8 @@ def test_equal_texts_are_equal_items() -> None:
     assert source.negatives.lengths.tolist() == [2, 1, 2]
     assert source.negatives[0][0] == b and source.negatives[2][0] == x
     assert len({a, b, x, y}) == 4
-    assert known.of(a).tolist() == sorted([x, y])
-    assert known.of(b).tolist() == []
+    assert known[a].tolist() == sorted([x, y])
+    assert known[b].tolist() == []
 
 
 def test_a_view_of_a_data_set_is_read_as_the_view() -> None:
@@ -202,7 +203,7 @@ def plan(tmp_path: Path) -> Path:
     """Two epochs of 40 examples, numbered from 100 on, in batches of 8."""
     count = 40
     source = SourceExamples(
-        0, "a", np.arange(100, 140), np.arange(count), Lists.single(np.arange(50, 90)), Lists.empty(count)
+        0, "a", np.arange(100, 140), np.arange(count), Ragged.single(np.arange(50, 90)), Ragged.empty(count)
     )
     for epoch in range(2):
         made = SingleSourceConfig(batch_size=8).build().plan([source], 0, epoch)

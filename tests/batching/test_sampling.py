@@ -18,8 +18,7 @@ from nearfield.batching.config import (
     SharesSampling,
     TemperatureSampling,
 )
-from nearfield.batching.planner import EpochBatches
-from nearfield.batching.sampling import order_batches, targets
+from nearfield.batching.planner import EpochBatches, order_batches, targets
 from nearfield.errors import BadInputError
 from tests.batching.making import make_apart
 

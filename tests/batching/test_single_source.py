@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nearfield.arrays import Ragged
 from nearfield.batching import SingleSourceConfig
 from nearfield.batching.config import RoundRobinSampling
-from nearfield.batching.rows import Lists, SourceExamples
+from nearfield.batching.streams import SourceExamples
 from nearfield.randomness import derive_seed, generator
 from tests.batching.making import make_apart, make_source
 
@@ -26,7 +27,7 @@ def test_epochs_seeds_and_pools_of_negatives_differ() -> None:
 
 def test_duplicates_can_be_allowed() -> None:
     source = SourceExamples(
-        0, "same", np.arange(8), np.full(8, 5), Lists.single(np.zeros(8, dtype=np.int64)), Lists.empty(8)
+        0, "same", np.arange(8), np.full(8, 5), Ragged.single(np.zeros(8, dtype=np.int64)), Ragged.empty(8)
     )
     assert not len(SingleSourceConfig(batch_size=4).build().plan([source], 0, 0))
     allowed = SingleSourceConfig(batch_size=4, duplicates="allow").build().plan([source], 0, 0)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nearfield.arrays import Ragged, Rows
 from nearfield.batching import SingleSourceConfig
 from nearfield.batching.config import SharesSampling
 from nearfield.batching.planner import EpochBatches
-from nearfield.batching.rows import Lists, PlannedRows, Rows
+from nearfield.batching.streams import PlannedRows
 from nearfield.batching.summary import measure_hardness, positives_as_negatives
 from tests.batching.making import known_of, make_apart, make_source, make_vectors
 
@@ -46,7 +47,9 @@ def test_hardness_is_that_of_loops() -> None:
 
 def test_a_document_that_is_ones_own_is_no_negative() -> None:
     """Where duplicates are allowed, a row's own document, or its query, in another row counts for nothing."""
-    rows = PlannedRows.of([0] * 3, np.arange(3), np.array([1, 2, 3]), Lists.single(np.array([8, 8, 1])), Lists.empty(3))
+    rows = PlannedRows.of(
+        [0] * 3, np.arange(3), np.array([1, 2, 3]), Ragged.single(np.array([8, 8, 1])), Ragged.empty(3)
+    )
     epoch = EpochBatches(rows, np.array([0, 3]))
     found = measure_hardness(epoch, VECTORS, 0)["hardness"]
     assert found["pairs"] == by_loops(epoch)[2] == 3
@@ -82,7 +85,7 @@ def test_only_a_sample_is_asked_for() -> None:
 
 def test_nothing_to_measure() -> None:
     assert measure_hardness(EpochBatches.of([]), VECTORS, 0) == {}
-    alone = PlannedRows.of([0], [0], [1], Lists.single(np.array([2])), Lists.empty(1))
+    alone = PlannedRows.of([0], [0], [1], Ragged.single(np.array([2])), Ragged.empty(1))
     assert measure_hardness(EpochBatches.of([alone]), VECTORS, 0) == {}
 
 
@@ -93,7 +96,7 @@ def test_explicit_negatives_that_are_known_positives_are_counted() -> None:
     count = len(one)
     rows = PlannedRows.of([0] * count, one.examples, one.queries, one.positives, one.negatives)
     made = EpochBatches(rows, np.arange(0, count + 1, 5))
-    positives = Lists(known.offsets, known.rows)
+    positives = known
     expected = sum(
         int(negative) in set(positives[int(query)].tolist())
         for query, negatives in zip(

@@ -65,7 +65,7 @@ def test_conflicts_and_duplicates_as_by_hand(
     texts = store.items.column("text").to_pylist()
     for row, text in enumerate(texts):
         expected = sorted({texts.index(p) for query, positives, _ in examples if query == text for p in positives})
-        assert known.of(row).tolist() == expected
+        assert known[row].tolist() == expected
     assert len(set(texts)) == len(texts)
     assert store.items.column("id").to_pylist() == [text_id(text) for text in texts]
 
@@ -94,7 +94,7 @@ def test_graded_pairs(tmp_path: Path) -> None:
     summary = read_summary(store.path)
     assert summary.conflicts.scores == 1
     assert summary.sources[0].duplicates == 1
-    assert len(store.known_positives().rows) == 0
+    assert len(store.known_positives().values) == 0
 
 
 def test_labelled_items(tmp_path: Path) -> None:

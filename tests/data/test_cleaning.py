@@ -132,7 +132,7 @@ def test_known_positives_and_splits_are_those_of_what_stays(tmp_path: Path) -> N
     known = store.known_positives()
     texts = store.texts(range(store.items.num_rows))
     for query, positives in ((q, p) for q, p, _ in examples_of(store)):
-        assert store.texts(known.of(texts.index(query))) == list(positives)
+        assert store.texts(known[texts.index(query)]) == list(positives)
 
 
 @given(st.lists(st.text(alphabet="ab \t", min_size=1, max_size=12).filter(str.strip), min_size=1, max_size=20))

@@ -75,7 +75,7 @@ def test_a_row_never_sees_its_query_or_positives(store: Store) -> None:
             chosen = number % 100
             seen[chosen] = seen.get(chosen, 0) + 1
             if chosen:
-                own = {query, *known.of(query).tolist()}
+                own = {query, *known[query].tolist()}
                 assert not own & set(sets[chosen - 1].items)
     share = seen[0] / sum(seen.values())
     assert abs(share - 0.2) < 5 * np.sqrt(0.2 * 0.8 / sum(seen.values()))

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nearfield.arrays import Ragged
 from nearfield.errors import BadInputError
 from nearfield.mining.approximate import approximate_search, measure_recall
 from nearfield.mining.config import HNSWSearch, IVFSearch
-from nearfield.mining.documents import RowLists
 from nearfield.mining.search import Neighbours, search
 from tests.mining import reference
 
@@ -25,7 +25,7 @@ def vectors(seed: int, rows: int, dimension: int = 16) -> Any:
 @pytest.mark.parametrize("config", [IVFSearch(lists=8, probes=8), HNSWSearch(width=2_000)], ids=lambda c: c.kind)
 def test_a_search_that_looks_everywhere_is_the_exact_one(config: Any) -> None:
     queries, documents = vectors(0, 20), vectors(1, 400)
-    excluded = RowLists.of([[i, i + 1] for i in range(20)])
+    excluded = Ragged.from_lists([[i, i + 1] for i in range(20)])
     found, recall = approximate_search(queries, documents, 30, config, excluded=excluded)
     exact = search(queries, documents, 30, excluded=excluded)
     np.testing.assert_array_equal(found.rows, exact.rows)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nearfield.arrays import Ragged
 from nearfield.data.store import Store
 from nearfield.errors import BadInputError
 from nearfield.mining import config as kinds
-from nearfield.mining.documents import RowLists
 from nearfield.mining.negatives import SHORT_FILE, Negatives, joined, write_negatives
 from nearfield.mining.pool import Pool, document_items, make_pool, mine_pool
 from nearfield.mining.teachers import encoded
@@ -35,7 +35,7 @@ def encode(texts: Any, role: str) -> Any:
     return [[sum(map(ord, text)) % 17 + 1, len(text), 3.0] for text in texts]
 
 
-def texts(store: Store, pool: Pool, lists: RowLists) -> list[set[str]]:
+def texts(store: Store, pool: Pool, lists: Ragged) -> list[set[str]]:
     return [set(store.texts(pool.documents[lists[i]])) for i in range(len(lists))]
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from nearfield.arrays import Ragged
 from nearfield.data.vectors import ItemVectors
 from nearfield.errors import BadInputError
 from nearfield.mining import ray_engine
-from nearfield.mining.documents import ArrayDocuments, RowLists
+from nearfield.mining.documents import ArrayDocuments
 from nearfield.mining.negatives import Negatives
 from nearfield.mining.search import search
 from nearfield.pipeline import open_run
@@ -49,7 +50,7 @@ def test_searching_on_two_workers(cluster: Any) -> None:
     random = np.random.default_rng(0)
     vectors = random.standard_normal((3000, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    excluded = RowLists.of([[i, i + 1] for i in range(500)])
+    excluded = Ragged.from_lists([[i, i + 1] for i in range(500)])
     alone = search(vectors[:500], vectors, 20, excluded=excluded)
     spread = ray_engine.spread_search(vectors[:500], ArrayDocuments(vectors), 20, excluded=excluded, part=90)
     np.testing.assert_array_equal(spread.rows, alone.rows)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from nearfield.arrays import Ragged
 from nearfield.errors import BadInputError
 from nearfield.mining import config as kinds
-from nearfield.mining.documents import RowLists
 from nearfield.mining.mine import MinedNegatives, draw, mine, select
 from nearfield.mining.search import Neighbours
 from tests.mining import reference
@@ -80,14 +80,14 @@ def problems(draw: st.DrawFn) -> Any:
 @given(problem=problems())
 def test_rules_equal_a_double_loop(rule: Any, problem: Any) -> None:
     queries, documents, positives, count, depth = problem
-    mined = mine(queries, documents, RowLists.of(positives), rules=[rule.build()], negatives=count, depth=depth)
+    mined = mine(queries, documents, Ragged.from_lists(positives), rules=[rule.build()], negatives=count, depth=depth)
     assert triples(mined) == by_loops(queries, documents, positives, rule, count, depth)
 
 
 def one(scores: list[float], positive: float, rule: kinds.RuleConfig, count: int = 10, seed: int = 0) -> list[int]:
     """The ranks that a rule leaves of one query's candidates."""
     found = Neighbours(np.arange(len(scores))[None], np.array([scores], np.float32))
-    lists = RowLists.of([[100]])
+    lists = Ragged.from_lists([[100]])
     mined = select(found, lists, np.array([positive], np.float32), rules=[rule.build()], negatives=count, seed=seed)
     return [int(rank) for rank in mined.ranks]
 
@@ -109,8 +109,8 @@ def test_a_positive_that_is_not_among_the_candidates_still_sets_the_bar() -> Non
     documents /= np.linalg.norm(documents, axis=1, keepdims=True)
     scores = reference.all_scores(documents[:1], documents)[0]
     last = int(np.argmin(scores))
-    mined = mine(documents[:1], documents, RowLists.of([[last]]), rules=[kinds.PercentOfPositiveRule().build()],
-                 negatives=3, depth=20, excluded=RowLists.of([[0]]))  # fmt: skip
+    mined = mine(documents[:1], documents, Ragged.from_lists([[last]]), rules=[kinds.PercentOfPositiveRule().build()],
+                 negatives=3, depth=20, excluded=Ragged.from_lists([[0]]))  # fmt: skip
     assert mined.positive[0] == scores[last] and not len(mined.rows)
     assert mined.short.tolist() == [0]
 
@@ -118,7 +118,7 @@ def test_a_positive_that_is_not_among_the_candidates_still_sets_the_bar() -> Non
 def test_the_strictest_of_several_positives_is_the_anchor() -> None:
     documents = np.array([[1.0], [0.5], [0.75], [0.25]], np.float32)
     rule = kinds.MarginToPositiveRule(margin=0.0)
-    mined = mine(np.ones((1, 1), np.float32), documents, RowLists.of([[0, 1]]), rules=[rule.build()], negatives=5, depth=4)  # fmt: skip
+    mined = mine(np.ones((1, 1), np.float32), documents, Ragged.from_lists([[0, 1]]), rules=[rule.build()], negatives=5, depth=4)  # fmt: skip
     assert mined.rows.tolist() == [3]
     assert (mined.positive[0], mined.best_positive[0]) == (0.5, 1.0)
 
@@ -127,7 +127,7 @@ def test_kept_sets_are_nested_as_the_share_falls() -> None:
     random = np.random.default_rng(1)
     documents = random.standard_normal((400, 12)).astype(np.float32)
     documents /= np.linalg.norm(documents, axis=1, keepdims=True)
-    queries, positives = documents[:60], RowLists.of([[i, i + 100] for i in range(60)])
+    queries, positives = documents[:60], Ragged.from_lists([[i, i + 100] for i in range(60)])
     sets = []
     for share in (0.98, 0.95, 0.90):
         mined = mine(queries, documents, positives, rules=[kinds.PercentOfPositiveRule(share=share).build()], negatives=400, depth=400)  # fmt: skip
@@ -172,7 +172,7 @@ def test_sampled_top_k_draws_by_a_softmax_over_the_first_kept() -> None:
 
 def test_sampling_follows_other_rules_and_the_seed() -> None:
     found = Neighbours(np.arange(20)[None].repeat(30, 0), np.linspace(1, 0, 20, dtype=np.float32)[None].repeat(30, 0))
-    lists, scores = RowLists.of([[99]] * 30), np.full(30, 0.8, np.float32)
+    lists, scores = Ragged.from_lists([[99]] * 30), np.full(30, 0.8, np.float32)
     rules = [kinds.PercentOfPositiveRule(share=0.9).build(), kinds.SampledTopKRule(k=5, temperature=9).build()]
 
     def run(seed: int, *names: str) -> MinedNegatives:
@@ -204,7 +204,7 @@ def test_the_consistency_filter_is_a_rank_count_and_finds_shuffled_pairs() -> No
     pair = np.arange(n)
     shuffled = random.choice(n, int(0.3 * n), replace=False)
     pair[shuffled] = pair[np.roll(shuffled, 1)]
-    lists = RowLists.of([[row] for row in pair])
+    lists = Ragged.from_lists([[row] for row in pair])
     for top in (1, 2, 51):
         mined = mine(queries, documents, lists, rules=[kinds.ConsistencyRule(top=top).build()], negatives=4, depth=60)
         scores = reference.all_scores(queries, documents)
@@ -222,14 +222,16 @@ def test_the_consistency_filter_takes_the_best_positive_and_forgives_ties() -> N
     documents = np.array([[0.2], [0.9], [0.9], [0.5]], np.float32)
     rule = kinds.ConsistencyRule(top=1).build()
     query = np.ones((1, 1), np.float32)
-    assert mine(query, documents, RowLists.of([[0, 1]]), rules=[rule], negatives=1, depth=4).kept.tolist() == [True]
-    assert mine(query, documents, RowLists.of([[3]]), rules=[rule], negatives=1, depth=4).kept.tolist() == [False]
+    assert mine(query, documents, Ragged.from_lists([[0, 1]]), rules=[rule], negatives=1, depth=4).kept.tolist() == [
+        True
+    ]
+    assert mine(query, documents, Ragged.from_lists([[3]]), rules=[rule], negatives=1, depth=4).kept.tolist() == [False]
 
 
 def test_what_each_rule_took_is_counted_and_short_queries_are_not_padded() -> None:
     rules = [kinds.ShiftedRule(skip=2).build(), kinds.AbsoluteRule(below=0.5).build()]
     found = Neighbours(np.array([[0, 1, 2, 3], [0, 1, -1, -1]]), np.array([[0.9, 0.8, 0.7, 0.1], [0.4, 0.3, -np.inf, -np.inf]], np.float32))  # fmt: skip
-    mined = select(found, RowLists.of([[7], [7]]), np.ones(2, np.float32), rules=rules, negatives=1)
+    mined = select(found, Ragged.from_lists([[7], [7]]), np.ones(2, np.float32), rules=rules, negatives=1)
     assert [(c.kind, c.removed, c.left, c.short) for c in mined.counts] == [("shifted", 4, 2, 1), ("absolute", 1, 1, 1)]
     assert mined.candidates == 6 and mined.short.tolist() == [1] and mined.rows.tolist() == [3]
 
@@ -237,14 +239,14 @@ def test_what_each_rule_took_is_counted_and_short_queries_are_not_padded() -> No
 def test_every_kind_says_its_own_name() -> None:
     found = Neighbours(np.zeros((1, 1), np.int64), np.zeros((1, 1), np.float32))
     for rule in (*RULES, kinds.RankWindowRule(), kinds.SampledTopKRule(), kinds.ConsistencyRule()):
-        mined = select(found, RowLists.of([[1]]), np.ones(1, np.float32), rules=[rule.build()], negatives=1)
+        mined = select(found, Ragged.from_lists([[1]]), np.ones(1, np.float32), rules=[rule.build()], negatives=1)
         assert mined.counts[0].kind == rule.kind  # type: ignore[attr-defined]
 
 
 def test_a_query_without_a_positive_is_refused() -> None:
     vectors = np.eye(3, dtype=np.float32)
     with pytest.raises(BadInputError, match="query 1 has no positive"):
-        mine(vectors[:2], vectors, RowLists.of([[0], []]), rules=[], negatives=1, depth=2)
+        mine(vectors[:2], vectors, Ragged.from_lists([[0], []]), rules=[], negatives=1, depth=2)
 
 
 @pytest.mark.parametrize(

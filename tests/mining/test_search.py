@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nearfield.arrays import Ragged
 from nearfield.errors import BadInputError
 from nearfield.mining import search as search_module
-from nearfield.mining.documents import ArrayDocuments, RowLists, StreamedDocuments, pair_scores
+from nearfield.mining.documents import ArrayDocuments, StreamedDocuments, pair_scores
 from nearfield.mining.search import SearchPlan, plan_search, search
 from tests.mining import reference
 
@@ -53,7 +54,7 @@ def problems(draw: st.DrawFn) -> Any:
 def test_search_equals_a_full_sort_whatever_the_blocks(problem: Any) -> None:
     queries, documents, depth, excluded, plan, streamed = problem
     source = StreamedDocuments(lambda: np.array_split(documents, 3)) if streamed else documents
-    found = search(queries, source, depth, excluded=RowLists.of(excluded), plan=plan)
+    found = search(queries, source, depth, excluded=Ragged.from_lists(excluded), plan=plan)
     rows, scores = reference.best(queries, documents, depth, excluded)
     np.testing.assert_array_equal(found.rows, rows)
     np.testing.assert_array_equal(found.scores, scores)
@@ -202,12 +203,3 @@ def test_buffers_are_cut_and_ties_go_to_exact_scores(monkeypatch: pytest.MonkeyP
     found = search(queries, documents, 10, plan=plan_of(4, 4, 64, 10, 2, 8))
     np.testing.assert_array_equal(found.rows, reference.best(queries, documents, 10)[0])
     assert taken["block"] and taken["insert"] and taken["exact"] > 1
-
-
-def test_row_lists() -> None:
-    lists = RowLists.of([[3, 1, 3], [], [2]])
-    assert [lists[i].tolist() for i in range(3)] == [[1, 3], [], [2]]
-    assert lists.owners().tolist() == [0, 0, 2]
-    merged = lists.merged(RowLists.of([[1, 0], [5], []]))
-    assert [merged[i].tolist() for i in range(3)] == [[0, 1, 3], [5], [2]]
-    assert [merged.slice(1, 3)[i].tolist() for i in range(2)] == [[5], [2]]

@@ -12,6 +12,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Router, StaticEmbedding
 
+from nearfield.arrays import Ragged
 from nearfield.conformance.tiny_models import WORDS
 from nearfield.data.store import Store
 from nearfield.data.vectors import VectorFile, read_vectors
@@ -26,7 +27,7 @@ from nearfield.mining.config import (
     VectorsTeacher,
     dense_teachers,
 )
-from nearfield.mining.documents import ArrayDocuments, RowLists
+from nearfield.mining.documents import ArrayDocuments
 from tests.data.making import build_rows
 from tests.mining import reference
 
@@ -54,7 +55,7 @@ def random_dense(seed: int, n: int = 6, m: int = 30) -> teachers.DenseScorer:
 
 
 def test_bm25_finds_by_words_with_ties_by_row_and_nothing_without_a_common_word() -> None:
-    found, scores = make(BM25Teacher()).find(5, RowLists.of([[3], [2], [4]]), RowLists.of([[], [], []]))
+    found, scores = make(BM25Teacher()).find(5, Ragged.from_lists([[3], [2], [4]]), Ragged.from_lists([[], [], []]))
     # "apple pie recipes" twice: equal scores, the smaller row first. Stemming: dogs, dog; running, runs.
     assert found.rows[0].tolist() == [1, 5, 0, -1, -1]
     assert found.scores[0, 0] == found.scores[0, 1] > found.scores[0, 2] > 0
@@ -71,7 +72,7 @@ def test_bm25_is_okapi_as_bm25s_defines_it() -> None:
     scorer = teachers.BM25Scorer(BM25Teacher(language=None, k1=1.2, b=0.5), queries, corpus)
     index = bm25s.BM25(k1=1.2, b=0.5)
     index.index([text.split() for text in corpus], show_progress=False)
-    found = scorer.search(7, RowLists.of([[]] * 5))
+    found = scorer.search(7, Ragged.from_lists([[]] * 5))
     for number, query in enumerate(queries):
         line = index.get_scores(query.split())
         order = [row for row in sorted(range(40), key=lambda row: (-line[row], row)) if line[row] > 0][:7]
@@ -83,7 +84,7 @@ def test_bm25_is_okapi_as_bm25s_defines_it() -> None:
 
 def test_bm25_of_nothing_finds_nothing() -> None:
     scorer = teachers.BM25Scorer(BM25Teacher(), ["the", "words"], ["the", "of"])
-    assert (scorer.search(2, RowLists.of([[], []])).rows == -1).all()
+    assert (scorer.search(2, Ragged.from_lists([[], []])).rows == -1).all()
     with pytest.raises(BadInputError, match="stemmer for 'klingon'"):
         teachers.BM25Scorer(BM25Teacher(language="klingon"), ["a"], ["b"])
 
@@ -110,10 +111,10 @@ def test_a_cross_encoder_scores_what_another_teacher_finds(cross_encoder: Path) 
     texts = lambda role, rows: [(queries if role == "query" else documents)[row] for row in rows]  # noqa: E731
     teacher = CrossEncoderTeacher(model=str(cross_encoder), retrieve=BM25Teacher(language=None))
     scorer = teachers.make_scorer(teacher, (4, 12), texts, no_vectors)
-    positives = RowLists.of([[11], [0], [1], [2]])
-    found, scores = scorer.find(4, positives, RowLists.of([[0], [], [], []]))
+    positives = Ragged.from_lists([[11], [0], [1], [2]])
+    found, scores = scorer.find(4, positives, Ragged.from_lists([[0], [], [], []]))
     retrieved, _ = teachers.make_scorer(BM25Teacher(language=None), (4, 12), texts, no_vectors).find(
-        4, positives, RowLists.of([[0], [], [], []])
+        4, positives, Ragged.from_lists([[0], [], [], []])
     )
     model = CrossEncoder(str(cross_encoder))
     for number in range(4):
@@ -126,7 +127,7 @@ def test_a_cross_encoder_scores_what_another_teacher_finds(cross_encoder: Path) 
         assert scores[number] == pytest.approx(float(model.predict([(queries[number], documents[own])])[0]), abs=1e-5)
     assert scores.min() > 0 and scores.max() < 1
     raw = CrossEncoderTeacher(model=str(cross_encoder), retrieve=BM25Teacher(language=None), scale="none")
-    logits = teachers.make_scorer(raw, (4, 12), texts, no_vectors).find(4, positives, RowLists.of([[]] * 4))[1]
+    logits = teachers.make_scorer(raw, (4, 12), texts, no_vectors).find(4, positives, Ragged.from_lists([[]] * 4))[1]
     np.testing.assert_allclose(1 / (1 + np.exp(-logits.astype(float))), scores, atol=1e-5)
 
 
@@ -156,7 +157,10 @@ def test_a_model_that_is_no_cross_encoder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fusion", ["rank", "score"])
 def test_ensembles_equal_a_loop(fusion: str) -> None:
     members, weights = [random_dense(0), random_dense(1)], (2.0, 1.0)
-    positives, excluded = RowLists.of([[i, i + 6] for i in range(6)]), RowLists.of([[20 + i] for i in range(6)])
+    positives, excluded = (
+        Ragged.from_lists([[i, i + 6] for i in range(6)]),
+        Ragged.from_lists([[20 + i] for i in range(6)]),
+    )
     found, scores = teachers.EnsembleScorer(members, weights, fusion).find(8, positives, excluded)
     for query in range(6):
         hidden = {query, query + 6, 20 + query}
@@ -177,7 +181,7 @@ def test_ensembles_equal_a_loop(fusion: str) -> None:
 
 def test_an_ensemble_is_built_from_settings() -> None:
     teacher = EnsembleTeacher(members=(BM25Teacher(), BM25Teacher(k1=2.0)), fusion="score")
-    found, _ = make(teacher).find(3, RowLists.of([[3], [2], [4]]), RowLists.of([[], [], []]))
+    found, _ = make(teacher).find(3, Ragged.from_lists([[3], [2], [4]]), Ragged.from_lists([[], [], []]))
     assert found.rows[0].tolist()[:2] == [1, 5]
 
 
@@ -197,7 +201,7 @@ def test_any_function_can_teach() -> None:
 
     scorer = teachers.encoded(encode, QUERIES, DOCUMENTS)
     assert asked == ["query", "document"]
-    found, _ = scorer.find(2, RowLists.of([[0], [1], [2]]), RowLists.of([[], [], []]))
+    found, _ = scorer.find(2, Ragged.from_lists([[0], [1], [2]]), Ragged.from_lists([[], [], []]))
     vectors = [np.array([[len(t), 1.0] for t in texts]) for texts in (QUERIES, DOCUMENTS)]
     vectors = [(v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32) for v in vectors]
     np.testing.assert_array_equal(found.rows, reference.best(*vectors, 2, [{0}, {1}, {2}])[0])

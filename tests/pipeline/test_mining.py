@@ -50,7 +50,7 @@ def test_mined_negatives_are_those_of_brute_force_and_the_plan_uses_them(toy_rec
     for line, example, row in zip(scores, part, examples.tolist(), strict=True):
         place = {item: number for number, item in enumerate(documents.tolist())}
         a = min(float(line[place[item]]) for item in example["positives"])
-        hidden = {*known.of(example["query"]).tolist(), example["query"]}
+        hidden = {*known[example["query"]].tolist(), example["query"]}
         order = [item for item in sorted(place, key=lambda i: (-line[place[i]], i)) if item not in hidden][:20]
         bar = a - abs(a) * (1 - 0.999)
         assert mined[row].tolist() == [item for item in order if float(line[place[item]]) < bar][:2]

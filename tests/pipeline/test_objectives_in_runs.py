@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nearfield.arrays import Ragged
 from nearfield.batching.plan import Batch, Plan
-from nearfield.batching.rows import Lists
 from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
 from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages
@@ -184,9 +184,9 @@ def test_teacher_scores_of_a_batch() -> None:
     """Positives and negatives by item, whatever their order; not a number for what was not scored."""
     scores = TeacherScores(
         np.array([3, 8]),
-        Lists.of([[10, 11], [20]]),
+        Ragged.from_lists([[10, 11], [20]]),
         np.array([0.9, 0.8, 0.7]),
-        Lists.of([[12, 13], [21]]),
+        Ragged.from_lists([[12, 13], [21]]),
         np.array([0.4, 0.3, 0.2]),
     )
     none = np.zeros(3, dtype=np.int64)
@@ -201,5 +201,5 @@ def test_teacher_scores_of_a_batch() -> None:
     )
     nan = np.nan
     np.testing.assert_array_equal(scores.of(batch), [0.7, 0.2, nan, 0.8, 0.3, 0.4, nan, nan])
-    empty = TeacherScores(np.array([], dtype=np.int64), Lists.empty(0), np.array([]), Lists.empty(0), np.array([]))
+    empty = TeacherScores(np.array([], dtype=np.int64), Ragged.empty(0), np.array([]), Ragged.empty(0), np.array([]))
     assert np.isnan(empty.of(batch)).all()

@@ -83,7 +83,7 @@ def test_examples_before_queries(tmp_path: Path, tiny_model: Path) -> None:
             prompt = texts[number]
             seen.add(prompt)
             assert prompt.endswith("ask ")
-            own = [*store.texts([query]), *store.texts(store.known_positives().of(query))]
+            own = [*store.texts([query]), *store.texts(store.known_positives()[query])]
             if prompt != "ask ":
                 assert not any(f" {text} " in prompt.replace("ask ", "") for text in own)
         # Documents never carry examples.

@@ -335,5 +335,5 @@ def test_write_run_is_whole(tmp_path: Path) -> None:
 
     run = write_run(tmp_path)
     store = Store.open(store_of(run))
-    assert store.known_positives().of(3).tolist() == [QUERIES + 3, 2 * QUERIES + 3]
+    assert store.known_positives()[3].tolist() == [QUERIES + 3, 2 * QUERIES + 3]
     assert store.texts([0]) == ["query 0"]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nearfield.arrays import Ragged
 from nearfield.batching.plan import Plan, write_plan
 from nearfield.batching.planner import EpochBatches
-from nearfield.batching.rows import Lists, PlannedRows
+from nearfield.batching.streams import PlannedRows
 from nearfield.data.tokens import TokenCache, TokenTable
 
 ITEMS = 60
@@ -31,7 +32,7 @@ def make_plan(path: Path, epoch: int, steps: int = 3, size: int = 4) -> Plan:
     """Queries 0 to 19, each with its positive (20 more) and a negative (40 more); queries have prompt 0, documents 1."""
     order = np.random.default_rng(epoch).permutation(20)[: size * steps]
     count = len(order)
-    rows = PlannedRows.of([0] * count, order + 100, order, Lists.single(order + 20), Lists.single(order + 40))
+    rows = PlannedRows.of([0] * count, order + 100, order, Ragged.single(order + 20), Ragged.single(order + 40))
     offsets = np.minimum(np.arange(steps + 1) * size, count)
     epoch_batches = EpochBatches(rows, offsets)
     write_plan(path, epoch_batches, {0: (0, 1)}, lambda prompt, items: SIZES[items] + prompt, {"epoch": epoch})

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nearfield.batching.planner import Rows
+from nearfield.arrays import Rows
 from nearfield.conformance.cases import OBJECTIVES
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings, Surroundings
 from nearfield.objectives.infonce import can_ring

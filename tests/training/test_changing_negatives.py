@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nearfield.arrays import Ragged, Rows
 from nearfield.batching.plan import Batch
-from nearfield.batching.rows import Lists, Rows
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, StoppedError
 from nearfield.mining.config import (
@@ -25,7 +25,6 @@ from nearfield.mining.config import (
     RefreshedNegatives,
     ScheduledNegatives,
 )
-from nearfield.mining.documents import RowLists
 from nearfield.mining.pool import Pool
 from nearfield.objectives import InfoNCEConfig
 from nearfield.training import TrainingConfig, changing_negatives, trainer
@@ -67,7 +66,7 @@ def candidates(lists: list[list[int]], examples: list[int] | None = None) -> Can
     counts = rows(*map(len, lists))
     return Candidates(
         rows(*(examples or range(len(lists)))),
-        Lists.from_counts(counts, rows(*(item for part in lists for item in part))),
+        Ragged.from_lengths(counts, rows(*(item for part in lists for item in part))),
     )
 
 
@@ -263,7 +262,7 @@ def changing(inputs: TrainingInputs, config: Any, **more: Any) -> TrainingInputs
     documents = np.unique(np.concatenate([plan.lists("positives").values for plan in inputs.plans]))
     lists = [random.choice(documents, 6, replace=False).tolist() for _ in examples]
     found = Candidates(
-        examples, Lists.from_counts(np.full(len(lists), 6), rows(*(item for part in lists for item in part)))
+        examples, Ragged.from_lengths(np.full(len(lists), 6), rows(*(item for part in lists for item in part)))
     )
     return dataclasses.replace(inputs, negatives=NegativeInputs(config, found, 2, **more))
 
@@ -273,9 +272,16 @@ def remine(inputs: TrainingInputs, depth: int = 3) -> Remine:
     examples, first = np.unique(np.concatenate([plan.column("example") for plan in inputs.plans]), return_index=True)
     queries = np.concatenate([plan.column("query") for plan in inputs.plans])[first]
     documents = np.unique(np.concatenate([plan.lists("positives").values for plan in inputs.plans]))
-    own = RowLists.of([np.searchsorted(documents, inputs.known_positives(int(q))) for q in queries])
+    own = Ragged.from_lists([np.searchsorted(documents, inputs.known_positives(int(q))) for q in queries])
     pool = Pool(
-        0, "pairs", examples, queries, documents, own, np.arange(len(own.rows)), RowLists.of([[] for _ in queries])
+        0,
+        "pairs",
+        examples,
+        queries,
+        documents,
+        own,
+        np.arange(len(own.rows)),
+        Ragged.from_lists([[] for _ in queries]),
     )
     prompts = (int(inputs.plans[0].column("query_prompt")[0]), int(inputs.plans[0].column("document_prompt")[0]))
     return Remine([pool], {0: prompts}, MiningConfig(rules=(NaiveRule(),), negatives=depth, depth=depth))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from nearfield.arrays import Rows
 from nearfield.batching.plan import Batch
-from nearfield.batching.planner import Rows
 from nearfield.errors import BadInputError, NonFiniteError
 from nearfield.objectives import watching
 from nearfield.objectives.infonce import ContrastiveBatch, LossSum

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nearfield.batching.planner import Rows
+from nearfield.arrays import Rows
 from nearfield.data.tokens import TokenCache, TokenTable
 from nearfield.encoders.packing import Features
 from nearfield.objectives import InfoNCEConfig

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
 from nearfield.batching.config import (
     BatchConfig,
     CommunitiesConfig,
@@ -11,7 +14,9 @@ from nearfield.batching.config import (
     ShuffledConfig,
     SingleSourceConfig,
 )
-from nearfield.batching.sampler import batch_sampler, follow_plans
+
+if TYPE_CHECKING:
+    from nearfield.batching.sampler import batch_sampler, follow_plans
 
 __all__ = [
     "BatchConfig",
@@ -24,3 +29,9 @@ __all__ = [
     "batch_sampler",
     "follow_plans",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("batch_sampler", "follow_plans"):
+        return getattr(importlib.import_module("nearfield.batching.sampler"), name)
+    raise AttributeError(f"module 'nearfield.batching' has no attribute {name!r}")

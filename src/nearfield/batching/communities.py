@@ -1,22 +1,32 @@
-"""Communities of examples that are good negatives of one another: B3's batch mining (arXiv 2505.11293)."""
+"""Communities of examples that are hard negatives of one another, and batches that are unions of them (B3, arXiv 2505.11293)."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from nearfield.batching.kmeans import Vectors
-from nearfield.batching.neighbours import Excluded, Found, Method, Rows, hide, listed, nearest, top_columns
+from nearfield.arrays import Floats, Index, Mask, Ragged, Rows, Vectors, beside, occurrences, starts
+from nearfield.batching.planner import Drawn, Request, SingleSourcePlanner
+from nearfield.batching.streams import PlannedRows, Stream, known_of
 from nearfield.errors import BadInputError
+from nearfield.mining.approximate import Found, Method, hide, nearest, top_columns
 from nearfield.randomness import derive_seed, generator
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
+    from nearfield.batching.config import CommunitiesConfig
+
+logger = logging.getLogger("nearfield.batching")
+
+MOST_EXCLUDED = 1000
+"""An item that more examples bring than this is not taken out of rankings: its pairs alone would fill the memory."""
 LABEL_BLOCK = 10_000
 """Examples that the label variant links among each other at a time, as in the authors' code."""
 LABEL_SHARE = 0.3
@@ -64,18 +74,6 @@ class Communities:
     recall_all: float | None = None
     """Recall of the search at rank_to."""
 
-    def completed(self) -> Rows:
-        """The groups, and one more of what is left over, completed by members of other groups that are near to it."""
-        size = self.groups.shape[1]
-        if not len(self.left) or len(self.groups) == 0:
-            return self.groups
-        near = self.neighbours[self.left].T.ravel()
-        candidates = np.concatenate([near[near >= 0], self.groups.ravel()])
-        candidates = candidates[~np.isin(candidates, self.left)]
-        _, first = np.unique(candidates, return_index=True)
-        extra = candidates[np.sort(first)][: size - len(self.left)]
-        return np.concatenate([self.groups, np.concatenate([self.left, extra])[None]])
-
 
 def find_communities(
     queries: Vectors,
@@ -86,8 +84,8 @@ def find_communities(
     rank_to: int,
     seed: int,
     method: Method,
-    excluded: Excluded | None = None,
-    labels: npt.NDArray[np.int64] | None = None,
+    excluded: Ragged | None = None,
+    labels: Rows | None = None,
 ) -> Communities:
     """Put n examples into groups of ``size`` that are strong negatives of one another (B3, steps 1 to 5).
 
@@ -151,7 +149,7 @@ def mutual_edges(neighbours: Found) -> csr_array:
 def partition(graph: csr_array, size: int, seed: int) -> Partition:
     """Cut a symmetric graph into groups of exactly ``size`` nodes: METIS, then moves that cost the fewest edges.
 
-    Nodes without an edge take no part: METIS would strew them over the groups to balance these.
+    Nodes without an edge take no part: METIS would spread them over the groups to balance sizes.
     """
     degrees = np.diff(graph.indptr)
     linked = np.flatnonzero(degrees > 0)
@@ -218,8 +216,7 @@ def _make_exact(graph: csr_array, parts: Found, count: int, size: int) -> None:
     members = np.flatnonzero(sizes[parts] > size)
     inside = _edges_into(graph, members, parts, parts[members])
     order = members[np.lexsort((members, inside, parts[members]))]
-    place = np.arange(len(order)) - np.searchsorted(parts[order], parts[order])
-    pool = np.sort(order[place < (sizes - size)[parts[order]]])
+    pool = np.sort(order[occurrences(parts[order]) < (sizes - size)[parts[order]]])
     parts[pool] = -1
     room = size - np.bincount(parts[parts >= 0], minlength=count)
     sub = graph[pool]
@@ -259,11 +256,11 @@ def _gather(groups: Rows, unplaced: Rows, neighbours: Found, size: int) -> tuple
 def _label_communities(
     queries: Vectors,
     documents: Vectors,
-    labels: npt.NDArray[np.int64],
+    labels: Rows,
     size: int,
     width: int,
     seed: int,
-    excluded: Excluded | None,
+    excluded: Ragged | None,
 ) -> Communities:
     if len(labels) != len(queries):
         raise BadInputError(f"{len(labels)} labels for {len(queries)} examples")
@@ -304,8 +301,8 @@ def _label_ranking(
     codes: Rows,
     wanted: int,
     width: int,
-    excluded: Excluded | None,
-) -> tuple[npt.NDArray[np.bool_], Found]:
+    excluded: Ragged | None,
+) -> tuple[Mask, Found]:
     """For each example of a block: which labels its ranking links it to, (b, labels), and their nearest documents.
 
     The order of labels in a ranking is that of their best documents, so a maximum over each label's documents will do.
@@ -332,7 +329,7 @@ def _label_ranking(
     return linked, found
 
 
-def _label_graph(linked: npt.NDArray[np.bool_], codes: Rows) -> csr_array:
+def _label_graph(linked: Mask, codes: Rows) -> csr_array:
     """The graph of a block: an edge where each of two examples is linked to the other's label."""
     from scipy.sparse import csr_array
 
@@ -340,33 +337,10 @@ def _label_graph(linked: npt.NDArray[np.bool_], codes: Rows) -> csr_array:
     return csr_array((to & to.T).astype(np.int8))
 
 
-def community_negatives(
-    communities: Communities, count: int, *, seed: int, excluded: Excluded | None = None
-) -> tuple[Found, int]:
-    """B3++: explicit negatives drawn from one distribution a group, shape (g, size, count); -1 where there are too few.
-
-    A document weighs as often as it stands in the rankings of the group's members up to ``rank_to``, less two for each
-    time that it stands before the window; the members' own documents and those ``excluded`` for a member weigh nothing.
-    size * count documents are drawn without replacement and dealt to the members. Also gives how many are missing.
-    """
-    if count < 1:
-        raise BadInputError(f"{count} negatives a query are none")
-    groups = communities.groups
-    size = groups.shape[1]
-    drawn = np.full((len(groups), size * count), -1, dtype=np.int32)
-    random = generator(seed, "communities", "negatives")
-    for number, members in enumerate(groups):
-        candidates, weights = negative_weights(communities, members, excluded)
-        # The smallest of exponential draws over weights are a weighted draw without replacement.
-        keys = random.exponential(size=len(candidates)) / weights
-        picked = candidates[np.argsort(keys, kind="stable")[: size * count]]
-        drawn[number, : len(picked)] = picked
-    # Dealt in turn, so that where documents are missing no member lacks more than one more than another.
-    return drawn.reshape(len(groups), count, size).swapaxes(1, 2), int(np.count_nonzero(drawn < 0))
-
-
-def negative_weights(communities: Communities, members: Rows, excluded: Excluded | None = None) -> tuple[Found, Rows]:
-    """Documents (rising rows) of positive weight for a group, and the weights (see :func:`community_negatives`)."""
+def negative_weights(communities: Communities, members: Rows, excluded: Ragged | None = None) -> tuple[Found, Rows]:
+    """Documents (rising rows) of positive weight for a group, and the weights : as often as it stands in the rankings of the
+    group's members up to ``rank_to``, less two for each time that it stands before the window. The members' own documents and
+    those ``excluded`` for a member weigh nothing."""
     before, window = communities.first[members].ravel(), communities.neighbours[members].ravel()
     candidates, where = np.unique(np.concatenate([before, window]), return_inverse=True)
     # Before the window a document counts once and costs two.
@@ -374,5 +348,194 @@ def negative_weights(communities: Communities, members: Rows, excluded: Excluded
     weights = np.bincount(where, weights=steps, minlength=len(candidates)).astype(np.int64)
     weights[(candidates < 0) | np.isin(candidates, members)] = 0
     if excluded is not None:
-        weights[np.isin(candidates, listed(excluded, members)[1])] = 0
+        weights[np.isin(candidates, excluded.take(members).values)] = 0
     return candidates[weights > 0].astype(np.int32), weights[weights > 0]
+
+
+# Batches
+
+
+@dataclass(frozen=True)
+class _StreamCommunities:
+    groups: Rows
+    """[g, K] rows of the stream."""
+    of_row: Rows
+    """(n,) the community of each row, -1 for none."""
+    found: Communities | None
+    about: dict[str, Any]
+
+
+class CommunityPlanner(SingleSourcePlanner):
+    """Each batch is a union of random whole communities of one stream.
+
+    Members that cannot be together (they share an item) and those of broken communities (part of a mixture, say) fill
+    what room there is, and are counted as moved.
+    """
+
+    config: CommunitiesConfig
+
+    whole_groups = True
+    find = staticmethod(find_communities)
+
+    def communities(self, stream: Stream, request: Request) -> _StreamCommunities:
+        """The communities of a stream; found once for all epochs."""
+        found: _StreamCommunities = self.remember(stream, request, lambda: self._find(stream, request))
+        return found
+
+    def _find(self, stream: Stream, request: Request) -> _StreamCommunities:
+        config = self.config
+        vectors_of = request.need_vectors(config.kind)
+        none = np.full(len(stream), -1, dtype=np.int64)
+        empty = np.empty((0, config.community_size), dtype=np.int64)
+        if len(stream) < 2 * config.community_size:
+            return _StreamCommunities(empty, none, None, {})
+        excluded, shared = excluded_pairs(stream, request.known)
+        found = self.find(
+            vectors_of("query", stream.queries),
+            vectors_of("document", stream.representatives()),
+            size=config.community_size,
+            rank_from=config.rank_from,
+            rank_to=config.rank_to,
+            seed=request.fixed_seed("communities", stream.name),
+            method=config.search,
+            excluded=excluded,
+            labels=stream.labels,
+        )
+        groups = np.asarray(found.groups, dtype=np.int64)
+        none[groups] = np.arange(len(groups))[:, None]
+        about = {
+            "kind": "communities",
+            "communities": len(groups),
+            "size": config.community_size,
+            "left": len(found.left),
+            "cut": round(float(found.cut), 6),
+            "edges": int(found.edges),
+            "without_edge": int(found.isolated),
+            "recall": None if found.recall is None else round(float(found.recall), 6),
+            "items_in_too_many_examples": shared,
+        }
+        logger.info(
+            "%s: %d communities of %d, %.1f %% of %d edges cut; %s",
+            stream.name, len(groups), config.community_size, 100 * found.cut, found.edges,
+            ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.seconds.items()),
+        )  # fmt: skip
+        return _StreamCommunities(groups, none, found, about)
+
+    def strata(self, stream: Stream, request: Request) -> tuple[Rows, dict[str, Any]]:
+        """The community of each row."""
+        found = self.communities(stream, request)
+        return found.of_row, found.about
+
+    def groups(self, drawn: Drawn, strata: Rows, request: Request, turn: int) -> Iterator[Rows]:
+        """All whole communities in a new order, then the other rows."""
+        groups = self.communities(drawn.stream, request).groups
+        usable = np.zeros(len(drawn.stream), dtype=np.bool_)
+        usable[drawn.order] = True
+        whole = groups[usable[groups].all(axis=1)] if len(groups) else groups
+        order = whole[request.random("communities", drawn.stream.name, turn).permutation(len(whole))].ravel()
+        usable[order] = False
+        yield np.concatenate([order, drawn.order[usable[drawn.order]]])
+
+    def portion(
+        self, stream: Stream, available: Rows, wanted: int, request: Request, random: np.random.Generator
+    ) -> Rows:
+        """Whole communities as long as they fit, then single rows."""
+        groups = self.communities(stream, request).groups
+        usable = np.zeros(len(stream), dtype=np.bool_)
+        usable[available] = True
+        whole = groups[usable[groups].all(axis=1)] if len(groups) else groups
+        count = min(len(whole), wanted // self.config.community_size)
+        taken = whole[random.permutation(len(whole))[:count]].ravel()
+        usable[taken] = False
+        rest = random.permutation(np.flatnonzero(usable))[: wanted - len(taken)]
+        return np.sort(np.concatenate([taken, rest]))
+
+    def finish(self, drawn: Drawn, rows: PlannedRows, sizes: Rows, request: Request) -> PlannedRows:
+        """Add the negatives of communities, if any are asked for."""
+        found = self.communities(drawn.stream, request).found
+        if not self.config.cluster_negatives or found is None:
+            return rows
+        return add_cluster_negatives(
+            rows,
+            sizes,
+            self.config.cluster_negatives,
+            communities=found,
+            representatives=drawn.stream.representatives(),
+            known=request.known if self.config.known_positives == "forbid" else None,
+            random=request.random("cluster negatives", drawn.stream.name),
+        )
+
+
+def excluded_pairs(stream: Stream, known: Ragged | None) -> tuple[Ragged | None, int]:
+    """For each row of a stream, the other rows that are no negatives of it: they have its query, its document or a known
+    positive of its query.
+
+    Returns them (None where there are no such pairs), and how many items were left alone because more than
+    ``MOST_EXCLUDED`` rows bring them.
+    """
+    count, documents = len(stream), stream.representatives()
+    wanted = [(Ragged.single(stream.queries), stream.queries), (Ragged.single(documents), documents)]
+    if known is not None:
+        positives = known_of(known, stream.queries)
+        # The own document is looked up above.
+        wanted.append((positives.keep(positives.values != documents[positives.owners()]), documents))
+    owners, rows, shared = [], [], set()
+    for lists, items in wanted:
+        index = Index(items)
+        shared |= set(np.unique(lists.values[index.counts(lists.values) > MOST_EXCLUDED]).tolist())
+        bearers = index.all(lists.values, most=MOST_EXCLUDED)
+        owners.append(lists.owners()[bearers.owners()])
+        rows.append(bearers.values)
+    owner, row = np.concatenate(owners), np.concatenate(rows)
+    pairs = Ragged.from_pairs(owner[owner != row], row[owner != row], count)
+    return (pairs if len(pairs.values) else None), len(shared)
+
+
+def add_cluster_negatives(
+    rows: PlannedRows,
+    sizes: Rows,
+    count: int,
+    *,
+    communities: Communities,
+    representatives: Rows,
+    known: Ragged | None,
+    random: np.random.Generator,
+) -> PlannedRows:
+    """Give each row of a community ``count`` negatives more, from one distribution a community.
+
+    ``rows`` are batches of these ``sizes``, their strata numbers of ``communities.groups``; ``representatives`` (n,) are the
+    documents of the stream's rows. :func:`nearfield.batching.communities.negative_weights` says how likely a document
+    is; they are drawn without replacement. One that is in the batch already, or is a known positive of one of its
+    queries, is not drawn: so a row may get fewer. Rows of no community get none.
+    """
+    strata = rows.stratum
+    items, offsets = rows.items(), starts(sizes)
+    counts = np.zeros(len(rows), dtype=np.int64)
+    drawn: dict[int, Rows] = {}
+    for batch in range(len(sizes)):
+        inside = np.arange(offsets[batch], offsets[batch + 1])
+        taken = items.values[items.offsets[inside[0]] : items.offsets[inside[-1] + 1]]
+        if known is not None:
+            taken = np.concatenate([taken, known_of(known, rows.query[inside]).values])
+        for stratum in np.unique(strata[inside][strata[inside] >= 0]).tolist():
+            mine = inside[strata[inside] == stratum]
+            candidates, weights = negative_weights(communities, communities.groups[stratum])
+            documents, first = np.unique(representatives[candidates], return_index=True)
+            free = ~np.isin(documents, taken)
+            documents, rates = documents[free], weights[first[free]].astype(np.float64)
+            chosen = _draw(documents, rates, count * len(mine), random)
+            taken = np.concatenate([taken, chosen])
+            # Dealt in turn, so that all rows have as many, or one fewer.
+            for place, row in enumerate(mine.tolist()):
+                drawn[row] = chosen[place :: len(mine)]
+                counts[row] = len(drawn[row])
+    values = np.concatenate([np.empty(0, dtype=np.int64), *(drawn[row] for row in sorted(drawn))])
+    return dataclasses.replace(rows, negatives=beside(rows.negatives, Ragged.from_lengths(counts, values)))
+
+
+def _draw(documents: Rows, weights: Floats, count: int, random: np.random.Generator) -> Rows:
+    """Draw without replacement in proportion to the weights: the least of exponential draws with these rates."""
+    if not len(documents):
+        return documents
+    keys = random.exponential(size=len(documents)) / weights
+    return documents[np.argsort(keys, kind="stable")[:count]]

@@ -16,36 +16,84 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(gt=0)]
 
 
-class ProportionalSampling(Config):
+class SourceSampling(Config):
+    """How often each source comes in an epoch."""
+
+    turns: ClassVar[bool] = False
+    """Whether sources take turns."""
+
+    @property
+    def exponent(self) -> float | None:
+        """The power of a source's size that its share is proportional to; None takes all batches of all sources."""
+        return None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What the share of each source or pool is multiplied by; all or none are named."""
+        return {}
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a source that runs out begins anew."""
+        return False
+
+
+class ProportionalSampling(SourceSampling):
     """All batches of all sources, so that each source comes in proportion to its size."""
 
     kind: Literal["proportional"] = "proportional"
 
 
-class _UnequalSampling(Config):
+class UnequalSampling(SourceSampling):
+    """Sources that do not come in proportion to their size, so that some run out before the others."""
+
     exhausted: Literal["stop", "repeat"] = "stop"
     """Where a source has fewer examples than its share asks for: ``stop`` ends the epoch with it and leaves the rest of
     the others for another epoch, ``repeat`` begins it anew. Both are counted in the summary."""
 
+    @property
+    def exponent(self) -> float | None:
+        """All sources alike."""
+        return 0.0
 
-class TemperatureSampling(_UnequalSampling):
+    @property
+    def repeats(self) -> bool:
+        """As the setting says."""
+        return self.exhausted == "repeat"
+
+
+class TemperatureSampling(UnequalSampling):
     """Sources in proportion to size ** alpha: 1 is proportional, 0 gives all sources the same share."""
 
     kind: Literal["temperature"] = "temperature"
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The power of a source's size; lower it where a large source drowns the small ones."""
+
+    @property
+    def exponent(self) -> float | None:
+        """Alpha."""
+        return self.alpha
 
 
-class RoundRobinSampling(_UnequalSampling):
+class RoundRobinSampling(UnequalSampling):
     """Sources take turns, a batch each, in the order of the data recipe."""
+
+    turns: ClassVar[bool] = True
 
     kind: Literal["round_robin"] = "round_robin"
 
 
-class SharesSampling(_UnequalSampling):
+class SharesSampling(UnequalSampling):
     """Sources (or pools) in proportion to given weights."""
 
     kind: Literal["shares"] = "shares"
     shares: Annotated[dict[str, Share], Field(min_length=1)]
+    """Source or pool -> its weight; every source that is trained on needs one."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The shares."""
+        return self.shares
 
 
 SamplingConfig = Annotated[
@@ -56,10 +104,13 @@ SamplingConfig = Annotated[
 class CommonConfig(KindSettings):
     """The base of every planner's settings: what all planners share."""
 
-    needs_vectors: ClassVar[bool] = False
-    """Whether the planner cannot do without a teacher's vectors."""
     needs_samples: ClassVar[bool] = False
     """Whether it must know which examples are of one sample."""
+
+    @property
+    def needs_vectors(self) -> bool:
+        """Whether the planner, or a part of it, cannot do without a teacher's vectors."""
+        return False
 
     batch_size: Annotated[int, Field(ge=2)] = 64
     """Examples a step, over all devices."""
@@ -71,6 +122,7 @@ class CommonConfig(KindSettings):
     """``balanced_margins`` cuts the margins (the teacher's score of the positive less that of the negative) of a query into
     bins, and draws a bin, then a negative in it."""
     margin_bins: Annotated[int, Field(ge=1, le=1000)] = 10
+    """Bins of ``balanced_margins``; more tell margins apart more finely, where queries have many negatives."""
     duplicates: Literal["forbid", "allow"] = "forbid"
     """Whether an item may stand twice in a batch."""
     known_positives: Literal["forbid", "allow"] = "forbid"
@@ -131,7 +183,7 @@ class ShuffledConfig(CommonConfig):
 
     def build(self) -> StreamPlanner:
         """The planner."""
-        from nearfield.batching.shuffled import ShuffledPlanner
+        from nearfield.batching.planner import ShuffledPlanner
 
         return ShuffledPlanner(self)
 
@@ -142,6 +194,10 @@ class SeparatedConfig(CommonConfig):
     homogeneous: Annotated[float, Field(ge=0, le=1)] = 1.0
     """The share of examples whose batches are of this kind; the others are mixed over all sources."""
 
+    def over_all_sources(self) -> ShuffledConfig:
+        """The settings that all planners share, for batches that mix sources."""
+        return ShuffledConfig(**{name: getattr(self, name) for name in self.shared_settings()})
+
 
 class SingleSourceConfig(SeparatedConfig):
     """Shuffled global batches of one source each, no item twice in a batch."""
@@ -150,7 +206,7 @@ class SingleSourceConfig(SeparatedConfig):
 
     def build(self) -> StreamPlanner:
         """The planner."""
-        from nearfield.batching.single_source import SingleSourcePlanner
+        from nearfield.batching.planner import SingleSourcePlanner
 
         return SingleSourcePlanner(self)
 
@@ -158,30 +214,32 @@ class SingleSourceConfig(SeparatedConfig):
 class KMeansStrataConfig(SeparatedConfig):
     """Batches of one cluster of one source each: spherical k-means on a teacher's vectors (arXiv 2407.18887)."""
 
-    needs_vectors: ClassVar[bool] = True
-
     kind: Literal["kmeans_strata"] = "kmeans_strata"
     side: Literal["query", "document"] = "query"
-    """What is clustered."""
+    """The side whose vectors are clustered: queries, or the first positive of each."""
     clusters: Annotated[int, Field(ge=1)] = 10
     """Clusters a source; fewer where it has not ``batch_size`` examples for each."""
     iterations: Annotated[int, Field(ge=1)] = 20
+    """Rounds of k-means, at most; it ends early where nothing moves."""
     sample: Annotated[int, Field(ge=1)] | None = None
     """Fit the centroids on so many examples, drawn at random; null takes all."""
     small: Literal["merge", "drop"] = "merge"
     """A cluster with fewer than ``batch_size`` examples joins the nearest, or is left out."""
 
+    @property
+    def needs_vectors(self) -> bool:
+        """Clusters are made of them."""
+        return True
+
     def build(self) -> StreamPlanner:
         """The planner."""
-        from nearfield.batching.kmeans_strata import KMeansStrataPlanner
+        from nearfield.batching.clusters import KMeansStrataPlanner
 
         return KMeansStrataPlanner(self)
 
 
 class CommunitiesConfig(SeparatedConfig):
     """Batches that are unions of communities: small groups of examples that are hard for one another (B3, arXiv 2505.11293)."""
-
-    needs_vectors: ClassVar[bool] = True
 
     kind: Literal["communities"] = "communities"
     community_size: Annotated[int, Field(ge=2)] = 32
@@ -206,9 +264,14 @@ class CommunitiesConfig(SeparatedConfig):
             raise ValueError(f"rank_to {self.rank_to} must be above rank_from {self.rank_from}")
         return self
 
+    @property
+    def needs_vectors(self) -> bool:
+        """Communities are made of them."""
+        return True
+
     def build(self) -> StreamPlanner:
         """The planner."""
-        from nearfield.batching.community_batches import CommunityPlanner
+        from nearfield.batching.communities import CommunityPlanner
 
         return CommunityPlanner(self)
 
@@ -259,6 +322,7 @@ class MixedPart(Config):
     """One kind of a mixture."""
 
     weight: Share = 1.0
+    """Its part of the examples, in proportion to the weights of all parts."""
     planner: Annotated[CommonConfig, PLANNERS.without("patterns", "mixed")]
     """Its settings; those that all planners share are set on the mixture."""
 
@@ -276,6 +340,7 @@ class MixedConfig(CommonConfig):
 
     kind: Literal["mixed"] = "mixed"
     parts: Annotated[tuple[MixedPart, ...], Field(min_length=1)]
+    """The kinds that are mixed, and how much each gets."""
 
     @model_validator(mode="after")
     def _one_batch_size(self) -> Self:
@@ -296,18 +361,17 @@ class MixedConfig(CommonConfig):
         )
         return tuple(kinds)
 
+    @property
+    def needs_vectors(self) -> bool:
+        """Where a part needs them."""
+        return any(part.needs_vectors for part in self.part_configs)
+
     def build(self) -> StreamPlanner:
         """The planner."""
-        from nearfield.batching.mixed import MixedPlanner
+        from nearfield.batching.planner import MixedPlanner
 
         return MixedPlanner(self)
 
 
 BatchConfig = Annotated[CommonConfig, PLANNERS]
 """The settings of any planner."""
-
-
-def needs_vectors(config: CommonConfig) -> bool:
-    """Whether a planner, or a part of it, cannot do without a teacher's vectors."""
-    parts = config.part_configs if isinstance(config, MixedConfig) else (config,)
-    return any(part.needs_vectors for part in parts)

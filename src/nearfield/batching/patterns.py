@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nearfield.batching.claims import Claims
-from nearfield.batching.config import PatternsConfig
-from nearfield.batching.drawing import Stream
-from nearfield.batching.fitting import arrange
+from nearfield.arrays import Ragged, Rows, concatenate, occurrences, starts
+from nearfield.batching.assign import Conflicts, assign
 from nearfield.batching.planner import NOT_FILLED, Drawn, EpochBatches, Request, StreamPlanner
-from nearfield.batching.rows import Lists, Rows, join_lists, join_rows
+from nearfield.batching.streams import Stream, join_rows
 from nearfield.errors import BadInputError
+
+if TYPE_CHECKING:
+    from nearfield.batching.config import PatternsConfig
 
 
 class PatternsPlanner(StreamPlanner):
@@ -22,21 +24,23 @@ class PatternsPlanner(StreamPlanner):
     config: PatternsConfig
 
     def plan_streams(self, streams: Sequence[Stream], request: Request, among: Mapping[str, Rows]) -> EpochBatches:
-        """The batches. Two samples clash where two examples of one source do: sources never meet in the loss."""
+        """The batches. Two samples conflict where two examples of one source do: sources never meet in the loss."""
         config = self.config
         drawn = [self.draw(stream, request, among.get(stream.name)) for stream in streams]
-        rows, claims = join_rows([part.rows for part in drawn]), _apart([part.claims for part in drawn])
-        starts = np.cumsum([0, *(len(part.rows) for part in drawn)])
+        rows, conflicts = join_rows([part.rows for part in drawn]), _apart([part.conflicts for part in drawn])
+        begins = starts([len(part.rows) for part in drawn])
         # Which rows can be placed, and the sample of each: of a source with several examples of one, the first goes with the
         # first of the others, and so on.
-        places = np.concatenate([start + part.order for start, part in zip(starts, drawn, strict=False)])
+        places = np.concatenate([begin + part.order for begin, part in zip(begins, drawn, strict=False)])
         keys = np.concatenate([_numbered(part) for part in drawn], axis=1)
         _, sample = np.unique(keys, axis=1, return_inverse=True)
         order = np.lexsort((places, sample.ravel()))
-        members = Lists.from_counts(np.bincount(sample.ravel()), places[order])
-        whole = Claims(_of_members(claims.holds, members), _of_members(claims.shuns, members), claims.distinct)
+        members = Ragged.from_lengths(np.bincount(sample.ravel()), places[order])
+        whole = Conflicts(
+            _of_members(conflicts.items, members), _of_members(conflicts.forbidden, members), conflicts.distinct
+        )
         samples = request.random("samples").permutation(len(members))
-        made = arrange(samples, config.batch_size, whole, keep_small=not config.drop_last)
+        made = assign(samples, config.batch_size, whole, keep_small=not config.drop_last)
         taken = members.take(made.rows)
         batch = np.repeat(np.arange(len(made.sizes)), made.sizes)[taken.owners()]
         sorted_rows = taken.values[np.lexsort((np.arange(len(batch)), rows.source[taken.values], batch))]
@@ -49,7 +53,7 @@ class PatternsPlanner(StreamPlanner):
             "samples": len(made.rows),
             "patterns": {str(n): patterns[n] for n in sorted(patterns)},
         }
-        epoch = EpochBatches(rows.take(sorted_rows), Lists.from_counts(counts, rows.example).offsets, +dropped, details)
+        epoch = EpochBatches(rows.take(sorted_rows), starts(counts), +dropped, details)
         return epoch.ordered(request.random("order of batches").permutation(len(epoch)))
 
 
@@ -60,25 +64,20 @@ def _numbered(part: Drawn) -> Rows:
             "batches of kind 'patterns' want to know which examples are of one sample", where="batches.kind"
         )
     samples = part.stream.samples[part.order]
-    order = np.argsort(samples, kind="stable")
-    first = np.searchsorted(samples[order], samples[order])
-    rank = np.empty(len(samples), dtype=np.int64)
-    rank[order] = np.arange(len(samples)) - first
-    return np.stack([samples, rank])
+    return np.stack([samples, occurrences(samples)])
 
 
-def _apart(parts: Sequence[Claims]) -> Claims:
-    """The claims of several sources, whose items are no longer the same where two sources bring one."""
-    holds, shuns, base = [], [], 0
+def _apart(parts: Sequence[Conflicts]) -> Conflicts:
+    """The conflicts of several sources, whose items are no longer the same where two sources bring one."""
+    items, forbidden, base = [], [], 0
     for part in parts:
-        holds.append(Lists(part.holds.offsets, part.holds.values + base))
-        shuns.append(Lists(part.shuns.offsets, part.shuns.values + base))
-        base += max(int(part.holds.values.max(initial=-1)), int(part.shuns.values.max(initial=-1))) + 1
-    return Claims(join_lists(holds), join_lists(shuns), any(part.distinct for part in parts))
+        items.append(Ragged(part.items.offsets, part.items.values + base))
+        forbidden.append(Ragged(part.forbidden.offsets, part.forbidden.values + base))
+        base += max(int(part.items.values.max(initial=-1)), int(part.forbidden.values.max(initial=-1))) + 1
+    return Conflicts(concatenate(items), concatenate(forbidden), any(part.distinct for part in parts))
 
 
-def _of_members(claims: Lists, members: Lists) -> Lists:
-    """For each sample the claims of all its rows."""
-    of_rows = claims.take(members.values)
-    counts = np.bincount(members.owners(), weights=of_rows.lengths, minlength=len(members)).astype(np.int64)
-    return Lists.from_counts(counts, of_rows.values)
+def _of_members(conflicts: Ragged, members: Ragged) -> Ragged:
+    """For each sample the conflicts of all its rows."""
+    of_rows = conflicts.take(members.values)
+    return Ragged.from_lengths(Ragged(members.offsets, of_rows.lengths).sums(), of_rows.values)

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nearfield.arrays import Floats, Ragged, Rows
 from nearfield.batching.planner import EpochBatches
-from nearfield.batching.rows import Floats, Lists, PlannedRows, Rows
+from nearfield.batching.streams import PlannedRows
 from nearfield.batching.summary import summarise
 from nearfield.checksums import Sealed
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_file
 
-VERSION = 2
+VERSION = 3
 _METADATA_KEY = b"nearfield.plan"
 
 SCHEMA = pa.schema(
@@ -29,8 +29,8 @@ SCHEMA = pa.schema(
         ("slot", pa.int32()),
         ("example", pa.int64()),
         ("query", pa.int64()),
-        ("positives", pa.list_(pa.int64())),
-        ("negatives", pa.list_(pa.int64())),
+        ("positives", pa.large_list(pa.int64())),
+        ("negatives", pa.large_list(pa.int64())),
         ("query_prompt", pa.int32()),
         ("document_prompt", pa.int32()),
         ("query_tokens", pa.int32()),
@@ -84,7 +84,7 @@ def write_plan(
     """Write an epoch's plan and return its summary: see :func:`nearfield.batching.summary.summarise`.
 
     ``prompts`` gives each source's (query, document) prompt numbers, or those of each row; ``names`` the sources' names;
-    ``metadata`` names the inputs (seed, epoch, fingerprints); ``measured`` is what was found out about the batches beside.
+    ``metadata`` names the inputs (seed, epoch, fingerprints); ``measured`` holds further figures of the batches.
     Both, and the summary, are kept in the file.
     """
     rows = epoch.rows
@@ -99,8 +99,8 @@ def write_plan(
         "slot": np.arange(len(rows)) - epoch.offsets[step],
         "example": rows.example,
         "query": rows.query,
-        "positives": _list_array(rows.positives),
-        "negatives": _list_array(rows.negatives),
+        "positives": rows.positives.to_arrow(),
+        "negatives": rows.negatives.to_arrow(),
         "query_prompt": query_prompt,
         "document_prompt": document_prompt,
         "query_tokens": query_tokens,
@@ -131,10 +131,6 @@ def _of_source(source: Rows, prompts: Mapping[int, tuple[int, int]], side: int) 
     return table[source]
 
 
-def _list_array(lists: Lists) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(lists.offsets, pa.int32()), pa.array(lists.values, pa.int64()))
-
-
 def _narrow(values: Any, kind: pa.DataType) -> pa.Array:
     return values if isinstance(values, pa.Array) else pa.array(values.astype(kind.to_pandas_dtype(), copy=False))
 
@@ -150,8 +146,7 @@ def count_tokens(rows: PlannedRows, query_prompt: Rows, document_prompt: Rows, l
     for prompt in np.unique(prompt_of).tolist():
         mine = prompt_of == prompt
         each[mine] = lengths(prompt, documents.values[mine])
-    running = np.concatenate([[0], np.cumsum(each)])
-    return queries, running[documents.offsets[1:]] - running[documents.offsets[:-1]]
+    return queries, Ragged(documents.offsets, each).sums()
 
 
 class Plan:
@@ -203,17 +198,15 @@ class Plan:
                 values = values.fill_null(-1)
             kind = np.float64 if name == "score" else np.int64
             self._columns[name] = values.to_numpy().astype(kind)
-        found: Rows = self._columns[name]
-        return found
+        column: Rows = self._columns[name]
+        return column
 
-    def lists(self, name: str) -> Lists:
+    def lists(self, name: str) -> Ragged:
         """The column ``positives`` or ``negatives``."""
         if name not in self._columns:
-            values = self.table[name]
-            parts = [Lists(_from_zero(part.offsets.to_numpy()), part.flatten().to_numpy()) for part in values.chunks]
-            self._columns[name] = parts[0] if parts else Lists.empty(0)
-        found: Lists = self._columns[name]
-        return found
+            self._columns[name] = Ragged.from_arrow(self.table[name])
+        lists: Ragged = self._columns[name]
+        return lists
 
     def batch(self, step: int) -> Batch:
         """The batch of one step, in time that does not depend on the step."""
@@ -223,8 +216,7 @@ class Plan:
             return self.column(name)[start:stop]
 
         def lists(name: str) -> list[Rows]:
-            found = self.lists(name)
-            return [found[row] for row in range(start, stop)]
+            return [self.lists(name)[row] for row in range(start, stop)]
 
         source = column("source")
         several = bool((source != source[0]).any())
@@ -248,8 +240,8 @@ class Plan:
             return np.zeros(0, dtype=np.int64)
         source, starts = self.column("source"), self._starts[:-1]
         least, most = np.minimum.reduceat(source, starts), np.maximum.reduceat(source, starts)
-        found: Rows = np.where(least == most, least, SEVERAL_SOURCES)
-        return found
+        sources: Rows = np.where(least == most, least, SEVERAL_SOURCES)
+        return sources
 
     def epoch(self) -> EpochBatches:
         """The rows of the plan as a planner made them."""
@@ -273,12 +265,23 @@ class Plan:
         return sums
 
 
-def _from_zero(offsets: npt.NDArray[np.int32]) -> Rows:
-    found: Rows = offsets.astype(np.int64) - int(offsets[0])
-    return found
-
-
 def total_steps(plans: Sequence[Plan], max_steps: int | None) -> int:
     """Steps of a run over these epochs, at most ``max_steps``."""
     steps = sum(len(plan) for plan in plans)
     return steps if max_steps is None else min(steps, max_steps)
+
+
+def plan_files(path: Path) -> list[Path]:
+    """The plan files, one an epoch, of a file, a ``plan`` folder or a run's folder."""
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise BadInputError("there is no plan", where=str(path), hint="Name a run's folder, its plan folder or a file.")
+    found = sorted(path.glob("epoch-*.parquet")) or sorted((path / "plan").glob("epoch-*.parquet"))
+    if not found:
+        raise BadInputError(
+            "this folder has no plan: neither epoch-*.parquet nor plan/epoch-*.parquet",
+            where=str(path),
+            hint="Write one: nearfield plan RECIPE.",
+        )
+    return found

@@ -1,34 +1,42 @@
-"""What every planner takes and gives, and the way that all of them go."""
+"""The planners: which examples meet in which batch. Read from the last class of a kind upwards.
+
+``plan`` turns sources into streams (:mod:`.streams`), draws each example's positives and negatives, and cuts an order of
+rows into batches without conflicts (:mod:`.assign`). The kinds differ in the order: shuffled over all sources, one source a
+batch, one cluster a batch (:mod:`.clusters`), or unions of communities (:mod:`.communities`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from nearfield.batching.claims import Claims, make_claims, repeats_itself
-from nearfield.batching.config import CommonConfig
-from nearfield.batching.drawing import Stream, draw, make_streams
-from nearfield.batching.rows import Lists, PlannedRows, Rows, SourceExamples, join_rows
+from nearfield.arrays import Floats, Ragged, Rows, Vectors, occurrences, ranges, starts
+from nearfield.batching.assign import Conflicts, assign, find_conflicts, repeats_itself
+from nearfield.batching.streams import PlannedRows, SourceExamples, Stream, draw, join_rows, make_streams
 from nearfield.errors import BadInputError
 from nearfield.randomness import derive_seed, generator
 
 if TYPE_CHECKING:
-    from nearfield.data.store import KnownPositives
+    from nearfield.batching.config import (
+        CommonConfig,
+        MixedConfig,
+        SeparatedConfig,
+        ShuffledConfig,
+        SourceSampling,
+    )
 
-__all__ = ["EpochBatches", "Rows", "SourceExamples", "StreamPlanner", "VectorsOf"]
-
-VectorsOf = Callable[[str, Rows], npt.NDArray[np.float32]]
+VectorsOf = Callable[[str, Rows], Vectors]
 """(role, item rows) -> a teacher's unit vectors, (n, d)."""
 
 NOT_FILLED = "in a batch that did not fill"
 NOT_REACHED = "not reached by the sampling of sources"
-REPEATS_ITSELF = "repeats an item in itself"
+REPEATS_ITSELF = "the same item twice in one example"
 
 
 @dataclass
@@ -41,13 +49,12 @@ class EpochBatches:
     """[batches + 1]: where in ``rows`` each batch begins."""
     dropped: Counter[str] = field(default_factory=Counter)
     details: dict[str, Any] = field(default_factory=dict)
-    """What the planner found: clusters, communities, moved and repeated examples."""
+    """Figures of the planner: clusters, communities, moved and repeated examples."""
 
     @classmethod
     def of(cls, batches: Sequence[PlannedRows], **others: Any) -> EpochBatches:
         """From batches one by one."""
-        offsets = np.concatenate([[0], np.cumsum([len(batch) for batch in batches], dtype=np.int64)]).astype(np.int64)
-        return cls(join_rows(batches), offsets, **others)
+        return cls(join_rows(batches), starts([len(batch) for batch in batches]), **others)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -68,22 +75,23 @@ class EpochBatches:
 
     def ordered(self, batches: Rows) -> EpochBatches:
         """These batches, in this order."""
-        lists = Lists(self.offsets, self.rows.example)
-        offsets = Lists.from_counts(self.sizes[batches], self.rows.example).offsets
-        return EpochBatches(self.rows.take(lists.positions(batches)), offsets, self.dropped, self.details)
+        sizes = self.sizes[batches]
+        rows = self.rows.take(ranges(self.offsets[batches], sizes))
+        return EpochBatches(rows, starts(sizes), self.dropped, self.details)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is a function of, beside settings and examples."""
+    """The inputs of a plan beside settings and examples."""
 
     seed: int
     epoch: int
     generation: int = 0
-    known: KnownPositives | None = None
+    known: Ragged | None = None
+    """The known positives of each item."""
     vectors: VectorsOf | None = None
     part: int | None = None
-    """Which part of a mixture asks."""
+    """The part of a mixture that asks."""
 
     def random(self, use: str, *names: str | int) -> np.random.Generator:
         """The generator of one use in this epoch. The use comes first, so that no source's name can make two alike."""
@@ -111,7 +119,7 @@ class Drawn:
 
     stream: Stream
     rows: PlannedRows
-    claims: Claims
+    conflicts: Conflicts
     order: Rows
     """The rows that can be placed, shuffled."""
     dropped: Counter[str]
@@ -123,9 +131,12 @@ class StreamPlanner:
     The batches are a function of the settings and of the arguments of ``plan``, nothing else.
     """
 
+    whole_groups = False
+    """Whether its part of a mixture is whole groups of rows, and so must be taken before the other parts'."""
+
     def __init__(self, config: CommonConfig) -> None:
         self.config = config
-        self._kept: dict[str, tuple[str, VectorsOf | None, Any]] = {}
+        self._remembered: dict[str, tuple[str, VectorsOf | None, Any]] = {}
 
     def plan(
         self,
@@ -134,7 +145,7 @@ class StreamPlanner:
         epoch: int,
         *,
         generation: int = 0,
-        known: KnownPositives | None = None,
+        known: Ragged | None = None,
         vectors: VectorsOf | None = None,
     ) -> EpochBatches:
         """The batches of one epoch; ``generation`` numbers the pool of negatives that the examples come with."""
@@ -158,38 +169,341 @@ class StreamPlanner:
         """
         config = self.config
         rows, usable, dropped = draw(stream, config, request.random("draw", stream.name, turn))
-        claims = self.claims(rows, request)
-        allowed = np.ones(len(stream), dtype=np.bool_)
+        conflicts = self.conflicts(rows, request)
         if among is not None:
-            allowed[:] = False
+            allowed = np.zeros(len(stream), dtype=np.bool_)
             allowed[among] = True
             dropped = Counter({reason: int((~usable & allowed).sum()) for reason in dropped})
-        usable = usable & allowed
+            usable = usable & allowed
         if config.duplicates == "forbid":
-            twice = repeats_itself(claims) & usable
+            twice = repeats_itself(conflicts) & usable
             if twice.any():
                 dropped[REPEATS_ITSELF] += int(twice.sum())
                 usable &= ~twice
         order = request.random("rows", stream.name, turn).permutation(len(stream))
-        return Drawn(stream, rows, claims, order[usable[order]], +dropped)
+        return Drawn(stream, rows, conflicts, order[usable[order]], +dropped)
 
-    def claims(self, rows: PlannedRows, request: Request) -> Claims:
-        """What keeps rows apart under these settings."""
-        return make_claims(
+    def conflicts(self, rows: PlannedRows, request: Request) -> Conflicts:
+        """The conflicts between rows under these settings."""
+        return find_conflicts(
             rows,
             distinct=self.config.duplicates == "forbid",
             known=request.known if self.config.known_positives == "forbid" else None,
             distinct_labels=self.config.same_label == "forbid",
         )
 
-    def keep(self, stream: Stream, request: Request, make: Callable[[], Any]) -> Any:
-        """What ``make`` finds out about a stream, made once for all epochs."""
+    def remember(self, stream: Stream, request: Request, make: Callable[[], Any]) -> Any:
+        """What ``make`` computes about a stream, once for all epochs."""
         digest = hashlib.blake2b(digest_size=16)
         for part in (stream.examples, stream.queries, stream.representatives()):
             digest.update(np.ascontiguousarray(part).data)
         digest.update(str(request.seed).encode())
         key = digest.hexdigest()
-        kept = self._kept.get(stream.name)
-        if kept is None or kept[0] != key or kept[1] is not request.vectors:
-            self._kept[stream.name] = (key, request.vectors, make())
-        return self._kept[stream.name][2]
+        before = self._remembered.get(stream.name)
+        if before is None or before[0] != key or before[1] is not request.vectors:
+            self._remembered[stream.name] = (key, request.vectors, make())
+        return self._remembered[stream.name][2]
+
+
+# How many batches of each source
+
+
+def targets(sampling: SourceSampling, names: Sequence[str], sizes: Sequence[int]) -> list[int]:
+    """How many of each stream's ``sizes`` batches the epoch takes; more than there are means to begin it anew.
+
+    A stream that has none gets none, and does not end the epoch of the others.
+    """
+    shares, exponent = sampling.weights, sampling.exponent
+    if shares:
+        _check_names(shares, names)
+    if exponent is None or not any(sizes):
+        return list(sizes)
+    counts = np.asarray(sizes, dtype=np.float64)
+    weights = np.asarray([shares.get(name, 1.0) for name in names], dtype=np.float64) * counts**exponent
+    weights = np.where(counts > 0, weights, 0.0)
+    weights /= weights.sum()
+    if sampling.repeats:
+        return _round(weights * counts.sum())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        whole = float(np.where(weights > 0, counts / weights, np.inf).min())
+    return [min(int(w * whole + 1e-6), size) for w, size in zip(weights, sizes, strict=True)]
+
+
+def _round(shares: Floats) -> list[int]:
+    """Whole numbers with the same sum: the largest remainders are rounded up."""
+    whole = np.floor(shares + 1e-9).astype(np.int64)
+    missing = round(float(shares.sum())) - int(whole.sum())
+    whole[np.argsort(whole - shares, kind="stable")[:missing]] += 1
+    return [int(value) for value in whole]
+
+
+def _check_names(shares: Mapping[str, float], names: Sequence[str]) -> None:
+    for name in shares:
+        if name not in names:
+            raise BadInputError(
+                f"a share is given to {name!r}, which is no source or pool that is trained on",
+                where="batches.sampling.shares",
+                hint=f"Sources: {', '.join(names)}.",
+            )
+    missing = [name for name in names if name not in shares]
+    if missing:
+        raise BadInputError(f"{', '.join(missing)} has no share", where="batches.sampling.shares")
+
+
+def order_batches(turns: bool, counts: Sequence[int], mixed: int, random: np.random.Generator) -> Rows:
+    """The order of an epoch's batches, which are numbered stream after stream, the ``mixed`` ones last.
+
+    All are shuffled. With ``turns`` the streams then take turns, and batches that mix streams stand anywhere between.
+    """
+    order = random.permutation(sum(counts) + mixed)
+    if not turns:
+        return order
+    stream = np.repeat(np.arange(len(counts) + 1), [*counts, mixed])[order]
+    separate = stream < len(counts)
+    turn = occurrences(stream)
+    result = order.copy()
+    result[separate] = order[separate][np.lexsort((stream[separate], turn[separate]))]
+    return result
+
+
+# Batches that mix sources
+
+
+def in_runs(order: Rows, source: Rows, size: int, random: np.random.Generator) -> Rows:
+    """An order of rows in which ``size`` rows of one source follow each other, run after run; ``source`` (n,) is each row's.
+
+    Rows that fill no run come last.
+    """
+    runs, rest = [], []
+    for number in np.unique(source):
+        mine = order[source[order] == number]
+        whole = len(mine) // size * size
+        runs += list(mine[:whole].reshape(-1, size))
+        rest.append(mine[whole:])
+    return np.concatenate([*(runs[i] for i in random.permutation(len(runs))), *rest])
+
+
+class ShuffledPlanner(StreamPlanner):
+    """All sources' examples in one order, cut into batches: the classic way."""
+
+    config: ShuffledConfig
+
+    def plan_streams(self, streams: Sequence[Stream], request: Request, among: Mapping[str, Rows]) -> EpochBatches:
+        """The batches; the sampling of sources counts examples here, not batches."""
+        config = self.config
+        dropped: Counter[str] = Counter()
+        drawn = [self.draw(stream, request, among.get(stream.name)) for stream in streams]
+        wanted = targets(config.sampling, [stream.name for stream in streams], [len(part.order) for part in drawn])
+        parts, repeated = [], 0
+        for part, count in zip(drawn, wanted, strict=True):
+            dropped.update(part.dropped)
+            missing, turn = count - len(part.order), 0
+            dropped[NOT_REACHED] += max(0, -missing)
+            parts.append(part.rows.take(part.order[:count]))
+            while missing > 0 and len(part.order):
+                turn += 1
+                part = self.draw(part.stream, request, among.get(part.stream.name), turn)
+                parts.append(part.rows.take(part.order[:missing]))
+                repeated += len(parts[-1])
+                missing -= len(parts[-1])
+        rows = join_rows(parts)
+        order = request.random("mixing").permutation(len(rows))
+        if config.run > 1:
+            order = in_runs(order, rows.source, config.run, request.random("runs"))
+        made = assign(order, config.batch_size, self.conflicts(rows, request), keep_small=not config.drop_last)
+        dropped[NOT_FILLED] += len(made.left)
+        details = {"moved": made.moved, "repeated": repeated}
+        epoch = EpochBatches(rows.take(made.rows), starts(made.sizes), +dropped, details)
+        return epoch.ordered(request.random("order of batches").permutation(len(epoch)))
+
+
+# Batches of one source each
+
+
+class SingleSourcePlanner(StreamPlanner):
+    """Shuffled batches of one stream each.
+
+    Subclasses say by ``groups`` which rows may share a batch, and in which order they are cut.
+    """
+
+    config: SeparatedConfig
+
+    def strata(self, stream: Stream, request: Request) -> tuple[Rows, dict[str, Any]]:
+        """(n,) the stratum of each row of a stream, from 0 on or -1, and figures of them."""
+        return np.full(len(stream), -1, dtype=np.int64), {}
+
+    def groups(self, drawn: Drawn, strata: Rows, request: Request, turn: int) -> Iterator[Rows]:
+        """Orders of rows, each to be cut into batches by itself."""
+        yield drawn.order
+
+    def finish(self, drawn: Drawn, rows: PlannedRows, sizes: Rows, request: Request) -> PlannedRows:
+        """A last change to a stream's batches of these sizes that leaves each row where it is."""
+        return rows
+
+    def plan_streams(self, streams: Sequence[Stream], request: Request, among: Mapping[str, Rows]) -> EpochBatches:
+        """The batches of one epoch."""
+        config = self.config
+        details: dict[str, Any] = {"moved": 0, "repeated": 0}
+        among, others = self._mixed_rows(streams, request, among)
+        made: list[EpochBatches] = []
+        first_stratum, next_stratum = [], 0
+        strata_of = []
+        for stream in streams:
+            strata, about = self.strata(stream, request)
+            if about:
+                details.setdefault("strata", {})[stream.name] = about
+            strata_of.append(strata)
+            first_stratum.append(next_stratum)
+            made.append(self._batches(stream, strata, next_stratum, request, among.get(stream.name), 0))
+            next_stratum += int(strata.max(initial=-1)) + 1
+            details["moved"] += made[-1].details["moved"]
+        wanted = targets(config.sampling, [stream.name for stream in streams], [len(part) for part in made])
+        dropped = sum((part.dropped for part in made), Counter[str]())
+        parts = []
+        for number, (stream, part, count) in enumerate(zip(streams, made, wanted, strict=True)):
+            rows = among.get(stream.name)
+            if count < len(part):
+                chosen = np.sort(request.random("chosen", stream.name).permutation(len(part))[:count])
+                dropped[NOT_REACHED] += len(part.rows) - int(part.sizes[chosen].sum())
+                part = part.ordered(chosen)
+            elif count > len(part):
+                left, unusable = part.dropped[NOT_FILLED], part.dropped.total() - part.dropped[NOT_FILLED]
+                before = len(part.rows)
+                part = self._again(part, count, stream, strata_of[number], first_stratum[number], request, rows)
+                details["repeated"] += len(part.rows) - before
+                # An example that found no room at first may have found some now.
+                available = stream.examples if rows is None else stream.examples[rows]
+                unplaced = len(np.setdiff1d(available, part.rows.example)) - unusable
+                dropped[NOT_FILLED] -= left - min(left, max(0, unplaced))
+            parts.append(part)
+        counts = [len(part) for part in parts]
+        if others:
+            mixed = config.over_all_sources().build().plan_streams(streams, request, others)
+            dropped.update(mixed.dropped)
+            for name in ("moved", "repeated"):
+                details[name] += mixed.details[name]
+            details["mixed_batches"] = len(mixed)
+            parts.append(mixed)
+        epoch = join_batches(parts, +dropped, details)
+        random = request.random("order of batches")
+        return epoch.ordered(order_batches(config.sampling.turns, counts, len(epoch) - sum(counts), random))
+
+    def _batches(
+        self, stream: Stream, strata: Rows, first: int, request: Request, among: Rows | None, turn: int
+    ) -> EpochBatches:
+        """Batches of one stream, whose strata are numbered from ``first`` on in the plan."""
+        config, drawn = self.config, self.draw(stream, request, among, turn)
+        made = [
+            assign(order, config.batch_size, drawn.conflicts, keep_small=not config.drop_last)
+            for order in self.groups(drawn, strata, request, turn)
+        ]
+        none = np.empty(0, dtype=np.int64)
+        places = np.concatenate([none, *(one.rows for one in made)])
+        sizes = np.concatenate([none, *(one.sizes for one in made)])
+        stratum = strata[places]
+        rows = self.finish(drawn, dataclasses.replace(drawn.rows.take(places), stratum=stratum), sizes, request)
+        rows = dataclasses.replace(rows, stratum=np.where(stratum >= 0, stratum + first, -1))
+        dropped = drawn.dropped + Counter({NOT_FILLED: len(drawn.order) - len(places)})
+        return EpochBatches(rows, starts(sizes), dropped, {"moved": sum(one.moved for one in made)})
+
+    def _again(
+        self,
+        part: EpochBatches,
+        count: int,
+        stream: Stream,
+        strata: Rows,
+        first: int,
+        request: Request,
+        among: Rows | None,
+    ) -> EpochBatches:
+        """Begin a stream anew until it has ``count`` batches."""
+        turn, parts = 0, [part]
+        missing = count - len(part)
+        while missing > 0:
+            turn += 1
+            more = self._batches(stream, strata, first, request, among, turn)
+            chosen = np.sort(request.random("chosen", stream.name, turn).permutation(len(more))[:missing])
+            if not len(chosen):
+                break
+            parts.append(more.ordered(chosen))
+            missing -= len(chosen)
+        return join_batches(parts, part.dropped, part.details)
+
+    def _mixed_rows(
+        self, streams: Sequence[Stream], request: Request, among: Mapping[str, Rows]
+    ) -> tuple[dict[str, Rows], dict[str, Rows]]:
+        """The rows for this kind's batches, and those for batches that mix the streams."""
+        share = self.config.homogeneous
+        own: dict[str, Rows] = dict(among)
+        others: dict[str, Rows] = {}
+        if share == 1:
+            return own, others
+        for stream in streams:
+            available = among.get(stream.name, np.arange(len(stream), dtype=np.int64))
+            random = request.random("homogeneous", stream.name)
+            own[stream.name] = self.portion(stream, available, round(share * len(available)), request, random)
+            others[stream.name] = np.setdiff1d(available, own[stream.name], assume_unique=True)
+        return own, others
+
+
+def join_batches(parts: Sequence[EpochBatches], dropped: Counter[str], details: dict[str, Any]) -> EpochBatches:
+    """The batches of all parts, one after another."""
+    sizes = np.concatenate([np.empty(0, dtype=np.int64), *(part.sizes for part in parts)])
+    return EpochBatches(join_rows([part.rows for part in parts]), starts(sizes), dropped, details)
+
+
+# Mixtures of kinds
+
+
+class MixedPlanner(StreamPlanner):
+    """Deals the rows of each stream to its parts by weight, anew each epoch; the batches of all parts are shuffled together.
+
+    A part that takes whole groups of rows is served before the others.
+    """
+
+    config: MixedConfig
+
+    def __init__(self, config: MixedConfig) -> None:
+        super().__init__(config)
+        self.parts = [part.build() for part in config.part_configs]
+
+    def plan_streams(self, streams: Sequence[Stream], request: Request, among: Mapping[str, Rows]) -> EpochBatches:
+        """The batches of one epoch."""
+        shares = self._deal(streams, request, among)
+        dropped: Counter[str] = Counter()
+        made, strata = [], 0
+        details: dict[str, Any] = {"parts": []}
+        for number, (planner, share) in enumerate(zip(self.parts, shares, strict=True)):
+            part = planner.plan_streams(streams, dataclasses.replace(request, part=number), share)
+            stratum = np.where(part.rows.stratum >= 0, part.rows.stratum + strata, -1)
+            strata = max(strata, int(stratum.max(initial=-1)) + 1)
+            part.rows = dataclasses.replace(part.rows, stratum=stratum)
+            made.append(part)
+            dropped.update(part.dropped)
+            kind = self.config.parts[number].planner.kind
+            details["parts"].append({"kind": kind, "batches": len(part), **part.details})
+        for name in ("moved", "repeated"):
+            details[name] = sum(part.details[name] for part in made)
+        epoch = join_batches(made, +dropped, details)
+        # Where a part has an order of its own (turns), it keeps it: only who comes next is shuffled.
+        turns = request.random("order of parts").permutation(np.repeat(np.arange(len(made)), [len(p) for p in made]))
+        order = np.empty(len(turns), dtype=np.int64)
+        order[np.argsort(turns, kind="stable")] = np.arange(len(turns))
+        return epoch.ordered(order)
+
+    def _deal(self, streams: Sequence[Stream], request: Request, among: Mapping[str, Rows]) -> list[dict[str, Rows]]:
+        weights = np.asarray([part.weight for part in self.config.parts])
+        edges = np.concatenate([[0.0], np.cumsum(weights / weights.sum())])
+        served = sorted(range(len(self.parts)), key=lambda number: (not self.parts[number].whole_groups, number))
+        shares: list[dict[str, Rows]] = [{} for _ in self.parts]
+        for stream in streams:
+            available = among.get(stream.name, np.arange(len(stream), dtype=np.int64))
+            # Rounded edges, so that the parts' numbers add up.
+            numbers = np.diff(np.round(edges * len(available)).astype(np.int64))
+            for number in served[:-1]:
+                random = request.random("part", stream.name, number)
+                mine = self.parts[number].portion(stream, available, int(numbers[number]), request, random)
+                shares[number][stream.name] = mine
+                available = np.setdiff1d(available, mine, assume_unique=True)
+            shares[served[-1]][stream.name] = available
+        return shares

@@ -3,27 +3,32 @@
     args = SentenceTransformerTrainingArguments(..., batch_sampler=batch_sampler(SingleSourceConfig()))
 
 The trainer's sampler gives batches of one device, and accelerate deals these to the ranks in turn. So a global batch of
-the plan is given as one part after another, a part a rank: all ranks are in the same planned batch in every step.
+the plan is given as one part after another, a part a rank: all ranks are in the same planned batch in every step. A data set,
+as sentence-transformers trains on it, is read as the examples of a source.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nearfield.arrays import Index, Ragged, Rows, Vectors
 from nearfield.batching.config import CommonConfig, SingleSourceConfig
+from nearfield.batching.plan import Plan, plan_files
+from nearfield.batching.planner import VectorsOf
+from nearfield.batching.streams import SourceExamples
 from nearfield.errors import BadInputError
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    from nearfield.batching.planner import VectorsOf
-    from nearfield.batching.rows import Rows
 
 logger = logging.getLogger("nearfield.batching")
 
@@ -110,7 +115,7 @@ def _ranks(world_size: int | None) -> int:
 
 
 class _Factory:
-    """What is given to the trainer; it calls it with a data set, or with all of them and their samplers."""
+    """Given to the trainer, which calls it with a data set, or with all of them and their samplers."""
 
     world_size: int | None
 
@@ -156,8 +161,6 @@ class _PlannedEpochs:
     _planner: Any = None
 
     def batches(self, epoch: int) -> tuple[Rows, Rows]:
-        from nearfield.batching.tables import read_tables
-
         if self._read is None:
             sources, known = read_tables(self.datasets, self.label_columns)
             vectors = None if self.vectors is None else _vectors_of(sources, *self.vectors)
@@ -172,8 +175,6 @@ class _PlannedEpochs:
 
 
 def _vectors_of(sources: Sequence[Any], queries: npt.NDArray[Any], documents: npt.NDArray[Any]) -> VectorsOf:
-    import numpy as np
-
     total = sum(len(source) for source in sources)
     for name, values in (("query", queries), ("document", documents)):
         if len(values) != total:
@@ -184,15 +185,11 @@ def _vectors_of(sources: Sequence[Any], queries: npt.NDArray[Any], documents: np
             [source.queries if source.labels is not None else source.positives.values for source in sources]
         ),
     }
-    rows = {}
-    for role, numbers in items.items():
-        rows[role] = np.zeros(int(numbers.max(initial=-1)) + 1, dtype=np.int64)
-        # The first row of an item: the last written stays.
-        rows[role][numbers[::-1]] = np.arange(total)[::-1]
+    rows = {role: Index(numbers) for role, numbers in items.items()}
 
-    def vectors(role: str, wanted: Rows) -> npt.NDArray[Any]:
-        found = np.asarray((queries if role == "query" else documents)[rows[role][wanted]], dtype=np.float32)
-        return np.asarray(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12))
+    def vectors(role: str, wanted: Rows) -> Vectors:
+        taken = np.asarray((queries if role == "query" else documents)[rows[role].rows(wanted)], dtype=np.float32)
+        return np.asarray(taken / np.maximum(np.linalg.norm(taken, axis=1, keepdims=True), 1e-12))
 
     return vectors
 
@@ -256,8 +253,6 @@ class _FollowedEpochs:
     length: int
 
     def batches(self, epoch: int) -> tuple[Rows, Rows]:
-        import numpy as np
-
         if epoch >= len(self.plans):
             raise BadInputError(
                 f"the training is in epoch {epoch + 1}, and {len(self.plans)} are planned",
@@ -275,13 +270,10 @@ class _FollowedEpochs:
             )
         wanted = made.rows.example
         if self.rows is not None:
-            order = np.argsort(self.rows, kind="stable")
-            found = np.searchsorted(self.rows[order], wanted)
-            inside = np.minimum(found, len(order) - 1)
-            absent = self.rows[order][inside] != wanted
-            result = order[inside]
+            result = Index(self.rows).find(wanted)
         else:
-            absent, result = wanted >= self.length, wanted
+            result = np.where(wanted < self.length, wanted, -1)
+        absent = result < 0
         if absent.any():
             raise BadInputError(
                 f"the plan names example {int(wanted[absent][0])}, which is not in the data set of {self.length:,} rows",
@@ -301,8 +293,6 @@ class PlanSampler(_Factory):
 
     def epochs(self, datasets: Sequence[Any], batch_size: int, drop_last: bool, labels: Any, seed: int) -> Epochs:
         """The epochs of the plan files."""
-        from nearfield.batching.plan import Plan
-
         length = sum(len(dataset) for dataset in datasets)
         if self.rows is not None and len(self.rows) != length:
             logger.info(
@@ -320,8 +310,6 @@ class _InOrder:
     batch_size: int
 
     def batches(self, epoch: int) -> tuple[Rows, Rows]:
-        import numpy as np
-
         edges = np.append(np.arange(0, self.length, self.batch_size), self.length)
         return np.arange(self.length), edges
 
@@ -336,7 +324,108 @@ def follow_plans(
     of the data set is, and a data set of another length (for evaluation) gets batches in its own order. ``world_size``: see
     :func:`batch_sampler`.
     """
-    from nearfield.batching.files import plan_files
-
     given = [plans] if isinstance(plans, str | Path) else list(plans)
     return PlanSampler([path for one in given for path in plan_files(Path(one))], rows, world_size)
+
+
+# Data sets as sources
+
+NO_ITEMS = ("dataset_name",)
+LABEL_COLUMNS = ("label", "labels", "score", "scores")
+
+
+def read_tables(
+    datasets: Sequence[Any], label_columns: Sequence[str] | None = None
+) -> tuple[list[SourceExamples], Ragged]:
+    """The sources that data sets are, and what is a known positive of what in all of them together.
+
+    Of each the first column that is no label is the query, the second its positive, the others are negatives; one column
+    beside a label makes labelled examples, and two beside a label graded pairs. Examples are numbered over all data sets.
+    Equal values are the same item, in whatever column.
+    """
+    label_columns = label_columns or LABEL_COLUMNS
+    tables: list[pa.Table] = [dataset.with_format("arrow")[:] for dataset in datasets]
+    columns_of_all, layout = [], []
+    for number, table in enumerate(tables):
+        names = [name for name in table.column_names if name not in NO_ITEMS]
+        label = next((name for name in label_columns if name in names), None)
+        items = [name for name in names if name != label]
+        if not items or (len(items) == 1 and label is None):
+            raise BadInputError(
+                f"data set {number} has the columns {', '.join(table.column_names)}; batches are made of two columns of "
+                "items or more, or of one and a label"
+            )
+        columns = [_as_strings(table[name]) for name in items]
+        for name, column in zip(items[:2], columns[:2], strict=True):
+            if column.null_count:
+                raise BadInputError(f"the column {name!r} has {column.null_count} rows without a value")
+        layout.append((table, label, len(items)))
+        columns_of_all += columns
+    codes = _item_numbers(columns_of_all)
+    sources: list[SourceExamples] = []
+    first, place = 0, 0
+    for number, (table, label, width) in enumerate(layout):
+        names = table.column_names
+        name = str(table["dataset_name"][0]) if "dataset_name" in names and len(table) else str(number)
+        mine = codes[place : place + width]
+        sources.append(_source(number, name, first, table[label] if label else None, mine))
+        first, place = first + len(table), place + width
+    return sources, _known_positives(sources)
+
+
+def _as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Values by which items can be compared: texts as they are, anything else by a hash of what it prints as."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column.cast(pa.large_string())
+    parts = []
+    for chunk in column.chunks:
+        values = chunk.to_pylist()
+        hashes = [None if v is None else f"\0{hashlib.blake2b(repr(v).encode()).hexdigest()}" for v in values]
+        parts.append(pa.array(hashes, pa.large_string()))
+    return pa.chunked_array(parts, pa.large_string())
+
+
+def _item_numbers(columns: Sequence[pa.ChunkedArray]) -> list[Rows]:
+    """The item number of each value of each column; -1 for none."""
+    chunks = [chunk for column in columns for chunk in column.chunks]
+    encoded = pa.chunked_array(chunks, pa.large_string()).dictionary_encode()
+    if len({len(chunk.dictionary) for chunk in encoded.chunks}) > 1:
+        # Arrow gives all chunks the dictionary of all; to unify equal ones would cost as much as to encode.
+        encoded = encoded.unify_dictionaries()
+    numbers = [chunk.indices.fill_null(-1).to_numpy().astype(np.int64) for chunk in encoded.chunks]
+    joined = np.concatenate([np.empty(0, dtype=np.int64), *numbers])
+    return np.split(joined, np.cumsum([len(column) for column in columns])[:-1])
+
+
+def _source(
+    number: int, name: str, first: int, label: pa.ChunkedArray | None, columns: Sequence[Rows]
+) -> SourceExamples:
+    count = len(columns[0])
+    examples = np.arange(first, first + count, dtype=np.int64)
+    if len(columns) == 1:
+        assert label is not None
+        values = label.combine_chunks().dictionary_encode()
+        labels = values.indices.fill_null(-1).to_numpy().astype(np.int64)
+        # Another data set's labels are other labels.
+        labels = np.where(labels >= 0, labels + (number << 40), -1)
+        return SourceExamples(
+            number, name, examples, columns[0], Ragged.empty(count), Ragged.empty(count), labels=labels
+        )
+    scores = None if label is None else pc.cast(label, pa.float64()).to_numpy()
+    if len(columns) == 2:
+        negatives = Ragged.empty(count)
+    else:
+        stacked = np.stack(columns[2:], axis=1)
+        negatives = Ragged.from_lengths((stacked >= 0).sum(axis=1), stacked[stacked >= 0])
+    return SourceExamples(number, name, examples, columns[0], Ragged.single(columns[1]), negatives, scores=scores)
+
+
+def _known_positives(sources: Sequence[SourceExamples]) -> Ragged:
+    """Positives of queries that occur several times; those of the others are their rows' own."""
+    none = np.empty(0, dtype=np.int64)
+    pairs = [source for source in sources if source.scores is None and source.labels is None]
+    queries = np.concatenate([none, *(source.queries for source in pairs)])
+    positives = np.concatenate([none, *(source.positives.values for source in pairs)])
+    size = int(queries.max(initial=-1)) + 1
+    several = np.bincount(queries, minlength=size)[queries] > 1
+    return Ragged.from_pairs(queries[several], positives[several], size)

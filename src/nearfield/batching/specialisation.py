@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from nearfield.batching.kmeans import spherical_kmeans
+from nearfield.mining.kmeans import spherical_kmeans
 
 Vectors = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]

@@ -46,8 +46,7 @@ def show_plan(
     ] = None,
 ) -> None:
     """Print what a plan holds, how hard its batches are and what was left out; write a page with the pictures."""
-    from nearfield.batching.files import plan_files
-    from nearfield.batching.plan import Plan
+    from nearfield.batching.plan import Plan, plan_files
     from nearfield.reporting.batches import write_plan_page
 
     plans = [Plan(file) for file in plan_files(path)]
@@ -107,8 +106,8 @@ def diff_plans(
     epoch: Annotated[int, typer.Option(min=0, help="Which epoch of runs and plan folders.")] = 0,
 ) -> None:
     """Compare two plans: batches in both, examples that moved, pairs that meet in both, figures side by side."""
-    from nearfield.batching.difference import compare_plans
     from nearfield.batching.plan import Plan
+    from nearfield.batching.summary import compare_plans
 
     found = compare_plans(Plan(_epoch_of(first, epoch)), Plan(_epoch_of(second, epoch)))
     if found.identical:
@@ -130,7 +129,7 @@ def diff_plans(
 
 
 def _epoch_of(path: Path, epoch: int) -> Path:
-    from nearfield.batching.files import plan_files
+    from nearfield.batching.plan import plan_files
 
     files = plan_files(path)
     if path.is_file():

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nearfield.arrays import Floats, Ragged, Rows
 from nearfield.batching.plan import Batch
-from nearfield.batching.planner import Rows, VectorsOf
-from nearfield.batching.rows import Floats, Lists
+from nearfield.batching.planner import VectorsOf
 from nearfield.conformance.tiny_models import WORDS, save_tiny_bert, save_tiny_clip, save_tiny_vlm
 from nearfield.data.tokens import IMAGE, TokenCache, TokenTable
 from nearfield.encoders.build import build_encoder
@@ -375,7 +375,7 @@ class Problem:
         if not self.objective.needs_teacher_scores:
             return None
         random = np.random.default_rng(2)
-        sides = [Lists.of(side) for side in (self.batch.positives, self.batch.negatives)]
+        sides = [Ragged.from_lists(side) for side in (self.batch.positives, self.batch.negatives)]
         scores = [random.standard_normal(len(side.values)) for side in sides]
         return TeacherScores(self.batch.example, sides[0], scores[0], sides[1], scores[1])
 

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nearfield.data.build import build_data, ensure_store, prepare_store
     from nearfield.data.config import DataConfig
-    from nearfield.data.store import KnownPositives, SourceInfo, Store
+    from nearfield.data.store import SourceInfo, Store
     from nearfield.data.summary import DataSummary
 
 __all__ = [
     "DataConfig",
     "DataSummary",
-    "KnownPositives",
     "SourceInfo",
     "Store",
     "build_data",
@@ -28,7 +27,6 @@ __all__ = [
 _HOMES = {
     "DataConfig": "config",
     "DataSummary": "summary",
-    "KnownPositives": "store",
     "SourceInfo": "store",
     "Store": "store",
     "build_data": "build",

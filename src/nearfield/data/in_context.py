@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nearfield.arrays import Ragged
 from nearfield.data.in_context_config import InContextConfig
-from nearfield.data.store import KnownPositives, Rows, Store
+from nearfield.data.store import Rows, Store
 from nearfield.errors import BadInputError
 from nearfield.randomness import generator
 
@@ -78,12 +79,10 @@ def _cut(text: str, most: int) -> str:
     return " ".join(text.split()[:most])
 
 
-def forbidden_queries(examples: ExampleSet, known: KnownPositives) -> Rows:
+def forbidden_queries(examples: ExampleSet, known: Ragged) -> Rows:
     """The query items that must not get this set: those in it, and those with a positive in it; sorted."""
     items = np.unique(np.asarray(examples.items, dtype=np.int64))
-    hit = np.flatnonzero(np.isin(known.rows, items))
-    owners = np.searchsorted(known.offsets, hit, side="right") - 1
-    return np.unique(np.concatenate([items, owners]))
+    return np.unique(np.concatenate([items, known.owners()[np.isin(known.values, items)]]))
 
 
 def draw_numbers(count: int, examples: Rows, seed: int, *names: str | int) -> Rows:

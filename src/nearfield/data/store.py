@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from nearfield.arrays import Ragged
 from nearfield.checksums import CheckedFile, Sealed
 from nearfield.data.config import Prompts
 from nearfield.data.pictures import open_kept
@@ -62,20 +63,6 @@ class SourceInfo:
     """``retrieval``, ``graded``, ``labelled`` or ``text``."""
     task_type: str
     prompts: Prompts
-
-
-@dataclass(frozen=True)
-class KnownPositives:
-    """For each query item, the items that the data calls its positives: a compressed sparse row matrix of rows."""
-
-    offsets: Rows
-    """[items + 1]"""
-    rows: Rows
-    """Sorted within each query."""
-
-    def of(self, query: int) -> Rows:
-        """The positives of an item (its row number) in all examples of all splits, sorted; empty if it has none."""
-        return self.rows[self.offsets[query] : self.offsets[query + 1]]
 
 
 class Chunks:
@@ -302,23 +289,21 @@ class Store:
         found: npt.NDArray[np.float64] = self.examples[WEIGHT.name].fill_null(1.0).to_numpy()
         return found
 
-    def known_positives(self) -> KnownPositives:
-        """The union of the positives of each query over all retrieval examples of all sources and splits.
+    def known_positives(self) -> Ragged:
+        """For each item, its positives (item rows, rising) in all retrieval examples of all sources and splits.
 
         Graded pairs are left out: the second item of a pair with a low score is no positive.
         """
         return self._known_positives
 
     @cached_property
-    def _known_positives(self) -> KnownPositives:
-        count = self.items.num_rows
-        parts: list[Rows] = [np.empty(0, dtype=np.int64)]
+    def _known_positives(self) -> Ragged:
+        none = np.empty(0, dtype=np.int64)
+        queries, positives = [none], [none]
         for batch in self.examples.select(["query", "positives", "score"]).to_batches():
-            lists = batch.column("positives")
-            lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
-            pairs = np.repeat(batch.column("query").to_numpy(), lengths) * count + lists.flatten().to_numpy()
-            graded = np.repeat(batch.column("score").is_valid().to_numpy(zero_copy_only=False), lengths)
-            parts.append(np.unique(pairs[~graded]))
-        pairs = np.unique(np.concatenate(parts))
-        offsets = np.searchsorted(pairs, np.arange(count + 1, dtype=np.int64) * count)
-        return KnownPositives(offsets.astype(np.int64), pairs % max(count, 1))
+            lists = Ragged.from_arrow(batch.column("positives"))
+            owners = lists.owners()
+            graded = batch.column("score").is_valid().to_numpy(zero_copy_only=False)[owners]
+            queries.append(batch.column("query").to_numpy()[owners[~graded]])
+            positives.append(lists.values[~graded])
+        return Ragged.from_pairs(np.concatenate(queries), np.concatenate(positives), self.items.num_rows)

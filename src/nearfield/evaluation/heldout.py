@@ -184,12 +184,12 @@ def _relevant(store: Any, queries: Ints, corpus: Ints, reverse: bool) -> dict[in
     wanted = np.zeros(store.items.num_rows, dtype=bool)
     if not reverse:
         wanted[corpus] = True
-        found = {int(query): [int(d) for d in known.of(int(query)) if wanted[d]] for query in queries}
+        found = {int(query): [int(d) for d in known[int(query)] if wanted[d]] for query in queries}
         return {query: documents for query, documents in found.items() if documents}
     wanted[queries] = True
     turned: dict[int, list[int]] = {}
     for document in corpus.tolist():
-        for query in known.of(document).tolist():
+        for query in known[document].tolist():
             if wanted[query]:
                 turned.setdefault(query, []).append(document)
     return dict(sorted(turned.items()))

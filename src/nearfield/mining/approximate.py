@@ -1,16 +1,23 @@
-"""Approximate search by FAISS, with its recall measured on a sample against the exact one."""
+"""Approximate search with its recall measured: by cells of k-means (the same on any number of threads), or by FAISS.
+
+:func:`nearest` is what plans are made of, and so is a function of vectors and seed alone; :func:`approximate_search` is for
+mining, where more of the index is left to settings.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
+from nearfield.arrays import Index, Mask, Ragged, Rows, Vectors
 from nearfield.errors import BadInputError
-from nearfield.mining.documents import ArrayDocuments, RowLists, Rows, Vectors, check_vectors
-from nearfield.mining.rules import Mask
+from nearfield.mining.documents import ArrayDocuments, check_vectors
+from nearfield.mining.kmeans import check_unit_rows, spherical_kmeans
 from nearfield.mining.search import DEFAULT_MEMORY, Neighbours, ordered, search
 from nearfield.randomness import derive_seed, generator
 
@@ -38,7 +45,7 @@ def approximate_search(
     depth: int,
     config: IVFSearch | HNSWSearch,
     *,
-    excluded: RowLists | None = None,
+    excluded: Ragged | None = None,
     seed: int = 0,
     memory: int = DEFAULT_MEMORY,
 ) -> tuple[Neighbours, Recall]:
@@ -60,7 +67,7 @@ def approximate_search(
         stop = min(start + _QUERIES, len(queries))
         hidden = None if excluded is None else excluded.slice(start, stop)
         # FAISS knows no list of exclusions a query: as many more are asked for as are hidden from any of these.
-        more = 0 if hidden is None else int(np.diff(hidden.offsets).max(initial=0))
+        more = 0 if hidden is None else int(hidden.lengths.max(initial=0))
         _, found = index.search(np.ascontiguousarray(queries[start:stop]), min(depth + more, len(documents)))
         found = np.where(_listed(found, hidden), -1, found)
         owner, place = np.nonzero(found >= 0)
@@ -84,20 +91,16 @@ def measure_recall(
     queries: Vectors,
     documents: Vectors,
     sample: int,
-    excluded: RowLists | None = None,
+    excluded: Ragged | None = None,
     seed: int = 0,
     memory: int = DEFAULT_MEMORY,
 ) -> Recall:
     """The share of the true best of ``sample`` queries, drawn by the seed, that were found."""
     count, depth = found.rows.shape
     chosen = np.sort(generator(seed, "mine", "recall").choice(count, size=min(sample, count), replace=False))
-    hidden = None if excluded is None else RowLists.of([excluded[row] for row in chosen.tolist()])
+    hidden = _taken(excluded, chosen)
     true = search(queries[chosen], documents, depth, excluded=hidden, memory=memory)
-    hits = sum(
-        len(np.intersect1d(best[best >= 0], mine[mine >= 0]))
-        for best, mine in zip(true.rows, found.rows[chosen], strict=True)
-    )
-    return Recall(hits / max(1, int(true.counts().sum())), len(chosen), depth)
+    return Recall(recall(found.rows[chosen], true.rows), len(chosen), depth)
 
 
 def _build(documents: Vectors, config: IVFSearch | HNSWSearch, seed: int) -> Any:
@@ -125,11 +128,251 @@ def _build(documents: Vectors, config: IVFSearch | HNSWSearch, seed: int) -> Any
     return index
 
 
-def _listed(found: Rows, hidden: RowLists | None) -> Mask:
+def _listed(found: Rows, hidden: Ragged | None) -> Mask:
     """[n, k] bool: which of the found rows are hidden from their query."""
     if hidden is None:
         return np.zeros(found.shape, dtype=bool)
-    width = int(max(found.max(initial=0), hidden.rows.max(initial=0))) + 2
-    keys = hidden.owners() * width + hidden.rows
+    width = int(max(found.max(initial=0), hidden.values.max(initial=0))) + 2
+    keys = hidden.owners() * width + hidden.values
     listed: Mask = np.isin(np.arange(len(found))[:, None] * width + found, keys)
     return listed
+
+
+Found = npt.NDArray[np.int32]
+"""Document rows; -1 for none."""
+Method = Literal["exact", "ivf"]
+
+WANTED_RECALL = 0.9
+RECALL_AT = 30
+_MARGIN = 0.02
+"""Probes are chosen for a recall this much higher: they are chosen on other queries than the recall is measured on."""
+_FEWEST_PROBES = 8
+"""Cells are searched at the speed of matrix products: below this, search is cheaper than finding the cells."""
+_MOST_OF_CELLS = 0.5
+"""Where a larger share of the cells is needed the vectors have no cells to speak of: all documents are searched."""
+_TILE = 64
+_CELL_SAMPLE = 64
+_CELL_ITERATIONS = 8
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The best documents of each query in falling order; equal float32 scores by the lowest row."""
+
+    rows: Found
+    """Document rows, shape (n, k); -1 where a query has fewer."""
+    scores: Vectors
+    """Inner products, shape (n, k); -inf where a query has fewer."""
+    recall: float | None
+    """Share of the true best min(k, 30) that was found, over queries that the settings were not chosen on; None: exact."""
+    recall_all: float | None = None
+    """The same for all k."""
+    cells: int | None = None
+    probes: int | None = None
+    """How many cells the documents lie in, and how many are searched for a query."""
+
+
+def nearest(
+    queries: Vectors,
+    documents: Vectors,
+    k: int,
+    *,
+    method: Method,
+    seed: int,
+    excluded: Ragged | None = None,
+    memory: int = 1 << 30,
+    recall_sample: int = 1000,
+) -> Nearest:
+    """The ``k`` documents (m, d) of the highest inner product with each query (n, d), both rows of length 1.
+
+    ``exact`` multiplies all with all in blocks. ``ivf`` puts the documents into about 2 sqrt(m) cells by k-means and
+    searches each query's nearest cells, each cell for all of its queries at once: as many as give recall@30 >= 0.9 on ``recall_sample`` queries, at least 8; where that is more than half of the cells, all documents
+    are searched. The recall is then measured on as many other queries (on the same where there are too few). ``memory`` bounds the bytes above the vectors and the result; where it is too
+    small for one row's work it is exceeded.
+    """
+    check_unit_rows(queries, "queries")
+    check_unit_rows(documents, "documents")
+    if queries.shape[1] != documents.shape[1]:
+        raise BadInputError(f"queries have {queries.shape[1]} dimensions, documents {documents.shape[1]}")
+    if k < 1:
+        raise BadInputError(f"k must be at least 1, not {k}")
+    if excluded is not None and len(excluded) != len(queries):
+        raise BadInputError(f"{len(excluded)} lists of excluded documents for {len(queries)} queries")
+    if method == "exact" or len(documents) == 0 or len(queries) == 0:
+        return Nearest(*_exact(queries, documents, k, excluded, memory), None)
+    return _search_cells(queries, documents, k, seed, excluded, memory, recall_sample)
+
+
+def _exact(queries: Vectors, documents: Vectors, k: int, excluded: Ragged | None, memory: int) -> tuple[Found, Vectors]:
+    """(rows, scores) by the exact search; its bound includes the result, ours does not."""
+    found = search(queries, documents, k, excluded=excluded, memory=memory + 12 * k * len(queries))
+    return found.rows.astype(np.int32), found.scores
+
+
+def _search_cells(
+    queries: Vectors,
+    documents: Vectors,
+    k: int,
+    seed: int,
+    excluded: Ragged | None,
+    memory: int,
+    recall_sample: int,
+) -> Nearest:
+    cells = min(len(documents), int(np.ceil(2 * np.sqrt(len(documents)))))
+    clusters = spherical_kmeans(
+        documents, cells, seed=seed, iterations=_CELL_ITERATIONS, sample=max(_CELL_SAMPLE * cells, 1 << 12)
+    )
+    random = generator(seed, "neighbours", "recall")
+    picked = random.permutation(len(queries))[: 2 * recall_sample]
+    tuning, held_out = np.sort(picked[:recall_sample]), np.sort(picked[recall_sample:])
+    if len(held_out) < min(recall_sample, len(queries)):
+        held_out = tuning
+    top = min(k, RECALL_AT)
+    truth = _exact(queries[tuning], documents, top, _taken(excluded, tuning), memory)[0]
+    order = np.argsort(-(queries[tuning] @ clusters.centroids.T), axis=1, kind="stable").astype(np.int32)
+    probes = _choose_probes(truth, clusters.labels, order)
+    if probes > _MOST_OF_CELLS * cells:
+        return Nearest(*_exact(queries, documents, k, excluded, memory), 1.0, 1.0, cells, cells)
+    rows = np.empty((len(queries), k), dtype=np.int32)
+    scores = np.empty((len(queries), k), dtype=np.float32)
+    by_cell = np.argsort(clusters.labels, kind="stable")
+    ends = np.cumsum(clusters.sizes)
+    # Half of the memory is for what is found cell by cell, 8 bytes each, and its sorted copy.
+    height = max(1, min(len(queries), memory // 2 // (16 * probes * k)))
+    for start in range(0, len(queries), height):
+        here = np.arange(start, min(start + height, len(queries)))
+        found_rows = np.full((len(here), probes, k), -1, dtype=np.int32)
+        found_scores = np.full((len(here), probes, k), -np.inf, dtype=np.float32)
+        for cell, pairs in _groups(_nearest_cells(queries, here, clusters.centroids, probes).ravel()):
+            members = by_cell[ends[cell] - clusters.sizes[cell] : ends[cell]]
+            owner, place = np.divmod(pairs, probes)
+            found_rows[owner, place], found_scores[owner, place] = _search(
+                queries, here[owner], documents, members, k, excluded, memory // 2
+            )
+        rows[here], scores[here] = _best(found_rows.reshape(len(here), -1), found_scores.reshape(len(here), -1), k)
+    truth = _exact(queries[held_out], documents, k, _taken(excluded, held_out), memory)[0]
+    return Nearest(
+        rows,
+        scores,
+        recall(rows[held_out, :top], truth[:, :top]),
+        recall(rows[held_out], truth),
+        cells,
+        probes,
+    )
+
+
+def recall(found: npt.NDArray[Any], truth: npt.NDArray[Any]) -> float:
+    """The share of the true rows (not counting -1) that were found, over all queries; 1 where there are none."""
+    true = truth >= 0
+    hits = sum(int(np.isin(t[t >= 0], f).sum()) for f, t in zip(found, truth, strict=True))
+    return hits / int(true.sum()) if true.any() else 1.0
+
+
+def _groups(labels: npt.NDArray[np.integer[Any]]) -> Iterator[tuple[int, Rows]]:
+    """Each label that occurs with the rows that bear it, both in rising order."""
+    order = np.argsort(labels, kind="stable")
+    values, starts = np.unique(labels[order], return_index=True)
+    for value, part in zip(values, np.split(order, starts[1:]), strict=True):
+        yield int(value), part
+
+
+def _nearest_cells(queries: Vectors, here: Rows, centroids: Vectors, probes: int) -> Rows:
+    """The cells of the highest inner products with each of these queries, (len(here), probes)."""
+    parts = [
+        top_columns(queries[here[start : start + 4096]] @ centroids.T, probes)[0] for start in range(0, len(here), 4096)
+    ]
+    return np.concatenate(parts)
+
+
+def _best(rows: Found, scores: Vectors, k: int) -> tuple[Found, Vectors]:
+    """The best ``k`` of what was found in several cells; in the order of rows first, so that ties go to the lowest."""
+    order = np.argsort(rows, axis=1, kind="stable")
+    columns, values = top_columns(np.take_along_axis(scores, order, axis=1), k)
+    return np.take_along_axis(np.take_along_axis(rows, order, axis=1), columns, axis=1), values
+
+
+def _choose_probes(truth: Found, document_cells: Found, order: Found) -> int:
+    """The fewest cells, nearest first, that hold the wanted share of the true neighbours of the sampled queries.
+
+    ``order`` (queries, cells) are all cells in the order in which a query searches them.
+    """
+    place = np.empty_like(order)
+    np.put_along_axis(place, order, np.arange(order.shape[1], dtype=np.int32)[None, :], axis=1)
+    places = np.take_along_axis(place, document_cells[truth], axis=1)[truth >= 0]
+    cells = int(order.shape[1])
+    if not len(places):
+        return min(_FEWEST_PROBES, cells)
+    within = np.cumsum(np.bincount(places, minlength=cells)) / len(places)
+    needed = int(np.searchsorted(within, min(WANTED_RECALL + _MARGIN, 1.0))) + 1
+    return min(max(needed, _FEWEST_PROBES), cells)
+
+
+def _search(
+    queries: Vectors,
+    here: Rows,
+    documents: Vectors,
+    candidates: Rows,
+    k: int,
+    excluded: Ragged | None,
+    memory: int,
+) -> tuple[Found, Vectors]:
+    """The best ``k`` of the candidate documents (rising rows) for these queries, in blocks of both."""
+    rows = np.full((len(here), k), -1, dtype=np.int32)
+    scores = np.full((len(here), k), -np.inf, dtype=np.float32)
+    width = max(memory // (8 * queries.shape[1]), 1)
+    for first in range(0, len(candidates), width):
+        block = candidates[first : first + width]
+        # Whole tiles of the product: in a torn one equal documents can get scores that differ in the last bit.
+        among = np.zeros((-(-len(block) // _TILE) * _TILE, documents.shape[1]), dtype=np.float32)
+        among[: len(block)] = documents[block]
+        # Scores, their partitioned copy and the mask are 9 bytes a pair; the rest is for what is found and the queries.
+        height = max(1, min(len(here), 1024, max(memory - among.nbytes, 0) // 16 // len(block)))
+        for start in range(0, len(here), height):
+            part = slice(start, min(start + height, len(here)))
+            products = (queries[here[part]] @ among.T)[:, : len(block)]
+            if excluded is not None:
+                hide(products, here[part], block, excluded)
+            columns, values = top_columns(products, k)
+            numbers = block[columns].astype(np.int32)
+            if first:
+                # Earlier blocks have lower rows: with them in front a stable sort keeps ties in order.
+                values = np.concatenate([scores[part], values], axis=1)
+                numbers = np.concatenate([rows[part], numbers], axis=1)
+                best = np.argsort(-values, axis=1, kind="stable")[:, :k]
+                values, numbers = np.take_along_axis(values, best, axis=1), np.take_along_axis(numbers, best, axis=1)
+            rows[part, : values.shape[1]] = numbers
+            scores[part, : values.shape[1]] = values
+    rows[np.isneginf(scores)] = -1
+    return rows, scores
+
+
+def _taken(excluded: Ragged | None, chosen: Rows) -> Ragged | None:
+    return None if excluded is None else excluded.take(chosen)
+
+
+def hide(scores: Vectors, chosen: Rows, candidates: Rows, excluded: Ragged) -> None:
+    """Put -inf where a chosen query (row) may not find a candidate (column; rising document rows), in place."""
+    hidden = excluded.take(chosen)
+    column = Index(candidates, rising=True).find(hidden.values)
+    scores[hidden.owners()[column >= 0], column[column >= 0]] = -np.inf
+
+
+def top_columns(scores: Vectors, k: int) -> tuple[Rows, Vectors]:
+    """The ``k`` best columns of each row (all, where there are fewer) in falling order, equal ones by the lowest column."""
+    height, width = scores.shape
+    if width > k:
+        least = np.partition(scores, width - k, axis=1)[:, width - k : width - k + 1]
+        mask = scores >= least
+        crowded = np.flatnonzero(np.count_nonzero(mask, axis=1) > k)
+        for row in crowded:
+            # More than k by ties with the last: the lowest columns of these stay.
+            ties = np.flatnonzero(scores[row] == least[row])
+            surplus = int(mask[row].sum()) - k
+            mask[row, ties[len(ties) - surplus :]] = False
+        # Flat, then taken apart: several times the speed of finding rows and columns.
+        columns = (np.flatnonzero(mask) % width).reshape(height, k)
+        scores = np.take_along_axis(scores, columns, axis=1)
+    else:
+        columns = np.broadcast_to(np.arange(width), (height, width))
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(columns, order, axis=1), np.take_along_axis(scores, order, axis=1)

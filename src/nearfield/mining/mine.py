@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.arrays import Ragged, Rows, Vectors
 from nearfield.errors import BadInputError
-from nearfield.mining.documents import Documents, RowLists, Rows, Vectors, as_documents
+from nearfield.mining.documents import Documents, as_documents
 from nearfield.mining.rules import Candidates, Mask, Rule
 from nearfield.mining.search import DEFAULT_MEMORY, Neighbours, search
 from nearfield.randomness import generator
@@ -71,12 +72,12 @@ class MinedNegatives:
 def mine(
     queries: Vectors,
     documents: Documents | Vectors,
-    positives: RowLists,
+    positives: Ragged,
     *,
     rules: Sequence[Rule],
     negatives: int,
     depth: int,
-    excluded: RowLists | None = None,
+    excluded: Ragged | None = None,
     seed: int = 0,
     names: Sequence[str | int] = (),
     memory: int = DEFAULT_MEMORY,
@@ -88,15 +89,15 @@ def mine(
     ``seed`` and ``names`` (a source, a generation) decide what rules draw.
     """
     documents = as_documents(documents)
-    hidden = positives if excluded is None else positives.merged(excluded)
+    hidden = positives if excluded is None else positives.union(excluded)
     found = search(queries, documents, depth, excluded=hidden, memory=memory, device=device)
-    scores = documents.pairs(queries, positives.owners(), positives.rows)
+    scores = documents.pairs(queries, positives.owners(), positives.values)
     return select(found, positives, scores, rules=rules, negatives=negatives, seed=seed, names=names)
 
 
 def select(
     found: Neighbours,
-    positives: RowLists,
+    positives: Ragged,
     positive_scores: Vectors,
     *,
     rules: Sequence[Rule],
@@ -104,7 +105,7 @@ def select(
     seed: int = 0,
     names: Sequence[str | int] = (),
 ) -> MinedNegatives:
-    """Apply the rules, one after another, to what a teacher found; ``positive_scores`` are those of ``positives.rows``."""
+    """Apply the rules, one after another, to what a teacher found; ``positive_scores`` are those of ``positives.values``."""
     smallest, largest = _extremes(positives, positive_scores)
     candidates = Candidates(found.rows, found.scores, smallest, largest)
     kept, examples = candidates.present, np.ones(len(found.rows), dtype=bool)
@@ -155,11 +156,11 @@ def draw(kept: Mask, weights: npt.NDArray[np.float64], negatives: int, seed: int
     return drawn & kept
 
 
-def _extremes(lists: RowLists, scores: Vectors) -> tuple[Vectors, Vectors]:
+def _extremes(lists: Ragged, scores: Vectors) -> tuple[Vectors, Vectors]:
     """The smallest and the largest score of each query's positives; every query must have one."""
     counts = np.diff(lists.offsets)
-    if len(scores) != len(lists.rows):
-        raise ValueError(f"{len(scores)} scores for {len(lists.rows)} positives")
+    if len(scores) != len(lists.values):
+        raise ValueError(f"{len(scores)} scores for {len(lists.values)} positives")
     if not counts.all():
         raise BadInputError(
             f"query {int(np.flatnonzero(counts == 0)[0])} has no positive",

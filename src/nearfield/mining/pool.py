@@ -8,9 +8,9 @@ from hashlib import blake2b
 
 import numpy as np
 
+from nearfield.arrays import Index, Ragged, Rows, beside
 from nearfield.data.store import Store
 from nearfield.mining.config import MiningConfig
-from nearfield.mining.documents import RowLists, Rows
 from nearfield.mining.mine import MinedNegatives, select
 from nearfield.mining.search import Neighbours
 from nearfield.mining.teachers import DenseScorer, Scorer
@@ -30,11 +30,11 @@ class Pool:
     """[n] the query item of each."""
     documents: Rows
     """[m] item rows, rising."""
-    positives: RowLists
+    positives: Ragged
     """For each example, its own positives as numbers of documents, rising."""
     positive_order: Rows
-    """Where in ``positives.rows`` each positive of the store is, example after example in the order of the data."""
-    excluded: RowLists
+    """Where in ``positives.values`` each positive of the store is, example after example in the order of the data."""
+    excluded: Ragged
     """For each example, documents that are known positives of its query anywhere in the data, the query itself, and
     documents that differ from these in case and white space only."""
 
@@ -49,31 +49,22 @@ def make_pool(store: Store, source: str, split: str, corpus: Sequence[str]) -> P
     examples = store.select(source, split)
     part = store.examples.take(examples)
     queries = part["query"].to_numpy().astype(np.int64)
-    positives = part["positives"].combine_chunks()
-    counts = np.diff(positives.offsets.to_numpy().astype(np.int64))
-    own_items = positives.flatten().to_numpy().astype(np.int64)
-    owners = np.repeat(np.arange(len(examples), dtype=np.int64), counts)
+    positives = Ragged.from_arrow(part["positives"])
     documents = document_items(store, corpus, split)
-    own_rows = np.searchsorted(documents, own_items).astype(np.int64)
-    own = RowLists.from_pairs(owners, own_rows, len(examples))
+    own_rows, owners = Index(documents, rising=True).rows(positives.values), positives.owners()
     order = np.empty(len(own_rows), dtype=np.int64)
     order[np.lexsort((own_rows, owners))] = np.arange(len(own_rows))
 
-    known = store.known_positives()
-    starts, stops = known.offsets[queries], known.offsets[queries + 1]
-    owner = np.repeat(np.arange(len(queries), dtype=np.int64), stops - starts)
-    place = np.arange(len(owner)) - np.repeat(np.cumsum(stops - starts) - (stops - starts), stops - starts)
-    hidden_owner = np.concatenate([owner, np.arange(len(queries), dtype=np.int64)])
-    hidden_items = np.concatenate([known.rows[np.repeat(starts, stops - starts) + place], queries])
+    hidden = beside(store.known_positives().take(queries), Ragged.single(queries))
     return Pool(
         store.source_number(source),
         source,
         examples,
         queries,
         documents,
-        own,
+        Ragged.from_pairs(owners, own_rows, len(examples)),
         order,
-        _same_text(store, documents, hidden_owner, hidden_items, len(examples)),
+        _same_text(store, documents, hidden),
     )
 
 
@@ -82,21 +73,17 @@ def document_items(store: Store, sources: Sequence[str], split: str) -> Rows:
     found = [np.empty(0, dtype=np.int64)]
     for source in sources:
         part = store.examples.take(store.select(source, split))
-        found += [part[column].combine_chunks().flatten().to_numpy() for column in ("positives", "negatives")]
+        found += [Ragged.from_arrow(part[column]).values for column in ("positives", "negatives")]
     return np.unique(np.concatenate(found)).astype(np.int64)
 
 
-def _same_text(store: Store, documents: Rows, owners: Rows, items: Rows, count: int) -> RowLists:
-    """For each owner, the documents that have the text and picture of one of its items, but for case and white space."""
-    all_items, where = np.unique(np.concatenate([documents, items]), return_inverse=True)
+def _same_text(store: Store, documents: Rows, items: Ragged) -> Ragged:
+    """For each list, the documents that have the text and picture of one of its items, but for case and white space."""
+    all_items, where = np.unique(np.concatenate([documents, items.values]), return_inverse=True)
     _, keys = np.unique(_text_keys(store, all_items), return_inverse=True)
     document_keys, item_keys = keys[where[: len(documents)]], keys[where[len(documents) :]]
-    order = np.argsort(document_keys, kind="stable")
-    starts = np.searchsorted(document_keys[order], item_keys)
-    lengths = np.searchsorted(document_keys[order], item_keys, side="right") - starts
-    place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    found = order[np.repeat(starts, lengths) + place]
-    return RowLists.from_pairs(np.repeat(owners, lengths), found.astype(np.int64), count)
+    found = Index(document_keys).all(item_keys)
+    return Ragged.from_pairs(items.owners()[found.owners()], found.values, len(items))
 
 
 def _text_keys(store: Store, items: Rows) -> Rows:
@@ -129,7 +116,7 @@ def mine_pool(
         found, scores = scorer.find(config.searched, pool.positives, pool.excluded)
     else:
         assert isinstance(scorer, DenseScorer)
-        scores = scorer.score(pool.positives.owners(), pool.positives.rows)
+        scores = scorer.score(pool.positives.owners(), pool.positives.values)
     return select(
         found,
         pool.positives,
@@ -148,4 +135,4 @@ def search_share(pool: Pool, scorer: DenseScorer, config: MiningConfig, share: t
     """
     start, stop = (len(pool.queries) * edge // share[1] for edge in (share[0], share[0] + 1))
     part = DenseScorer(scorer.queries[start:stop], scorer.documents, scorer.searching)
-    return part.search(config.searched, pool.positives.merged(pool.excluded).slice(start, stop))
+    return part.search(config.searched, pool.positives.union(pool.excluded).slice(start, stop))

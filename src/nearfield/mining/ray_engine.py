@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from nearfield.arrays import Ragged, Vectors
 from nearfield.data.vectors import SHARD, VectorJob
 from nearfield.errors import BadInputError
-from nearfield.mining.documents import Documents, RowLists, Vectors
+from nearfield.mining.documents import Documents
 from nearfield.mining.search import DEFAULT_MEMORY, Neighbours, search
 
 logger = logging.getLogger("nearfield.mining")
@@ -135,7 +136,7 @@ def spread_search(
     documents: Documents,
     depth: int,
     *,
-    excluded: RowLists | None = None,
+    excluded: Ragged | None = None,
     memory: int = DEFAULT_MEMORY,
     device: str = "cpu",
     part: int = _QUERIES_A_TASK,

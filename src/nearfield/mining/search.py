@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.arrays import Ragged, Rows, Vectors
 from nearfield.console import track
 from nearfield.errors import BadInputError
-from nearfield.mining.documents import Documents, RowLists, Rows, Vectors, as_documents, check_vectors
+from nearfield.mining.documents import Documents, as_documents, check_vectors
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +117,7 @@ def search(
     documents: Documents | Vectors,
     depth: int,
     *,
-    excluded: RowLists | None = None,
+    excluded: Ragged | None = None,
     memory: int = DEFAULT_MEMORY,
     device: str = "cpu",
     plan: SearchPlan | None = None,
@@ -185,7 +186,7 @@ class _Walk:
         queries: Vectors,
         documents: Documents,
         depth: int,
-        excluded: RowLists | None,
+        excluded: Ragged | None,
         device: torch.device,
         plan: SearchPlan,
     ) -> None:
@@ -202,7 +203,7 @@ class _Walk:
         # 1.05: float32 rounds the bar itself, and the norms.
         self.error = torch.from_numpy((1.05 * _UNIT * (dimension + 16) * norms).astype(np.float32)).to(device)
         self.longest = 0.0
-        self.excluded = None if excluded is None or not len(excluded.rows) else _by_block(excluded, plan)
+        self.excluded = None if excluded is None or not len(excluded.values) else _by_block(excluded, plan)
 
     def run(self, description: str) -> None:
         """Walk through all documents."""
@@ -337,13 +338,13 @@ def ordered(rows: Rows, scores: Vectors, depth: int) -> tuple[Rows, Vectors]:
 _Hidden = tuple[Rows, Rows]
 
 
-def _by_block(excluded: RowLists, plan: SearchPlan) -> list[_Hidden]:
+def _by_block(excluded: Ragged, plan: SearchPlan) -> list[_Hidden]:
     """(query within its block, document row), sorted by document row, for each block of queries."""
     blocks = []
     for start in range(0, len(excluded), plan.query_block):
         part = excluded.slice(start, min(start + plan.query_block, len(excluded)))
-        order = np.argsort(part.rows, kind="stable")
-        blocks.append((part.owners()[order], part.rows[order]))
+        order = np.argsort(part.values, kind="stable")
+        blocks.append((part.owners()[order], part.values[order]))
     return blocks
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nearfield.arrays import Ragged, Rows, Vectors
 from nearfield.console import track
 from nearfield.data.vectors import unit
 from nearfield.errors import BadInputError
@@ -23,7 +24,7 @@ from nearfield.mining.config import (
     SearchConfig,
     TeacherConfig,
 )
-from nearfield.mining.documents import ArrayDocuments, Documents, RowLists, Rows, Vectors
+from nearfield.mining.documents import ArrayDocuments, Documents
 from nearfield.mining.search import DEFAULT_MEMORY, Neighbours, ordered, search
 
 TextsOf = Callable[[str, Rows], list[str]]
@@ -50,8 +51,8 @@ class Searching:
 class Scorer(Protocol):
     """A teacher before a pool of queries and documents, both numbered from 0."""
 
-    def find(self, depth: int, positives: RowLists, excluded: RowLists) -> tuple[Neighbours, Vectors]:
-        """The best ``depth`` documents of each query, and the scores of ``positives.rows``, on one scale.
+    def find(self, depth: int, positives: Ragged, excluded: Ragged) -> tuple[Neighbours, Vectors]:
+        """The best ``depth`` documents of each query, and the scores of ``positives.values``, on one scale.
 
         Neither positives nor excluded documents are among those found; ties go by the smaller row.
         """
@@ -61,7 +62,7 @@ class Scorer(Protocol):
 class PairScorer:
     """A teacher that can score any pair by itself."""
 
-    def search(self, depth: int, excluded: RowLists) -> Neighbours:
+    def search(self, depth: int, excluded: Ragged) -> Neighbours:
         """The best ``depth`` documents of each query but the excluded ones, ties by the smaller row."""
         raise NotImplementedError
 
@@ -69,10 +70,10 @@ class PairScorer:
         """The score of each pair."""
         raise NotImplementedError
 
-    def find(self, depth: int, positives: RowLists, excluded: RowLists) -> tuple[Neighbours, Vectors]:
+    def find(self, depth: int, positives: Ragged, excluded: Ragged) -> tuple[Neighbours, Vectors]:
         """By the two above."""
-        found = self.search(depth, positives.merged(excluded))
-        return found, self.score(positives.owners(), positives.rows)
+        found = self.search(depth, positives.union(excluded))
+        return found, self.score(positives.owners(), positives.values)
 
 
 @dataclass
@@ -85,7 +86,7 @@ class DenseScorer(PairScorer):
     recall: Recall | None = field(default=None, init=False)
     """Of the last search, where it was an approximate one."""
 
-    def search(self, depth: int, excluded: RowLists) -> Neighbours:
+    def search(self, depth: int, excluded: Ragged) -> Neighbours:
         """By the method of the settings."""
         how = self.searching
         if isinstance(how.method, ExactSearch):
@@ -140,7 +141,7 @@ class BM25Scorer(PairScorer):
             return np.zeros(self.count, dtype=np.float32)
         return np.asarray(self.index.get_scores(words), dtype=np.float32)
 
-    def search(self, depth: int, excluded: RowLists) -> Neighbours:
+    def search(self, depth: int, excluded: Ragged) -> Neighbours:
         """All documents are scored, a query at a time."""
         rows = np.full((len(self.queries), depth), -1, dtype=np.int64)
         scores = np.full(rows.shape, -np.inf, dtype=np.float32)
@@ -197,7 +198,7 @@ class CrossEncoderScorer(PairScorer):
         check_weights(loading, pair_trial(self.model), config.model)
         self.activation = nn.Sigmoid() if config.scale == "sigmoid" else nn.Identity()
 
-    def search(self, depth: int, excluded: RowLists) -> Neighbours:
+    def search(self, depth: int, excluded: Ragged) -> Neighbours:
         """The retriever's best ``depth``, in the order of the cross-encoder's scores."""
         return rescored(self.retriever.search(depth, excluded), self.score, depth)
 
@@ -233,23 +234,25 @@ class EnsembleScorer:
     weights: Sequence[float]
     fusion: str
 
-    def find(self, depth: int, positives: RowLists, excluded: RowLists) -> tuple[Neighbours, Vectors]:
+    def find(self, depth: int, positives: Ragged, excluded: Ragged) -> tuple[Neighbours, Vectors]:
         """The union of what the members find, in the order of the fused scores."""
         owners, rows = [], []
-        hidden = positives.merged(excluded)
+        hidden = positives.union(excluded)
         for member in self.members:
             part = member.search(depth, hidden)
             owner, place = np.nonzero(part.rows >= 0)
             owners.append(owner)
             rows.append(part.rows[owner, place])
-        union = RowLists.from_pairs(np.concatenate(owners), np.concatenate(rows), len(positives))
+        union = Ragged.from_pairs(np.concatenate(owners), np.concatenate(rows), len(positives))
         owner = union.owners()
-        fused = self._fused(np.concatenate([owner, positives.owners()]), np.concatenate([union.rows, positives.rows]))
-        width = int(np.diff(union.offsets).max(initial=0))
+        fused = self._fused(
+            np.concatenate([owner, positives.owners()]), np.concatenate([union.values, positives.values])
+        )
+        width = int(union.lengths.max(initial=0))
         matrix = np.full((len(union), width), -1, dtype=np.int64)
         scores = np.full(matrix.shape, -np.inf, dtype=np.float32)
-        place = np.arange(len(owner)) - union.offsets[owner]
-        matrix[owner, place], scores[owner, place] = union.rows, fused[: len(owner)]
+        place = union.ranks()
+        matrix[owner, place], scores[owner, place] = union.values, fused[: len(owner)]
         return Neighbours(*ordered(matrix, scores, depth)), fused[len(owner) :]
 
     def _fused(self, owners: Rows, rows: Rows) -> Vectors:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nearfield.batching.kmeans import Vectors, spherical_kmeans
+from nearfield.mining.kmeans import Vectors, spherical_kmeans
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.hierarchy import SEPARATOR, Tree
 from nearfield.objectives.of_texts import OfTexts, in_tiles, labelled_views

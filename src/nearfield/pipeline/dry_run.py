@@ -164,7 +164,7 @@ def _measure(stages: Stages, trial_seconds: float) -> _Measured:
         plans,
         hashes,
         train.feed(encoder),
-        known.of,
+        known.__getitem__,
         lambda rows: [str(row) for row in rows],
     )
     lasting = [*encoder.notices]

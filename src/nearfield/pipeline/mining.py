@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nearfield.batching.config import needs_vectors
 from nearfield.data.store import Rows, Store
 from nearfield.data.vectors import VERSION as VECTORS_VERSION
 from nearfield.data.vectors import EncodeItems, ItemVectors, VectorJob, read_vectors
@@ -393,7 +392,7 @@ def mining_teacher(recipe: Recipe) -> TeacherConfig:
 def planning_teacher(recipe: Recipe) -> DenseTeacher | None:
     """Whose vectors the planner gets: the first of the recipe's teacher that makes any; None where it gets none."""
     if recipe.teacher is None:
-        return SentenceTransformerTeacher() if needs_vectors(recipe.batches) else None
+        return SentenceTransformerTeacher() if recipe.batches.needs_vectors else None
     # That there is one where the planner cannot do without is checked with the recipe.
     return next(iter(dense_teachers(recipe.teacher)), None)
 

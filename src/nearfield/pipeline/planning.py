@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from nearfield.arrays import Floats, Ragged, Rows
 from nearfield.batching.config import BatchConfig
 from nearfield.batching.plan import VERSION as PLAN_VERSION
 from nearfield.batching.plan import Lengths, Plan, total_steps, write_plan
 from nearfield.batching.planner import VectorsOf
-from nearfield.batching.rows import Floats, Lists, PlannedRows, Rows, SourceExamples
+from nearfield.batching.streams import PlannedRows, SourceExamples
 from nearfield.batching.summary import count_exceptions, measure_hardness, positives_as_negatives
 from nearfield.checksums import seal
 from nearfield.data.store import Store
@@ -50,7 +51,7 @@ class PromptsOfEpoch(Protocol):
 class SourceNegatives:
     """Negatives that stand in for a source's own: a list for each of its examples, with a teacher's scores if known."""
 
-    items: Lists
+    items: Ragged
     scores: Floats | None = None
     positive_scores: Floats | None = None
     """A teacher's score of each positive of the store, example after example."""
@@ -63,8 +64,8 @@ class SourceNegatives:
             return self
         kept = np.flatnonzero(self.kept)
 
-        def values(lists: Lists, scores: Floats | None) -> Floats | None:
-            return None if scores is None else scores[lists.positions(kept)]
+        def values(lists: Ragged, scores: Floats | None) -> Floats | None:
+            return None if scores is None else scores[lists.places(kept)]
 
         positives = arrow_lists(store.examples.take(examples)["positives"])
         return SourceNegatives(
@@ -150,8 +151,8 @@ def source_negatives(
     The data's own have no teacher's score (not a number) unless they were mined too.
     """
     places = mined.positions(examples)
-    lists = Lists(mined.offsets, mined.rows)
-    items, scores = lists.take(places), mined.scores[lists.positions(places)].astype(np.float64)
+    lists = Ragged(mined.offsets, mined.rows)
+    items, scores = lists.take(places), mined.scores[lists.places(places)].astype(np.float64)
     if explicit == "keep":
         own = arrow_lists(store.examples.take(examples)["negatives"])
         owners = np.concatenate([own.owners(), items.owners()])
@@ -166,20 +167,20 @@ def source_negatives(
         stay = np.sort(order[first])
         stay = stay[np.argsort(owners[stay], kind="stable")]
         counts = np.bincount(owners[stay], minlength=len(examples))
-        items, scores = Lists.from_counts(counts, rows[stay]), both[stay]
+        items, scores = Ragged.from_lengths(counts, rows[stay]), both[stay]
     positives = store.examples.take(mined.examples)["positives"].combine_chunks()
     offsets = positives.offsets.to_numpy().astype(np.int64)
-    of_positives = Lists(offsets - offsets[0], np.empty(0, dtype=np.int64))
-    positive_scores = mined.positive_scores[of_positives.positions(places)].astype(np.float64)
+    of_positives = Ragged(offsets - offsets[0], np.empty(0, dtype=np.int64))
+    positive_scores = mined.positive_scores[of_positives.places(places)].astype(np.float64)
     kept = mined.kept(examples)
     return SourceNegatives(items, scores, positive_scores, None if kept.all() else kept)
 
 
-def arrow_lists(column: pa.ChunkedArray) -> Lists:
+def arrow_lists(column: pa.ChunkedArray) -> Ragged:
     """An Arrow column of integer lists."""
     array = column.combine_chunks()
     offsets = array.offsets.to_numpy().astype(np.int64)
-    return Lists(offsets - offsets[0], array.flatten().to_numpy())
+    return Ragged(offsets - offsets[0], array.flatten().to_numpy())
 
 
 def write_plans(

@@ -21,7 +21,8 @@ from nearfield.notices import Notice, say
 from nearfield.pipeline.stage import Job, Stage
 
 if TYPE_CHECKING:
-    from nearfield.batching.rows import PlannedRows, Rows
+    from nearfield.arrays import Rows
+    from nearfield.batching.streams import PlannedRows
     from nearfield.data.in_context import ExampleSet
     from nearfield.data.store import Store
     from nearfield.data.tokens import TokenCache

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nearfield.batching.rows import Lists, join_lists
+from nearfield.arrays import Ragged, concatenate
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.limits import vocabulary_size
 from nearfield.encoders.load import LoadedEncoder, save_encoder
@@ -169,7 +169,7 @@ class TrainStage(Stage):
 
         store = self.data.open()
         names = {number: source.name for number, source in enumerate(store.sources)}
-        known, width = store.known_positives().of, model.get_embedding_dimension()
+        known, width = store.known_positives().__getitem__, model.get_embedding_dimension()
         return [] if width is None else [*teaching_notices(self.objective(model), feed, plans, known, names, width)]
 
     def run(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class TrainStage(Stage):
             plans=plans,
             plan_hashes=hashes,
             feed=feed,
-            known_positives=known.of,
+            known_positives=known.__getitem__,
             item_ids=lambda rows: [ids[int(row)].as_py().hex() for row in rows],
             evaluate=evaluation_during_training(self.job, encoder.model, self.tokens.prompts.trained_contract),
             negatives=self._negative_inputs(feed.tokens),
@@ -267,7 +267,7 @@ class TrainStage(Stage):
             return None
         found = self.plan.negatives(store) or {}
         examples = np.concatenate([store.select(name, recipe.split) for name in found])
-        lists = join_lists([negatives.items for negatives in found.values()])
+        lists = concatenate([negatives.items for negatives in found.values()])
         order = np.argsort(examples, kind="stable")
         remine = None
         if isinstance(recipe.mining.during, RefreshedNegatives):
@@ -297,7 +297,7 @@ class TrainStage(Stage):
             mined.examples,
             arrow_lists(self.data.open().examples.take(mined.examples)["positives"]),
             mined.positive_scores.astype(np.float64),
-            Lists(mined.offsets, mined.rows),
+            Ragged(mined.offsets, mined.rows),
             mined.scores.astype(np.float64),
         )
 

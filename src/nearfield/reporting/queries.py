@@ -152,7 +152,7 @@ class Texts:
             return None
         store, row = self.rows[query]
         ids = store.items.column("id")
-        return {ids[int(document)].as_py().hex() for document in store.known_positives().of(row)}
+        return {ids[int(document)].as_py().hex() for document in store.known_positives()[row]}
 
 
 def result_folders(run: Path, manifest: Json | Missing) -> dict[str, Path]:

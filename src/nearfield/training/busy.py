@@ -13,8 +13,8 @@ from nearfield.batching.plan import total_steps
 from nearfield.training.chunks import BUSY, split_batch
 
 if TYPE_CHECKING:
+    from nearfield.arrays import Rows
     from nearfield.batching.plan import Plan
-    from nearfield.batching.planner import Rows
     from nearfield.training.config import TrainingConfig
     from nearfield.training.engine import Engine
     from nearfield.training.memory import Budget

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nearfield.arrays import Ragged, Rows, concatenate
 from nearfield.batching.plan import Batch
-from nearfield.batching.rows import Lists, Rows, join_lists
 from nearfield.data.vectors import unit
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_file, read_json, write_json
@@ -47,7 +47,7 @@ class Candidates:
 
     examples: Rows
     """(n,) example rows, rising."""
-    lists: Lists
+    lists: Ragged
 
     def places(self, examples: Rows) -> Rows:
         """Where these examples stand; -1 for those that were not mined for."""
@@ -514,11 +514,11 @@ class Refreshed(Replacing):
                     stop=stop,
                 )
                 examples.append(pool.examples)
-                lists.append(Lists(mined.offsets, pool.documents[mined.rows]))
+                lists.append(Ragged(mined.offsets, pool.documents[mined.rows]))
                 short += len(mined.short)
         rows = np.concatenate(examples)
         order = np.argsort(rows, kind="stable")
-        self.candidates = Candidates(rows[order], join_lists(lists).take(order))
+        self.candidates = Candidates(rows[order], concatenate(lists).take(order))
         self.generation, self.refreshed = generation, done
         if self.writes:
             self._write(done, short)
@@ -582,4 +582,4 @@ class Refreshed(Replacing):
                 )
             found = load_file(file)
         arrays = {name: tensor.cpu().numpy() for name, tensor in broadcast_tensors(found, self.device)}
-        self.candidates = Candidates(arrays["examples"], Lists(arrays["offsets"], arrays["negatives"]))
+        self.candidates = Candidates(arrays["examples"], Ragged(arrays["offsets"], arrays["negatives"]))

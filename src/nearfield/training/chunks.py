@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.arrays import Floats, Ragged, Rows
 from nearfield.batching.plan import SEVERAL_SOURCES, Batch
 from nearfield.batching.planner import VectorsOf
-from nearfield.batching.rows import Floats, Lists, Rows
 from nearfield.data.tokens import Ids, TokenCache
 from nearfield.encoders.token_task import TokenTask
 from nearfield.objectives.config import Reading
@@ -327,10 +327,10 @@ class TeacherScores:
 
     examples: Rows
     """(n,) example rows, rising."""
-    positives: Lists
+    positives: Ragged
     positive_scores: Floats
     """One of each value of ``positives``."""
-    negatives: Lists
+    negatives: Ragged
     negative_scores: Floats
 
     def of(self, batch: Batch) -> Floats:

@@ -12,8 +12,8 @@ from nearfield.training.measure import chunk_size
 from nearfield.training.memory import Budget, Profile, heavy_batches, keeps_graph, share_costs
 
 if TYPE_CHECKING:
+    from nearfield.arrays import Rows
     from nearfield.batching.plan import Batch, Plan
-    from nearfield.batching.planner import Rows
     from nearfield.training.config import TrainingConfig
     from nearfield.training.engine import Engine
 

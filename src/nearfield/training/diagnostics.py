@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nearfield.arrays import Rows
 from nearfield.batching.plan import Batch, Plan
-from nearfield.batching.planner import Rows
 from nearfield.errors import BadInputError, NonFiniteError
 from nearfield.files import write_json
 from nearfield.notices import Notice

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nearfield.arrays import Rows
 from nearfield.batching.plan import Batch
-from nearfield.batching.planner import Rows
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.image_tower import pictured_features
 from nearfield.encoders.kernels import add_tables_in_float32, sparse_embedding_gradients, use_fast_dropout

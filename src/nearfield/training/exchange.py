@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nearfield.batching.planner import Rows, VectorsOf
+from nearfield.arrays import Rows
+from nearfield.batching.planner import VectorsOf
 from nearfield.notices import Notice
 from nearfield.objectives.batch import ContrastiveBatch, Queued, Ring
 from nearfield.training.chunks import Pool, split_rows

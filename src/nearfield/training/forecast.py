@@ -24,8 +24,8 @@ from nearfield.training.machine import peak_resident_bytes, reset_peak_resident,
 from nearfield.training.memory import HEAP, Budget, Profile, choose_budget, measure_profile
 
 if TYPE_CHECKING:
+    from nearfield.arrays import Rows
     from nearfield.batching.plan import Plan
-    from nearfield.batching.planner import Rows
     from nearfield.training.config import TrainingConfig
     from nearfield.training.engine import Engine
 

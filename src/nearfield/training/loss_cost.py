@@ -16,8 +16,8 @@ from nearfield.training.exchange import contrastive_batch
 from nearfield.training.measure import Line, bytes_of, fit_line
 
 if TYPE_CHECKING:
+    from nearfield.arrays import Rows
     from nearfield.batching.plan import Batch
-    from nearfield.batching.planner import Rows
     from nearfield.training.engine import Engine
 
 _CELLS = 1 << 20

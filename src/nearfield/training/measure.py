@@ -18,7 +18,7 @@ from nearfield.training.chunks import Pool
 from nearfield.training.step import encode_chunk, seed_chunk
 
 if TYPE_CHECKING:
-    from nearfield.batching.planner import Rows
+    from nearfield.arrays import Rows
     from nearfield.training.engine import Engine
 
 

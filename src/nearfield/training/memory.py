@@ -27,8 +27,8 @@ from nearfield.training.state_size import StateSize, state_size
 from nearfield.training.step import can_keep_graphs, is_out_of_memory
 
 if TYPE_CHECKING:
+    from nearfield.arrays import Rows
     from nearfield.batching.plan import Batch, Plan
-    from nearfield.batching.planner import Rows
     from nearfield.training.backends.base import Backend
     from nearfield.training.config import TrainingConfig
     from nearfield.training.engine import Engine

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearfield.batching.planner import Rows, VectorsOf
+from nearfield.arrays import Rows
+from nearfield.batching.planner import VectorsOf
 from nearfield.encoders.packing import Features
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Queued
 from nearfield.objectives.objective import Objective

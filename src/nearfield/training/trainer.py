@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from nearfield.arrays import Rows
 from nearfield.batching.plan import Batch, Plan, total_steps
-from nearfield.batching.planner import Rows
 from nearfield.errors import BadInputError, OutOfMemoryStopError, StoppedError
 from nearfield.notices import Notice
 from nearfield.objectives.objective import Objective

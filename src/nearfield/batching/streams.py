@@ -1,30 +1,59 @@
-"""Which positives and negatives of an example are used in an epoch: drawn anew each time."""
+"""Examples as columns, and what is drawn of them in an epoch: no Python object a row, so that a million are a few arrays."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from nearfield.batching.config import CommonConfig
-from nearfield.batching.rows import Floats, Lists, PlannedRows, Rows, SourceExamples, join_lists
+from nearfield.arrays import Floats, Mask, Ragged, Rows, beside, concatenate, occurrences, ranges, starts
 from nearfield.errors import BadInputError
+
+if TYPE_CHECKING:
+    from nearfield.batching.config import CommonConfig
+
+
+@dataclass(frozen=True)
+class SourceExamples:
+    """The examples of one source that an epoch draws from. Item numbers are rows of the store's items."""
+
+    source: int
+    name: str
+    examples: Rows
+    """Row numbers of the examples in the store, shape (n,)."""
+    queries: Rows
+    """The query item of each, shape (n,); of graded pairs the first item, of labelled examples the item."""
+    positives: Ragged
+    negatives: Ragged
+    scores: Floats | None = None
+    """The score of each graded pair, shape (n,)."""
+    labels: Rows | None = None
+    """The label of each labelled example, shape (n,): a number that no other source uses for another label."""
+    positive_scores: Floats | None = None
+    """A teacher's score of each value of ``positives``."""
+    negative_scores: Floats | None = None
+    """A teacher's score of each value of ``negatives``."""
+    samples: Rows | None = None
+    """The sample that each example belongs to, shape (n,): a number that sources share; where the planner asks for it."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The examples that batches are made of together: one source, or several that are pooled."""
+    """The examples that batches are made of together: one source, or several that are pooled. Columns as of a source."""
 
     name: str
     source: Rows
     """(n,) the source of each example."""
     examples: Rows
     queries: Rows
-    positives: Lists
-    negatives: Lists
+    positives: Ragged
+    negatives: Ragged
     scores: Floats | None = None
     labels: Rows | None = None
     positive_scores: Floats | None = None
@@ -39,10 +68,7 @@ class Stream:
 
         A labelled example stands for itself.
         """
-        found = self.queries.copy()
-        has = self.positives.lengths > 0
-        found[has] = self.positives.values[self.positives.offsets[:-1][has]]
-        return found
+        return self.positives.first(self.queries)
 
 
 def make_streams(sources: Sequence[SourceExamples], pools: dict[str, tuple[str, ...]]) -> list[Stream]:
@@ -62,21 +88,21 @@ def make_streams(sources: Sequence[SourceExamples], pools: dict[str, tuple[str, 
     grouped: dict[str, list[SourceExamples]] = {}
     for source in sources:
         grouped.setdefault(pool_of.get(source.name, source.name), []).append(source)
-    return [_join(name, members) for name, members in grouped.items()]
+    return [_pool(name, members) for name, members in grouped.items()]
 
 
-def _join(name: str, parts: Sequence[SourceExamples]) -> Stream:
+def _pool(name: str, parts: Sequence[SourceExamples]) -> Stream:
     sizes = [len(part) for part in parts]
     labels = _column([part.labels for part in parts], sizes, -1)
     samples = _column([part.samples for part in parts], sizes, -1)
     positives, negatives = [part.positives for part in parts], [part.negatives for part in parts]
     return Stream(
         name,
-        np.concatenate([np.full(len(part), part.source, dtype=np.int64) for part in parts]),
+        np.repeat([part.source for part in parts], sizes).astype(np.int64),
         np.concatenate([part.examples for part in parts]),
         np.concatenate([part.queries for part in parts]),
-        join_lists(positives),
-        join_lists(negatives),
+        concatenate(positives),
+        concatenate(negatives),
         _column([part.scores for part in parts], sizes, np.nan),
         None if labels is None else labels.astype(np.int64),
         _column([part.positive_scores for part in parts], [len(one.values) for one in positives], np.nan),
@@ -93,10 +119,102 @@ def _column(values: Sequence[Rows | Floats | None], lengths: Sequence[int], miss
     return np.concatenate(full).astype(np.float64)
 
 
-def draw(
-    stream: Stream, config: CommonConfig, random: np.random.Generator
-) -> tuple[PlannedRows, npt.NDArray[np.bool_], Counter[str]]:
-    """Choose the positives and negatives of all examples of a stream.
+@dataclass(frozen=True)
+class PlannedRows:
+    """n examples with the positives and negatives that were chosen for each: the columns of a plan."""
+
+    source: Rows
+    example: Rows
+    query: Rows
+    positives: Ragged
+    negatives: Ragged
+    stratum: Rows
+    """The cluster or community that the row was drawn from, -1 for none."""
+    score: Floats
+    """Not a number where the example has none."""
+    label: Rows
+    """-1 where the example has none."""
+
+    @classmethod
+    def of(
+        cls,
+        source: Sequence[int] | Rows,
+        example: Sequence[int] | Rows,
+        query: Sequence[int] | Rows,
+        positives: Ragged,
+        negatives: Ragged,
+        *,
+        stratum: Rows | None = None,
+        score: Floats | None = None,
+        label: Rows | None = None,
+    ) -> PlannedRows:
+        """Rows with the columns that are left out filled in."""
+        count = len(example)
+        none = np.full(count, -1, dtype=np.int64)
+        return cls(
+            np.asarray(source, dtype=np.int64),
+            np.asarray(example, dtype=np.int64),
+            np.asarray(query, dtype=np.int64),
+            positives,
+            negatives,
+            none if stratum is None else stratum,
+            np.full(count, np.nan) if score is None else score,
+            none if label is None else label,
+        )
+
+    def __len__(self) -> int:
+        return len(self.example)
+
+    def take(self, rows: Rows) -> PlannedRows:
+        """These rows, in this order."""
+        return PlannedRows(
+            self.source[rows],
+            self.example[rows],
+            self.query[rows],
+            self.positives.take(rows),
+            self.negatives.take(rows),
+            self.stratum[rows],
+            self.score[rows],
+            self.label[rows],
+        )
+
+    def documents(self) -> Ragged:
+        """Each row's positives, then its negatives."""
+        return beside(self.positives, self.negatives)
+
+    def items(self) -> Ragged:
+        """All items of each row: the query, the positives, the negatives."""
+        return beside(Ragged.single(self.query), self.documents())
+
+
+def join_rows(parts: Sequence[PlannedRows]) -> PlannedRows:
+    """The rows of all parts, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return PlannedRows.of([], [], [], Ragged.empty(0), Ragged.empty(0))
+    return PlannedRows(
+        np.concatenate([part.source for part in parts]),
+        np.concatenate([part.example for part in parts]),
+        np.concatenate([part.query for part in parts]),
+        concatenate([part.positives for part in parts]),
+        concatenate([part.negatives for part in parts]),
+        np.concatenate([part.stratum for part in parts]),
+        np.concatenate([part.score for part in parts]),
+        np.concatenate([part.label for part in parts]),
+    )
+
+
+def known_of(known: Ragged, queries: Rows, wanted: Mask | None = None) -> Ragged:
+    """The known positives of each of these queries; none of a query that ``known`` ends before or that is not wanted."""
+    inside = queries < len(known) if wanted is None else wanted & (queries < len(known))
+    lengths = np.zeros(len(queries), dtype=np.int64)
+    lengths[inside] = known.lengths[queries[inside]]
+    return Ragged.from_lengths(lengths, known.values[known.places(queries[inside])])
+
+
+def draw(stream: Stream, config: CommonConfig, random: np.random.Generator) -> tuple[PlannedRows, Mask, Counter[str]]:
+    """Choose the positives and negatives of all examples of a stream, anew in each epoch.
 
     Returns the rows in the stream's order, which of them can be used, and how many cannot and why.
     """
@@ -113,18 +231,12 @@ def draw(
         weights = _margin_weights(stream, chosen, config.margin_bins)
     negatives = _pick(stream.negatives, choose(stream.negatives, config.negatives, random, weights))
     rows = PlannedRows.of(
-        stream.source,
-        stream.examples,
-        stream.queries,
-        positives,
-        negatives,
-        score=stream.scores,
-        label=stream.labels,
+        stream.source, stream.examples, stream.queries, positives, negatives, score=stream.scores, label=stream.labels
     )
     return rows, usable, dropped
 
 
-def choose(lists: Lists, count: int, random: np.random.Generator, weights: Floats | None = None) -> Rows:
+def choose(lists: Ragged, count: int, random: np.random.Generator, weights: Floats | None = None) -> Rows:
     """``count`` values of each list, drawn without replacement; all of a list that has no more.
 
     ``weights``, one a value, are what values are drawn in proportion to; none means alike. Returns places in
@@ -133,17 +245,15 @@ def choose(lists: Lists, count: int, random: np.random.Generator, weights: Float
     lengths = lists.lengths
     if not len(lengths) or lengths.max() <= count:
         return np.arange(len(lists.values), dtype=np.int64)
-    owners = lists.owners()
     # The smallest of exponential draws with these rates: a draw without replacement in proportion to the weights.
     keys = random.exponential(size=len(lists.values))
     if weights is not None:
         keys = keys / weights
-    order = np.lexsort((keys, owners))
-    rank = np.arange(len(order)) - lists.offsets[owners]
-    return np.sort(order[rank < count])
+    order = np.lexsort((keys, lists.owners()))
+    return np.sort(order[lists.ranks() < count])
 
 
-def _pick(lists: Lists, places: Rows) -> Lists:
+def _pick(lists: Ragged, places: Rows) -> Ragged:
     if len(places) == len(lists.values):
         return lists
     mask = np.zeros(len(lists.values), dtype=np.bool_)
@@ -151,9 +261,7 @@ def _pick(lists: Lists, places: Rows) -> Lists:
     return lists.keep(mask)
 
 
-def _same_label(
-    stream: Stream, positives: Lists, count: int, random: np.random.Generator
-) -> tuple[Lists, npt.NDArray[np.bool_]]:
+def _same_label(stream: Stream, positives: Ragged, count: int, random: np.random.Generator) -> tuple[Ragged, Mask]:
     """Labelled examples get ``count`` other items of their label: the next ones in a circle that is drawn anew.
 
     So within an epoch each item is a positive as often as any other of its label.
@@ -162,10 +270,8 @@ def _same_label(
     labelled = np.flatnonzero(stream.labels >= 0)
     order = labelled[np.lexsort((random.random(len(labelled)), stream.labels[labelled]))]
     labels = stream.labels[order]
-    start = np.flatnonzero(np.concatenate([[True], labels[1:] != labels[:-1]])) if len(order) else order
-    sizes = np.diff(np.append(start, len(order)))
-    first, size = np.repeat(start, sizes), np.repeat(sizes, sizes)
-    place = np.arange(len(order)) - first
+    _, group, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    first, size, place = starts(sizes)[group], sizes[group], occurrences(labels)
     turns = np.arange(1, count + 1)
     others = first[:, None] + (place[:, None] + turns[None, :]) % np.maximum(size, 1)[:, None]
     allowed = turns[None, :] < size[:, None]
@@ -173,15 +279,13 @@ def _same_label(
     counts[order] = allowed.sum(axis=1)
     usable = np.ones(len(stream), dtype=np.bool_)
     usable[order[size < 2]] = False
-    offsets = Lists.from_counts(counts, np.empty(0, dtype=np.int64)).offsets
+    offsets = starts(counts)
     values = np.empty(int(offsets[-1]), dtype=np.int64)
     rest = np.flatnonzero(stream.labels < 0)
-    if len(rest):
-        kept = positives.take(rest)
-        values[np.repeat(offsets[rest] - kept.offsets[:-1], kept.lengths) + np.arange(len(kept.values))] = kept.values
+    values[ranges(offsets[rest], positives.lengths[rest])] = positives.take(rest).values
     rows, columns = np.nonzero(allowed)
     values[offsets[order[rows]] + columns] = stream.queries[order[others[rows, columns]]]
-    return Lists(offsets, values), usable
+    return Ragged(offsets, values), usable
 
 
 def _margin_weights(stream: Stream, chosen: Rows, bins: int) -> Floats:
@@ -198,7 +302,7 @@ def _margin_weights(stream: Stream, chosen: Rows, bins: int) -> Floats:
     return margin_weights(stream.negatives, margins, bins)
 
 
-def margin_weights(lists: Lists, margins: Floats, bins: int) -> Floats:
+def margin_weights(lists: Ragged, margins: Floats, bins: int) -> Floats:
     """Weights by which a draw takes a bin of margins uniformly, then a value inside it (TAS-B, arXiv 2104.06967).
 
     A list's margins, from its least to its greatest, are cut into ``bins`` bins of equal width; empty bins are no choice.

@@ -4,58 +4,32 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from nearfield.batching.config import KMeansStrataConfig
-from nearfield.batching.drawing import Stream
-from nearfield.batching.planner import Drawn, Request
-from nearfield.batching.rows import Rows
-from nearfield.batching.single_source import SingleSourcePlanner
+from nearfield.arrays import Rows, Vectors
+from nearfield.batching.planner import Drawn, Request, SingleSourcePlanner
+from nearfield.batching.streams import Stream
+from nearfield.mining.kmeans import spherical_kmeans
+
+if TYPE_CHECKING:
+    from nearfield.batching.config import KMeansStrataConfig
 
 logger = logging.getLogger("nearfield.batching")
 
 
-class Clusters(Protocol):
-    """What a clustering gives."""
-
-    @property
-    def labels(self) -> npt.NDArray[np.int32]:
-        """(n,) the cluster of each vector."""
-        ...
-
-    @property
-    def centroids(self) -> npt.NDArray[np.float32]:
-        """(clusters, d) unit vectors."""
-        ...
-
-
-def _spherical_kmeans(*arguments: Any, **settings: Any) -> Clusters:
-    from nearfield.batching.kmeans import spherical_kmeans
-
-    found: Clusters = spherical_kmeans(*arguments, **settings)
-    return found
-
-
 class KMeansStrataPlanner(SingleSourcePlanner):
-    """As single-source batches, but the examples of a batch have one cluster.
-
-    ``cluster`` stands in for :func:`nearfield.batching.kmeans.spherical_kmeans`.
-    """
+    """As single-source batches, but the examples of a batch have one cluster."""
 
     config: KMeansStrataConfig
-
-    def __init__(self, config: KMeansStrataConfig, cluster: Callable[..., Clusters] = _spherical_kmeans) -> None:
-        super().__init__(config)
-        self.cluster = cluster
+    cluster = staticmethod(spherical_kmeans)
 
     def strata(self, stream: Stream, request: Request) -> tuple[Rows, dict[str, Any]]:
         """The cluster of each row; found once for all epochs. With one cluster no vectors are needed."""
-        found: tuple[Rows, dict[str, Any]] = self.keep(stream, request, lambda: self._strata(stream, request))
-        return found
+        strata: tuple[Rows, dict[str, Any]] = self.remember(stream, request, lambda: self._strata(stream, request))
+        return strata
 
     def _strata(self, stream: Stream, request: Request) -> tuple[Rows, dict[str, Any]]:
         config = self.config
@@ -96,7 +70,7 @@ class KMeansStrataPlanner(SingleSourcePlanner):
             yield by_label[start:stop]
 
 
-def merge_small(labels: Rows, centroids: npt.NDArray[np.float32], least: int) -> tuple[Rows, int]:
+def merge_small(labels: Rows, centroids: Vectors, least: int) -> tuple[Rows, int]:
     """Join clusters with fewer than ``least`` members to the nearest other one, smallest first.
 
     Returns the labels, numbered anew without gaps, and how many clusters were joined to another.

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nearfield.batching import kmeans
-from nearfield.batching.kmeans import assign, cluster_sums, spherical_kmeans
 from nearfield.errors import BadInputError
+from nearfield.mining import kmeans
+from nearfield.mining.kmeans import assign, cluster_sums, spherical_kmeans
 
 Vectors = npt.NDArray[np.float32]
 

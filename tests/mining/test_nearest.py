@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nearfield.batching import neighbours
-from nearfield.batching.neighbours import Excluded, listed, nearest, recall, top_columns
+from nearfield.arrays import Ragged
 from nearfield.errors import BadInputError
+from nearfield.mining import approximate
+from nearfield.mining.approximate import nearest, recall, top_columns
 
 from .test_kmeans import planted, random_vectors
 
@@ -29,9 +30,8 @@ def brute_force(queries: Vectors, documents: Vectors, k: int, hidden: list[set[i
     return rows
 
 
-def as_excluded(hidden: list[set[int]]) -> Excluded:
-    offsets = np.cumsum([0, *(len(rows) for rows in hidden)])
-    return offsets, np.asarray([row for rows in hidden for row in sorted(rows)], dtype=np.int64)
+def as_excluded(hidden: list[set[int]]) -> Ragged:
+    return Ragged.from_lists([sorted(rows) for rows in hidden])
 
 
 def random_hidden(queries: int, documents: int, most: int, seed: int = 0) -> list[set[int]]:
@@ -62,23 +62,23 @@ def test_exact_is_brute_force(k: int) -> None:
 )
 @pytest.mark.parametrize("method", ["exact", "ivf"])
 def test_all_cells_and_exact_are_brute_force_without_what_is_excluded(
-    method: neighbours.Method, queries: int, documents: int, k: int, most: int, seed: int
+    method: approximate.Method, queries: int, documents: int, k: int, most: int, seed: int
 ) -> None:
     """With so few cells as here all are searched: the inverted file must find the very same."""
     q, d = random_vectors(queries, 6, seed), random_vectors(documents, 6, seed + 1)
     hidden = random_hidden(queries, documents, most, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbours, "_FEWEST_PROBES", 100)
-        patch.setattr(neighbours, "_MOST_OF_CELLS", 1)
+        patch.setattr(approximate, "_FEWEST_PROBES", 100)
+        patch.setattr(approximate, "_MOST_OF_CELLS", 1)
         found = nearest(q, d, k, method=method, seed=seed, excluded=as_excluded(hidden))
     np.testing.assert_array_equal(found.rows, brute_force(q, d, k, hidden))
     assert found.recall == (None if method == "exact" else 1.0)
 
 
 @pytest.mark.parametrize("method", ["exact", "ivf"])
-def test_equal_scores_by_the_lowest_row(method: neighbours.Method, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_FEWEST_PROBES", 100)
-    monkeypatch.setattr(neighbours, "_MOST_OF_CELLS", 1)
+def test_equal_scores_by_the_lowest_row(method: approximate.Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(approximate, "_FEWEST_PROBES", 100)
+    monkeypatch.setattr(approximate, "_MOST_OF_CELLS", 1)
     documents = np.repeat(random_vectors(6, 16), 10, axis=0)[np.random.default_rng(0).permutation(60)]
     queries = random_vectors(9, 16, seed=1)
     found = nearest(queries, documents, 15, method=method, seed=0)
@@ -98,7 +98,7 @@ def test_memory_does_not_change_the_cells_result(memory: int) -> None:
     queries, documents = random_vectors(300, 16), random_vectors(400, 16, seed=1)
     hidden = random_hidden(300, 400, 30)
     arguments = (np.arange(300), documents, np.arange(0, 400, 2), 10, as_excluded(hidden), memory)
-    found = neighbours._search(queries, *arguments)[0]
+    found = approximate._search(queries, *arguments)[0]
     halves = [{row // 2 for row in rows if row % 2 == 0} for rows in hidden]
     np.testing.assert_array_equal(found, 2 * brute_force(queries, documents[::2], 10, halves))
 
@@ -123,14 +123,14 @@ def test_the_recall_is_that_of_the_result() -> None:
 
 
 def test_probes_are_added_until_the_recall_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Vectors without any structure are the hardest: a few cells hold few of the neighbours."""
-    monkeypatch.setattr(neighbours, "_FEWEST_PROBES", 1)
+    """Vectors without any structure are the hardest: a few cells hold few of the approximate."""
+    monkeypatch.setattr(approximate, "_FEWEST_PROBES", 1)
     queries, documents = random_vectors(1000, 24), random_vectors(2000, 24, seed=1)
-    monkeypatch.setattr(neighbours, "_MOST_OF_CELLS", 0.2)
+    monkeypatch.setattr(approximate, "_MOST_OF_CELLS", 0.2)
     everything = nearest(queries, documents, 30, method="ivf", seed=0, recall_sample=300)
     assert everything.probes == everything.cells and everything.recall == 1
     np.testing.assert_array_equal(everything.rows, nearest(queries, documents, 30, method="exact", seed=0).rows)
-    monkeypatch.setattr(neighbours, "_MOST_OF_CELLS", 1)
+    monkeypatch.setattr(approximate, "_MOST_OF_CELLS", 1)
     hard = nearest(queries, documents, 30, method="ivf", seed=0, recall_sample=300)
     vectors, _ = planted(50, 60, 24, noise=0.2)
     easy = nearest(vectors[::3], vectors, 30, method="ivf", seed=0, recall_sample=300)
@@ -138,21 +138,21 @@ def test_probes_are_added_until_the_recall_is_reached(monkeypatch: pytest.Monkey
     assert hard.recall is not None and hard.recall >= 0.9
     assert easy.recall is not None and easy.recall >= 0.9
     assert hard.probes > 4 * easy.probes
-    monkeypatch.setattr(neighbours, "WANTED_RECALL", 0.5)
+    monkeypatch.setattr(approximate, "WANTED_RECALL", 0.5)
     less = nearest(queries, documents, 30, method="ivf", seed=0, recall_sample=300)
     assert less.probes is not None and less.probes < hard.probes
     assert less.recall is not None and 0.45 < less.recall < 0.75
 
 
 def test_the_number_of_probes_is_the_fewest_that_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_FEWEST_PROBES", 1)
+    monkeypatch.setattr(approximate, "_FEWEST_PROBES", 1)
     truth = np.array([[0, 1, -1], [2, 3, -1]], dtype=np.int32)
     document_cells = np.array([0, 1, 1, 0], dtype=np.int32)
     # Query 0 finds its documents in its 1st and 2nd cell, query 1 in its 2nd and 3rd.
     order = np.array([[0, 1, 2], [2, 1, 0]], dtype=np.int32)
-    assert neighbours._choose_probes(truth, document_cells, order) == 3
-    monkeypatch.setattr(neighbours, "WANTED_RECALL", 0.7)
-    assert neighbours._choose_probes(truth, document_cells, order) == 2
+    assert approximate._choose_probes(truth, document_cells, order) == 3
+    monkeypatch.setattr(approximate, "WANTED_RECALL", 0.7)
+    assert approximate._choose_probes(truth, document_cells, order) == 2
 
 
 def test_recall_counts_only_what_is_there() -> None:
@@ -173,12 +173,6 @@ def test_a_file_of_vectors_and_the_same_seed_give_the_same(tmp_path: Path) -> No
     assert (first.recall, first.probes) == (second.recall, second.probes)
 
 
-def test_listed() -> None:
-    excluded = as_excluded([{4, 2}, set(), {7}])
-    owner, rows = listed(excluded, np.array([2, 1, 0]))
-    assert list(zip(owner.tolist(), rows.tolist(), strict=True)) == [(0, 7), (2, 2), (2, 4)]
-
-
 def test_nothing_to_search() -> None:
     some, none = random_vectors(3, 4), np.empty((0, 4), dtype=np.float32)
     for method in ("exact", "ivf"):
@@ -192,9 +186,15 @@ def test_nothing_to_search() -> None:
         (random_vectors(3, 4), random_vectors(3, 5), 1, None, "4 dimensions, documents 5"),
         (random_vectors(3, 4), random_vectors(3, 4), 0, None, "at least 1"),
         (random_vectors(3, 4), 3 * random_vectors(3, 4), 1, None, "row 0 of the documents has length 3"),
-        (random_vectors(3, 4), random_vectors(3, 4), 1, as_excluded([set()]), "do not fit the queries"),
+        (
+            random_vectors(3, 4),
+            random_vectors(3, 4),
+            1,
+            as_excluded([set()]),
+            "1 lists of excluded documents for 3 queries",
+        ),
     ],
 )
-def test_bad_input(queries: Vectors, documents: Vectors, k: int, excluded: Excluded | None, words: str) -> None:
+def test_bad_input(queries: Vectors, documents: Vectors, k: int, excluded: Ragged | None, words: str) -> None:
     with pytest.raises(BadInputError, match=words):
         nearest(queries, documents, k, method="exact", seed=0, excluded=excluded)
