@@ -20,8 +20,7 @@ from nearfield.batching.planner import VectorsOf
 from nearfield.conformance.tiny_models import WORDS, save_tiny_bert, save_tiny_clip, save_tiny_vlm
 from nearfield.data.tokens import IMAGE, TokenCache, TokenTable
 from nearfield.encoders.build import build_encoder
-from nearfield.encoders.config import EncoderConfig, ImageTowerConfig, LoRAConfig
-from nearfield.encoders.token_config import DecoderConfig
+from nearfield.encoders.config import DecoderConfig, EncoderConfig, ImageTowerConfig, LoRAConfig
 from nearfield.encoders.token_task import TokenTask
 from nearfield.encoders.vision_language import row_ids
 from nearfield.objectives.batch import ContrastiveBatch

@@ -1,28 +1,262 @@
 """Losses on single tokens, given a text at a time, so that they go the way of embeddings: through chunks and over ranks.
 
-A text's row is its embedding, and behind it, for each loss, the sum over its tokens and their number. Whoever sees the rows
-of all texts can take the mean over all tokens, and its gradient with respect to the sums goes back as that of embeddings does.
+Tokens of a text are hidden, by the text's numbers alone, whatever chunk or process it is in; the encoder reads the rest, and the head
+of a language model of its architecture says what stood there. A text's row is its embedding, and behind it, for each loss, the sum over
+its tokens and their number. Whoever sees the rows of all texts can take the mean over all tokens, and its gradient with respect to
+the sums goes back as that of embeddings does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nearfield.encoders.language_head import language_head, transformer_is_trained
+from nearfield.encoders.config import DecoderConfig, TokenTaskConfig
 from nearfield.encoders.limits import longest_input
-from nearfield.encoders.masking import NOTHING, Key, Targets, hide_all
-from nearfield.encoders.packing import Features, Tokens, pool, token_states, truncated
-from nearfield.encoders.token_config import DecoderConfig, TokenTaskConfig
+from nearfield.encoders.packing import Features, Tokens, pool, rectangle, token_states, truncated
 from nearfield.errors import BadInputError
+from nearfield.randomness import generator
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+
+logger = logging.getLogger("nearfield.encoders")
+
+
+class _Given(nn.Module):
+    """Stands in for the transformer below a head: gives back the states that it is given."""
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+
+
+class LanguageHead(nn.Module):
+    """A language model without its transformer."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(m, d) -> (m, words) logits."""
+        logits: Tensor = self.head(inputs_embeds=states[None]).logits[0]
+        return logits
+
+
+def language_head(model: SentenceTransformer, path: str, seed: int) -> tuple[LanguageHead, list[str]]:
+    """The head of the encoder's architecture, and the names of those of its parameters that begin at random.
+
+    Where the architecture ties the head's matrix to the table of embeddings it is that table, the same parameter. What else a
+    head has is read from the weights of the base, a folder or a hub id, where they hold it.
+    """
+    transformer = model[0].auto_model
+    config = copy.deepcopy(transformer.config)
+    config._attn_implementation = "eager"  # there is no attention in a head
+    config.output_hidden_states = False
+    kind = _model_class(config)
+    with torch.device("meta"):
+        whole: Any = kind(config)
+    prefix = whole.base_model_prefix
+    if not isinstance(getattr(whole, prefix, None), nn.Module):
+        raise BadInputError(f"{kind.__name__} has no head that can be taken off", where="objective")
+    setattr(whole, prefix, _Given())
+    embeddings = transformer.get_input_embeddings().weight
+    trained = embeddings.requires_grad
+    whole = whole.to_empty(device="cpu").to(embeddings.dtype)
+    ties = dict(whole._tied_weights_keys) if isinstance(whole._tied_weights_keys, dict) else {}
+    own = dict(whole.named_parameters())
+    tied = bool(getattr(config, "tie_word_embeddings", True))
+    needed = {name for name in own if name not in ties or (ties[name].startswith(f"{prefix}.") and not tied)}
+    read = _read(kind, (str(getattr(transformer, "name_or_path", "")), path), needed) if needed else {}
+    fresh: list[str] = []
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, parameter in own.items():
+            if name in read:
+                parameter.copy_(read[name])
+            else:
+                _begin(name, parameter)
+                fresh.append(name)
+    for target, source in ties.items():
+        below = source.startswith(f"{prefix}.")
+        # A head of its own that the base's weights lack would know nothing: the table of embeddings knows more.
+        if target not in own or (below and target in read):
+            continue
+        owner, _, name = target.rpartition(".")
+        setattr(whole.get_submodule(owner), name, embeddings if below else whole.get_parameter(source))
+        fresh = [other for other in fresh if other != target]
+    if fresh:
+        logger.info("The base's weights hold no %s: it begins at random", ", ".join(fresh))
+    whole.requires_grad_(True)
+    embeddings.requires_grad_(trained)
+    return LanguageHead(whole), [f"head.{name}" for name in fresh]
+
+
+def transformer_is_trained(transformer: nn.Module) -> bool:
+    """Whether the transformer's own weights are trained, rather than an adapter."""
+    adapters = bool(getattr(transformer, "peft_config", None))
+    layers = [parameter for parameter in transformer.parameters() if parameter.ndim > 1]
+    return not adapters and any(parameter.requires_grad for parameter in layers)
+
+
+def _model_class(config: Any) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    for mapping in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise BadInputError(
+        f"transformers knows no language model of the architecture {config.model_type!r}, so tokens cannot be told",
+        where="objective",
+    )
+
+
+def _begin(name: str, parameter: nn.Parameter) -> None:
+    if parameter.ndim > 1:
+        parameter.normal_(0, 0.02)
+    else:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _read(kind: Any, places: Sequence[str], names: Collection[str]) -> dict[str, Tensor]:
+    """Those of the named parameters that the base's weights hold; nothing where they are in a file of another format."""
+    from nearfield.encoders.load import quiet_transformers
+
+    for place in places:
+        if not place or Path(place).is_file():
+            continue
+        try:
+            with quiet_transformers():
+                whole, about = kind.from_pretrained(place, output_loading_info=True)
+        except Exception as error:  # whatever an unknown folder or hub raises means that there is no head to be had
+            logger.debug("no language model at %s: %s", place, error)
+            continue
+        held = dict(whole.named_parameters())
+        return {name: held[name].detach() for name in names if name in held and name not in about["missing_keys"]}
+    return {}
+
+
+NOTHING = -100
+"""The label of a token that is not to be told."""
+
+Key = tuple[int, int, int, int]
+"""(seed, step, item, prompt)."""
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A text of which some tokens are hidden."""
+
+    tokens: Tokens
+    """(t,) what the encoder reads."""
+    labels: npt.NDArray[np.int64]
+    """(t,) the hidden tokens, ``NOTHING`` elsewhere."""
+    words: npt.NDArray[np.bool_]
+    """(t,) the tokens that could have been hidden."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is to be told of the n texts of a chunk; places are those of its padded rectangle."""
+
+    labels: Tensor
+    """(n, longest) int64, ``NOTHING`` where nothing is hidden."""
+    ids: Tensor | None = None
+    """(n, longest) int64: the tokens themselves, for a decoder."""
+    words: Tensor | None = None
+    """(n, longest) bool: those that a decoder must tell."""
+    seen: Tensor | None = None
+    """(n, longest, longest) bool: which tokens each place of a decoder sees."""
+
+
+def hide(
+    tokens: Tokens,
+    config: TokenTaskConfig,
+    random: np.random.Generator,
+    *,
+    mask: int,
+    vocabulary: int,
+    special: npt.NDArray[np.int64],
+    prompt_length: int,
+) -> Hidden:
+    """Hide a share of a text's tokens, each by chance; never ``special`` ones, nor the first ``prompt_length``."""
+    words = ~np.isin(tokens, special)
+    words[:prompt_length] = False
+    if config.predict == "next":
+        words[:1] = False  # nothing stands before it
+    chosen = words & (random.random(len(tokens)) < config.share)
+    how, others = random.random(len(tokens)), random.integers(0, vocabulary, len(tokens))
+    swapped = chosen & (how < config.random)
+    masked = chosen & (how >= config.random + config.kept)
+    read = np.where(masked, mask, np.where(swapped, others, tokens)).astype(np.int32)
+    return Hidden(read, np.where(chosen, tokens, NOTHING).astype(np.int64), words)
+
+
+def seen_by_decoder(count: int, share: float, random: np.random.Generator) -> npt.NDArray[np.bool_]:
+    """(count, count) bool: each place sees every other token but for a ``share``, by chance, and never its own."""
+    seen = random.random((count, count)) >= share
+    np.fill_diagonal(seen, False)
+    return seen
+
+
+def hide_all(
+    rows: Sequence[Tokens],
+    keys: Sequence[Key],
+    config: TokenTaskConfig,
+    *,
+    mask: int,
+    vocabulary: int,
+    special: npt.NDArray[np.int64],
+    prompt_length: int,
+    chosen: Sequence[bool],
+    side: str,
+    device: torch.device,
+) -> tuple[list[Tokens], Targets]:
+    """Hide tokens of the ``chosen`` texts of a chunk: what the encoder reads, and what is to be told."""
+    read: list[Tokens] = []
+    labels: list[npt.NDArray[np.int64]] = []
+    words: list[npt.NDArray[np.int64]] = []
+    longest = max(map(len, rows))
+    seen = np.zeros((len(rows), longest, longest), dtype=bool) if config.decoder is not None else None
+    for line, (row, (seed, *which), wanted) in enumerate(zip(rows, keys, chosen, strict=True)):
+        if not wanted:
+            read.append(row)
+            labels.append(np.full(len(row), NOTHING, dtype=np.int64))
+            words.append(np.zeros(len(row), dtype=np.int64))
+            continue
+        random = generator(seed, "masks", *which)
+        hidden = hide(
+            row, config, random, mask=mask, vocabulary=vocabulary, special=special, prompt_length=prompt_length
+        )
+        read.append(hidden.tokens)
+        labels.append(hidden.labels)
+        words.append(hidden.words.astype(np.int64))
+        if seen is not None and config.decoder is not None:
+            begin = longest - len(row) if side == "left" else 0
+            place = slice(begin, begin + len(row))
+            seen[line, place, place] = seen_by_decoder(len(row), config.decoder.share, random)
+
+    def laid(values: Sequence[npt.NDArray[np.int64]], fill: int) -> Tensor:
+        return torch.from_numpy(rectangle(values, fill, side)[0]).to(device)
+
+    if seen is None:
+        return read, Targets(laid(labels, NOTHING))
+    ids = laid([row.astype(np.int64) for row in rows], 0)
+    return read, Targets(laid(labels, NOTHING), ids, laid(words, 0).bool(), torch.from_numpy(seen).to(device))
+
 
 TARGETS = "token_targets_of_task"
 """Where features hold what is to be told."""

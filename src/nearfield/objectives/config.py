@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from nearfield.config import Config, KindSettings
-from nearfield.encoders.token_config import TokenTaskConfig
+from nearfield.encoders.config import TokenTaskConfig
 from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:

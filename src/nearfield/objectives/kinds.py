@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from nearfield.config import Config
-from nearfield.encoders.token_config import TokenTaskConfig
+from nearfield.encoders.config import TokenTaskConfig
 from nearfield.errors import BadInputError
 from nearfield.objectives.config import (
     ANY_EXAMPLES,
