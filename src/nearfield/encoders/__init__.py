@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from nearfield.encoders.config import BottleneckConfig, EncoderConfig, LoRAConfig, PromptConfig
-from nearfield.encoders.domains import activate, load_adapters, using
+from nearfield.encoders.adapters import activate, load_adapters, using
+from nearfield.encoders.config import EncoderConfig, LoRAConfig, PromptConfig
 from nearfield.encoders.load import LoadedEncoder, load_encoder
 
 __all__ = [
-    "BottleneckConfig",
     "EncoderConfig",
     "LoRAConfig",
     "LoadedEncoder",

@@ -1,4 +1,6 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353): put on, merged, saved without their base."""
+"""Adapters of a transformer: low-rank ones (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353) put on and merged; any saved without
+their base, and several on one base, switched when texts are encoded (arXiv 2307.03104).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,12 @@ import difflib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearfield.encoders.config import LoRAConfig
 from nearfield.encoders.source import (
     ADAPTER_CONFIG,
     BASE_FILE,
@@ -23,6 +25,7 @@ from nearfield.encoders.source import (
     adapter_base,
     adapter_files,
     find_base,
+    weights_hash,
 )
 from nearfield.encoders.transformer import LAYER
 from nearfield.errors import BadInputError
@@ -33,8 +36,14 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
 
+    from nearfield.encoders.config import LoRAConfig
+    from nearfield.encoders.load import LoadedEncoder
+    from nearfield.encoders.shipped.nearfield_adapters import AdaptedTransformer
+
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+DEFAULT = "default"
+"""The name of the one adapter of a model that is trained."""
 _SETTINGS = "sentence_bert_config.json"
 _MAGNITUDE = ".lora_magnitude_vector"
 _ROUTERS = ("gate", "router")
@@ -310,3 +319,127 @@ def relink(folder: Path, given: str) -> None:
     if stands_on is None:
         raise BadInputError("this is a whole model, no adapter that was saved alone: it has no base", where=str(folder))
     name_base(folder, replace(stands_on, path=find_base(stands_on, folder, given)))
+
+
+def has_bottlenecks(model: SentenceTransformer) -> bool:
+    """Whether the transformer has adapters of ours, bottlenecks or prefixes, which are no part of its weights."""
+    return bool(getattr(model[0], "adapters", None))
+
+
+@contextlib.contextmanager
+def saved_alone(model: SentenceTransformer, alone: bool) -> Iterator[None]:
+    """Let a model with adapters of ours be saved without its base for the time of a block."""
+    module: Any = model[0]
+    if not has_bottlenecks(model):
+        yield
+        return
+    before = module.saves_base
+    module.saves_base = not alone
+    try:
+        yield
+    finally:
+        module.saves_base = before
+
+
+def check_plain(model: SentenceTransformer, kind: str) -> None:
+    """Refuse a model that does not begin with a transformer, or has such adapters already."""
+    from nearfield.encoders.shipped.nearfield_adapters import AdaptedTransformer
+
+    if not hasattr(model[0], "auto_model") or isinstance(model[0], AdaptedTransformer):
+        raise BadInputError(
+            f"{kind} adapters are put on a plain transformer, and the model's first module is a {type(model[0]).__name__}",
+            where="encoder.adapter",
+        )
+
+
+def adapted_transformer(model: SentenceTransformer, base: AdapterBase) -> AdaptedTransformer:
+    """The model's transformer, of which nothing is trained, with a place for adapters."""
+    from nearfield.encoders.shipped.nearfield_adapters import AdaptedTransformer
+
+    adapted = AdaptedTransformer.around(model[0])
+    adapted.model.requires_grad_(False)
+    adapted.base, adapted.base_path = base.identity, base.path
+    return adapted
+
+
+def load_adapters(encoder: LoadedEncoder, folders: Mapping[str, str | Path]) -> None:
+    """Put several saved adapters on one loaded base, each under its name; none is active then.
+
+    Raises :class:`BadInputError` for an adapter that was trained on another base (another name, revision or weights), that is
+    not alone in its folder, or where low-rank ones stand beside bottlenecks or prefixes.
+    """
+    from nearfield.encoders.shipped.nearfield_adapters import WEIGHTS, AdaptedTransformer
+
+    model, base = (
+        encoder.model,
+        AdapterBase(encoder.name, encoder.revision, weights_hash(encoder.path, encoder.revision)),
+    )
+    kinds = {name: (Path(folder) / BOTTLENECKS).is_file() for name, folder in folders.items()}
+    if len(set(kinds.values())) > 1:
+        raise BadInputError("low-rank and other adapters cannot stand on one model together", where="adapters")
+    for name, place in folders.items():
+        folder = Path(place)
+        stands_on = adapter_base(folder)
+        if stands_on is None:
+            raise BadInputError("this folder does not hold an adapter alone", where=str(folder))
+        for what, wanted, found in (
+            ("name", stands_on.name, base.name),
+            ("revision", stands_on.revision, base.revision),
+            ("weights", stands_on.weights, base.weights),
+        ):
+            if wanted != found and None not in (wanted, found):
+                raise BadInputError(
+                    f"this adapter was trained on another base: its {what} is {wanted}, here it is {found}",
+                    where=str(folder),
+                )
+        if kinds[name]:
+            if not isinstance(model[0], AdaptedTransformer):
+                model[0] = AdaptedTransformer.around(model[0])
+            settings = read_json(folder / BOTTLENECKS, "adapter configuration")
+            model[0].read_adapters(settings, folder / WEIGHTS, rename=name)
+        else:
+            _load_lora(model, name, folder, stands_on)
+    activate(model, None)
+    model.eval()
+
+
+def _load_lora(model: SentenceTransformer, name: str, folder: Path, base: AdapterBase) -> None:
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (adapter_files(folder) / file).is_file():
+            raise BadInputError(f"this adapter has no {file}", where=str(folder))
+    with joined_with_base(folder, base.name) as joined, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what is wanted
+        model[0].auto_model.load_adapter(str(joined), adapter_name=name)
+    record_base(model[0].auto_model, base)
+
+
+def activate(model: SentenceTransformer, name: str | None) -> None:
+    """Encode with the adapter of this name from now on; None is the base alone, to the bit."""
+    module: Any = model[0]
+    if has_bottlenecks(model):
+        known = list(module.adapters)
+    else:
+        known = list(getattr(getattr(module, "auto_model", None), "peft_config", None) or {})
+    if name is not None and name not in known:
+        raise BadInputError(
+            f"there is no adapter {name!r}", where="adapters", hint=f"There are: {', '.join(known) or 'none'}."
+        )
+    if has_bottlenecks(model):
+        module.activate(name)
+    elif name is None and known:
+        module.auto_model.disable_adapters()
+    elif name is not None:
+        module.auto_model.enable_adapters()
+        module.auto_model.set_adapter(name)
+
+
+@contextlib.contextmanager
+def using(
+    model: SentenceTransformer, name: str | None, *, afterwards: str | None = None
+) -> Iterator[SentenceTransformer]:
+    """Encode with the adapter of this name for the time of a block, with the base alone (or another one) afterwards."""
+    activate(model, name)
+    try:
+        yield model
+    finally:
+        activate(model, afterwards)

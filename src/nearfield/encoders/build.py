@@ -8,12 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nearfield.encoders.adapters import (
-    add_lora,
     has_adapter,
     merge_adapter,
 )
-from nearfield.encoders.config import AdapterConfig, EncoderConfig, PoolingConfig
-from nearfield.encoders.domains import add_bottleneck, add_prefix
+from nearfield.encoders.config import AdapterSettings, EncoderConfig, PoolingSettings
 from nearfield.encoders.limits import set_longest, stated_positions, usable_positions, whole_dimension
 from nearfield.encoders.load import Dtype, LoadedEncoder, load_encoder, own_modules
 from nearfield.encoders.source import (
@@ -79,22 +77,13 @@ def _set_pooling(model: SentenceTransformer, config: EncoderConfig) -> None:
     model[position] = _pooling(config.pooling, int(present.embedding_dimension), prompt)
 
 
-def _pooling(pooling: str | PoolingConfig, dimension: int, prompt: bool) -> nn.Module:
+def _pooling(pooling: str | PoolingSettings, dimension: int, prompt: bool) -> nn.Module:
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    from nearfield.encoders.shipped.nearfield_pooling import AttentionPooling, LatentAttentionPooling
-
-    if isinstance(pooling, str):
-        module: nn.Module = Pooling(dimension, _MODES[pooling], include_prompt=prompt)
-        return module
-    settings = pooling.model_dump(exclude={"kind"})
-    if pooling.kind == "latent_attention":
-        return LatentAttentionPooling(dimension, **settings, include_prompt=prompt)
-    if dimension % pooling.heads:
-        raise BadInputError(
-            f"{pooling.heads} heads do not divide the model's {dimension} dimensions", where="encoder.pooling.heads"
-        )
-    return AttentionPooling(dimension, **settings, include_prompt=prompt)
+    if not isinstance(pooling, str):
+        return pooling.build(dimension, prompt)
+    module: nn.Module = Pooling(dimension, _MODES[pooling], include_prompt=prompt)
+    return module
 
 
 def _add_layer_mix(model: SentenceTransformer, from_layer: int, config: EncoderConfig) -> None:
@@ -146,7 +135,7 @@ def build_encoder(
     ``dtype`` is that of its weights; those of an adapter are float32. New weights are drawn from ``seed``. Where pooling
     leaves prompts out, the ends of ``prompts`` and of the model's own are kept borders of tokens.
     """
-    quantize = config.adapter.quantize if config.adapter else "none"
+    quantize = config.adapter.base_bits if config.adapter else "none"
     loaded = load_encoder(
         config.model, config.revision, device, config.trust_remote_code, dtype=dtype, quantize=quantize, recipe=config
     )
@@ -194,7 +183,7 @@ def build_encoder(
     return loaded
 
 
-def _add_adapter(loaded: LoadedEncoder, adapter: AdapterConfig, config: EncoderConfig, seed: int) -> None:
+def _add_adapter(loaded: LoadedEncoder, adapter: AdapterSettings, config: EncoderConfig, seed: int) -> None:
     """Put a fresh adapter on the model, and refuse one that could not be loaded when it is saved alone."""
     model = loaded.model
     if adapter.save == "adapter" and loaded.path.endswith(".gguf"):
@@ -209,12 +198,7 @@ def _add_adapter(loaded: LoadedEncoder, adapter: AdapterConfig, config: EncoderC
             hint="Use encoder.adapter.save: merged.",
         )
     base = AdapterBase(loaded.name, loaded.revision, weights_hash(loaded.path, loaded.revision), loaded.path)
-    if adapter.kind == "lora":
-        add_lora(model, adapter, base, seed)
-    elif adapter.kind == "prefix":
-        add_prefix(model, adapter, base, seed)
-    else:
-        add_bottleneck(model, adapter, base, seed)
+    adapter.add(model, base, seed)
 
 
 def build_tokenizer(config: EncoderConfig, max_length: int | None = None, prompts: Iterable[str] = ()) -> Tokenizer:
@@ -227,7 +211,7 @@ def build_tokenizer(config: EncoderConfig, max_length: int | None = None, prompt
 
 def _merge_base_adapter(loaded: LoadedEncoder, config: EncoderConfig) -> None:
     """A base that is itself an adapter on another model becomes one model, all of whose weights can be trained."""
-    if config.adapter is not None and (config.adapter.save == "adapter" or config.adapter.quantize != "none"):
+    if config.adapter is not None and (config.adapter.save == "adapter" or config.adapter.base_bits != "none"):
         raise BadInputError(
             "this model is an adapter on another model, and an adapter on it cannot be quantised or saved alone",
             where=config.model,

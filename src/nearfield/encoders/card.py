@@ -39,9 +39,9 @@ def origin_of(config: EncoderConfig, base: tuple[str, str]) -> Origin:
         changed = f", with {', '.join(config.fresh)} changed" if config.fresh else ""
         sentence = f"Trained from new weights, drawn at random, with nearfield; tokenizer and architecture are those of {named}{changed}."
     elif adapter is not None:
-        kind = {"lora": "low-rank adapter", "bottleneck": "bottleneck adapter", "prefix": "prefix"}[adapter.kind]
-        beside = ", and needs it to load" if alone else f", whose weights are in this folder{_joined(adapter.kind)}"
-        sentence = f"A {kind}, trained with nearfield on {named}{beside}."
+        joined = ", with the adapter added to them" if adapter.merges else " beside it"
+        beside = ", and needs it to load" if alone else f", whose weights are in this folder{joined}"
+        sentence = f"A {adapter.name}, trained with nearfield on {named}{beside}."
     else:
         sentence = f"Fine-tuned from {named} with nearfield."
     models = [] if config.fresh is not None or base[0].startswith("local/") else [base[0]]
@@ -59,10 +59,6 @@ def origin_of(config: EncoderConfig, base: tuple[str, str]) -> Origin:
     if new and config.fresh is None:
         sentence += f" New, and trained from nothing: {' and '.join(new)}."
     return Origin(sentence, tuple(models), alone)
-
-
-def _joined(kind: str) -> str:
-    return ", with the adapter added to them" if kind == "lora" else " beside it"
 
 
 def _new_modules(config: EncoderConfig) -> dict[str, bool]:

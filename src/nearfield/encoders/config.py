@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
-from nearfield.config import Config
+from nearfield.config import Config, KindSettings
 from nearfield.data.in_context_config import InContextConfig
+from nearfield.errors import BadInputError
+from nearfield.kinds import Kinds
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from torch import nn
+
+    from nearfield.encoders.source import AdapterBase
 
 
 def resolve_model(model: str, info: ValidationInfo) -> str:
@@ -26,12 +35,34 @@ def _is_model(path: Path) -> bool:
     return path.is_dir() or (path.suffix == ".gguf" and path.is_file())
 
 
-class LoRAConfig(Config):
+class AdapterSettings(KindSettings):
+    """The base of settings of adapters, which are trained in the place of the transformer's own weights."""
+
+    name: ClassVar[str] = "adapter"
+    """What a model card calls it."""
+    merges: ClassVar[bool] = False
+    """Whether it can be added to the weights that it stands on."""
+    save: Literal["merged", "adapter"] = "merged"
+    """``merged`` saves base and adapter in one folder, ``adapter`` the adapter alone, which loads where its base is found."""
+
+    @property
+    def base_bits(self) -> Literal["none", "4bit", "8bit"]:
+        """How the base is held while the adapter is trained: as it is, or in 4 or 8 bits."""
+        return "none"
+
+    @abstractmethod
+    def add(self, model: SentenceTransformer, base: AdapterBase, seed: int) -> None:
+        """Put a fresh adapter on the model's transformer; ``base`` is what it stands on, weights are drawn from ``seed``."""
+
+
+class LoRAConfig(AdapterSettings):
     """Train low-rank matrices beside the transformer's own, which stay as they are (LoRA, arXiv 2106.09685).
 
     Modules after the transformer (a dense layer, say) are trained whole.
     """
 
+    name: ClassVar[str] = "low-rank adapter"
+    merges: ClassVar[bool] = True
     kind: Literal["lora"] = "lora"
     r: Annotated[int, Field(ge=1)] = 16
     """The rank."""
@@ -58,63 +89,59 @@ class LoRAConfig(Config):
             )
         return self
 
-
-class BottleneckConfig(Config):
-    """Train a small network behind the sub-layers of each layer, and leave the transformer as it is (arXiv 2307.03104).
-
-    They cannot be added to the weights: their file is saved with the model, which plain sentence-transformers then loads
-    with ``trust_remote_code=True`` only.
-    """
-
-    kind: Literal["bottleneck"] = "bottleneck"
-    width: Annotated[int, Field(ge=1)] = 64
-    """Of the narrow middle."""
-    places: Literal["mlp", "both"] = "both"
-    """Behind the feed-forward part of each layer (Pfeiffer et al., arXiv 2005.00247), or behind attention too (Houlsby et
-    al., arXiv 1902.00751)."""
-    activation: Literal["gelu", "relu"] = "gelu"
-    save: Literal["merged", "adapter"] = "merged"
-    """``merged`` saves base and adapter in one folder, ``adapter`` the adapter alone, which loads where its base is found."""
-
     @property
-    def quantize(self) -> Literal["none"]:
-        """The base is held as it is."""
-        return "none"
+    def base_bits(self) -> Literal["none", "4bit", "8bit"]:
+        """As ``quantize`` says."""
+        return self.quantize
+
+    def add(self, model: SentenceTransformer, base: AdapterBase, seed: int) -> None:
+        """By :func:`nearfield.encoders.adapters.add_lora`."""
+        from nearfield.encoders.adapters import add_lora
+
+        add_lora(model, self, base, seed)
 
 
-class PrefixConfig(Config):
-    """Train vectors that stand before the text in every layer, and leave the transformer as it is (prefix tuning, arXiv
-    2101.00190, in the form of P-tuning v2, arXiv 2110.07602).
-
-    They are attended to and never pooled. Unlike the other kinds they begin as something: the states of words drawn at
-    random. They cannot be added to the weights: their file is saved with the model, which plain sentence-transformers then
-    loads with ``trust_remote_code=True`` only; and texts are padded, not packed.
-    """
-
-    kind: Literal["prefix"] = "prefix"
-    length: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Vectors before the text, in each layer."""
-    save: Literal["merged", "adapter"] = "merged"
-    """``merged`` saves base and adapter in one folder, ``adapter`` the adapter alone, which loads where its base is found."""
-
-    @property
-    def quantize(self) -> Literal["none"]:
-        """The base is held as it is."""
-        return "none"
+ADAPTERS = Kinds(
+    "adapters",
+    "nearfield.encoders.config:AdapterSettings",
+    {
+        "lora": ("nearfield.encoders.config:LoRAConfig", "low-rank matrices beside the transformer's own"),
+        "bottleneck": (
+            "nearfield.methods.bottleneck:BottleneckConfig",
+            "small networks behind the parts of each layer",
+        ),
+        "prefix": ("nearfield.methods.prefix:PrefixConfig", "learnt vectors before the text in every layer"),
+    },
+)
 
 
-AdapterConfig = Annotated[LoRAConfig | BottleneckConfig | PrefixConfig, Field(discriminator="kind")]
+class PoolingSettings(KindSettings):
+    """The base of settings of poolings with weights of their own."""
+
+    @abstractmethod
+    def build(self, dimension: int, include_prompt: bool) -> nn.Module:
+        """The module: token embeddings (n, tokens, dimension) -> one vector a text. It may leave the prompt's tokens out."""
 
 
-class AttentionPoolingConfig(Config):
+class AttentionPoolingConfig(PoolingSettings):
     """A softmax over tokens by learnt vectors weighs them; starts as the mean."""
 
     kind: Literal["attention"] = "attention"
     heads: Annotated[int, Field(ge=1)] = 1
     """Each weighs its own part of the dimensions, which it must divide."""
 
+    def build(self, dimension: int, include_prompt: bool) -> nn.Module:
+        """Raises :class:`BadInputError` where the heads do not divide the dimensions."""
+        from nearfield.encoders.shipped.nearfield_pooling import AttentionPooling
 
-class LatentAttentionPoolingConfig(Config):
+        if dimension % self.heads:
+            raise BadInputError(
+                f"{self.heads} heads do not divide the model's {dimension} dimensions", where="encoder.pooling.heads"
+            )
+        return AttentionPooling(dimension, self.heads, include_prompt)
+
+
+class LatentAttentionPoolingConfig(PoolingSettings):
     """Tokens look up a learnt dictionary before their mean is taken (NV-Embed, arXiv 2405.17428); starts as the mean."""
 
     kind: Literal["latent_attention"] = "latent_attention"
@@ -128,8 +155,27 @@ class LatentAttentionPoolingConfig(Config):
     gated: bool = True
     """A gated feed-forward block (the released code), else a plain one (the paper)."""
 
+    def build(self, dimension: int, include_prompt: bool) -> nn.Module:
+        """A module of sentence-transformers."""
+        from nearfield.encoders.shipped.nearfield_pooling import LatentAttentionPooling
 
-PoolingConfig = Annotated[AttentionPoolingConfig | LatentAttentionPoolingConfig, Field(discriminator="kind")]
+        return LatentAttentionPooling(dimension, **self.model_dump(exclude={"kind"}), include_prompt=include_prompt)
+
+
+POOLINGS = Kinds(
+    "poolings",
+    "nearfield.encoders.config:PoolingSettings",
+    {
+        "attention": (
+            "nearfield.encoders.config:AttentionPoolingConfig",
+            "a softmax by learnt vectors weighs the tokens",
+        ),
+        "latent_attention": (
+            "nearfield.encoders.config:LatentAttentionPoolingConfig",
+            "tokens look up a learnt dictionary before their mean",
+        ),
+    },
+)
 
 
 class LayerMixConfig(Config):
@@ -199,7 +245,7 @@ class EncoderConfig(Config):
     """End every text with the tokenizer's end-of-text token, which pooling ``last`` then takes."""
     layer_mix: LayerMixConfig | None = None
     """What pooling sees; null is the last layer's output."""
-    pooling: Literal["mean", "cls", "last", "weighted_mean", "max"] | PoolingConfig | None = None
+    pooling: Literal["mean", "cls", "last", "weighted_mean", "max"] | Annotated[PoolingSettings, POOLINGS] | None = None
     """How token vectors become one; null keeps what the model says (mean for a plain transformers model). The kinds with
     weights are no modules of sentence-transformers: their file is saved with the model, which it then loads with
     ``trust_remote_code=True`` only."""
@@ -212,7 +258,7 @@ class EncoderConfig(Config):
     max_length: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
     """Longest input of the trained model in tokens, special tokens and prompt included; null keeps what the model says. What
     training reads of a text may be less: ``training.max_length``."""
-    adapter: AdapterConfig | None = None
+    adapter: Annotated[AdapterSettings, ADAPTERS] | None = None
     """Train an adapter instead of the transformer's own weights."""
     image_tower: ImageTowerConfig | None = None
     """A model of pictures beside this one of texts; null adds none."""

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from nearfield.encoders.adapters import (
     base_of,
     has_adapter,
+    has_bottlenecks,
     joined_with_base,
     merge_adapter,
     name_base,
     quantization_settings,
     record_base,
     save_adapter,
+    saved_alone,
 )
 from nearfield.encoders.config import EncoderConfig
-from nearfield.encoders.domains import has_bottlenecks, saved_alone
 from nearfield.encoders.source import (
     adapter_base,
     check_folder,

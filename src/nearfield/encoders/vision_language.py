@@ -363,7 +363,7 @@ def check_verified(model: SentenceTransformer, config: EncoderConfig) -> None:
     asked = [key for key in keys if getattr(config, key) is not None]
     if config.pool_prompt is False:
         asked.append("pool_prompt")
-    if config.adapter is not None and config.adapter.kind != "lora":
+    if config.adapter is not None and not config.adapter.merges:
         asked.append("adapter.kind")
     if asked:
         raise BadInputError(

@@ -334,7 +334,7 @@ class TrainStage(Stage):
 
         recipe = self.recipe
         pure = pick_precision(recipe.training, device) == "bf16-pure"
-        quantized = recipe.encoder.adapter is not None and recipe.encoder.adapter.quantize != "none"
+        quantized = recipe.encoder.adapter is not None and recipe.encoder.adapter.base_bits != "none"
         loaded = build_encoder(
             recipe.encoder,
             str(device) if quantized else "cpu",

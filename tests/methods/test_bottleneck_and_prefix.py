@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 
 from nearfield.encoders import EncoderConfig, load_encoder
-from nearfield.encoders.adapters import lora_targets, merge_adapter
+from nearfield.encoders.adapters import activate, load_adapters, lora_targets, merge_adapter, using
 from nearfield.encoders.build import build_encoder
-from nearfield.encoders.domains import activate, bottleneck_places, load_adapters, using
 from nearfield.encoders.load import save_encoder
 from nearfield.encoders.packing import embed, packed_features, packing_kind, padded_features
 from nearfield.encoders.source import folder_revision, weights_hash
 from nearfield.errors import BadInputError
+from nearfield.methods.bottleneck import bottleneck_places
 from nearfield.randomness import derive_seed
 from tests.encoders.tiny import DECODERS, draw_rows, save_tiny
 
