@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nearfield.data.vectors import ItemVectors, VectorJob
+from nearfield.data import vectors as vectors_module
+from nearfield.data.vectors import ItemVectors, VectorJob, VectorStore
 from nearfield.errors import BadInputError
 
 
@@ -120,3 +121,62 @@ def test_zeros_stay_zeros_where_they_may_be(tmp_path: Path) -> None:
     np.testing.assert_array_equal(vectors[1::2], true("document", range(3, 60, 2)))
     with pytest.raises(BadInputError, match="not finite"):
         VectorJob(WANTED, lambda role, rows: np.full((len(rows), 3), np.nan), tmp_path / "n", "p", zeros=True).run()
+
+
+class InChunks:
+    """A teacher whose vectors come in chunks of 3 that take 8 s each, until it is killed after so many."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stops: int | None = None) -> None:
+        self.now, self.made, self.stops = 0.0, [], stops
+        monkeypatch.setattr(vectors_module.time, "monotonic", lambda: self.now)
+
+    def by_chunks(self, role: str, rows: Any, done: Any) -> Any:
+        order = np.argsort(-rows % 7, kind="stable")
+        for places in (order[start : start + 3] for start in range(0, len(rows), 3)):
+            if done[places].all():
+                continue
+            if len(self.made) == self.stops:
+                raise KeyboardInterrupt
+            self.now += 8
+            self.made.append([role, *rows[places].tolist()])
+            # What an item becomes depends on its chunk.
+            yield places, encode(role, rows[places]) + rows[places].sum() / 1e3
+
+
+@pytest.mark.parametrize("stops", [0, 1, 2, 3, 4, 7, 12, 19, 20])
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_kill_loses_seconds_of_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: int, killed: bool
+) -> None:
+    """What goes on is encoded to the bit as at once, wherever the build ends; a kill lets no last words be written."""
+    whole = InChunks(monkeypatch)
+    once = VectorJob(WANTED, whole, tmp_path / "once", "p", shard=30).run()
+    stopped = InChunks(monkeypatch, stops)
+    with monkeypatch.context() as patch:
+        if killed:
+            append = VectorStore.append
+            patch.setattr(
+                VectorStore, "append", lambda self, keys, *more: (more[1:] or len(keys) >= 9) and append(self, keys, *more)
+            )
+        with pytest.raises(KeyboardInterrupt):
+            VectorJob(WANTED, stopped, tmp_path / "v", "p", shard=30).run()
+    going = InChunks(monkeypatch)
+    later = VectorJob(WANTED, going, tmp_path / "v", "p", shard=30).run()
+    for role in WANTED:
+        np.testing.assert_array_equal(later.table(role).vectors, once.table(role).vectors)
+    lost = len(stopped.made) + len(going.made) - len(whole.made)
+    assert lost == 0 if not killed else lost <= 2, "20 s are less than 3 chunks of 8 s"
+    assert {path.name for path in tmp_path.iterdir()} == {"once", "v"}
+
+
+def test_a_damaged_piece_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = VectorJob(WANTED, InChunks(monkeypatch), tmp_path / "once", "p").run()
+    with pytest.raises(KeyboardInterrupt):
+        VectorJob(WANTED, InChunks(monkeypatch, 8), tmp_path / "v", "p").run()
+    pieces = sorted((tmp_path / "v.pieces").glob("*/*/vectors.npy"))
+    assert len(pieces) == 3
+    for piece, change in zip(pieces, (lambda b: b[:-1], lambda b: b[:-9] + b"x" + b[-8:], lambda b: b""), strict=True):
+        piece.write_bytes(change(piece.read_bytes()))
+    later = VectorJob(WANTED, InChunks(monkeypatch), tmp_path / "v", "p").run()
+    np.testing.assert_array_equal(later.table("document").vectors, once.table("document").vectors)
+>>>>>>> b43a24a (Vectors of a teacher are kept every 20 seconds while a shard is encoded, without another byte)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ EncodeItems = Callable[[str, Rows], npt.NDArray[Any]]
 VERSION = 3
 ROLES = ("query", "document")
 SHARD = 8_192
+KEEP_SECONDS = 20.0
+"""How much of the encoding of a shard a kill may lose, where it comes in chunks."""
 ABOUT, KEYS, VECTORS = "about.json", "keys.npy", "vectors.npy"
 _SHOWN = 200
 
@@ -257,7 +260,8 @@ class VectorJob:
         """
         tables, store = self._tables(), self._store()
         if not self._begun():
-            shutil.rmtree(store.folder, ignore_errors=True)
+            for folder in (store.folder, self._pieces_folder):
+                shutil.rmtree(folder, ignore_errors=True)
             store.folder.mkdir(parents=True)
             write_json(store.folder / ABOUT, store.about)
         if divide is not None:
@@ -287,7 +291,8 @@ class VectorJob:
             }
             write_json(aside / ABOUT, described)
             seal(aside)
-        shutil.rmtree(store.folder, ignore_errors=True)
+        for folder in (store.folder, self._pieces_folder):
+            shutil.rmtree(folder, ignore_errors=True)
         return ItemVectors.open(self.out)
 
     def do_share(self, share: tuple[int, int]) -> None:
@@ -316,20 +321,70 @@ class VectorJob:
     def _encode(self, share: tuple[int, int]) -> None:
         """Make the shards of a share that are not there yet."""
         tables, store = self._tables(), self._store()
-        pieces = [(n, start) for n, (_, rows) in enumerate(tables) for start in range(0, len(rows), self.shard)]
-        missing = [piece for piece in pieces[share[0] :: share[1]] if not store.has(_shard_name(*piece))]
+        shards = [(n, start) for n, (_, rows) in enumerate(tables) for start in range(0, len(rows), self.shard)]
+        missing = [shard for shard in shards[share[0] :: share[1]] if not store.has(_shard_name(*shard))]
         total = sum(min(self.shard, len(tables[number][1]) - start) for number, start in missing)
         for number, start in track(missing, f"Encoding {total:,} items in shards of {self.shard:,}"):
             roles, rows = tables[number]
             chosen = rows[start : start + self.shard]
-            vectors = unit(np.asarray(self.encode(roles[0], chosen)), chosen, zeros=self.zeros)
+            pieces = self._pieces(number, start)
+            vectors = unit(encode_in_pieces(self.encode, roles[0], chosen, pieces), chosen, zeros=self.zeros)
             store.append(chosen, vectors, _shard_name(number, start))
+            shutil.rmtree(pieces.folder, ignore_errors=True)
+
+    def _pieces(self, number: int, start: int) -> VectorStore:
+        """What is made so far of a shard that is not whole."""
+        return VectorStore(self._pieces_folder / _shard_name(number, start), {"version": VERSION})
+
+    @property
+    def _pieces_folder(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.pieces")
 
     def _shards_of(self, number: int) -> list[Vectors]:
         """The vectors of a table's shards, in their order; they were checked just now."""
         store, (_, rows) = self._store(), self._tables()[number]
         names = [_shard_name(number, start) for start in range(0, len(rows), self.shard)]
         return [np.load(store.folder / name / VECTORS, mmap_mode="r", allow_pickle=False) for name in names]
+
+
+def encode_in_pieces(encode: EncodeItems, role: str, rows: Rows, kept: VectorStore) -> npt.NDArray[Any]:
+    """The vectors [n, d] of items in a role.
+
+    Those of an encoder that has a method ``by_chunks`` are kept every :data:`KEEP_SECONDS`: a process that is killed loses no more.
+    It goes on with the chunks that are missing, which are the same without the others.
+    """
+    by_chunks = getattr(encode, "by_chunks", None)
+    if by_chunks is None:
+        return np.asarray(encode(role, rows))
+    done, new = np.zeros(len(rows), dtype=np.bool_), np.zeros(len(rows), dtype=np.bool_)
+    result: npt.NDArray[Any] | None = None
+
+    def take(places: Rows, vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        found = np.empty((len(rows), vectors.shape[1]), dtype=np.float32) if result is None else result
+        found[places], done[places] = vectors, True
+        return found
+
+    def keep() -> None:
+        if result is not None and new.any():
+            places = np.flatnonzero(new)
+            kept.append(places, result[places])
+            new[:] = False
+
+    for places, vectors in kept.find(np.arange(len(rows))):
+        result = take(places, vectors) if len(places) else result
+    written = time.monotonic()
+    try:
+        for places, vectors in by_chunks(role, rows, done.copy()):
+            result = take(places, vectors)
+            new[places] = True
+            if time.monotonic() - written >= KEEP_SECONDS:
+                keep()
+                written = time.monotonic()
+    except BaseException:
+        keep()
+        raise
+    assert result is not None and done.all()
+    return result
 
 
 def _shard_name(table: int, start: int) -> str:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nearfield.encoders")
 
+Bools = npt.NDArray[np.bool_]
 Pairs = Iterable[tuple[str, npt.NDArray[np.float32]]]
 """Each of some texts with its vector, in any order."""
 
@@ -79,6 +80,14 @@ def cut(lengths: Sequence[int], budget: int, *, padded: bool, most: int | None =
         chunks[-1].append(i)
         used += cost
     return chunks
+
+
+def _to_do(chunks: Sequence[Sequence[int] | Rows], done: Bools | None, says: str | None) -> Iterable[Rows]:
+    """The chunks that are not wholly done."""
+    left = [np.asarray(chunk, dtype=np.int64) for chunk in chunks]
+    if done is not None:
+        left = [chunk for chunk in left if not done[chunk].all()]
+    return track(left, says) if says else left
 
 
 @dataclass
@@ -178,14 +187,19 @@ class Encoder:
         ``role``, ``query`` or ``document``, counts for models that encode these differently. Raises :class:`BadInputError`
         where vectors are not finite.
         """
+        result = self._joined(self.by_chunks(texts, prompt, role), len(texts))
+        require_finite(result, texts.__getitem__, self.name)
+        return result
+
+    def _joined(self, chunks: Iterable[tuple[Rows, Vectors]], count: int) -> Vectors:
+        """The vectors of all chunks, in the order of what they are of."""
         result: Vectors | None = None
-        for chunk, vectors in self.by_chunks(texts, prompt, role):
+        for chunk, vectors in chunks:
             if result is None:
-                result = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
+                result = np.empty((count, vectors.shape[1]), dtype=np.float32)
             result[chunk] = vectors
         if result is None:
             return np.empty((0, int(self.model.get_embedding_dimension() or 0)), dtype=np.float32)
-        require_finite(result, texts.__getitem__, self.name)
         return result
 
     def each(
@@ -219,14 +233,23 @@ class Encoder:
             yield from zip((texts[i] for i in chunk), vectors, strict=True)
 
     def by_chunks(
-        self, texts: Sequence[str], prompt: str = "", role: str | None = None, *, says: str | None = None
-    ) -> Iterator[tuple[list[int], Vectors]]:
-        """Chunk by chunk the numbers of some texts, longest first, and their vectors; ``says`` is said of the progress."""
+        self,
+        texts: Sequence[str],
+        prompt: str = "",
+        role: str | None = None,
+        *,
+        says: str | None = None,
+        done: Bools | None = None,
+    ) -> Iterator[tuple[Rows, Vectors]]:
+        """Chunk by chunk the numbers of some texts, longest first, and their vectors.
+
+        ``says`` is said of the progress. Chunks whose texts are all ``done`` are left out; the others are the same without them.
+        """
         if not self.by_tokens:
             methods = {"query": self.model.encode_query, "document": self.model.encode_document}
             method = methods.get(role or "", self.model.encode)
             chunks = cut(self._lengths(texts), self.chunk_tokens, padded=True, most=_CHUNK_TEXTS)
-            for chunk in track(chunks, says) if says else chunks:
+            for chunk in _to_do(chunks, done, says):
                 mine = [texts[i] for i in chunk]
                 made = method(mine, prompt=prompt, batch_size=len(mine), show_progress_bar=False)
                 yield chunk, np.asarray(made, dtype=np.float32)
@@ -236,7 +259,7 @@ class Encoder:
         rows = token_ids(self.model, texts, prompt)
         length, width = prompt_tokens(self.model, prompt), self.padding.width or 0
         chunks = cut([max(len(row), width) for row in rows], self.chunk_tokens, padded=self.packing is None)
-        for chunk in track(chunks, says) if says else chunks:
+        for chunk in _to_do(chunks, done, says):
             yield chunk, self._embed(self._features([rows[i] for i in chunk], length))
 
     def of_items(
@@ -246,8 +269,30 @@ class Encoder:
 
         Raises :class:`BadInputError` where vectors are not finite.
         """
-        if not store.has_images or not (store.picture_rows(items) >= 0).any():
-            return self(store.texts(items), prompt, role)
+        return self._joined(self.items_by_chunks(store, items, prompt, role, where), len(items))
+
+    def items_by_chunks(
+        self,
+        store: Store,
+        items: Rows,
+        prompt: str = "",
+        role: str | None = None,
+        where: str = "encoder",
+        done: Bools | None = None,
+    ) -> Iterator[tuple[Rows, Vectors]]:
+        """The same chunk by chunk, with the places of its items; chunks whose items are all ``done`` are left out."""
+        if store.has_images and (store.picture_rows(items) >= 0).any():
+            chunks = self._images_by_chunks(store, items, prompt, where, done)
+        else:
+            chunks = self.by_chunks(store.texts(items), prompt, role, done=done)
+        for chunk, vectors in chunks:
+            mine = items[chunk]
+            require_finite(vectors, lambda row: store.shown(mine[row : row + 1])[0], where, "items")  # noqa: B023
+            yield chunk, vectors
+
+    def _images_by_chunks(
+        self, store: Store, items: Rows, prompt: str, where: str, done: Bools | None
+    ) -> Iterator[tuple[Rows, Vectors]]:
         from nearfield.encoders.image_tower import pictured_features
         from nearfield.encoders.tokenize import item_token_ids, prompt_tokens
 
@@ -256,19 +301,12 @@ class Encoder:
         width = self.padding.width or 0
         lengths = np.array([max(len(row), width) for row in rows])
         towers = np.array([bool(len(row)) and row[0] == IMAGE for row in rows])
-        result: Vectors | None = None
         for part in (np.flatnonzero(~towers), np.flatnonzero(towers)):
             chunks = cut(lengths[part].tolist(), self.chunk_tokens, padded=self.packing is None)
-            for chunk in (part[numbers] for numbers in chunks):
+            for chunk in _to_do([part[numbers] for numbers in chunks], done, None):
                 mine = [rows[i] for i in chunk]
                 features = pictured_features(self.model, mine, partial(store.images, items[chunk]), device)
-                vectors = self._embed(self._features(mine, length) if features is None else features)
-                if result is None:
-                    result = np.empty((len(items), vectors.shape[1]), dtype=np.float32)
-                result[chunk] = vectors
-        assert result is not None
-        require_finite(result, lambda row: store.shown(items[row : row + 1])[0], where, "items")
-        return result
+                yield chunk, self._embed(self._features(mine, length) if features is None else features)
 
     def of_images(self, images: Sequence[Any], texts: Sequence[str] | None = None, prompt: str = "") -> Vectors:
         """The model's vectors [n, d] of opened images, or of images and texts together.
@@ -363,12 +401,24 @@ class ItemEncoder:
 
     def __call__(self, role: str, rows: Rows) -> Vectors:
         """The model's vectors of items in a role."""
+        store, encoder = self._open()
+        return encoder.of_items(store, rows, self.prompts[role], role, self._name)
+
+    def by_chunks(self, role: str, rows: Rows, done: Bools) -> Iterator[tuple[Rows, Vectors]]:
+        """The same in chunks: the places of some of the items, and their vectors; what is ``done`` is not encoded again."""
+        store, encoder = self._open()
+        return encoder.items_by_chunks(store, rows, self.prompts[role], role, self._name, done)
+
+    @property
+    def _name(self) -> str:
+        return f"the teacher {self.model}"
+
+    def _open(self) -> tuple[Store, Encoder]:
         if self._opened is None:
             settings = {"max_length": self.max_length, "trust_remote_code": self.trust_remote_code}
             encoder = Encoder.load(self.model, self.revision, device=self.device, **settings)  # type: ignore[arg-type]
             self._opened = (Store.open(self.store), encoder)
-        store, encoder = self._opened
-        return encoder.of_items(store, rows, self.prompts[role], role, f"the teacher {self.model}")
+        return self._opened
 
 
 KEPT_VERSION = 3
