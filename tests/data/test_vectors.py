@@ -156,7 +156,9 @@ def test_a_kill_loses_seconds_of_a_shard(
         if killed:
             append = VectorStore.append
             patch.setattr(
-                VectorStore, "append", lambda self, keys, *more: (more[1:] or len(keys) >= 9) and append(self, keys, *more)
+                VectorStore,
+                "append",
+                lambda self, keys, *more: (more[1:] or len(keys) >= 9) and append(self, keys, *more),
             )
         with pytest.raises(KeyboardInterrupt):
             VectorJob(WANTED, stopped, tmp_path / "v", "p", shard=30).run()
@@ -179,4 +181,3 @@ def test_a_damaged_piece_is_made_again(tmp_path: Path, monkeypatch: pytest.Monke
         piece.write_bytes(change(piece.read_bytes()))
     later = VectorJob(WANTED, InChunks(monkeypatch), tmp_path / "v", "p").run()
     np.testing.assert_array_equal(later.table("document").vectors, once.table("document").vectors)
->>>>>>> b43a24a (Vectors of a teacher are kept every 20 seconds while a shard is encoded, without another byte)

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nearfield.conformance.tiny_models import WORDS
 from numpy.typing import NDArray
 
 from nearfield import checksums
 from nearfield.encoders.encode import BLOCK, BLOCK_SECONDS, FIRST_BLOCK, Encoder, KeptVectors, Workers, next_block
 from nearfield.training.launch import Launch
+from tests.data.making import build_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -207,3 +209,26 @@ def test_two_launches_share_a_folder_and_disturb_each_other_not(tmp_path: Path) 
     assert sorted(first_done[0] + first_done[1]) == sorted(texts), "no share was left to the first"
     first.close()
     assert list((tmp_path / "shared").iterdir()) == []
+
+
+def test_items_that_are_done_change_no_others(tiny_model: Path, tmp_path: Path) -> None:
+    """A build of vectors that was stopped goes on with the same bytes, for texts and for a model that encodes by itself."""
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(WORDS, random.integers(1, 30))) for _ in range(200)]
+    rows = [{"query": f"q{i}", "positives": [text], "negatives": []} for i, text in enumerate(texts)]
+    store = build_rows(tmp_path, rows)
+    for by_tokens in (True, False):
+        encoder = Encoder.load(str(tiny_model), device="cpu")
+        encoder.by_tokens = by_tokens
+        items = np.arange(len(store.items["id"]))
+        chunks = list(encoder.items_by_chunks(store, items, "query: "))
+        whole = encoder.of_items(store, items, "query: ")
+        assert len(chunks) > 3
+        done = np.zeros(len(items), dtype=bool)
+        for chunk, _ in chunks[::2]:
+            done[chunk] = True
+        done[chunks[1][0][:1]] = True  # of a chunk that is not whole: it is made again
+        left = list(encoder.items_by_chunks(store, items, "query: ", done=done))
+        assert [chunk.tolist() for chunk, _ in left] == [chunk.tolist() for chunk, _ in chunks[1::2]]
+        for chunk, vectors in left:
+            np.testing.assert_array_equal(vectors, whole[chunk])

@@ -279,29 +279,6 @@ def test_texts_are_encoded_as_sentence_transformers_does(tiny_model: Path) -> No
     assert encoder([]).shape == (0, 32)
 
 
-def test_items_that_are_done_change_no_others(tiny_model: Path, tmp_path: Path) -> None:
-    """A build of vectors that was stopped goes on with the same bytes, for texts and for a model that encodes by itself."""
-    random = np.random.default_rng(0)
-    texts = [" ".join(random.choice(WORDS, random.integers(1, 30))) for _ in range(200)]
-    rows = [{"query": f"q{i}", "positives": [text], "negatives": []} for i, text in enumerate(texts)]
-    store = build_rows(tmp_path, rows)
-    for by_tokens in (True, False):
-        encoder = TextEncoder.load(str(tiny_model), device="cpu")
-        encoder.by_tokens = by_tokens
-        items = np.arange(len(store.items["id"]))
-        chunks = list(encoder.items_by_chunks(store, items, "query: "))
-        whole = encoder.of_items(store, items, "query: ")
-        assert len(chunks) > 5
-        done = np.zeros(len(items), dtype=bool)
-        for chunk, _ in chunks[::2]:
-            done[chunk] = True
-        done[chunks[1][0][:1]] = True  # of a chunk that is not whole: it is made again
-        left = list(encoder.items_by_chunks(store, items, "query: ", done=done))
-        assert [chunk.tolist() for chunk, _ in left] == [chunk.tolist() for chunk, _ in chunks[1::2]]
-        for chunk, vectors in left:
-            np.testing.assert_array_equal(vectors, whole[chunk])
-
-
 def test_models_whose_texts_are_more_than_tokens_are_encoded_by_their_own_method(tiny_model: Path) -> None:
     """A table of words, and a model that reads queries otherwise than documents."""
     base = SentenceTransformer(str(tiny_model), device="cpu")

@@ -12,7 +12,7 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.results import TaskResult
 from numpy.typing import NDArray
 
-from nearfield.encoders.encode import Encoder
+from nearfield.encoders.encode import Bools, Encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import OpenStore, SuiteConfig, open_suite
 from nearfield.evaluation.contract import TrainedPrompts, check_prompts
@@ -23,6 +23,8 @@ from nearfield.notices import Said, listening, say
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+    from nearfield.data.store import Rows
 
 logger = logging.getLogger("nearfield.evaluation")
 
@@ -37,12 +39,18 @@ class HandedEncoder(Encoder):
     encode_texts: EncodePrompted | None = None
 
     def by_chunks(
-        self, texts: Sequence[str], prompt: str = "", role: str | None = None, *, says: str | None = None
-    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        self,
+        texts: Sequence[str],
+        prompt: str = "",
+        role: str | None = None,
+        *,
+        says: str | None = None,
+        done: Bools | None = None,
+    ) -> Iterator[tuple[Rows, NDArray[np.float32]]]:
         """All texts in one chunk; the function cuts them as it needs."""
         assert self.encode_texts is not None
         if texts:
-            yield list(range(len(texts))), self.encode_texts(texts, prompt)
+            yield np.arange(len(texts)), self.encode_texts(texts, prompt)
 
 
 class DuringTraining:
