@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nearfield.conformance.tiny_models import WORDS
 from numpy.typing import NDArray
 
 from nearfield import checksums
+from nearfield.conformance.tiny_models import WORDS
 from nearfield.encoders.encode import BLOCK, BLOCK_SECONDS, FIRST_BLOCK, Encoder, KeptVectors, Workers, next_block
 from nearfield.training.launch import Launch
 from tests.data.making import build_rows
