@@ -18,7 +18,7 @@ import yaml
 from nearfield import yaml12
 from nearfield.errors import BadInputError
 from nearfield.pipeline.run import LOCK, MANIFEST
-from nearfield.training.tracking import EVALUATIONS, METRICS
+from nearfield.training.tracking import EVALUATIONS, METRICS, parse_metrics
 
 _RECENT_STEPS = 50
 _BARS = "▁▂▃▄▅▆▇█"
@@ -82,11 +82,7 @@ class _Tail:
             return self.lines
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for text in whole.splitlines():
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                if isinstance(line, dict) and isinstance(line.get("step"), int):
-                    self.lines.append(line)
+        self.lines += parse_metrics(whole)[0]
         return self.lines
 
 

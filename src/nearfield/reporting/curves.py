@@ -6,7 +6,6 @@ Beside them a sentence for each figure of the training that ends in a bad range,
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from nearfield.reporting import text
 from nearfield.reporting.reading import AbsentError, Json, listing, load_object, mapping, real, string
 from nearfield.reporting.svg import Figure, LineChart, Series, line_figure
+from nearfield.training.tracking import parse_metrics
 
 POINTS = 400
 """Points of a curve at most; longer runs are cut into so many stretches of steps, each drawn by its mean."""
@@ -66,38 +66,25 @@ class Curves:
     """Mean of the last tenth."""
 
 
-def read_metrics(path: Path) -> Metrics:
+def read_columns(path: Path) -> Metrics:
     """Read the file; the last line may be torn by a crash, and a resumed run may write a step twice (the last counts)."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise AbsentError("No metrics.jsonl: the run has not trained a step.") from error
+    lines, unread = parse_metrics(data)
+    # A line is written with its end: what stands behind the last one was cut off.
+    torn = min(unread, parse_metrics(data[data.rfind(b"\n") + 1 :])[1])
     records: dict[float, dict[str, float]] = {}
-    torn = broken = repeated = 0
-    for position, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            last = position == len(lines) - 1
-            torn, broken = torn + last, broken + (not last)
-            continue
-        step = real(record.get("step")) if isinstance(record, dict) else None
-        if step is None or not math.isfinite(step):
-            broken += 1
-            continue
-        numbers = {
-            str(name): value for name, value in ((key, real(item)) for key, item in record.items()) if value is not None
-        }
-        if "loss" not in numbers and "loss" in record:
-            numbers["loss"] = NAN
-        repeated += step in records
-        records[step] = numbers
+    for line in lines:
+        numbers = {name: value for name, item in line.items() if (value := real(item)) is not None}
+        if "loss" in line:
+            numbers.setdefault("loss", NAN)
+        records[float(line["step"])] = numbers
     steps = sorted(records)
     names = sorted({name for record in records.values() for name in record})
     columns = {name: [records[step].get(name, NAN) for step in steps] for name in names}
-    return Metrics(steps, columns, torn, broken, repeated)
+    return Metrics(steps, columns, torn, unread - torn, len(lines) - len(records))
 
 
 def thin(xs: Sequence[float], ys: Sequence[float], points: int) -> tuple[list[float], list[float]]:
@@ -279,24 +266,13 @@ SCORE_CHARTS = 6
 def build_scores(run: Path) -> tuple[list[Figure], list[str]]:
     """A chart a score of the evaluations during the training, and notes; nothing where there were none."""
     try:
-        lines = (run / "evaluations.jsonl").read_bytes().split(b"\n")
+        lines, unreadable = parse_metrics((run / "evaluations.jsonl").read_bytes())
     except FileNotFoundError:
         return [], []
     by_step: dict[float, dict[str, float]] = {}
-    unreadable = 0
     for line in lines:
-        if not line.strip():
-            continue
-        try:
-            record = mapping(json.loads(line))
-        except (ValueError, RecursionError):
-            record = {}
-        step = real(record.get("step"))
-        if step is None or not math.isfinite(step):
-            unreadable += 1
-            continue
-        scores = {name: real(value) for name, value in mapping(record.get("scores")).items()}
-        by_step[step] = {name: NAN if value is None else value for name, value in scores.items()}
+        scores = {name: real(value) for name, value in mapping(line.get("scores")).items()}
+        by_step[float(line["step"])] = {name: NAN if value is None else value for name, value in scores.items()}
     steps = sorted(by_step)
     names = list(dict.fromkeys(name for step in steps for name in by_step[step]))
     if len(names) == 2 and names[0] == "mean":
@@ -339,7 +315,7 @@ def _finite(values: Sequence[float]) -> list[float]:
 
 def build_curves(run: Path, recipe: Json | None = None) -> Curves:
     """The section of a run folder with this parsed recipe; :class:`AbsentError` where nothing was recorded."""
-    metrics = read_metrics(run / "metrics.jsonl")
+    metrics = read_columns(run / "metrics.jsonl")
     if not metrics.steps:
         raise AbsentError("metrics.jsonl holds no step.")
     full = _with_shares(metrics)

@@ -41,11 +41,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     A kill may cut off the last line.
     """
-    return parse_metrics(path.read_bytes(), path) if path.is_file() else []
+    lines, unread = parse_metrics(path.read_bytes()) if path.is_file() else ([], 0)
+    if unread:
+        logger.warning("%d lines of %s cannot be read and are left out", unread, path)
+    return lines
 
 
-def parse_metrics(data: bytes, path: Path) -> list[dict[str, Any]]:
-    """The same of the bytes of a file."""
+def parse_metrics(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The lines in the bytes of either file, and the number of those that cannot be read."""
     lines, unread = [], 0
     for text in data.split(b"\n"):
         if not text.strip():
@@ -58,9 +61,7 @@ def parse_metrics(data: bytes, path: Path) -> list[dict[str, Any]]:
             lines.append(line)
         else:
             unread += 1
-    if unread:
-        logger.warning("%d lines of %s cannot be read and are left out", unread, path)
-    return lines
+    return lines, unread
 
 
 def used_memory(device: torch.device) -> dict[str, int]:
