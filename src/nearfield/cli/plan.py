@@ -78,7 +78,7 @@ def find_shares(
     """Say how often to draw each source so that training is like what it is to be good at, by optimal transport (SAIL)."""
 
     from nearfield.pipeline import open_run
-    from nearfield.pipeline.specialising import find_shares as find
+    from nearfield.pipeline.audit import find_shares as find
 
     found = find(
         open_run(recipe, overrides or (), run),

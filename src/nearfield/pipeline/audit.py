@@ -1,12 +1,15 @@
-"""Mining alone, and a second look at what was mined."""
+"""A teacher's look at a run: mining alone, an audit of what was mined, and how alike its sources are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from nearfield.batching.specialisation import specialised_shares, transport_similarity
+from nearfield.data.vectors import unit
 from nearfield.errors import BadInputError
 from nearfield.mining.audit import Audit, audit
 from nearfield.mining.config import (
@@ -20,10 +23,11 @@ from nearfield.mining.documents import Rows, Vectors
 from nearfield.mining.negatives import Negatives
 from nearfield.mining.pool import document_items
 from nearfield.mining.ray_engine import require_ray
-from nearfield.pipeline.mining import mining_teacher
+from nearfield.pipeline.mining import mining_teacher, planning_teacher
 from nearfield.pipeline.run import Run
 from nearfield.pipeline.stage import Engine
 from nearfield.pipeline.stages import Stages, run_stages
+from nearfield.randomness import generator
 from nearfield.recipe import Recipe
 
 
@@ -97,3 +101,58 @@ def judge_words(judge: PairTeacher) -> str:
     if isinstance(judge, SentenceTransformerTeacher):
         return judge.model or "the recipe's base model"
     return f"the vectors of {judge.documents}"
+
+
+@dataclass(frozen=True)
+class SourceShares:
+    """How often to draw each source, and why."""
+
+    scores: dict[str, dict[str, float]]
+    """Training source -> validation source -> similarity."""
+    shares: dict[str, float]
+    sizes: dict[str, int]
+    """Examples of each training source."""
+
+
+def find_shares(
+    run: Run,
+    towards: Sequence[str] = (),
+    *,
+    split: str = "validation",
+    samples: int = 10_000,
+    clusters: int = 32,
+    regularisation: float = 0.05,
+    temperature: float = 0.05,
+) -> SourceShares:
+    """Compare the queries of each source's training split with those of ``split`` of the sources ``towards`` (all, where none is named)."""
+    run_stages(run, "data")
+    stages = Stages.of(run)
+    store, recipe, names = stages.data.open(), run.recipe, stages.job.source_names
+    known = [source.name for source in store.sources]
+    for name in towards:
+        if name not in known:
+            raise BadInputError(f"there is no source {name!r}", where="--towards", hint=f"Sources: {', '.join(known)}.")
+    encode = stages.vectors.encode_items(planning_teacher(recipe) or SentenceTransformerTeacher(), store)
+
+    def vectors(name: str, part: str) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+        items = np.unique(store.examples.take(store.select(name, part))["query"].to_numpy())
+        if not len(items):
+            raise BadInputError(
+                f"the source {name!r} has no examples in the split {part!r}", where=str(run.loaded.path)
+            )
+        random = generator(recipe.seed, "shares", name, part)
+        items = np.sort(random.permutation(items)[:samples])
+        return unit(np.asarray(encode("query", items)), items)
+
+    others = {name: vectors(name, split) for name in towards or names}
+    scores: dict[str, dict[str, float]] = {}
+    for name in names:
+        mine = vectors(name, recipe.split)
+        scores[name] = {
+            other: transport_similarity(
+                mine, theirs, clusters=clusters, regularisation=regularisation, seed=recipe.seed
+            )
+            for other, theirs in others.items()
+        }
+    sizes = {name: len(store.select(name, recipe.split)) for name in names}
+    return SourceShares(scores, specialised_shares(scores, temperature), sizes)

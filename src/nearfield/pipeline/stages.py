@@ -151,12 +151,12 @@ def run_stages(
         stages = Stages(Job(one, launch.within(f"stage/{earlier.stage}"), engine=engine, strict=strict))
         if end is not None and end not in (stage.name for stage in stages.wanted()):
             continue  # such as mining, where only another training mines
-        made = _Work(stages, end, restart, resume, told).run()
+        made = _StageRunner(stages, end, restart, resume, told).run()
         # What was trained now began after what there was to go on from.
         resume = resume and "train" not in made
         ran += [f"{earlier.stage}/{name}" for name in made]
     one = run.preview() if prepares else run
-    ran += _Work(Stages(Job(one, launch, engine=engine, strict=strict)), until, restart, resume, on_stage).run()
+    ran += _StageRunner(Stages(Job(one, launch, engine=engine, strict=strict)), until, restart, resume, on_stage).run()
     model, report = one.folder / "model", one.folder / "report.html"
     return RunResult(one.folder, tuple(ran), model if model.is_dir() else None, report if report.is_file() else None)
 
@@ -166,7 +166,7 @@ def tell_training(on_stage: OnStage, training: str, name: str, state: str) -> No
     on_stage(f"{training}/{name}", state)
 
 
-class _Work:
+class _StageRunner:
     """Running the stages of one training.
 
     Rank 0 runs the stages before training while the others wait, all train, and rank 0 does the rest.
