@@ -18,10 +18,10 @@ MAX_LENGTH = 256
 
 def make_texts(folder: Path, count: int) -> list[tuple[str, str]]:
     """Pairs from the functions of installed packages: docstring and first half of the code, second half of the code."""
-    from nearfield.data.readers.docstrings import Docstrings
+    from nearfield.methods.docstrings import DocstringsReader
 
     pairs = []
-    for row in Docstrings(PACKAGES, cache=folder).rows(["docstring", "code"]):
+    for row in DocstringsReader(packages=PACKAGES, cache=folder).rows(["docstring", "code"]):
         assert row.values is not None
         lines = str(row.values["code"]).split("\n")
         if len(lines) >= 8:

@@ -3,7 +3,7 @@
     python scripts/build_emoji.py                                     # fetches the packages; root is not needed
     python scripts/build_emoji.py --deb FONT.deb --deb CLDR.deb --deb DATA.deb
 
-Writes pictures.zip, names.jsonl.xz, the two licences and SHA256SUMS. The same packages, with the same version of Pillow,
+Writes images.zip, names.jsonl.xz, the two licences and SHA256SUMS. The same packages, with the same version of Pillow,
 give the same bytes.
 
 Rules: every sequence that CLDR names in English, without skin tones, for which the font has one coloured glyph; of
@@ -27,9 +27,9 @@ from xml.etree import ElementTree
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nearfield.data.readers.apt import unpacked
-from nearfield.data.readers.emoji import FOLDER, LANGUAGES, SIDE
-from nearfield.data.readers.wordnet import pack
+from nearfield.data.wordnet import pack
+from nearfield.methods.emoji import FOLDER, LANGUAGES, SIDE
+from nearfield.methods.on_demand import unpacked
 
 PACKAGES = ("fonts-noto-color-emoji", "unicode-cldr-core", "unicode-data")
 FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
@@ -135,7 +135,7 @@ def packed_pictures(pictures: dict[str, Image.Image]) -> bytes:
 def licence(path: Path, name: str) -> str:
     """The paragraphs of a package's copyright file that are about the data: Debian's file as it is, under a head."""
     head = {
-        "LICENSE-OFL-1.1": "The pictures in pictures.zip are made from the font Noto Color Emoji (SIL Open Font License 1.1,\n"
+        "LICENSE-OFL-1.1": "The pictures in images.zip are made from the font Noto Color Emoji (SIL Open Font License 1.1,\n"
         "called SIL-1.1 below), made smaller and without the font's other content.",
         "LICENSE-Unicode-DFS-2016": "The names and keywords in names.jsonl.xz are from the Unicode CLDR, the categories from its emoji-test.txt.",
     }[name]
@@ -159,7 +159,7 @@ def build(root: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
     sums = []
-    for name, data in (("pictures.zip", packed_pictures(pictures)), ("names.jsonl.xz", pack(lines))):
+    for name, data in (("images.zip", packed_pictures(pictures)), ("names.jsonl.xz", pack(lines))):
         (out / name).write_bytes(data)
         sums.append(f"{hashlib.sha256(data).hexdigest()}  {name}\n")
         print(f"{name}: {len(data):,} bytes")

@@ -23,10 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from nearfield.data.contamination import KINDS
-from nearfield.data.decontamination_config import DecontaminationConfig
-from nearfield.data.readers.wordnet import glosses_by_split
-from nearfield.data.training_index import TrainingIndex
+from nearfield.data.contamination import KINDS, DecontaminationConfig
+from nearfield.data.decontaminate import TrainingIndex
+from nearfield.data.wordnet import glosses_by_split
 
 Edit = Callable[[str, random.Random], str]
 

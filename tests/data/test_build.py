@@ -288,7 +288,7 @@ def test_prepare_store_reads_a_recipe_with_overrides(tmp_path: Path) -> None:
 
 
 def test_texts_come_in_the_order_asked_for_across_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nearfield.data.writing._BATCH_ROWS", 7)
+    monkeypatch.setattr("nearfield.data.collect._BATCH_ROWS", 7)
     rows = [{"query": f"q{n}", "positives": [f"p{n}", f"r{n}"], "negatives": None} for n in range(40)]
     store = build_rows(tmp_path, rows)
     texts = store.items.column("text").to_pylist()
@@ -323,7 +323,7 @@ def test_a_damaged_store_is_bad_input(tmp_path: Path, damage: str) -> None:
     elif damage == "cut":
         (store.path / "examples.arrow").write_bytes((store.path / "examples.arrow").read_bytes()[:100])
     elif damage == "version":
-        meta.write_text(meta.read_text().replace('"format_version": 1', '"format_version": 99'))
+        meta.write_text(meta.read_text().replace('"format_version": 2', '"format_version": 99'))
     else:
         (store.path / "items.arrow").unlink()
     with pytest.raises(BadInputError):

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from nearfield.data import DataSummary, Store, build_data
 from nearfield.data.build import data_fingerprint
+from nearfield.data.cleaning import NearDuplicateConfig
 from nearfield.data.cleaning.texts import control, letters, printable, urls
-from nearfield.data.near import NearRule
-from nearfield.data.normal import normal_form
 from nearfield.data.summary import read_summary
+from nearfield.data.words import normal_form
 from nearfield.errors import BadInputError
 from tests.data.making import GRADED, LABELLED, config, examples_of, source, write_rows
-from tests.data.test_near import brute_near, similar_texts
+from tests.data.test_near_duplicates import brute_near, similar_texts
 
 NEUTRAL: list[dict[str, Any]] = [
     {"kind": "length"},
@@ -244,7 +244,7 @@ def brute_kept(rows: list[tuple[str, str]], compare: str) -> list[int]:
                 of[text] = of[by_form[form]]
                 continue
             by_form[form] = text
-            of[text] = next((leader for leader in leaders if brute_near(leader, text, NearRule())), text)
+            of[text] = next((leader for leader in leaders if brute_near(leader, text, NearDuplicateConfig())), text)
             if of[text] == text:
                 leaders.append(text)
     seen: set[tuple[str, ...]] = set()

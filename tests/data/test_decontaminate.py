@@ -17,14 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfield.data import Store, build_data
-from nearfield.data.contamination import KINDS, ContaminationReport, read_report
-from nearfield.data.decontaminate import BenchmarkTask, BenchmarkText, decontaminate
-from nearfield.data.decontamination_config import DecontaminationConfig
-from nearfield.data.normal import normal_form, words
-from nearfield.data.training_index import TrainingIndex
+from nearfield.data.contamination import KINDS, ContaminationReport, DecontaminationConfig, read_report
+from nearfield.data.decontaminate import BenchmarkTask, BenchmarkText, TrainingIndex, decontaminate
+from nearfield.data.words import normal_form, words
 from nearfield.errors import BadInputError
 from tests.data.making import GRADED, build_rows, config, source, write_rows
-from tests.data.test_near import brute_near
+from tests.data.test_near_duplicates import brute_near
 
 ROOT = Path(__file__).parents[2]
 
@@ -232,7 +230,7 @@ def test_vectors_find_what_words_do_not(tmp_path: Path) -> None:
     assert report.tasks[0].training == {"embedding": 1}
     assert report.tasks[0].matched == {"query": {"embedding": 1}}  # one word is too short to be a near-duplicate
     assert "embeddings of model" in report.line()
-    assert "not read: Pictures" in decontaminate(store, [task("Pictures")]).line()
+    assert "not read: Images" in decontaminate(store, [task("Images")]).line()
     assert decontaminate(store, [texts]).contaminated == 0
 
 
@@ -276,8 +274,8 @@ def test_blocks_do_not_change_the_report(tmp_path: Path, monkeypatch: pytest.Mon
     tasks = task("T", *[(pick.choice(("query", "document", "distractor")), text) for text in texts[60:]])
     whole = compare(store, tasks, ngram=5)
     monkeypatch.setattr("nearfield.data.decontaminate.BLOCK", 7)
-    monkeypatch.setattr("nearfield.data.training_index.BLOCK", 7)
-    monkeypatch.setattr("nearfield.data.training_index._PIECE", 50)
+    monkeypatch.setattr("nearfield.data.decontaminate.BLOCK", 7)
+    monkeypatch.setattr("nearfield.data.near_duplicates._PIECE", 50)
     parts = compare(store, tasks, ngram=5)
     strip = [{**report.to_json(), "tasks": None} for report in (whole, parts)]
     assert strip[0] == strip[1]

@@ -19,7 +19,7 @@ from nearfield.data.in_context import (
     fill,
     forbidden_queries,
 )
-from nearfield.data.in_context_config import InContextConfig
+from nearfield.data.prompts import InContextConfig
 from nearfield.errors import BadInputError
 from tests.data.making import LABELLED, build_rows, config, source, write_rows
 

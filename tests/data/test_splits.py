@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nearfield.data.splits import hash_fraction, split_of
+from nearfield.data.config import hash_fraction, hash_split
 from nearfield.errors import BadInputError
 from tests.data.making import LABELLED, build_rows
 
@@ -21,8 +21,8 @@ HASH = {"kind": "hash", "fractions": FRACTIONS, "seed": 3}
 @given(st.integers(0, 2**40), st.permutations(sorted(FRACTIONS)))
 def test_fractions_are_kept_whatever_their_order(seed: int, order: list[str]) -> None:
     keys = [f"group {number}" for number in range(2000)]
-    splits = [split_of(key, {name: FRACTIONS[name] for name in order}, seed) for key in keys]
-    assert splits == [split_of(key, FRACTIONS, seed) for key in keys]
+    splits = [hash_split(key, {name: FRACTIONS[name] for name in order}, seed) for key in keys]
+    assert splits == [hash_split(key, FRACTIONS, seed) for key in keys]
     for name, share in FRACTIONS.items():
         # Six standard deviations of a binomial count.
         assert abs(splits.count(name) / 2000 - share) < 6 * (share * (1 - share) / 2000) ** 0.5
@@ -31,7 +31,7 @@ def test_fractions_are_kept_whatever_their_order(seed: int, order: list[str]) ->
 
 def test_another_seed_is_another_split() -> None:
     keys = [f"group {number}" for number in range(500)]
-    assert [split_of(key, FRACTIONS, 0) for key in keys] != [split_of(key, FRACTIONS, 1) for key in keys]
+    assert [hash_split(key, FRACTIONS, 0) for key in keys] != [hash_split(key, FRACTIONS, 1) for key in keys]
 
 
 def test_a_group_is_in_one_split(tmp_path: Path) -> None:
@@ -140,4 +140,4 @@ def test_a_coarser_key_splits(tmp_path: Path) -> None:
     rows = [{"query": f"q{n}", "positives": "p", "negatives": None, "topic": n, "fold": n % 10} for n in range(300)]
     store = build_rows(tmp_path, rows, group="topic", split={**HASH, "by": "fold"})
     for example in store.examples.to_pylist():
-        assert example["split"] == split_of(str(int(example["group"]) % 10), FRACTIONS, 3)
+        assert example["split"] == hash_split(str(int(example["group"]) % 10), FRACTIONS, 3)

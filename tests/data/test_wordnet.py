@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pytest
 
 from nearfield.data import DataConfig, Store, build_data
-from nearfield.data.readers.wordnet import FOLDER, WordNet, lemma_rows, read_synsets
 from nearfield.data.summary import DataSummary
+from nearfield.data.wordnet import FOLDER, EmbeddedReader, lemma_rows, read_synsets
 from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def test_siblings_are_siblings_and_no_positives() -> None:
 
 
 def test_scores_are_shares_and_spread() -> None:
-    rows = [row.values for row in WordNet("wordnet/gloss_similarity").rows(("first", "second", "score"))]
+    rows = [row.values for row in EmbeddedReader(name="wordnet/gloss_similarity").rows(("first", "second", "score"))]
     scores = np.array([row["score"] for row in rows if row is not None], dtype=np.float64)
     assert 0 < scores.min() < 0.2
     assert 0.9 < scores.max() <= 1

@@ -20,7 +20,7 @@ from nearfield.conformance.tiny_models import WORDS
 from nearfield.encoders import LoadedEncoder
 from nearfield.evaluation import EvaluationResult, evaluate
 from nearfield.evaluation.tasks import TYPES
-from tests.data.picture_making import picture, saved
+from tests.data.image_making import noise, saved
 from tests.evaluation.test_mocks import Reference
 
 Columns = dict[str, list[Any]]
@@ -33,7 +33,7 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 
 def images(count: int, first: int = 0) -> list[dict[str, Any]]:
-    return [{"bytes": saved(picture(first + i, 16, 16)), "path": None} for i in range(count)]
+    return [{"bytes": saved(noise(first + i, 16, 16)), "path": None} for i in range(count)]
 
 
 def numbers(count: int, most: int, seed: int = 0) -> list[int]:

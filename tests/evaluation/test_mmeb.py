@@ -20,8 +20,8 @@ from nearfield.errors import BadInputError
 from nearfield.evaluation import SuiteConfig, evaluate
 from nearfield.evaluation.config import MmebTask
 from nearfield.evaluation.mmeb import mmeb_task
+from tests.data.image_making import noise, saved
 from tests.data.making import write_rows
-from tests.data.picture_making import picture, saved
 
 ROWS, CANDIDATES = 60, 4
 
@@ -38,7 +38,7 @@ def file(tmp_path: Path) -> Path:
     """Pictures with an instruction, and four names each, one of which stands twice."""
     rows = []
     for number in range(ROWS):
-        (tmp_path / f"{number}.png").write_bytes(saved(picture(number)))
+        (tmp_path / f"{number}.png").write_bytes(saved(noise(number)))
         names = [f"word{(number * 7 + step) % 150}" for step in range(CANDIDATES)]
         about = {"qry_inst": "<|image_1|>\nword199", "qry_text": f"word{number}", "qry_img_path": f"{number}.png"}
         rows.append({**about, "tgt_text": [*names, names[1]], "tgt_img_path": [""] * (CANDIDATES + 1)})
@@ -56,7 +56,7 @@ def test_hit_at_one_is_that_of_a_loop(model: SentenceTransformer, file: Path) ->
     found = []
     for row in map(json.loads, file.read_text().splitlines()):
         number = int(row["qry_text"].removeprefix("word"))
-        query = model.encode([picture(number)])[0] + model.encode([f"word199 {row['qry_text']}"])[0]
+        query = model.encode([noise(number)])[0] + model.encode([f"word199 {row['qry_text']}"])[0]
         scores = model.encode(row["tgt_text"]) @ query
         found.append(int(np.argmax(scores)) == 0)
     assert hits(model, file) == pytest.approx(np.mean(found), abs=1e-4)

@@ -22,8 +22,8 @@ from nearfield.evaluation.config import FolderTasks
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.heldout import heldout_task
 from nearfield.evaluation.results import read_units
+from tests.data.image_making import noise, saved
 from tests.data.making import LABELLED, config, source, write_rows
-from tests.data.picture_making import picture, saved
 
 MNIST = Path(__file__).parents[2].parent / "shared" / "data" / "MNISTZeroShot"
 SPLIT = {"kind": "column", "column": "split"}
@@ -34,7 +34,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("pictures")
     pairs, labelled = [], []
     for number in range(40):
-        (folder / f"{number}.png").write_bytes(saved(picture(number, 16 + number % 3, 16)))
+        (folder / f"{number}.png").write_bytes(saved(noise(number, 16 + number % 3, 16)))
         split = "test" if number % 2 else "train"
         # Two captions a picture, one of which several pictures share.
         captions = (f"word{number} word{number + 1}", f"word{100 + number // 6}")
@@ -151,7 +151,7 @@ def test_an_item_of_both_is_the_sum_of_its_towers(model: SentenceTransformer) ->
     import datasets
     from torch.utils.data import DataLoader
 
-    pictures, texts = [picture(1), picture(2).convert("L")], ["word1", "word2 word3"]
+    pictures, texts = [noise(1), noise(2).convert("L")], ["word1", "word2 word3"]
     data = datasets.Dataset.from_dict({"image": pictures, "text": texts})
     loader = DataLoader(data, batch_size=2, collate_fn=lambda rows: {key: [r[key] for r in rows] for key in rows[0]})
     encoder = TaskEncoder(model, name="local/tiny", revision="0")

@@ -23,8 +23,8 @@ def make_tokens() -> TokenCache:
     cache.tables = []
     for prompt in (0, 1):
         ids = [np.r_[2, [7] * prompt, random.integers(5, 200, size=size - 2), 3].astype(np.int32) for size in SIZES]
-        offsets = np.r_[0, np.cumsum(SIZES + prompt)]
-        cache.tables.append(TokenTable("p " * prompt, 1 + prompt, np.arange(ITEMS), offsets, np.concatenate(ids)))
+        lists = Ragged.from_lists(ids, np.int32)
+        cache.tables.append(TokenTable("p " * prompt, 1 + prompt, np.arange(ITEMS), lists))
     return cache
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nearfield.arrays import Rows
+from nearfield.arrays import Ragged, Rows
 from nearfield.data.tokens import TokenCache, TokenTable
 from nearfield.encoders.packing import Features
 from nearfield.objectives import InfoNCEConfig
@@ -44,8 +44,8 @@ def tokens() -> TokenCache:
     cache = object.__new__(TokenCache)
     ids = np.array([10, 20, 21, 30, 31, 32, 8, 9, 20, 8, 9, 30, 31], dtype=np.int32)
     cache.tables = [
-        TokenTable("", 0, np.array([0, 1, 2]), np.array([0, 1, 3, 6]), ids[:6]),
-        TokenTable("p: ", 2, np.array([1, 2]), np.array([0, 3, 7]), ids[6:]),
+        TokenTable("", 0, np.array([0, 1, 2]), Ragged(np.array([0, 1, 3, 6]), ids[:6])),
+        TokenTable("p: ", 2, np.array([1, 2]), Ragged(np.array([0, 3, 7]), ids[6:])),
     ]
     return cache
 

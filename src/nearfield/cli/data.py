@@ -13,12 +13,10 @@ from nearfield.cli.app import Overrides, line_of, names, quiet_libraries, table,
 from nearfield.errors import EXIT_FAULT, BadInputError
 
 if TYPE_CHECKING:
-    from nearfield.data.contamination import ContaminationReport
-    from nearfield.data.decontamination_config import DecontaminationConfig
-    from nearfield.data.examples import Example
-    from nearfield.data.stats import CountTokens, Lengths, ShownExample, StoreStats
+    from nearfield.data.contamination import ContaminationReport, DecontaminationConfig
+    from nearfield.data.items import Example
     from nearfield.data.store import Store
-    from nearfield.data.summary import DataSummary, StepSummary
+    from nearfield.data.summary import CountTokens, DataSummary, LengthStats, SampledExample, StepSummary, StoreStats
 
 CACHE = Path("runs/.cache")
 DataRecipe = Annotated[Path, typer.Argument(help="A data recipe, a YAML file.", metavar="RECIPE")]
@@ -62,7 +60,7 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count what is in a store: examples by source and split, lengths, duplicates, shared words."""
-    from nearfield.data.stats import count_words, store_stats
+    from nearfield.data.summary import count_words, store_stats
 
     opened = open_store(store, overrides)
     count = count_words if tokenizer is None else _token_counter(tokenizer)
@@ -83,7 +81,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other examples.")] = 0,
 ) -> None:
     """Show a few examples."""
-    from nearfield.data.stats import sample_examples
+    from nearfield.data.summary import sample_examples
 
     for example in sample_examples(open_store(store, overrides), count, source, split, seed):
         print_example(example)
@@ -193,15 +191,15 @@ def print_stats(stats: StoreStats) -> None:
     tell(table(heads, rows))
     print_steps(stats.steps, Path(stats.path))
     for source in stats.sources:
-        if source.pictures:
-            tell(f"{source.name}: {source.pictures:,} different pictures")
+        if source.images:
+            tell(f"{source.name}: {source.images:,} different images")
     tell(f"Lengths in {stats.unit}:")
     for source in stats.sources:
         for lengths in source.lengths:
             _print_histogram(source.name, lengths)
 
 
-def _print_histogram(source: str, lengths: Lengths) -> None:
+def _print_histogram(source: str, lengths: LengthStats) -> None:
     tell(
         f"{source}, {lengths.role}: {lengths.items:,} items, mean {lengths.mean:.1f}, median {lengths.median:.0f}, "
         f"95% up to {lengths.p95:.0f}, longest {lengths.longest:,}",
@@ -212,7 +210,7 @@ def _print_histogram(source: str, lengths: Lengths) -> None:
     tell(table(["up to", "items", ""], bars))
 
 
-def print_example(example: ShownExample) -> None:
+def print_example(example: SampledExample) -> None:
     """An example in words; long texts are cut."""
     tell(f"{example.source} / {example.split} / example {example.row}", "bold")
     colours = {"query": "cyan", "item": "cyan", "negative": "red", "score": "", "label": ""}
@@ -221,7 +219,7 @@ def print_example(example: ShownExample) -> None:
         tell(line_of(f"  {name:<9}", (cut, colours.get(name, "green"))))
 
 
-def example_parts(example: ShownExample | Example) -> list[tuple[str, str]]:
+def example_parts(example: SampledExample | Example) -> list[tuple[str, str]]:
     """An example as names and words."""
     parts = [("query" if example.positives else "item", str(example.query))]
     parts += [("positive" if example.score is None else "second", str(text)) for text in example.positives]
@@ -269,7 +267,7 @@ def decontaminate(
 
 def _settings(texts: list[str]) -> DecontaminationConfig:
     from nearfield.config import KeyPath, apply_override, validate
-    from nearfield.data.decontamination_config import DecontaminationConfig
+    from nearfield.data.contamination import DecontaminationConfig
 
     data: dict[str, object] = {}
     origins: dict[KeyPath, str] = {}

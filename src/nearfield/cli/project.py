@@ -15,7 +15,7 @@ from nearfield.cli.data import example_parts
 
 if TYPE_CHECKING:
     from nearfield.conformance.runner import Outcome
-    from nearfield.data.guess import Guess
+    from nearfield.data.infer import InferredSource
 
 logger = logging.getLogger("nearfield")
 
@@ -67,12 +67,11 @@ def _copy(folder: Path, force: bool) -> None:
 
 
 def _own_data(folder: Path, data: Path, name: str | None, force: bool) -> None:
-    from nearfield.data.guess import guess_columns, safe_name
-    from nearfield.data.project import write_project
+    from nearfield.data.infer import infer_source, safe_name, write_project
 
-    guess = guess_columns(data, safe_name(Path(name)) if name else None)
-    print_guess(guess)
-    project = write_project(guess, folder, force)
+    inferred = infer_source(data, safe_name(Path(name)) if name else None)
+    print_inferred(inferred)
+    project = write_project(inferred, folder, force)
     for file in (project.data, project.suite, project.recipe):
         tell(f"wrote {folder / file}")
     tell("Next:")
@@ -81,15 +80,15 @@ def _own_data(folder: Path, data: Path, name: str | None, force: bool) -> None:
         tell(f"  {step}")
 
 
-def print_guess(guess: Guess) -> None:
+def print_inferred(inferred: InferredSource) -> None:
     """What the columns were taken for, and the first examples."""
-    kind = guess.source.examples.kind
-    tell(f"{guess.path.name}: {guess.rows:,} rows, read as {kind} examples in {guess.groups:,} groups", "bold")
-    for role, column in guess.columns.items():
+    kind = inferred.source.examples.kind
+    tell(f"{inferred.path.name}: {inferred.rows:,} rows, read as {kind} examples in {inferred.groups:,} groups", "bold")
+    for role, column in inferred.columns.items():
         tell(f"  {role}: {column if isinstance(column, str) else ', '.join(column)}")
-    for note in guess.notes:
+    for note in inferred.notes:
         tell(f"  note: {note}")
-    for number, example in enumerate(guess.examples, start=1):
+    for number, example in enumerate(inferred.examples, start=1):
         tell(f"example {number}", "bold")
         for name, text in example_parts(example):
             tell(f"  {name:<9}{text[:200]}")

@@ -148,10 +148,8 @@ GUIDE_WIDTH = 8
 
 def memory_tokens(ids: list[np.ndarray[tuple[int], np.dtype[np.int32]]]) -> TokenCache:
     """A token cache of one prompt that lives in memory."""
-    sizes = np.asarray([len(row) for row in ids])
     cache = object.__new__(TokenCache)
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    cache.tables = [TokenTable("", 0, np.arange(len(ids)), offsets, np.concatenate(ids))]
+    cache.tables = [TokenTable("", 0, np.arange(len(ids)), Ragged.from_lists(ids, np.int32))]
     return cache
 
 

@@ -1,4 +1,4 @@
-"""data recipe -> store: the stage of a run that reads the data."""
+"""Data recipe -> store: the stage of a run that reads the data."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 
 from nearfield.checksums import damage, seal
 from nearfield.config import load_config
-from nearfield.data.cleaning.run import clean, steps_of
-from nearfield.data.cleaning.step import Encoders
+from nearfield.data.cleaning.run import Encoders, clean, steps_of
 from nearfield.data.collect import Collected, collect
 from nearfield.data.config import DataConfig
-from nearfield.data.picture_columns import picture_inputs
-from nearfield.data.readers.base import Reader, excerpt
+from nearfield.data.items import image_inputs
+from nearfield.data.readers import ReaderBase, excerpt
 from nearfield.data.resolve import Resolved, conflict_rows, first_conflicts, resolve, shared_between_splits
 from nearfield.data.store import FORMAT_VERSION, SourceInfo, Store
 from nearfield.data.summary import Conflicts, DataSummary, SourceSummary, StepSummary, read_summary
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, fingerprint, read_json, remove_leftovers, write_json
+from nearfield.kinds import outside_sources
 
-VERSION = 1
+VERSION = 2
 """Raised when the same recipe and files give another store."""
 
 logger = logging.getLogger("nearfield.data")
@@ -34,52 +35,46 @@ def data_fingerprint(config: DataConfig) -> str:
 
     The place of the files does not count, and neither does the order of keys. Files are read once for it.
     """
-    return _fingerprint(config, [source.reader.build() for source in config.sources])
+    return _fingerprint(config, _readers(config))
 
 
-def _fingerprint(config: DataConfig, readers: Sequence[Reader]) -> str:
-    settings = config.identity()
-    for source in settings["sources"]:
-        for reader in (source["reader"], source["reader"].get("of", {})):
-            for place in ("path", "cache", "captions", "image_folder"):
-                reader.pop(place, None)
-        # A source without weights has the fingerprint that it had before there were any.
-        if source["weight"] is None:
-            del source["weight"]
-        # The same for images; where they lie does not count.
-        if source["images"] is None:
-            del source["images"]
-        else:
-            del source["images"]["folder"]
+def _readers(config: DataConfig) -> list[ReaderBase]:
+    return [source.reader.build() for source in config.sources]
+
+
+def _fingerprint(config: DataConfig, readers: Sequence[ReaderBase]) -> str:
     inputs: list[object] = [
-        {**reader.inputs(), **picture_inputs(source, reader)}
+        {**reader.inputs(), **image_inputs(source, reader)}
         for source, reader in zip(config.sources, readers, strict=True)
     ]
-    owners = [(settings, config.steps)]
-    owners += [(owner, source.steps) for owner, source in zip(settings["sources"], config.sources, strict=True)]
-    for owner, steps in owners:
-        del owner["steps"]
-        # A recipe without steps has the fingerprint that it had before there were any.
-        if steps:
-            owner["steps"] = [step.identity(exclude={"path"}) for step in steps]
-            inputs.append([step.inputs() for step in steps])
-    return fingerprint({"version": VERSION, "config": settings, "inputs": inputs})
+    inputs += [step.inputs() for step, _ in steps_of(config)]
+    settings = _without_paths(config.model_dump(exclude_none=True))
+    code = [[source.path, source.version, source.content] for source in outside_sources(config)]
+    return fingerprint({"version": VERSION, "config": settings, "inputs": inputs, "code": code})
+
+
+def _without_paths(value: Any) -> Any:
+    """Settings as they are written to JSON, without the paths in them."""
+    if isinstance(value, dict):
+        return {key: _without_paths(each) for key, each in value.items() if not isinstance(each, Path)}
+    return [_without_paths(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def build_data(config: DataConfig, out: Path, *, encoders: Encoders | None = None) -> DataSummary:
     """Build the store of a data recipe in the folder ``out``, which is replaced if it exists.
 
-    ``encoders`` turns the name of a model into its ``encode``, for cleaning steps that embed texts. The folder appears when it is whole. Raises :class:`BadInputError` where a file, a column or too many rows cannot be
-    used; the quarantined rows are then in ``<out>.quarantine.jsonl``. Texts stream through; see :mod:`.writing` and
-    :mod:`.resolve` for the numbers that are held in memory.
+    ``encoders`` turns the name of a model into its ``encode``, for cleaning steps that embed texts. The folder appears when
+    it is whole. Raises :class:`BadInputError` where a file, a column or too many rows cannot be used; the quarantined rows
+    are then in ``<out>.quarantine.jsonl``. Texts stream through; see :mod:`.collect` and :mod:`.resolve` for the numbers
+    that are held in memory.
     """
-    readers = [source.reader.build() for source in config.sources]
+    readers = _readers(config)
     return _build(config, readers, out, _fingerprint(config, readers), encoders)
 
 
 def ensure_store(config: DataConfig, cache: Path, *, encoders: Encoders | None = None) -> DataSummary:
     """Build the store in ``cache/data/<fingerprint>`` unless it is there; ``.reused`` tells which."""
-    readers = [source.reader.build() for source in config.sources]
+    readers = _readers(config)
     mark = _fingerprint(config, readers)
     out = cache / "data" / mark
     if _is_whole(out):
@@ -90,10 +85,12 @@ def ensure_store(config: DataConfig, cache: Path, *, encoders: Encoders | None =
 
 def ensure_store_at(config: DataConfig, out: Path, *, encoders: Encoders | None = None) -> DataSummary:
     """Build the store in the folder ``out`` unless the same one is there; one of another recipe is replaced."""
-    readers = [source.reader.build() for source in config.sources]
+    readers = _readers(config)
     mark = _fingerprint(config, readers)
-    if _is_whole(out) and read_json(out / "store.json", "store").get("fingerprint") == mark:
-        return read_summary(out)
+    if _is_whole(out):
+        if read_json(out / "store.json", "store").get("fingerprint") == mark:
+            return read_summary(out)
+        logger.info("The store %s is built again: the recipe, its files or the format of stores changed", out)
     return _build(config, readers, out, mark, encoders)
 
 
@@ -126,7 +123,7 @@ def prepare_store(
 
 
 def _build(
-    config: DataConfig, readers: list[Reader], out: Path, mark: str, encoders: Encoders | None = None
+    config: DataConfig, readers: list[ReaderBase], out: Path, mark: str, encoders: Encoders | None = None
 ) -> DataSummary:
     if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):
         hint = "Choose another folder with --out."
@@ -196,9 +193,7 @@ def _summarise(
     summaries = []
     for number, source in enumerate(config.sources):
         mine = examples.filter(pc.equal(examples.column("source"), number)).select(["group", "cluster", "split"])
-        splits = resolved.splits[number]
-        if steps:
-            splits = {e["values"]: e["counts"] for e in pc.value_counts(mine.column("split")).to_pylist()}
+        splits = {entry["values"]: entry["counts"] for entry in pc.value_counts(mine.column("split")).to_pylist()}
         summaries.append(
             SourceSummary(
                 name=source.name,
@@ -221,6 +216,6 @@ def _summarise(
         examples=examples.num_rows,
         sources=tuple(summaries),
         conflicts=conflicts,
-        shared_between_splits=shared_between_splits(store) if steps else resolved.shared,
+        shared_between_splits=shared_between_splits(store),
         steps=steps,
     )

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from nearfield.config import Config
-from nearfield.data.cleaning_config import StepConfig
-from nearfield.data.picture_config import ImagesConfig
-from nearfield.data.picture_readers import (
-    EmojiReader,
-    ImageFolderReader,
-    ImageTripletsReader,
-    MmebReader,
-    OpenClipartReader,
-    PictureReader,
-    WebDatasetReader,
-)
-from nearfield.data.prompt_templates import TEMPLATES, TemplateName, render
-from nearfield.data.text_readers import (
-    CsvReader,
-    DebianReader,
-    DocstringsReader,
-    EmbeddedReader,
-    HubReader,
-    JsonlReader,
-    ParquetReader,
-    SpansReader,
-)
+from nearfield.config import Config, ConfigPath
+from nearfield.data.cleaning import STEPS, StepBase
+from nearfield.data.prompts import Prompts
+from nearfield.data.readers import ReaderConfig
 
 if TYPE_CHECKING:
-    pass
+    from nearfield.data.items import RowValues
 
 TaskType = Literal[
     "Any2AnyMultilingualRetrieval",
@@ -59,89 +43,65 @@ TaskType = Literal[
     "VisualSTS(multi)",
     "ZeroShotClassification",
 ]
-"""The task types of MTEB whose items are texts and pictures."""
+"""The task types of MTEB whose items are texts and images."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Column = Annotated[str, Field(min_length=1)]
 Columns = Column | Annotated[tuple[Column, ...], Field(min_length=1)]
 
 
-Phrasings = Annotated[tuple[str, ...], Field(min_length=1)]
+class TextAndImage(Config):
+    """The columns that make an item of both. Where one of them is null or empty, the item has only the other."""
+
+    text: Column
+    """The column of the text."""
+    image: Column
+    """The column of the image."""
 
 
-class Prompts(Config):
-    """Strings put before the text of an item, a role; null leaves it to the training recipe, and there to the base model.
+class ImagesConfig(Config):
+    """The images of a source. Readers of images need nothing of this stated; the others need ``columns`` or ``join``.
 
-    Where the texts of the task type have no role (classification, clustering, pairs and the like), ``query`` is put before
-    all of them, unless ``document`` is stated, too.
-    Several phrasings of one prompt are a list: training draws one for each example and epoch, and the model keeps the first.
-    Instead of the strings a ``template`` of a published model can be named, with instructions for the places that it has.
+    An image is a path below ``folder`` or the bytes of its file. It is decoded, turned as its EXIF says, laid on white
+    where it is transparent, made smaller and kept without its metadata. One that cannot be is a bad row.
     """
 
-    query: str | Phrasings | None = None
-    document: str | Phrasings | None = None
-    template: TemplateName | None = None
-    """Makes the strings that are not stated."""
-    instruction: str | Phrasings | None = None
-    """What the template puts before queries: the task, in one or several phrasings."""
-    document_instruction: str | None = None
-    """The same for documents; null leaves them as the template has them without one."""
+    columns: tuple[Column, ...] = ()
+    """Columns that hold images: a path, bytes, ``{bytes, path}`` as Hugging Face data sets have them, or a list of these."""
+    join: dict[Column, TextAndImage] = {}
+    """New columns whose items are text and image together; lists are joined member by member."""
+    folder: ConfigPath | None = None
+    """The folder where paths start; null is the folder of the file that names them. A path that leads out of it is refused."""
+    max_side: Annotated[int, Field(ge=8, le=8192)] = 512
+    """Pixels of the longer side that an image is made smaller to. Raise it for documents and other fine print."""
+    quality: Annotated[int, Field(ge=1, le=100)] | None = None
+    """Null keeps every pixel (lossless WebP); a number keeps lossy WebP, a tenth of the size for photographs."""
+    max_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 32 << 20
+    """A larger file is not read."""
+    max_pixels: Annotated[int, Field(ge=1, le=89_478_485)] = 67_108_864
+    """An image whose header states more pixels is not decoded."""
+    formats: Annotated[tuple[Literal["png", "jpeg", "webp", "gif", "bmp"], ...], Field(min_length=1)] = (
+        *("png", "jpeg", "webp"),
+        *("gif", "bmp"),
+    )
+    """Formats that are decoded, by what the file holds, whatever its name says."""
+    animated: Literal["first", "refuse"] = "first"
+    """An image with several frames gives the first one, or is a bad row."""
 
-    @model_validator(mode="before")
+    @field_validator("columns")
     @classmethod
-    def _from_template(cls, stated: Any) -> Any:
-        if not isinstance(stated, dict):
-            return stated
-        # Whoever reads JSON strictly takes a list for a tuple, but not what comes out of here.
-        stated = {key: tuple(value) if isinstance(value, list) else value for key, value in stated.items()}
-        if not isinstance(stated.get("template"), str):
-            return stated
-        template = TEMPLATES.get(stated["template"])
-        if template is None:
-            return stated
-        instruction = stated.get("instruction")
-        phrasings = list(instruction) if isinstance(instruction, (list, tuple)) else [instruction]
-        made = [render(template, phrasing, stated.get("document_instruction")) for phrasing in phrasings]
-        queries = [query for query, _ in made]
-        return {"query": tuple(queries) if len(queries) > 1 else queries[0], "document": made[0][1], **stated}
+    def _once(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(columns)) < len(columns):
+            raise ValueError("a column stands twice")
+        return columns
 
-    @property
-    def states_document(self) -> bool:
-        """Whether the prompt before documents is stated, and not what a template has where nothing is said of documents."""
-        made = None if self.template is None else TEMPLATES[self.template].document
-        return self.document is not None and (made is None or self.document != made or bool(self.document_instruction))
-
-    @model_validator(mode="after")
-    def _instructions_need_a_template(self) -> Self:
-        if self.template is None and (self.instruction is not None or self.document_instruction is not None):
-            raise ValueError("an instruction needs a template that says where it stands")
-        return self
-
-    @field_validator("query", "document")
-    @classmethod
-    def _different(cls, prompt: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        if isinstance(prompt, tuple) and len(set(prompt)) < len(prompt):
-            raise ValueError("a phrasing stands twice")
-        return prompt
-
-
-ReaderConfig = Annotated[
-    JsonlReader
-    | CsvReader
-    | ParquetReader
-    | HubReader
-    | EmbeddedReader
-    | DebianReader
-    | DocstringsReader
-    | SpansReader
-    | EmojiReader
-    | OpenClipartReader
-    | ImageFolderReader
-    | WebDatasetReader
-    | MmebReader
-    | ImageTripletsReader,
-    Field(discriminator="kind"),
-]
+    def replaced(self, columns: tuple[str, ...]) -> tuple[str, ...]:
+        """The columns that the files must have so that there are ``columns``, without repetition."""
+        needed: list[str] = []
+        for column in columns:
+            both = self.join.get(column)
+            needed += [column] if both is None else [both.text, both.image]
+        return tuple(dict.fromkeys(needed))
 
 
 class RetrievalExamples(Config):
@@ -149,8 +109,23 @@ class RetrievalExamples(Config):
 
     kind: Literal["retrieval"] = "retrieval"
     query: Column
+    """The column of the query."""
     positives: Columns
+    """One or several columns of texts that answer the query."""
     negatives: Columns | None = None
+    """One or several columns of texts that do not; null for none."""
+
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read, in a fixed order."""
+        return (self.query, *_as_tuple(self.positives), *_as_tuple(self.negatives))
+
+    def read(self, row: RowValues) -> dict[str, Any]:
+        """The fields of the example of a row."""
+        return {
+            "query": row.item(self.query),
+            "positives": row.items(_as_tuple(self.positives)),
+            "negatives": row.items(_as_tuple(self.negatives), optional=True),
+        }
 
 
 class GradedExamples(Config):
@@ -158,9 +133,13 @@ class GradedExamples(Config):
 
     kind: Literal["graded"] = "graded"
     first: Column
+    """The column of one item."""
     second: Column
+    """The column of the other."""
     score: Column
+    """The column of the score, a number that is higher for more similar items."""
     scale: tuple[float, float] | None = None
+    """Lowest and highest possible score; one outside is a bad row. Null keeps scores as they are."""
 
     @field_validator("scale")
     @classmethod
@@ -169,13 +148,32 @@ class GradedExamples(Config):
             raise ValueError("the scale must rise: [lowest, highest]")
         return scale
 
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read, in a fixed order."""
+        return (self.first, self.second, self.score)
+
+    def read(self, row: RowValues) -> dict[str, Any]:
+        """The fields of the example of a row."""
+        query, second = row.item(self.first), row.item(self.second)
+        return {"query": query, "positives": (second,), "score": row.score(self.score, self.scale)}
+
 
 class LabelledExamples(Config):
     """An item and its label."""
 
     kind: Literal["labelled"] = "labelled"
     item: Column
+    """The column of the item."""
     label: Column
+    """The column of the label: a string, a whole number or a truth value."""
+
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read, in a fixed order."""
+        return (self.item, self.label)
+
+    def read(self, row: RowValues) -> dict[str, Any]:
+        """The fields of the example of a row."""
+        return {"query": row.item(self.item), "label": row.key(self.label)}
 
 
 class TextExamples(Config):
@@ -183,11 +181,27 @@ class TextExamples(Config):
 
     kind: Literal["text"] = "text"
     text: Column
+    """The column of the text."""
+
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read, in a fixed order."""
+        return (self.text,)
+
+    def read(self, row: RowValues) -> dict[str, Any]:
+        """The fields of the example of a row."""
+        return {"query": row.item(self.text)}
 
 
 ExamplesConfig = Annotated[
     RetrievalExamples | GradedExamples | LabelledExamples | TextExamples, Field(discriminator="kind")
 ]
+
+
+def _as_tuple(columns: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """One column, several or none, as a tuple."""
+    if columns is None:
+        return ()
+    return (columns,) if isinstance(columns, str) else columns
 
 
 class DuplicateGroups(Config):
@@ -203,7 +217,9 @@ class HashSplit(Config):
 
     kind: Literal["hash"] = "hash"
     fractions: dict[Name, float]
+    """Split -> share of the groups; the shares sum to 1, e.g. ``{train: 0.8, validation: 0.1, test: 0.1}``."""
     seed: int = Field(default=0, ge=0)
+    """Another seed, another division."""
     by: Column | None = None
     """A column that holds a coarser key than ``group``; its values go to one split each."""
 
@@ -216,12 +232,40 @@ class HashSplit(Config):
             raise ValueError(f"the fractions sum to {sum(fractions.values()):g}; they must sum to 1")
         return fractions
 
+    @property
+    def key_column(self) -> str | None:
+        """The column that the split of a row depends on."""
+        return self.by
+
+    def split_of(self, group: str, key: str | None) -> str:
+        """The split of an example by its key, without one by its group."""
+        return hash_split(group if key is None else key, self.fractions, self.seed)
+
+    def may_part(self, grouped: bool) -> bool:
+        """Whether examples of one group could get different splits, so that it must be checked."""
+        return self.by is not None
+
 
 class ColumnSplit(Config):
     """A column names the split."""
 
     kind: Literal["column"] = "column"
     column: Column
+    """The column that holds the name of the split."""
+
+    @property
+    def key_column(self) -> str | None:
+        """The column that the split of a row depends on."""
+        return self.column
+
+    def split_of(self, group: str, key: str | None) -> str:
+        """The split that the row names."""
+        assert key is not None
+        return key
+
+    def may_part(self, grouped: bool) -> bool:
+        """Whether examples of one group could get different splits; ``grouped`` is whether the recipe states groups."""
+        return grouped
 
 
 class WholeSplit(Config):
@@ -229,52 +273,93 @@ class WholeSplit(Config):
 
     kind: Literal["all"] = "all"
     name: Name = "train"
+    """The name of the split."""
+
+    @property
+    def key_column(self) -> str | None:
+        """The column that the split of a row depends on."""
+        return None
+
+    def split_of(self, group: str, key: str | None) -> str:
+        """The one split."""
+        return self.name
+
+    def may_part(self, grouped: bool) -> bool:
+        """Whether examples of one group could get different splits."""
+        return False
 
 
 SplitConfig = Annotated[HashSplit | ColumnSplit | WholeSplit, Field(discriminator="kind")]
+
+
+def hash_split(key: str, fractions: Mapping[str, float], seed: int) -> str:
+    """The split that a key goes to. The order in which the fractions are written does not matter."""
+    place = hash_fraction(key, seed)
+    reached = 0.0
+    names = sorted(fractions)
+    for name in names[:-1]:
+        reached += fractions[name]
+        if place < reached:
+            return name
+    return names[-1]
+
+
+def hash_fraction(key: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the key and the seed alone, spread evenly over keys."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8, key=seed.to_bytes(8, "little"))
+    return (int.from_bytes(digest.digest(), "big") >> 11) / (1 << 53)
 
 
 class SourceConfig(Config):
     """A data set that examples come from."""
 
     name: Name
+    """Unique in the recipe; batches, prompts and reports speak of the source by it."""
     task_type: TaskType
+    """MTEB's type of the task that the examples teach; it decides which prompts and roles the items get."""
     prompts: Prompts = Prompts()
+    """Strings before the texts of this source."""
     reader: ReaderConfig
+    """The files, and how they are read."""
     examples: ExamplesConfig
+    """The meaning of the columns."""
     group: Column | DuplicateGroups | None = None
     """Examples of a group stay on one side of a split. Without it, the query is the group."""
     cluster: Column | None = None
     """The unit that statistics resample. Without it, the group."""
     weight: Column | None = None
-    """What each example counts in the loss: a finite number of at least 0. Without it, each counts 1."""
+    """The weight of an example in the loss: a finite number of at least 0. Without it, each counts 1."""
     split: SplitConfig
+    """The examples that are trained on, and those that are held out."""
     images: ImagesConfig | None = None
-    """Where the pictures are and what becomes of them. Readers of pictures have these settings without stating them."""
-    steps: tuple[StepConfig, ...] = ()
+    """The place of the images, and how they are checked and kept. Readers of images have these settings without stating them."""
+    steps: tuple[Annotated[StepBase, STEPS], ...] = ()
     """Cleaning steps within this source, in their order, before the common ones."""
 
-    def pictures(self) -> ImagesConfig | None:
-        """The settings for the pictures of this source; None for a source of texts."""
-        return ImagesConfig() if self.images is None and isinstance(self.reader, PictureReader) else self.images
+    @property
+    def group_column(self) -> str | None:
+        """The column that names the group, where one does."""
+        return self.group if isinstance(self.group, str) else None
+
+    @property
+    def duplicate_groups(self) -> DuplicateGroups | None:
+        """The settings of groups by shared texts, where groups are made so."""
+        return self.group if isinstance(self.group, DuplicateGroups) else None
+
+    def image_rules(self) -> ImagesConfig | None:
+        """The settings for the images of this source; None for a source of texts."""
+        return ImagesConfig() if self.images is None and self.reader.gives_images else self.images
+
+    def image_folder(self) -> Path:
+        """The folder where the paths of images start: the stated folder, else the one of the file that the reader reads."""
+        if self.images is not None and self.images.folder is not None:
+            return self.images.folder
+        path: Path | None = getattr(self.reader, "path", None)
+        return Path() if path is None else path if path.is_dir() else path.parent
 
     def columns(self) -> tuple[str, ...]:
         """The columns that a row of this source must have, in a fixed order, without repetition."""
-        examples = self.examples
-        wanted: list[str | None] = []
-        if isinstance(examples, RetrievalExamples):
-            wanted += [examples.query, *as_tuple(examples.positives), *as_tuple(examples.negatives)]
-        elif isinstance(examples, GradedExamples):
-            wanted += [examples.first, examples.second, examples.score]
-        elif isinstance(examples, LabelledExamples):
-            wanted += [examples.item, examples.label]
-        else:
-            wanted += [examples.text]
-        wanted += [self.group if isinstance(self.group, str) else None, self.cluster, self.weight]
-        if isinstance(self.split, HashSplit):
-            wanted.append(self.split.by)
-        elif isinstance(self.split, ColumnSplit):
-            wanted.append(self.split.column)
+        wanted = [*self.examples.columns(), self.group_column, self.cluster, self.weight, self.split.key_column]
         return tuple(dict.fromkeys(column for column in wanted if column is not None))
 
     def read_columns(self) -> tuple[str, ...]:
@@ -282,23 +367,18 @@ class SourceConfig(Config):
         return self.columns() if self.images is None else self.images.replaced(self.columns())
 
 
-def as_tuple(columns: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """One column, several or none, as a tuple."""
-    if columns is None:
-        return ()
-    return (columns,) if isinstance(columns, str) else columns
-
-
 class DataConfig(Config):
     """A data recipe."""
 
     name: Name
+    """Stands in the store, in reports and in model cards."""
     max_bad_rows: float = Field(default=0.01, ge=0, le=1)
     """The build stops where more than this share of a source's rows cannot be used."""
     max_characters: int = Field(default=1_000_000, ge=1)
     """A longer text is no text but an accident."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    steps: tuple[StepConfig, ...] = ()
+    """The data sets."""
+    steps: tuple[Annotated[StepBase, STEPS], ...] = ()
     """Cleaning steps over all sources: near-duplicates are looked for across them."""
 
     @field_validator("sources")

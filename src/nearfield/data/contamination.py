@@ -1,4 +1,4 @@
-"""What decontamination reports: for each task, the texts that training shares with it."""
+"""The report of a decontamination: for each task, the texts that training shares with it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,36 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from nearfield.data.cleaning import NearDuplicateConfig
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, fingerprint, read_json, write_json
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 KINDS = ("exact", "normalised", "ngram", "minhash", "embedding")
-"""How a training text matches a benchmark text, the strongest first. A text counts once, under the strongest."""
+"""The ways in which a training text matches a benchmark text, the strongest first. A text counts once, under the strongest."""
 ROLES = ("query", "document", "distractor", "text")
-"""What a benchmark text is: a query, a document that is relevant for one, any other document of a corpus, or a text of a
+"""The roles of a benchmark text: a query, a document that is relevant for one, any other document of a corpus, or a text of a
 task without such sides (pairs, labelled items, clustering, bitext)."""
 COMPARED = "Compared with the texts of: "
-"""How the sentence of a model card begins that names the tasks."""
+"""The beginning of the sentence of a model card that names the tasks."""
 TRAINING_ROLES = ("query", "document", "negative")
+
+
+class DecontaminationConfig(NearDuplicateConfig):
+    """The rules by which two texts count as the same. Exact and normalised matches are always looked for."""
+
+    ngram: Annotated[int, Field(ge=5)] = 13
+    """Length of the word sequences that two texts may share."""
+    ngram_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Texts match that share at least this much of the sequences of the one that has fewer."""
+    common: Annotated[int, Field(ge=1)] = 1000
+    """A sequence in more training texts than this is boilerplate and does not count."""
+    cosine: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Texts match whose embeddings have at least this cosine, where an encoder is given."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,6 @@ class ContaminationReport:
     data: str
     """Fingerprint of the store."""
     suite: str
-    suite_fingerprint: str
     sources: tuple[str, ...]
     split: str
     settings: Mapping[str, Any]
@@ -100,8 +115,9 @@ class ContaminationReport:
     tasks: tuple[TaskContamination, ...]
     contaminated: int
     """Training texts that match a benchmark text that is no distractor."""
-    pictures: int = 0
-    """Training pictures without a text, which were not compared with anything."""
+    images: int = 0
+    """Training images without a text, which were not compared with anything."""
+    suite_fingerprint: str = ""
     made_with: Mapping[str, Any] = field(default_factory=dict)
     """The rest that the report depends on: the way of comparing, the model of the embeddings, versions."""
     removals: tuple[Removal, ...] = ()
@@ -111,8 +127,8 @@ class ContaminationReport:
         """All but the list of removals, whose length it has."""
         values = dataclasses.asdict(dataclasses.replace(self, removals=()))
         del values["removals"]
-        if not self.pictures:
-            del values["pictures"]
+        if not self.images:
+            del values["images"]
         return {"version": REPORT_VERSION, **values}
 
     def save(self, path: Path) -> None:

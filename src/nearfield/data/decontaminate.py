@@ -1,6 +1,7 @@
 """Training texts against the texts of benchmarks.
 
-The training side is indexed once and held in memory, the texts of each task stream by.
+The training side is indexed once and held in memory, the texts of each task stream by. Held for each training text: its words
+as hashes (8 bytes a word), the word sequences (24 bytes each), 700 bytes of MinHash and, with an encoder, its vector.
 """
 
 from __future__ import annotations
@@ -14,33 +15,156 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.arrays import Floats, Index, Ragged, Rows, Vectors, concatenate
 from nearfield.console import track
 from nearfield.data.contamination import (
     KINDS,
     ROLES,
     TRAINING_ROLES,
     ContaminationReport,
+    DecontaminationConfig,
     MatchExample,
     Removal,
     TaskContamination,
 )
-from nearfield.data.decontamination_config import DecontaminationConfig
-from nearfield.data.near import Encode
-from nearfield.data.readers.base import excerpt
-from nearfield.data.shingles import Rows
-from nearfield.data.training_index import BLOCK, Found, TrainingIndex, TrainingTexts
+from nearfield.data.items import canonical_text
+from nearfield.data.near_duplicates import Encode, NearIndex, TextSets, near_vectors, pieces, unit
+from nearfield.data.readers import excerpt
+from nearfield.data.words import Hashes, WordHashes, hash_normal_forms, hash_texts, hash_words, sequences
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
     from nearfield.data.store import Store
 
-VERSION = 1
+VERSION = 2
 """Raised when the same texts give another report."""
 
+BLOCK = 8192
+"""Texts that are looked at together."""
 _BLOCK_CHARACTERS = 16 << 20
 _SHOWN = 5
+_NONE: Hashes = np.empty(0, dtype=np.uint64)
 
 logger = logging.getLogger("nearfield.data")
+
+
+class TrainingTexts:
+    """The different texts of a store's training examples, and what they are there."""
+
+    def __init__(self, store: Store, sources: Sequence[str], split: str) -> None:
+        self.store = store
+        roles = np.zeros((len(TRAINING_ROLES), store.items.num_rows), dtype=np.bool_)
+        for name in sources:
+            part = store.examples.take(store.select(name, split))
+            roles[0, part["query"].to_numpy()] = True
+            for number, column in ((1, "positives"), (2, "negatives")):
+                roles[number, Ragged.from_arrow(part[column]).values] = True
+        self.items: Rows = np.flatnonzero(roles.any(axis=0)).astype(np.int64)
+        self.images = 0
+        """Items that are an image without a text: they are not compared."""
+        if store.has_images:
+            wordless = np.asarray([kind == "image" for kind in store.modalities(self.items)], dtype=np.bool_)
+            self.images = int(wordless.sum())
+            self.items = self.items[~wordless]
+        self.roles = roles[:, self.items]
+
+    def batches(self) -> Iterator[list[str]]:
+        """The texts in the order of ``items``."""
+        for start in range(0, len(self.items), BLOCK):
+            yield self.store.texts(self.items[start : start + BLOCK])
+
+
+@dataclass
+class Matches:
+    """Matches of a block: pairs (training text, benchmark text) with their similarity, for one kind."""
+
+    pairs: Rows
+    similarity: Floats
+
+    @classmethod
+    def equal(cls, index: Index, hashes: Hashes) -> Matches:
+        """Those with equal hashes; 0 is no hash."""
+        training = index.all(hashes)
+        pairs = np.stack([training.values, training.owners()], axis=1)[np.repeat(hashes, training.lengths) != 0]
+        return cls(pairs, np.ones(len(pairs)))
+
+
+class TrainingIndex:
+    """Everything that benchmark texts are compared with."""
+
+    def __init__(
+        self, batches: Iterable[Sequence[str]], config: DecontaminationConfig, encode: Encode | None = None
+    ) -> None:
+        self.config = config
+        self.encode = encode
+        self.known = WordHashes()
+        sets, grams, exact, normal = [], [], [], []
+        vectors: list[Vectors] = []
+        for texts in batches:
+            split = hash_words(texts, self.known)
+            sets.append(TextSets.of(texts, self.known, split))
+            grams.append(sequences(split, config.ngram).distinct())
+            exact.append(hash_texts([canonical_text(text) for text in texts]))
+            normal.append(hash_normal_forms(texts))
+            if encode is not None:
+                vectors.append(unit(encode(texts)))
+        self.near = NearIndex(TextSets.join(sets), config)
+        self.exact = Index(np.concatenate([_NONE, *exact]))
+        # A text of signs alone has no normal form; equal ones are exact matches.
+        self.normal = Index(np.concatenate([_NONE, *normal]))
+        every = concatenate([Ragged.empty(0, np.uint64), *grams])
+        self.gram_counts = every.lengths
+        self.gram_owners = every.owners()
+        self.grams = Index(every.values)
+        self.vectors = np.concatenate(vectors) if vectors else None
+        self.long = (self.near.sets.split.lengths >= config.min_words) & (
+            self.near.sets.letters >= config.min_characters
+        )
+
+    def __len__(self) -> int:
+        return len(self.gram_counts)
+
+    def matches(self, texts: Sequence[str]) -> tuple[dict[str, Matches], Rows]:
+        """Matches of benchmark texts by kind, and the training texts that share any word sequence with one."""
+        split = hash_words(texts, self.known)
+        sets = TextSets.of(texts, self.known, split)
+        found = {
+            "exact": Matches.equal(self.exact, hash_texts([canonical_text(text) for text in texts])),
+            "normalised": Matches.equal(self.normal, hash_normal_forms(texts)),
+        }
+        found["ngram"], some = self._sequences(sequences(split, self.config.ngram).distinct())
+        found["minhash"] = Matches(*self.near.matches(sets))
+        if self.encode is not None and self.vectors is not None:
+            found["embedding"] = self._vectors(texts, sets)
+        return found, some
+
+    def _sequences(self, grams: Ragged) -> tuple[Matches, Rows]:
+        """Pairs by the share of the word sequences of the text with fewer."""
+        owners, sizes = grams.owners(), grams.lengths
+        width = len(grams)
+        parts = []
+        counts = self.grams.counts(grams.values)
+        for piece in pieces(np.where(counts > self.config.common, 0, counts)):
+            training = self.grams.all(grams.values[piece], self.config.common)
+            parts.append(self.gram_owners[training.values] * width + owners[piece][training.owners()])
+        keys, times = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *parts]), return_counts=True)
+        pairs = np.stack([keys // max(width, 1), keys % max(width, 1)], axis=1)
+        share = times / np.maximum(np.minimum(self.gram_counts[pairs[:, 0]], sizes[pairs[:, 1]]), 1)
+        kept = share >= self.config.ngram_share
+        return Matches(pairs[kept], share[kept]), np.unique(pairs[:, 0])
+
+    def _vectors(self, texts: Sequence[str], sets: TextSets) -> Matches:
+        assert self.encode is not None and self.vectors is not None
+        mine = np.flatnonzero(self.long)
+        config = self.config
+        theirs = np.flatnonzero((sets.split.lengths >= config.min_words) & (sets.letters >= config.min_characters))
+        pairs, cosines = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.float64)]
+        if len(theirs) and len(mine):
+            vectors = unit(self.encode([texts[place] for place in theirs.tolist()]))
+            for part, cosine in near_vectors(self.vectors[mine], vectors, config.cosine):
+                pairs.append(np.stack([mine[part[:, 0]], theirs[part[:, 1]]], axis=1))
+                cosines.append(cosine.astype(np.float64))
+        return Matches(np.concatenate(pairs), np.concatenate(cosines))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +200,7 @@ class _Tally:
         self.examples: dict[int, list[MatchExample]] = {}
         self._last: tuple[str, str] | None = None
 
-    def add(self, texts: Sequence[BenchmarkText], found: dict[str, Found], some: Rows) -> None:
+    def add(self, texts: Sequence[BenchmarkText], found: dict[str, Matches], some: Rows) -> None:
         """Take in the matches of a block."""
         for text in texts:
             if (text.role, text.id) != self._last:
@@ -94,7 +218,7 @@ class _Tally:
                 self.matched[key] = min(self.matched.get(key, kind), kind)
             self._show(kind, texts, found[name], roles)
 
-    def _show(self, kind: int, texts: Sequence[BenchmarkText], found: Found, roles: Rows) -> None:
+    def _show(self, kind: int, texts: Sequence[BenchmarkText], found: Matches, roles: Rows) -> None:
         shown = self.examples.setdefault(kind, [])
         if len(shown) >= _SHOWN or not len(found.pairs):
             return
@@ -122,7 +246,7 @@ class _Tally:
                 return
 
     def result(self, name: str) -> TaskContamination:
-        """What the task's matches add up to."""
+        """The sums of the matches of the task."""
         strongest = self.best.min(axis=0)
         matched: dict[str, Counter[str]] = {}
         for (role, _), kind in self.matched.items():
@@ -153,7 +277,6 @@ def decontaminate(
     config: DecontaminationConfig | None = None,
     *,
     suite: str = "",
-    suite_fingerprint: str = "",
     sources: Sequence[str] | None = None,
     split: str = "train",
     encode: Encode | None = None,
@@ -168,14 +291,14 @@ def decontaminate(
     config = config or DecontaminationConfig()
     names = tuple(source.name for source in store.sources) if sources is None else tuple(sources)
     training = TrainingTexts(store, names, split)
-    if training.pictures:
+    if training.images:
         logger.warning(
-            "%s training pictures are not compared with the suite: only texts are; see the cleaning step near_pictures",
-            f"{training.pictures:,}",
+            "%s training images are not compared with the suite: only texts are; see the cleaning step near_pictures",
+            f"{training.images:,}",
         )
-    if training.pictures and not len(training.items):
+    if training.images and not len(training.items):
         raise BadInputError(
-            f"the examples of {', '.join(names)} in the split {split!r} are pictures alone, and only texts can be compared",
+            f"the examples of {', '.join(names)} in the split {split!r} are images alone, and only texts can be compared",
             where=str(store.path),
         )
     if not len(training.items):
@@ -199,14 +322,13 @@ def decontaminate(
     return ContaminationReport(
         data=store.fingerprint,
         suite=suite,
-        suite_fingerprint=suite_fingerprint,
         sources=names,
         split=split,
         settings=config.model_dump(mode="json"),
         encoder=encoder,
         training={role: int(n) for role, n in zip(TRAINING_ROLES, training.roles.sum(axis=1).tolist(), strict=True)},
         texts=len(training.items),
-        pictures=training.pictures,
+        images=training.images,
         tasks=tuple(results),
         contaminated=len(removals),
         removals=removals,

@@ -34,9 +34,9 @@ def zeros(vectors: npt.NDArray[Any]) -> Rows:
 
 
 def shown(text: object) -> str:
-    """A text as messages quote it: short, on one line; a thing that is no text is said to be a picture."""
+    """A text as messages quote it: short, on one line; a thing that is no text is said to be an image."""
     if not isinstance(text, str):
-        return "a picture"
+        return "an image"
     line = " ".join(text.split())
     return repr(line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…")
 

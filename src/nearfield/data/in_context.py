@@ -1,4 +1,4 @@
-"""Sets of in-context examples, and which rows may have which prompt.
+"""Sets of in-context examples, and the prompts that a row may have.
 
 The pitfalls that LG-ANNA names are met so: examples come from the split that is trained on, a row never sees its own query
 or positives in them, some rows get none, and documents get none.
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nearfield.arrays import Ragged
-from nearfield.data.in_context_config import InContextConfig
-from nearfield.data.store import Rows, Store
+from nearfield.arrays import Ragged, Rows
+from nearfield.data.prompts import InContextConfig
+from nearfield.data.store import Store
 from nearfield.errors import BadInputError
 from nearfield.randomness import generator
 
@@ -24,7 +24,7 @@ class ExampleSet:
     """Examples in words, and the items that they are made of."""
 
     text: str
-    """What stands before the prompt."""
+    """The text that goes before the prompt."""
     items: tuple[int, ...]
     """Rows of the store's items: the queries and documents of the examples."""
 
@@ -41,9 +41,9 @@ def draw_example_sets(store: Store, source: str, split: str, config: InContextCo
             f"the source {source!r} has {len(rows)} examples in the split {split!r}; examples before a query need two",
             hint="Leave it out of prompts.in_context.sources.",
         )
-    if store.has_images and _with_pictures(store, rows):
+    if store.has_images and _with_images(store, rows):
         raise BadInputError(
-            f"the source {source!r} has pictures, and examples before a query are texts",
+            f"the source {source!r} has images, and examples before a query are texts",
             hint="Leave it out of prompts.in_context.sources.",
         )
     random = generator(seed, "in-context", source)
@@ -62,10 +62,10 @@ def draw_example_sets(store: Store, source: str, split: str, config: InContextCo
     return sets
 
 
-def _with_pictures(store: Store, examples: Rows) -> bool:
+def _with_images(store: Store, examples: Rows) -> bool:
     part = store.examples.take(examples)
     items = [part["query"].to_numpy(), part["positives"].combine_chunks().flatten().to_numpy(zero_copy_only=False)]
-    return bool((store.picture_rows(np.concatenate(items)) >= 0).any())
+    return bool((store.image_rows(np.concatenate(items)) >= 0).any())
 
 
 def fill(template: str, query: str, document: str) -> str:

@@ -6,31 +6,31 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nearfield.data.collect import Collected
-from nearfield.data.config import ColumnSplit, DataConfig, DuplicateGroups, HashSplit, SourceConfig
-from nearfield.data.examples import example_digest
-from nearfield.data.splits import component_keys, split_of
+from nearfield.arrays import Index, Mask, Ragged, Rows
+from nearfield.data.collect import Collected, TableWriter
+from nearfield.data.items import example_digest
 from nearfield.data.store import EXAMPLES_SCHEMA, WEIGHT, Store
-from nearfield.data.writing import TableWriter
 from nearfield.errors import BadInputError
 
-Rows = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    from nearfield.data.config import DataConfig, SourceConfig
+
 _MAX_SPLITS = 64
 _SHOWN = 5
 
 
 @dataclass
 class Resolved:
-    """What the second pass found out."""
+    """The duplicates and contradictions that the second pass met."""
 
     duplicates: list[int]
-    splits: list[dict[str, int]]
     clashes: Rows = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
     """[pairs, 2]: query and text that was positive and negative."""
     examples_changed: int = 0
@@ -38,7 +38,6 @@ class Resolved:
     """[items, 2]: source and item with several labels."""
     scores: Rows = field(default_factory=lambda: np.empty((0, 3), dtype=np.int64))
     """[pairs, 3]: source and two items with several scores."""
-    shared: dict[str, int] = field(default_factory=dict)
 
 
 class _Resolver:
@@ -49,32 +48,25 @@ class _Resolver:
         self.weighted = any(source.weight is not None for source in config.sources)
         self.ids = np.frombuffer(collected.ids, dtype="V16")
         self.count = len(self.ids)
-        pairs = collected.positives.array()
-        self.positive_keys = np.unique(pairs[:, 0] * self.count + pairs[:, 1])
-        self.groups = self._duplicate_groups(collected) if self._any_duplicates() else {}
+        pairs = np.asarray(collected.positives, dtype=np.int64).reshape(-1, 2)
+        self.positives = Index(np.unique(pairs[:, 0] * self.count + pairs[:, 1]), rising=True)
+        self.groups: list[str] = []
+        if any(source.duplicate_groups is not None for source in config.sources):
+            ties = np.asarray(collected.ties, dtype=np.int64).reshape(-1, 2)
+            self.groups = component_keys(ties, self.ids)
         self.seen: set[bytes] = set()
         self.group_splits: list[dict[str, str]] = [{} for _ in self.sources]
-        self.split_bits: dict[str, int] = {}
-        self.item_splits = np.zeros(self.count, dtype=np.uint64)
+        self.splits: set[str] = set()
         self.clashes: list[Rows] = [np.empty(0, dtype=np.int64)]
         self.labels: dict[str, int] = {}
         self.labelled: list[tuple[int, int, int]] = []
         self.graded: list[tuple[int, int, int, float]] = []
-        self.result = Resolved([0] * len(self.sources), [{} for _ in self.sources])
-
-    def _any_duplicates(self) -> bool:
-        return any(isinstance(source.group, DuplicateGroups) for source in self.sources)
-
-    def _duplicate_groups(self, collected: Collected) -> dict[int, str]:
-        ties = collected.ties.array()
-        # Every item is asked for: an example without ties (a labelled item) is a group of its own.
-        return component_keys(ties, np.arange(self.count, dtype=np.int64), self.ids)
+        self.result = Resolved([0] * len(self.sources))
 
     def batch(self, batch: pa.RecordBatch, table: TableWriter) -> None:
         """Resolve a batch of raw examples and write what remains."""
         clash = self._clashing(batch)
         columns = [batch.column(name).to_pylist() for name in batch.schema.names]
-        ends: dict[str, list[int]] = {}
         position = 0
         for values in zip(*columns, strict=True):
             number, query, positives, negatives, score, label, group, cluster, split_key, weight = values
@@ -92,30 +84,21 @@ class _Resolver:
             source = self.sources[number]
             key = self._group(source, query, group)
             split = self._split(number, source, key, split_key)
-            counts = self.result.splits[number]
-            counts[split] = counts.get(split, 0) + 1
-            ends.setdefault(split, []).extend([query, *positives])
             self._note(number, source, query, positives, score, label)
             weights = (weight,) if self.weighted else ()
             cluster = key if cluster is None else cluster
             table.add(number, query, positives, kept, score, label, key, cluster, split, *weights)
-        for split, rows in ends.items():
-            self._mark(split, rows)
 
-    def _clashing(self, batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
+    def _clashing(self, batch: pa.RecordBatch) -> Mask:
         """For each negative of the batch, end to end: whether it is a positive of its query anywhere."""
-        lists = batch.column("negatives")
-        lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64)
-        keys = np.repeat(batch.column("query").to_numpy(), lengths) * self.count + lists.flatten().to_numpy()
-        if not len(self.positive_keys):
-            return np.zeros(len(keys), dtype=np.bool_)
-        places = np.minimum(np.searchsorted(self.positive_keys, keys), len(self.positive_keys) - 1)
-        clash: npt.NDArray[np.bool_] = self.positive_keys[places] == keys
+        negatives = Ragged.from_arrow(batch.column("negatives"))
+        keys = np.repeat(batch.column("query").to_numpy(), negatives.lengths) * self.count + negatives.values
+        clash = self.positives.has(keys)
         self.clashes.append(np.unique(keys[clash]))
         return clash
 
     def _group(self, source: SourceConfig, query: int, group: str | None) -> str:
-        if isinstance(source.group, DuplicateGroups):
+        if source.duplicate_groups is not None:
             return self.groups[query]
         if group is not None:
             return group
@@ -123,15 +106,13 @@ class _Resolver:
         return identity.hex()
 
     def _split(self, number: int, source: SourceConfig, group: str, key: str | None) -> str:
-        rule = source.split
-        if isinstance(rule, HashSplit):
-            split = split_of(group if key is None else key, rule.fractions, rule.seed)
-            checked = key is not None
-        elif isinstance(rule, ColumnSplit):
-            assert key is not None
-            split, checked = key, source.group is not None
-        else:
-            return rule.name
+        split = source.split.split_of(group, key)
+        self.splits.add(split)
+        if len(self.splits) > _MAX_SPLITS:
+            raise BadInputError(
+                f"there are more than {_MAX_SPLITS} splits", hint="Check the column that names the split."
+            )
+        checked = source.split.may_part(source.group is not None)
         if checked and self.group_splits[number].setdefault(group, split) != split:
             raise BadInputError(
                 f"the source {source.name!r}: the group {group[:80]!r} would be in two splits, "
@@ -155,14 +136,6 @@ class _Resolver:
             low, high = sorted((query, positives[0]))
             self.graded.append((number, low, high, score))
 
-    def _mark(self, split: str, rows: Sequence[int]) -> None:
-        bit = self.split_bits.setdefault(split, len(self.split_bits))
-        if bit >= _MAX_SPLITS:
-            raise BadInputError(
-                f"there are more than {_MAX_SPLITS} splits", hint="Check the column that names the split."
-            )
-        self.item_splits[np.asarray(rows, dtype=np.int64)] |= np.uint64(1 << bit)
-
     def finish(self) -> Resolved:
         keys = np.unique(np.concatenate(self.clashes))
         self.result.clashes = np.stack([keys // max(self.count, 1), keys % max(self.count, 1)], axis=1)
@@ -170,28 +143,17 @@ class _Resolver:
         self.result.labels = contradictions(labelled[:, :2], labelled[:, 2])
         graded = np.asarray([row[:3] for row in self.graded], dtype=np.int64).reshape(-1, 3)
         self.result.scores = contradictions(graded, np.asarray([row[3] for row in self.graded], dtype=np.float64))
-        self.result.shared = self._shared()
         return self.result
-
-    def _shared(self) -> dict[str, int]:
-        shared: dict[str, int] = {}
-        names = sorted(self.split_bits)
-        for i, first in enumerate(names):
-            for second in names[i + 1 :]:
-                both = np.uint64((1 << self.split_bits[first]) | (1 << self.split_bits[second]))
-                count = int(np.count_nonzero((self.item_splits & both) == both))
-                if count:
-                    shared[f"{first}+{second}"] = count
-        return shared
 
 
 def shared_between_splits(store: Store) -> dict[str, int]:
-    """Items that are query or positive in examples of two splits, by pair of splits; of a store that was cleaned."""
+    """Items that are query or positive in examples of two splits, by pair of splits, e.g. ``test+train``."""
     of_split: dict[str, Rows] = {}
     for split in sorted(pc.unique(store.examples["split"]).to_pylist()):
         part = store.examples.filter(pc.equal(store.examples["split"], split))
-        lists = part["positives"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        of_split[split] = np.unique(np.concatenate([part["query"].to_numpy(), lists]))
+        of_split[split] = np.unique(
+            np.concatenate([part["query"].to_numpy(), Ragged.from_arrow(part["positives"]).values])
+        )
     shared = {}
     for first, second in itertools.combinations(of_split, 2):
         count = len(np.intersect1d(of_split[first], of_split[second], assume_unique=True))
@@ -242,3 +204,27 @@ def conflict_rows(resolved: Resolved) -> Rows:
     """The items whose texts :func:`first_conflicts` wants, each once."""
     parts = [resolved.clashes[:_SHOWN], resolved.labels[:_SHOWN, 1:], resolved.scores[:_SHOWN, 1:]]
     return np.unique(np.concatenate([part.ravel() for part in parts]))
+
+
+def components(edges: Rows, count: int) -> Rows:
+    """The component, from 0, of each of ``count`` rows [n]; ``edges`` [E, 2] tie two rows together."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(edges), dtype=np.int8), (edges[:, 0], edges[:, 1])), shape=(count, count))
+    component: Rows = connected_components(graph, directed=False)[1].astype(np.int64)
+    return component
+
+
+def component_keys(edges: Rows, ids: npt.NDArray[np.void]) -> list[str]:
+    """The group key of each item, where items that an example ties together are one group.
+
+    ``edges`` is [E, 2] of item rows, ``ids`` the ids (16 bytes) of all items. The key of a group is the smallest id in it,
+    in hex: it does not depend on the order of rows. An item without ties is a group of its own.
+    """
+    component = components(edges, len(ids))
+    words = np.frombuffer(ids.tobytes(), dtype=">u8").reshape(-1, 2)
+    order = np.lexsort((words[:, 1], words[:, 0], component))
+    first = order[np.searchsorted(component[order], np.arange(component.max(initial=-1) + 1))]
+    names = [bytes(key).hex() for key in ids[first].tolist()]
+    return [names[group] for group in component.tolist()]

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nearfield.arrays import Ragged
+from nearfield.arrays import Ragged, Rows
 from nearfield.checksums import CheckedFile, Sealed
-from nearfield.data.config import Prompts
-from nearfield.data.pictures import open_kept
+from nearfield.data.images import open_kept
+from nearfield.data.prompts import Prompts
 from nearfield.errors import BadInputError
 from nearfield.files import read_json
 
@@ -27,27 +27,38 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nearfield.data")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Raised when the files of a store change; 2 has 64-bit offsets everywhere."""
 _MEND = "Run the same command again, or `nearfield data build RECIPE`: a store that is damaged is built anew."
-Rows = npt.NDArray[np.int64]
 
 ITEMS_SCHEMA = pa.schema(
     [pa.field("id", pa.binary(16), nullable=False), pa.field("text", pa.large_string(), nullable=False)]
 )
 IMAGE = pa.field("image", pa.int64())
-"""The column of items that only stores of pictures have: a row of ``pictures.arrow``, or null."""
-PICTURES = "pictures.arrow"
+"""The column of items that only stores of images have: a row of ``images.arrow``, or null."""
+IMAGES_FILE = "images.arrow"
+IMAGES_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.binary(16), nullable=False),
+        pa.field("data", pa.large_binary(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("original_width", pa.int32(), nullable=False),
+        pa.field("original_height", pa.int32(), nullable=False),
+    ]
+)
+"""The images of a store, each once; a size is in pixels, as kept and as the file had it."""
 EXAMPLES_SCHEMA = pa.schema(
     [
         pa.field("source", pa.int32(), nullable=False),
         pa.field("query", pa.int64(), nullable=False),
-        pa.field("positives", pa.list_(pa.int64()), nullable=False),
-        pa.field("negatives", pa.list_(pa.int64()), nullable=False),
+        pa.field("positives", pa.large_list(pa.int64()), nullable=False),
+        pa.field("negatives", pa.large_list(pa.int64()), nullable=False),
         pa.field("score", pa.float64()),
-        pa.field("label", pa.string()),
-        pa.field("group", pa.string(), nullable=False),
-        pa.field("cluster", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
+        pa.field("label", pa.large_string()),
+        pa.field("group", pa.large_string(), nullable=False),
+        pa.field("cluster", pa.large_string(), nullable=False),
+        pa.field("split", pa.large_string(), nullable=False),
     ]
 )
 WEIGHT = pa.field("weight", pa.float64())
@@ -56,7 +67,7 @@ WEIGHT = pa.field("weight", pa.float64())
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What a store says about one of its sources."""
+    """A source as the store describes it."""
 
     name: str
     kind: str
@@ -161,7 +172,7 @@ class Store:
 
     @cached_property
     def items(self) -> pa.Table:
-        """All items: ``id`` (16 bytes), ``text``, and in stores with pictures ``image``."""
+        """All items: ``id`` (16 bytes), ``text``, and in stores with images ``image``."""
         return self._items.table
 
     @cached_property
@@ -193,73 +204,73 @@ class Store:
 
     @property
     def has_images(self) -> bool:
-        """Whether a source of the store may have items with pictures."""
+        """Whether a source of the store may have items with images."""
         return IMAGE.name in self.items.column_names
 
     @cached_property
-    def pictures(self) -> pa.Table:
-        """All pictures, each once: ``id``, ``data``, ``width``, ``height``, ``original_width``, ``original_height``."""
+    def image_table(self) -> pa.Table:
+        """All images, each once: ``id``, ``data``, ``width``, ``height``, ``original_width``, ``original_height``."""
         if not self.has_images:
-            raise ValueError(f"the store {self.path} has no pictures")
-        return self._mapped_pictures.table
+            raise ValueError(f"the store {self.path} has no images")
+        return self._mapped_images.table
 
     @cached_property
-    def _mapped_pictures(self) -> Mapped:
-        return self._map(PICTURES, "data")
+    def _mapped_images(self) -> Mapped:
+        return self._map(IMAGES_FILE, "data")
 
     @cached_property
-    def _pictures(self) -> Chunks:
-        return Chunks(self.pictures.column("data"), "picture", self._mapped_pictures)
+    def _image_data(self) -> Chunks:
+        return Chunks(self.image_table.column("data"), "image", self._mapped_images)
 
     @cached_property
-    def _image_rows(self) -> Rows:
+    def _rows_of_images(self) -> Rows:
         column = self.items.column(IMAGE.name) if self.has_images else pa.nulls(self.items.num_rows, pa.int64())
         found: Rows = column.fill_null(-1).to_numpy().astype(np.int64)
         return found
 
-    def picture_rows(self, rows: Sequence[int] | Rows) -> Rows:
-        """The row of each item's picture in :attr:`pictures`, [n]; -1 where it has none."""
-        return self._image_rows[np.asarray(rows, dtype=np.int64).ravel()]
+    def image_rows(self, rows: Sequence[int] | Rows) -> Rows:
+        """The row of each item's image in :attr:`image_table`, [n]; -1 where it has none."""
+        return self._rows_of_images[np.asarray(rows, dtype=np.int64).ravel()]
 
     def images(self, rows: Sequence[int] | Rows) -> list[Image | None]:
-        """The pictures of items, RGB, in the order asked for; None where an item has none.
+        """The images of items, RGB, in the order asked for; None where an item has none.
 
-        A picture that is asked for several times in one call is decoded once, and the same object.
+        An image that is asked for several times in one call is decoded once, and the same object.
         """
-        wanted = self.picture_rows(rows)
+        wanted = self.image_rows(rows)
         distinct = np.unique(wanted[wanted >= 0])
-        kept = self._pictures.take(distinct) if len(distinct) else []
+        kept = self._image_data.take(distinct) if len(distinct) else []
         decoded = dict(zip(distinct.tolist(), map(open_kept, kept), strict=True))
         return [decoded.get(row) for row in wanted.tolist()]
 
     def image_sizes(self, rows: Sequence[int] | Rows) -> Rows:
-        """Width and height of the pictures of items as they are kept, [n, 2]; 0 and 0 where an item has none."""
-        return self._sizes("", self.picture_rows(rows))
+        """Width and height of the images of items as they are kept, [n, 2]; 0 and 0 where an item has none."""
+        return self._sizes("", self.image_rows(rows))
 
     def original_sizes(self, rows: Sequence[int] | Rows) -> Rows:
-        """The same of the files that the pictures came from."""
-        return self._sizes("original_", self.picture_rows(rows))
+        """The same of the files that the images came from."""
+        return self._sizes("original_", self.image_rows(rows))
 
-    def _sizes(self, prefix: str, pictures: Rows) -> Rows:
-        sizes = np.zeros((len(pictures), 2), dtype=np.int64)
-        there = pictures >= 0
+    def _sizes(self, prefix: str, images: Rows) -> Rows:
+        sizes = np.zeros((len(images), 2), dtype=np.int64)
+        there = images >= 0
         for number, name in enumerate(("width", "height") if there.any() else ()):
-            sizes[there, number] = self.pictures.column(prefix + name).to_numpy()[pictures[there]]
+            sizes[there, number] = self.image_table.column(prefix + name).to_numpy()[images[there]]
         return sizes
 
     def modalities(self, rows: Sequence[int] | Rows) -> list[str]:
         """``text``, ``image`` or ``text+image`` for each item."""
-        pictures = self.picture_rows(rows)
-        if not (pictures >= 0).any():
-            return ["text"] * len(pictures)
+        images = self.image_rows(rows)
+        if not (images >= 0).any():
+            return ["text"] * len(images)
         texts = self.texts(rows)
         return [
             "text" if row < 0 else "text+image" if text else "image"
-            for row, text in zip(pictures.tolist(), texts, strict=True)
+            for row, text in zip(images.tolist(), texts, strict=True)
         ]
 
     def shown(self, rows: Sequence[int] | Rows) -> list[str]:
-        """Items in words, for people: the text, and a picture as ``[image 64x48]`` before it."""
+        """Items in words, for people: the text, and an image as ``[image 64x48]`` before it."""
         sizes = self.image_sizes(rows).tolist()
         return [
             f"[image {width}x{height}] {text}".strip() if width else text
@@ -283,7 +294,7 @@ class Store:
         return np.flatnonzero(both.to_numpy()).astype(np.int64)
 
     def weights(self) -> npt.NDArray[np.float64] | None:
-        """What each example counts in the loss, 1 where its source does not say; None where no source does."""
+        """The weight of each example in the loss, 1 where its source does not say; None where no source does."""
         if WEIGHT.name not in self.examples.column_names:
             return None
         found: npt.NDArray[np.float64] = self.examples[WEIGHT.name].fill_null(1.0).to_numpy()

@@ -1,19 +1,21 @@
 """The token cache: each (item, prompt) of a run tokenised once, on disk, memory-mapped.
 
 One table a prompt: the item rows it holds (sorted), where each item's tokens start, and all token ids end to end. The
-tokenizer is a callable handed in, so that this module needs no model.
+tokenizer is handed in, so that this module needs no model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.arrays import Index, Ragged, Rows, starts
 from nearfield.checksums import Sealed, seal
 from nearfield.console import track
 from nearfield.errors import BadInputError
@@ -22,17 +24,13 @@ from nearfield.files import atomic_path, read_json, write_json
 if TYPE_CHECKING:
     from nearfield.data.store import Store
 
-Rows = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
-Tokenize = Callable[[Sequence[str], str], list[Ids]]
-"""(texts, prompt) -> the token ids of each text with the prompt before it, special tokens included."""
-TokenizeItems = Callable[["Store", Rows, str], list[Ids]]
-"""(store, item rows, prompt) -> what each item takes: token ids, or for a picture :data:`IMAGE` as often as it counts."""
 
 IMAGE = -1
-"""Stands in the place of each token that a picture counts as, where pictures have an encoder of their own."""
+"""Stands in the place of each token that an image counts as, where images have an encoder of their own."""
 
 VERSION = 3
+"""Raised when the same items give another cache."""
 _BATCH = 1024
 
 
@@ -65,19 +63,31 @@ class CutTexts:
         return asdict(self)
 
 
-class Reader(Protocol):
-    """How texts are read beside their tokens: to which length they are cut, and which tokens count."""
+class ItemTokenizer(Protocol):
+    """Turns items into tokens, and says what it leaves out."""
 
     @property
     def max_length(self) -> int | None:
-        """In tokens; None where nothing is cut."""
+        """The tokens that longer texts are cut to; None where nothing is cut."""
 
     @property
     def pools_prompt(self) -> bool:
         """Whether the tokens of a prompt are pooled with those of the text."""
 
+    def __call__(self, texts: Sequence[str], prompt: str) -> list[Ids]:
+        """The token ids of each text with the prompt before it, special tokens included."""
+        ...
+
+    def of_items(self, store: Store, rows: Rows, prompt: str) -> list[Ids]:
+        """The same of items with images: for an image :data:`IMAGE` as often as it counts."""
+        ...
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens that the prompt and the special tokens before it take."""
+        ...
+
     def lost_tokens(self, store: Store, rows: Rows, prompt: str, kept: Sequence[Ids]) -> Sequence[int]:
-        """How many tokens each item lost, by what is left of it."""
+        """The number of tokens that each item lost; ``kept`` is what is left of it."""
         ...
 
 
@@ -89,31 +99,34 @@ class TokenTable:
     prompt_length: int
     """Tokens that the prompt and the special tokens before it take."""
     rows: Rows
-    offsets: Rows
-    ids: Ids
+    """The items, sorted."""
+    lists: Ragged
+    """The token ids of each item."""
     cut: CutTexts = field(default_factory=CutTexts)
     """Counts of what the longest input cut off its texts."""
     check: Callable[[int, int], None] = lambda start, stop: None
-    """Called with the bytes of ``ids`` that are about to be read."""
+    """Called with the bytes of the ids that are about to be read."""
+
+    @cached_property
+    def _index(self) -> Index:
+        return Index(self.rows, rising=True)
 
     def positions(self, rows: Rows) -> Rows:
-        """Where the items stand in this table; an item that is not there is an error of the caller."""
-        positions = np.searchsorted(self.rows, rows)
-        if len(rows) and (positions.max(initial=0) >= len(self.rows) or not np.array_equal(self.rows[positions], rows)):
-            raise KeyError(f"items that were not tokenised with the prompt {self.prompt!r}")
-        return positions
+        """The places of items in this table; an item that is not there is an error of the caller."""
+        return self._index.rows(rows, f"items that were not tokenised with the prompt {self.prompt!r}")
 
     def lengths(self, rows: Rows) -> Rows:
         """The number of tokens of each item, int64 of the shape of ``rows``."""
-        positions = self.positions(rows)
-        return self.offsets[positions + 1] - self.offsets[positions]
+        positions, offsets = self.positions(rows), self.lists.offsets
+        return np.asarray(offsets[positions + 1] - offsets[positions])
 
     def tokens(self, row: int) -> Ids:
         """The token ids of one item."""
         position = int(self.positions(np.asarray([row], dtype=np.int64))[0])
-        start, stop = int(self.offsets[position]), int(self.offsets[position + 1])
-        self.check(start * self.ids.itemsize, stop * self.ids.itemsize)
-        return np.asarray(self.ids[start:stop])
+        start, stop = self.lists.offsets[position : position + 2].tolist()
+        size = self.lists.values.itemsize
+        self.check(start * size, stop * size)
+        return np.asarray(self.lists[position])
 
 
 class TokenCache:
@@ -151,13 +164,13 @@ class TokenCache:
         )
         cut = CutTexts(**entry["cut"])
         check = self._sealed.file(f"{stem.name}.ids.bin").check
-        return TokenTable(str(entry["prompt"]), int(entry["prompt_length"]), rows, offsets, ids, cut, check)
+        return TokenTable(str(entry["prompt"]), int(entry["prompt_length"]), rows, Ragged(offsets, ids), cut, check)
 
     def without_tokens(self, table: TokenTable) -> Rows:
         """The item rows with this prompt that have not one token that is pooled: their vectors are zero."""
         if self.pools_prompt or not table.prompt_length:
             return np.empty(0, dtype=np.int64)
-        return np.asarray(table.rows[np.diff(table.offsets) <= table.prompt_length])
+        return np.asarray(table.rows[table.lists.lengths <= table.prompt_length])
 
     @property
     def cut(self) -> CutTexts:
@@ -170,50 +183,37 @@ class TokenCache:
 
 
 def build_tokens(
-    store: Store,
-    wanted: Mapping[str, Rows],
-    tokenize: Tokenize,
-    prompt_length: Callable[[str], int],
-    out: Path,
-    fingerprint: str,
-    *,
-    tokenize_items: TokenizeItems | None = None,
-    reader: Reader | None = None,
+    store: Store, wanted: Mapping[str, Rows], tokenizer: ItemTokenizer, out: Path, fingerprint: str
 ) -> TokenCache:
-    """Tokenise the wanted item rows of each prompt into the folder ``out``, written aside and renamed.
-
-    ``tokenize_items`` takes the place of ``tokenize`` in a store with pictures. ``reader`` says what items lose; without it
-    nothing is cut.
-    """
+    """Tokenise the wanted item rows of each prompt into the folder ``out``, written aside and renamed."""
     with atomic_path(out) as aside:
         aside.mkdir()
         prompts = []
         for number, (prompt, asked) in enumerate(sorted(wanted.items())):
             unique = np.unique(np.asarray(asked, dtype=np.int64))
             stem = aside / f"prompt-{number}"
-            offsets = np.zeros(len(unique) + 1, dtype=np.int64)
-            taken = CutTexts()
+            lengths = np.zeros(len(unique), dtype=np.int64)
+            cut = CutTexts()
             with stem.with_suffix(".ids.bin").open("wb") as file:
                 for start in track(range(0, len(unique), _BATCH), "Tokenising"):
                     rows = unique[start : start + _BATCH]
-                    part = (
-                        tokenize(store.texts(rows), prompt)
-                        if tokenize_items is None
-                        else tokenize_items(store, rows, prompt)
-                    )
-                    offsets[start + 1 : start + 1 + len(part)] = [len(ids) for ids in part]
-                    lost = [0] if reader is None else reader.lost_tokens(store, rows, prompt, part)
+                    if store.has_images:
+                        part = tokenizer.of_items(store, rows, prompt)
+                    else:
+                        part = tokenizer(store.texts(rows), prompt)
+                    lengths[start : start + len(part)] = [len(ids) for ids in part]
+                    lost = tokenizer.lost_tokens(store, rows, prompt, part)
                     whole = sum(map(len, part)) + sum(lost)
-                    taken += CutTexts(len(part), sum(count > 0 for count in lost), whole, sum(lost))
+                    cut += CutTexts(len(part), sum(count > 0 for count in lost), whole, sum(lost))
                     file.write(np.concatenate(part).astype(np.int32).tobytes())
             np.save(stem.with_suffix(".rows.npy"), unique)
-            np.save(stem.with_suffix(".offsets.npy"), np.cumsum(offsets))
-            prompts.append({"prompt": prompt, "prompt_length": prompt_length(prompt), "cut": taken.to_json()})
+            np.save(stem.with_suffix(".offsets.npy"), starts(lengths))
+            prompts.append({"prompt": prompt, "prompt_length": tokenizer.prompt_length(prompt), "cut": cut.to_json()})
         meta = {
             "version": VERSION,
             "fingerprint": fingerprint,
-            "max_length": None if reader is None else reader.max_length,
-            "pools_prompt": reader is None or reader.pools_prompt,
+            "max_length": tokenizer.max_length,
+            "pools_prompt": tokenizer.pools_prompt,
             "prompts": prompts,
         }
         write_json(aside / "tokens.json", meta)

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nearfield.arrays import Index
+from nearfield.arrays import Index, Rows
 from nearfield.checksums import CheckedFile, DamagedError, Sealed, seal
 from nearfield.console import track
-from nearfield.data.store import Rows, Store
+from nearfield.data.store import Store
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, read_json, write_json
 

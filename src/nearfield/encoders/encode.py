@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.arrays import Rows
 from nearfield.checksums import Sealed
 from nearfield.console import track
 from nearfield.data.finite import require_finite, shown, zeros
-from nearfield.data.store import Rows, Store
+from nearfield.data.store import Store
 from nearfield.data.tokens import IMAGE, CutTexts
 from nearfield.data.vectors import Vectors, VectorStore, VectorTable, write_shard
 from nearfield.encoders.limits import check_rows, longest_input, set_longest, table_rows
@@ -281,7 +282,7 @@ class Encoder:
         done: Bools | None = None,
     ) -> Iterator[tuple[Rows, Vectors]]:
         """The same chunk by chunk, with the places of its items; chunks whose items are all ``done`` are left out."""
-        if store.has_images and (store.picture_rows(items) >= 0).any():
+        if store.has_images and (store.image_rows(items) >= 0).any():
             chunks = self._images_by_chunks(store, items, prompt, where, done)
         else:
             chunks = self.by_chunks(store.texts(items), prompt, role, done=done)

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
 
+    from nearfield.arrays import Rows
     from nearfield.data.store import Store
-    from nearfield.data.tokens import Rows
 
 
 _BLOCK = 1024

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nearfield.data.pictures import pillow
+from nearfield.data.images import pillow
 from nearfield.encoders.limits import longest_input
 from nearfield.encoders.packing import Padding, evaluating, leads_to, random_tokens, rounding
 from nearfield.encoders.transformer import LAYER

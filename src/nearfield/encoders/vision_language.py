@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from nearfield.data.pictures import pillow
-from nearfield.data.readers.interleaved import MARK
+from nearfield.data.image_readers import MARK
+from nearfield.data.images import pillow
 from nearfield.encoders.limits import longest_input
 from nearfield.encoders.packing import Padding, embed, evaluating, leads_to, rounding
 from nearfield.errors import BadInputError

@@ -24,7 +24,7 @@ from nearfield.notices import Said, listening, say
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from nearfield.data.store import Rows
+    from nearfield.arrays import Rows
 
 logger = logging.getLogger("nearfield.evaluation")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nearfield.data.readers.wordnet import FOLDER, read_synsets
+from nearfield.data.wordnet import FOLDER, read_synsets
 from nearfield.evaluation.tasks import SuiteTask, make_task
 from nearfield.files import fingerprint
 from nearfield.randomness import generator

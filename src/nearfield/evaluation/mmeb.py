@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nearfield.data.picture_config import ImagesConfig
-from nearfield.data.pictures import ImageRef, PictureError, decode
+from nearfield.data.config import ImagesConfig
+from nearfield.data.images import ImageError, ImageRef, decode
 from nearfield.errors import BadInputError
 from nearfield.evaluation.tasks import TYPES, SuiteTask, make_task
 from nearfield.files import fingerprint, hash_file
@@ -151,5 +151,5 @@ def _picture(config: MmebTask, path: str) -> Any:
     try:
         raw = ImageRef(path, path=path, folder=config.images or config.file.parent).read(rules.max_bytes)
         return decode(raw, rules).image
-    except PictureError as error:
+    except ImageError as error:
         raise BadInputError(f"the picture {path!r} cannot be used: {error}", where=str(config.file)) from error

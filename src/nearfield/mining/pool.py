@@ -91,7 +91,7 @@ def _text_keys(store: Store, items: Rows) -> Rows:
     keys = np.empty(len(items), dtype=np.int64)
     for start in range(0, len(items), _BLOCK):
         part = items[start : start + _BLOCK]
-        texts, pictures = store.texts(part), store.picture_rows(part).tolist()
+        texts, pictures = store.texts(part), store.image_rows(part).tolist()
         contents = [
             " ".join(text.casefold().split()) if picture < 0 else f"{picture}\0{' '.join(text.casefold().split())}"
             for text, picture in zip(texts, pictures, strict=True)

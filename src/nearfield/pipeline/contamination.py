@@ -17,8 +17,7 @@ from nearfield.pipeline.suites import suite_content
 from nearfield.provenance import versions_of
 
 if TYPE_CHECKING:
-    from nearfield.data.contamination import ContaminationReport
-    from nearfield.data.decontamination_config import DecontaminationConfig
+    from nearfield.data.contamination import ContaminationReport, DecontaminationConfig
     from nearfield.data.store import Store
     from nearfield.evaluation.config import SuiteConfig
     from nearfield.pipeline.preparing import DataStage
@@ -78,14 +77,13 @@ def decontaminate_store(
         benchmark_tasks(tasks),
         config,
         suite=suite.resolve().name if loaded is None else loaded.name,
-        suite_fingerprint=mark,
         sources=sources,
         split=split,
         encode=None if encoder is None else text_encoder(encoder),
         encoder=encoder,
     )
     path = report_path(cache, store.fingerprint, mark)
-    report = replace(report, made_with=_made_with(encoder))
+    report = replace(report, suite_fingerprint=mark, made_with=_made_with(encoder))
     report.save(path)
     return StoredReport(path, report)
 

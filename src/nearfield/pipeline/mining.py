@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nearfield.data.store import Rows, Store
+from nearfield.arrays import Rows
+from nearfield.data.store import Store
 from nearfield.data.vectors import VERSION as VECTORS_VERSION
 from nearfield.data.vectors import EncodeItems, ItemVectors, VectorJob, read_vectors
 from nearfield.encoders.identity import PACKAGES as COMPUTING_PACKAGES
@@ -282,7 +283,7 @@ class MineStage(Stage):
         return self._shares / f"{number}-{rank}.npz"
 
     def _check_reads(self, teacher: TeacherConfig, store: Store) -> None:
-        if reads_texts_alone(teacher) and store.has_images and store.pictures.num_rows:
+        if reads_texts_alone(teacher) and store.has_images and store.image_table.num_rows:
             raise BadInputError(
                 f"{teacher.kind} goes by words alone, and this data has pictures",
                 where=self.job.run.loaded.where(("mining",)),

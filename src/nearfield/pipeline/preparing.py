@@ -227,15 +227,12 @@ class TokensStage(Stage):
             store,
             self._items_by_prompt(store),
             tokenizer,
-            tokenizer.prompt_length,
             self.output,
             self.fingerprint,
-            tokenize_items=tokenizer.of_items if store.has_images else None,
-            reader=tokenizer,
         )
         for notice in token_notices(self):
             say(notice)
-        return {"tokens": sum(int(table.offsets[-1]) for table in self.open().tables)}
+        return {"tokens": sum(len(table.lists.values) for table in self.open().tables)}
 
     def _items_by_prompt(self, store: Store) -> dict[str, Rows]:
         """Prompt -> the items that it stands before."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nearfield.data.pictures import pillow, smaller
+from nearfield.data.images import pillow, smaller
 from nearfield.reporting import text
 from nearfield.reporting.comparison import metric_words
 from nearfield.reporting.reading import AbsentError, Json, Missing, logger, mapping, string

@@ -1,4 +1,4 @@
-"""Steps that look at one text at a time."""
+"""Steps that look at texts."""
 
 from __future__ import annotations
 
@@ -6,31 +6,46 @@ import functools
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
+import numpy as np
+from pydantic import Field, model_validator
+
+from nearfield.config import ConfigPath
 from nearfield.console import track
-from nearfield.data.cleaning.step import Encoders, Taken, take_out_texts
-from nearfield.data.cleaning.table import ExampleTable
-from nearfield.data.cleaning_config import CharactersStep, LanguageStep, LengthStep, RemovalListStep
+from nearfield.data.cleaning import Share, Sides, SidesStep
 from nearfield.data.items import ID_BYTES
+from nearfield.data.words import words
 from nearfield.errors import BadInputError
+
+if TYPE_CHECKING:
+    from nearfield.arrays import Rows
+    from nearfield.data.cleaning.run import Encoders, ExampleTable, Taken
 
 _URL = re.compile(r"(?:https?://|ftp://|www\.)[^\s<>\"]+", re.IGNORECASE)
 
 
-class TextFilter:
-    """A step that knows why a text should go, or that it may stay."""
+def each_text(table: ExampleTable, items: Rows, what: str) -> Iterator[tuple[int, str]]:
+    """Items with their texts; those that are an image alone are left out."""
+    for rows, texts in track(table.texts(items), what):
+        for row, text in zip(rows.tolist(), texts, strict=True):
+            if text:
+                yield row, text
 
-    sides: Sequence[str]
 
-    def reason(self, text: str) -> str | None:
-        """Why this text goes; None if it stays."""
-        raise NotImplementedError
+class TextStep(SidesStep):
+    """The base of steps that look at one text at a time."""
 
     def neutral(self) -> bool:
         """Whether every text stays."""
+        return False
+
+    def reason(self, text: str) -> str | None:
+        """Why this text goes; None if it stays."""
         raise NotImplementedError
 
     def apply(self, table: ExampleTable, sources: Sequence[int], taken: Taken, encoders: Encoders) -> None:
@@ -39,56 +54,70 @@ class TextFilter:
             return
         examples = table.of_sources(sources)
         bad: dict[int, str] = {}
-        for rows, texts in track(table.texts(table.items(examples, self.sides)), f"Cleaning: {taken.kind}"):
-            for row, text in zip(rows.tolist(), texts, strict=True):
-                # What has no text is a picture: nothing is known of it here.
-                why = self.reason(text) if text else None
-                if why is not None:
-                    bad[row] = why
-        take_out_texts(table, examples, self.sides, bad, taken)
+        for row, text in each_text(table, table.items(examples, self.sides), f"Cleaning: {taken.kind}"):
+            why = self.reason(text)
+            if why is not None:
+                bad[row] = why
+        taken.take_out(examples, self.sides, bad)
 
 
-class LengthFilter(TextFilter):
-    """Bounds on characters or words."""
+class LengthStep(TextStep):
+    """Texts that are too short or too long. Without bounds nothing is."""
 
-    def __init__(self, config: LengthStep) -> None:
-        self.config = config
-        self.sides = config.sides
+    kind: Literal["length"] = "length"
+    unit: Literal["characters", "words"] = "words"
+    """The unit of both bounds; words are separated by white space."""
+    least: Annotated[int, Field(ge=0)] = 0
+    """Shorter texts go; 0 lets all stay."""
+    most: Annotated[int, Field(ge=1)] | None = None
+    """Longer texts go; null lets all stay."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if self.most is not None and self.most < self.least:
+            raise ValueError("'most' is below 'least': no text would stay")
+        return self
 
     def neutral(self) -> bool:
-        return self.config.least == 0 and self.config.most is None
+        return self.least == 0 and self.most is None
 
     def reason(self, text: str) -> str | None:
-        config = self.config
-        length = len(text) if config.unit == "characters" else len(text.split())
-        if length < config.least:
-            return f"fewer than {config.least:,} {config.unit}"
-        if config.most is not None and length > config.most:
-            return f"more than {config.most:,} {config.unit}"
+        length = len(text) if self.unit == "characters" else len(text.split())
+        if length < self.least:
+            return f"fewer than {self.least:,} {self.unit}"
+        if self.most is not None and length > self.most:
+            return f"more than {self.most:,} {self.unit}"
         return None
 
 
-class CharactersFilter(TextFilter):
-    """Shares of kinds of characters."""
+class CharactersStep(TextStep):
+    """Texts with too few letters or printable characters, or too much of URLs or control characters, as shares.
 
-    def __init__(self, config: CharactersStep) -> None:
-        self.config = config
-        self.sides = config.sides
+    The defaults take nothing out.
+    """
+
+    kind: Literal["characters"] = "characters"
+    min_letters: Share = 0
+    """Letters, marks and digits among the characters that are no white space."""
+    min_printable: Share = 0
+    """Of all characters; white space is printable here."""
+    max_urls: Share = 1
+    """Characters inside URLs, of all."""
+    max_control: Share = 1
+    """Control and format characters other than tab and line break, unassigned and private ones, and U+FFFD; of all."""
 
     def neutral(self) -> bool:
-        config = self.config
-        return config.min_letters == config.min_printable == 0 and config.max_urls == config.max_control == 1
+        return self.min_letters == self.min_printable == 0 and self.max_urls == self.max_control == 1
 
     def reason(self, text: str) -> str | None:
-        config = self.config
-        if config.min_letters > 0 and letters(text) < config.min_letters:
-            return f"under {config.min_letters:.0%} letters"
-        if config.min_printable > 0 and printable(text) < config.min_printable:
-            return f"under {config.min_printable:.0%} printable"
-        if config.max_urls < 1 and urls(text) > config.max_urls:
-            return f"over {config.max_urls:.0%} URLs"
-        if config.max_control < 1 and control(text) > config.max_control:
-            return f"over {config.max_control:.0%} control characters"
+        if self.min_letters > 0 and letters(text) < self.min_letters:
+            return f"under {self.min_letters:.0%} letters"
+        if self.min_printable > 0 and printable(text) < self.min_printable:
+            return f"under {self.min_printable:.0%} printable"
+        if self.max_urls < 1 and urls(text) > self.max_urls:
+            return f"over {self.max_urls:.0%} URLs"
+        if self.max_control < 1 and control(text) > self.max_control:
+            return f"over {self.max_control:.0%} control characters"
         return None
 
 
@@ -115,6 +144,43 @@ def control(text: str) -> float:
     )
 
 
+class LanguageStep(TextStep):
+    """Texts in none of the languages, by py3langid: offline, 140 languages. Without languages nothing is taken out.
+
+    Only what is surely in another language goes: short texts are hard to tell.
+    """
+
+    kind: Literal["language"] = "language"
+    languages: tuple[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")], ...] = ()
+    """ISO 639-1 codes, e.g. ``en``; ISO 639-2 where a language has none."""
+    confidence: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """A text goes if another language has at least this probability."""
+    min_characters: Annotated[int, Field(ge=1)] = 20
+    """Shorter texts stay."""
+
+    def neutral(self) -> bool:
+        return not self.languages
+
+    def apply(self, table: ExampleTable, sources: Sequence[int], taken: Taken, encoders: Encoders) -> None:
+        """Take out the texts in other languages; refuse languages that the model does not know."""
+        unknown = sorted(set(self.languages) - set(_identifier().labels)) if self.languages else []
+        if unknown:
+            raise BadInputError(
+                f"the language filter does not know {', '.join(unknown)}",
+                hint=f"Languages: {', '.join(sorted(_identifier().labels))}.",
+            )
+        super().apply(table, sources, taken, encoders)
+
+    def reason(self, text: str) -> str | None:
+        if len(text) < self.min_characters:
+            return None
+        # The beginning tells the language; a text of a megabyte would take seconds.
+        language, confidence = _identifier().classify(text[:5000])
+        if language in self.languages or confidence < self.confidence:
+            return None
+        return f"language {language}"
+
+
 @functools.cache
 def _identifier() -> Any:
     """py3langid's model, with probabilities: its own default gives logarithms that cannot be bounded."""
@@ -123,58 +189,81 @@ def _identifier() -> Any:
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
-class LanguageFilter(TextFilter):
-    """The language that py3langid sees, 0.2 ms a text."""
+class RareWordsStep(SidesStep):
+    """Texts with a word, or two words side by side, that the data set hardly has. The defaults take nothing out."""
 
-    def __init__(self, config: LanguageStep) -> None:
-        self.config = config
-        self.sides = config.sides
-        if self.neutral():
+    kind: Literal["rare_words"] = "rare_words"
+    vocabulary: Annotated[int, Field(ge=1)] | None = None
+    """So many of the most frequent words and pairs are known, and those as frequent as the last; ALIGN's are 100 million."""
+    least: Annotated[int, Field(ge=1)] = 1
+    """A word or pair is known if it occurs so often in the examples."""
+    sides: Sides = ("query", "positives")
+    """The sides whose words are counted and judged."""
+
+    def apply(self, table: ExampleTable, sources: Sequence[int], taken: Taken, encoders: Encoders) -> None:
+        """Count over all examples of the sources, then take out; a text counts once for each example that has it."""
+        if self.vocabulary is None and self.least <= 1:
             return
-        self._identifier = _identifier()
-        unknown = sorted(set(config.languages) - set(self._identifier.labels))
-        if unknown:
-            raise BadInputError(
-                f"the language filter does not know {', '.join(unknown)}",
-                hint=f"Languages: {', '.join(sorted(self._identifier.labels))}.",
-            )
+        examples = table.of_sources(sources)
+        items = table.items(examples, self.sides)
+        uses = self._uses(table, examples)
+        counts: Counter[str] = Counter()
+        for row, text in each_text(table, items, "Cleaning: counting words"):
+            for gram in grams(text):
+                counts[gram] += int(uses[row])
+        bar = self.least
+        if self.vocabulary is not None and len(counts) > self.vocabulary:
+            # What is as frequent as the last one stays, whatever its place.
+            bar = max(bar, counts.most_common(self.vocabulary)[-1][1])
+        bad: dict[int, str] = {}
+        for row, text in each_text(table, items, "Cleaning: rare words"):
+            if any(counts[gram] < bar for gram in grams(text)):
+                bad[row] = "a rare word or pair of words"
+        taken.take_out(examples, self.sides, bad)
 
-    def neutral(self) -> bool:
-        return not self.config.languages
+    def _uses(self, table: ExampleTable, examples: Rows) -> Rows:
+        """For each item, how many of the examples have it on one of the sides."""
+        uses = np.zeros(table.store.items.num_rows, dtype=np.int64)
+        mine = np.zeros(len(table), dtype=np.bool_)
+        mine[examples] = True
+        for side in self.sides:
+            if side == "query":
+                np.add.at(uses, table.query[examples], 1)
+                continue
+            members = table.members(side)
+            np.add.at(uses, members.rows[members.alive & mine[members.owners]], 1)
+        return uses
 
-    def reason(self, text: str) -> str | None:
-        if len(text) < self.config.min_characters:
-            return None
-        # The beginning tells the language; a text of a megabyte would take seconds.
-        language, confidence = self._identifier.classify(text[:5000])
-        if language in self.config.languages or confidence < self.config.confidence:
-            return None
-        return f"language {language}"
+
+def grams(text: str) -> list[str]:
+    """The words of a text and its pairs of neighbouring words, in order, with repetition."""
+    split = words(text)
+    return [*split, *(f"{first} {second}" for first, second in pairwise(split))]
 
 
-class RemovalList(TextFilter):
-    """Items named in a file."""
+class RemovalListStep(SidesStep):
+    """Texts named by a file: JSONL with an ``id`` a line, as ``nearfield data decontaminate --remove`` writes it.
 
-    def __init__(self, config: RemovalListStep) -> None:
-        self.sides = config.sides
-        self._reasons = read_removals(config.path)
+    An example goes with its query or its last positive; a negative goes alone.
+    """
 
-    def neutral(self) -> bool:
-        return not self._reasons
+    kind: Literal["removal_list"] = "removal_list"
+    path: ConfigPath
+    """The JSONL file."""
+
+    def inputs(self) -> dict[str, Any]:
+        from nearfield.data.readers import hash_files
+
+        return {"path": list(hash_files([self.path]).values())}
 
     def apply(self, table: ExampleTable, sources: Sequence[int], taken: Taken, encoders: Encoders) -> None:
         """Take out the items whose ids are in the list; ids that no item has are of no account."""
-        if self.neutral():
-            return
+        reasons = read_removals(self.path)
         examples = table.of_sources(sources)
         rows = table.items(examples, self.sides)
         ids = table.store.items["id"].take(rows).to_pylist()
-        bad = {
-            row: self._reasons[identity]
-            for row, identity in zip(rows.tolist(), ids, strict=True)
-            if identity in self._reasons
-        }
-        take_out_texts(table, examples, self.sides, bad, taken)
+        bad = {row: reasons[identity] for row, identity in zip(rows.tolist(), ids, strict=True) if identity in reasons}
+        taken.take_out(examples, self.sides, bad)
 
 
 def read_removals(path: Path) -> dict[bytes, str]:
