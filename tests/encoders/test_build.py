@@ -195,7 +195,7 @@ def test_names_that_are_no_model(tmp_path: Path) -> None:
         locate(str(tmp_path), "main")
 
 
-TEXTS_of_heads = ["word1 word2 word3", "word4", "word5 word6 word7 word8 word9 word10"]
+HEAD_TEXTS = ["word1 word2 word3", "word4", "word5 word6 word7 word8 word9 word10"]
 CPU = torch.device("cpu")
 SHIPPED_FILE = "nearfield_pooling.py"
 POOLINGS: list[Any] = [
@@ -305,8 +305,8 @@ def test_poolings_equal_loops(tiny_model: Path, pooling: Any, pool_prompt: bool,
 
 @pytest.mark.parametrize("pooling", POOLINGS[5:], ids=str)
 def test_poolings_with_weights_begin_as_the_mean(tiny_model: Path, pooling: Any) -> None:
-    wanted = built(tiny_model, pooling="mean").encode(TEXTS_of_heads)
-    np.testing.assert_allclose(built(tiny_model, pooling=pooling).encode(TEXTS_of_heads), wanted, atol=1e-6)
+    wanted = built(tiny_model, pooling="mean").encode(HEAD_TEXTS)
+    np.testing.assert_allclose(built(tiny_model, pooling=pooling).encode(HEAD_TEXTS), wanted, atol=1e-6)
 
 
 def test_a_dictionary_has_no_order_and_leaves_no_trace_in_the_shape() -> None:
@@ -347,7 +347,7 @@ def test_a_saved_pooling_is_the_same(tiny_model: Path, tmp_path: Path, pooling: 
     model = built(tiny_model, pooling=pooling, pool_prompt=False, normalize=True)
     shaken(model[1])
     model.prompts = {"query": "word9 word8 ", "document": ""}
-    vectors = model.encode(TEXTS_of_heads, prompt_name="query")
+    vectors = model.encode(HEAD_TEXTS, prompt_name="query")
     saved = tmp_path / "saved"
     save_encoder(model, saved)
     own = not isinstance(pooling, str)
@@ -362,10 +362,10 @@ def test_a_saved_pooling_is_the_same(tiny_model: Path, tmp_path: Path, pooling: 
     loaded = load_encoder(str(saved), device="cpu").model
     assert type(loaded[1]) is type(model[1])
     for again in (plain, loaded):
-        np.testing.assert_allclose(again.encode(TEXTS_of_heads, prompt_name="query"), vectors, atol=1e-6)
+        np.testing.assert_allclose(again.encode(HEAD_TEXTS, prompt_name="query"), vectors, atol=1e-6)
     save_encoder(loaded, tmp_path / "again")
     np.testing.assert_allclose(
-        load_encoder(str(tmp_path / "again"), device="cpu").model.encode(TEXTS_of_heads, prompt_name="query"),
+        load_encoder(str(tmp_path / "again"), device="cpu").model.encode(HEAD_TEXTS, prompt_name="query"),
         vectors,
         atol=1e-6,
     )
@@ -396,11 +396,11 @@ def test_heads_that_do_not_divide_are_refused(tiny_model: Path) -> None:
 def test_a_layer_mix_of_the_last_layer_alone_is_the_model(tmp_path: Path, architecture: str) -> None:
     folder = save_tiny(tmp_path / "base", architecture)
     plain, neutral = built(folder), built(folder, layer_mix={"from_layer": 2})
-    np.testing.assert_allclose(neutral.encode(TEXTS_of_heads), plain.encode(TEXTS_of_heads), atol=1e-6)
+    np.testing.assert_allclose(neutral.encode(HEAD_TEXTS), plain.encode(HEAD_TEXTS), atol=1e-6)
     model = built(folder, layer_mix={"from_layer": 0}, pooling="mean")
     with torch.no_grad():
         model[1].layer_weights.copy_(torch.tensor([0.5, 2.0, -1.0]))
-        features = model.preprocess(TEXTS_of_heads)
+        features = model.preprocess(HEAD_TEXTS)
         layers = (
             plain[0]
             .auto_model(
@@ -410,14 +410,14 @@ def test_a_layer_mix_of_the_last_layer_alone_is_the_model(tmp_path: Path, archit
         )
         mixed = (0.5 * layers[0] + 2 * layers[1] - layers[2]) / 1.5
         mask = features["attention_mask"][..., None]
-    vectors = model.encode(TEXTS_of_heads)
+    vectors = model.encode(HEAD_TEXTS)
     np.testing.assert_allclose(vectors, ((mixed * mask).sum(1) / mask.sum(1)).numpy(), atol=1e-5)
     save_encoder(model, tmp_path / "saved")
     np.testing.assert_allclose(
-        SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(TEXTS_of_heads), vectors, atol=1e-6
+        SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(HEAD_TEXTS), vectors, atol=1e-6
     )
     model.zero_grad()
-    model(model.preprocess(TEXTS_of_heads))["sentence_embedding"].square().sum().backward()
+    model(model.preprocess(HEAD_TEXTS))["sentence_embedding"].square().sum().backward()
     assert model[1].layer_weights.grad.abs().min() > 0
     rows = draw_rows([9, 3, 17, 1])
     with torch.no_grad():
@@ -440,13 +440,13 @@ def test_a_projection(tiny_model: Path, tmp_path: Path, activation: str) -> None
     model = built(tiny_model, normalize=True, projection={"dimensions": 7, "activation": activation})
     assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Dense", "Normalize"]
     functions = {"identity": lambda x: x, "tanh": torch.tanh, "gelu": torch.nn.functional.gelu, "relu": torch.relu}
-    pooled = torch.from_numpy(built(tiny_model).encode(TEXTS_of_heads))
+    pooled = torch.from_numpy(built(tiny_model).encode(HEAD_TEXTS))
     wanted = functions[activation](model[2].linear(pooled)).detach()
     wanted = wanted / wanted.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    np.testing.assert_allclose(model.encode(TEXTS_of_heads), wanted.numpy(), atol=1e-6)
+    np.testing.assert_allclose(model.encode(HEAD_TEXTS), wanted.numpy(), atol=1e-6)
     same = built(tiny_model, normalize=True, projection={"dimensions": 7, "activation": activation})
     assert torch.equal(same[2].linear.weight, model[2].linear.weight), "a function of the seed"
     save_encoder(model, tmp_path)
     plain = SentenceTransformer(str(tmp_path), device="cpu")
     assert plain.get_embedding_dimension() == 7
-    np.testing.assert_allclose(plain.encode(TEXTS_of_heads), model.encode(TEXTS_of_heads), atol=1e-6)
+    np.testing.assert_allclose(plain.encode(HEAD_TEXTS), model.encode(HEAD_TEXTS), atol=1e-6)

@@ -142,7 +142,6 @@ def test_settings_that_contradict() -> None:
         TokenTaskConfig(random=0.6, kept=0.6)
 
 
-CPU_of_token_task = torch.device("cpu")
 ROWS = draw_rows([9, 3, 14])
 KEYS = [(5, 2, item, 0) for item in range(3)]
 
@@ -226,11 +225,11 @@ def test_with_an_adapter_a_head_that_was_learnt_stays(tmp_path: Path) -> None:
 
 
 def features_of(model: Any, task: TokenTask, packing: str | None = None, side: str = "right") -> Any:
-    read, targets = task.hide(ROWS, KEYS, [True] * 3, 0, side, CPU_of_token_task)
+    read, targets = task.hide(ROWS, KEYS, [True] * 3, 0, side, CPU)
     if packing is None:
-        made = padded_features(read, pad_token=0, side=side, device=CPU_of_token_task, prompt_length=0)
+        made = padded_features(read, pad_token=0, side=side, device=CPU, prompt_length=0)
     else:
-        made = packed_features(read, kind=packing, device=CPU_of_token_task, prompt_length=0)  # type: ignore[arg-type]
+        made = packed_features(read, kind=packing, device=CPU, prompt_length=0)  # type: ignore[arg-type]
     return read, targets, {**made, TARGETS: targets}
 
 
@@ -334,10 +333,8 @@ def test_a_decoder_learns_to_use_the_embedding(tmp_path: Path) -> None:
     rows = [np.full(8, random.integers(5, 205), dtype=np.int32) for _ in range(32)]
 
     def loss(step: int, vectors_away: bool = False) -> float:
-        read, targets = task.hide(
-            rows, [(0, step, item, 0) for item in range(32)], [True] * 32, 0, "right", CPU_of_token_task
-        )
-        features = padded_features(read, pad_token=0, side="right", device=CPU_of_token_task, prompt_length=0)
+        read, targets = task.hide(rows, [(0, step, item, 0) for item in range(32)], [True] * 32, 0, "right", CPU)
+        features = padded_features(read, pad_token=0, side="right", device=CPU, prompt_length=0)
         found = task(model, {**features, TARGETS: targets})
         total = found[:, -4].sum() / found[:, -3].sum() + found[:, -2].sum() / found[:, -1].sum()
         if not vectors_away:

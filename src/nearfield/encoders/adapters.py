@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nearfield.encoders.private import without_adapter
 from nearfield.encoders.source import (
     ADAPTER_CONFIG,
     BASE_FILE,
@@ -188,12 +189,7 @@ def merge_adapter(model: SentenceTransformer) -> None:
             parent, _, child = name.rpartition(".")
             setattr(transformer.get_submodule(parent), child, module.get_base_layer())
     transformer.requires_grad_(True)
-    transformer._hf_peft_config_loaded = False
-    del transformer.peft_config
-    # A loaded adapter leaves its renamings behind, and saving would give them to all weights; without any, transformers
-    # finds the model's own again.
-    if "base_model.model." in str(getattr(transformer, "_weight_conversions", "")):
-        del transformer._weight_conversions
+    without_adapter(transformer)
 
 
 def save_adapter(model: SentenceTransformer, folder: Path) -> None:

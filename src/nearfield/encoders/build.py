@@ -11,7 +11,6 @@ from nearfield.encoders.adapters import (
     has_adapter,
     merge_adapter,
 )
-from nearfield.encoders.config import AdapterSettings, EncoderConfig, PoolingSettings
 from nearfield.encoders.limits import set_longest, stated_positions, usable_positions, whole_dimension
 from nearfield.encoders.load import Dtype, LoadedEncoder, load_encoder, own_modules
 from nearfield.encoders.source import (
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
 
+    from nearfield.encoders.config import AdapterSettings, EncoderConfig, PoolingSettings
     from nearfield.encoders.tokenize import Tokenizer
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nearfield.encoders.config import EncoderConfig
 from nearfield.errors import BadInputError
 from nearfield.notices import Notice
+
+if TYPE_CHECKING:
+    from nearfield.encoders.config import EncoderConfig
+
 
 SPARSE = "a sparse model (SPLADE)"
 MULTI_VECTOR = "a multi-vector model (ColBERT)"

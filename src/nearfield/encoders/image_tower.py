@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from nearfield.data.tokens import IMAGE
-from nearfield.encoders.config import ImageTowerConfig
 from nearfield.encoders.limits import whole_dimension
 from nearfield.encoders.transformer import check_settings
 from nearfield.encoders.vision_language import blank_picture, family_of, row_features, unused_parameters
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from sentence_transformers import SentenceTransformer
 
+    from nearfield.encoders.config import ImageTowerConfig
     from nearfield.encoders.packing import Features
 
 

@@ -25,7 +25,7 @@ from nearfield.encoders.adapters import (
     save_adapter,
     saved_alone,
 )
-from nearfield.encoders.config import EncoderConfig
+from nearfield.encoders.private import load_with_modules
 from nearfield.encoders.source import (
     adapter_base,
     check_folder,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
 
+    from nearfield.encoders.config import EncoderConfig
     from nearfield.encoders.trials import Loading
 
 
@@ -104,7 +105,7 @@ def load_encoder(
         kwargs |= quantization_settings(quantize, _device_type(device))
     from nearfield.encoders.families import check_family, reader_of
     from nearfield.encoders.trials import recorded_loading
-    from nearfield.encoders.vision_language import read_in_a_row
+    from nearfield.encoders.vision_language import own_processors, read_in_a_row
 
     notices: tuple[Notice, ...] = ()
     try:
@@ -120,7 +121,9 @@ def load_encoder(
                 taken = None if folder.is_dir() else revision if source.content == "main" else source.content
                 read = reader_of(str(path), taken)
                 notices += check_family(read, name_or_path, recipe)
-                model = _open(str(path), taken, device, trust_remote_code, kwargs)
+                settings = {"revision": taken, "device": device, "trust_remote_code": trust_remote_code}
+                with own_processors():
+                    model = load_with_modules(str(path), own_modules(), model_kwargs=kwargs, **settings)
     except BadInputError:
         raise
     except Exception as error:  # whatever a damaged folder or an unreachable hub raises becomes one message
@@ -162,24 +165,6 @@ def _checked(
     check_claimed_direction(model, name)
     check_one_tower(model, name)
     return (*notices, *border_notices(model), *try_company(model, name))
-
-
-def _open(
-    path: str, revision: str | None, device: str | None, trust_remote_code: bool, kwargs: dict[str, Any]
-) -> SentenceTransformer:
-    from sentence_transformers import SentenceTransformer
-
-    from nearfield.encoders.vision_language import own_processors
-
-    with own_processors():
-        return SentenceTransformer._load_with_module_classes(
-            path,
-            own_modules(),
-            revision=revision,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            model_kwargs=kwargs,
-        )
 
 
 def _load_gguf(file: Path, device: str | None, kwargs: dict[str, Any]) -> SentenceTransformer:

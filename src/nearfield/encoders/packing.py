@@ -28,6 +28,7 @@ from nearfield.encoders.limits import (
     stated_positions,
     usable_positions,
 )
+from nearfield.encoders.private import attention_kernel
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -346,7 +347,7 @@ def packing_kind(model: SentenceTransformer, device: torch.device, *, bf16: bool
     if device.type == "cpu" or (half and (has_flash_attn() or not _attention_dropout(transformer))):
         kinds.insert(0, "varlen")
     for kind in kinds:
-        before = transformer.config._attn_implementation
+        before = attention_kernel(transformer.config)
         try:
             if kind == "varlen":
                 set_attention(transformer)
@@ -356,7 +357,7 @@ def packing_kind(model: SentenceTransformer, device: torch.device, *, bf16: bool
             agrees = False
         if agrees:
             return kind
-        if transformer.config._attn_implementation != before:
+        if attention_kernel(transformer.config) != before:
             transformer.set_attn_implementation(before)
     logger.info("This model's texts are padded: packed they do not give the same embeddings.")
     return None

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
 
 from nearfield.data.config import TaskType
-from nearfield.encoders.config import PromptConfig, RolePrompts
 from nearfield.encoders.source import CONTRACT_FILE, stated_file, stated_settings
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json
@@ -25,6 +24,8 @@ from nearfield.notices import Notice
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+    from nearfield.encoders.config import PromptConfig, RolePrompts
 
 
 CONTRACT_VERSION = 2

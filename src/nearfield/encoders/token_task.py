@@ -21,14 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nearfield.encoders.config import DecoderConfig, TokenTaskConfig
 from nearfield.encoders.limits import longest_input
 from nearfield.encoders.packing import Features, Tokens, pool, rectangle, token_states, truncated
+from nearfield.encoders.private import tied_weights
 from nearfield.errors import BadInputError
 from nearfield.randomness import generator
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+    from nearfield.encoders.config import DecoderConfig, TokenTaskConfig
 
 
 logger = logging.getLogger("nearfield.encoders")
@@ -76,7 +78,7 @@ def language_head(model: SentenceTransformer, path: str, seed: int) -> tuple[Lan
     embeddings = transformer.get_input_embeddings().weight
     trained = embeddings.requires_grad
     whole = whole.to_empty(device="cpu").to(embeddings.dtype)
-    ties = dict(whole._tied_weights_keys) if isinstance(whole._tied_weights_keys, dict) else {}
+    ties = tied_weights(whole)
     own = dict(whole.named_parameters())
     tied = bool(getattr(config, "tie_word_embeddings", True))
     needed = {name for name in own if name not in ties or (ties[name].startswith(f"{prefix}.") and not tied)}

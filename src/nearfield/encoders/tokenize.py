@@ -28,6 +28,7 @@ from nearfield.encoders.limits import (
     table_rows,
     uncut,
 )
+from nearfield.encoders.private import forget_prompt_lengths
 from nearfield.encoders.vision_language import family_of, row_ids
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json
@@ -248,7 +249,7 @@ def _keep_as_it_is(model: SentenceTransformer) -> None:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer: Any = model.tokenizer
-    model[0]._prompt_length_mapping.clear()
+    forget_prompt_lengths(model)
     if "__init__" not in type(tokenizer).__dict__ or type(tokenizer) is PreTrainedTokenizerFast:
         return
     settings = {

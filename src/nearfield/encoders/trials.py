@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from nearfield.data.images import pillow
 from nearfield.encoders.limits import longest_input
 from nearfield.encoders.packing import Padding, evaluating, leads_to, random_tokens, rounding
+from nearfield.encoders.private import attention_kernel, loading_reports
 from nearfield.encoders.transformer import LAYER
 from nearfield.encoders.vision_language import family_of
 from nearfield.errors import BadInputError
@@ -52,31 +53,18 @@ class Loading:
 @contextlib.contextmanager
 def recorded_loading() -> Iterator[Loading]:
     """Keep what transformers reports of each model and adapter that it loads inside the block."""
-    from transformers import modeling_utils
-    from transformers.integrations import peft
-
     loading = Loading()
-    said = {owner: owner.log_state_dict_report for owner in (modeling_utils, peft)}
 
-    def recording(report: Callable[..., None]) -> Callable[..., None]:
-        def record(model: nn.Module, *args: Any, loading_info: Any, **kwargs: Any) -> None:
-            tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-            for name in loading_info.missing_keys:
-                tensor = tensors.get(name)
-                if isinstance(tensor, nn.Parameter) or (tensor is not None and _STATISTICS.search(name)):
-                    loading.missing[name] = tensor
-            loading.unread |= set(loading_info.unexpected_keys)
-            report(model, *args, loading_info=loading_info, **kwargs)
+    def record(model: nn.Module, report: Any) -> None:
+        tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        for name in report.missing_keys:
+            tensor = tensors.get(name)
+            if isinstance(tensor, nn.Parameter) or (tensor is not None and _STATISTICS.search(name)):
+                loading.missing[name] = tensor
+        loading.unread |= set(report.unexpected_keys)
 
-        return record
-
-    for owner, report in said.items():
-        owner.log_state_dict_report = recording(report)
-    try:
+    with loading_reports(record):
         yield loading
-    finally:
-        for owner, report in said.items():
-            owner.log_state_dict_report = report
 
 
 def check_weights(loading: Loading, outputs: Callable[[], Sequence[Tensor]], where: str) -> None:
@@ -310,7 +298,7 @@ def check_direction(model: SentenceTransformer, causal: bool, where: str) -> Non
             hint="Leave out encoder.attention to use the model as it was made."
             if causal
             else "Use encoder.attention: causal, or another version of transformers; its architecture or its kernel "
-            f"({transformer.config._attn_implementation}) does not heed the setting.",
+            f"({attention_kernel(transformer.config)}) does not heed the setting.",
         )
 
 
@@ -368,7 +356,7 @@ def _complaint(model: SentenceTransformer) -> str | None:
         if not _close(states[keep], single, tolerance):
             side = Padding.of(model).side
             return f"a text that is padded on the {side} has other hidden states than alone"
-    used = transformer.config._attn_implementation
+    used = attention_kernel(transformer.config)
     with _other_kernel(transformer) as kernel:
         if kernel is not None and not _close(_hidden(model, [short, long])[0][real], together[real], tolerance):
             return f"attention by {kernel} gives other hidden states than by {used}"
@@ -402,7 +390,7 @@ def _blind_layer(transformer: nn.Module, text: Any) -> int | None:
 @contextlib.contextmanager
 def _other_kernel(transformer: Any) -> Iterator[str | None]:
     """Another attention function than the model's own for the time of a block; None where it has no other."""
-    used = transformer.config._attn_implementation
+    used = attention_kernel(transformer.config)
     other: str | None = "sdpa" if used == "eager" else "eager"
     try:
         transformer.set_attn_implementation(other)
@@ -411,5 +399,5 @@ def _other_kernel(transformer: Any) -> Iterator[str | None]:
     try:
         yield other
     finally:
-        if transformer.config._attn_implementation != used:
+        if attention_kernel(transformer.config) != used:
             transformer.set_attn_implementation(used)

@@ -7,9 +7,9 @@ chat template that puts an image's mark, the prompt and the text in a row and no
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -23,6 +23,7 @@ from nearfield.data.image_readers import MARK
 from nearfield.data.images import pillow
 from nearfield.encoders.limits import longest_input
 from nearfield.encoders.packing import Padding, embed, evaluating, leads_to, rounding
+from nearfield.encoders.private import processors_by
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -195,17 +196,9 @@ class _Processors:
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "trust_remote_code", "local_files_only")
 
 
-@contextlib.contextmanager
-def own_processors() -> Iterator[None]:
+def own_processors() -> AbstractContextManager[None]:
     """While sentence-transformers loads a model, give those of these families the processors above."""
-    from sentence_transformers.base.modules import transformer
-
-    theirs = transformer.AutoProcessor
-    transformer.AutoProcessor = _Processors
-    try:
-        yield
-    finally:
-        transformer.AutoProcessor = theirs
+    return processors_by(_Processors)
 
 
 def read_in_a_row(model: SentenceTransformer) -> None:
