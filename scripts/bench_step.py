@@ -23,9 +23,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,8 @@ def nearfield_side(batches: Sequence[Sequence[tuple[str, str]]], options: argpar
     from nearfield.objectives.config import InfoNCEConfig
     from nearfield.objectives.infonce import InfoNCE
     from nearfield.training.backends.replicated import ReplicatedBackend
-    from nearfield.training.chunks import Cut, Pool
+    from nearfield.training.chunks import Cut, TextPool
+    from nearfield.training.launch import Launch
     from nearfield.training.step import cut_work, run_step
 
     class Encoder(nn.Module):
@@ -112,18 +114,10 @@ def nearfield_side(batches: Sequence[Sequence[tuple[str, str]]], options: argpar
         rows = tokens[number]
         count = len(rows) // 2
         here = np.arange(count)
-        pool = Pool(np.arange(2 * count), np.zeros(2 * count, dtype=np.int64), here, here + count, here, here >= 0)
+        pool = TextPool(np.arange(2 * count), np.zeros(2 * count, dtype=np.int64), here, here + count, here, here >= 0)
         lengths = np.array([len(row) for row in rows])
-        work = cut_work(
-            pool,
-            lengths,
-            [np.array([count + i]) for i in range(count)],
-            cut=Cut(options.chunk_tokens),
-            padded=False,
-            by_prompt=False,
-            rank=0,
-            world_size=1,
-        )
+        work = cut_work(pool, lengths, Cut(options.chunk_tokens), Launch(), padded=False, by_prompt=False)
+        work = replace(work, known_positives=[np.array([count + i]) for i in range(count)])
 
         def features(chunk: np.ndarray[Any, Any]) -> Features:
             made = packed_features([rows[i] for i in chunk], kind=kind, device=CPU, prompt_length=0)
@@ -134,9 +128,10 @@ def nearfield_side(batches: Sequence[Sequence[tuple[str, str]]], options: argpar
 
         recorder.reset()
         backend.begin()
-        return run_step(
-            backend, objective, work, features, dimension=dimension, seed=0, step=number, keep_graph=not options.cached
+        engine: Any = SimpleNamespace(
+            backend=backend, objective=objective, columns=dimension, make_features=lambda *place: features
         )
+        return run_step(engine, work, seed=0, step=number, keep_graph=not options.cached)
 
     def step(number: int) -> float:
         result = run(number)

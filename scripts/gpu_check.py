@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from nearfield.conformance.cases import OBJECTIVES, Problem, decoupled_adam, difference, one_step, whole
+from nearfield.conformance.cases import OBJECTIVES, Case, decoupled_adam, difference, one_step, whole
 from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
@@ -244,7 +244,7 @@ def triton(place: Place) -> Iterator[Finding]:
     kernels = {"implementation": "blockwise", "tiles": "triton"}
     names = [name for name, one in OBJECTIVES.items() if isinstance(one, InfoNCEConfig)]
     for name in names if place.cuda else names[:2]:
-        dense = Problem.make(OBJECTIVES[name], 8, save_tiny_bert(place.folder / "bert", dropout=0.0))
+        dense = Case.make(OBJECTIVES[name], 8, save_tiny_bert(place.folder / "bert", dropout=0.0))
         loss, gradient = dense.reference()
         ours = replace(
             dense, objective=OBJECTIVES[name].model_copy(update=kernels), dtype=torch.float32, device=place.device
@@ -277,7 +277,7 @@ def float32(place: Place) -> Iterator[Finding]:
     for name in names:
         if OBJECTIVES[name].token_task is not None or "source" in name:
             continue  # batches of several sources and hidden tokens are conformance's
-        exact = Problem.make(OBJECTIVES[name], 8, folder)
+        exact = Case.make(OBJECTIVES[name], 8, folder)
         loss, gradient = exact.reference()
         ours = replace(exact, dtype=torch.float32, device=place.device)
         worst = 0.0
@@ -290,7 +290,7 @@ def float32(place: Place) -> Iterator[Finding]:
 
 def bf16(place: Place) -> Iterator[Finding]:
     """A step in mixed bfloat16 = float64 within its rounding; many chunks are no worse than one."""
-    exact = Problem.make(OBJECTIVES["infonce"], 8, save_tiny_bert(place.folder / "bert"))
+    exact = Case.make(OBJECTIVES["infonce"], 8, save_tiny_bert(place.folder / "bert"))
     loss, gradient = exact.reference()
     ours = replace(exact, dtype=torch.float32, device=place.device, precision="bf16-mixed")
     for budget in (10**6, 16):
@@ -305,7 +305,7 @@ def bf16(place: Place) -> Iterator[Finding]:
 
 def dropout(place: Place) -> Iterator[Finding]:
     """Gradient caching replays dropout: two passes = one that keeps its graph, in float32 and in bfloat16."""
-    exact = Problem.make(OBJECTIVES["infonce"], 8, save_tiny_bert(place.folder / "bert"), torch.float32)
+    exact = Case.make(OBJECTIVES["infonce"], 8, save_tiny_bert(place.folder / "bert"), torch.float32)
     for precision, limit in (("fp32", FLOAT32), ("bf16-mixed", BFLOAT16)):
         ours = replace(exact, device=place.device, precision=precision)
         found: dict[bool, dict[str, Tensor]] = {}
@@ -335,7 +335,7 @@ def _sharded(place: Place, backend: str) -> Iterator[Finding]:
     store = dist.FileStore(str(place.folder / "store"), 1)
     dist.init_process_group("nccl" if place.cuda else "gloo", store=store, rank=0, world_size=1)
     folder = save_tiny_bert(place.folder / "bert")
-    exact = Problem.make(OBJECTIVES["infonce"], 8, folder)
+    exact = Case.make(OBJECTIVES["infonce"], 8, folder)
     gradient = exact.reference()[1]
     # ZeRO in bfloat16 on a CPU is among conformance's equalities.
     both = place.cuda or not backend.startswith("zero")
@@ -349,16 +349,16 @@ def _sharded(place: Place, backend: str) -> Iterator[Finding]:
     dist.destroy_process_group()
 
 
-def _resumed(place: Place, problem: Problem, backend: str, label: str) -> Iterator[Finding]:
+def _resumed(place: Place, case: Case, backend: str, label: str) -> Iterator[Finding]:
     """Two steps, a checkpoint on the disk, two more in a new engine = four steps."""
     from nearfield.training.checkpoint import open_checkpoint, read_tensors, write_checkpoint
 
     def make() -> Engine:
-        return problem.engine(Launch(), backend, dropout=True, rate=1e-3, optimizer=decoupled_adam)
+        return case.engine(Launch(), backend, dropout=True, rate=1e-3, optimizer=decoupled_adam)
 
     def go(engine: Engine, steps: Sequence[int]) -> None:
         for step in steps:
-            one_step(engine, problem, 60, step=step, rate=1e-3)
+            one_step(engine, case, 60, step=step, rate=1e-3)
 
     straight = make()
     go(straight, range(4))
@@ -405,7 +405,7 @@ def zero3(place: Place) -> Iterator[Finding]:
 
 def resume(place: Place) -> Iterator[Finding]:
     """One device without sharding: a checkpoint through the disk, in float32 and mixed bfloat16."""
-    exact = Problem.make(OBJECTIVES["infonce"], 8, save_tiny_bert(place.folder / "bert"), torch.float32)
+    exact = Case.make(OBJECTIVES["infonce"], 8, save_tiny_bert(place.folder / "bert"), torch.float32)
     for precision in ("fp32", "bf16-mixed"):
         ours = replace(exact, device=place.device, precision=precision)
         yield from _resumed(place, ours, "single", f"single-{precision}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import nearfield
-from nearfield.training.forecast_notices import Machine, forecast_notices
+from nearfield.training.forecast import Machine, forecast_notices
 from tests.cli.command import run
 from tests.patience import PATIENCE
 
@@ -78,9 +78,9 @@ def test_notices_of_data_batches_and_settings(toy_recipe: Path, tmp_path: Path) 
 
 
 def test_too_little_disk_and_memory_block(toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nearfield.training import forecast_notices, memory
+    from nearfield.training import forecast, memory
 
-    monkeypatch.setattr(forecast_notices, "free_disk", lambda folder: 10)
+    monkeypatch.setattr(forecast, "free_disk", lambda folder: 10)
     found = nearfield.dry_run(toy_recipe, run=tmp_path / "disk")
     assert found is not None
     assert not found.would_start

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nearfield.cli.project import equalities
-from nearfield.conformance.equalities import Line
+from nearfield.conformance.equalities import CheckLine
 from nearfield.conformance.runner import LAUNCHES, Outcome, run_launch, select
 from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.errors import BadInputError
@@ -52,10 +52,10 @@ def test_all_equalities_hold(outcome: Outcome) -> None:
 
 
 def test_a_broken_equality_is_told() -> None:
-    fine = Line("ddp", 2, "x = y", 1e-12, 1e-10)
-    off = Line("ddp", 2, "y = z", 0.5, 1e-10)
-    unnoticed = Line("ddp", 2, "a fault is noticed", 1e-5, 1e-3, at_least=True)
-    undefined = Line("ddp", 2, "z = x", float("nan"), 1e-10)
+    fine = CheckLine("ddp", 2, "x = y", 1e-12, 1e-10)
+    off = CheckLine("ddp", 2, "y = z", 0.5, 1e-10)
+    unnoticed = CheckLine("ddp", 2, "a fault is noticed", 1e-5, 1e-3, at_least=True)
+    undefined = CheckLine("ddp", 2, "z = x", float("nan"), 1e-10)
     assert [line.passed for line in (fine, off, unnoticed, undefined)] == [True, False, False, False]
     texts = equalities(
         [Outcome("ddp", 2, [fine, off, unnoticed, undefined]), Outcome("zero1", 2, skipped="no DeepSpeed")]

@@ -15,7 +15,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-from nearfield.conformance.cases import Problem, difference
+from nearfield.conformance.cases import Case, difference
 from nearfield.conformance.tiny_models import ONE_TOWERS, save_tiny_vlm
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
@@ -161,24 +161,24 @@ def test_what_plain_transformers_asks_of_a_processor_with_videos_is_saved(archit
 @pytest.mark.parametrize("architecture", ONE_TOWERS)
 def test_chunks_have_the_gradient_of_one_forward(architecture: str) -> None:
     """Texts, pictures and both in one batch, cut in any way, kept or encoded twice, in float64."""
-    problem = Problem.make(InfoNCEConfig(temperature=0.1, both_directions=True)).in_one_tower(architecture)
-    loss, gradient = problem.reference()
+    case = Case.make(InfoNCEConfig(temperature=0.1, both_directions=True)).in_one_tower(architecture)
+    loss, gradient = case.reference()
     names = {name for name, value in gradient.items() if float(value.abs().max()) > 0}
     assert any("vision" in name or "visual" in name for name in names)
     for budget in (16, 90, 10**6):
         for keep in (True, False):
-            engine = problem.engine(Launch(), "single", dropout=False)
-            work = problem.work(engine, budget)
-            result, ours = problem.gradient(engine, work, keep_graph=keep)
+            engine = case.engine(Launch(), "single", dropout=False)
+            work = case.work(engine, budget)
+            result, ours = case.gradient(engine, work, keep_graph=keep)
             assert len(work.chunks) > 1 or budget == 10**6
             assert abs(result.loss - loss) < 1e-10 * abs(loss)
             assert difference(ours, gradient) < 1e-10
 
 
 def test_a_chunk_is_counted_by_what_is_computed() -> None:
-    problem = Problem.make(InfoNCEConfig()).in_one_tower("qwen2_vl")
-    engine = problem.engine(Launch(), "single", dropout=False)
-    work, lengths = engine.work(problem.batch, problem.known.__getitem__, Cut(90))
+    case = Case.make(InfoNCEConfig()).in_one_tower("qwen2_vl")
+    engine = case.engine(Launch(), "single", dropout=False)
+    work, lengths = engine.work(case.batch, case.known.__getitem__, Cut(90))
     features = engine.make_features(work.pool)
     for chunk, tokens in zip(work.chunks, work.tokens, strict=True):
         made = features(chunk)
@@ -189,9 +189,9 @@ def test_a_chunk_is_counted_by_what_is_computed() -> None:
 
 
 def test_words_are_deleted_where_there_is_no_picture() -> None:
-    problem = Problem.make(InfoNCEConfig()).in_one_tower("qwen2_vl")
-    engine = problem.engine(Launch(), "single", dropout=False)
-    pool = engine.pool(problem.batch)
+    case = Case.make(InfoNCEConfig()).in_one_tower("qwen2_vl")
+    engine = case.engine(Launch(), "single", dropout=False)
+    pool = engine.pool(case.batch)
     lengths, pictured = engine.lengths(pool), pool.items % 3 > 0
     torch.manual_seed(0)
     features = engine.make_features(replace(pool, deleted=np.full(len(pool.items), 0.5)))
@@ -201,19 +201,19 @@ def test_words_are_deleted_where_there_is_no_picture() -> None:
 
 
 def test_an_objective_that_decodes_texts_takes_no_pictures() -> None:
-    problem = Problem.make(CAROLConfig()).in_one_tower("qwen2_vl")
-    engine = problem.engine(Launch(), "single", dropout=False)
+    case = Case.make(CAROLConfig()).in_one_tower("qwen2_vl")
+    engine = case.engine(Launch(), "single", dropout=False)
     with pytest.raises(BadInputError, match="some queries are pictures"):
-        problem.work(engine, 60)
+        case.work(engine, 60)
 
 
 def test_pictures_are_apart_where_all_ranks_go_through_the_same_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem.make(InfoNCEConfig()).in_one_tower("qwen2_vl")
-    engine = problem.engine(Launch(), "single", dropout=False)
-    mixed = problem.work(engine, 60)
+    case = Case.make(InfoNCEConfig()).in_one_tower("qwen2_vl")
+    engine = case.engine(Launch(), "single", dropout=False)
+    mixed = case.work(engine, 60)
     assert mixed.kinds is None
     monkeypatch.setattr(engine.backend, "same_chunk_count", True)
-    work = problem.work(replace(engine, launch=Launch(rank=0, world_size=2)), 60)
+    work = case.work(replace(engine, launch=Launch(rank=0, world_size=2)), 60)
     assert work.kinds is not None and set(work.kinds) == {0, 1}
     for chunk, kind in zip(work.chunks, work.kinds, strict=True):
         assert (work.pool.items[chunk] % 3 > 0).tolist() == [kind == 1] * len(chunk), "every third is a text alone"

@@ -135,7 +135,7 @@ def test_a_run_whose_gradient_is_0_ends(toy_recipe: Path, tmp_path: Path, monkey
     """A margin that every triplet keeps: what the data show is not the reason."""
     from nearfield.pipeline.training import TrainStage
 
-    monkeypatch.setattr(TrainStage, "teaching_notices", lambda self, model, feed, plans: [])
+    monkeypatch.setattr(TrainStage, "teaching_notices", lambda self, model, data, plans: [])
     settings = ["objective={kind: triplet}", "batches.negatives=0"]
     with pytest.raises(BadInputError, match="the gradient of the first 10 steps is exactly 0"):
         nearfield.train(toy_recipe, settings, tmp_path / "run", until="train")

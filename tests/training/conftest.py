@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nearfield.training.chunks import Feed
+from nearfield.training.chunks import TrainingData
 from nearfield.training.trainer import TrainingInputs
 from tests.training.making import make_plan, make_tokens
 
@@ -18,7 +18,6 @@ def inputs(tmp_path: Path) -> TrainingInputs:
     return TrainingInputs(
         plans=[make_plan(tmp_path / f"epoch-{epoch}.parquet", epoch) for epoch in (0, 1)],
         plan_hashes=("a", "b"),
-        feed=Feed(make_tokens()),
-        known_positives=lambda query: np.array([query + 20]),
+        data=TrainingData(make_tokens(), known_positives=lambda query: np.array([query + 20])),
         item_ids=lambda items: [f"id{item}" for item in items.tolist()],
     )

@@ -12,7 +12,7 @@ import torch
 from nearfield.encoders import load_encoder
 from nearfield.objectives import InfoNCEConfig
 from nearfield.training import TrainingConfig
-from nearfield.training.chunks import Feed
+from nearfield.training.chunks import TrainingData
 from nearfield.training.engine import build_engine
 from nearfield.training.evaluating import InterruptedEvaluationError, encode_texts, undisturbed
 from nearfield.training.launch import Launch
@@ -34,7 +34,7 @@ def main(model: Path, out: Path) -> None:
                 load_encoder(str(model), device="cpu").model,
                 InfoNCEConfig().build(),
                 lambda named, config=config: make_optimizer(named, config, CPU),
-                Feed(make_tokens()),
+                TrainingData(make_tokens()),
                 CPU,
                 launch,
             )

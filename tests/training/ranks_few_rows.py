@@ -24,7 +24,7 @@ from nearfield.conformance.cases import OBJECTIVES
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings, Surroundings
 from nearfield.objectives.infonce import can_ring
 from nearfield.objectives.watching import watch
-from nearfield.training.chunks import Pool
+from nearfield.training.chunks import TextPool
 from nearfield.training.exchange import Exchange, Gathered, Passed, Shares
 
 WIDTH, GUIDE, TOKENS = 16, 5, 4
@@ -33,10 +33,10 @@ AROUND = Surroundings(
 )
 
 
-def make_pool(rows: int, random: np.random.Generator, token_columns: int) -> Pool:
+def make_pool(rows: int, random: np.random.Generator, token_columns: int) -> TextPool:
     """Queries with a positive and two negatives each, and all that an objective may ask for."""
     owner = np.repeat(np.arange(rows), 3)
-    return Pool(
+    return TextPool(
         items=np.arange(4 * rows),
         prompts=np.zeros(4 * rows, dtype=np.int64),
         queries=np.arange(rows),

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nearfield.conformance.cases import Problem
+from nearfield.conformance.cases import Case
 from nearfield.objectives.config import InfoNCEConfig
-from nearfield.training.busy import Load, busy_share, measure_loads, say_busy, tell_busy
-from nearfield.training.chunks import Cut, Pool
+from nearfield.training.chunks import Cut, TextPool
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import Engine
+from nearfield.training.forecast import Load, busy_share, measure_loads, say_busy, tell_busy
 from nearfield.training.launch import Launch
 from nearfield.training.memory import Budget
 from nearfield.training.step import Work, cut_work
@@ -22,8 +22,8 @@ from nearfield.training.trainer import TrainingInputs
 
 def work_of(lengths: np.ndarray, ranks: int, cut: Cut) -> Work:
     rows = np.arange(len(lengths))
-    pool = Pool(rows, np.zeros_like(rows), rows, rows, rows, rows >= 0)
-    return cut_work(pool, lengths, [], cut=cut, padded=True, by_prompt=False, rank=0, world_size=ranks)
+    pool = TextPool(rows, np.zeros_like(rows), rows, rows, rows, rows >= 0)
+    return cut_work(pool, lengths, cut, Launch(0, ranks), padded=True, by_prompt=False)
 
 
 def load_of(lengths: np.ndarray, ranks: int, cut: Cut) -> Load:
@@ -66,20 +66,20 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_cut_and_says_what_that_costs() -
 
 @pytest.fixture()
 def engine(tiny_model: Path, inputs: TrainingInputs) -> Engine:
-    problem = Problem.make(InfoNCEConfig(), folder=tiny_model)
-    problem.tokens = inputs.feed.tokens
-    return problem.engine(Launch(), "single", dropout=True)
+    case = Case.make(InfoNCEConfig(), folder=tiny_model)
+    case.tokens = inputs.data.tokens
+    return case.engine(Launch(), "single", dropout=True)
 
 
 def test_several_ranks_log_it(engine: Engine, inputs: TrainingInputs, caplog: pytest.LogCaptureFixture) -> None:
     config = TrainingConfig(averaged_batches=2)
-    loads = measure_loads(engine, config, Budget(512, 512), inputs.plans, inputs.known_positives)
+    loads = measure_loads(replace(engine, config=config), Budget(512, 512), inputs.plans)
     assert len(loads) == 12, "of each part of averaged batches"
     with caplog.at_level("INFO", logger="nearfield"):
-        tell_busy(engine, config, Budget(512, 512), inputs.plans, inputs.known_positives)
+        tell_busy(replace(engine, config=config), Budget(512, 512), inputs.plans)
         assert caplog.records == [], "one process is always busy"
         many = replace(engine, launch=Launch(0, 30))
-        tell_busy(many, config, Budget(512, 512, 1), inputs.plans, inputs.known_positives)
+        tell_busy(replace(many, config=config), Budget(512, 512, 1), inputs.plans)
     [record] = caplog.records
     assert record.levelname == "WARNING"
     assert "busy 3.3% of the time" in record.message

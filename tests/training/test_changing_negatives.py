@@ -30,7 +30,7 @@ from nearfield.objectives import InfoNCEConfig
 from nearfield.training import TrainingConfig, changing_negatives, trainer
 from nearfield.training.changing_negatives import (
     BlockAtATime,
-    Candidates,
+    MinedCandidates,
     NegativeInputs,
     OneAtATime,
     Remine,
@@ -39,6 +39,7 @@ from nearfield.training.changing_negatives import (
     negative_scores,
 )
 from nearfield.training.checkpoint import newest_checkpoint, read_tensors
+from nearfield.training.parts import StepMade
 from nearfield.training.tracking import read_metrics
 from nearfield.training.trainer import TrainingInputs, TrainingResult, train
 
@@ -62,9 +63,9 @@ def batch_of(queries: list[int], positives: list[list[int]], examples: list[int]
     )
 
 
-def candidates(lists: list[list[int]], examples: list[int] | None = None) -> Candidates:
+def candidates(lists: list[list[int]], examples: list[int] | None = None) -> MinedCandidates:
     counts = rows(*map(len, lists))
-    return Candidates(
+    return MinedCandidates(
         rows(*(examples or range(len(lists)))),
         Ragged.from_lengths(counts, rows(*(item for part in lists for item in part))),
     )
@@ -179,6 +180,10 @@ def test_scores_are_cosines_in_the_order_of_the_batch() -> None:
     assert found == pytest.approx([0.5, -0.25, 0.75], abs=1e-6)
 
 
+def made(batch: Batch, step: int, result: Any) -> StepMade:
+    return StepMade(step + 1, batch, result, 1.0, None)
+
+
 def dynamic(lists: list[list[int]], wanted: int, **settings: Any) -> Any:
     config = DynamicNegatives(**settings)
     inputs = NegativeInputs(config, candidates(lists), wanted)
@@ -191,7 +196,7 @@ def play(negatives: Any, scores: list[float], first: int = 0, wanted: int = 2) -
     for step, score in enumerate(scores, first):
         planned = negatives.batch(batch, step)[0]
         used.append(planned.negatives[0].tolist())
-        negatives.observe(planned, step, seen([used[-1]], [[score] * len(used[-1])]))
+        negatives.after_step(made(planned, step, seen([used[-1]], [[score] * len(used[-1])])))
     return used
 
 
@@ -236,7 +241,7 @@ def test_single_negatives_are_exchanged_when_their_example_comes_next() -> None:
     for scores in ([0.5, 0.39], [0.4, 0.1], [0.1, 0.1], [0.9, 0.9]):
         planned = negatives.batch(batch, 0)[0]
         used.append(planned.negatives[0].tolist())
-        negatives.observe(planned, 0, seen([used[-1]], [scores]))
+        negatives.after_step(made(planned, 0, seen([used[-1]], [scores])))
     assert used == [[100, 101], [100, 102], [100, 103], [100, 103]], "below 0.4, and as long as there are candidates"
 
 
@@ -247,7 +252,7 @@ def test_state_goes_on_where_it_was_saved(rule: str, at: int) -> None:
     whole = play(dynamic(LONG, 2, rule=rule, check_every=2), scores)
     before, after = (dynamic(LONG, 2, rule=rule, check_every=2) for _ in range(2))
     first = play(before, scores[:at])
-    after.load(before.saved(), {name: tensor.clone() for name, tensor in before.tensors()})
+    after.load(before.state(), {name: tensor.clone() for name, tensor in before.tensors()})
     assert first + play(after, scores[at:], first=at) == whole
     assert len({tuple(part) for part in whole}) > 1
 
@@ -261,7 +266,7 @@ def changing(inputs: TrainingInputs, config: Any, **more: Any) -> TrainingInputs
     random = np.random.default_rng(0)
     documents = np.unique(np.concatenate([plan.lists("positives").values for plan in inputs.plans]))
     lists = [random.choice(documents, 6, replace=False).tolist() for _ in examples]
-    found = Candidates(
+    found = MinedCandidates(
         examples, Ragged.from_lengths(np.full(len(lists), 6), rows(*(item for part in lists for item in part)))
     )
     return dataclasses.replace(inputs, negatives=NegativeInputs(config, found, 2, **more))
@@ -272,7 +277,7 @@ def remine(inputs: TrainingInputs, depth: int = 3) -> Remine:
     examples, first = np.unique(np.concatenate([plan.column("example") for plan in inputs.plans]), return_index=True)
     queries = np.concatenate([plan.column("query") for plan in inputs.plans])[first]
     documents = np.unique(np.concatenate([plan.lists("positives").values for plan in inputs.plans]))
-    own = Ragged.from_lists([np.searchsorted(documents, inputs.known_positives(int(q))) for q in queries])
+    own = Ragged.from_lists([np.searchsorted(documents, inputs.data.known_positives(int(q))) for q in queries])
     pool = Pool(
         0,
         "pairs",
@@ -307,14 +312,14 @@ def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> l
     found: list[tuple[int, list[list[int]]]] = []
     run_step = trainer.run_step
 
-    def spy(backend, objective, work, make_features, **keywords):  # type: ignore[no-untyped-def]
+    def spy(engine, work, **keywords):  # type: ignore[no-untyped-def]
         pool = work.pool
         explicit = pool.items[pool.documents[~pool.is_positive]]
         owner = pool.owner[~pool.is_positive]
         found.append((keywords["step"], [explicit[owner == q].tolist() for q in range(len(pool.queries))]))
         if keywords["step"] == stop_after:
             keywords["stop"] = lambda: True
-        return run_step(backend, objective, work, make_features, **keywords)
+        return run_step(engine, work, **keywords)
 
     monkeypatch.setattr(trainer, "run_step", spy)
     return found
@@ -380,7 +385,7 @@ def test_a_refreshed_pool_is_the_nearest_by_the_weights_in_training(
     for generation, state in weights.items():
         model.load_state_dict(state)
         model.eval()
-        tables = inputs.feed.tokens.tables
+        tables = inputs.data.tokens.tables
         prompts = mining.prompts[0]
 
         def embed(prompt: int, items: Rows, tables: Any = tables) -> np.ndarray[Any, Any]:

@@ -20,7 +20,7 @@ from nearfield.errors import BadInputError, StoppedError
 from nearfield.objectives import InfoNCEConfig
 from nearfield.training import TrainingConfig, evaluating, trainer
 from nearfield.training.checkpoint import checkpoint_paths, open_checkpoint
-from nearfield.training.chunks import Feed
+from nearfield.training.chunks import TrainingData
 from nearfield.training.engine import Engine, build_engine
 from nearfield.training.evaluating import EncodeTexts, EvaluationState, encode_texts, undisturbed
 from nearfield.training.launch import Launch
@@ -41,7 +41,7 @@ def make_engine(model: Path, **settings: Any) -> Engine:
         encoder,
         InfoNCEConfig().build(),
         lambda named: make_optimizer(named, config, CPU),
-        Feed(make_tokens()),
+        TrainingData(make_tokens()),
         CPU,
         Launch(),
     )
@@ -95,10 +95,8 @@ def due(steps: int, epochs: Sequence[int], tiny_model: Path, **settings: Any) ->
         config,
         lambda encode: {},
         make_engine(tiny_model),
-        epochs=epochs,
-        steps=steps,
-        keep_last=1,
-        saved=None,
+        epochs,
+        steps,
     )
     return [step for step in range(steps + 1) if evaluations.due(step)]
 

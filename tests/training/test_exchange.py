@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from nearfield.errors import BadInputError
 from nearfield.objectives import InfoNCEConfig
 from nearfield.objectives.objective import Objective
-from nearfield.training.chunks import Pool, split_rows
+from nearfield.training.chunks import TextPool, split_rows
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import check_ring, open_queue
 from nearfield.training.exchange import Passed, Shares, contrastive_batch, part_of
 
 
-def make_pool(queries: int, seed: int) -> Pool:
+def make_pool(queries: int, seed: int) -> TextPool:
     random = np.random.default_rng(seed)
     owner = np.sort(np.r_[np.arange(queries), random.integers(0, queries, queries)])
     texts = 2 * queries
-    return Pool(
+    return TextPool(
         items=np.arange(texts) + 50,
         prompts=random.integers(0, 2, texts),
         queries=random.integers(0, texts, queries),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,25 @@ import pytest
 import torch
 
 import nearfield
-from nearfield.conformance.cases import Problem
+from nearfield.conformance.cases import Case
 from nearfield.files import read_json
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training import forecast as forecasting
 from nearfield.training import trainer
-from nearfield.training.busy import sampled_steps
 from nearfield.training.chunks import Cut
 from nearfield.training.config import TrainingConfig
-from nearfield.training.costs import plan_costs
 from nearfield.training.engine import Engine
-from nearfield.training.forecast import FILE, Forecast, Memory, predict, say_bytes, say_seconds
+from nearfield.training.forecast import (
+    FILE,
+    Forecast,
+    Memory,
+    plan_costs,
+    predict,
+    sampled_steps,
+    say_bytes,
+    say_seconds,
+)
 from nearfield.training.launch import Launch
 from nearfield.training.memory import Budget, choose_budget, measure_profile
 from nearfield.training.trainer import TrainingInputs
@@ -35,25 +43,21 @@ CONFIG = TrainingConfig(device="cpu", precision="fp32", averaged_batches=1)
 @pytest.fixture()
 def engine(tiny_model: Path, inputs: TrainingInputs) -> Engine:
     """A tiny BERT with dropout, in float32, over the tokens of ``inputs``."""
-    problem = Problem.make(InfoNCEConfig(), folder=tiny_model, dtype=torch.float32)
-    problem.tokens = inputs.feed.tokens
-    return problem.engine(Launch(), "single", dropout=True)
+    case = Case.make(InfoNCEConfig(), folder=tiny_model, dtype=torch.float32)
+    case.tokens = inputs.data.tokens
+    return case.engine(Launch(), "single", dropout=True)
 
 
 def expect(engine: Engine, inputs: TrainingInputs, config: TrainingConfig = CONFIG, held: int = 10**9) -> Forecast:
-    profile = measure_profile(config, engine, inputs.plans, inputs.known_positives, timed=True)
-    budget = choose_budget(config, engine, inputs.plans, inputs.known_positives, profile)
-    costs = plan_costs(engine, config, budget, profile, inputs.plans, inputs.known_positives)
-    return predict(config, engine, inputs.plans, costs, budget, profile, fingerprint="f", held=held)
+    profile = measure_profile(replace(engine, config=config), inputs.plans, timed=True)
+    budget = choose_budget(replace(engine, config=config), inputs.plans, profile)
+    costs = plan_costs(replace(engine, config=config), budget, profile, inputs.plans)
+    return predict(replace(engine, config=config), inputs.plans, costs, budget, profile, fingerprint="f", held=held)
 
 
 def test_counts_are_those_of_the_plan(engine: Engine, inputs: TrainingInputs) -> None:
     found = expect(engine, inputs)
-    works = [
-        engine.work(plan.batch(step), inputs.known_positives, Cut(512))
-        for plan in inputs.plans
-        for step in range(len(plan))
-    ]
+    works = [engine.work(plan.batch(step), Cut(512)) for plan in inputs.plans for step in range(len(plan))]
     assert (found.steps, found.examples) == (6, 24)
     assert found.tokens == sum(int(lengths.sum()) for _, lengths in works)
     assert found.encoded_tokens == pytest.approx(sum(sum(work.tokens) for work, _ in works), abs=1)
@@ -82,12 +86,14 @@ def test_max_steps_and_averaged_batches(engine: Engine, inputs: TrainingInputs) 
 
 def test_cached_gradients_take_less_memory_and_more_time(engine: Engine, inputs: TrainingInputs) -> None:
     config = CONFIG.model_copy(update={"micro_batch_tokens": 32, "gradient_cache": "never"})
-    profile = measure_profile(config, engine, inputs.plans, inputs.known_positives, timed=True)
+    profile = measure_profile(replace(engine, config=config), inputs.plans, timed=True)
 
     def of(cache: str) -> Forecast:
         now = config.model_copy(update={"gradient_cache": cache})
-        costs = plan_costs(engine, now, Budget(32, 10**6), profile, inputs.plans, inputs.known_positives)
-        return predict(now, engine, inputs.plans, costs, Budget(32, 10**6), profile, fingerprint="f", held=0)
+        costs = plan_costs(replace(engine, config=now), Budget(32, 10**6), profile, inputs.plans)
+        return predict(
+            replace(engine, config=now), inputs.plans, costs, Budget(32, 10**6), profile, fingerprint="f", held=0
+        )
 
     kept, cached = of("never"), of("always")
     assert (kept.kept_graphs, cached.kept_graphs) == (1.0, 0.0)
@@ -101,7 +107,7 @@ def test_checkpoints_in_the_background_take_memory(engine: Engine, inputs: Train
             engine, inputs, TrainingConfig.model_validate({"device": "cpu", "checkpoints": checkpoints})
         ).memory
 
-    profile = measure_profile(CONFIG, engine, inputs.plans, inputs.known_positives)
+    profile = measure_profile(replace(engine, config=CONFIG), inputs.plans)
     assert of({"every_steps": 2}).checkpoint == profile.state.checkpoint
     assert of({"every_steps": 100}).checkpoint < profile.state.checkpoint
     assert of({"every_steps": 2, "background": False}).checkpoint < profile.state.checkpoint
@@ -109,13 +115,15 @@ def test_checkpoints_in_the_background_take_memory(engine: Engine, inputs: Train
 
 def test_trial_steps_change_no_weight(engine: Engine, inputs: TrainingInputs) -> None:
     config = CONFIG
-    profile = measure_profile(config, engine, inputs.plans, inputs.known_positives, timed=True)
+    profile = measure_profile(replace(engine, config=config), inputs.plans, timed=True)
     budget = Budget(64, 10_000)
-    costs = plan_costs(engine, config, budget, profile, inputs.plans, inputs.known_positives)
-    first = predict(config, engine, inputs.plans, costs, budget, profile, fingerprint="f", held=0)
+    costs = plan_costs(replace(engine, config=config), budget, profile, inputs.plans)
+    first = predict(replace(engine, config=config), inputs.plans, costs, budget, profile, fingerprint="f", held=0)
     before = {name: tensor.clone() for name, tensor in engine.backend.module.state_dict().items()}
     held = forecasting.held_bytes(engine.backend.device)
-    trial = run_trial(config, engine, inputs, costs, budget, profile, first, held=held, seed=0, limit_seconds=100)
+    trial = run_trial(
+        replace(engine, config=config), costs, budget, profile, first, held=held, seed=0, limit_seconds=100
+    )
     assert trial.forecast.measured == "steps"
     assert trial.finite
     assert not trial.out_of_memory
@@ -124,7 +132,9 @@ def test_trial_steps_change_no_weight(engine: Engine, inputs: TrainingInputs) ->
     assert trial.forecast.cpu_seconds > 0
     after = engine.backend.module.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    short = run_trial(config, engine, inputs, costs, budget, profile, first, held=held, seed=0, limit_seconds=-1)
+    short = run_trial(
+        replace(engine, config=config), costs, budget, profile, first, held=held, seed=0, limit_seconds=-1
+    )
     assert short.forecast == first
     assert short.steps == 1
 

@@ -17,7 +17,7 @@ from nearfield.objectives import watching
 from nearfield.objectives.infonce import ContrastiveBatch, LossSum
 from nearfield.objectives.watching import similarities
 from nearfield.training import TrainingConfig
-from nearfield.training.chunks import Feed, Pool
+from nearfield.training.chunks import TextPool, TrainingData
 from nearfield.training.config import AdamWConfig
 from nearfield.training.diagnostics import non_finite_error
 from nearfield.training.engine import Engine, open_backend, pick_device, pick_precision
@@ -26,7 +26,7 @@ from nearfield.training.launch import Launch
 from nearfield.training.memory import FAST_MICRO_BATCH_TOKENS, Budget
 from nearfield.training.optimizers import make_optimizer
 from nearfield.training.step import StepResult
-from nearfield.training.trainer import TrainingInputs, batch_of_step, halve_budget
+from nearfield.training.trainer import TrainingInputs, halve_budget
 from tests.training.making import SIZES, make_tokens
 
 NAN = float("nan")
@@ -125,19 +125,19 @@ def test_optimizer_settings() -> None:
 
 def test_steps_run_through_the_epochs(inputs: TrainingInputs) -> None:
     for step, (epoch, inner) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]):
-        found, batch = batch_of_step(inputs.plans, step)
+        found, batch = inputs.batch_of_step(step)
         assert found == epoch
         assert batch.query.tolist() == inputs.plans[epoch].batch(inner).query.tolist()
     with pytest.raises(IndexError, match="the plans have fewer steps"):
-        batch_of_step(inputs.plans, 6)
+        inputs.batch_of_step(6)
 
 
 def test_lengths_are_those_with_the_prompt() -> None:
     items, prompts = np.array([3, 9, 3, 0]), np.array([1, 0, 0, 1])
     nothing: Any = None
-    part = Engine(nothing, nothing, nothing, Launch(), Feed(make_tokens()), "varlen", False, 3)
+    part = Engine(nothing, nothing, nothing, Launch(), TrainingData(make_tokens()), "varlen", False, 3)
     none = np.zeros(0, dtype=np.int64)
-    lengths = part.lengths(Pool(items, prompts, none, none, none, none.astype(bool)))
+    lengths = part.lengths(TextPool(items, prompts, none, none, none, none.astype(bool)))
     assert lengths.tolist() == (SIZES[items] + prompts).tolist()
     assert lengths.dtype == np.int64
 

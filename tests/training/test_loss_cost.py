@@ -14,11 +14,11 @@ from nearfield.batching.plan import Batch
 from nearfield.objectives import InfoNCEConfig
 from nearfield.objectives.batch import ContrastiveBatch, LossSum
 from nearfield.objectives.objective import Objective
-from nearfield.training import loss_cost
-from nearfield.training.chunks import Feed
+from nearfield.training import memory
+from nearfield.training.chunks import TrainingData
 from nearfield.training.engine import Engine
 from nearfield.training.launch import Launch
-from nearfield.training.loss_cost import LossCost, implementation, measure_loss
+from nearfield.training.memory import LossCost, implementation, measure_loss
 from tests.training.making import make_tokens
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ RICH = {
 def make_engine(objective: Objective, ranks: int = 1) -> Engine:
     backend: Any = SimpleNamespace(device=CPU, whole=lambda learnt: contextlib.nullcontext())
     encoder: Any = None
-    return Engine(backend, encoder, objective, Launch(0, ranks), Feed(make_tokens()), None, False, DIMENSION)
+    return Engine(backend, encoder, objective, Launch(0, ranks), TrainingData(make_tokens()), None, False, DIMENSION)
 
 
 def make_batch(size: int) -> Batch:
@@ -54,11 +54,11 @@ def none(query: int) -> np.ndarray[Any, Any]:
 def test_a_part_foretells_the_whole(name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     objective = InfoNCEConfig.model_validate({"implementation": name, **settings}).build()
     objective.tile = 384
-    monkeypatch.setattr(loss_cost, "_CELLS", 1 << 17)
+    monkeypatch.setattr(memory, "_CELLS", 1 << 17)
     engine, batch = make_engine(objective), make_batch(800)
-    cost = measure_loss(engine, [batch], none)
+    cost = measure_loss(engine, [batch])
     assert set(cost.lines) == {name} and (objective.tile, objective.implementation) == (384, name)
-    true = loss_cost._measure(engine, batch, none)
+    true = memory._measure(engine, batch)
     assert true <= cost(batch) * 1.05
     assert cost(batch) <= true * 1.3
 
@@ -67,7 +67,7 @@ def test_tiles_take_memory_by_texts_and_a_matrix_by_cells() -> None:
     found = {}
     for name in ("dense", "blockwise"):
         objective = InfoNCEConfig.model_validate({"implementation": name}).build()
-        cost = measure_loss(make_engine(objective), [make_batch(200)], none)
+        cost = measure_loss(make_engine(objective), [make_batch(200)])
         found[name] = cost(make_batch(16_000)) / cost(make_batch(8_000))
     assert found["dense"] > 3.5
     assert found["blockwise"] < 2.1
@@ -75,7 +75,7 @@ def test_tiles_take_memory_by_texts_and_a_matrix_by_cells() -> None:
 
 def test_ranks_share_the_rows() -> None:
     objective = InfoNCEConfig(implementation="dense").build()
-    lines = measure_loss(make_engine(objective), [make_batch(200)], none).lines
+    lines = measure_loss(make_engine(objective), [make_batch(200)]).lines
     one, four = (LossCost(lines, [objective], CPU, ranks)(make_batch(4_000)) for ranks in (1, 4))
     assert 3 < one / four < 4
 
@@ -83,7 +83,7 @@ def test_ranks_share_the_rows() -> None:
 def test_a_ring_takes_two_parts_of_the_batch() -> None:
     objective = InfoNCEConfig(implementation="blockwise").build()
     objective.tile = 256
-    lines = measure_loss(make_engine(objective), [make_batch(200)], none).lines
+    lines = measure_loss(make_engine(objective), [make_batch(200)]).lines
     batch = make_batch(40_000)
     whole, ring = (LossCost(lines, [objective], CPU, 8, ring=passed) for passed in (False, True))
     assert ring.size(batch, "blockwise") == (30_000, 256 * 256)
@@ -96,7 +96,7 @@ def test_auto_holds_the_matrix_while_it_is_small(settings: dict[str, Any]) -> No
     small, large = make_batch(100), make_batch(20_000)
     assert [implementation([objective], b, CPU, 1) for b in (small, large)] == ["dense", "blockwise"]
     assert implementation([], large, CPU, 1) == "dense"
-    cost = measure_loss(make_engine(objective), [small], none)
+    cost = measure_loss(make_engine(objective), [small])
     assert set(cost.lines) == {"dense"}
     assert cost(small) > 0
 
@@ -122,5 +122,5 @@ def test_any_other_objective_is_measured_by_its_cells() -> None:
             total = (batch.queries @ batch.documents.T).exp().sum()
             return LossSum(total, 1.0, total.detach()[None])
 
-    cost = measure_loss(make_engine(Sum()), [make_batch(300)], none)
+    cost = measure_loss(make_engine(Sum()), [make_batch(300)])
     assert cost(make_batch(600)) > 3 * cost(make_batch(300)) > 0

@@ -10,34 +10,42 @@ import pytest
 import torch
 from torch import nn
 
-from nearfield.conformance.cases import Problem
+from nearfield.conformance.cases import Case
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.training import memory
 from nearfield.training.chunks import Cut
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import Engine
 from nearfield.training.launch import Launch
-from nearfield.training.machine import available_main_memory, peak_resident_bytes, resident_bytes
-from nearfield.training.measure import AllocationTracker, Line, fit_line, measure_chunk, no_trace, run_chunk
 from nearfield.training.memory import (
     FAST_MICRO_BATCH_TOKENS,
+    AllocationTracker,
     Budget,
+    LinearCost,
+    available_main_memory,
     choose_budget,
+    fit_line,
     heavy_batches,
+    measure_chunk,
     measure_profile,
+    no_trace,
+    optimizer_bytes,
+    peak_resident_bytes,
+    resident_bytes,
+    run_chunk,
     share_costs,
+    state_size,
 )
 from nearfield.training.optimizers import make_optimizer
-from nearfield.training.state_size import optimizer_bytes, state_size
 from nearfield.training.trainer import TrainingInputs
 
 
 @pytest.fixture()
 def engine(tiny_model: Path, inputs: TrainingInputs) -> Engine:
     """A tiny BERT with dropout, in float32, over the tokens of ``inputs``."""
-    problem = Problem.make(InfoNCEConfig(), folder=tiny_model, dtype=torch.float32)
-    problem.tokens = inputs.feed.tokens
-    return problem.engine(Launch(), "single", dropout=True)
+    case = Case.make(InfoNCEConfig(), folder=tiny_model, dtype=torch.float32)
+    case.tokens = inputs.data.tokens
+    return case.engine(Launch(), "single", dropout=True)
 
 
 def test_the_tracker_counts_storages_once() -> None:
@@ -56,7 +64,7 @@ def test_the_tracker_counts_storages_once() -> None:
 
 
 def test_a_line_through_its_points_and_above_noisy_ones() -> None:
-    exact = Line(100.0, 7.0, 0.5)
+    exact = LinearCost(100.0, 7.0, 0.5)
     sizes = [(10, 100), (40, 90), (40, 1600), (25, 200)]
     found = fit_line([(t, s, exact(t, s)) for t, s in sizes])
     assert found.fixed == pytest.approx(100)
@@ -66,8 +74,8 @@ def test_a_line_through_its_points_and_above_noisy_ones() -> None:
     noisy = [(t, s, exact(t, s) * random.uniform(0.8, 1.2)) for t, s in sizes]
     raised = fit_line(noisy)
     assert all(raised(t, s) >= value * (1 - 1e-9) for t, s, value in noisy)
-    assert fit_line([(10, 100, 50.0)]) == Line(0.0, pytest.approx(5.0), 0.0)
-    assert fit_line([]) == Line(0.0, 0.0, 0.0)
+    assert fit_line([(10, 100, 50.0)]) == LinearCost(0.0, pytest.approx(5.0), 0.0)
+    assert fit_line([]) == LinearCost(0.0, 0.0, 0.0)
     assert exact.tokens_within(100 + 12 * (7 + 0.5 * 8), 8) == 12
 
 
@@ -75,7 +83,7 @@ def test_measuring_leaves_no_trace(engine: Engine, inputs: TrainingInputs) -> No
     before = {name: tensor.clone() for name, tensor in engine.backend.module.state_dict().items()}
     random = torch.get_rng_state()
     config = TrainingConfig(device="cpu", precision="fp32")
-    profile = measure_profile(config, engine, inputs.plans, inputs.known_positives, timed=True)
+    profile = measure_profile(replace(engine, config=config), inputs.plans, timed=True)
     assert profile.seconds > profile.forward_seconds > 0
     assert torch.equal(torch.get_rng_state(), random)
     assert not engine.backend.optimizer.state
@@ -87,9 +95,9 @@ def test_measuring_leaves_no_trace(engine: Engine, inputs: TrainingInputs) -> No
 def test_kept_graphs_are_the_sum_of_their_chunks(engine: Engine, inputs: TrainingInputs) -> None:
     """What the line says of a batch's chunks is what their graphs hold together, as counted on all of them."""
     config = TrainingConfig(device="cpu", precision="fp32", micro_batch_tokens=48)
-    profile = measure_profile(config, engine, inputs.plans, inputs.known_positives)
+    profile = measure_profile(replace(engine, config=config), inputs.plans)
     batch = inputs.plans[0].batch(1)
-    work, lengths = engine.work(batch, inputs.known_positives, Cut(48))
+    work, lengths = engine.work(batch, Cut(48))
     assert len(work.chunks) > 2
     features = engine.make_features(work.pool)
     with no_trace(engine), AllocationTracker() as tracker:
@@ -102,7 +110,7 @@ def test_kept_graphs_are_the_sum_of_their_chunks(engine: Engine, inputs: Trainin
 
 
 def test_a_longer_chunk_takes_more(engine: Engine, inputs: TrainingInputs) -> None:
-    work, _ = engine.work(inputs.plans[0].batch(0), inputs.known_positives, Cut(1000))
+    work, _ = engine.work(inputs.plans[0].batch(0), Cut(1000))
     with no_trace(engine):
         run_chunk(engine, work.pool, work.chunks[0][:1])
         one = measure_chunk(engine, work.pool, work.chunks[0][:1])
@@ -116,13 +124,13 @@ def test_explicit_numbers_are_used_as_they_are(
 ) -> None:
     monkeypatch.setattr(memory, "measure_profile", lambda *args, **kwargs: pytest.fail("nothing is to be measured"))
     config = TrainingConfig(micro_batch_tokens=77, graph_tokens=99)
-    assert choose_budget(config, engine, inputs.plans, inputs.known_positives) == Budget(77, 99)
+    assert choose_budget(replace(engine, config=config), inputs.plans) == Budget(77, 99)
 
 
 def test_a_budget_is_state_with_the_ranks_that_batches_were_cut_for(engine: Engine, inputs: TrainingInputs) -> None:
     config = TrainingConfig(micro_batch_tokens=77, graph_tokens=99)
     there = replace(engine, launch=Launch(0, 8))
-    chosen = choose_budget(config, there, inputs.plans, inputs.known_positives)
+    chosen = choose_budget(replace(there, config=config), inputs.plans)
     assert chosen == Budget(77, 99, 8)
     kept = Budget.from_json(chosen.to_json())
     assert kept == chosen and kept.cut == Cut(77, 8)
@@ -137,15 +145,15 @@ def test_auto_takes_what_is_fast_or_what_fits(
 
     def choose(available: int | None) -> Budget:
         monkeypatch.setattr(memory, "available_memory", lambda device: available)
-        return choose_budget(config, engine, inputs.plans, inputs.known_positives)
+        return choose_budget(replace(engine, config=config), inputs.plans)
 
     plenty = choose(10**12)
     assert plenty == choose(None) == choose(10**11)
     assert plenty.micro_batch_tokens == FAST_MICRO_BATCH_TOKENS["cpu"]
     batches = [plan.batch(step) for plan in inputs.plans for step in range(len(plan))]
-    heaviest = max(engine.work(batch, inputs.known_positives, Cut(512))[0].heaviest for batch in batches)
+    heaviest = max(engine.work(batch, Cut(512))[0].heaviest for batch in batches)
     assert heaviest <= plenty.graph_tokens <= 1.25 * heaviest + 1
-    state = state_size(engine, config)
+    state = state_size(replace(engine, config=config))
     fixed = state.gradients + state.optimizer + state.checkpoint
     rooms = [choose(int(fixed / 0.9) + step * 100_000).graph_tokens for step in range(30)]
     assert rooms == sorted(rooms)
@@ -158,7 +166,7 @@ def test_heavy_batches(inputs: TrainingInputs) -> None:
     totals = sorted((int(t) for plan in inputs.plans for t in plan.tokens()), reverse=True)
 
     def tokens(batch) -> int:  # type: ignore[no-untyped-def]
-        prompt0, prompt1 = inputs.feed.tokens.tables
+        prompt0, prompt1 = inputs.data.tokens.tables
         documents = np.concatenate([*batch.positives, *batch.negatives])
         return int(prompt0.lengths(batch.query).sum() + prompt1.lengths(documents).sum())
 

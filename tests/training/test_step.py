@@ -21,7 +21,7 @@ from nearfield.objectives.infonce import ContrastiveBatch, LossSum
 from nearfield.objectives.objective import Objective
 from nearfield.training import step as module
 from nearfield.training.backends.replicated import ReplicatedBackend
-from nearfield.training.chunks import Cut, Feed, Pool
+from nearfield.training.chunks import Cut, TextPool, TrainingData
 from nearfield.training.engine import Engine
 from nearfield.training.exchange import ControlWord, contrastive_batch
 from nearfield.training.launch import Launch
@@ -51,9 +51,9 @@ def tokens() -> TokenCache:
 
 
 @pytest.fixture()
-def pool() -> Pool:
+def pool() -> TextPool:
     """Two queries; the first has a positive and a negative, the second the first query's text as its positive."""
-    return Pool(
+    return TextPool(
         items=np.array([0, 1, 2, 1, 2]),
         prompts=np.array([0, 0, 0, 1, 1]),
         queries=np.array([0, 2]),
@@ -74,10 +74,10 @@ def padding_engine(tokens: TokenCache, pad: int | None, side: str) -> Engine:
     encoder = PlainEncoder([SimpleNamespace()])
     encoder.tokenizer = SimpleNamespace(pad_token_id=pad, padding_side=side)
     backend: Any = SimpleNamespace(device=CPU)
-    return Engine(backend, encoder, Objective(), Launch(), Feed(tokens), None, False, 3)  # type: ignore[arg-type]
+    return Engine(backend, encoder, Objective(), Launch(), TrainingData(tokens), None, False, 3)  # type: ignore[arg-type]
 
 
-def test_features_are_padded_on_the_right(tokens: TokenCache, pool: Pool) -> None:
+def test_features_are_padded_on_the_right(tokens: TokenCache, pool: TextPool) -> None:
     features = padding_engine(tokens, 99, "right").make_features(pool)(np.array([2, 0, 1]))
     assert set(features) == {"input_ids", "attention_mask", "prompt_length"}
     assert features["input_ids"].tolist() == [[30, 31, 32], [10, 99, 99], [20, 21, 99]]
@@ -86,14 +86,14 @@ def test_features_are_padded_on_the_right(tokens: TokenCache, pool: Pool) -> Non
     assert features["prompt_length"] == 0
 
 
-def test_features_are_padded_on_the_left(tokens: TokenCache, pool: Pool) -> None:
+def test_features_are_padded_on_the_left(tokens: TokenCache, pool: TextPool) -> None:
     features = padding_engine(tokens, 99, "left").make_features(pool)(np.array([4, 3]))
     assert features["input_ids"].tolist() == [[8, 9, 30, 31], [99, 8, 9, 20]]
     assert features["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
     assert features["prompt_length"] == 2
 
 
-def test_the_objective_sees_who_belongs_to_whom(pool: Pool) -> None:
+def test_the_objective_sees_who_belongs_to_whom(pool: TextPool) -> None:
     embeddings = torch.arange(10.0).reshape(5, 2)
     batch = contrastive_batch(pool, embeddings, [np.array([1]), np.array([0, 7, 9])])
     assert batch.queries.tolist() == [[0, 1], [4, 5]]
@@ -109,7 +109,7 @@ def test_the_objective_sees_who_belongs_to_whom(pool: Pool) -> None:
     assert mine.known_positives.tolist() == batch.known_positives.tolist(), "of all queries, not of the share"
 
 
-def test_no_known_positive_masks_nothing(pool: Pool) -> None:
+def test_no_known_positive_masks_nothing(pool: TextPool) -> None:
     none = np.zeros(0, dtype=np.int64)
     batch = contrastive_batch(pool, torch.zeros(5, 2), [none, none])
     assert batch.known_positives.tolist() == [[-1], [-1]]
@@ -125,11 +125,11 @@ def test_dropout_is_seeded_by_all_three() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_the_work_is_the_same_on_every_rank_but_for_the_rank(tokens: TokenCache, pool: Pool, ranks: int) -> None:
+def test_the_work_is_the_same_on_every_rank_but_for_the_rank(tokens: TokenCache, pool: TextPool, ranks: int) -> None:
     lengths = np.array([1, 2, 3, 3, 4])
-    settings: dict[str, Any] = {"cut": Cut(5, 2), "padded": True, "by_prompt": True, "world_size": ranks}
-    alone = cut_work(pool, lengths, [], **{**settings, "world_size": 1}, rank=0)
-    works = [cut_work(pool, lengths, [], **settings, rank=rank) for rank in range(ranks)]
+    cut, settings = Cut(5, 2), {"padded": True, "by_prompt": True}
+    alone = cut_work(pool, lengths, cut, Launch(), **settings)
+    works = [cut_work(pool, lengths, cut, Launch(rank, ranks), **settings) for rank in range(ranks)]
     assert [work.rank for work in works] == list(range(ranks))
     for work in works:
         assert [chunk.tolist() for chunk in work.chunks] == [chunk.tolist() for chunk in alone.chunks]
@@ -143,12 +143,12 @@ def test_the_work_is_the_same_on_every_rank_but_for_the_rank(tokens: TokenCache,
     assert sorted(owned) == list(range(5)), "each text is encoded on one rank"
 
 
-def test_a_batch_without_pictures_settles_too_where_others_of_the_step_may_have_some(pool: Pool) -> None:
-    settings: dict[str, Any] = {"cut": Cut(5), "padded": True, "by_prompt": True, "world_size": 2, "rank": 0}
+def test_a_batch_without_pictures_settles_too_where_others_of_the_step_may_have_some(pool: TextPool) -> None:
+    cut, launch, settings = Cut(5), Launch(0, 2), {"padded": True, "by_prompt": True}
     lengths, none = np.array([1, 2, 3, 3, 4]), np.zeros(5, dtype=bool)
-    texts = cut_work(pool, lengths, [], **settings, images=none, level=True)
+    texts = cut_work(pool, lengths, cut, launch, **settings, images=none, level=True)
     assert texts.kinds == [0] * len(texts.chunks)
-    plain = cut_work(pool, lengths, [], **settings)
+    plain = cut_work(pool, lengths, cut, launch, **settings)
     assert plain.kinds is None and plain.shares == texts.shares
     assert [chunk.tolist() for chunk in texts.chunks] == [chunk.tolist() for chunk in plain.chunks]
 
@@ -192,21 +192,23 @@ CHUNKS = [np.array([4, 3]), np.array([2, 1, 0])]
 KNOWN = [np.array([1]), np.array([0])]
 
 
-def by_hand(pool: Pool, chunks: list[Rows] | None = None, known: list[Rows] | None = None) -> Work:
+def by_hand(pool: TextPool, chunks: list[Rows] | None = None, known: list[Rows] | None = None) -> Work:
     chunks = CHUNKS if chunks is None else chunks
     return Work(pool, chunks, [8, 9][: len(chunks)], [list(range(len(chunks)))], 0, KNOWN if known is None else known)
 
 
 def take(
-    backend: ReplicatedBackend, objective: nn.Module, tokens: TokenCache, work: Work, **keywords: Any
+    backend: ReplicatedBackend, objective: Objective, tokens: TokenCache, work: Work, **keywords: Any
 ) -> StepResult:
-    make = padding_engine(tokens, 0, "right").make_features(work.pool)
-    return run_step(backend, objective, work, make, **{"dimension": 3, "seed": 3, "step": 5, **keywords})
+    engine = replace(padding_engine(tokens, 0, "right"), backend=backend, objective=objective)
+    return run_step(engine, work, **{"seed": 3, "step": 5, **keywords})
 
 
 @pytest.mark.parametrize("learnt", [True, False])
 @pytest.mark.parametrize("keep_graph", [True, False])
-def test_the_gradient_and_what_the_step_tells(tokens: TokenCache, pool: Pool, keep_graph: bool, learnt: bool) -> None:
+def test_the_gradient_and_what_the_step_tells(
+    tokens: TokenCache, pool: TextPool, keep_graph: bool, learnt: bool
+) -> None:
     objective = InfoNCEConfig(temperature=0.5, learn_temperature=learnt).build()
     backend = Noting(objective)
     table = backend.table
@@ -245,14 +247,14 @@ def test_the_gradient_and_what_the_step_tells(tokens: TokenCache, pool: Pool, ke
         assert float(torch.rand(())) == draw
 
 
-def test_a_signal_is_in_the_control_word(tokens: TokenCache, pool: Pool) -> None:
+def test_a_signal_is_in_the_control_word(tokens: TokenCache, pool: TextPool) -> None:
     backend, objective = Noting(), InfoNCEConfig().build()
     result = take(backend, objective, tokens, by_hand(pool), keep_graph=True, stop=lambda: True)
     assert result.word.stop
     assert math.isfinite(result.loss)
 
 
-class Nan(nn.Module):
+class Nan(Objective):
     """A loss that is none."""
 
     def forward(self, batch: ContrastiveBatch) -> LossSum:
@@ -260,7 +262,7 @@ class Nan(nn.Module):
 
 
 @pytest.mark.parametrize("keep_graph", [True, False])
-def test_a_loss_that_is_not_finite_is_told(tokens: TokenCache, pool: Pool, keep_graph: bool) -> None:
+def test_a_loss_that_is_not_finite_is_told(tokens: TokenCache, pool: TextPool, keep_graph: bool) -> None:
     none = np.zeros(0, dtype=np.int64)
     work = by_hand(pool, [np.arange(5)], [none, none])
     result = take(Noting(), Nan(), tokens, work, keep_graph=keep_graph)
@@ -308,7 +310,7 @@ def inject(
 @pytest.mark.parametrize(("place", "failing"), PLACES, ids=str)
 def test_memory_that_runs_out_is_told_and_the_step_can_be_repeated(
     tokens: TokenCache,
-    pool: Pool,
+    pool: TextPool,
     place: str,
     failing: int,
     error: Callable[[], BaseException],
@@ -333,15 +335,16 @@ def test_memory_that_runs_out_is_told_and_the_step_can_be_repeated(
 
 @pytest.mark.parametrize(("place", "failing"), PLACES, ids=str)
 def test_memory_that_runs_out_between_collectives_is_an_error(
-    tokens: TokenCache, pool: Pool, place: str, failing: int, monkeypatch: pytest.MonkeyPatch
+    tokens: TokenCache, pool: TextPool, place: str, failing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend, objective = Noting(), InfoNCEConfig().build()
     inject(monkeypatch, backend, objective, place, failing, MemoryError)
+    backend.retries_in_place = False
     with pytest.raises(MemoryError):
-        take(backend, objective, tokens, by_hand(pool), keep_graph=False, catch_out_of_memory=False)
+        take(backend, objective, tokens, by_hand(pool), keep_graph=False)
 
 
-def test_other_errors_are_not_taken_for_it(tokens: TokenCache, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_taken_for_it(tokens: TokenCache, pool: TextPool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(KeyError("memory"))
     backend, objective = Noting(), InfoNCEConfig().build()
@@ -368,18 +371,19 @@ def test_the_mean_of_several_batches() -> None:
 
 
 @pytest.mark.parametrize("keep_graph", [True, False])
-def test_batches_of_a_step_add_up_with_their_weights(tokens: TokenCache, pool: Pool, keep_graph: bool) -> None:
+def test_batches_of_a_step_add_up_with_their_weights(tokens: TokenCache, pool: TextPool, keep_graph: bool) -> None:
     objective = InfoNCEConfig(temperature=0.5).build()
     backend, once = Noting(), Noting()
     take(once, objective, tokens, by_hand(pool), keep_graph=keep_graph)
     for final in (False, True):
-        take(backend, objective, tokens, by_hand(pool), keep_graph=keep_graph, weight=0.5, final=final)
+        work = replace(by_hand(pool), weight=0.5, final=final)
+        take(backend, objective, tokens, work, keep_graph=keep_graph)
     assert backend.pushed == ([False, True] if keep_graph else [False, False, False, True])
     assert backend.table.weight.grad is not None and once.table.weight.grad is not None
     torch.testing.assert_close(backend.table.weight.grad, once.table.weight.grad)
 
 
-def test_chunks_of_a_step_are_numbered_through(tokens: TokenCache, pool: Pool) -> None:
+def test_chunks_of_a_step_are_numbered_through(tokens: TokenCache, pool: TextPool) -> None:
     backend, objective = Noting(), InfoNCEConfig().build()
     work = Work(pool, CHUNKS, [8, 9], [[0, 1]], 0, KNOWN, first_number=7)
     take(backend, objective, tokens, work, keep_graph=True)
@@ -388,7 +392,7 @@ def test_chunks_of_a_step_are_numbered_through(tokens: TokenCache, pool: Pool) -
         assert float(torch.rand(())) == draw
 
 
-def test_what_examples_count_and_a_guides_vectors_reach_the_objective(pool: Pool) -> None:
+def test_what_examples_count_and_a_guides_vectors_reach_the_objective(pool: TextPool) -> None:
     vectors = {"query": np.arange(20.0, dtype=np.float32).reshape(10, 2), "document": np.ones((10, 3), np.float32)}
     heavy = replace(pool, weights=np.array([0.5, 2.0]), sources=np.array([3, 1]))
     batch = contrastive_batch(

@@ -59,7 +59,8 @@ def spy_on_steps(monkeypatch: pytest.MonkeyPatch, before: Callable[[dict[str, An
     calls: list[Any] = []
     run_step = trainer.run_step
 
-    def spy(backend, objective, work, make_features, **keywords):  # type: ignore[no-untyped-def]
+    def spy(engine, work, **keywords):  # type: ignore[no-untyped-def]
+        make_features = engine.make_features(work.pool, keywords["seed"], keywords["step"])
         features = [make_features(chunk) for chunk in work.chunks]
         calls.append(
             SimpleNamespace(
@@ -68,7 +69,7 @@ def spy_on_steps(monkeypatch: pytest.MonkeyPatch, before: Callable[[dict[str, An
         )
         if before is not None:
             before(keywords)
-        return run_step(backend, objective, work, make_features, **keywords)
+        return run_step(engine, work, **keywords)
 
     monkeypatch.setattr(trainer, "run_step", spy)
     return calls
@@ -450,11 +451,12 @@ class ShortOfMemory:
             self.left -= 1
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def step(self, backend: Any, objective: Any, work: Any, *arguments: Any, **keywords: Any) -> Any:
+    def step(self, engine: Any, work: Any, **keywords: Any) -> Any:
         self.now, self.encoded, self.chunks = keywords["step"], 0, len(work.chunks)
         self.queries.append((self.now, work.pool.items[work.pool.queries].tolist()))
         if self.now == self.at:
-            self.weights.append(torch.cat([p.detach().flatten().clone() for p in backend.module.parameters()]))
+            self.weights.append(torch.cat([p.detach().flatten().clone() for p in engine.backend.module.parameters()]))
+        objective = engine.objective
         forward = objective.forward
         if self.place == "objective":
 
@@ -464,7 +466,7 @@ class ShortOfMemory:
 
             objective.forward = failing
         try:
-            return self.run_step(backend, objective, work, *arguments, **keywords)
+            return self.run_step(engine, work, **keywords)
         finally:
             if self.place == "objective":
                 del objective.forward
@@ -659,9 +661,9 @@ def test_of_several_batches_the_one_that_is_not_finite_is_named(
     run_step = trainer.run_step
     calls: list[None] = []
 
-    def second(backend: Any, objective: Any, *arguments: Any, **keywords: Any) -> Any:
+    def second(*arguments: Any, **keywords: Any) -> Any:
         calls.append(None)
-        result = run_step(backend, objective, *arguments, **keywords)
+        result = run_step(*arguments, **keywords)
         if len(calls) != 2:
             return result
         broken = replace(result.batch, queries=result.batch.queries * torch.tensor([[1.0], [NAN]]))

@@ -13,8 +13,7 @@ from nearfield.errors import EXIT_BAD_INPUT, BadInputError
 
 if TYPE_CHECKING:
     from nearfield.pipeline.dry_run import DryRun
-    from nearfield.training.forecast import Forecast
-    from nearfield.training.forecast_notices import Machine
+    from nearfield.training.forecast import Forecast, Machine
 
 
 def register(app: typer.Typer) -> None:

@@ -19,7 +19,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    from nearfield.conformance.cases import CPU, Problem
+    from nearfield.conformance.cases import CPU, Case
     from nearfield.conformance.equalities import Suite
     from nearfield.objectives.config import ObjectiveSettings
     from nearfield.training.launch import Launch
@@ -27,8 +27,8 @@ def main() -> None:
     launch = Launch.from_environment()
     dtype = torch.float32 if arguments.backend.startswith("zero") else torch.float64
 
-    def make(objective: ObjectiveSettings, queries: int) -> Problem:
-        return Problem.make(objective, queries, arguments.model, dtype)
+    def make(objective: ObjectiveSettings, queries: int) -> Case:
+        return Case.make(objective, queries, arguments.model, dtype)
 
     launch.prepare(lambda tell: "ready", lambda word: None)
     with launch.process_group(CPU, 60), arguments.out.open("a", encoding="utf-8") as out:

@@ -56,7 +56,7 @@ from nearfield.objectives.queue import MemoryQueue
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.base import Backend
 from nearfield.training.backends.replicated import ReplicatedBackend
-from nearfield.training.chunks import Cut, Feed, Pictures, TeacherScores
+from nearfield.training.chunks import Cut, Pictures, TeacherScores, TrainingData
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import EmbeddingModule, Engine, build_engine
 from nearfield.training.exchange import contrastive_batch
@@ -213,7 +213,7 @@ SEED, STEP = 5, 3
 
 
 @dataclass
-class Problem:
+class Case:
     """A tiny encoder, an objective, and a batch."""
 
     model_folder: Path
@@ -250,8 +250,8 @@ class Problem:
         queries: int = 8,
         folder: Path | None = None,
         dtype: torch.dtype = torch.float64,
-    ) -> Problem:
-        """The problem with a tiny BERT that has dropout, saved to ``folder`` or to a temporary one."""
+    ) -> Case:
+        """The case with a tiny BERT that has dropout, saved to ``folder`` or to a temporary one."""
         folder = folder or save_tiny_bert(Path(tempfile.mkdtemp(prefix="nearfield-conformance-")) / "model")
         batch, known = random_batch(queries)
         return cls(folder, objective, batch, known, random_tokens(), dtype)
@@ -268,7 +268,7 @@ class Problem:
         model = build_encoder(config, "cpu").model
         return (model.bfloat16() if self.rounded else model).to(self.dtype)
 
-    def with_pictures(self) -> Problem:
+    def with_pictures(self) -> Case:
         """The same with pictures for every other item: as queries, positives and negatives."""
         table = self.tokens.tables[0]
         rows = [table.tokens(item) for item in range(TEXTS)]
@@ -277,25 +277,25 @@ class Problem:
             self, tokens=memory_tokens([picture if n % 2 else row for n, row in enumerate(rows)]), towers=True
         )
 
-    def in_clip(self) -> Problem:
+    def in_clip(self) -> Case:
         """The same pictures and texts for the towers of a tiny CLIP folder."""
         folder = save_tiny_clip(Path(tempfile.mkdtemp(prefix="nearfield-conformance-")) / "model")
         return replace(self.with_pictures(), model_folder=folder, clip=True)
 
-    def in_one_tower(self, architecture: str = "qwen2_vl") -> Problem:
+    def in_one_tower(self, architecture: str = "qwen2_vl") -> Case:
         """The same with a tiny model of an architecture that reads both in one, and texts, pictures and items of both."""
         folder = save_tiny_vlm(Path(tempfile.mkdtemp(prefix="nearfield-conformance-")) / "model", architecture)
-        problem = replace(self, model_folder=folder, together=True)
+        case = replace(self, model_folder=folder, together=True)
         table, items = self.tokens.tables[0], np.arange(TEXTS)
         texts = [" ".join(WORDS[token] for token in table.tokens(item)[1:-1]) for item in items.tolist()]
         shown = mixed_pictures(items)
         sizes = [None if picture is None else picture.size for picture in shown]
-        rows = row_ids(problem.encoder(), ["" if n % 3 == 1 else text for n, text in enumerate(texts)], sizes, "")
-        return replace(problem, tokens=memory_tokens(rows))
+        rows = row_ids(case.encoder(), ["" if n % 3 == 1 else text for n, text in enumerate(texts)], sizes, "")
+        return replace(case, tokens=memory_tokens(rows))
 
     @property
     def pictures(self) -> Pictures | None:
-        """Random pictures of several sizes, where the problem has some."""
+        """Random pictures of several sizes, where the case has some."""
         if self.together:
             return mixed_pictures
         return random_pictures if self.towers else None
@@ -329,15 +329,16 @@ class Problem:
         def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
             return optimizer([parameter for _, parameter in named], rate)
 
-        engine = build_engine(config, encoder, objective, make_optimizer, self.feed(encoder), self.device, launch)
+        engine = build_engine(config, encoder, objective, make_optimizer, self.data(encoder), self.device, launch)
         if engine.queue is not None:
             self.fill(engine.queue)
         return engine
 
-    def feed(self, encoder: SentenceTransformer) -> Feed:
+    def data(self, encoder: SentenceTransformer) -> TrainingData:
         """What the batch's items and examples are."""
-        return Feed(
+        return TrainingData(
             self.tokens,
+            known_positives=self.known.__getitem__,
             guide=self.guide,
             weights=self.weights,
             teacher_scores=self.teacher_scores,
@@ -389,7 +390,7 @@ class Problem:
 
     def work(self, engine: Engine, budget: int) -> Work:
         """The batch cut and dealt."""
-        return engine.work(self.batch, self.known.__getitem__, Cut(budget, self.ranks, self.apart))[0]
+        return engine.work(self.batch, Cut(budget, self.ranks, self.apart))[0]
 
     def gradient(
         self, engine: Engine, work: Work, *, keep_graph: bool, seed: int = SEED, step: int = STEP, watch: bool = False
@@ -397,11 +398,8 @@ class Problem:
         """One step's loss and its gradient, summed over ranks."""
         engine.backend.begin()
         result = run_step(
-            engine.backend,
-            engine.objective,
+            engine,
             work,
-            engine.make_features(work.pool, seed, step),
-            dimension=engine.columns,
             seed=seed,
             step=step,
             keep_graph=keep_graph,
@@ -414,14 +412,14 @@ class Problem:
         encoder = self.encoder().eval()
         objective = self.build()
         size = self.objective.queue if isinstance(self.objective, InfoNCEConfig) else 0
-        feed = self.feed(encoder)
-        module = EmbeddingModule(encoder, objective, feed.token_task)
+        data = self.data(encoder)
+        module = EmbeddingModule(encoder, objective, data.token_task)
         engine = Engine(
             ReplicatedBackend(module, lambda named: sgd([p for _, p in named], 1.0), CPU, 1, False),
             encoder,
             objective,
             Launch(),
-            feed,
+            data,
             None,
             False,
             encoder.get_embedding_dimension(),
@@ -470,17 +468,14 @@ def whole(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def one_step(
-    engine: Engine, problem: Problem, budget: int, *, step: int, max_norm: float | None = None, rate: float = 1.0
+    engine: Engine, case: Case, budget: int, *, step: int, max_norm: float | None = None, rate: float = 1.0
 ) -> float:
     """A step as the loop makes it; returns the gradient's norm."""
     engine.backend.begin()
-    work = problem.work(engine, budget)
+    work = case.work(engine, budget)
     result = run_step(
-        engine.backend,
-        engine.objective,
+        engine,
         work,
-        engine.make_features(work.pool, 5, step),
-        dimension=engine.columns,
         seed=5,
         step=step,
         keep_graph=False,
@@ -489,9 +484,9 @@ def one_step(
     return engine.backend.update(rates, max_norm, result.word.used)
 
 
-def next_loss(engine: Engine, problem: Problem, step: int) -> float:
+def next_loss(engine: Engine, case: Case, step: int) -> float:
     """The loss of one more step, without taking it."""
-    return problem.gradient(engine, problem.work(engine, 60), keep_graph=True, step=step)[0].loss
+    return case.gradient(engine, case.work(engine, 60), keep_graph=True, step=step)[0].loss
 
 
 def count_differences(one: Backend, other: Backend) -> float:

@@ -25,7 +25,7 @@ from nearfield.conformance.cases import (
     SEVERAL,
     VIEWS,
     WEIGHTED,
-    Problem,
+    Case,
     count_differences,
     decoupled_adam,
     difference,
@@ -136,23 +136,23 @@ def _add_inside_modules(model: nn.Module) -> None:
         module.register_forward_pre_hook(apart)
 
 
-def precision_lines(suite: Suite) -> Iterator[Line]:
+def precision_lines(suite: Suite) -> Iterator[CheckLine]:
     """Gradients in bfloat16, and checkpoints in all precisions."""
-    problem = replace(suite.make(OBJECTIVES["infonce"], 12), dtype=torch.float32)
-    yield from _against_float64(suite, problem)
+    case = replace(suite.make(OBJECTIVES["infonce"], 12), dtype=torch.float32)
+    yield from _against_float64(suite, case)
     if suite.backend not in ("single", "ddp"):
-        expected = _each_in_float64(problem, 16, inside=suite.backend == "zero3")
-        value = _sum_error(suite, problem, expected)
+        expected = _each_in_float64(case, 16, inside=suite.backend == "zero3")
+        value = _sum_error(suite, case, expected)
         yield suite.line("bfloat16: chunks are added in float32", value, SUM)
-        yield from _by_files(suite, problem, expected)
+        yield from _by_files(suite, case, expected)
     yield from _checkpoints(suite)
 
 
-def _against_float64(suite: Suite, problem: Problem) -> Iterator[Line]:
+def _against_float64(suite: Suite, case: Case) -> Iterator[CheckLine]:
     # Backends that shard hold a copy of the weights in bfloat16: their gradient is taken there.
     rounded = suite.backend not in ("single", "ddp")
-    _, expected = replace(problem, dtype=torch.float64, rounded=rounded).reference()
-    found, half = {}, replace(problem, precision="bf16-mixed")
+    _, expected = replace(case, dtype=torch.float64, rounded=rounded).reference()
+    found, half = {}, replace(case, precision="bf16-mixed")
     for budget in (16, 10**6):
         for keep in (True, False):
             engine = half.engine(suite.launch, suite.backend, dropout=False)
@@ -163,12 +163,12 @@ def _against_float64(suite: Suite, problem: Problem) -> Iterator[Line]:
     yield suite.line("bfloat16: many chunks = one", max(difference(f, few) for f in found.values()), NOISE / 2)
 
 
-def _each_in_float64(problem: Problem, budget: int, *, inside: bool) -> dict[str, Tensor]:
+def _each_in_float64(case: Case, budget: int, *, inside: bool) -> dict[str, Tensor]:
     """The gradients that single chunks have in one process in bfloat16, added in float64.
 
     ``inside``: states add their gradients inside modules first.
     """
-    engine = replace(problem, precision="bf16-pure").engine(Launch(), "single", dropout=False)
+    engine = replace(case, precision="bf16-pure").engine(Launch(), "single", dropout=False)
     if inside:
         _add_inside_modules(engine.backend.module)
     named = {name: p for name, p in engine.backend.module.named_parameters() if p.requires_grad}
@@ -182,13 +182,13 @@ def _each_in_float64(problem: Problem, budget: int, *, inside: bool) -> dict[str
                 parameter.grad = None
 
     with mock.patch.object(engine.backend, "backward", backward):
-        problem.gradient(engine, problem.work(engine, budget), keep_graph=False)
+        case.gradient(engine, case.work(engine, budget), keep_graph=False)
     return sums
 
 
-def _sum_error(suite: Suite, problem: Problem, expected: dict[str, Tensor]) -> float:
+def _sum_error(suite: Suite, case: Case, expected: dict[str, Tensor]) -> float:
     """How far the sum of many chunks is from the sum in float64, whether graphs are kept or not."""
-    worst, half = 0.0, replace(problem, precision="bf16-mixed")
+    worst, half = 0.0, replace(case, precision="bf16-mixed")
     for keep in (True, False):
         engine = half.engine(suite.launch, suite.backend, dropout=False)
         _, found = half.gradient(engine, half.work(engine, 16), keep_graph=keep)
@@ -196,7 +196,7 @@ def _sum_error(suite: Suite, problem: Problem, expected: dict[str, Tensor]) -> f
     return worst
 
 
-def _by_files(suite: Suite, problem: Problem, expected: dict[str, Tensor]) -> Iterator[Line]:
+def _by_files(suite: Suite, case: Case, expected: dict[str, Tensor]) -> Iterator[CheckLine]:
     """The same for configurations of DeepSpeed that users bring."""
     if not suite.backend.startswith("zero"):
         return
@@ -207,7 +207,7 @@ def _by_files(suite: Suite, problem: Problem, expected: dict[str, Tensor]) -> It
             small = replace(suite.make(OBJECTIVES["infonce"], 4), dtype=torch.float32, precision="bf16-mixed")
             for name, more in FILES.items():
                 file.write_text(json.dumps({"zero_optimization": {"stage": stage, **more}}))
-                value = _sum_error(suite, problem, expected)
+                value = _sum_error(suite, case, expected)
                 yield suite.line(f"bfloat16, {name}: chunks are added in float32", value, SUM)
                 resumed = _resumed(suite, small)
                 yield suite.line(
@@ -215,33 +215,33 @@ def _by_files(suite: Suite, problem: Problem, expected: dict[str, Tensor]) -> It
                 )
             lossy = {"data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "bf16"}
             file.write_text(json.dumps({"zero_optimization": {"stage": stage}, **lossy}))
-            value = _sum_error(suite, problem, expected)
+            value = _sum_error(suite, case, expected)
             yield suite.line("bfloat16: chunks that are added in bfloat16 are noticed", value, SUM, at_least=True)
 
 
-def _checkpoints(suite: Suite) -> Iterator[Line]:
+def _checkpoints(suite: Suite) -> Iterator[CheckLine]:
     """Every precision, with an adapter and without, and a CLIP folder with its scalar."""
     plain = replace(suite.make(OBJECTIVES["infonce, learnt temperature"], 4), dtype=torch.float32)
-    problems = {"all weights": plain, "an adapter": replace(plain, adapter=True), "a CLIP folder": plain.in_clip()}
+    cases = {"all weights": plain, "an adapter": replace(plain, adapter=True), "a CLIP folder": plain.in_clip()}
     for precision in PRECISIONS:
-        for name, problem in problems.items():
-            if suite.backend == "fsdp2" and problem.adapter and precision == "bf16-pure":
+        for name, case in cases.items():
+            if suite.backend == "fsdp2" and case.adapter and precision == "bf16-pure":
                 continue  # which is refused: parameters of two types
-            found = _resumed(suite, replace(problem, precision=precision))
+            found = _resumed(suite, replace(case, precision=precision))
             yield suite.line(
                 f"{precision}, {name}: from a checkpoint = uninterrupted", found, 0, unit="tensors that differ"
             )
 
 
-def _resumed(suite: Suite, problem: Problem) -> float:
+def _resumed(suite: Suite, case: Case) -> float:
     """Tensors that differ between three steps, and one step, a checkpoint on the disk, a new engine and two more."""
 
     def stepped(steps: Sequence[int], saved: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None) -> Any:
-        engine = problem.engine(suite.launch, suite.backend, dropout=True, rate=1e-2, optimizer=decoupled_adam)
+        engine = case.engine(suite.launch, suite.backend, dropout=True, rate=1e-2, optimizer=decoupled_adam)
         if saved is not None:
             engine.backend.load(*(saved if suite.launch.is_main else (None, None)))
         for step in steps:
-            one_step(engine, problem, 60, step=step, rate=1e-2)
+            one_step(engine, case, 60, step=step, rate=1e-2)
         return engine.backend
 
     first = stepped([0])
@@ -253,7 +253,7 @@ def _resumed(suite: Suite, problem: Problem) -> float:
 
 
 @dataclass(frozen=True)
-class Line:
+class CheckLine:
     """One line of the table."""
 
     backend: str
@@ -281,20 +281,20 @@ class Line:
 class Suite:
     """All checks of one backend; every rank runs it, the lines of rank 0 count."""
 
-    def __init__(self, backend: str, launch: Launch, make: Callable[[ObjectiveSettings, int], Problem]) -> None:
+    def __init__(self, backend: str, launch: Launch, make: Callable[[ObjectiveSettings, int], Case]) -> None:
         self.backend = backend
         self.launch = launch
         self.make = make
-        """(objective, queries) -> problem, in the precision of the backend."""
+        """(objective, queries) -> case, in the precision of the backend."""
         self.tolerance = 1e-5 if backend.startswith("zero") else 1e-10
 
-    def line(self, check: str, value: float, limit: float | None = None, **more: Any) -> Line:
+    def line(self, check: str, value: float, limit: float | None = None, **more: Any) -> CheckLine:
         """A line of this backend."""
-        return Line(
+        return CheckLine(
             self.backend, self.launch.world_size, check, value, self.tolerance if limit is None else limit, **more
         )
 
-    def run(self) -> Iterator[Line]:
+    def run(self) -> Iterator[CheckLine]:
         """All checks in order."""
         yield from self.chunks()
         yield from self.rows()
@@ -313,7 +313,7 @@ class Suite:
 
     def _difference(
         self,
-        problem: Problem,
+        case: Case,
         budget: int,
         *,
         keep_graph: bool,
@@ -323,23 +323,23 @@ class Suite:
         exchange: str = "gather",
     ) -> float:
         """How far a step without dropout is from the reference, in its loss and its gradient."""
-        loss, gradient = reference or problem.reference()
-        engine = problem.engine(self.launch, self.backend, dropout=False, packing=packing, exchange=exchange)
-        result, ours = problem.gradient(engine, deal(problem.work(engine, budget)), keep_graph=keep_graph)
+        loss, gradient = reference or case.reference()
+        engine = case.engine(self.launch, self.backend, dropout=False, packing=packing, exchange=exchange)
+        result, ours = case.gradient(engine, deal(case.work(engine, budget)), keep_graph=keep_graph)
         return max(difference(ours, gradient), abs(result.loss - loss) / abs(loss))
 
-    def _dropout_difference(self, problem: Problem) -> float:
+    def _dropout_difference(self, case: Case) -> float:
         """How far a step with dropout, and with deleted tokens where the objective deletes some, is from one process's."""
-        if isinstance(problem.objective, CAROLConfig):
-            problem = replace(problem, objective=problem.objective.model_copy(update={"delete": 0.3}))
-        alone = problem.engine(Launch(), "single", dropout=True)
-        expected, gradient = problem.gradient(alone, problem.work(alone, 60), keep_graph=True)
-        engine = problem.engine(self.launch, self.backend, dropout=True)
-        result, ours = problem.gradient(engine, problem.work(engine, 60), keep_graph=True)
+        if isinstance(case.objective, CAROLConfig):
+            case = replace(case, objective=case.objective.model_copy(update={"delete": 0.3}))
+        alone = case.engine(Launch(), "single", dropout=True)
+        expected, gradient = case.gradient(alone, case.work(alone, 60), keep_graph=True)
+        engine = case.engine(self.launch, self.backend, dropout=True)
+        result, ours = case.gradient(engine, case.work(engine, 60), keep_graph=True)
         return max(difference(ours, gradient), abs(result.loss - expected.loss) / abs(expected.loss))
 
-    def problem(self, name: str, queries: int) -> Problem:
-        """A problem with one of the objectives."""
+    def case(self, name: str, queries: int) -> Case:
+        """A case with one of the objectives."""
         found = self.make(OBJECTIVES[name], queries)
         if name in (SEVERAL, VIEWS):
             sources = np.arange(queries) % 2
@@ -351,30 +351,30 @@ class Suite:
         whole = self.backend in ("single", "ddp")
         return [name for name, config in OBJECTIVES.items() if whole or config.token_task is None]
 
-    def chunks(self) -> Iterator[Line]:
+    def chunks(self) -> Iterator[CheckLine]:
         """Any chunks, kept or cached = one padded forward, for every objective."""
         for name in self.objectives():
-            problem = self.problem(name, 8)
-            reference = problem.reference()
+            case = self.case(name, 8)
+            reference = case.reference()
             every = name == "infonce"
             worst = max(
-                self._difference(problem, budget, keep_graph=keep, reference=reference)
+                self._difference(case, budget, keep_graph=keep, reference=reference)
                 for budget in ((16, 60, 10**6) if every else (60,))
                 for keep in (True, False)
             )
             which = "chunks of one text, of some, of all" if every else "chunks"
             yield self.line(f"{which}, kept and cached = one padded forward ({name})", worst)
 
-    def rows(self) -> Iterator[Line]:
+    def rows(self) -> Iterator[CheckLine]:
         """Batches that do not divide evenly over ranks."""
         for queries in (5, 2):
-            problem = self.make(OBJECTIVES["infonce, both directions"], queries)
-            value = self._difference(problem, 40, keep_graph=False)
+            case = self.make(OBJECTIVES["infonce, both directions"], queries)
+            value = self._difference(case, 40, keep_graph=False)
             yield self.line(f"a batch of {queries} queries = the same in one process", value)
 
-    def unequal_shares(self) -> Line:
+    def unequal_shares(self) -> CheckLine:
         """One rank with one chunk, the last with all others."""
-        problem = self.make(OBJECTIVES["infonce"], 8)
+        case = self.make(OBJECTIVES["infonce"], 8)
 
         def deal(work: Work) -> Work:
             shares: list[list[int]] = [[] for _ in work.shares]
@@ -382,58 +382,56 @@ class Suite:
             shares[-1] = sorted({*shares[-1], *range(1, len(work.chunks))})
             return replace(work, shares=shares)
 
-        worst = max(self._difference(problem, 48, keep_graph=keep, deal=deal) for keep in (True, False))
+        worst = max(self._difference(case, 48, keep_graph=keep, deal=deal) for keep in (True, False))
         return self.line("ranks with 1 and with all other chunks = one process", worst)
 
-    def ring(self) -> Line:
+    def ring(self) -> CheckLine:
         """Parts that are passed round, for every objective that can, and where a rank has no row."""
         contrastive = {name: one for name, one in OBJECTIVES.items() if isinstance(one, InfoNCEConfig)}
         able = {name: config for name, config in contrastive.items() if can_ring(config) and not config.queue}
-        problems = [self.problem(name, 8) for name in able] + [
-            self.problem("infonce, both directions", n) for n in (5, 2)
-        ]
-        worst = max(self._difference(problem, 60, keep_graph=False, exchange="ring") for problem in problems)
+        cases = [self.case(name, 8) for name in able] + [self.case("infonce, both directions", n) for n in (5, 2)]
+        worst = max(self._difference(case, 60, keep_graph=False, exchange="ring") for case in cases)
         return self.line("parts passed round in a ring = one process, for all objectives that can", worst)
 
-    def dropout(self) -> Iterator[Line]:
+    def dropout(self) -> Iterator[CheckLine]:
         """Masks depend on (seed, step, chunk) alone."""
-        worst = max(self._dropout_difference(self.problem(name, 8)) for name in self.objectives())
+        worst = max(self._dropout_difference(self.case(name, 8)) for name in self.objectives())
         yield self.line("dropout on: any number of ranks = one, for every objective", worst)
-        problem = self.make(OBJECTIVES["infonce"], 8)
+        case = self.make(OBJECTIVES["infonce"], 8)
         found: dict[bool, dict[str, Tensor]] = {}
         for keep in (True, False):
-            engine = problem.engine(self.launch, self.backend, dropout=True)
-            _, found[keep] = problem.gradient(engine, problem.work(engine, 60), keep_graph=keep)
+            engine = case.engine(self.launch, self.backend, dropout=True)
+            _, found[keep] = case.gradient(engine, case.work(engine, 60), keep_graph=keep)
         yield self.line(
             "dropout on: two passes (cached) = one pass that keeps its graph", difference(found[False], found[True])
         )
-        without = problem.reference()[1]
+        without = case.reference()[1]
         yield self.line("dropout on differs from off", difference(found[True], without), 1e-3, at_least=True)
         count = itertools.count()
         seed_chunk = step_module.seed_chunk
         step_module.seed_chunk = lambda seed, step, chunk: seed_chunk(seed, 1000 + next(count), chunk)
         try:
-            engine = problem.engine(self.launch, self.backend, dropout=True)
-            _, broken = problem.gradient(engine, problem.work(engine, 60), keep_graph=False)
+            engine = case.engine(self.launch, self.backend, dropout=True)
+            _, broken = case.gradient(engine, case.work(engine, 60), keep_graph=False)
         finally:
             step_module.seed_chunk = seed_chunk
         yield self.line("a broken replay of dropout is noticed", difference(broken, found[True]), 1e-3, at_least=True)
 
-    def packing(self) -> Iterator[Line]:
+    def packing(self) -> Iterator[CheckLine]:
         """Texts end to end = padded texts."""
-        problem = self.make(OBJECTIVES["infonce"], 8)
-        engine = problem.engine(self.launch, self.backend, dropout=False, packing="auto")
+        case = self.make(OBJECTIVES["infonce"], 8)
+        engine = case.engine(self.launch, self.backend, dropout=False, packing="auto")
         if engine.packing is None:
             raise AssertionError("the tiny BERT must be packed")
-        worst = max(self._difference(problem, 60, keep_graph=keep, packing="auto") for keep in (True, False))
+        worst = max(self._difference(case, 60, keep_graph=keep, packing="auto") for keep in (True, False))
         yield self.line("packed = padded", worst)
 
-    def pictures(self) -> Iterator[Line]:
+    def pictures(self) -> Iterator[CheckLine]:
         """Two towers: chunks of pictures and chunks of texts = one forward of each. One tower: chunks of both = one of all."""
         plain = self.make(OBJECTIVES["infonce, both directions"], 8)
-        problem = plain.with_pictures()
+        case = plain.with_pictures()
         for each, check in (
-            (problem, "pictures and texts in chunks of their own = one forward of each"),
+            (case, "pictures and texts in chunks of their own = one forward of each"),
             (
                 plain.in_clip(),
                 "pictures and texts of a CLIP folder, which has a scalar parameter = one forward of each",
@@ -447,69 +445,58 @@ class Suite:
                 for keep in (True, False)
             )
             yield self.line(check, worst)
-        alone = problem.engine(Launch(), "single", dropout=True)
-        _, gradient = problem.gradient(alone, problem.work(alone, 60), keep_graph=True)
-        engine = problem.engine(self.launch, self.backend, dropout=True)
-        _, found = problem.gradient(engine, problem.work(engine, 60), keep_graph=False)
+        alone = case.engine(Launch(), "single", dropout=True)
+        _, gradient = case.gradient(alone, case.work(alone, 60), keep_graph=True)
+        engine = case.engine(self.launch, self.backend, dropout=True)
+        _, found = case.gradient(engine, case.work(engine, 60), keep_graph=False)
         yield self.line("pictures, dropout on: any number of ranks, cached = one", difference(found, gradient))
         # A step without pictures behind one with them: their tower has no part in it, and may keep nothing of the one before.
-        texts = replace(problem, tokens=plain.tokens)
-        engine = problem.engine(self.launch, self.backend, dropout=False)
-        one_step(engine, problem, 60, step=0, rate=0.0)
-        engine = replace(engine, feed=replace(engine.feed, tokens=plain.tokens))
+        texts = replace(case, tokens=plain.tokens)
+        engine = case.engine(self.launch, self.backend, dropout=False)
+        one_step(engine, case, 60, step=0, rate=0.0)
+        engine = replace(engine, data=replace(engine.data, tokens=plain.tokens))
         _, found = texts.gradient(engine, texts.work(engine, 60), keep_graph=False)
         yield self.line(
             "a step without pictures, after one with them = the same alone", difference(found, texts.reference()[1])
         )
 
-    def figures(self) -> Line:
+    def figures(self) -> CheckLine:
         """What is told of the learning, with masks, weights and a learnt temperature."""
         objective = OBJECTIVES["infonce, score mask, hardness, focal"].model_copy(update={"learn_temperature": True})
-        problem = self.make(objective, 8)
-        alone = problem.engine(Launch(), "single", dropout=True)
-        expected = problem.gradient(alone, problem.work(alone, 60), keep_graph=True, watch=True)[0].figures
-        engine = problem.engine(self.launch, self.backend, dropout=True)
-        found = problem.gradient(engine, problem.work(engine, 60), keep_graph=False, watch=True)[0].figures
+        case = self.make(objective, 8)
+        alone = case.engine(Launch(), "single", dropout=True)
+        expected = case.gradient(alone, case.work(alone, 60), keep_graph=True, watch=True)[0].figures
+        engine = case.engine(self.launch, self.backend, dropout=True)
+        found = case.gradient(engine, case.work(engine, 60), keep_graph=False, watch=True)[0].figures
         assert found.keys() == expected.keys() and "masked_score" in found
         worst = max(abs(found[name] - value) / max(abs(value), 1e-3) for name, value in expected.items())
         # An effective rank is the root of what float32 rounds.
         return self.line("figures of the learning = those of one process", worst, max(self.tolerance, 1e-8))
 
-    def averaging(self) -> Line:
+    def averaging(self) -> CheckLine:
         """Averaged batches, which must be asked for = the mean of the references of their parts."""
-        problem = self.make(OBJECTIVES["infonce, learnt temperature"], 8)
-        parts = [replace(problem, batch=part) for part in split_batch(problem.batch, 2)]
+        case = self.make(OBJECTIVES["infonce, learnt temperature"], 8)
+        parts = [replace(case, batch=part) for part in split_batch(case.batch, 2)]
         references = [part.reference()[1] for part in parts]
         expected = {name: (references[0][name] + references[1][name]) / 2 for name in references[0]}
-        engine = problem.engine(self.launch, self.backend, dropout=False)
+        engine = case.engine(self.launch, self.backend, dropout=False)
         engine.backend.begin()
         for number, part in enumerate(parts):
-            work = part.work(engine, 60)
-            run_step(
-                engine.backend,
-                engine.objective,
-                work,
-                engine.make_features(work.pool, 5, 3),
-                dimension=engine.columns,
-                seed=5,
-                step=3,
-                keep_graph=False,
-                weight=1 / 2,
-                final=number == 1,
-            )
+            work = replace(part.work(engine, 60), weight=1 / 2, final=number == 1)
+            run_step(engine, work, seed=5, step=3, keep_graph=False)
         return self.line(
             "two batches averaged = the mean of their gradients", difference(engine.backend.gradients(), expected)
         )
 
-    def clipping(self) -> Line:
+    def clipping(self) -> CheckLine:
         """A step of plain SGD = the reference gradient clipped by its global norm."""
-        problem = self.make(OBJECTIVES["infonce, learnt temperature"], 8)
-        _, gradient = problem.reference()
+        case = self.make(OBJECTIVES["infonce, learnt temperature"], 8)
+        _, gradient = case.reference()
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
         limit = norm / 3
-        engine = problem.engine(self.launch, self.backend, dropout=False, max_norm=limit)
+        engine = case.engine(self.launch, self.backend, dropout=False, max_norm=limit)
         before = whole(engine.backend.model_tensors())
-        found = one_step(engine, problem, 60, max_norm=limit, step=3)
+        found = one_step(engine, case, 60, max_norm=limit, step=3)
         after = whole(engine.backend.model_tensors())
         moved = {name: before[name] - after[name] for name in gradient}
         expected = {name: g * (limit / (norm + 1e-6)) for name, g in gradient.items()}
@@ -519,43 +506,43 @@ class Suite:
             max(self.tolerance, 1e-6),
         )
 
-    def resume(self) -> Iterator[Line]:
+    def resume(self) -> Iterator[CheckLine]:
         """Three steps of AdamW = one step, all state through main memory into a new engine, two more."""
-        problem = self.make(OBJECTIVES["infonce, learnt temperature"], 8)
+        case = self.make(OBJECTIVES["infonce, learnt temperature"], 8)
 
         def adamw(launch: Launch, backend: str) -> Engine:
-            return problem.engine(launch, backend, dropout=True, rate=1e-3, optimizer=decoupled_adam)
+            return case.engine(launch, backend, dropout=True, rate=1e-3, optimizer=decoupled_adam)
 
         straight = adamw(self.launch, self.backend)
         for step in range(3):
-            one_step(straight, problem, 60, step=step, rate=1e-3)
+            one_step(straight, case, 60, step=step, rate=1e-3)
         first = adamw(self.launch, self.backend)
-        one_step(first, problem, 60, step=0, rate=1e-3)
+        one_step(first, case, 60, step=0, rate=1e-3)
         state = whole(first.backend.model_tensors()), whole(first.backend.optimizer_tensors())
         second = adamw(self.launch, self.backend)
         second.backend.load(*(state if self.launch.is_main else (None, None)))
         for step in (1, 2):
-            one_step(second, problem, 60, step=step, rate=1e-3)
+            one_step(second, case, 60, step=step, rate=1e-3)
         differs = count_differences(straight.backend, second.backend)
         yield self.line("resumed = uninterrupted, to the bit", differs, 0, unit="tensors that differ")
         if self.launch.world_size > 1:
-            loss = next_loss(second, problem, step=3)
+            loss = next_loss(second, case, step=3)
             alone = adamw(Launch(), "single")
             state = whole(second.backend.model_tensors()), whole(second.backend.optimizer_tensors())
             alone.backend.load(*state)
-            value = abs(next_loss(alone, problem, step=3) - loss) / loss
+            value = abs(next_loss(alone, case, step=3) - loss) / loss
             yield self.line("resumed on one rank: the next loss", value, 1e-5)
 
-    def traffic(self) -> Line:
+    def traffic(self) -> CheckLine:
         """Bytes that gradient reductions move, in units of the trained parameters' bytes."""
-        problem = self.make(OBJECTIVES["infonce"], 8)
-        engine = problem.engine(self.launch, self.backend, dropout=False)
-        work = problem.work(engine, 24)
-        one_step(engine, problem, 24, step=0)
+        case = self.make(OBJECTIVES["infonce"], 8)
+        engine = case.engine(self.launch, self.backend, dropout=False)
+        work = case.work(engine, 24)
+        one_step(engine, case, 24, step=0)
         with CountTraffic() as count:
-            one_step(engine, problem, 24, step=1)
+            one_step(engine, case, 24, step=1)
         shares = work.pool_shares()
-        embeddings = len(shares.rows) * shares.longest * engine.columns * torch.finfo(problem.dtype).bits // 8
+        embeddings = len(shares.rows) * shares.longest * engine.columns * torch.finfo(case.dtype).bits // 8
         small = 8 * (3 + len(engine.backend.used())) + 64
         # What is left after the embeddings' gradient (once) and small words (control, norms) is parameter gradient.
         reductions = sorted(count.traffic.reductions())
@@ -573,4 +560,4 @@ class Suite:
         )
 
 
-__all__ = ["CPU", "OBJECTIVES", "Line", "Suite"]
+__all__ = ["CPU", "OBJECTIVES", "CheckLine", "Suite"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
-    from nearfield.conformance.equalities import Line
+    from nearfield.conformance.equalities import CheckLine
 
 LAUNCHES: tuple[tuple[str, int], ...] = (
     ("single", 1),
@@ -37,7 +37,7 @@ class Outcome:
 
     backend: str
     ranks: int
-    lines: list[Line] = field(default_factory=list)
+    lines: list[CheckLine] = field(default_factory=list)
     error: str | None = None
     """Why the launch ended before all was checked."""
     skipped: str | None = None
@@ -60,7 +60,7 @@ def select(backends: Sequence[str]) -> list[tuple[str, int]]:
 
 def run_launch(backend: str, ranks: int, model: Path) -> Outcome:
     """Run all equalities of a backend in one launch of its ranks on this machine's CPUs."""
-    from nearfield.conformance.equalities import Line
+    from nearfield.conformance.equalities import CheckLine
 
     outcome = Outcome(backend, ranks)
     if backend.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
@@ -91,7 +91,7 @@ def run_launch(backend: str, ranks: int, model: Path) -> Outcome:
             if done.returncode != 0:
                 outcome.error = f"exit code {done.returncode}\n" + done.stderr[-4000:]
         if out.is_file():
-            outcome.lines = [Line(**json.loads(text)) for text in out.read_text(encoding="utf-8").splitlines()]
+            outcome.lines = [CheckLine(**json.loads(text)) for text in out.read_text(encoding="utf-8").splitlines()]
     return outcome
 
 

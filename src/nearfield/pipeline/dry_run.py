@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from nearfield.evaluation.tasks import SuiteTask
-    from nearfield.training.forecast import Forecast
-    from nearfield.training.forecast_notices import Machine
+    from nearfield.training.forecast import Forecast, Machine
     from nearfield.training.trainer import TrainingInputs
 
 
@@ -157,19 +156,17 @@ def _measure(stages: Stages, trial_seconds: float) -> _Measured:
     recipe, launch, train = stages.job.recipe, stages.job.launch, stages.train
     device = pick_device(recipe.training, launch)
     encoder = train.encoder(device)
-    known = stages.data.open().known_positives()
     plans, hashes = stages.plan.open()
     train.check_ring()
     inputs = TrainingInputs(
         plans,
         hashes,
-        train.feed(encoder),
-        known.__getitem__,
+        train.training_data(encoder),
         lambda rows: [str(row) for row in rows],
     )
     lasting = [*encoder.notices]
     if launch.is_main:
-        lasting += train.teaching_notices(encoder.model, inputs.feed, plans)
+        lasting += train.teaching_notices(encoder.model, inputs.data, plans)
     with torch.random.fork_rng(), launch.process_group(device, recipe.training.collective_timeout):
         forecast, steps, found = _try_out(stages, encoder.model, inputs, device, trial_seconds)
     return _Measured(forecast, steps, tuple(lasting), tuple(found))
@@ -178,33 +175,30 @@ def _measure(stages: Stages, trial_seconds: float) -> _Measured:
 def _try_out(
     stages: Stages, model: SentenceTransformer, inputs: TrainingInputs, device: Any, trial_seconds: float
 ) -> tuple[Forecast, int, list[Notice]]:
-    from nearfield.training.costs import plan_costs
     from nearfield.training.engine import build_engine
-    from nearfield.training.forecast import FILE, held_bytes, load_trackers, predict
+    from nearfield.training.forecast import FILE, held_bytes, load_trackers, plan_costs, predict
     from nearfield.training.memory import choose_budget, measure_profile
     from nearfield.training.optimizers import optimizer_of
     from nearfield.training.trial import run_trial
 
     recipe, launch = stages.job.recipe, stages.job.launch
-    config, plans, known = recipe.training, inputs.plans, inputs.known_positives
+    config, plans = recipe.training, inputs.plans
     objective, optimizer = stages.train.objective(model), optimizer_of(config, device)
-    engine = build_engine(config, model, objective, optimizer, inputs.feed, device, launch)
+    engine = build_engine(config, model, objective, optimizer, inputs.data, device, launch)
     if launch.is_main:
         load_trackers(config)
     held = held_bytes(device)
-    profile = measure_profile(config, engine, plans, known, timed=True)
-    budget = choose_budget(config, engine, plans, known, profile)
-    planned = plan_costs(engine, config, budget, profile, plans, known)
+    profile = measure_profile(engine, plans, timed=True)
+    budget = choose_budget(engine, plans, profile)
+    planned = plan_costs(engine, budget, profile, plans)
     fingerprint = stages.train.fingerprint
-    forecast = predict(config, engine, plans, planned, budget, profile, fingerprint=fingerprint, held=held)
+    forecast = predict(engine, plans, planned, budget, profile, fingerprint=fingerprint, held=held)
     growth = forecast.memory.peak - held
     found: list[Notice] = _long_model(stages, model, profile.forward_seconds) if launch.is_main else []
     if forecast.available and growth > forecast.available:
         return forecast, 0, found  # trying it would end this process, perhaps others too
     trial = run_trial(
-        config,
         engine,
-        inputs,
         planned,
         budget,
         profile,
@@ -266,7 +260,7 @@ def _result(
     import torch
 
     from nearfield.training.checkpoint import checkpoint_paths
-    from nearfield.training.forecast_notices import Machine, count_gpus, forecast_notices
+    from nearfield.training.forecast import Machine, count_gpus, forecast_notices
 
     job = stages.job
     training, folder = job.recipe.training, job.run.folder

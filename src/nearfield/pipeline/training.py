@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from nearfield.objectives.config import ObjectiveSettings
     from nearfield.objectives.objective import Objective
     from nearfield.training.changing_negatives import NegativeInputs
-    from nearfield.training.chunks import Feed, TeacherScores
+    from nearfield.training.chunks import TeacherScores, TrainingData
     from nearfield.training.trainer import TrainingResult
 
 logger = logging.getLogger("nearfield.pipeline")
@@ -152,7 +152,7 @@ class TrainStage(Stage):
         if self.job.strict:
             refuse(found, where)
 
-    def _tell_at_start(self, encoder: LoadedEncoder, feed: Feed, plans: list[Plan]) -> None:
+    def _tell_at_start(self, encoder: LoadedEncoder, data: TrainingData, plans: list[Plan]) -> None:
         """Before the first step, what the encoder, the data and the plan show; rank 0 alone."""
         begins = not self.checkpoints()
         if begins:
@@ -160,17 +160,17 @@ class TrainStage(Stage):
         suite = training_suite_prompts(self.job, self.tokens.prompts.trained_contract)
         if self.is_scored:
             suite += suite_notices(self.job.run)
-        teaches = self.teaching_notices(encoder.model, feed, plans) if begins else ()
+        teaches = self.teaching_notices(encoder.model, data, plans) if begins else ()
         self.tell([*encoder.notices, *plan_notices(self.plan, plans), *suite, *teaches])
 
-    def teaching_notices(self, model: SentenceTransformer, feed: Feed, plans: list[Plan]) -> list[Notice]:
+    def teaching_notices(self, model: SentenceTransformer, data: TrainingData, plans: list[Plan]) -> list[Notice]:
         """What the data and the objective could teach no encoder."""
         from nearfield.training.diagnostics import teaching_notices
 
         store = self.data.open()
         names = {number: source.name for number, source in enumerate(store.sources)}
-        known, width = store.known_positives().__getitem__, model.get_embedding_dimension()
-        return [] if width is None else [*teaching_notices(self.objective(model), feed, plans, known, names, width)]
+        width = model.get_embedding_dimension()
+        return [] if width is None else [*teaching_notices(self.objective(model), data, plans, names, width)]
 
     def run(self) -> dict[str, Any]:
         """Train and save the model."""
@@ -181,22 +181,20 @@ class TrainStage(Stage):
         plans, hashes = self.plan.open()
         if self.job.launch.is_main:
             self._set_aside_stale_checkpoints()
-        known = store.known_positives()
         ids = store.items["id"]
         config = self.recipe.training
         device = pick_device(config, self.job.launch)
         encoder = self.encoder(device)
-        feed = self.feed(encoder)
+        data = self.training_data(encoder)
         if self.job.launch.is_main:
-            self._tell_at_start(encoder, feed, plans)
+            self._tell_at_start(encoder, data, plans)
         inputs = TrainingInputs(
             plans=plans,
             plan_hashes=hashes,
-            feed=feed,
-            known_positives=known.__getitem__,
+            data=data,
             item_ids=lambda rows: [ids[int(row)].as_py().hex() for row in rows],
             evaluate=evaluation_during_training(self.job, encoder.model, self.tokens.prompts.trained_contract),
-            negatives=self._negative_inputs(feed.tokens),
+            negatives=self._negative_inputs(data.tokens),
             about=self.recipe.model_dump(mode="json"),
             tell=self.tell,
         )
@@ -240,15 +238,16 @@ class TrainStage(Stage):
         tokens = self.tokens.open()
         return {"training": tokens.max_length, "model": longest_input(model), **tokens.cut.to_json()}
 
-    def feed(self, encoder: LoadedEncoder) -> Feed:
+    def training_data(self, encoder: LoadedEncoder) -> TrainingData:
         """What the items and examples of the store are to this encoder and the recipe's objective."""
-        from nearfield.training.chunks import Feed
+        from nearfield.training.chunks import TrainingData
 
         guide = self.vectors.guide()
         named = self.recipe.objective.readings(self._kinds())
         readings = {number: named[s.name] for number, s in enumerate(self.data.open().sources) if s.name in named}
-        return Feed(
+        return TrainingData(
             self.tokens.open(),
+            known_positives=self.data.open().known_positives().__getitem__,
             guide=None if guide is None else guide.of,
             weights=self.data.open().weights(),
             teacher_scores=self._teacher_scores(),
@@ -260,7 +259,7 @@ class TrainStage(Stage):
     def _negative_inputs(self, tokens: TokenCache) -> NegativeInputs | None:
         """What negatives that change are made of: the candidates that were mined, and how to mine anew; None where those of
         the plan stay."""
-        from nearfield.training.changing_negatives import Candidates, NegativeInputs, Remine
+        from nearfield.training.changing_negatives import MinedCandidates, NegativeInputs, Remine
 
         recipe, store = self.recipe, self.data.open()
         if recipe.mining is None or recipe.mining.during is None:
@@ -279,7 +278,7 @@ class TrainStage(Stage):
         batches = recipe.batches
         return NegativeInputs(
             recipe.mining.during,
-            Candidates(examples[order], lists.take(order)),
+            MinedCandidates(examples[order], lists.take(order)),
             wanted=batches.negatives,
             distinct=batches.duplicates == "forbid",
             avoid_positives=batches.known_positives == "forbid",

@@ -34,15 +34,17 @@ from nearfield.training.chunks import split_rows
 from nearfield.training.engine import Engine
 from nearfield.training.evaluating import encode_items, undisturbed
 from nearfield.training.exchange import Shares, broadcast_json, broadcast_tensors, gather_embeddings
+from nearfield.training.parts import Part, StepMade
 from nearfield.training.step import StepResult
 
 if TYPE_CHECKING:
     from nearfield.mining.config import DuringConfig
     from nearfield.training.engine import Engine
+    from nearfield.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Candidates:
+class MinedCandidates:
     """The mined candidates of examples: item rows, the hardest first."""
 
     examples: Rows
@@ -67,7 +69,7 @@ class NegativeInputs:
     """What changing negatives are made of."""
 
     config: DuringConfig
-    candidates: Candidates
+    candidates: MinedCandidates
     """Those mined before the training."""
     wanted: int
     """Negatives an example in a step."""
@@ -79,45 +81,8 @@ class NegativeInputs:
     """What mines anew from the weights; only ``refresh`` needs it."""
 
 
-class ChangingNegatives:
-    """The negatives of a plan as they stand: nothing changes. The base of those that do.
-
-    All that they do is the same on every rank. Their state is a few entries and tensors of a checkpoint.
-    """
-
-    seconds = 0.0
-    """That mining anew took."""
-    looks_at_batches = False
-    """Whether ``observe`` wants the embeddings of the whole batch."""
-
-    def batch(self, batch: Batch, step: int) -> tuple[Batch, dict[str, int]]:
-        """A planned batch with the negatives in force, and what is worth a figure."""
-        return batch, {}
-
-    def observe(self, batch: Batch, step: int, result: StepResult) -> None:
-        """Learn from a step that was done; *collective*."""
-
-    def due(self, done: int) -> bool:
-        """Whether the pool is to be mined anew after ``done`` steps and was not yet."""
-        return False
-
-    def refresh(self, engine: Engine, done: int, budget: int, stop: Callable[[], bool]) -> None:
-        """Mine the pool anew; *collective*."""
-
-    def saved(self) -> dict[str, Any]:
-        """Entries of a checkpoint's state."""
-        return {}
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of a checkpoint."""
-        yield from ()
-
-    def load(self, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Put back what a checkpoint's state and tensors hold."""
-
-
-class Replacing(ChangingNegatives):
-    """What those that change have in common: candidates in an order go into the batch, as far as they fit."""
+class ChangingNegatives(Part):
+    """MinedCandidates in an order of preference go into the batch, as far as they fit. Ranks do the same."""
 
     def __init__(self, inputs: NegativeInputs, known_positives: Callable[[int], Rows], seed: int) -> None:
         self.inputs = inputs
@@ -174,44 +139,30 @@ def fit(
     return chosen, clashes
 
 
-def open_negatives(
-    inputs: NegativeInputs | None,
-    known_positives: Callable[[int], Rows],
-    run: Path,
-    *,
-    seed: int,
-    steps: int,
-    epochs: Sequence[int],
-    averaged_batches: int,
-    device: torch.device,
-    writes: bool,
-) -> ChangingNegatives:
-    """The negatives of a run of ``steps`` steps, ``epochs`` the steps of each epoch; those of the plan without ``inputs``."""
-    if inputs is None:
-        return ChangingNegatives()
+def open_negatives(inputs: NegativeInputs, trainer: Trainer) -> ChangingNegatives:
+    """The changing negatives of a training."""
+    known = trainer.inputs.data.known_positives
     if isinstance(inputs.config, ScheduledNegatives):
-        from nearfield.training.changing_negatives import Scheduled
-
-        return Scheduled(inputs, inputs.config, known_positives, seed, steps)
+        return Scheduled(inputs, inputs.config, known, trainer.seed, trainer.steps)
     if isinstance(inputs.config, DynamicNegatives):
-        if averaged_batches > 1:
+        if trainer.config.averaged_batches > 1:
             raise BadInputError(
                 "dynamic negatives need the scores of the whole batch, which training.averaged_batches cuts",
                 where="training.averaged_batches",
                 hint="Leave it at 1: a large batch fits by gradient caching.",
             )
-        from nearfield.training.changing_negatives import make_dynamic
+        if trainer.engine.ring:
+            raise BadInputError(
+                "dynamic negatives look at the embeddings of whole batches, which a ring never brings together",
+                where="training.exchange",
+                hint="Use training.exchange=gather.",
+            )
+        kind = BlockAtATime if inputs.config.rule == "conan_v1" else OneAtATime
+        return kind(inputs, inputs.config, known, trainer.seed)
+    return Refreshed(inputs, inputs.config, trainer)
 
-        return make_dynamic(inputs, inputs.config, known_positives, seed)
-    assert isinstance(inputs.config, RefreshedNegatives)
-    from nearfield.training.changing_negatives import Refreshed
 
-    return Refreshed(
-        inputs, inputs.config, known_positives, seed, run, epochs=epochs, steps=steps, device=device, writes=writes
-    )
-
-
-class Scheduled(Replacing):
+class Scheduled(ChangingNegatives):
     """A window over the candidates that moves from easy to hard; a function of the step alone."""
 
     def __init__(
@@ -242,18 +193,8 @@ class Scheduled(Replacing):
         return orders
 
 
-def make_dynamic(
-    inputs: NegativeInputs, config: DynamicNegatives, known_positives: Callable[[int], Rows], seed: int
-) -> Dynamic:
-    """The rule that the configuration names."""
-    kind = BlockAtATime if config.rule == "conan_v1" else OneAtATime
-    return kind(inputs, config, known_positives, seed)
-
-
-class Dynamic(Replacing):
+class Dynamic(ChangingNegatives):
     """What both rules have in common: the scores of a step's negatives, and a place for each example."""
-
-    looks_at_batches = True
 
     def __init__(
         self, inputs: NegativeInputs, config: DynamicNegatives, known_positives: Callable[[int], Rows], seed: int
@@ -263,16 +204,16 @@ class Dynamic(Replacing):
         self.count = len(inputs.candidates.examples)
         self.lengths = inputs.candidates.lists.lengths
 
-    def observe(self, batch: Batch, step: int, result: StepResult) -> None:
+    def after_step(self, made: StepMade) -> None:
         """Note the scores of the step's negatives, and replace what is due."""
-        scores = negative_scores(result)
+        batch, scores = made.batch, negative_scores(made.result)
         places = self.inputs.candidates.places(batch.example)
         start = 0
         for place, negatives in zip(places.tolist(), batch.negatives, strict=True):
             if place >= 0 and len(negatives):
                 self.note(place, negatives, scores[start : start + len(negatives)])
             start += len(negatives)
-        self.replace(step + 1)
+        self.replace(made.done)
 
     def note(self, place: int, negatives: Rows, scores: np.ndarray[Any, Any]) -> None:
         """Take in the scores of an example's negatives in a step."""
@@ -347,7 +288,7 @@ class BlockAtATime(Dynamic):
         for name in ("block", "initial", "now"):
             yield name, torch.from_numpy(getattr(self, name))
 
-    def load(self, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Put the numbers back."""
         for name in ("block", "initial", "now"):
             getattr(self, name)[:] = tensors[name].cpu().numpy()
@@ -392,7 +333,7 @@ class OneAtATime(Dynamic):
         yield "ranks", torch.from_numpy(self.ranks)
         yield "next", torch.from_numpy(self.next)
 
-    def load(self, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Put them back."""
         self.ranks[:] = tensors["ranks"].cpu().numpy()
         self.next[:] = tensors["next"].cpu().numpy()
@@ -446,34 +387,18 @@ def mine_by_weights(
     return mine_pool(pool, scorer, mining, seed=seed, generation=generation, found=found)
 
 
-class Refreshed(Replacing):
+class Refreshed(ChangingNegatives):
     """Negatives drawn in each step from the pool of the newest generation; generation 0 was mined before the training."""
 
-    def __init__(
-        self,
-        inputs: NegativeInputs,
-        config: RefreshedNegatives,
-        known_positives: Callable[[int], Rows],
-        seed: int,
-        run: Path,
-        *,
-        epochs: Sequence[int],
-        steps: int,
-        device: torch.device,
-        writes: bool,
-    ) -> None:
-        """``writes``: whether this rank reads and writes files."""
+    def __init__(self, inputs: NegativeInputs, config: RefreshedNegatives, trainer: Trainer) -> None:
         if inputs.remine is None:
             raise BadInputError("mining.during is refresh, but nothing was handed in that mines")
-        super().__init__(inputs, known_positives, seed)
+        super().__init__(inputs, trainer.inputs.data.known_positives, trainer.seed)
         self.config, self.remine = config, inputs.remine
-        self.folder = run / FOLDER
-        self.checkpoints = run / "checkpoints"
-        self.writes = writes
-        self.device = device
-        self.steps = steps
+        self.folder, self.checkpoints = trainer.run / FOLDER, trainer.run / "checkpoints"
+        self.writes, self.device, self.steps = trainer.launch.is_main, trainer.device, trainer.steps
         every = config.every_epochs or 1
-        self._ends = set(np.cumsum(epochs)[every - 1 :: every].tolist())
+        self._ends = set(np.cumsum(trainer.inputs.epochs)[every - 1 :: every].tolist())
         self.candidates = inputs.candidates
         self.generation = 0
         self.refreshed = 0
@@ -492,6 +417,13 @@ class Refreshed(Replacing):
         if self.config.every_steps is not None:
             return done % self.config.every_steps == 0
         return done in self._ends
+
+    def pause(self, done: int) -> None:
+        """Mine anew where that is due; a stop leaves it to the resumed run."""
+        if self.due(done):
+            trainer = self.trainer
+            with trainer.stops_for_memory(f"mining after step {done}"):
+                self.refresh(trainer.engine, done, trainer.budget.micro_batch_tokens, trainer.stopped)
 
     def refresh(self, engine: Engine, done: int, budget: int, stop: Callable[[], bool]) -> None:
         """Mine the next generation with the weights of ``done`` steps; *collective*.
@@ -518,7 +450,7 @@ class Refreshed(Replacing):
                 short += len(mined.short)
         rows = np.concatenate(examples)
         order = np.argsort(rows, kind="stable")
-        self.candidates = Candidates(rows[order], concatenate(lists).take(order))
+        self.candidates = MinedCandidates(rows[order], concatenate(lists).take(order))
         self.generation, self.refreshed = generation, done
         if self.writes:
             self._write(done, short)
@@ -561,14 +493,14 @@ class Refreshed(Replacing):
             if int(old.name.removeprefix("generation-")) < min(needed):
                 shutil.rmtree(old)
 
-    def saved(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Which pool is in force."""
         return {"negatives": {"generation": self.generation, "refreshed": self.refreshed, "hash": self.hash}}
 
-    def load(self, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Open the pool that was in force: rank 0 reads it, the others receive it."""
-        state = saved["negatives"]
-        self.generation, self.refreshed, self.hash = state["generation"], state["refreshed"], state["hash"]
+        pool = state["negatives"]
+        self.generation, self.refreshed, self.hash = pool["generation"], pool["refreshed"], pool["hash"]
         if not self.generation:
             return
         found: dict[str, Tensor] | None = None
@@ -582,4 +514,4 @@ class Refreshed(Replacing):
                 )
             found = load_file(file)
         arrays = {name: tensor.cpu().numpy() for name, tensor in broadcast_tensors(found, self.device)}
-        self.candidates = Candidates(arrays["examples"], Ragged(arrays["offsets"], arrays["negatives"]))
+        self.candidates = MinedCandidates(arrays["examples"], Ragged(arrays["offsets"], arrays["negatives"]))

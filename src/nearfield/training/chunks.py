@@ -26,7 +26,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Pool:
+class TextPool:
     """The distinct (item, prompt) pairs of a batch: each is encoded once, however many roles it plays, but for second views."""
 
     items: Rows
@@ -61,7 +61,7 @@ class Pool:
     """(n,) the share of each text's tokens that are left out when it is encoded; none where all are read whole."""
 
 
-def pool_batch(batch: Batch, readings: Sequence[Reading] | None = None) -> Pool:
+def pool_batch(batch: Batch, readings: Sequence[Reading] | None = None) -> TextPool:
     """The pool of a planned batch; ``readings`` are those of its examples, plain ones where there are none.
 
     Documents are in the order of their owners, positives before negatives; those of an example with views are its last view.
@@ -89,7 +89,7 @@ def pool_batch(batch: Batch, readings: Sequence[Reading] | None = None) -> Pool:
     )
     pairs, where = np.unique(key, axis=1, return_inverse=True)
     where = where.reshape(-1)
-    return Pool(
+    return TextPool(
         pairs[2],
         pairs[3],
         where[:size],
@@ -286,7 +286,7 @@ def deal_chunks(tokens: Sequence[int], ranks: int, kinds: Sequence[int] | None =
     return shares
 
 
-class Turn(NamedTuple):
+class ChunkTurn(NamedTuple):
     """One of the chunks that a rank goes through."""
 
     chunk: int
@@ -294,19 +294,21 @@ class Turn(NamedTuple):
     """Whether what it gives counts, or it is gone through for the other ranks' sake alone."""
 
 
-def level_turns(shares: Sequence[Sequence[int]], rank: int, kinds: Sequence[int] | None = None) -> list[Turn]:
+def level_turns(shares: Sequence[Sequence[int]], rank: int, kinds: Sequence[int] | None = None) -> list[ChunkTurn]:
     """A rank's chunks, filled up so that in each turn all ranks go through a chunk of the same of the ``kinds``."""
-    turns: list[Turn] = []
+    turns: list[ChunkTurn] = []
     for mine in _by_kind((number for share in shares for number in share), kinds):
         of_kind = [[number for number in share if number in mine] for share in shares]
-        turns += [Turn(number, True) for number in of_kind[rank]]
-        turns += [Turn(min(mine), False)] * (max(map(len, of_kind)) - len(of_kind[rank]))
+        turns += [ChunkTurn(number, True) for number in of_kind[rank]]
+        turns += [ChunkTurn(min(mine), False)] * (max(map(len, of_kind)) - len(of_kind[rank]))
     return turns
 
 
-def turns_of(shares: Sequence[Sequence[int]], rank: int, kinds: Sequence[int] | None, *, level: bool) -> list[Turn]:
+def turns_of(
+    shares: Sequence[Sequence[int]], rank: int, kinds: Sequence[int] | None, *, level: bool
+) -> list[ChunkTurn]:
     """A rank's chunks; ``level``, filled up by :func:`level_turns`."""
-    return level_turns(shares, rank, kinds) if level else [Turn(number, True) for number in shares[rank]]
+    return level_turns(shares, rank, kinds) if level else [ChunkTurn(number, True) for number in shares[rank]]
 
 
 def _by_kind(numbers: Iterable[int], kinds: Sequence[int] | None) -> list[set[int]]:
@@ -356,10 +358,12 @@ Pictures = Callable[[Rows], "Sequence[Image | None]"]
 
 
 @dataclass(frozen=True)
-class Feed:
+class TrainingData:
     """What is known of the items and examples of the data that batches name by their rows."""
 
     tokens: TokenCache
+    known_positives: Callable[[int], Rows] = lambda query: np.zeros(0, dtype=np.int64)
+    """Query item row -> its known positive item rows."""
     guide: VectorsOf | None = None
     """A guide's vectors of the items, where the objective asks for them."""
     weights: Floats | None = None
@@ -373,7 +377,7 @@ class Feed:
     pictures: Pictures | None = None
     """The pictures of items, where the data has some."""
 
-    def pool(self, batch: Batch) -> Pool:
+    def pool(self, batch: Batch) -> TextPool:
         """The texts of a planned batch, with what its examples count."""
         sources = [batch.source] * len(batch.query) if batch.sources is None else batch.sources.tolist()
         pool = pool_batch(batch, [self.readings.get(source, Reading()) for source in sources])
@@ -383,12 +387,16 @@ class Feed:
             pool = replace(pool, weights=self.weights[batch.example])
         return pool if self.teacher_scores is None else replace(pool, teacher_scores=self.teacher_scores.of(batch))
 
-    def tokens_of(self, pool: Pool, places: Rows) -> list[Ids]:
+    def known(self, batch: Batch) -> list[Rows]:
+        """The known positives of each query of a batch."""
+        return [self.known_positives(int(query)) for query in batch.query]
+
+    def tokens_of(self, pool: TextPool, places: Rows) -> list[Ids]:
         """The tokens of some texts of a pool."""
         where = zip(pool.prompts[places].tolist(), pool.items[places].tolist(), strict=True)
         return [self.tokens.tables[prompt].tokens(item) for prompt, item in where]
 
-    def with_query_tokens(self, pool: Pool) -> Pool:
+    def with_query_tokens(self, pool: TextPool) -> TextPool:
         """The pool with the (Q, T) tokens of its queries' whole texts, padded with -1."""
         rows = self.tokens_of(pool, pool.queries)
         found = np.full((len(rows), max(map(len, rows), default=0)), -1, dtype=np.int64)

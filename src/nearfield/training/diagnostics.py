@@ -23,8 +23,9 @@ from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.objective import Objective
 from nearfield.objectives.watching import watched_rows
 from nearfield.randomness import derive_seed
-from nearfield.training.chunks import Feed, Pool, cut_batch
+from nearfield.training.chunks import TextPool, TrainingData, cut_batch
 from nearfield.training.exchange import broadcast_notices, contrastive_batch
+from nearfield.training.parts import Part, StepMade
 from nearfield.training.step import StepResult
 
 if TYPE_CHECKING:
@@ -42,13 +43,16 @@ NEAR = 0.02
 """A loss is at chance where it is less than this share below what embeddings that are all alike give."""
 
 
-class GradientWatch:
+class GradientWatch(Part):
     """Stops a run whose first gradients are all exactly 0."""
 
     def __init__(self, first: int, steps: int) -> None:
         """``first`` steps are done of ``steps``."""
         self._left = min(STEPS, steps - first) if first < STEPS else 0
         self._all = self._left
+
+    def after_step(self, made: StepMade) -> None:
+        self.see(made.norm)
 
     def see(self, norm: float) -> None:
         """Take the norm of a step's gradient, the same on all ranks.
@@ -68,13 +72,20 @@ class GradientWatch:
 
 
 @dataclass
-class ChanceWatch:
+class ChanceWatch(Part):
     """Holds the loss of some steps against that of embeddings which are all alike."""
 
     steps: int
     """Of the run."""
     shares: list[float] = field(default_factory=list)
     """Loss over chance, in the order of steps."""
+
+    def after_step(self, made: StepMade) -> None:
+        if self.wants(made.done - 1):
+            self.see(self.trainer.engine, made.result)
+
+    def end(self) -> None:
+        self.trainer.inputs.tell(broadcast_notices(self.notices, self.trainer.device))
 
     def wants(self, step: int) -> bool:
         """Whether the step is looked at."""
@@ -116,13 +127,18 @@ def loss_of_chance(objective: Objective, batch: ContrastiveBatch) -> float:
     return float(found.sum()) / counted if counted else 0.0
 
 
-class ZeroVectors:
+class ZeroVectors(Part):
     """Counts the embeddings that are zero in every dimension, and tells of them once."""
 
     def __init__(self, device: torch.device, tell: Callable[[Sequence[Notice]], None]) -> None:
         self.device, self._tell, self.told = device, tell, False
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._seen = 0
+
+    def after_step(self, made: StepMade) -> None:
+        self.look(made.result.batch)
+        if made.line is not None:
+            self.say(made.done)
 
     def look(self, batch: ContrastiveBatch | None) -> None:
         """Take in the embeddings of a step, of this rank's part alone where parts are passed round; waits for no device."""
@@ -201,15 +217,14 @@ _WHY = (
 
 def teaching_notices(
     objective: Objective,
-    feed: Feed,
+    data: TrainingData,
     plans: Sequence[Plan],
-    known_positives: Callable[[int], Rows],
     names: Mapping[int, str],
     width: int,
 ) -> Iterator[Notice]:
     """What no encoder of ``width`` could learn from; ``names`` are those of the sources by number."""
-    yield from _same_texts(feed)
-    if feed.token_task is not None:
+    yield from _same_texts(data)
+    if data.token_task is not None:
         return  # losses on tokens are the encoder's own
     objective = objective.double()
     total = sum(map(len, plans))
@@ -217,7 +232,7 @@ def teaching_notices(
     found = batches_by_source(plans)
     for source, steps in found.items():
         some = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, BATCHES).round().astype(int)).tolist()]
-        probe = _Probe(objective, feed, known_positives, width, total)
+        probe = _Probe(objective, data, width, total)
         if not any(probe.teaches(plans[epoch].batch(step), number) for epoch, step, number in some):
             idle.append(names.get(source, "batches of several sources"))
     if len(idle) == len(found):
@@ -245,10 +260,10 @@ def batches_by_source(plans: Sequence[Plan]) -> dict[int, list[tuple[int, int, i
     return found
 
 
-def _same_texts(feed: Feed) -> Iterator[Notice]:
+def _same_texts(data: TrainingData) -> Iterator[Notice]:
     """Prompts that leave no room for the text."""
-    for table in feed.tokens.tables:
-        if feed.pictures is not None or len(table.rows) < 2:
+    for table in data.tokens.tables:
+        if data.pictures is not None or len(table.rows) < 2:
             continue
         first = table.tokens(int(table.rows[0]))
         if all(np.array_equal(table.tokens(int(row)), first) for row in table.rows):
@@ -264,16 +279,8 @@ def _same_texts(feed: Feed) -> Iterator[Notice]:
 class _Probe:
     """Batches of the plan with embeddings that nobody encoded."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        feed: Feed,
-        known_positives: Callable[[int], Rows],
-        width: int,
-        steps: int,
-    ) -> None:
-        self.objective, self.feed, self.known_positives = objective, feed, known_positives
-        self.width, self.steps = width, steps
+    def __init__(self, objective: Objective, data: TrainingData, width: int, steps: int) -> None:
+        self.objective, self.data, self.width, self.steps = objective, data, width, steps
 
     def teaches(self, batch: Batch, number: int) -> bool:
         """Whether some embeddings have a gradient."""
@@ -281,32 +288,32 @@ class _Probe:
         return any(self._some(cut_batch(batch, 0, size), number) for size in sizes)
 
     def _some(self, batch: Batch, number: int) -> bool:
-        pool = self.feed.pool(batch)
+        pool = self.data.pool(batch)
         if self.objective.wants_tokens:
-            pool = self.feed.with_query_tokens(pool)
-        known = [self.known_positives(int(query)) for query in batch.query]
+            pool = self.data.with_query_tokens(pool)
+        known = self.data.known(batch)
         texts = self._texts(pool)
         for vectors in self._embeddings(pool, texts):
             leaf = vectors.requires_grad_()
-            seen = contrastive_batch(pool, leaf[torch.from_numpy(texts)], known, draw=number, guide=self.feed.guide)
+            seen = contrastive_batch(pool, leaf[torch.from_numpy(texts)], known, draw=number, guide=self.data.guide)
             loss = self.objective.forward(replace(seen, progress=number / self.steps))
             (gradient,) = loss.gradients([leaf])
             if not bool((gradient.abs() <= NOTHING).all()):
                 return True
         return False
 
-    def _texts(self, pool: Pool) -> Rows:
+    def _texts(self, pool: TextPool) -> Rows:
         """(n,) the number of what an encoder would see of each text of the pool."""
         places = np.arange(len(pool.items))
-        rows = self.feed.tokens_of(pool, places)
+        rows = self.data.tokens_of(pool, places)
         shares = np.zeros(len(rows)) if pool.deleted is None else pool.deleted
         numbers: dict[tuple[object, ...], int] = {}
         # A picture's tokens say nothing of it: there each item is another.
-        items = pool.items if self.feed.pictures is not None else np.zeros(len(rows), dtype=np.int64)
+        items = pool.items if self.data.pictures is not None else np.zeros(len(rows), dtype=np.int64)
         keys = zip((row.tobytes() for row in rows), items.tolist(), shares.tolist(), strict=True)
         return np.asarray([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
-    def _embeddings(self, pool: Pool, texts: Rows) -> Iterator[Tensor]:
+    def _embeddings(self, pool: TextPool, texts: Rows) -> Iterator[Tensor]:
         """Unrelated ones; positives near their queries; all near each other."""
         draw = torch.Generator().manual_seed(derive_seed(0, "teaching"))
         count = int(texts.max(initial=-1)) + 1

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from nearfield.objectives.infonce import InfoNCE, can_ring
 from nearfield.objectives.objective import Objective
 from nearfield.objectives.queue import MemoryQueue
 from nearfield.training.backends.base import Backend, MakeOptimizer
-from nearfield.training.chunks import Bools, Cut, Feed, Pool
+from nearfield.training.chunks import Bools, Cut, TextPool, TrainingData
 from nearfield.training.config import TrainingConfig, check_sharded
 from nearfield.training.launch import BackendName, Launch, asked_backend, check_launch, wants_several
 from nearfield.training.model_options import (
@@ -69,13 +69,13 @@ class EmbeddingModule(nn.Module):
 
 @dataclass
 class Engine:
-    """A backend with what it takes to feed it."""
+    """A backend with its model, its objective and the data that it trains on."""
 
     backend: Backend
     encoder: SentenceTransformer
     objective: Objective
     launch: Launch
-    feed: Feed
+    data: TrainingData
     packing: PackingKind | None
     """How texts are packed, none where they are padded."""
     by_prompt: bool
@@ -85,11 +85,13 @@ class Engine:
     """Positives of earlier steps, where the objective asks for them."""
     ring: bool = False
     """Whether ranks pass their parts round instead of gathering them."""
+    config: TrainingConfig = field(default_factory=TrainingConfig)
+    """How the model is trained."""
 
     @property
     def columns(self) -> int:
         """The width of what the module gives for each text in a step: its embedding, and losses of its tokens."""
-        return self.dimension + (0 if self.feed.token_task is None else self.feed.token_task.columns)
+        return self.dimension + (0 if self.data.token_task is None else self.data.token_task.columns)
 
     @property
     def retries_in_place(self) -> bool:
@@ -111,34 +113,34 @@ class Engine:
         """The parameters that are trained, whole or in the shards that this rank holds."""
         return [p for p in self.backend.module.parameters() if p.requires_grad]
 
-    def lengths(self, pool: Pool) -> Rows:
+    def lengths(self, pool: TextPool) -> Rows:
         """(n,) tokens of the pool's texts; where all are padded to one width, that."""
         lengths = np.zeros(len(pool.items), dtype=np.int64)
         for prompt in np.unique(pool.prompts):
             mine = pool.prompts == prompt
-            lengths[mine] = self.feed.tokens.tables[int(prompt)].lengths(pool.items[mine])
+            lengths[mine] = self.data.tokens.tables[int(prompt)].lengths(pool.items[mine])
         width = self.padding.width if self.padded else None
         if width is not None:
             images = self.images(pool)
             lengths = np.where(np.False_ if images is None else images, lengths, np.maximum(lengths, width))
         return lengths
 
-    def images(self, pool: Pool, *, apart: bool = False) -> Bools | None:
+    def images(self, pool: TextPool, *, apart: bool = False) -> Bools | None:
         """(n,) which items of the pool go through layers that texts do not; none where a chunk may hold both.
 
         ``apart`` keeps them apart where one transformer reads both, too.
         """
-        if self.feed.pictures is None:
+        if self.data.pictures is None:
             return None
         found = np.zeros(len(pool.items), dtype=bool)
         for prompt in np.unique(pool.prompts):
-            mine, table = np.flatnonzero(pool.prompts == prompt), self.feed.tokens.tables[int(prompt)]
+            mine, table = np.flatnonzero(pool.prompts == prompt), self.data.tokens.tables[int(prompt)]
             found[mine] = self.go_apart([table.tokens(int(item)) for item in pool.items[mine]], apart=apart)
         return found
 
     def go_apart(self, rows: Sequence[Tokens], *, apart: bool = False) -> Bools:
         """(n,) which items, by their tokens, go through layers that others do not and may share no chunk with them."""
-        apart = self.feed.pictures is not None and (apart or self.towers or self.level)
+        apart = self.data.pictures is not None and (apart or self.towers or self.level)
         return np.asarray([apart and self._has_picture(row) for row in rows], dtype=bool)
 
     @property
@@ -152,65 +154,69 @@ class Engine:
         return self.backend.same_chunk_count
 
     def work(
-        self, batch: Batch, known_positives: Callable[[int], Rows], cut: Cut, *, first_number: int = 0
+        self, batch: Batch, cut: Cut, *, first_number: int = 0, weight: float = 1.0, final: bool = True
     ) -> tuple[Work, Rows]:
         """A planned batch cut into chunks and dealt to ranks, and the tokens of its texts."""
         pool = self.pool(batch)
         lengths = self.lengths(pool)
-        known = [known_positives(int(query)) for query in batch.query]
+        images = self.images(pool, apart=cut.apart)
         work = cut_work(
             pool,
             lengths,
-            known,
-            cut=cut,
+            cut,
+            self.launch,
             padded=self.padded,
             by_prompt=self.by_prompt,
-            images=self.images(pool, apart=cut.apart),
+            images=images,
             level=self.level,
-            rank=self.launch.rank,
-            world_size=self.launch.world_size,
+        )
+        whole = replace(
+            work,
+            known_positives=self.data.known(batch),
             first_number=first_number,
-            guide=self.feed.guide,
+            weight=weight,
+            final=final,
+            guide=self.data.guide,
             queue=None if self.queue is None else self.queue.queued(),
             ring=self.ring,
         )
-        return work, lengths
+        return whole, lengths
 
-    def pool(self, batch: Batch) -> Pool:
+    def pool(self, batch: Batch) -> TextPool:
         """The texts of a planned batch, with what its examples count."""
-        pool = self.feed.pool(batch)
+        pool = self.data.pool(batch)
         if not self.objective.wants_tokens:
             return pool
-        if any(map(self._has_picture, self.feed.tokens_of(pool, pool.queries))):
+        if any(map(self._has_picture, self.data.tokens_of(pool, pool.queries))):
             raise BadInputError("this objective decodes texts, and some queries are pictures", where="objective")
-        return self.feed.with_query_tokens(pool)
+        return self.data.with_query_tokens(pool)
 
-    def make_features(self, pool: Pool, seed: int = 0, step: int = 0) -> MakeFeatures:
+    def make_features(self, pool: TextPool, seed: int = 0, step: int = 0) -> MakeFeatures:
         """The function that turns a chunk of a pool into features; which tokens are hidden depends on seed, step and text."""
         queries = np.zeros(len(pool.items), dtype=bool)
         queries[pool.queries] = True
 
         def features(chunk: Rows) -> Features:
-            rows = [self.feed.tokens.tables[int(pool.prompts[i])].tokens(int(pool.items[i])) for i in chunk]
-            prompt_length = self.feed.tokens.tables[int(pool.prompts[chunk[0]])].prompt_length
+            rows = [self.data.tokens.tables[int(pool.prompts[i])].tokens(int(pool.items[i])) for i in chunk]
+            prompt_length = self.data.tokens.tables[int(pool.prompts[chunk[0]])].prompt_length
             if pool.deleted is not None:
                 rows = [
                     row if self._has_picture(row) else delete_tokens(row, share, prompt_length)
                     for row, share in zip(rows, pool.deleted[chunk].tolist(), strict=True)
                 ]
-            if self.feed.token_task is None:
+            if self.data.token_task is None:
                 return self.item_features(pool.items[chunk], rows, prompt_length)
             keys = [(seed, step, int(pool.items[i]), int(pool.prompts[i])) for i in chunk]
             side = self.encoder.tokenizer.padding_side if self.padded else "right"
             device, chosen = self.backend.device, queries[chunk].tolist()
-            read, targets = self.feed.token_task.hide(rows, keys, chosen, prompt_length, side, device)
+            read, targets = self.data.token_task.hide(rows, keys, chosen, prompt_length, side, device)
             return {**self.features(read, prompt_length), TARGETS: targets}
 
         return features
 
     def _has_picture(self, row: Tokens) -> bool:
         """Whether this is the entry of a picture in the token cache, or of a text with one."""
-        if self.feed.pictures is None:
+        if self.data.pictures is None:
             return False
         if self.towers:
             return bool(row[0] == IMAGE)
@@ -218,7 +224,7 @@ class Engine:
 
     def item_features(self, items: Rows, rows: list[Tokens], prompt_length: int) -> Features:
         """Items of a chunk with what the token cache says of them -> what the encoder takes."""
-        pictures = self.feed.pictures
+        pictures = self.data.pictures
         if pictures is not None:
             found = pictured_features(self.encoder, rows, lambda: pictures(items), self.backend.device)
             if found is not None:
@@ -307,16 +313,16 @@ def build_engine(
     encoder: SentenceTransformer,
     objective: Objective,
     make_optimizer: MakeOptimizer,
-    feed: Feed,
+    data: TrainingData,
     device: torch.device,
     launch: Launch,
 ) -> Engine:
     """Put the model on its devices; the process group of several ranks must exist."""
     name = asked_backend(config.backend, launch.world_size)
     check_sharded(config.optimizer, name)
-    if feed.token_task is not None:
+    if data.token_task is not None:
         check_token_task(name)
-        if feed.pictures is not None:
+        if data.pictures is not None:
             raise BadInputError("tokens are told of texts, and the data has pictures", where="objective")
     if config.exchange == "ring":
         check_ring(objective)
@@ -330,14 +336,14 @@ def build_engine(
         packing = packing_kind(encoder.to(device), device, bf16=pick_precision(config, device) == "bf16-mixed")
     use_fast_dropout(encoder)
     # A head that is tied to the table of embeddings gives all of its rows a gradient.
-    if name in ("single", "ddp") and feed.token_task is None:
+    if name in ("single", "ddp") and data.token_task is None:
         sparse_embedding_gradients(encoder)
     if device.type == "cpu" and pick_precision(config, device) != "fp32":
         add_tables_in_float32(encoder)
     set_training_mode(encoder, dropout=config.dropout)
     if config.compile:
         compile_transformer(encoder)
-    module = EmbeddingModule(encoder, objective, feed.token_task)
+    module = EmbeddingModule(encoder, objective, data.token_task)
     dimension = encoder.get_embedding_dimension()
     if dimension is None:
         raise BadInputError("this model does not say how wide its embeddings are", where="encoder.model")
@@ -346,18 +352,19 @@ def build_engine(
     if launch.is_main:
         precision = pick_precision(config, device)
         logger.info("Backend %s in effect on %d process(es), %s, %s", name, launch.world_size, device.type, precision)
-    by_prompt = leaves_prompt_out(encoder) or feed.token_task is not None
+    by_prompt = leaves_prompt_out(encoder) or data.token_task is not None
     return Engine(
         backend,
         encoder,
         objective,
         launch,
-        feed,
+        data,
         packing,
         by_prompt,
         dimension,
         queue=open_queue(config, objective),
         ring=launch.world_size > 1 and config.exchange == "ring",
+        config=config,
     )
 
 

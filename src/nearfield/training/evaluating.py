@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nearfield.arrays import Rows
 from nearfield.encoders.packing import Features
@@ -28,6 +28,7 @@ from nearfield.training.chunks import chunk_tokens, cut_chunks, deal_chunks, tur
 from nearfield.training.config import TrainingEvaluationConfig
 from nearfield.training.engine import Engine
 from nearfield.training.exchange import Shares, any_rank, broadcast_json, gather_embeddings
+from nearfield.training.parts import Part
 from nearfield.training.step import encode_chunk
 from nearfield.training.tracking import Trackers
 
@@ -61,7 +62,7 @@ def encode_texts(
 
 def encode_items(engine: Engine, prompt: int, items: Rows, budget: int, stop: Callable[[], bool]) -> Embeddings:
     """(n, d) embeddings of items of the token cache with the prompt of this number; else as :func:`encode_texts`."""
-    table = engine.feed.tokens.tables[prompt]
+    table = engine.data.tokens.tables[prompt]
     tokens = [table.tokens(int(item)) for item in items]
     return _encode(engine, tokens, table.prompt_length, budget, stop, items)
 
@@ -144,21 +145,18 @@ class EvaluationState:
         return replace(found, evaluated=step, without_gain=0 if gain else self.without_gain + 1)
 
 
-class Evaluations:
-    """When the model is scored, what the scores have said so far, and which checkpoints they ask to keep."""
+class Evaluations(Part):
+    """Scoring during the training: when, what the scores have said so far, and which checkpoints they ask to keep."""
 
     def __init__(
         self,
         config: TrainingEvaluationConfig | None,
         evaluate: Evaluate | None,
         engine: Engine,
-        *,
         epochs: Sequence[int],
         steps: int,
-        keep_last: int,
-        saved: Mapping[str, Any] | None,
     ) -> None:
-        """``epochs`` are the steps of each epoch, ``saved`` the state of the checkpoint that the run goes on from."""
+        """``epochs`` are the steps of each epoch."""
         if config is not None and evaluate is None:
             raise BadInputError("training.evaluation is set, but nothing was handed in that evaluates")
         self.config, self.engine = config, engine
@@ -166,11 +164,14 @@ class Evaluations:
         self.steps = steps
         every = (config.every_epochs if config is not None else None) or 1
         self._ends = set(np.cumsum(epochs)[every - 1 :: every].tolist())
-        self.state = EvaluationState(**(saved or {}).get("evaluation", {}))
-        self.seconds = 0.0
+        self.standing = EvaluationState()
         # The checkpoints that may be resumed from each name a best one, which must then be there.
-        self._bests = [self.state.best_step]
-        self._keep = keep_last + 1
+        self._bests: list[int | None] = [None]
+        self._keep = engine.config.checkpoints.keep_last + 1
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.standing = EvaluationState(**state.get("evaluation", {}))
+        self._bests = [self.standing.best_step]
 
     @property
     def exhausted(self) -> bool:
@@ -178,24 +179,32 @@ class Evaluations:
         return (
             self.config is not None
             and self.config.patience is not None
-            and self.state.without_gain >= self.config.patience
+            and self.standing.without_gain >= self.config.patience
         )
 
     @property
     def kept_step(self) -> int | None:
         """The step whose checkpoint the model is to be made of; None for the last one."""
-        return self.state.best_step if self.config is not None and self.config.keep_best else None
+        return self.standing.best_step if self.config is not None and self.config.keep_best else None
 
     def due(self, done: int) -> bool:
         """Whether the model is to be scored after ``done`` steps and was not yet."""
         config = self.config
-        if config is None or done <= self.state.evaluated:
+        if config is None or done <= self.standing.evaluated:
             return False
         if done == 0:
             return config.at_start
         at_step = config.every_steps is not None and done % config.every_steps == 0
         at_epoch = config.every_epochs is not None and done in self._ends
         return at_step or at_epoch or done == self.steps
+
+    def pause(self, done: int) -> None:
+        """Score the model where that is due; a stop leaves it to the resumed run."""
+        if self.due(done):
+            trainer = self.trainer
+            with trainer.stops_for_memory(f"the evaluation after step {done}"):
+                budget = trainer.budget.micro_batch_tokens
+                trainer.wanted |= self.run(done, budget, trainer.tracking, trainer.stopped)
 
     def run(self, done: int, budget: int, trackers: Trackers, stop: Callable[[], bool]) -> bool:
         """Score the model; whether a checkpoint of this step is wanted. *Collective*.
@@ -222,13 +231,13 @@ class Evaluations:
         self.seconds += seconds
         told = {name: score if math.isfinite(score) else None for name, score in scores.items()}
         trackers.evaluation({"step": done, "scores": told, "seconds": round(seconds, 3)})
-        before, score = self.state, scores[self.config.metric]
+        before, score = self.standing, scores[self.config.metric]
         if done == 0:
             # Where it began, to compare with: the run is to give a trained model.
-            self.state = replace(before, evaluated=0)
+            self.standing = replace(before, evaluated=0)
         else:
-            self.state = before.after(done, score, self.config.minimum_gain)
-        best = self.state.best_step == done
+            self.standing = before.after(done, score, self.config.minimum_gain)
+        best = self.standing.best_step == done
         if self.engine.launch.is_main:
             logger.info(
                 "Evaluation after step %d: %s %.4f%s (%.1f s)",
@@ -240,12 +249,12 @@ class Evaluations:
             )
         return self.exhausted or (best and self.config.keep_best)
 
-    def saved(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """What goes into the state of a checkpoint that is written now."""
         if self.config is None:
             return {}
-        self._bests = [*self._bests, self.state.best_step][-self._keep :]
-        return {"evaluation": asdict(self.state)}
+        self._bests = [*self._bests, self.standing.best_step][-self._keep :]
+        return {"evaluation": asdict(self.standing)}
 
     def protected(self) -> set[int]:
         """The steps whose checkpoints must stay."""

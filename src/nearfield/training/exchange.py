@@ -22,7 +22,7 @@ from nearfield.arrays import Rows
 from nearfield.batching.planner import VectorsOf
 from nearfield.notices import Notice
 from nearfield.objectives.batch import ContrastiveBatch, Queued, Ring
-from nearfield.training.chunks import Pool, split_rows
+from nearfield.training.chunks import TextPool, split_rows
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def min_over_ranks(numbers: Sequence[float], device: torch.device) -> list[float
 
 
 def contrastive_batch(
-    pool: Pool,
+    pool: TextPool,
     embeddings: Tensor,
     known_positives: Sequence[Rows],
     rows: Rows | None = None,
@@ -293,7 +293,7 @@ class Gathered:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: TextPool,
         shares: Shares,
         known_positives: Sequence[Rows],
         guide: VectorsOf | None,
@@ -325,7 +325,9 @@ class Gathered:
 class Passed:
     """Every rank gets the queries of its share with their documents; the rest comes by in a ring."""
 
-    def __init__(self, pool: Pool, shares: Shares, known_positives: Sequence[Rows], guide: VectorsOf | None) -> None:
+    def __init__(
+        self, pool: TextPool, shares: Shares, known_positives: Sequence[Rows], guide: VectorsOf | None
+    ) -> None:
         self.shares, self.guide = shares, guide
         ranks = range(len(shares.rows))
         rows = [split_rows(len(pool.queries), len(ranks), rank) for rank in ranks]
@@ -369,12 +371,12 @@ class Passed:
         return return_rows(gradient, self.shares, self.wanted)
 
 
-def part_of(pool: Pool, rows: Rows) -> tuple[Pool, Rows]:
+def part_of(pool: TextPool, rows: Rows) -> tuple[TextPool, Rows]:
     """Some queries of a pool with their documents as a pool of their own, and which texts of the pool that has."""
     mine = np.isin(pool.owner, rows)
     queries, documents = pool.queries[rows], pool.documents[mine]
     wanted, where = np.unique(np.concatenate([queries, documents]), return_inverse=True)
-    part = Pool(
+    part = TextPool(
         pool.items[wanted],
         pool.prompts[wanted],
         where[: len(rows)],

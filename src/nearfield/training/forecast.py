@@ -1,4 +1,4 @@
-"""What a run will take, said before it is paid for, and how it came out."""
+"""The forecast of a run: its steps, tokens, memory and time, said before it is paid for; how it came out, and how evenly ranks work."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 import importlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +17,194 @@ import torch
 from nearfield.batching.plan import total_steps
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json
-from nearfield.training.busy import busy_share, tell_busy
-from nearfield.training.costs import PlanCosts, StepCost, plan_costs
+from nearfield.notices import Notice
+from nearfield.training.backends.base import square_sum
+from nearfield.training.chunks import BUSY, split_batch
 from nearfield.training.exchange import broadcast_json, min_over_ranks
-from nearfield.training.machine import peak_resident_bytes, reset_peak_resident, resident_bytes
-from nearfield.training.memory import HEAP, Budget, Profile, choose_budget, measure_profile
+from nearfield.training.memory import (
+    HEAP,
+    Budget,
+    Profile,
+    choose_budget,
+    chunk_size,
+    free_disk,
+    heavy_batches,
+    keeps_graph,
+    local_processes,
+    measure_profile,
+    peak_resident_bytes,
+    reset_peak_resident,
+    resident_bytes,
+    share_costs,
+)
 
 if TYPE_CHECKING:
     from nearfield.arrays import Rows
-    from nearfield.batching.plan import Plan
+    from nearfield.batching.plan import Batch, Plan
     from nearfield.training.config import TrainingConfig
     from nearfield.training.engine import Engine
+    from nearfield.training.step import Work
 
 logger = logging.getLogger("nearfield.training")
+
+_LOOKED_AT = 16
+"""Steps whose loads are looked at."""
+_SAMPLED_STEPS = 200
+"""Steps that are cut for a forecast."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """The tokens of a batch on the ranks; chunks that only fill up turns do not count."""
+
+    mean: float
+    heaviest: int
+    long_text: bool
+    """Whether one text alone takes more than all others would leave its rank."""
+    few_texts: bool
+    """Whether there are fewer texts than ranks."""
+
+    @classmethod
+    def of(cls, work: Work, lengths: Rows) -> Load:
+        """The load of a batch whose texts have ``lengths`` (n,)."""
+        ranks = len(work.shares)
+        long = BUSY * ranks * int(lengths.max(initial=0)) > int(lengths.sum())
+        return cls(sum(work.tokens) / ranks, work.heaviest, long, len(lengths) < ranks)
+
+
+def busy_share(loads: Sequence[Load]) -> float:
+    """The share of the time that a rank is at work on average, where tokens are time."""
+    return sum(load.mean for load in loads) / max(1, sum(load.heaviest for load in loads))
+
+
+def sampled_steps(plans: Sequence[Plan], max_steps: int | None, most: int) -> list[tuple[Plan, int]]:
+    """All steps of a run, or ``most`` of them, spread evenly."""
+    total = total_steps(plans, max_steps)
+    steps = [(plan, step) for plan in plans for step in range(len(plan))][:total]
+    if total <= most:
+        return steps
+    return [steps[i] for i in np.linspace(0, total - 1, most).round().astype(int)]
+
+
+def measure_loads(engine: Engine, budget: Budget, plans: Sequence[Plan]) -> list[Load]:
+    """The loads of some steps of a run."""
+    return [
+        Load.of(*engine.work(part, budget.cut))
+        for plan, step in sampled_steps(plans, engine.config.max_steps, _LOOKED_AT)
+        for part in split_batch(plan.batch(step), engine.config.averaged_batches)
+    ]
+
+
+def say_busy(loads: Sequence[Load], budget: Budget, ranks: int) -> str:
+    """A sentence on the busy share of a run of ``ranks``, with the reasons where it is below :data:`BUSY`."""
+    share = busy_share(loads)
+    said = f"Ranks are busy {share:.1%} of the time by their tokens"
+    if share >= BUSY:
+        return said
+    idle = [load for load in loads if load.mean < BUSY * load.heaviest]
+    reasons = []
+    if any(load.long_text for load in idle):
+        count = sum(load.long_text for load in idle)
+        reasons.append(f"one long text forbids more in {count} of {len(loads)} batches looked at")
+    if any(load.few_texts for load in idle):
+        reasons.append("there are fewer texts in a batch than ranks")
+    if budget.ranks != ranks:
+        reasons.append(f"batches stay cut for the {budget.ranks} ranks that the run began with, and there are {ranks}")
+    return f"{said}: {'; '.join(reasons) or 'texts cannot be dealt more evenly'}"
+
+
+def tell_busy(engine: Engine, budget: Budget, plans: Sequence[Plan]) -> None:
+    """Log the busy share of several ranks: as a warning where some idle."""
+    ranks = engine.launch.world_size
+    if ranks == 1 or not engine.launch.is_main:
+        return
+    loads = measure_loads(engine, budget, plans)
+    logger.log(logging.INFO if busy_share(loads) >= BUSY else logging.WARNING, say_busy(loads, budget, ranks))
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one step of the plan asks of the rank with the most work."""
+
+    tokens: int
+    """Encoded, of all ranks."""
+    real: int
+    examples: int
+    keeps: bool
+    kept: float
+    """Bytes of the graphs of all chunks of a rank."""
+    chunk: float
+    """The most bytes that one chunk takes."""
+    chunks: int
+    """Of the rank with the most."""
+    loss: float
+    """Bytes of the loss of a rank and of the embeddings."""
+    seconds: float
+    """By the profile."""
+    loads: tuple[Load, ...]
+    """Of the ranks: one, or one a part of averaged batches."""
+
+
+def step_cost(engine: Engine, budget: Budget, profile: Profile, batch: Batch) -> StepCost:
+    """Cut a batch as the loop will, and add up its chunks."""
+    parts = [_part_cost(engine, budget, profile, part) for part in split_batch(batch, engine.config.averaged_batches)]
+    if len(parts) == 1:
+        return parts[0]
+    return StepCost(
+        tokens=sum(part.tokens for part in parts),
+        real=sum(part.real for part in parts),
+        examples=sum(part.examples for part in parts),
+        keeps=all(part.keeps for part in parts),
+        kept=max(part.kept for part in parts),
+        chunk=max(part.chunk for part in parts),
+        chunks=sum(part.chunks for part in parts),
+        loss=max(part.loss for part in parts),
+        seconds=sum(part.seconds for part in parts),
+        loads=tuple(load for part in parts for load in part.loads),
+    )
+
+
+def _part_cost(engine: Engine, budget: Budget, profile: Profile, batch: Batch) -> StepCost:
+    work, lengths = engine.work(batch, budget.cut)
+    keeps = keeps_graph(engine, budget, work)
+    shares = share_costs(work, lengths, profile.kept, padded=engine.padded)
+    sizes = [chunk_size(lengths[chunk], padded=engine.padded) for chunk in work.chunks]
+    held = len(work.pool.items) / (engine.launch.world_size if engine.ring else 1)
+    each = profile.seconds + (0.0 if keeps else profile.forward_seconds)
+    return StepCost(
+        tokens=sum(work.tokens),
+        real=int(lengths.sum()),
+        examples=len(batch.query),
+        keeps=keeps,
+        kept=max(kept for _, kept in shares),
+        chunk=max(profile.peak(*size) for size in sizes),
+        chunks=work.rounds,
+        loss=profile.loss(batch) + 4.0 * 4 * held * engine.dimension,
+        seconds=work.heaviest * each,
+        loads=(Load.of(work, lengths),),
+    )
+
+
+@dataclass(frozen=True)
+class PlanCosts:
+    """What the steps of a run ask."""
+
+    steps: list[tuple[Plan, int]]
+    """All of them, or a sample that is spread evenly."""
+    costs: list[StepCost]
+    """Of each of ``steps``."""
+    heavy_batches: list[Batch]
+    heavy: list[StepCost]
+    """Of each of ``heavy_batches``."""
+
+
+def plan_costs(engine: Engine, budget: Budget, profile: Profile, plans: Sequence[Plan]) -> PlanCosts:
+    """Cut the batches of a run, or a sample of them and the heaviest."""
+    most = engine.config.max_steps
+    steps, heavy = sampled_steps(plans, most, _SAMPLED_STEPS), heavy_batches(plans, most)
+    costs = [step_cost(engine, budget, profile, plan.batch(step)) for plan, step in steps]
+    return PlanCosts(steps, costs, heavy, [step_cost(engine, budget, profile, b) for b in heavy])
+
 
 FILE = "forecast.json"
 VERSION = 2
@@ -119,7 +294,6 @@ class Forecast:
 
 
 def predict(
-    config: TrainingConfig,
     engine: Engine,
     plans: Sequence[Plan],
     planned: PlanCosts,
@@ -130,12 +304,12 @@ def predict(
     held: int,
 ) -> Forecast:
     """The forecast from the cost of chunks; ``held`` bytes are in use now, weights included. *Collective*."""
-    total = total_steps(plans, config.max_steps)
+    total = total_steps(plans, engine.config.max_steps)
     costs = planned.costs
     scale = total / max(1, len(costs))
     real = np.concatenate([plan.tokens() for plan in plans])[:total]
     state, device = profile.state, engine.backend.device
-    memory = _memory(config, engine, profile, [*costs, *planned.heavy], held, total)
+    memory = _memory(engine, profile, [*costs, *planned.heavy], held, total)
     update = update_seconds(engine)
     by_chunk = engine.backend.name in ("zero2", "zero3")
     # A graph that is kept is gone through once, unless that would add gradients in half precision.
@@ -172,9 +346,7 @@ def predict(
     )
 
 
-def _memory(
-    config: TrainingConfig, engine: Engine, profile: Profile, costs: Sequence[StepCost], held: int, steps: int
-) -> Memory:
+def _memory(engine: Engine, profile: Profile, costs: Sequence[StepCost], held: int, steps: int) -> Memory:
     state, device = profile.state, engine.backend.device
     kept = max((cost.kept for cost in costs if cost.keeps), default=0.0)
     chunk = max(cost.chunk for cost in costs)
@@ -195,7 +367,7 @@ def _memory(
     )
     # What chunks gave back one by one is too torn to take copies in.
     left = parts.activations + parts.loss + parts.workspace if kept else 0
-    return dataclasses.replace(parts, checkpoint=_checkpoint_room(config, engine, profile, left, steps))
+    return dataclasses.replace(parts, checkpoint=_checkpoint_room(engine, profile, left, steps))
 
 
 def overlaps(config: TrainingConfig, steps: int) -> bool:
@@ -203,7 +375,7 @@ def overlaps(config: TrainingConfig, steps: int) -> bool:
     return config.checkpoints.background and steps > config.checkpoints.every_steps
 
 
-def _checkpoint_room(config: TrainingConfig, engine: Engine, profile: Profile, left: int, steps: int) -> int:
+def _checkpoint_room(engine: Engine, profile: Profile, left: int, steps: int) -> int:
     """Main memory that checkpoints add to the peak of rank 0, if that is where training happens.
 
     Copies that are written while the next steps run come on top of all; those of the last step, or of one that waits
@@ -211,7 +383,7 @@ def _checkpoint_room(config: TrainingConfig, engine: Engine, profile: Profile, l
     """
     if engine.backend.device.type != "cpu":
         return 0
-    if overlaps(config, steps):
+    if overlaps(engine.config, steps):
         return profile.state.checkpoint
     return max(profile.state.checkpoint_large, profile.state.checkpoint - left)
 
@@ -229,13 +401,9 @@ def update_seconds(engine: Engine) -> float:
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        norms = torch._foreach_norm(parameters)
-        float(norms[0])
+        float(square_sum(parameters))
         times.append(time.perf_counter() - began)
     return 8 * min(times)
-
-
-# What a run does with it.
 
 
 def held_bytes(device: torch.device) -> int:
@@ -260,10 +428,8 @@ def load_trackers(config: TrainingConfig) -> None:
 
 
 def begin_forecast(
-    config: TrainingConfig,
     engine: Engine,
     plans: Sequence[Plan],
-    known_positives: Callable[[int], Rows],
     run: Path,
     *,
     fingerprint: str,
@@ -273,19 +439,19 @@ def begin_forecast(
 
     A few chunks are measured where the run begins; their time gives way to that of a dry run of the same training.
     """
-    device = engine.backend.device
+    config, device = engine.config, engine.backend.device
     if engine.launch.is_main:
         load_trackers(config)
     reset_peak(device)
     held = held_bytes(device)
     if budget is not None:
-        tell_busy(engine, config, budget, plans, known_positives)
+        tell_busy(engine, budget, plans)
         return budget, Outlook(read_forecast(run, engine), None, time.process_time())
-    profile = measure_profile(config, engine, plans, known_positives, timed=True)
-    budget = choose_budget(config, engine, plans, known_positives, profile)
-    tell_busy(engine, config, budget, plans, known_positives)
-    costs = plan_costs(engine, config, budget, profile, plans, known_positives)
-    forecast = predict(config, engine, plans, costs, budget, profile, fingerprint=fingerprint, held=held)
+    profile = measure_profile(engine, plans, timed=True)
+    budget = choose_budget(engine, plans, profile)
+    tell_busy(engine, budget, plans)
+    costs = plan_costs(engine, budget, profile, plans)
+    forecast = predict(engine, plans, costs, budget, profile, fingerprint=fingerprint, held=held)
     earlier, at_start = read_forecast(run, engine), forecast
     if earlier is not None and _comparable(earlier, forecast):
         base = forecast.memory.base
@@ -372,3 +538,72 @@ def say_seconds(seconds: float) -> str:
     if seconds < 600:
         return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run needs and finds beside memory."""
+
+    checkpoints: int
+    """The most checkpoints that are on the disk at a time."""
+    disk_needed: int
+    """Bytes of these and of the saved model."""
+    disk_free: int
+    gpus: int
+    processes: int
+    """Ranks on this machine."""
+
+    @classmethod
+    def of(cls, forecast: Forecast, config: TrainingConfig, run: Path) -> Machine:
+        """This machine, for a run in the folder ``run``."""
+        kept = config.checkpoints.keep_last + 1 + int(config.evaluation is not None)
+        count = min(kept, -(-forecast.steps // config.checkpoints.every_steps) + 1)
+        needed = forecast.checkpoint_bytes * count + forecast.parameters * 4
+        return cls(count, needed, free_disk(run), count_gpus(), local_processes())
+
+
+def count_gpus() -> int:
+    """GPUs of this machine."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def forecast_notices(forecast: Forecast, machine: Machine) -> Iterator[Notice]:
+    """What a forecast says of this machine: memory, disk, devices, what is sent."""
+    growth = forecast.memory.peak - forecast.memory.base - forecast.memory.weights
+    if forecast.available and growth > forecast.available:
+        yield Notice(
+            "memory-short",
+            f"the run needs {say_bytes(growth)} more memory on each device than it holds now, and "
+            f"{say_bytes(forecast.available)} are available",
+            "Lower training.max_length or training.micro_batch_tokens, use gradient_cache: always, gradient "
+            "checkpointing, an adapter, or more devices with fsdp2 or zero3.",
+            blocks=True,
+        )
+    if machine.disk_needed > machine.disk_free:
+        yield Notice(
+            "disk-short",
+            f"checkpoints and the model need {say_bytes(machine.disk_needed)} on the disk, and "
+            f"{say_bytes(machine.disk_free)} are free",
+            "Make room, or lower training.checkpoints.keep_last.",
+            blocks=True,
+        )
+    if forecast.reductions > 1:
+        yield Notice(
+            "gradient-sent-often",
+            f"{forecast.backend} reduces the gradient once a chunk, up to {forecast.reductions} times a step: "
+            f"{say_bytes(forecast.reduced_a_step)} a step and rank",
+            "zero1, fsdp2 and ddp reduce once a step. Larger training.micro_batch_tokens make fewer chunks.",
+        )
+    if machine.gpus > machine.processes and forecast.device.startswith("cuda"):
+        yield Notice(
+            "gpus-idle",
+            f"{machine.gpus} GPUs are here, and {machine.processes} are used",
+            f"torchrun --nproc-per-node {machine.gpus} -m nearfield train RECIPE",
+        )
+    if machine.gpus and forecast.device == "cpu":
+        yield Notice("gpu-idle", "a GPU is here, and the run trains on the CPU", "Set training.device=auto.")
+
+
+def notices_of_start(forecast: Forecast, config: TrainingConfig, run: Path) -> list[Notice]:
+    """The same for a run that begins whatever its forecast says: a budget that is too large is halved as it goes."""
+    return [replace(notice, blocks=False) for notice in forecast_notices(forecast, Machine.of(forecast, config, run))]

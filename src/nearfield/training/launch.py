@@ -29,7 +29,7 @@ from nearfield.errors import EXIT_FAULT, BadInputError, NearfieldError
 
 if TYPE_CHECKING:
     import torch
-    from torch._C._distributed_c10d import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 
 logger = logging.getLogger("nearfield.training")
@@ -243,7 +243,7 @@ class Launch:
         Processes may do several things one after the other, as a sweep does: each has words of its own. All ranks do them in
         one order, so their number is the same everywhere.
         """
-        from torch._C._distributed_c10d import PrefixStore, TCPStore
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
         host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         if not host or not port:
@@ -267,7 +267,7 @@ class Launch:
         """The same processes in a part of the work with words of its own, so that they can meet there once more."""
         if self.world_size == 1:
             return self
-        from torch._C._distributed_c10d import PrefixStore
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         found = replace(self)
         # In place of the cached property, which would open another connection.
@@ -407,7 +407,7 @@ class Launch:
             return
         import torch
         import torch.distributed as dist
-        from torch._C._distributed_c10d import PrefixStore
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         if device.type == "cuda":
             torch.cuda.set_device(device)

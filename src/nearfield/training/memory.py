@@ -1,38 +1,543 @@
-"""How many tokens a step encodes at a time, and up to how many it keeps the graph of."""
+"""The memory of a training: measured on a few chunks and on parts of the loss, without leaving a trace; and the budget that it gives.
+
+A budget says how many tokens a step encodes at a time, and up to how many it keeps the graph of.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+import os
+import shutil
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nearfield.training.chunks import Cut
-from nearfield.training.exchange import min_over_ranks
-from nearfield.training.loss_cost import LossCost, measure_loss
-from nearfield.training.machine import available_main_memory, local_processes
-from nearfield.training.measure import (
-    ChunkCost,
-    Line,
-    chunk_size,
-    fit_line,
-    measure_chunk,
-    no_trace,
-    run_chunk,
-)
-from nearfield.training.state_size import StateSize, state_size
-from nearfield.training.step import can_keep_graphs, is_out_of_memory
+from nearfield.objectives.infonce import InfoNCE
+from nearfield.training.backends.base import saved_buffers, trainable
+from nearfield.training.chunks import Cut, TextPool, cut_batch
+from nearfield.training.exchange import contrastive_batch, min_over_ranks
+from nearfield.training.optimizers import make_optimizer
+from nearfield.training.step import can_keep_graphs, encode_chunk, is_out_of_memory, seed_chunk
 
 if TYPE_CHECKING:
     from nearfield.arrays import Rows
     from nearfield.batching.plan import Batch, Plan
-    from nearfield.training.backends.base import Backend
     from nearfield.training.config import TrainingConfig
     from nearfield.training.engine import Engine
     from nearfield.training.step import Work
+
+
+_PROC = Path("/proc")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def resident_bytes(status: str | None = None) -> int:
+    """Main memory that this process holds now; 0 where the system does not say."""
+    return _status_bytes("VmRSS", status)
+
+
+def peak_resident_bytes(status: str | None = None) -> int:
+    """The most main memory that this process has held since :func:`reset_peak_resident` or its start."""
+    return _status_bytes("VmHWM", status)
+
+
+def _status_bytes(key: str, status: str | None) -> int:
+    if status is None:
+        try:
+            status = (_PROC / "self" / "status").read_text()
+        except OSError:
+            return 0
+    for line in status.splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def reset_peak_resident() -> None:
+    """Let the peak begin anew at what is held now, where the system allows that."""
+    with suppress(OSError):
+        (_PROC / "self" / "clear_refs").write_text("5")
+
+
+def available_main_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:
+    """Bytes of main memory that can still be had: what the system has left, or less where a container limits it.
+
+    None where the system does not say.
+    """
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    found += _cgroup_rooms(proc, cgroup)
+    return min(found) if found else None
+
+
+def _cgroup_rooms(proc: Path, cgroup: Path) -> list[int]:
+    """What each control group that this process is in has left, from its own up to the root (cgroup 2 and 1)."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    rooms = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, used, cached = cgroup, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root = cgroup / "memory"
+            limit, used, cached = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        while True:
+            room = _room(folder, limit, used, cached)
+            if room is not None:
+                rooms.append(room)
+            if folder == root:
+                break
+            folder = folder.parent
+    return rooms
+
+
+def _room(folder: Path, limit: str, used: str, cached: str) -> int | None:
+    try:
+        most = (folder / limit).read_text().strip()
+        held = int((folder / used).read_text())
+        if most == "max" or int(most) >= 1 << 60:
+            return None
+        counts = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines() if line)
+    except (OSError, ValueError):
+        return None
+    # Pages of files that were read are counted as used, and are given back when memory is wanted.
+    return max(0, int(most) - held + int(counts.get(cached, 0)))
+
+
+def local_processes() -> int:
+    """Ranks that share this machine, as the launcher says; 1 without one."""
+    try:
+        return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    except ValueError:
+        return 1
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes where a folder is, or will be."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+class AllocationTracker(TorchDispatchMode):
+    """While it is active, counts the bytes of the tensors that operations make: those alive, and the most at a time.
+
+    By storage, so that views count once, and what was there before not at all. What a kernel needs inside itself is
+    not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._watches: dict[int, weakref.finalize[Any, Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [storage for storage in _storages(result) if id(storage) not in self._sizes]
+        if made:
+            given = {id(storage) for storage in (*_storages(args), *_storages(kwargs))}
+            for storage in made:
+                if id(storage) not in given and id(storage) not in self._sizes:
+                    self._count(storage)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        self._sizes[key] = size
+        self._watches[key] = weakref.finalize(storage, self._forget, key)
+        self._watches[key].atexit = False
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+        self._watches.pop(key)
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """Those of the plain tensors in what an operation takes or gives: subclasses (sharded tensors) are made of plain
+    tensors, which have operations of their own."""
+    if type(tree) in (Tensor, torch.nn.Parameter):
+        if tree.layout == torch.strided and tree.device.type != "meta":
+            yield tree.untyped_storage()
+    elif isinstance(tree, (tuple, list, dict)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _storages(part)
+
+
+@dataclass(frozen=True)
+class ChunkCost:
+    """What the forward and the backward of one chunk took."""
+
+    tokens: int
+    """As encoded, padding included."""
+    squares: int
+    """Sum over texts of the squared number of tokens."""
+    kept: int
+    """Bytes that the graph holds after the forward."""
+    peak: int
+    """The most bytes at a time, without the gradient of the parameters."""
+    forward_seconds: float = 0.0
+    seconds: float = 0.0
+    """Of forward and backward; 0 where it was not timed."""
+
+
+def chunk_size(lengths: Rows, *, padded: bool) -> tuple[int, int]:
+    """(tokens, squares) of a chunk of texts of ``lengths`` (n,)."""
+    if padded:
+        longest = int(lengths.max())
+        return longest * len(lengths), longest * longest * len(lengths)
+    return int(lengths.sum()), int((lengths.astype(np.int64) ** 2).sum())
+
+
+@contextmanager
+def no_trace(engine: Engine) -> Iterator[None]:
+    """Run forwards and backwards without gradient: random state as before, the backend's gradient forgotten.
+
+    Where ``begin`` does not forget (ZeRO), all that was added must be zeros, as :func:`run_chunk` adds.
+    """
+    device = engine.backend.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        engine.backend.begin()
+        try:
+            yield
+        finally:
+            engine.backend.begin()
+
+
+def run_chunk(engine: Engine, pool: TextPool, chunk: Rows, on_forward: Callable[[], None] = lambda: None) -> None:
+    """Encode a chunk and push a gradient of zeros back, as a rank does that has fewer chunks than others.
+
+    Collective where chunks are. To be called inside :func:`no_trace`.
+    """
+    seed_chunk(0, 0, 0)
+    embeddings = encode_chunk(engine.backend, engine.make_features(pool)(chunk))
+    on_forward()
+    engine.backend.backward((embeddings * torch.zeros_like(embeddings)).sum(), last=True)
+
+
+def measure_chunk(engine: Engine, pool: TextPool, chunk: Rows, *, timed: bool = False) -> ChunkCost:
+    """Memory, and if asked for time, of one chunk; inside :func:`no_trace`, after a chunk that warmed up."""
+    tokens, squares = chunk_size(engine.lengths(pool)[chunk], padded=engine.padded)
+    kept, peak = bytes_of(engine.backend.device, lambda look: run_chunk(engine, pool, chunk, look))
+    cost = ChunkCost(tokens, squares, kept, peak)
+    if not timed:
+        return cost
+    times = [0.0]
+
+    def note() -> None:
+        if engine.backend.device.type == "cuda":
+            torch.cuda.synchronize(engine.backend.device)
+        times.append(time.perf_counter())
+
+    note()
+    run_chunk(engine, pool, chunk, note)
+    note()
+    _, began, between, ended = times
+    return replace(cost, forward_seconds=between - began, seconds=ended - began)
+
+
+def bytes_of(device: torch.device, run: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
+    """Bytes alive when ``run`` calls what it is given, and the most at a time while it runs."""
+    kept = 0
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+
+        def look() -> None:
+            nonlocal kept
+            torch.cuda.synchronize(device)
+            kept = torch.cuda.memory_allocated(device) - before
+
+        run(look)
+        torch.cuda.synchronize(device)
+        return kept, torch.cuda.max_memory_allocated(device) - before
+    with AllocationTracker() as tracker:
+
+        def look_at_tensors() -> None:
+            nonlocal kept
+            kept = tracker.live
+
+        run(look_at_tensors)
+    return kept, tracker.peak
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    """``fixed + per_token * tokens + per_square * squares``."""
+
+    fixed: float
+    per_token: float
+    per_square: float
+
+    def __call__(self, tokens: float, squares: float) -> float:
+        """The value at a number of tokens and of squares."""
+        return self.fixed + self.per_token * tokens + self.per_square * squares
+
+    def tokens_within(self, limit: float, longest: float) -> int:
+        """How many tokens of texts of ``longest`` tokens stay within a limit."""
+        each = self.per_token + self.per_square * longest
+        return int(max(0.0, limit - self.fixed) / each) if each > 0 else 2**60
+
+
+def fit_line(points: Sequence[tuple[float, float, float]]) -> LinearCost:
+    """The line of least relative squares, with no part negative, through (tokens, squares, value); raised until no
+    measured value is above it."""
+    from scipy.optimize import nnls
+
+    known = [point for point in points if point[2] > 0]
+    if not known:
+        return LinearCost(0.0, 0.0, 0.0)
+    tokens, squares, values = (np.asarray(column, dtype=float) for column in zip(*known, strict=True))
+    # One or two points say nothing of their parts: then all is per token.
+    columns = [np.ones_like(tokens), tokens, squares] if len(known) > 2 else [0 * tokens, tokens, 0 * squares]
+    scales = [float(column.max()) or 1.0 for column in columns]
+    design = np.stack([column / scale for column, scale in zip(columns, scales, strict=True)], axis=1)
+    found, _ = nnls(design / values[:, None], np.ones_like(values))
+    line = LinearCost(*(float(part / scale) for part, scale in zip(found, scales, strict=True)))
+    worst = max(value / max(line(t, s), 1e-12) for t, s, value in known)
+    factor = max(1.0, worst)
+    return LinearCost(line.fixed * factor, line.per_token * factor, line.per_square * factor)
+
+
+_LARGE = 32 << 20
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """Bytes a rank, and counts of the whole model."""
+
+    parameters: int
+    trained: int
+    weights: int
+    gradients: int
+    """The most that is held of the gradient in a step."""
+    optimizer: int
+    """With the float32 copy of half-precision weights where the backend keeps one."""
+    checkpoint: int
+    """Of a checkpoint: its files on the disk, and its copies in rank 0's main memory while they are written."""
+    checkpoint_large: int
+    """Those of its copies that are so large that glibc gives them memory of their own, not what was freed before."""
+    largest: int
+    """The gradient of the largest trained parameter that is passed on whole: not of tables that pass on looked-up rows."""
+    trained_bytes: int
+    """The gradient of all trained parameters, whole."""
+
+
+def state_size(engine: Engine) -> StateSize:
+    """Count it for the backend in effect; nothing is allocated."""
+    backend = engine.backend
+    world = engine.launch.world_size
+    module = backend.module
+    everything = {id(p): p for p in module.parameters()}
+    trained = trainable(module)
+    by_row = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding) and part.sparse}
+    buffers = sum(buffer.nbytes for buffer in module.buffers())
+    whole = sum(_count(p) * p.element_size() for p in trained.values())
+    # ZeRO keeps its optimiser's state, and what gradients are added in, in float32.
+    zero = backend.name.startswith("zero")
+    state = optimizer_bytes(trained, engine.config, torch.float32 if zero else None)
+    sharded = backend.name in ("fsdp2", "zero3")
+    weights = sum(_count(p) * p.element_size() for p in everything.values()) // (world if sharded else 1) + buffers
+    gradients, optimizer = whole, state
+    if backend.name == "ddp":
+        gradients += min(whole, 64 << 20)  # the buffer that is sent
+    elif backend.name == "fsdp2":
+        gradients += whole // world  # whole until the last chunk, then the shard beside it
+        optimizer //= world
+    elif zero:
+        masters = sum(_count(p) * 4 for p in trained.values())
+        half = any(p.element_size() < 4 for p in trained.values())
+        gradients = masters // world if backend.name != "zero1" else masters + (whole if half else 0)
+        optimizer = (state + masters) // world
+    files = sum(_count(p) * (4 if zero else p.element_size()) for p in trained.values())
+    large = sum(_count(p) * p.element_size() for p in trained.values() if _count(p) * p.element_size() >= _LARGE)
+    return StateSize(
+        parameters=sum(_count(p) for p in everything.values()),
+        trained=sum(_count(p) for p in trained.values()),
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        checkpoint=files + sum(buffer.nbytes for buffer in saved_buffers(module).values()) + state,
+        checkpoint_large=large + int(large / max(1, whole) * state),
+        largest=max((_count(p) * p.element_size() for p in trained.values() if id(p) not in by_row), default=0),
+        trained_bytes=whole,
+    )
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Entries of a whole parameter: ZeRO 3 leaves an empty tensor in its place."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def optimizer_bytes(
+    parameters: dict[str, nn.Parameter], config: TrainingConfig, dtype: torch.dtype | None = None
+) -> int:
+    """Bytes of the optimiser's state for whole parameters, of type ``dtype`` if given: found by a step on tensors that have
+    no memory.
+
+    8 bytes an entry, AdamW's, where an optimiser cannot step such tensors.
+    """
+    meta = torch.device("meta")
+    named = []
+    for name, parameter in parameters.items():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        copy = nn.Parameter(torch.empty(shape, dtype=dtype or parameter.dtype, device=meta))
+        copy.grad = torch.empty_like(copy)
+        named.append((name, copy))
+    try:
+        optimizer = make_optimizer(named, config, meta)
+        optimizer.step()
+    except Exception:  # looks at values (Adafactor that scales its rate), or has kernels for one device only
+        if config.optimizer.kind == "adafactor":
+            plain = config.model_copy(
+                update={"optimizer": config.optimizer.model_copy(update={"scale_parameter": False})}
+            )
+            return (
+                optimizer_bytes(parameters, plain, dtype) if plain != config else 8 * sum(p.numel() for _, p in named)
+            )
+        each = 2 if config.optimizer.kind == "adamw_8bit" else 8
+        return each * sum(copy.numel() for _, copy in named)
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+_CELLS = 1 << 20
+_TILE = 256
+
+
+@dataclass(frozen=True)
+class LossCost:
+    """Bytes of the loss on each rank, above those of the embeddings."""
+
+    lines: Mapping[str, LinearCost]
+    """For each implementation that the run's heavy batches ask for: bytes by embeddings, and by cells held at a time."""
+    parts: Sequence[InfoNCE]
+    """The objective's own, which choose the implementation."""
+    device: torch.device
+    ranks: int
+    queued: int = 0
+    """Documents of earlier steps."""
+    held: float = 0.0
+    """Bytes of them."""
+    ring: bool = False
+    """Whether a rank holds two parts of the batch at a time instead of the whole."""
+
+    def __call__(self, batch: Batch) -> float:
+        """Of a batch."""
+        name = "blockwise" if self.ring else implementation(self.parts, batch, self.device, self.ranks, self.queued)
+        if name not in self.lines:  # a batch that is smaller than the heavy ones
+            name = next(iter(self.lines))
+        return self.held + self.lines[name](*self.size(batch, name))
+
+    def size(self, batch: Batch, name: str) -> tuple[int, int]:
+        """Embeddings, and cells held at a time."""
+        embeddings = len(batch.query) + sum(_documents(batch))
+        if name == "dense":
+            return embeddings, _logits(self.parts, batch, self.ranks, self.queued)
+        tile = max(part.tile for part in self.parts)
+        columns = sum(_documents(batch))
+        if self.ring:
+            embeddings, columns = 2 * -(-embeddings // self.ranks), -(-columns // self.ranks)
+        return embeddings, min(-(-len(batch.query) // self.ranks), tile) * min(columns, tile)
+
+
+def implementation(parts: Sequence[InfoNCE], batch: Batch, device: torch.device, ranks: int, queued: int = 0) -> str:
+    """How the logits of a batch are computed: ``blockwise`` only if no part of the objective holds the matrix."""
+    found = {part.choose(_logits([part], batch, ranks, queued), device) for part in parts}
+    return "blockwise" if found == {"blockwise"} else "dense"
+
+
+def _documents(batch: Batch) -> tuple[int, int]:
+    """Positives and negatives."""
+    return sum(map(len, batch.positives)), sum(map(len, batch.negatives))
+
+
+def _logits(parts: Sequence[InfoNCE], batch: Batch, ranks: int, queued: int) -> int:
+    queries, documents = len(batch.query), _documents(batch)
+    return sum(part.logits(queries, *documents, ranks, queued) for part in parts) or queries * sum(documents) // ranks
+
+
+def measure_loss(engine: Engine, batches: Sequence[Batch]) -> LossCost:
+    """Measure the loss on parts of the widest of some batches, with random embeddings; collective.
+
+    A part is at most some million cells. Where the whole batch is computed in tiles the part is too, in smaller ones.
+    """
+    parts = [part for part in engine.objective.modules() if isinstance(part, InfoNCE)]
+    device, ranks = engine.backend.device, engine.launch.world_size
+    widest = max(batches, key=lambda batch: len(batch.query) * sum(_documents(batch)))
+    size = min(len(widest.query), int(math.sqrt(_CELLS * len(widest.query) / max(1, sum(_documents(widest))))))
+    lines: dict[str, LinearCost] = {}
+    queued = 0 if engine.queue is None else engine.queue.size
+    # A part is measured on one rank's account, whatever the number of ranks, and before anything is queued.
+    one = LossCost(lines, parts, device, 1)
+    names = ["blockwise" if engine.ring else implementation(parts, batch, device, ranks, queued) for batch in batches]
+    for name in dict.fromkeys(names):
+        points = []
+        # Of three sizes or tiles: what is fixed, what each text takes, and each cell.
+        for queries, tile in ((size, _TILE), (size, _TILE // 2), (size // 2, _TILE), (size // 4, _TILE)):
+            part = cut_batch(widest, 0, max(2, queries))
+            with _computed(parts, name, tile):
+                points.append((*one.size(part, name), _measure(engine, part)))
+        lines[name] = fit_line(points)
+    return LossCost(lines, parts, device, ranks, queued, 4.0 * queued * engine.dimension, engine.ring)
+
+
+@contextmanager
+def _computed(parts: Sequence[InfoNCE], implementation: str, tile: int) -> Iterator[None]:
+    """Compute in this way, with tiles of this size."""
+    before = [(part.implementation, part.tile) for part in parts]
+    for part in parts:
+        part.implementation, part.tile = implementation, tile
+    try:
+        yield
+    finally:
+        for part, (name, size) in zip(parts, before, strict=True):
+            part.implementation, part.tile = name, size
+
+
+def _measure(engine: Engine, batch: Batch) -> int:
+    """The most bytes at a time that the loss of a batch takes."""
+    pool = engine.pool(batch)
+    known = engine.data.known(batch)
+    device = engine.backend.device
+    leaf = torch.randn(len(pool.items), engine.columns, device=device).requires_grad_()
+    learnt = [p for p in engine.objective.parameters() if p.requires_grad]
+
+    def run(look: Callable[[], None]) -> None:
+        contrastive = contrastive_batch(pool, leaf, known, draw=0, guide=engine.data.guide)
+        loss = engine.objective.forward(contrastive)
+        loss.gradients([leaf, *learnt])
+
+    with engine.backend.whole(learnt):
+        _, peak = bytes_of(device, run)
+    return peak
+
 
 logger = logging.getLogger("nearfield.training")
 
@@ -88,9 +593,9 @@ class Budget:
 class Profile:
     """What chunks of this run's texts take on this rank's device; the same on all ranks."""
 
-    kept: Line
+    kept: LinearCost
     """Bytes that a chunk's graph holds."""
-    peak: Line
+    peak: LinearCost
     """The most bytes of a chunk's forward and backward."""
     loss: LossCost
     """Bytes of the loss of a batch."""
@@ -107,19 +612,14 @@ class Profile:
     """Bytes of memory that this rank could have when it was measured; 0 where the system does not say."""
 
 
-def choose_budget(
-    config: TrainingConfig,
-    engine: Engine,
-    plans: Sequence[Plan],
-    known_positives: Callable[[int], Rows],
-    profile: Profile | None = None,
-) -> Budget:
+def choose_budget(engine: Engine, plans: Sequence[Plan], profile: Profile | None = None) -> Budget:
     """The budget to begin with, the same on all ranks; *collective*. Numbers of the recipe are used as they are."""
+    config = engine.config
     micro, graph = config.micro_batch_tokens, config.graph_tokens
     ranks, apart = engine.launch.world_size, engine.level
     if micro != "auto" and graph != "auto":
         return Budget(micro, graph, ranks, apart)
-    profile = profile or measure_profile(config, engine, plans, known_positives)
+    profile = profile or measure_profile(engine, plans)
     device = engine.backend.device
     if micro == "auto":
         fast = FAST_MICRO_BATCH_TOKENS[device.type]
@@ -130,34 +630,31 @@ def choose_budget(
     if graph == "auto":
         batches = heavy_batches(plans, config.max_steps)
         cut = Cut(micro, ranks, apart)
-        graph = int(min_over_ranks([_graph_tokens(engine, batches, known_positives, profile, cut)], device)[0])
+        graph = int(min_over_ranks([_graph_tokens(engine, batches, profile, cut)], device)[0])
     return Budget(micro, graph, ranks, apart)
 
 
-def keeps_graph(config: TrainingConfig, budget: Budget, work: Work, backend: Backend) -> bool:
+def keeps_graph(engine: Engine, budget: Budget, work: Work) -> bool:
     """Whether a step keeps the graph of all its chunks, rather than encode each twice."""
-    fits = config.gradient_cache == "never" or (
-        config.gradient_cache == "auto" and work.heaviest <= budget.graph_tokens
-    )
-    return fits and can_keep_graphs(backend, work.rounds if backend.same_chunk_count else len(work.own))
+    cache = engine.config.gradient_cache
+    fits = cache == "never" or (cache == "auto" and work.heaviest <= budget.graph_tokens)
+    return fits and can_keep_graphs(engine.backend, work.rounds if engine.level else len(work.own))
 
 
-def share_costs(work: Work, lengths: Rows, line: Line, *, padded: bool) -> list[tuple[int, float]]:
+def share_costs(work: Work, lengths: Rows, line: LinearCost, *, padded: bool) -> list[tuple[int, float]]:
     """For each rank, (tokens, bytes by ``line``) of its chunks; ``lengths`` are of the pool's texts."""
     sizes = [chunk_size(lengths[chunk], padded=padded) for chunk in work.chunks]
     return [(sum(sizes[n][0] for n in share), sum(line(*sizes[n]) for n in share)) for share in work.shares]
 
 
-def _graph_tokens(
-    engine: Engine, batches: Sequence[Batch], known_positives: Callable[[int], Rows], profile: Profile, cut: Cut
-) -> int:
+def _graph_tokens(engine: Engine, batches: Sequence[Batch], profile: Profile, cut: Cut) -> int:
     """Tokens of a rank's share whose graph fits, by the densest of the plan's heaviest batches.
 
     Where all of them fit it is a round number above the heaviest, so that it does not depend on how much memory is free.
     """
     heaviest, density = 1, 0.0
     for batch in batches:
-        work, lengths = engine.work(batch, known_positives, cut)
+        work, lengths = engine.work(batch, cut)
         for tokens, kept in share_costs(work, lengths, profile.kept, padded=engine.padded):
             heaviest, density = max(heaviest, tokens), max(density, kept / max(1, tokens))
     micro = cut.tokens
@@ -195,16 +692,10 @@ def heavy_batches(plans: Sequence[Plan], max_steps: int | None = None, count: in
     return [plans[number].batch(step) for number, step in dict.fromkeys(chosen)]
 
 
-def measure_profile(
-    config: TrainingConfig,
-    engine: Engine,
-    plans: Sequence[Plan],
-    known_positives: Callable[[int], Rows],
-    *,
-    timed: bool = False,
-) -> Profile:
+def measure_profile(engine: Engine, plans: Sequence[Plan], *, timed: bool = False) -> Profile:
     """Run a few chunks of the plan's heaviest batches, from small to large; *collective*, and leaves no trace."""
-    state, device = state_size(engine, config), engine.backend.device
+    config, device = engine.config, engine.backend.device
+    state = state_size(engine)
     batches = heavy_batches(plans, config.max_steps)
     pools = [(engine.pool(batch), batch) for batch in batches]
     longest = [int(engine.lengths(pool).max()) for pool, _ in pools]
@@ -213,7 +704,7 @@ def measure_profile(
     wanted = config.micro_batch_tokens
     target = FAST_MICRO_BATCH_TOKENS[device.type] if wanted == "auto" else wanted
     with no_trace(engine):
-        loss = measure_loss(engine, batches, known_positives)
+        loss = measure_loss(engine, batches)
         available = available_memory(device)
         room = (available or 2**60) * (1 - MARGIN) - (state.gradients + state.optimizer) * 1.0
         room -= state.checkpoint if device.type == "cpu" else 0
@@ -226,7 +717,7 @@ def measure_profile(
         while not costs:
             budget = max(SMALLEST_MICRO_BATCH_TOKENS, int(min(target, fits)))
             try:
-                costs = _measure_chunks(engine, batch, known_positives, budget, timed)
+                costs = _measure_chunks(engine, batch, budget, timed)
             except Exception as error:
                 # Where chunks hold collectives the other ranks could not be told.
                 if not (is_out_of_memory(error) and engine.backend.retries_in_place) or budget <= max(longest):
@@ -248,11 +739,9 @@ def measure_profile(
     )
 
 
-def _measure_chunks(
-    engine: Engine, batch: Batch, known_positives: Callable[[int], Rows], budget: int, timed: bool
-) -> list[ChunkCost]:
+def _measure_chunks(engine: Engine, batch: Batch, budget: int, timed: bool) -> list[ChunkCost]:
     """The chunk of the longest texts, half of it, and a full one of short texts."""
-    work, lengths = engine.work(batch, known_positives, Cut(budget, engine.launch.world_size, engine.level))
+    work, lengths = engine.work(batch, Cut(budget, engine.launch.world_size, engine.level))
     chunks = [work.chunks[0]]
     if len(chunks[0]) > 1:
         chunks.insert(0, chunks[0][: len(chunks[0]) // 2])

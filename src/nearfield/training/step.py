@@ -10,8 +10,9 @@ needs no saved random state and the masks do not depend on the number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,33 +22,40 @@ from nearfield.arrays import Rows
 from nearfield.batching.planner import VectorsOf
 from nearfield.encoders.packing import Features
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Queued
-from nearfield.objectives.objective import Objective
 from nearfield.objectives.watching import watch as watch_learning
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.base import Backend
-from nearfield.training.chunks import Bools, Cut, Pool, Turn, chunk_tokens, cut_chunks, deal_chunks, turns_of
+from nearfield.training.chunks import Bools, ChunkTurn, Cut, TextPool, chunk_tokens, cut_chunks, deal_chunks, turns_of
 from nearfield.training.exchange import ControlWord, Exchange, Gathered, Passed, Shares, exchange_control
 
+if TYPE_CHECKING:
+    from nearfield.training.engine import Engine
+    from nearfield.training.launch import Launch
+
 MakeFeatures = Callable[[Rows], Features]
-"""Pool rows of a chunk of n texts -> what the encoder takes."""
+"""TextPool rows of a chunk of n texts -> what the encoder takes."""
 
 
 @dataclass(frozen=True)
 class Work:
     """A global batch cut into chunks and dealt to ranks: the same on every rank but for ``rank``."""
 
-    pool: Pool
+    pool: TextPool
     chunks: list[Rows]
-    """Pool rows of each chunk of the global batch, in the order that numbers them."""
+    """TextPool rows of each chunk of the global batch, in the order that numbers them."""
     tokens: list[int]
     """Tokens that each chunk takes."""
     shares: list[list[int]]
     """For each rank, the numbers of its chunks."""
     rank: int
-    known_positives: Sequence[Rows]
+    known_positives: Sequence[Rows] = ()
     """Item rows of all known positives of each query."""
     first_number: int = 0
-    """What the first chunk is numbered with, where a step has several batches."""
+    """What the first chunk is numbered with, where a step averages several batches."""
+    weight: float = 1.0
+    """What the batch counts, where a step averages several."""
+    final: bool = True
+    """Whether it is the last of its step."""
     guide: VectorsOf | None = None
     """A guide's vectors of the items of the data, where the objective asks for them."""
     queue: Queued | None = None
@@ -67,7 +75,7 @@ class Work:
         """The chunks that a rank goes through where all go through as many."""
         return len(self.turns(level=True))
 
-    def turns(self, *, level: bool) -> list[Turn]:
+    def turns(self, *, level: bool) -> list[ChunkTurn]:
         """What this rank goes through; ``level``, as many chunks as all others, in each turn of the same kind."""
         return turns_of(self.shares, self.rank, self.kinds, level=level)
 
@@ -89,36 +97,29 @@ class Work:
 
 
 def cut_work(
-    pool: Pool,
+    pool: TextPool,
     lengths: Rows,
-    known_positives: Sequence[Rows],
-    *,
     cut: Cut,
+    launch: Launch,
+    *,
     padded: bool,
     by_prompt: bool,
     images: Bools | None = None,
     level: bool = False,
-    rank: int,
-    world_size: int,
-    first_number: int = 0,
-    guide: VectorsOf | None = None,
-    queue: Queued | None = None,
-    ring: bool = False,
 ) -> Work:
     """Cut a batch whose items have ``lengths`` (n,) into chunks and deal these to ranks.
 
-    ``images`` (n,) tells the items that go through other layers: they share no chunk with the rest, and their chunks are a
-    multiple of the cut's ranks as well. ``level`` says that all ranks must go through the same layers at once.
+    ``by_prompt``: texts with different prompts share no chunk. ``images`` (n,) tells the items that go through other layers:
+    they share no chunk with the rest, and their chunks are a multiple of the cut's ranks as well. ``level`` says that all
+    ranks must go through the same layers at once.
     """
     groups = pool.prompts if by_prompt else np.zeros(len(lengths), dtype=np.int64)
-    kinds = None
     apart = None if images is None else images.astype(np.int64)
     chunks = cut_chunks(lengths, cut.tokens, groups, padded=padded, ranks=cut.ranks, kinds=apart)
     tokens = [chunk_tokens(lengths, chunk, padded=padded) for chunk in chunks]
-    if level and images is not None:
-        kinds = [int(images[chunk[0]]) for chunk in chunks]
-    shares = deal_chunks(tokens, world_size, kinds)
-    return Work(pool, chunks, tokens, shares, rank, known_positives, first_number, guide, queue, ring, kinds)
+    kinds = [int(images[chunk[0]]) for chunk in chunks] if level and images is not None else None
+    shares = deal_chunks(tokens, launch.world_size, kinds)
+    return Work(pool, chunks, tokens, shares, launch.rank, kinds=kinds)
 
 
 @dataclass(frozen=True)
@@ -200,63 +201,54 @@ def can_keep_graphs(backend: Backend, chunks: int) -> bool:
 
 
 def run_step(
-    backend: Backend,
-    objective: Objective,
+    engine: Engine,
     work: Work,
-    make_features: MakeFeatures,
     *,
-    dimension: int,
     seed: int,
     step: int,
     keep_graph: bool,
-    weight: float = 1.0,
-    final: bool = True,
     stop: Callable[[], bool] = lambda: False,
-    catch_out_of_memory: bool = True,
     watch: bool = False,
     progress: float = 0.0,
 ) -> StepResult:
-    """Leave this rank's part of the gradient of the batch's mean loss in the backend.
+    """Leave this rank's part of the gradient of the batch's mean loss in the engine's backend.
 
-    ``dimension`` is the width of what the module gives for each text. With ``keep_graph`` one backward goes through the graphs of all chunks
-    (one a chunk, where the backend else would add their gradients in half precision), else each chunk is encoded a second
-    time and only its own graph is in memory, as also where a backend keeps the graph of one chunk only. A backend whose forwards are collective
-    has every rank run as many chunks as the rank with the most, of each kind; the missing ones are copies whose gradient is zero.
+    With ``keep_graph`` one backward goes through the graphs of all chunks (one a chunk, where the backend else would add
+    their gradients in half precision), else each chunk is encoded a second time and only its own graph is in memory, as
+    also where a backend keeps the graph of one chunk only. A backend whose forwards are collective has every rank run as
+    many chunks as the rank with the most, of each kind; the missing ones are copies whose gradient is zero.
 
-    ``progress`` is the share of the run that is done. With ``watch`` this process looks at how the learning goes. Where a
-    step averages several batches, each adds ``weight`` times its gradient, and the last of them is ``final``.
+    ``progress`` is the share of the run that is done. With ``watch`` this process looks at how the learning goes.
 
     The caller must look at the control word before it calls ``update``: the gradient is of use only if memory
     sufficed everywhere and the loss is finite.
     """
-    guard = _Guard(catch_out_of_memory)
+    backend, objective = engine.backend, engine.objective
+    # Where ranks wait for each other inside a step, memory that runs out on one ends them all.
+    guard = _Guard(backend.retries_in_place and not work.ring)
     shares = work.pool_shares()
     turns = work.turns(level=backend.same_chunk_count)
     keep_graph = keep_graph and can_keep_graphs(backend, len(turns))
-
+    make_features = engine.make_features(work.pool, seed, step)
     # Only checks of equalities run in float64.
     double = next(backend.module.parameters()).dtype == torch.float64
-    nothing = torch.zeros((0, dimension), dtype=torch.float64 if double else torch.float32, device=backend.device)
+    dtype = torch.float64 if double else torch.float32
+    joined = torch.zeros((len(shares.own), engine.columns), dtype=dtype, device=backend.device)
 
-    def encode(turn: Turn) -> Tensor:
+    def encode(turn: ChunkTurn) -> Tensor:
         seed_chunk(seed, step, work.first_number + turn.chunk)
         return encode_chunk(backend, make_features(work.chunks[turn.chunk]))
 
-    def real(parts: list[Tensor]) -> Tensor:
-        kept = [part for turn, part in zip(turns, parts, strict=True) if turn.own]
-        return torch.cat(kept) if kept else nothing
-
     parts: list[Tensor] = []
-    joined = nothing.new_zeros((len(shares.own), dimension))
     with guard:
         for turn in turns:
             with torch.set_grad_enabled(keep_graph):
                 parts.append(encode(turn))
-        joined = real(parts)
+        if work.own:
+            joined = torch.cat([part for turn, part in zip(turns, parts, strict=True) if turn.own])
     exchange = work.exchange(shares)
     leaf = exchange.bring(joined).requires_grad_()
-    batch = exchange.batch(leaf, derive_seed(seed, "objective", step, work.first_number))
-    batch = replace(batch, progress=progress)
+    batch = replace(exchange.batch(leaf, derive_seed(seed, "objective", step, work.first_number)), progress=progress)
     learnt = [p for p in objective.parameters() if p.requires_grad]
     total, gradient = math.nan, torch.zeros_like(leaf)
     figures: Mapping[str, float] = {}
@@ -266,7 +258,7 @@ def run_step(
             if not guard.out_of_memory:
                 # Not by calling the module: ZeRO 3 would take its parameters away again behind the call.
                 loss: LossSum = objective.forward(batch)
-                gradient, *learnt_gradients = loss.gradients([leaf, *learnt], weight)
+                gradient, *learnt_gradients = loss.gradients([leaf, *learnt], work.weight)
                 total = float(loss.total.detach())
                 if watch:
                     figures = watch_learning(objective, replace(batch, ring=None))
@@ -279,33 +271,45 @@ def run_step(
                 if keep_graph and (backend.kept_graphs == "joined" or len(turns) <= 1):
                     unused = [part.sum() * 0 for turn, part in zip(turns, parts, strict=True) if not turn.own]
                     pieces = [*extra, *unused] if not work.own else [(joined * own).sum(), *extra, *unused]
-                    _push(backend, pieces, last=final, settle=work.kinds is not None)
+                    _push(backend, pieces, last=work.final, settle=work.kinds is not None)
                 else:
-                    position = 0
-                    for index, turn in enumerate(turns):
-                        part = parts[index] if keep_graph else encode(turn)
-                        piece = part.sum() * 0
-                        if turn.own:
-                            piece = (part * own[position : position + len(part)]).sum()
-                            position += len(part)
-                        ends = index == len(turns) - 1
-                        settle = work.kinds is not None and (
-                            ends or work.kinds[turn.chunk] != work.kinds[turns[index + 1].chunk]
-                        )
-                        _push(backend, [piece] if index else [piece, *extra], last=final and ends, settle=settle)
-                    if not turns:
-                        _push(backend, extra, last=final)
+                    again = (parts[n] if keep_graph else encode(turn) for n, turn in enumerate(turns))
+                    _push_by_chunk(backend, work, turns, again, own, extra)
     word = exchange_control(
         total, guard.out_of_memory, stop(), backend.used(), ranks=len(work.shares), device=backend.device
     )
-    seen = None
-    if not word.out_of_memory:
-        seen = replace(batch, queries=batch.queries.detach(), documents=batch.documents.detach(), rows=None, ring=None)
-        if batch.token_losses is not None:
-            seen = replace(seen, token_losses=batch.token_losses.detach())
-    return StepResult(word, batch.denominator(), seen, figures=figures)
+    return StepResult(word, batch.denominator(), None if word.out_of_memory else _detached(batch), figures=figures)
+
+
+def _push_by_chunk(
+    backend: Backend,
+    work: Work,
+    turns: Sequence[ChunkTurn],
+    parts: Iterable[Tensor],
+    own: Tensor,
+    extra: Sequence[Tensor],
+) -> None:
+    """A backward for each chunk; ``parts`` gives its embeddings when its turn comes, ``own`` is their gradient."""
+    position = 0
+    for index, (turn, part) in enumerate(zip(turns, parts, strict=True)):
+        piece = part.sum() * 0
+        if turn.own:
+            piece = (part * own[position : position + len(part)]).sum()
+            position += len(part)
+        ends = index == len(turns) - 1
+        settle = work.kinds is not None and (ends or work.kinds[turn.chunk] != work.kinds[turns[index + 1].chunk])
+        _push(backend, [piece] if index else [piece, *extra], last=work.final and ends, settle=settle)
+    if not turns:
+        _push(backend, extra, last=work.final)
 
 
 def _push(backend: Backend, pieces: Sequence[Tensor], *, last: bool, settle: bool = False) -> None:
     if pieces:
         backend.backward(torch.stack([piece.reshape(()) for piece in pieces]).sum(), last, settle)
+
+
+def _detached(batch: ContrastiveBatch) -> ContrastiveBatch:
+    """What the loss saw, free of its graph, of its share of rows, and of the ring."""
+    losses = None if batch.token_losses is None else batch.token_losses.detach()
+    queries, documents = batch.queries.detach(), batch.documents.detach()
+    return replace(batch, queries=queries, documents=documents, rows=None, ring=None, token_losses=losses)

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from nearfield.console import stderr_console
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, read_json, write_json
+from nearfield.training.parts import Part, StepMade
 
 if TYPE_CHECKING:
     import torch
@@ -271,7 +272,7 @@ class WandbTracker:
         self._run.finish(exit_code=int(failed))
 
 
-class Trackers:
+class Trackers(Part):
     """All of them; on a process that is not to write they do nothing."""
 
     def __init__(
@@ -307,6 +308,10 @@ class Trackers:
                 stack.callback(self._or_drop, tracker, lambda one: one.close(failed=kind is not None))
             stack.callback(self._evaluations.close)
             stack.callback(self._metrics.close)
+
+    def after_step(self, made: StepMade) -> None:
+        if made.line is not None:
+            self.step(made.line)
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Tell the figures of a step, ``step`` among them."""

@@ -14,18 +14,14 @@ from torch import Tensor
 
 from nearfield.console import track
 from nearfield.objectives.watching import similarities
-from nearfield.training.costs import PlanCosts, StepCost
-from nearfield.training.forecast import Forecast, Memory, overlaps, peak_bytes, reset_peak, slowest
-from nearfield.training.launch import StopRequest
-from nearfield.training.measure import Line, fit_line
-from nearfield.training.memory import Budget, Profile
-from nearfield.training.trainer import TrainingInputs, batch_gradient
+from nearfield.training.forecast import Forecast, Memory, PlanCosts, StepCost, overlaps, peak_bytes, reset_peak, slowest
+from nearfield.training.memory import Budget, LinearCost, Profile, fit_line
+from nearfield.training.trainer import batch_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nearfield.batching.plan import Batch
-    from nearfield.training.config import TrainingConfig
     from nearfield.training.engine import Engine
 
 logger = logging.getLogger("nearfield.training")
@@ -49,9 +45,7 @@ class Trial:
 
 
 def run_trial(
-    config: TrainingConfig,
     engine: Engine,
-    inputs: TrainingInputs,
     planned: PlanCosts,
     budget: Budget,
     profile: Profile,
@@ -72,7 +66,7 @@ def run_trial(
     done: list[tuple[StepCost, float, float]] = []
     finite, still, ran = True, True, 0
     whole = False
-    early = overlaps(config, forecast.steps)
+    early = overlaps(engine.config, forecast.steps)
     copies: list[Tensor] | None = None
     for batch, cost in track(_chosen(planned), "Trial steps"):
         # The first one finds nothing warm; then the heaviest, which memory is about.
@@ -80,12 +74,10 @@ def run_trial(
         if ran and spent + slowest([cost.seconds], device)[0] > limit_seconds:
             break
         start, cpu_start = time.perf_counter(), time.process_time()
-        result, _, _ = batch_gradient(
-            engine, config, budget, batch, inputs, seed=seed, step=0, stop=StopRequest(), watch=ran % 2 == 0
-        )
+        result, _, _ = batch_gradient(engine, budget, batch, seed=seed, step=0, watch=ran % 2 == 0)
         if result.word.out_of_memory:
             return Trial(forecast, ran, out_of_memory=True, finite=finite)
-        norm = engine.backend.update([0.0] * len(factors), config.max_gradient_norm, result.word.used)
+        norm = engine.backend.update([0.0] * len(factors), engine.config.max_gradient_norm, result.word.used)
         if result.batch is not None:
             similarities(result.batch)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
@@ -131,12 +123,12 @@ def _chosen(planned: PlanCosts) -> list[tuple[Batch, StepCost]]:
     return [at(0.5), heavy[0], at(0.0), heavy[-1], at(0.5), at(0.75), at(0.25), heavy[0]]
 
 
-def _through(points: Sequence[tuple[float, float, float]]) -> Line:
+def _through(points: Sequence[tuple[float, float, float]]) -> LinearCost:
     """The line through the measured seconds, in the middle of them: what is fixed, and what grows with the work."""
     raised = fit_line(points)
     factors = [value / max(raised(*point[:2]), 1e-12) for *point, value in points]
     middle = float(np.median(factors))
-    return Line(raised.fixed * middle, raised.per_token * middle, 0.0)
+    return LinearCost(raised.fixed * middle, raised.per_token * middle, 0.0)
 
 
 def _checkpoint(engine: Engine) -> list[Tensor]:
