@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nearfield.errors import BadInputError, NearfieldError
-from nearfield.training.config import TensorBoardConfig, TrackerConfig, WandbConfig
+from nearfield.training.config import TensorBoardConfig, TrackerSettings, WandbConfig
 from nearfield.training.tracking import JsonLines, Trackers, read_metrics
 
 FIGURES = ("loss", "learning_rate", "gradient_norm", "positive_similarity", "hardest_negative_similarity")
@@ -26,7 +26,7 @@ def scored(step: int, score: float | None = 0.5) -> dict[str, Any]:
 
 
 def open_trackers(
-    run: Path, *configs: TrackerConfig, first: int = 0, evaluated: int = -1, writes: bool = True, **about: Any
+    run: Path, *configs: TrackerSettings, first: int = 0, evaluated: int = -1, writes: bool = True, **about: Any
 ) -> Trackers:
     return Trackers(configs, run, first, evaluated=evaluated, about=about, writes=writes)
 

@@ -5,6 +5,7 @@ Each kind of optimiser and tracker builds a library's own.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from nearfield.config import Config, ConfigPath
+from nearfield.config import Config, ConfigPath, KindSettings
 from nearfield.errors import BadInputError
+from nearfield.kinds import Kinds
 from nearfield.optional import require_bitsandbytes
 
 if TYPE_CHECKING:
@@ -29,28 +31,37 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
 
 
-class _Optimizer(Config):
-    """What all kinds share. The learning rate is not here: the schedule sets it."""
+class OptimizerSettings(KindSettings):
+    """The base of settings of optimisers. The learning rate is not here: the schedule sets it."""
 
     elementwise: ClassVar[bool] = True
     """Whether each weight's step depends on that weight alone, so that a slice of a tensor is stepped as in the whole."""
     by_matrix: ClassVar[bool] = False
     """Whether the matrices of the layers are stepped unlike the rest."""
 
+    moment_bytes: ClassVar[int] = 8
+    """Bytes of state an entry of a parameter, where no trial step can tell."""
     weight_decay: NotNegative = 0.01
-    """Not applied to biases and norms, nor to what an objective learns beside the model."""
+    """Share of a weight taken off in each step, times the learning rate: more for long runs on few data. Biases, norms and
+    what an objective learns beside the model are not decayed."""
+
+    def without_values(self) -> OptimizerSettings:
+        """The same optimiser so that it can step tensors without values, whose state has the same size."""
+        return self
 
     def build(self, groups: Sequence[ParameterGroup], rate: float, device: torch.device) -> torch.optim.Optimizer:
         """The optimiser of ``groups``, one parameter group for each, in their order."""
         raise NotImplementedError
 
 
-class AdamWConfig(_Optimizer):
+class AdamWConfig(OptimizerSettings):
     """torch's AdamW, fused where the device has it."""
 
     kind: Literal["adamw"] = "adamw"
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """How much of the running means of the gradient and of its square a step keeps; a lower second one forgets spikes sooner."""
     epsilon: Positive = 1e-8
+    """Added to the root of the second moment: larger values damp steps of weights with tiny gradients."""
 
     def build(self, groups: Sequence[ParameterGroup], rate: float, device: torch.device) -> torch.optim.Optimizer:
         import torch
@@ -60,7 +71,7 @@ class AdamWConfig(_Optimizer):
         return torch.optim.AdamW(options, lr=rate, betas=self.betas, eps=self.epsilon, fused=fused)
 
 
-class AdafactorConfig(_Optimizer):
+class AdafactorConfig(OptimizerSettings):
     """transformers' Adafactor (arXiv 1804.04235): second moments of matrices as a row and a column, no first moment.
 
     Its own schedule is off: ``learning_rate`` and ``schedule`` mean what they mean for AdamW.
@@ -79,6 +90,9 @@ class AdafactorConfig(_Optimizer):
     epsilon: tuple[Positive, Positive] = (1e-30, 1e-3)
     """Added to squared gradients; the least scale under ``scale_parameter``."""
 
+    def without_values(self) -> AdafactorConfig:
+        return self.model_copy(update={"scale_parameter": False})
+
     def build(self, groups: Sequence[ParameterGroup], rate: float, device: torch.device) -> torch.optim.Optimizer:
         from transformers.optimization import Adafactor
 
@@ -96,22 +110,25 @@ class AdafactorConfig(_Optimizer):
         return optimizer
 
 
-class MuonConfig(_Optimizer):
+class MuonConfig(OptimizerSettings):
     """torch's Muon for the matrices of the layers, AdamW for embeddings, biases, norms, heads and the rest."""
 
     kind: Literal["muon"] = "muon"
     elementwise: ClassVar[bool] = False
     by_matrix: ClassVar[bool] = True
     momentum: Fraction = 0.95
+    """How much of the running sum of gradients a step keeps."""
     nesterov: bool = True
+    """Look one step ahead along the momentum."""
     newton_schulz_steps: Annotated[int, Field(ge=1, lt=100)] = 5
+    """Iterations that make an update orthogonal: more are more exact and take more time."""
     adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """``match_rms_adamw`` makes a matrix's update as large as AdamW's, so that one learning rate suits both (arXiv
     2502.16982); ``original`` scales by the shape alone and wants a larger one, which AdamW then gets too."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Of AdamW."""
+    """Of the AdamW that steps the rest: how much of its running means a step keeps."""
     epsilon: Positive = 1e-8
-    """Of AdamW."""
+    """Of the AdamW that steps the rest: added to the root of the second moment."""
 
     def build(self, groups: Sequence[ParameterGroup], rate: float, device: torch.device) -> torch.optim.Optimizer:
         from nearfield.training.optimizers import MuonWithAdamW
@@ -138,14 +155,16 @@ class MuonConfig(_Optimizer):
         )
 
 
-class SGDConfig(_Optimizer):
+class SGDConfig(OptimizerSettings):
     """torch's SGD, plain unless asked: the step is the gradient times the learning rate."""
 
     kind: Literal["sgd"] = "sgd"
     weight_decay: NotNegative = 0.0
     """Added to the gradient, as SGD does; the other kinds decay weights apart from it."""
     momentum: Fraction = 0.0
+    """How much of the running sum of gradients a step keeps; 0 has no state."""
     nesterov: bool = False
+    """Look one step ahead along the momentum, which must be above 0."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> SGDConfig:
@@ -160,13 +179,16 @@ class SGDConfig(_Optimizer):
         return torch.optim.SGD(options, lr=rate, momentum=self.momentum, nesterov=self.nesterov)
 
 
-class AdamW8bitConfig(_Optimizer):
+class AdamW8bitConfig(OptimizerSettings):
     """bitsandbytes' AdamW (arXiv 2110.02861): moments in 8 bits, blockwise, on CUDA."""
 
     kind: Literal["adamw_8bit"] = "adamw_8bit"
     elementwise: ClassVar[bool] = False
+    moment_bytes: ClassVar[int] = 2
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """How much of the running means of the gradient and of its square a step keeps; a lower second one forgets spikes sooner."""
     epsilon: Positive = 1e-8
+    """Added to the root of the second moment: larger values damp steps of weights with tiny gradients."""
 
     def build(self, groups: Sequence[ParameterGroup], rate: float, device: torch.device) -> torch.optim.Optimizer:
         require_bitsandbytes("the optimiser adamw_8bit", device.type, "training.optimizer", "Use kind: adamw.")
@@ -177,12 +199,23 @@ class AdamW8bitConfig(_Optimizer):
         return optimizer
 
 
-OptimizerConfig = Annotated[
-    AdamWConfig | AdafactorConfig | MuonConfig | SGDConfig | AdamW8bitConfig, Field(discriminator="kind")
-]
+OPTIMIZERS = Kinds(
+    "optimizers",
+    "nearfield.training.config:OptimizerSettings",
+    {
+        "adamw": ("nearfield.training.config:AdamWConfig", "torch's AdamW, fused where the device has it"),
+        "adafactor": ("nearfield.training.config:AdafactorConfig", "Adafactor: second moments as a row and a column"),
+        "muon": ("nearfield.training.config:MuonConfig", "Muon for the matrices of the layers, AdamW for the rest"),
+        "sgd": ("nearfield.training.config:SGDConfig", "plain SGD: the gradient times the learning rate"),
+        "adamw_8bit": (
+            "nearfield.training.config:AdamW8bitConfig",
+            "bitsandbytes' AdamW with moments in 8 bits, on CUDA",
+        ),
+    },
+)
 
 
-def check_sharded(config: OptimizerConfig, backend: str) -> None:
+def check_sharded(config: OptimizerSettings, backend: str) -> None:
     """Refuse an optimiser on a backend that hands it slices of tensors, where it would take other steps than on wholes.
 
     Muon and Adafactor look at whole matrices and adamw_8bit at blocks of 256 weights: ZeRO gives them flat slices, FSDP2
@@ -197,7 +230,21 @@ def check_sharded(config: OptimizerConfig, backend: str) -> None:
     )
 
 
-class TensorBoardConfig(Config):
+class TrackerSettings(KindSettings):
+    """The base of settings of trackers, which show a run's figures."""
+
+    def check(self) -> None:
+        """Refuse, before any work, what cannot be used."""
+
+    def preload(self) -> None:
+        """Import what the tracker will, so that it counts as the process before it trains."""
+
+    def build(self, run: Path, first_step: int, about: Mapping[str, Any]) -> Tracker:
+        """The tracker of the run in a folder, of which ``first_step`` steps are done; ``about`` is its name and settings."""
+        raise NotImplementedError
+
+
+class TensorBoardConfig(TrackerSettings):
     """TensorBoard, in the run's folder ``tensorboard``."""
 
     kind: Literal["tensorboard"] = "tensorboard"
@@ -209,23 +256,29 @@ class TensorBoardConfig(Config):
                 "TensorBoard is not installed", where="training.trackers", hint="pip install tensorboard"
             )
 
+    def preload(self) -> None:
+        importlib.import_module("torch.utils.tensorboard")
+
     def build(self, run: Path, first_step: int, about: Mapping[str, Any]) -> Tracker:
         from nearfield.training.tracking import TensorBoardTracker
 
         return TensorBoardTracker(run, first_step)
 
 
-class WandbConfig(Config):
+class WandbConfig(TrackerSettings):
     """Weights & Biases. A resumed run goes on with the same W&B run, whose id the run's folder keeps."""
 
     kind: Literal["wandb"] = "wandb"
     project: Name
+    """The project that the run stands in."""
     entity: Name | None = None
     """A user or team; null takes the account's own."""
     name: Name | None = None
     """Null takes the recipe's name."""
     group: Name | None = None
+    """A name that runs share which belong together, such as the seeds of one recipe."""
     tags: tuple[Name, ...] = ()
+    """Words to find the run by."""
     mode: Literal["online", "offline", "disabled"] = "online"
     """``offline`` writes to the run's folder, for ``wandb sync`` later."""
 
@@ -250,13 +303,21 @@ class WandbConfig(Config):
         return WandbTracker(self, run, first_step, about)
 
 
-TrackerConfig = Annotated[TensorBoardConfig | WandbConfig, Field(discriminator="kind")]
+TRACKERS = Kinds(
+    "trackers",
+    "nearfield.training.config:TrackerSettings",
+    {
+        "tensorboard": ("nearfield.training.config:TensorBoardConfig", "TensorBoard, in the run's folder"),
+        "wandb": ("nearfield.training.config:WandbConfig", "Weights & Biases"),
+    },
+)
 
 
 class ScheduleConfig(Config):
     """The learning rate over the run: a linear warm-up, then a shape that ends at ``final`` times the peak."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """The shape after the warm-up; ``constant`` suits a run that may be prolonged."""
     warmup: Annotated[float, Field(ge=0)] = 0.1
     """Below 1 a share of all steps, else a number of steps."""
     final: Fraction = 0.0
@@ -267,7 +328,9 @@ class CheckpointConfig(Config):
     """When checkpoints are written, and how many stay."""
 
     every_steps: Annotated[int, Field(ge=1)] = 500
+    """Steps between checkpoints: at most so many are lost where a run is killed."""
     keep_last: Annotated[int, Field(ge=1)] = 2
+    """The newest checkpoints that stay on the disk; more cost its space and guard against a damaged one."""
     background: bool = True
     """Write files while training goes on; only the copy to main memory waits."""
 
@@ -278,8 +341,9 @@ class TrainingEvaluationConfig(Config):
     suite: ConfigPath
     """A suite file, or a folder of local tasks."""
     every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Score after so many steps."""
     every_epochs: Annotated[int, Field(ge=1)] | None = None
-    """One of the two; the end of the training is always scored."""
+    """Score after so many epochs. Give this or ``every_steps``; the end of the training is always scored."""
     at_start: bool = True
     """Score the untrained model too: where the curve begins, and a suite that cannot be run is found out at once."""
     metric: Annotated[str, Field(min_length=1)] = "mean"
@@ -310,13 +374,16 @@ class TrainingConfig(Config):
     """Length of the run, optimiser, schedule, precision, memory, checkpoints."""
 
     epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over the data, each planned anew."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many steps; null runs all epochs."""
     max_length: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
     """Longest input in tokens that is read in training, special tokens and prompt included: longer texts are cut. The model's
     own length (``encoder.max_length``) stays what it is; null reads as much as the model does."""
     learning_rate: Positive = 2e-5
-    optimizer: OptimizerConfig = AdamWConfig()
+    """The learning rate at its peak: lower for larger models and for continued training, higher for adapters."""
+    optimizer: Annotated[OptimizerSettings, OPTIMIZERS] = AdamWConfig()
+    """The optimiser and its settings."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The learning rate of a layer is this times that of the layer above it; embeddings lie below the first. 1 gives all
     the same."""
@@ -324,6 +391,7 @@ class TrainingConfig(Config):
     """Parameters that are not trained: patterns with ``*`` for the names of the model's parameters, such as
     ``*.embeddings.*`` or ``*.layer.0.*``."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """How the learning rate moves over the run."""
     max_gradient_norm: Positive | None = 1.0
     """Clip the global norm of the gradient; null does not."""
     precision: Literal["auto", "fp32", "bf16-mixed", "bf16-pure"] = "auto"
@@ -331,6 +399,7 @@ class TrainingConfig(Config):
     stay in float32). The loss and the gathered embeddings are in float32 always. ``auto`` takes bf16-mixed on devices
     that compute in it natively (CUDA from Ampere on), fp32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; ``auto`` takes a GPU where there is one."""
     backend: Literal["auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     """How several processes share the work; ``auto`` follows the launcher's configuration, else ddp for several."""
     collective_timeout: Annotated[float, Field(gt=0)] = 1800
@@ -358,17 +427,18 @@ class TrainingConfig(Config):
     compile: bool = False
     """Compile the transformer with torch.compile, for any length. Worth it on a GPU and a long run only."""
     dropout: bool = True
-    """Whether the model's own dropout is on."""
+    """Whether the model's own dropout is on. Off, losses fall faster and models overfit sooner."""
     attention_dropout: Fraction | None = None
     """The rate of dropout in attention while this trains, for models made without one (LLM2Vec's SimCSE: 0.3); null keeps
     the model's own, which is also what is saved."""
     checkpoints: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written, and how many stay."""
     log_every: Annotated[int, Field(ge=1)] = 1
     """Steps between lines of metrics."""
     watch_every: Annotated[int, Field(ge=1)] = 10
     """Of so many lines of metrics, one says more: masks, weights, where the gradient comes from, the embeddings' shape.
     The first and the last always do."""
-    trackers: tuple[TrackerConfig, ...] = (TensorBoardConfig(),)
+    trackers: tuple[Annotated[TrackerSettings, TRACKERS], ...] = (TensorBoardConfig(),)
     """Where figures and scores go besides ``metrics.jsonl`` and ``evaluations.jsonl``."""
     evaluation: TrainingEvaluationConfig | None = None
     """Score the model during the training."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -423,8 +422,8 @@ class Outlook:
 
 def load_trackers(config: TrainingConfig) -> None:
     """Import what trackers will, so that it counts as the process before it trains."""
-    if any(tracker.kind == "tensorboard" for tracker in config.trackers):
-        importlib.import_module("torch.utils.tensorboard")
+    for tracker in config.trackers:
+        tracker.preload()
 
 
 def begin_forecast(

@@ -414,15 +414,10 @@ def optimizer_bytes(
         optimizer = make_optimizer(named, config, meta)
         optimizer.step()
     except Exception:  # looks at values (Adafactor that scales its rate), or has kernels for one device only
-        if config.optimizer.kind == "adafactor":
-            plain = config.model_copy(
-                update={"optimizer": config.optimizer.model_copy(update={"scale_parameter": False})}
-            )
-            return (
-                optimizer_bytes(parameters, plain, dtype) if plain != config else 8 * sum(p.numel() for _, p in named)
-            )
-        each = 2 if config.optimizer.kind == "adamw_8bit" else 8
-        return each * sum(copy.numel() for _, copy in named)
+        plain = config.optimizer.without_values()
+        if plain != config.optimizer:
+            return optimizer_bytes(parameters, config.model_copy(update={"optimizer": plain}), dtype)
+        return config.optimizer.moment_bytes * sum(copy.numel() for _, copy in named)
     values = [value for state in optimizer.state.values() for value in state.values()]
     return sum(value.nbytes for value in values if isinstance(value, Tensor))
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch.utils.tensorboard import SummaryWriter
 
-    from nearfield.training.config import TrackerConfig, WandbConfig
+    from nearfield.training.config import TrackerSettings, WandbConfig
 
 
 logger = logging.getLogger("nearfield.training")
@@ -277,7 +277,7 @@ class Trackers(Part):
 
     def __init__(
         self,
-        configs: Sequence[TrackerConfig],
+        configs: Sequence[TrackerSettings],
         run: Path,
         first_step: int,
         *,
