@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nearfield.analysis.capacity import PUBLISHED, best_accuracies, published_fit
 from nearfield.files import write_json
+from nearfield.methods.capacity import PUBLISHED, best_accuracies, published_fit
 
 
 def tried(documents: int, dimensions: int, starts: int) -> dict[str, Any]:

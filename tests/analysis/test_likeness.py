@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from nearfield.analysis import likeness as lk
-from nearfield.analysis.association import weat
 from nearfield.analysis.thresholds import best_f1_cut, f1_threshold, overlap, recall_threshold
+from nearfield.methods.association import weat
 
 
 def test_cka_sees_through_rotation_shift_and_scale_and_nothing_else() -> None:

@@ -15,7 +15,7 @@ from nearfield.errors import EXIT_FAULT, BadInputError
 if TYPE_CHECKING:
     from nearfield.encoders.encode import Encoder
     from nearfield.evaluation import EvaluationResult
-    from nearfield.evaluation.axes import Axes
+    from nearfield.evaluation.config import Axes
     from nearfield.notices import Notice
 
 
@@ -147,7 +147,7 @@ def evaluate_command(
 
 def _variants(dims: str | None, quantize: str | None, axes: str) -> list[tuple[int | None, Axes, str]]:
     """The whole vectors, then each number of dimensions of all kinds of axes, then each rounding (of all of these)."""
-    from nearfield.evaluation.axes import AXES
+    from nearfield.evaluation.config import AXES
 
     asked = {part.strip() for part in axes.split(",")}
     kinds, unknown = [kind for kind in AXES if kind in asked], sorted(asked - set(AXES))

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nearfield.config import Config, ConfigPath
+from nearfield.config import Config, ConfigPath, KindSettings
 from nearfield.errors import BadInputError
 from nearfield.files import hash_file, hash_folder
+from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
     from nearfield.evaluation.tasks import SuiteTask
@@ -25,7 +26,13 @@ TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_le
 """A task's name is also the name of its result file."""
 
 
-class TaskConfig(Config):
+Axes = Literal["first", "random", "principal"]
+AXES: dict[Axes, str] = {"first": "dim", "random": "random", "principal": "pca"}
+"""Axes that vectors are cut on -> what a model that is cut to 64 of them is filed under: ``MODEL-dim64``, ``MODEL-random64``,
+``MODEL-pca64``."""
+
+
+class TaskSettings(KindSettings):
     """The base of all that a suite may list: one task, or several."""
 
     needs_hub: ClassVar[bool] = False
@@ -53,7 +60,7 @@ def content_of(path: Path) -> str | None:
     return hash_folder(path) if path.is_dir() else hash_file(path) if path.is_file() else None
 
 
-class MtebTasks(TaskConfig):
+class MtebTasks(TaskSettings):
     """Official tasks, by name or by benchmark; mteb fetches their data from the hub."""
 
     needs_hub: ClassVar[bool] = True
@@ -97,7 +104,7 @@ class MtebTasks(TaskConfig):
         return official_tasks(self, where)
 
 
-class FolderTasks(TaskConfig):
+class FolderTasks(TaskSettings):
     """A local task (a folder with meta.json and Parquet files), or a folder of such folders."""
 
     kind: Literal["folder"] = "folder"
@@ -121,7 +128,7 @@ class FolderTasks(TaskConfig):
         return content_of(self.path)
 
 
-class HeldOutTask(TaskConfig):
+class HeldOutTask(TaskSettings):
     """The held-out split of a data recipe's source, as a task of the kind that its examples allow.
 
     Retrieval examples become a retrieval task, graded pairs an STS task, labelled items a classification (or, with
@@ -186,53 +193,7 @@ class HeldOutTask(TaskConfig):
             )
 
 
-class LimitTask(TaskConfig):
-    """LIMIT, made here: every pair of some documents is asked for. Its limits are those of the number of dimensions."""
-
-    kind: Literal["limit"] = "limit"
-    name: TaskName = "LIMITGenerated"
-    documents: Annotated[int, Field(ge=4, le=500)] = 46
-    """Documents that are relevant to some query; 46 is the least whose pairs are at least 1,000."""
-    queries: Annotated[int, Field(ge=2, le=5_000)] = 1_000
-    distractors: Annotated[int, Field(ge=0, le=50_000)] = 0
-    """Documents that nobody asks for: 0 is the small set, 49,954 the full one."""
-    pattern: Literal["dense", "random", "cycle", "disjoint"] = "dense"
-    """Which pairs are asked for: the benchmark's, random ones, neighbours on a ring, pairs that share no document."""
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
-        """The task; its data are made when it runs."""
-        from nearfield.evaluation.limit import limit_task
-
-        return [limit_task(self)]
-
-
-Probe = Literal[
-    "Length", "WordContent", "Depth", "TopConstituents", "BigramShift", "Tense", "SubjNumber", "ObjNumber", "OddManOut",
-    "CoordinationInversion",
-]  # fmt: skip
-
-
-class ProbingTasks(TaskConfig):
-    """SentEval's ten probes on sentences that are made here: what a linear classifier reads off a frozen vector."""
-
-    kind: Literal["probing"] = "probing"
-    only: list[Probe] | None = None
-    """Some of the probes; null takes all ten."""
-    sentences: Annotated[int, Field(ge=60, le=20_000)] = 1_200
-    """For training, and as many for testing, in equal classes."""
-    samples: Annotated[int, Field(ge=2)] = 100
-    """Training sentences a class in each of mteb's ten draws."""
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
-        """A task for each probe; sentences are made when it runs."""
-        from nearfield.evaluation.probing import probing_tasks
-
-        return probing_tasks(self)
-
-
-class MmebTask(TaskConfig):
+class MmebTask(TaskSettings):
     """One of MMEB's evaluation files: each row has its own candidates, the first of which is right; the score is hit@1."""
 
     kind: Literal["mmeb"] = "mmeb"
@@ -255,9 +216,21 @@ class MmebTask(TaskConfig):
         return [self.file] if self.images is None else [self.file, self.images]
 
 
-TaskEntry = Annotated[
-    MtebTasks | FolderTasks | HeldOutTask | LimitTask | ProbingTasks | MmebTask, Field(discriminator="kind")
-]
+_HERE = "nearfield.evaluation.config"
+TASKS = Kinds(
+    "tasks",
+    f"{_HERE}:TaskSettings",
+    {
+        "mteb": (f"{_HERE}:MtebTasks", "official tasks of mteb, by name, benchmark or filter"),
+        "folder": (f"{_HERE}:FolderTasks", "local tasks: folders with meta.json and Parquet files"),
+        "heldout": (f"{_HERE}:HeldOutTask", "the held-out split of a data recipe's source"),
+        "mmeb": (f"{_HERE}:MmebTask", "one of MMEB's evaluation files"),
+        "limit": ("nearfield.methods.limit:LimitTask", "LIMIT: every pair of some documents is asked for"),
+        "probing": ("nearfield.methods.probing:ProbingTasks", "linguistic probes on sentences of a small grammar"),
+    },
+)
+TaskEntry = Annotated[TaskSettings, TASKS]
+"""The settings of any task."""
 
 
 class SuiteConfig(Config):

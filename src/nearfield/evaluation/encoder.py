@@ -7,7 +7,7 @@ The prompt of a text is decided by mteb's and sentence-transformers' own code; v
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from nearfield.console import track
 from nearfield.data.finite import require_finite
 from nearfield.encoders.encode import Encoder, ZeroVectors
 from nearfield.encoders.load import shipped_files
-from nearfield.evaluation.axes import Turn
 from nearfield.evaluation.contract import SavedPrompts
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         self.mteb_model_meta = self.mteb_model_meta.model_copy(update=update)
         self.encoder = encoder or Encoder(model)
         self.dimensions, self.quantize = dimensions, quantize
-        self.turn: Turn | None = None
+        self.turn: Rotate | None = None
         self.zeros = ZeroVectors()
         """Of the vectors that the present task got."""
         self._kept: dict[tuple[str | None, str | None], dict[str, NDArray[np.float32]]] = {}
@@ -138,11 +137,13 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         return compress(cut, None, self.quantize)
 
 
+Rotate = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""(n, d) vectors on other axes, the most important one first: (n, k)."""
 QUANTIZATIONS = ("none", "int8", "binary")
 
 
 def compress(
-    vectors: NDArray[np.float32], dimensions: int | None, quantize: str, turn: Turn | None = None
+    vectors: NDArray[np.float32], dimensions: int | None, quantize: str, turn: Rotate | None = None
 ) -> NDArray[np.float32]:
     """The first ``dimensions`` of vectors ``[n, d]``, of unit length again, then rounded as storage would round them.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import time
@@ -20,8 +21,7 @@ from nearfield.encoders.encode import Encoder, KeptVectors, Workers
 from nearfield.encoders.identity import model_fingerprint
 from nearfield.encoders.limits import longest_input
 from nearfield.errors import BadInputError, NearfieldError
-from nearfield.evaluation.axes import AXES, SUFFIXES, Axes, turn_of
-from nearfield.evaluation.config import OpenStore, SuiteConfig, open_suite
+from nearfield.evaluation.config import AXES, Axes, OpenStore, SuiteConfig, open_suite
 from nearfield.evaluation.contract import prompt_notices, roles_of
 from nearfield.evaluation.encoder import QUANTIZATIONS, TaskEncoder
 from nearfield.evaluation.results import BASELINES, ResultFolder
@@ -443,7 +443,7 @@ def open_model(
         full = loaded.model.get_embedding_dimension()
         if full is not None and dimensions > full:
             raise BadInputError(f"the model has {full} dimensions; {dimensions} were asked for", where="dimensions")
-        filed = f"{filed}-{SUFFIXES[axes]}{dimensions}"
+        filed = f"{filed}-{AXES[axes]}{dimensions}"
     if quantize != "none":
         filed = f"{filed}-{quantize}"
     kept, computes = None, fingerprint([loaded.content, model_fingerprint(loaded.model)])
@@ -458,7 +458,9 @@ def open_model(
         quantize=quantize,
     )
     if dimensions is not None and axes != "first":
-        wrapper.turn = turn_of(axes, int(loaded.model.get_embedding_dimension() or 0), wrapper.vectors)
+        # Reached by name: what an ordinary run does not need lies beside the library, not below it.
+        other_axes = importlib.import_module("nearfield.methods.axes")
+        wrapper.turn = other_axes.rotation_of(axes, int(loaded.model.get_embedding_dimension() or 0), wrapper.vectors)
     folder = Path(loaded.path) if Path(loaded.path).is_dir() else None
     return ScoredModel(wrapper, filed, loaded.revision, folder, loaded.note, loaded.notices, computes)
 

@@ -13,14 +13,14 @@ import yaml
 from numpy.typing import NDArray
 
 from nearfield import yaml12
-from nearfield.analysis import rankability
-from nearfield.analysis.association import weat
 from nearfield.analysis.run import Analysis, analyse
 from nearfield.analysis.search import Questions, searched, versions
 from nearfield.errors import BadInputError
 from nearfield.evaluation.statistics import holm
 from nearfield.evaluation.tasks import SuiteTask
 from nearfield.evaluation.texts import labelled_texts, questions_of
+from nearfield.methods import rankability
+from nearfield.methods.association import weat
 from nearfield.randomness import generator
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]

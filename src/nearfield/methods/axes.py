@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-Axes = Literal["first", "random", "principal"]
-AXES: tuple[Axes, ...] = ("first", "random", "principal")
-SUFFIXES: dict[Axes, str] = {"first": "dim", "random": "random", "principal": "pca"}
-"""What a model that is cut to 64 dimensions is filed under: ``MODEL-dim64``, ``MODEL-random64``, ``MODEL-pca64``."""
+if TYPE_CHECKING:
+    from nearfield.evaluation.config import Axes
+
 FITTED_ON = 5_000
 """Texts that principal axes are fitted on, at most."""
 
 
 @dataclass(frozen=True)
-class Turn:
+class Rotation:
     """Vectors less ``mean`` on the columns of ``columns``."""
 
     mean: NDArray[np.float32]
@@ -34,18 +33,18 @@ class Turn:
         return np.asarray((vectors - self.mean) @ self.columns, dtype=np.float32)
 
 
-def random_turn(dimensions: int, seed: int = 0) -> Turn:
+def random_rotation(dimensions: int, seed: int = 0) -> Rotation:
     """The dimensions in an order that is drawn, the same for all models of this width."""
     order = np.random.default_rng(seed).permutation(dimensions)
-    return Turn(np.zeros(dimensions, dtype=np.float32), np.eye(dimensions, dtype=np.float32)[:, order])
+    return Rotation(np.zeros(dimensions, dtype=np.float32), np.eye(dimensions, dtype=np.float32)[:, order])
 
 
-def principal_turn(vectors: NDArray[np.float32]) -> Turn:
+def principal_rotation(vectors: NDArray[np.float32]) -> Rotation:
     """The principal axes of (n, d) vectors, without whitening; there are at most n."""
     exact: NDArray[np.float64] = vectors.astype(np.float64)
     mean = exact.mean(axis=0)
     _, _, axes = np.linalg.svd(exact - mean, full_matrices=False)
-    return Turn(mean.astype(np.float32), axes.T.astype(np.float32))
+    return Rotation(mean.astype(np.float32), axes.T.astype(np.float32))
 
 
 def held_out_texts() -> list[str]:
@@ -56,8 +55,8 @@ def held_out_texts() -> list[str]:
     return distinct[:: max(1, len(distinct) // FITTED_ON)][:FITTED_ON]
 
 
-def turn_of(axes: Axes, dimensions: int, embed: Callable[[Sequence[str]], NDArray[np.float32]]) -> Turn | None:
+def rotation_of(axes: Axes, dimensions: int, embed: Callable[[Sequence[str]], NDArray[np.float32]]) -> Rotation | None:
     """The axes of a model of this width, of whose texts ``embed`` makes vectors; None for its own."""
     if axes == "random":
-        return random_turn(dimensions)
-    return principal_turn(embed(held_out_texts())) if axes == "principal" else None
+        return random_rotation(dimensions)
+    return principal_rotation(embed(held_out_texts())) if axes == "principal" else None

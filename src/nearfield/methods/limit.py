@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from nearfield.data.wordnet import FOLDER, read_synsets
-from nearfield.evaluation.tasks import SuiteTask, make_task
+from nearfield.evaluation.config import OpenStore, TaskName, TaskSettings
 from nearfield.files import fingerprint
 from nearfield.randomness import generator
 
 if TYPE_CHECKING:
-    from nearfield.evaluation.config import LimitTask
+    from nearfield.evaluation.tasks import SuiteTask
 
 LIKES = 45
 """Things that each person likes."""
@@ -30,6 +31,25 @@ _LAST_NAMES = (
     "Yamada Zhou"
 )
 _FIRST, _LAST = _FIRST_NAMES.split(), _LAST_NAMES.split()
+
+
+class LimitTask(TaskSettings):
+    """LIMIT, made here: every pair of some documents is asked for. Its limits are those of the number of dimensions."""
+
+    kind: Literal["limit"] = "limit"
+    name: TaskName = "LIMITGenerated"
+    documents: Annotated[int, Field(ge=4, le=500)] = 46
+    """Documents that are relevant to some query; 46 is the least whose pairs are at least 1,000."""
+    queries: Annotated[int, Field(ge=2, le=5_000)] = 1_000
+    distractors: Annotated[int, Field(ge=0, le=50_000)] = 0
+    """Documents that nobody asks for: 0 is the small set, 49,954 the full one."""
+    pattern: Literal["dense", "random", "cycle", "disjoint"] = "dense"
+    """Which pairs are asked for: the benchmark's, random ones, neighbours on a ring, pairs that share no document."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
+        """The task; its data are made when it runs."""
+        return [limit_task(self)]
 
 
 @dataclass(frozen=True)
@@ -116,6 +136,8 @@ def query_strength(relevant: dict[str, tuple[str, str]]) -> float:
 def limit_task(config: LimitTask) -> SuiteTask:
     """The task; its main score is mteb's for LIMIT, recall at 2."""
     import mteb
+
+    from nearfield.evaluation.tasks import SuiteTask, make_task
 
     official = mteb.get_task("LIMITSmallRetrieval")
     result = SuiteTask(None, details={"pattern": config.pattern, "documents": config.documents})

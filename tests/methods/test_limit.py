@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from nearfield.analysis.capacity import (
+from nearfield.evaluation import SuiteConfig, evaluate
+from nearfield.methods.capacity import (
     PUBLISHED,
     TEMPERATURE,
     _loss_and_gradient,
@@ -19,9 +20,7 @@ from nearfield.analysis.capacity import (
     published_fit,
     solvable,
 )
-from nearfield.evaluation import SuiteConfig, evaluate
-from nearfield.evaluation.config import LimitTask
-from nearfield.evaluation.limit import graph_density, items, make_limit, pairs_of, query_strength
+from nearfield.methods.limit import LimitTask, graph_density, items, make_limit, pairs_of, query_strength
 
 
 def test_each_query_has_two_documents_and_no_other_names_its_thing() -> None:

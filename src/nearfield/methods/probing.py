@@ -8,16 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from nearfield.evaluation.tasks import TYPES, SuiteTask, make_task
+from nearfield.evaluation.config import OpenStore, TaskSettings
 from nearfield.files import fingerprint
 from nearfield.randomness import generator
 
 if TYPE_CHECKING:
-    from nearfield.evaluation.config import ProbingTasks
+    from nearfield.evaluation.tasks import SuiteTask
+
+Probe = Literal[
+    "Length", "WordContent", "Depth", "TopConstituents", "BigramShift", "Tense", "SubjNumber", "ObjNumber", "OddManOut",
+    "CoordinationInversion",
+]  # fmt: skip
+
+
+class ProbingTasks(TaskSettings):
+    """SentEval's ten probes on sentences that are made here: what a linear classifier reads off a frozen vector."""
+
+    kind: Literal["probing"] = "probing"
+    only: list[Probe] | None = None
+    """Some of the probes; null takes all ten."""
+    sentences: Annotated[int, Field(ge=60, le=20_000)] = 1_200
+    """For training, and as many for testing, in equal classes."""
+    samples: Annotated[int, Field(ge=2)] = 100
+    """Training sentences a class in each of mteb's ten draws."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
+        """A task for each probe; sentences are made when it runs."""
+        return probing_tasks(self)
+
 
 EATERS = ("child", "farmer", "doctor", "soldier", "teacher", "singer", "neighbor", "sailor", "king", "student")
 FOODS = ("apple", "cake", "pear", "egg", "potato", "carrot", "biscuit", "plum", "pie", "melon")
@@ -246,6 +270,8 @@ def make_probe(probe: str, count: int, part: int, seed: int = 0) -> tuple[list[s
 def probing_tasks(config: ProbingTasks) -> list[SuiteTask]:
     """A classification task for each probe, by mteb's protocol: a logistic regression on each of ten draws of the training
     sentences, ``samples`` a class."""
+    from nearfield.evaluation.tasks import TYPES, SuiteTask, make_task
+
     tasks = []
     for probe in config.only or PROBES:
         classes = PROBES[probe][0]

@@ -10,8 +10,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from nearfield.evaluation import SuiteConfig, evaluate
-from nearfield.evaluation.config import ProbingTasks
-from nearfield.evaluation.probing import EATERS, EVENTS, LENGTHS, PROBES, make_probe
+from nearfield.methods.probing import EATERS, EVENTS, LENGTHS, PROBES, ProbingTasks, make_probe
 from tests.evaluation.conftest import build_model
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation import evaluate
-from nearfield.evaluation.axes import FITTED_ON, held_out_texts, principal_turn, random_turn
 from nearfield.evaluation.encoder import compress
+from nearfield.methods.axes import FITTED_ON, held_out_texts, principal_rotation, random_rotation
 
 VECTORS = (np.random.default_rng(0).normal(size=(300, 12)) * np.linspace(0.1, 3, 12) + 1).astype(np.float32)
 
@@ -21,20 +21,20 @@ def lengths(vectors: np.ndarray) -> np.ndarray:
 
 
 def test_drawn_dimensions_are_a_permutation_and_the_same_each_time() -> None:
-    turn = random_turn(12)
+    turn = random_rotation(12)
     order = [int(column.argmax()) for column in turn.columns.T]
     assert sorted(order) == list(range(12)) and order != list(range(12))
     made = compress(VECTORS, 5, "none", turn)
     chosen = VECTORS[:, order[:5]]
     np.testing.assert_allclose(made, chosen / lengths(chosen), rtol=1e-6)
-    np.testing.assert_array_equal(random_turn(12).columns, turn.columns)
+    np.testing.assert_array_equal(random_rotation(12).columns, turn.columns)
     whole = compress(VECTORS, 12, "none", turn)
     unit = VECTORS / lengths(VECTORS)
     np.testing.assert_allclose(whole @ whole.T, unit @ unit.T, atol=1e-6)
 
 
 def test_principal_axes_are_those_of_the_covariance() -> None:
-    turn = principal_turn(VECTORS)
+    turn = principal_rotation(VECTORS)
     values, axes = np.linalg.eigh(np.cov(VECTORS.astype(np.float64), rowvar=False))
     for column, expected in zip(turn.columns.T, axes.T[::-1], strict=True):
         assert abs(float(column @ expected)) == pytest.approx(1, abs=1e-4)
@@ -43,7 +43,7 @@ def test_principal_axes_are_those_of_the_covariance() -> None:
     np.testing.assert_allclose(turned.var(axis=0, ddof=1), values[::-1], rtol=1e-3)
     made = compress(VECTORS, 3, "none", turn)
     np.testing.assert_allclose(made, turned[:, :3] / lengths(turned[:, :3]), rtol=1e-5)
-    assert principal_turn(VECTORS[:7]).columns.shape == (12, 7)
+    assert principal_rotation(VECTORS[:7]).columns.shape == (12, 7)
 
 
 def test_axes_are_fitted_on_texts_that_no_suite_scores() -> None:
@@ -55,7 +55,7 @@ def test_axes_are_fitted_on_texts_that_no_suite_scores() -> None:
 def test_cut_models_are_filed_under_names_of_their_own(
     every_type: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nearfield.evaluation.axes.FITTED_ON", 200)
+    monkeypatch.setattr("nearfield.methods.axes.FITTED_ON", 200)
     arguments: dict[str, Any] = {"device": "cpu", "tasks": ["TinySTS"], "cache": tmp_path / "vectors"}
     scores = {}
     for axes in ("first", "random", "principal"):
