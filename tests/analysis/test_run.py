@@ -9,13 +9,15 @@ import pytest
 from scipy import stats
 
 from nearfield.analysis.run import analyse, truncation_curves
+from nearfield.methods.likeness import add_likeness
 
 
 def test_models_that_differ_by_a_rotation_are_alike() -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(size=(200, 16)) * np.linspace(3, 0.1, 16)
     turned = base @ np.asarray(stats.ortho_group.rvs(16, random_state=0))
-    made = analyse({"a": base, "b": turned, "c": rng.normal(size=(200, 12))})
+    models = {"a": base, "b": turned, "c": rng.normal(size=(200, 12))}
+    made = add_likeness(analyse(models), models)
     assert made.cka[0][1] == pytest.approx(1) and made.jaccard[0][1] == pytest.approx(1) and made.cka[0][2] < 0.3
     assert made.geometry[0].two_nn == pytest.approx(made.geometry[1].two_nn)
     assert made.geometry[2].dimensions == 12 and len(made.sentences) == 3

@@ -6,10 +6,21 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nearfield.analysis.checks import length_bias, near_duplicates
-from nearfield.analysis.plane import plane
-from nearfield.analysis.search import Questions, bootstrap_share, searched, similarities, versions
-from nearfield.analysis.thresholds import precision_cut, precision_threshold
+from nearfield.analysis.geometry import plane
+from nearfield.analysis.run import length_bias, near_duplicates
+from nearfield.analysis.search import (
+    Questions,
+    best_f1_cut,
+    bootstrap_share,
+    f1_threshold,
+    overlap,
+    precision_cut,
+    precision_threshold,
+    recall_threshold,
+    searched,
+    similarities,
+    versions,
+)
 
 
 def _questions(seed: int, noise: float, count: int = 200, d: int = 16) -> Questions:
@@ -116,3 +127,28 @@ def test_the_plane_keeps_what_lies_in_a_plane() -> None:
     far = np.linalg.norm(flat[:, None] - flat[None], axis=2)
     assert np.linalg.norm(made.points[:, None] - made.points[None], axis=2) == pytest.approx(far)
     assert plane(rng.normal(size=(5, 1))).points.shape == (5, 2)
+
+
+def test_overlap_of_samples() -> None:
+    rng = np.random.default_rng(4)
+    a = rng.normal(size=100_000)
+    assert overlap(a, a) == pytest.approx(1)
+    assert overlap(a, a + 100) == 0
+    assert overlap(a, rng.normal(2, 1, size=100_000)) == pytest.approx(0.317, abs=0.01)
+
+
+def test_thresholds_with_their_intervals() -> None:
+    rng = np.random.default_rng(5)
+    right, wrong = rng.normal(2, 1, 2000), rng.normal(0, 1, 4000)
+    found = recall_threshold(right, wrong, 0.95, 500)
+    assert found.cut == pytest.approx(2 - 1.645, abs=0.15) and found.low < found.cut < found.high
+    assert found.recall == pytest.approx(0.95, abs=1e-3)
+    best = f1_threshold(right, wrong, 100)
+    cuts = np.concatenate([right, wrong])[::20]
+
+    def f1(cut: float) -> float:
+        hits, alarms = (right >= cut).sum(), (wrong >= cut).sum()
+        return float(2 * hits / (hits + alarms + len(right)))
+
+    assert f1(best.cut) >= max(map(f1, cuts)) - 1e-12 and best.low <= best.cut <= best.high
+    assert best_f1_cut(np.array([3.0, 2.0]), np.array([1.0])) == 2.0

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from nearfield.analysis.run import Analysis, analyse
-from nearfield.analysis.search import Questions, searched, versions
+from nearfield.analysis.search import Questions, searched
+from nearfield.methods.likeness import add_likeness, versions
 
 
 @functools.cache
@@ -29,6 +30,7 @@ def _figures(texts: int) -> tuple[Analysis, dict[str, Any]]:
         "versions": asdict(versions(asked)),
     }
     made = analyse(models, texts=[str(i) for i in range(texts)], labels=[str(i % 4) for i in range(texts)])
+    made = add_likeness(made, models)
     return made, extras
 
 

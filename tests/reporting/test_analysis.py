@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from nearfield.analysis.run import analyse
-from nearfield.analysis.search import Questions, searched, versions
+from nearfield.analysis.search import Questions, searched
 from nearfield.errors import BadInputError
+from nearfield.methods.likeness import versions
 from nearfield.reporting import build_report
 from nearfield.reporting.analysis import analysis_section, build_analysis, short_names, write_analysis_page
 from nearfield.reporting.reading import AbsentError, part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,14 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfield.analysis import geometry, likeness
-from nearfield.analysis.checks import LengthBias, NearDuplicates, length_bias, near_duplicates
-from nearfield.analysis.geometry import Floats
-from nearfield.analysis.plane import plane
+from nearfield.analysis import geometry
+from nearfield.analysis.geometry import Floats, nearest, normalised, plane
 
 VERSION = 2
 NEIGHBOURS = 10
-SWEEP = (1, 2, 5, 10, 20, 50)
 DRAWN = 800
 """Texts of the map, at most: so that the page stays small and its points can be told apart."""
 LETTERS = 160
@@ -75,10 +72,10 @@ class Analysis:
     texts: int
     models: tuple[str, ...]
     geometry: tuple[Geometry, ...]
-    cka: tuple[tuple[float, ...], ...]
-    jaccard: tuple[tuple[float, ...], ...]
-    rank_similarity: tuple[tuple[float, ...], ...]
-    sentences: tuple[str, ...]
+    cka: tuple[tuple[float, ...], ...] = ()
+    jaccard: tuple[tuple[float, ...], ...] = ()
+    rank_similarity: tuple[tuple[float, ...], ...] = ()
+    sentences: tuple[str, ...] = ()
     sweep: dict[int, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
     drawing: Drawing | None = None
     checks: tuple[Checked, ...] = ()
@@ -106,48 +103,13 @@ def analyse(
     if len(sizes) != 1 or min(sizes) < 4 * NEIGHBOURS:
         raise ValueError(f"all models must have vectors of the same texts, at least {4 * NEIGHBOURS} of them")
     shapes = tuple(_geometry(name, array, seed) for name, array in zip(names, found, strict=True))
-    size = len(names)
-    tables = np.ones((3, size, size))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for i in range(size):
-            for j in range(i + 1, size):
-                tables[0, i, j] = tables[0, j, i] = likeness.cka(found[i], found[j])
-                shared, ranks = likeness.neighbour_likeness(found[i], found[j], NEIGHBOURS)
-                tables[1, i, j] = tables[1, j, i] = shared
-                tables[2, i, j] = tables[2, j, i] = ranks
-    sentences = _pair_sentences(names, tables) + list(dict.fromkeys(f"{w.message}." for w in caught))
-    cka, jaccard, ranks_alike = (tuple(tuple(float(v) for v in row) for row in table) for table in tables)
     return Analysis(
         len(found[0]),
         names,
         shapes,
-        cka,
-        jaccard,
-        ranks_alike,
-        tuple(sentences),
-        _sweep(found) if size > 1 else {},
-        None if texts is None else _drawing(found, texts, labels or ["text"] * len(texts), seed),
-        () if texts is None else tuple(_checked(n, v, texts, seed) for n, v in zip(names, found, strict=True)),
+        drawing=None if texts is None else _drawing(found, texts, labels or ["text"] * len(texts), seed),
+        checks=() if texts is None else tuple(_checked(n, v, texts, seed) for n, v in zip(names, found, strict=True)),
     )
-
-
-def _sweep(found: Sequence[Floats]) -> dict[int, tuple[tuple[float, ...], ...]]:
-    """Mean Jaccard@k of each pair of models for several k: at small k it is low and noisy, even of like models."""
-    widest = min(SWEEP[-1], len(found[0]) - 1)
-    lists = []
-    for array in found:
-        unit = geometry.normalised(array)
-        lists.append(geometry.nearest(unit, unit, widest, itself=True)[1])
-    tables = {}
-    for k in (k for k in SWEEP if k <= widest):
-        table = np.ones((len(found), len(found)))
-        for i in range(len(found)):
-            for j in range(i):
-                pairs = zip(lists[i][:, :k].tolist(), lists[j][:, :k].tolist(), strict=True)
-                table[i, j] = table[j, i] = np.mean([likeness.jaccard(a, b) for a, b in pairs])
-        tables[k] = tuple(tuple(float(value) for value in row) for row in table)
-    return tables
 
 
 def _drawing(found: Sequence[Floats], texts: Sequence[str], labels: Sequence[str], seed: int) -> Drawing:
@@ -204,8 +166,8 @@ def truncation_curves(vectors: Floats, seed: int = 0) -> dict[str, list[tuple[in
 
 
 def _neighbours(vectors: Floats) -> list[list[int]]:
-    unit = geometry.normalised(vectors)
-    found: list[list[int]] = geometry.nearest(unit, unit, NEIGHBOURS, itself=True)[1].tolist()
+    unit = normalised(vectors)
+    found: list[list[int]] = nearest(unit, unit, NEIGHBOURS, itself=True)[1].tolist()
     return found
 
 
@@ -253,11 +215,72 @@ def _geometry(name: str, vectors: Floats, seed: int) -> Geometry:
     )
 
 
-def _pair_sentences(names: Sequence[str], tables: Floats) -> list[str]:
-    return [
-        f"{names[i]} and {names[j]}: CKA {tables[0, i, j]:.3f}; of their ten nearest texts they share "
-        f"{tables[1, i, j]:.2f} (Jaccard), in like order to {tables[2, i, j]:.2f}. A high CKA does not mean that they "
-        "retrieve the same."
-        for i in range(len(names))
-        for j in range(i + 1, len(names))
-    ]
+# What a model takes for the same, and what the length of a text does to its vector
+
+
+@dataclass(frozen=True)
+class NearDuplicates:
+    """Texts that have another within a cosine of ``cut``; of these, those that share fewer than half of their words."""
+
+    cut: float
+    texts: int
+    unlike: int
+    example: tuple[str, str] | None
+    """The nearest pair of texts with few words in common."""
+
+
+def near_duplicates(vectors: Floats, texts: Sequence[str], cut: float = 0.95) -> NearDuplicates:
+    """Are texts that the model can hardly tell apart alike in words? By each text's nearest other text.
+
+    Vectors and texts ``[n]``; words are compared as sets, in lower case.
+    """
+    unit = normalised(vectors)
+    near = nearest(unit, unit, 1, itself=True)[1][:, 0]
+    cosines = (unit * unit[near]).sum(axis=1)
+    words = [frozenset(re.findall(r"\w+", text.lower())) for text in texts]
+    close = np.flatnonzero(cosines >= cut - 1e-9)
+    unlike = [i for i in close.tolist() if 2 * len(words[i] & words[near[i]]) < len(words[i] | words[near[i]])]
+    best = max(unlike, key=lambda i: cosines[i], default=None)
+    return NearDuplicates(cut, len(close), len(unlike), None if best is None else (texts[best], texts[near[best]]))
+
+
+@dataclass(frozen=True)
+class LengthBias:
+    """Spearman correlations of a text's length with its mean cosine, with how often it is a neighbour, and with the mean
+    length of its ten nearest; ``p`` is of the last one, by permutation of the lengths."""
+
+    cosine: float
+    hubness: float
+    neighbours: float
+    p: float
+
+
+def length_bias(
+    vectors: Floats, lengths: Sequence[int], k: int = 10, permutations: int = 999, seed: int = 0
+) -> LengthBias:
+    """Does the length of a text decide what is near it? ``lengths`` in words or characters ``[n]``."""
+    from scipy import stats
+
+    unit, n = normalised(vectors), len(vectors)
+    length = stats.rankdata(np.asarray(lengths, dtype=np.float64))
+    mean_cosine = (unit @ unit.sum(axis=0) - (unit**2).sum(axis=1)) / (n - 1)
+    near = nearest(unit, unit, k, itself=True)[1]
+    counts = np.bincount(near.ravel(), minlength=n)
+    rng = np.random.default_rng(seed)
+
+    def of_neighbours(values: Floats) -> float:
+        return _correlation(values, values[near].mean(axis=1))
+
+    found = of_neighbours(length)
+    chance = [abs(of_neighbours(rng.permutation(length))) for _ in range(permutations)]
+    p = (1 + sum(value >= abs(found) - 1e-12 for value in chance)) / (permutations + 1)
+    return LengthBias(
+        _correlation(length, stats.rankdata(mean_cosine)), _correlation(length, stats.rankdata(counts)), found, float(p)
+    )
+
+
+def _correlation(x: Floats, y: Floats) -> float:
+    """Pearson's, 0 where a side does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 1e-12 else 0.0

@@ -1,22 +1,13 @@
-"""What similarities are worth as decisions: accuracies, thresholds, overlaps, and whether versions read each other's index."""
+"""Similarities as decisions: accuracies, cuts with their intervals, and how far right and random pairs overlap."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nearfield.analysis.geometry import Floats, alignment, normalised
-from nearfield.analysis.likeness import compatibility, paired_audit
-from nearfield.analysis.thresholds import (
-    Threshold,
-    f1_threshold,
-    overlap,
-    precision_threshold,
-    recall_threshold,
-)
 
 TOP = 10
 CUTS = (1, 5, 10)
@@ -116,62 +107,103 @@ def searched(of: Questions, *, target: float = 0.95, samples: int = 1_000, seed:
     )
 
 
+def overlap(first: Floats, second: Floats, bins: int = 50) -> float:
+    """Overlap coefficient of two samples: the shared area of their histograms on one grid, from 0 to 1."""
+    low, high = min(first.min(), second.min()), max(first.max(), second.max())
+    if low == high:
+        return 1.0
+    grid = np.linspace(low, high, bins + 1)
+    p, q = (np.histogram(sample, grid)[0] / len(sample) for sample in (first, second))
+    return float(np.minimum(p, q).sum())
+
+
 @dataclass(frozen=True)
-class Versions:
-    """Whether models in the order given (old to new) read each other's index.
+class Threshold:
+    """A cut on similarities with what it gives, and the 95 % interval of the cut over resampled questions."""
 
-    ``matrix[t][k]`` is the share of questions by model t that find a right document first in the index of model k (null:
-    other dimensions); ``kept`` and ``mean`` are CoReS's two figures, null with a null below the diagonal. ``audits`` is
-    ``from -> to`` with the share of texts found again by an orthogonal map from some known pairs.
+    cut: float
+    low: float
+    high: float
+    precision: float
+    recall: float
+
+
+def _rates(right: Floats, wrong: Floats, cut: float) -> tuple[float, float]:
+    hits, alarms = float((right >= cut).sum()), float((wrong >= cut).sum())
+    return (hits / (hits + alarms) if hits + alarms else 1.0), hits / len(right)
+
+
+def recall_threshold(
+    right: Floats, wrong: Floats, recall: float = 0.95, samples: int = 1_000, rng: np.random.Generator | None = None
+) -> Threshold:
+    """The cut that keeps ``recall`` of the right pairs ``[questions]``; ``wrong`` are similarities of random pairs.
+
+    The rule is this suite's own: the lower quantile of the right similarities, its interval by bootstrap over questions.
     """
-
-    models: tuple[str, ...]
-    matrix: tuple[tuple[float | None, ...], ...]
-    kept: float | None
-    mean: float | None
-    audits: dict[str, tuple[tuple[int, float], ...]]
-
-
-def versions(models: Mapping[str, Questions]) -> Versions:
-    """Cross-model retrieval of each pair of models, and the audit of each pair from the documents that both encoded."""
-    names = tuple(models)
-    matrix: list[list[float | None]] = []
-    for new in names:
-        row: list[float | None] = []
-        for old in names:
-            mixed = Questions(models[new].questions, models[old].documents, models[new].right)
-            same = mixed.questions.shape[1] == mixed.documents.shape[1]
-            row.append(first_found(mixed) if same else None)
-        matrix.append(row)
-    lower = [matrix[t][k] for t in range(len(names)) for k in range(t + 1)]
-    kept, mean = (None, None)
-    if None not in lower:
-        kept, mean = compatibility(np.array([[value or 0.0 for value in row] for row in matrix]))
-    audits = {}
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            points = audit_curve(models[a].documents, models[b].documents)
-            if points:
-                audits[f"{a} -> {b}"] = points
-    return Versions(names, tuple(tuple(row) for row in matrix), kept, mean, audits)
+    rng = rng if rng is not None else np.random.default_rng(0)
+    cut = float(np.quantile(right, 1 - recall))
+    drawn = right[rng.integers(len(right), size=(samples, len(right)))]
+    low, high = np.quantile(np.quantile(drawn, 1 - recall, axis=1), [0.025, 0.975])
+    return Threshold(cut, float(low), float(high), *_rates(right, wrong, cut))
 
 
-def first_found(of: Questions) -> float:
-    """The share of questions whose nearest document is a right one; a wrong one as near counts against it."""
-    questions, documents = normalised(of.questions), normalised(of.documents)
-    hits = 0
-    for i, rows in enumerate(of.right):
-        cosines = documents @ questions[i]
-        wrong = np.delete(cosines, list(rows))
-        hits += bool(not len(wrong) or cosines[list(rows)].max() > wrong.max())
-    return hits / len(of.right)
+def precision_cut(right: Floats, wrong: Floats, precision: float) -> float | None:
+    """The lowest cut above which ``precision`` of the pairs are right; None where no cut reaches that."""
+    scores = np.concatenate([right, wrong])
+    labels = np.concatenate([np.ones(len(right)), np.zeros(len(wrong))])
+    order = np.argsort(-scores, kind="stable")
+    ordered, found = scores[order], np.cumsum(labels[order])
+    last = np.concatenate([ordered[1:] != ordered[:-1], [True]])
+    reached = last & (found >= precision * np.arange(1, len(scores) + 1) - 1e-9)
+    return float(ordered[np.flatnonzero(reached)[-1]]) if reached.any() else None
 
 
-def audit_curve(
-    source: Floats, target: Floats, shares: Sequence[float] = (0.25, 0.5, 1, 2)
-) -> tuple[tuple[int, float], ...]:
-    """How many texts are found again in another model's space, by the number of known pairs (shares of the dimensions)."""
-    d = min(source.shape[1], target.shape[1])
-    known = sorted({max(2, round(share * d)) for share in shares})
-    x, y = normalised(source - source.mean(axis=0)), normalised(target - target.mean(axis=0))
-    return tuple((m, paired_audit(x, y, m)) for m in known if m <= len(source) // 2)
+def precision_threshold(
+    right: Floats, wrong: Floats, precision: float = 0.95, samples: int = 1_000, rng: np.random.Generator | None = None
+) -> Threshold | None:
+    """The lowest cut that reaches ``precision`` among these right and random pairs, its interval over resampled pairs.
+
+    It depends on how many wrong pairs come with a right one: among more of them precision is lower. None where no cut
+    reaches it; resamples in which none does are left out of the interval.
+    """
+    rng = rng if rng is not None else np.random.default_rng(0)
+    cut = precision_cut(right, wrong, precision)
+    if cut is None:
+        return None
+    drawn = [
+        precision_cut(
+            right[rng.integers(len(right), size=len(right))],
+            wrong[rng.integers(len(wrong), size=len(wrong))],
+            precision,
+        )
+        for _ in range(samples)
+    ]
+    low, high = np.quantile([one for one in drawn if one is not None] or [cut], [0.025, 0.975])
+    return Threshold(cut, float(low), float(high), *_rates(right, wrong, cut))
+
+
+def best_f1_cut(right: Floats, wrong: Floats) -> float:
+    """The cut between right and wrong similarities with the largest F1 (the lowest of equals)."""
+    scores = np.concatenate([right, wrong])
+    labels = np.concatenate([np.ones(len(right)), np.zeros(len(wrong))])
+    order = np.argsort(-scores, kind="stable")
+    ordered, found = scores[order], np.cumsum(labels[order])
+    last = np.concatenate([ordered[1:] != ordered[:-1], [True]])
+    f1 = 2 * found / (np.arange(1, len(scores) + 1) + len(right))
+    f1 = np.where(last, f1, -1.0)
+    best = np.flatnonzero(f1 >= f1.max() - 1e-12)[-1]
+    return float(ordered[best])
+
+
+def f1_threshold(
+    right: Floats, wrong: Floats, samples: int = 1_000, rng: np.random.Generator | None = None
+) -> Threshold:
+    """The cut between right and random pairs with the largest F1, its interval by bootstrap over questions and pairs."""
+    rng = rng if rng is not None else np.random.default_rng(0)
+    cut = best_f1_cut(right, wrong)
+    cuts = [
+        best_f1_cut(right[rng.integers(len(right), size=len(right))], wrong[rng.integers(len(wrong), size=len(wrong))])
+        for _ in range(samples)
+    ]
+    low, high = np.quantile(cuts, [0.025, 0.975])
+    return Threshold(cut, float(low), float(high), *_rates(right, wrong, cut))

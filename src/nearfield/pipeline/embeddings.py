@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from nearfield import yaml12
 from nearfield.analysis.run import Analysis, analyse
-from nearfield.analysis.search import Questions, searched, versions
+from nearfield.analysis.search import Questions, searched
 from nearfield.errors import BadInputError
 from nearfield.evaluation.statistics import holm
 from nearfield.evaluation.tasks import SuiteTask
 from nearfield.evaluation.texts import labelled_texts, questions_of
 from nearfield.methods import rankability
 from nearfield.methods.association import weat
+from nearfield.methods.likeness import add_likeness, versions
 from nearfield.randomness import generator
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -91,9 +92,8 @@ def analyse_models(
     def of(name: str, some: Sequence[str]) -> NDArray[np.float64]:
         return whole[name][[row[text] for text in some]]
 
-    made = analyse(
-        {name: of(name, sample.texts) for name in whole}, seed=seed, texts=sample.texts, labels=sample.labels
-    )
+    vectors = {name: of(name, sample.texts) for name in whole}
+    made = add_likeness(analyse(vectors, seed=seed, texts=sample.texts, labels=sample.labels), vectors)
     extras: dict[str, Any] = {}
     if len(sample.questions) >= 20:
         asked = {n: Questions(of(n, sample.questions), of(n, sample.documents), sample.right) for n in whole}
@@ -104,8 +104,7 @@ def analyse_models(
         extras["associations"] = {name: _associations(tests, partial(of, name)) for name in whole}
     if valued is not None:
         extras["rankability"] = {name: _rankability(of(name, valued[0]), valued[1], seed) for name in whole}
-    sentences = (*made.sentences, *_sentences(extras))
-    return replace(made, extras=extras, sentences=sentences)
+    return replace(made, extras=extras, sentences=(*made.sentences, *_sentences(extras)))
 
 
 SIDES = ("first", "second", "a", "b")

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nearfield.analysis import likeness as lk
-from nearfield.analysis.thresholds import best_f1_cut, f1_threshold, overlap, recall_threshold
+from nearfield.methods import likeness as lk
 from nearfield.methods.association import weat
 
 
@@ -45,31 +44,6 @@ def test_procrustes_finds_a_rotation_and_no_relation_where_there_is_none() -> No
 def test_compatibility_of_versions() -> None:
     assert lk.compatibility(np.array([[0.8, 0.0], [0.7, 0.9]])) == (0.0, pytest.approx(0.8))
     assert lk.compatibility(np.full((3, 3), 0.6)) == (1.0, pytest.approx(0.6))
-
-
-def test_overlap_of_samples() -> None:
-    rng = np.random.default_rng(4)
-    a = rng.normal(size=100_000)
-    assert overlap(a, a) == pytest.approx(1)
-    assert overlap(a, a + 100) == 0
-    assert overlap(a, rng.normal(2, 1, size=100_000)) == pytest.approx(0.317, abs=0.01)
-
-
-def test_thresholds_with_their_intervals() -> None:
-    rng = np.random.default_rng(5)
-    right, wrong = rng.normal(2, 1, 2000), rng.normal(0, 1, 4000)
-    found = recall_threshold(right, wrong, 0.95, 500)
-    assert found.cut == pytest.approx(2 - 1.645, abs=0.15) and found.low < found.cut < found.high
-    assert found.recall == pytest.approx(0.95, abs=1e-3)
-    best = f1_threshold(right, wrong, 100)
-    cuts = np.concatenate([right, wrong])[::20]
-
-    def f1(cut: float) -> float:
-        hits, alarms = (right >= cut).sum(), (wrong >= cut).sum()
-        return float(2 * hits / (hits + alarms + len(right)))
-
-    assert f1(best.cut) >= max(map(f1, cuts)) - 1e-12 and best.low <= best.cut <= best.high
-    assert best_f1_cut(np.array([3.0, 2.0]), np.array([1.0])) == 2.0
 
 
 def test_weat_of_orthogonal_one_hots_is_exact() -> None:
