@@ -79,7 +79,7 @@ def test_rows_that_cannot_be_scored_are_told(tmp_path: Path) -> None:
         task({"qry_text": "a", "tgt_text": []})
     with pytest.raises(BadInputError, match="needs a query"):
         task({"qry_text": "<image>", "tgt_text": ["a"]})
-    with pytest.raises(BadInputError, match="some queries have a text or a picture and others have not"):
+    with pytest.raises(BadInputError, match="some queries have a text or an image and others have not"):
         task({"qry_text": "a", "tgt_text": ["a"]}, {"qry_img_path": "a.png", "tgt_text": ["a"]})
     with pytest.raises(BadInputError, match="no rows"):
         task()

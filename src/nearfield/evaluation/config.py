@@ -132,7 +132,7 @@ class HeldOutTask(TaskSettings):
     """The held-out split of a data recipe's source, as a task of the kind that its examples allow.
 
     Retrieval examples become a retrieval task, graded pairs an STS task, labelled items a classification (or, with
-    ``as: clustering``, a clustering) task. Items may be texts or pictures; of pictures, a classification is a linear probe.
+    ``as: clustering``, a clustering) task. Items may be texts or images; of images, a classification is a linear probe.
     """
 
     kind: Literal["heldout"] = "heldout"
@@ -201,11 +201,11 @@ class MmebTask(TaskSettings):
     file: ConfigPath
     """JSONL or Parquet with ``qry_inst``, ``qry_text``, ``qry_img_path``, ``tgt_text`` and ``tgt_img_path``."""
     images: ConfigPath | None = None
-    """Where the paths of pictures start; null is the folder of the file."""
+    """Where the paths of images start; null is the folder of the file."""
     language: Language = "eng-Latn"
 
     def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
-        """The task; rows are read now, pictures when it runs."""
+        """The task; rows are read now, images when it runs."""
         from nearfield.evaluation.mmeb import mmeb_task
 
         return [mmeb_task(self)]

@@ -191,7 +191,7 @@ def holds_text(kind: pa.DataType) -> bool:
 
 
 def holds_images(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds pictures as ``datasets`` writes them."""
+    """Whether a column of this type holds images as ``datasets`` writes them."""
     return bool(pa.types.is_struct(kind)) and {"bytes", "path"} == {kind.field(i).name for i in range(kind.num_fields)}
 
 
@@ -221,8 +221,8 @@ def own_shape(
     elif hasattr(base, "input_column_name"):
         column = next((n for n in (base.input_column_name, *_INPUTS) if n in schema.names), base.input_column_name)
         attributes = {"input_column_name": column}
-        pictures = column in schema.names and holds_images(schema.field(column).type)
-        category = ("i" if pictures else "t") + category[1:]
+        images = column in schema.names and holds_images(schema.field(column).type)
+        category = ("i" if images else "t") + category[1:]
         if issubclass(base, AbsTaskClustering):
             listed = column in schema.names and pa.types.is_list(schema.field(column).type)
             if listed:

@@ -167,7 +167,7 @@ _LETTERS = {"text": "t", "image": "i", "text+image": "it"}
 
 
 def _modality(config: HeldOutTask, store: Any, rows: Ints) -> str:
-    """What all of these items are; :class:`BadInputError` where some are texts and some pictures."""
+    """What all of these items are; :class:`BadInputError` where some are texts and some images."""
     found = set(store.modalities(rows)) if store.has_images else {"text"}
     if len(found) > 1:
         raise BadInputError(
@@ -303,11 +303,11 @@ def _labelled(config: HeldOutTask, rows: _Rows) -> SuiteTask:
 
 
 def _zero_shot(config: HeldOutTask, rows: _Rows, chosen: Ints) -> SuiteTask:
-    """Each picture against the names of all labels of the split."""
+    """Each image against the names of all labels of the split."""
     store, ids = rows.store, _item_ids(rows.store)
     items, labels = np.array(rows.column("query", chosen), dtype=np.int64), rows.column("label", chosen)
     if _modality(config, store, items) != "image":
-        raise BadInputError("'as: zero_shot' is for pictures", where=str(config.data))
+        raise BadInputError("'as: zero_shot' is for images", where=str(config.data))
     names = sorted(set(labels))
     texts = [config.template.replace("{label}", name) for name in names]
     result = SuiteTask(None, details={**_about(config, store), "items": len(chosen), "labels": len(names)})

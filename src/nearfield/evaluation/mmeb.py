@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from nearfield.evaluation.config import MmebTask
 
 Item = tuple[str, str]
-"""(text, path of a picture); one of them may be empty."""
+"""(text, path of an image); one of them may be empty."""
 _MARK = re.compile(r"<\|?image(_\d+)?\|?>|<image>")
 
 
 def mmeb_task(config: MmebTask) -> SuiteTask:
-    """The task of one of MMEB's evaluation files. Rows are read now, pictures when the task runs."""
+    """The task of one of MMEB's evaluation files. Rows are read now, images when the task runs."""
     queries: dict[str, Item] = {}
     corpus: dict[str, Item] = {}
     relevant: dict[str, dict[str, int]] = {}
@@ -93,7 +93,7 @@ def _rows(file: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _row(row: Mapping[str, Any], number: int, config: MmebTask) -> tuple[Item, list[Item]]:
-    """A row's query and its candidates; texts without the marks of where a picture stands."""
+    """A row's query and its candidates; texts without the marks of where an image stands."""
     where = f"{config.file}, row {number + 1}"
     text = " ".join(str(row.get(key) or "") for key in ("qry_inst", "qry_text"))
     query = (_words(text), str(row.get("qry_img_path") or ""))
@@ -107,7 +107,7 @@ def _row(row: Mapping[str, Any], number: int, config: MmebTask) -> tuple[Item, l
         (_words(str(texts[i] or "")) if texts else "", str(paths[i] or "") if paths else "") for i in range(count)
     ]
     if not all(any(item) for item in candidates):
-        raise BadInputError("a candidate has neither text nor picture", where=where)
+        raise BadInputError("a candidate has neither text nor image", where=where)
     return query, candidates
 
 
@@ -128,7 +128,7 @@ def _side(config: MmebTask, items: Mapping[str, Item], name: str) -> str:
     kinds = {("i" if path else "") + ("t" if text else "") for text, path in items.values()}
     if len(kinds) > 1:
         raise BadInputError(
-            f"some {name} have a text or a picture and others have not, which no task of mteb's can hold",
+            f"some {name} have a text or an image and others have not, which no task of mteb's can hold",
             where=str(config.file),
             hint="Make a file of each kind.",
         )
@@ -142,14 +142,14 @@ def _dataset(config: MmebTask, items: Mapping[str, Item], side: str) -> Any:
     if "t" in side:
         columns["text"] = [text for text, _ in items.values()]
     if "i" in side:
-        columns["image"] = [_picture(config, path) for _, path in items.values()]
+        columns["image"] = [_image(config, path) for _, path in items.values()]
     return datasets.Dataset.from_dict(columns)
 
 
-def _picture(config: MmebTask, path: str) -> Any:
+def _image(config: MmebTask, path: str) -> Any:
     rules = ImagesConfig()
     try:
         raw = ImageRef(path, path=path, folder=config.images or config.file.parent).read(rules.max_bytes)
         return decode(raw, rules).image
     except ImageError as error:
-        raise BadInputError(f"the picture {path!r} cannot be used: {error}", where=str(config.file)) from error
+        raise BadInputError(f"the image {path!r} cannot be used: {error}", where=str(config.file)) from error

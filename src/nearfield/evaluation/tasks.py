@@ -77,7 +77,7 @@ TYPES: dict[str, TypeDefaults] = {
     "VisualSTS(multi)": TypeDefaults(AbsTaskSTS, "cosine_spearman", "i2i"),
     "Compositionality": TypeDefaults(AbsTaskImageTextPairClassification, "accuracy", "i2t"),
 }
-"""mteb's types of tasks over texts and pictures. The main score is the one that most official tasks of the type have."""
+"""mteb's types of tasks over texts and images. The main score is the one that most official tasks of the type have."""
 
 
 def columns_of(task: Any) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ def _forms(row: Mapping[str, Any]) -> list[str]:
 def _column_texts(place: str, rows: Iterable[Mapping[str, Any]], left_out: set[str | None]) -> Iterator[BenchmarkText]:
     features = getattr(rows, "features", None)
     if features is not None:
-        # Pictures and sound would be decoded row by row.
+        # Images and sound would be decoded row by row.
         texts = [name for name, feature in features.items() if "string" in repr(feature) and name not in left_out]
         rows = rows.select_columns(texts)  # type: ignore[attr-defined]
     for number, row in enumerate(rows):
