@@ -225,7 +225,7 @@ TASKS = Kinds(
         "folder": (f"{_HERE}:FolderTasks", "local tasks: folders with meta.json and Parquet files"),
         "heldout": (f"{_HERE}:HeldOutTask", "the held-out split of a data recipe's source"),
         "mmeb": (f"{_HERE}:MmebTask", "one of MMEB's evaluation files"),
-        "limit": ("nearfield.methods.limit:LimitTask", "LIMIT: every pair of some documents is asked for"),
+        "limit": ("nearfield.methods.limit:LimitTask", "every pair of some documents is asked for (LIMIT)"),
         "probing": ("nearfield.methods.probing:ProbingTasks", "linguistic probes on sentences of a small grammar"),
     },
 )
