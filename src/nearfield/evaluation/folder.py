@@ -221,8 +221,8 @@ def own_shape(
     elif hasattr(base, "input_column_name"):
         column = next((n for n in (base.input_column_name, *_INPUTS) if n in schema.names), base.input_column_name)
         attributes = {"input_column_name": column}
-        images = column in schema.names and holds_images(schema.field(column).type)
-        category = ("i" if images else "t") + category[1:]
+        has_images = column in schema.names and holds_images(schema.field(column).type)
+        category = ("i" if has_images else "t") + category[1:]
         if issubclass(base, AbsTaskClustering):
             listed = column in schema.names and pa.types.is_list(schema.field(column).type)
             if listed:
