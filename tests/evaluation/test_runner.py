@@ -8,15 +8,26 @@ from typing import Any
 
 import mteb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
+from nearfield.checksums import DamagedError
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import MtebTasks, SuiteConfig, evaluate
 from nearfield.evaluation.folder import folder_task, task_folders
-from nearfield.evaluation.results import TOP_SCHEMA, UNIT_SCHEMA, read_scores, read_units
+from nearfield.evaluation.results import (
+    TOP_SCHEMA,
+    TOP_SUFFIX,
+    UNIT_SCHEMA,
+    UNITS_SUFFIX,
+    check_scores,
+    read_checked,
+    read_scores,
+    read_units,
+)
 from nearfield.evaluation.scoring import shared_clusters
 
 
@@ -205,3 +216,41 @@ def test_an_aggregate_task_is_the_mean_of_its_parts(
     mean = np.mean([result.scores[name]["default"] for name in ("PartOne", "PartTwo")])
     assert result.scores["Both"]["default"] == pytest.approx(mean, abs=1e-6)
     assert (result.results_dir / "Both.json").is_file()
+
+
+def test_a_flipped_bit_in_results_is_found_and_scored_anew(
+    tasks: Any, model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wherever it lies in the units and the best results; in mteb's file where it makes another score."""
+    folder, out = tasks.retrieval(), tmp_path / "out"
+    result = evaluate(str(model_folder), folder, out, device="cpu")
+    files = [result.results_dir / f"TinyRetrieval{suffix}" for suffix in (UNITS_SUFFIX, TOP_SUFFIX)]
+    random, found = np.random.default_rng(0), 0
+    for file in files:
+        whole, table = file.read_bytes(), read_checked(file)
+        for place in random.choice(len(whole), 150, replace=False).tolist():
+            bit = 1 << int(random.integers(8))
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            try:
+                now = read_checked(file)
+            except (DamagedError, OSError, ValueError, pa.ArrowException):
+                found += 1
+                continue
+            assert now.equals(table, check_metadata=False), "only what is not of the content may change unseen"
+        file.write_bytes(whole)
+    assert found > 150
+    path = result.results_dir / "TinyRetrieval.json"
+    text = path.read_text()
+    assert evaluate(str(model_folder), folder, out, device="cpu").reused == ("TinyRetrieval",)
+    for change in (
+        lambda: path.write_text(text.replace('"main_score": 0.', '"main_score": 0.1', 1)),
+        lambda: files[0].write_bytes(files[0].read_bytes()[:-20] + b"x" + files[0].read_bytes()[-19:]),
+    ):
+        change()
+        again = evaluate(str(model_folder), folder, out, device="cpu")
+        assert again.reused == () and again.scores == result.scores
+        assert "the present result cannot be used and is scored anew" in caplog.text
+        caplog.clear()
+    path.write_text(path.read_text().replace('"ndcg_at_10": 0.', '"ndcg_at_10": 1.', 1))
+    with pytest.raises(DamagedError, match="not those that were written"):
+        check_scores(result.results_dir, "TinyRetrieval")

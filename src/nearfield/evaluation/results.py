@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from nearfield.checksums import DamagedError
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.evaluation import statistics
 from nearfield.evaluation.estimators import (
@@ -35,7 +36,15 @@ from nearfield.evaluation.estimators import (
 )
 from nearfield.evaluation.scores import NOTHING, Key, TaskScores
 from nearfield.evaluation.statistics import Floats
-from nearfield.files import atomic_path, canonical_json, read_json, remove_leftovers, write_json, write_text
+from nearfield.files import (
+    atomic_path,
+    canonical_json,
+    fingerprint,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from nearfield.notices import Notice, from_file, in_file
 from nearfield.provenance import device, now, versions
 
@@ -54,7 +63,8 @@ MANIFEST = "manifest.jsonl"
 TOP = 10
 EXPERIMENT = "accuracy_of_experiment_"
 """Metrics of an item: whether each of mteb's classifiers got it right."""
-_METADATA_KEY = b"nearfield"
+_METADATA_KEY, _CHECKSUM_KEY = b"nearfield", b"nearfield.checksum"
+_AGAIN = "Score the task again with --overwrite."
 _ROUNDING = 1e-5
 """mteb rounds retrieval scores to five decimals; a unit file's mean must agree with its main score this closely."""
 
@@ -109,24 +119,25 @@ class ResultFolder:
 
         return TaskResult.from_disk(self.path / f"{task}.json")
 
-    def reusable(self, task: str, fingerprint: str, packages: Mapping[str, str | None]) -> dict[str, Any] | None:
+    def reusable(self, task: str, made_of: str, packages: Mapping[str, str | None]) -> dict[str, Any] | None:
         """The metadata of a result that is here and was made of the same; None (and a line in the log) if it was not."""
         if not (self.path / f"{task}.json").is_file():
             return None
         try:
             _, metadata = read_units(self.path, task)
-            scored_by = self.result(task).mteb_version
+            check_scores(self.path, task)
+            result = self.result(task)
         except (NearfieldError, ValueError, KeyError) as error:
             logger.warning("%s: the present result cannot be used and is scored anew (%s)", task, error)
             return None
         before = metadata.get("versions") or {"mteb": metadata.get("mteb_version")}
         changed = [f"{name} {before.get(name)}" for name, of in packages.items() if before.get(name) != of]
-        if scored_by != packages["mteb"] and not changed:
-            changed = [f"mteb {scored_by}"]
+        if result.mteb_version != packages["mteb"] and not changed:
+            changed = [f"mteb {result.mteb_version}"]
         if changed:
             logger.info("%s: the present result was made with %s; scored anew", task, ", ".join(changed))
             return None
-        if metadata.get("fingerprint") != fingerprint:
+        if metadata.get("fingerprint") != made_of:
             logger.info("%s: the present result is of another model, data or settings; scored anew", task)
             return None
         return metadata
@@ -139,13 +150,14 @@ class ResultFolder:
 
         task = str(result.task_name)
         self.path.mkdir(parents=True, exist_ok=True)
-        if record is not None:
-            write_record(self.path, task, record, {**metadata, "notices": in_file(notices)})
         cache = ResultCache(self.path)
         # mteb would put its files into a folder "results"; here they lie where they are told to.
         vars(cache)["get_task_result_path"] = lambda task_name, **_: self.path / f"{task_name}.json"
         cache.save_to_cache(result, self.meta)
         self._put_into_result(task, notices)
+        if record is not None:
+            filed = {"scores_checksum": _scores_checksum(self.path, task), "notices": in_file(notices)}
+            write_record(self.path, task, record, {**metadata, **filed})
 
     def add_notices(self, task: str, metadata: Mapping[str, Any], notices: Sequence[Notice]) -> None:
         """File a present result with these notices instead of those that it has."""
@@ -198,8 +210,7 @@ def write_record(folder: Path, task: str, record: Record, metadata: dict[str, An
     )
     top = folder / f"{task}{TOP_SUFFIX}"
     if record.top["rank"]:
-        with atomic_path(top) as aside:
-            pq.write_table(pa.table(record.top, schema=TOP_SCHEMA), aside, compression="zstd")
+        _write_checked(top, pa.table(record.top, schema=TOP_SCHEMA), {})
     else:
         top.unlink(missing_ok=True)
 
@@ -211,8 +222,20 @@ def write_metadata(folder: Path, task: str, metadata: dict[str, Any]) -> None:
 
 def _write_units(folder: Path, task: str, table: pa.Table, metadata: dict[str, Any]) -> None:
     text = json.dumps(metadata, ensure_ascii=False)
-    with atomic_path(folder / f"{task}{UNITS_SUFFIX}") as aside:
-        pq.write_table(table.replace_schema_metadata({_METADATA_KEY: text.encode()}), aside, compression="zstd")
+    _write_checked(folder / f"{task}{UNITS_SUFFIX}", table, {_METADATA_KEY: text.encode()})
+
+
+def _write_checked(file: Path, table: pa.Table, metadata: Mapping[bytes, bytes]) -> None:
+    """Write a Parquet file with the checksum of its content."""
+    known = {**metadata, _CHECKSUM_KEY: _checksum(table, metadata)}
+    with atomic_path(file) as aside:
+        pq.write_table(table.replace_schema_metadata(known), aside, compression="zstd")
+
+
+def _checksum(table: pa.Table, metadata: Mapping[bytes, bytes]) -> bytes:
+    """32 hex digits of the values of a table and its metadata, whatever the file's version and compression."""
+    known = {key.decode(): value.decode() for key, value in metadata.items() if key != _CHECKSUM_KEY}
+    return fingerprint([known, table.to_pydict()]).encode()
 
 
 # Finding
@@ -290,11 +313,23 @@ def failed_tasks(folder: Path) -> dict[str, str]:
     return failed
 
 
+def read_checked(file: Path) -> pa.Table:
+    """A Parquet file of results, whole; raise :class:`DamagedError` where it is not what was written.
+
+    Files of earlier versions have no checksum and are taken as they are.
+    """
+    table = pq.read_table(file)
+    metadata = table.schema.metadata or {}
+    if metadata.get(_CHECKSUM_KEY, b"") not in (b"", _checksum(table, metadata)):
+        raise DamagedError("this file is damaged", where=str(file), hint=_AGAIN)
+    return table
+
+
 def read_units(folder: Path, task: str) -> tuple[pa.Table, dict[str, Any]]:
     """A task's units and the metadata that were written with them."""
     file = folder / f"{task}{UNITS_SUFFIX}"
     try:
-        table = pq.read_table(file)
+        table = read_checked(file)
         metadata = json.loads((table.schema.metadata or {})[_METADATA_KEY])
     except FileNotFoundError as error:
         raise BadInputError(
@@ -309,6 +344,23 @@ def read_units(folder: Path, task: str) -> tuple[pa.Table, dict[str, Any]]:
     if table.schema.names != UNIT_SCHEMA.names or not isinstance(metadata, dict):
         raise BadInputError("this file has other columns than a file of unit scores", where=str(file))
     return table, metadata
+
+
+def check_scores(folder: Path, task: str) -> None:
+    """Raise :class:`DamagedError` where the scores in mteb's file of a task are not those that were written with its units."""
+    try:
+        metadata = pq.read_schema(folder / f"{task}{UNITS_SUFFIX}").metadata or {}
+        filed = json.loads(metadata.get(_METADATA_KEY, b"{}")).get("scores_checksum")
+    except (pa.ArrowException, OSError, ValueError, AttributeError):
+        return  # there are no units, or they cannot be read, which is said where they are asked for
+    if filed is not None and filed != _scores_checksum(folder, task):
+        where = str(folder / f"{task}.json")
+        raise DamagedError("these scores are not those that were written", where=where, hint=_AGAIN)
+
+
+def _scores_checksum(folder: Path, task: str) -> str:
+    result = read_json(folder / f"{task}.json", "result")
+    return fingerprint(result.get("scores") if isinstance(result, dict) else None)
 
 
 def read_scores(folder: Path) -> dict[Key, TaskScores]:

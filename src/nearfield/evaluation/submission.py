@@ -33,7 +33,7 @@ from nearfield.evaluation.requirements import (
     missing_places,
     official_tasks,
 )
-from nearfield.evaluation.results import MANIFEST, failed_tasks, read_manifest
+from nearfield.evaluation.results import MANIFEST, check_scores, failed_tasks, read_manifest
 from nearfield.evaluation.tasks import LOCAL, parts_of
 from nearfield.files import atomic_path, read_json, write_text
 from nearfield.notices import Notice, from_file
@@ -256,6 +256,7 @@ def _results(folder: Path) -> tuple[dict[str, TaskResult], list[str]]:
             result = TaskResult.from_disk(path)
         except (ValueError, KeyError) as error:
             raise BadInputError(f"mteb cannot read this result ({error})", where=str(path)) from error
+        check_scores(folder, path.stem)
         if str(result.task_name) != path.stem:
             raise BadInputError(
                 f"this is a result of the task {result.task_name}", where=str(path), hint="Rename it, or remove it."

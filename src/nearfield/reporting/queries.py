@@ -231,7 +231,9 @@ def pick(changes: Sequence[Change]) -> tuple[list[Change], list[Change]]:
 
 def _changes(task: str, folders: dict[str, Path]) -> tuple[list[Change], str | None]:
     """The scores of a task's queries that both models have, and the fingerprint of the store that the task is from."""
-    import pyarrow.parquet as pq
+    import pyarrow.compute as pc
+
+    from nearfield.evaluation.results import read_checked
 
     values: dict[str, dict[tuple[str, str, str], float]] = {}
     metric, fingerprint = "", None
@@ -239,9 +241,8 @@ def _changes(task: str, folders: dict[str, Path]) -> tuple[list[Change], str | N
         file = folders[side] / f"{task}{UNITS_SUFFIX}"
         if not file.is_file():
             return [], None
-        table = pq.read_table(
-            file, columns=["subset", "split", "unit", "id", "metric", "value"], filters=[("unit", "=", "query")]
-        )
+        table = read_checked(file)
+        table = table.filter(pc.equal(table["unit"], "query"))
         metadata = mapping(json.loads((table.schema.metadata or {}).get(b"nearfield", b"{}")))
         metric = string(metadata.get("main_score")) or "ndcg_at_10"
         fingerprint = string(mapping(metadata.get("details")).get("store")) or fingerprint
@@ -266,13 +267,16 @@ Top = dict[tuple[str, str, str], list[tuple[int, str, float]]]
 
 def _top(folder: Path, task: str, changes: Sequence[Change]) -> Top:
     """The kept results of the chosen queries: (rank, document, score), by rank."""
-    import pyarrow.parquet as pq
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from nearfield.evaluation.results import read_checked
 
     wanted = {change.key for change in changes}
     if not wanted:
         return {}
-    filters = [("query_id", "in", sorted({change.query for change in changes}))]
-    table = pq.read_table(folder / f"{task}{TOP_SUFFIX}", filters=filters)
+    table = read_checked(folder / f"{task}{TOP_SUFFIX}")
+    table = table.filter(pc.is_in(table["query_id"], pa.array(sorted({change.query for change in changes}))))
     found: Top = {}
     for row in table.to_pylist():
         key = (row.get("subset", ""), row.get("split", ""), row["query_id"])
