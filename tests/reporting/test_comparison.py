@@ -30,7 +30,7 @@ def test_all_tasks_stand_in_one_plot_with_a_line_at_zero(tmp_path: Path) -> None
     plot = str(made.forest)
     assert "after minus before on each task" in plot and 'class="cursor"' in plot
     assert plot.count("whisker s1") == 1 and plot.count("whisker s4") == 1 and "Task2" not in plot
-    tones = [[row.tone for row in task.differences] for task in made.tasks]
+    tones = [list(task.tables[1].tones) for task in made.tasks]
     assert tones == [["better"] * 2, ["even"] * 2, ["untested"] * 2]
 
 

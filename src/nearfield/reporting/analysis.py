@@ -22,6 +22,7 @@ from nearfield.reporting.svg import (
     line_figure,
     scatter,
 )
+from nearfield.reporting.text import WordTable
 
 MOST_MODELS = 4
 """Models that have a curve of their own; styles for more are not told apart."""
@@ -41,20 +42,11 @@ FIGURES = (
 
 
 @dataclass(frozen=True)
-class Tab:
-    """A table: caption, heads, rows."""
-
-    caption: str
-    heads: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
 class AnalysisSection:
     """All that the template shows, and the texts of ``maps``, which go to the page's script."""
 
     texts: str
-    tables: list[Tab]
+    tables: list[WordTable]
     figures: list[Figure]
     sentences: list[str]
     maps: dict[str, object] = field(default_factory=dict)
@@ -80,7 +72,7 @@ def analysis_section(made: Json) -> AnalysisSection:
     if asked:
         found = [_figure(mapping(asked.get(model)).get("alignment"), 3) for model in models]
         rows.append(["alignment of questions with right documents", *found])
-    section.tables.append(Tab("Shape of the embeddings", ["figure", *models], rows))
+    section.tables.append(WordTable("Shape of the embeddings", ["figure", *models], rows))
     _maps(section, models, mapping(made.get("drawing")))
     _curves(section, models, shapes)
     _scores(section, mapping(made.get("scores_by_type")))
@@ -258,7 +250,7 @@ def _search(section: AnalysisSection, found: Json) -> None:
         )
         section.figures.append(histogram_figure(chart))
     heads = ["model", "rule", "cut", "95 % interval", "precision", "recall"]
-    section.tables.append(Tab("Cuts between right and random documents", heads, rows))
+    section.tables.append(WordTable("Cuts between right and random documents", heads, rows))
     section.figures.append(interval_figure("accuracy", "Questions with a right document among the first k", whiskers))
     section.figures.append(interval_figure("cuts", "Cuts and their bootstrap intervals over questions", cuts))
 
@@ -305,7 +297,7 @@ def _associations(section: AnalysisSection, found: Json) -> None:
     if not rows:
         return
     heads = ["model", "test", "effect", "p", "p, Holm", "test is", "targets left out"]
-    section.tables.append(Tab("Associations (WEAT, SEAT)", heads, rows))
+    section.tables.append(WordTable("Associations (WEAT, SEAT)", heads, rows))
     title = "Effects of associations, from −2 to 2"
     section.figures.append(interval_figure("associations", title, points, "+.2f", zero=True))
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
 from nearfield.reporting import text
 from nearfield.reporting.reading import (
     AbsentError,
@@ -21,6 +19,7 @@ from nearfield.reporting.reading import (
     part,
     real,
     string,
+    total,
 )
 from nearfield.reporting.svg import (
     Figure,
@@ -31,10 +30,11 @@ from nearfield.reporting.svg import (
     bin_edges,
     binned,
     counts_figure,
-    histogram,
+    histogram_figure,
     interval_figure,
     line_figure,
 )
+from nearfield.reporting.text import WordTable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,34 +44,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """One epoch of the plan; ``dropped`` pairs a reason with a number of examples."""
-
-    name: str
-    batches: float
-    rows: float
-    tokens: float
-    dropped: list[tuple[str, float]]
-
-
-@dataclass(frozen=True)
 class Batches:
-    """The section: epochs, sources (name, batches, share), and the histogram of lengths (or why there is none)."""
+    """The section: facts, sources and epochs, and the histogram of lengths (or why there is none)."""
 
     facts: list[tuple[str, str]]
-    epochs: list[Epoch]
-    sources: list[tuple[str, str, str]]
+    tables: list[WordTable]
     lengths: ItemLengths | Missing
 
 
 @dataclass(frozen=True)
 class ItemLengths:
-    """Tokens an item in the first epoch: the chart, and a table row for each side."""
+    """Tokens an item in the first epoch: the chart, a table row for each side, the mean of each source."""
 
-    svg: Markup
-    rows: list[tuple[str, str, str, str, str]]
-    batch_tokens: str
-    by_source: list[tuple[str, str, str]]
+    figures: list[Figure]
+    notes: list[str]
+    tables: list[WordTable]
 
 
 def build_batches(run: Path, names: Sequence[str], max_steps: float | None = None) -> Batches:
@@ -80,10 +67,10 @@ def build_batches(run: Path, names: Sequence[str], max_steps: float | None = Non
     ``max_steps`` is where the recipe ends the training, perhaps before the plan does.
     """
     summary = load_object(run / "plan" / "summary.json", "No plan/summary.json: no batches were planned.")
-    epochs = [_epoch(mapping(one), number) for number, one in enumerate(listing(summary.get("epochs")))]
+    epochs = [mapping(one) for one in listing(summary.get("epochs"))]
     by_source: dict[str, float] = {}
-    for one in listing(summary.get("epochs")):
-        for source, value in mapping(mapping(one).get("batches_by_source")).items():
+    for one in epochs:
+        for source, value in mapping(one.get("batches_by_source")).items():
             by_source[source] = by_source.get(source, 0.0) + (real(value) or 0.0)
     whole = sum(by_source.values())
     sources = [
@@ -99,14 +86,19 @@ def build_batches(run: Path, names: Sequence[str], max_steps: float | None = Non
     if epochs:
         facts += [
             ("epochs", text.count(len(epochs))),
-            ("batches", _followed(sum(epoch.batches for epoch in epochs), max_steps)),
-            ("examples", text.count(sum(epoch.rows for epoch in epochs))),
-            ("tokens", text.count(sum(epoch.tokens for epoch in epochs))),
-            ("left out", text.count(sum(number for epoch in epochs for _, number in epoch.dropped))),
+            ("batches", _followed(total(one.get("batches") for one in epochs), max_steps)),
+            ("examples", text.count(total(one.get("rows") for one in epochs))),
+            ("tokens", text.count(total(one.get("tokens") for one in epochs))),
+            ("left out", text.count(sum(total(mapping(one.get("dropped")).values()) for one in epochs))),
+            *_hardness(mapping(epochs[0].get("hardness"))),
         ]
-    for one in listing(summary.get("epochs"))[:1]:
-        facts += _hardness(mapping(mapping(one).get("hardness")))
-    return Batches(facts, epochs, sources, part("the plan", lambda: _lengths(run, names)))
+    rows = [_epoch(one, number) for number, one in enumerate(epochs)]
+    heads = ["epoch", "batches", "examples", "tokens", "left out"]
+    tables = [
+        WordTable("Batches a source", ["source", "batches", "share"], sources),
+        WordTable("Epochs, and what was left out of each and why", heads, rows),
+    ]
+    return Batches(facts, [one for one in tables if one.rows], part("the plan", lambda: _lengths(run, names)))
 
 
 def _hardness(hardness: Json) -> list[tuple[str, str]]:
@@ -134,15 +126,11 @@ def source_name(source: str, names: Sequence[str]) -> str:
     return names[int(source)] if source.isascii() and source.isdigit() and int(source) < len(names) else source
 
 
-def _epoch(one: Json, number: int) -> Epoch:
+def _epoch(one: Json, number: int) -> list[str]:
     dropped = [(reason, real(value) or 0.0) for reason, value in mapping(one.get("dropped")).items()]
-    return Epoch(
-        name=string(first(one, "epoch")) or str(number),
-        batches=real(one.get("batches")) or 0.0,
-        rows=real(one.get("rows")) or 0.0,
-        tokens=real(one.get("tokens")) or 0.0,
-        dropped=sorted(dropped, key=lambda item: -item[1]),
-    )
+    reasons = [f"{text.count(value)} {reason}" for reason, value in sorted(dropped, key=lambda item: -item[1])]
+    counts = [text.count(real(one.get(key)) or 0.0) for key in ("batches", "rows", "tokens")]
+    return [string(first(one, "epoch")) or str(number), *counts, "; ".join(reasons) or "nothing"]
 
 
 def _lengths(run: Path, names: Sequence[str]) -> ItemLengths:
@@ -174,7 +162,7 @@ def _lengths(run: Path, names: Sequence[str]) -> ItemLengths:
     rows = [_row(label, values) for label, values in sides]
     chart = Histogram(
         key="tokens",
-        title="Tokens of the planned items",
+        title="Tokens of the planned items, first epoch",
         edges=edges,
         sides=series,
         x_label="tokens, prompts included; the last bin takes all longer ones",
@@ -183,16 +171,22 @@ def _lengths(run: Path, names: Sequence[str]) -> ItemLengths:
         )
         + ".",
     )
-    batch = ""
+    notes = []
     if "step" in wanted:
         per_step = np.bincount(table["step"].to_numpy().astype(np.int64), weights=queries + documents)
         per_step = per_step[per_step > 0]
         if len(per_step):
-            batch = (
+            notes.append(
                 f"A batch holds {text.count(float(np.median(per_step)))} tokens in the median, "
                 f"{text.count(float(per_step.min()))} at least and {text.count(float(per_step.max()))} at most."
             )
-    return ItemLengths(histogram(chart), rows, batch, _by_source(table, queries, documents, names))
+    tables = [
+        WordTable("Tokens of the first epoch", ["", "median", "95 % under", "longest", "in all"], rows),
+        WordTable(
+            "Mean tokens a source", ["source", "query", "documents"], _by_source(table, queries, documents, names)
+        ),
+    ]
+    return ItemLengths([histogram_figure(chart)], notes, [one for one in tables if one.rows])
 
 
 def _by_source(
@@ -241,9 +235,7 @@ class PlanPage:
 
     name: str
     facts: list[tuple[str, str]]
-    sources: list[tuple[str, ...]]
-    dropped: list[tuple[str, ...]]
-    dropped_heads: list[str]
+    tables: list[WordTable]
     figures: list[Figure]
     notes: list[str]
 
@@ -299,7 +291,11 @@ def build_plan_page(plans: Sequence[Plan]) -> PlanPage:
     name = first.path.parent.parent.resolve().name if first.path.parent.name == "plan" else first.path.name
     shown = [figure for figure in figures if figure.svg]
     heads = ["why", *(f"epoch {number}" for number in range(min(6, len(summaries))))]
-    return PlanPage(name, facts, sources, dropped, heads, shown, _notes(one))
+    tables = [
+        WordTable("Sources of the first epoch", ["source", "batches", "examples", "share", "tokens"], sources),
+        WordTable("Examples left out, by epoch", heads, dropped),
+    ]
+    return PlanPage(name, facts, [table for table in tables if table.rows], shown, _notes(one))
 
 
 def _notes(summary: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from nearfield.evaluation.scores import MARK, tasks_in_words
 from nearfield.reporting import text
 from nearfield.reporting.reading import AbsentError, Json, listing, load_object, mapping, real, string
 from nearfield.reporting.svg import Figure, LineChart, Series, Whisker, interval_plot, line_figure
+from nearfield.reporting.text import WordTable
 
 STYLES = {"before": "s2", "after": "s1"}
 FOREST = 60
@@ -34,38 +35,12 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class ScoreWords:
-    """A model's score on a task, as words; an asterisk says that a notice speaks of it."""
-
-    label: str
-    value: str
-    interval: str
-
-
-@dataclass(frozen=True)
-class DifferenceWords:
-    """A paired difference against the baseline, as words; ``adjusted`` is the p-value after Holm's adjustment.
-
-    ``tone`` is better, worse, even (not separable) or untested, for the row's shading.
-    """
-
-    label: str
-    value: str
-    interval: str
-    p: str
-    adjusted: str
-    tone: str
-
-
-@dataclass(frozen=True)
 class TaskSection:
-    """One task (and subset): scores, differences, what they say, and a plot."""
+    """One task (and subset): scores, differences (shaded by what they say), their sentences, and a plot."""
 
     name: str
     about: str
-    baseline: str
-    scores: list[ScoreWords]
-    differences: list[DifferenceWords]
+    tables: list[WordTable]
     sentences: list[Finding]
     notes: list[str]
     plot: Markup
@@ -79,7 +54,7 @@ class ComparisonSection:
     """
 
     confidence: str
-    models: list[list[str]]
+    models: WordTable
     tasks: list[TaskSection]
     verdict: list[Finding]
     notes: list[str]
@@ -124,6 +99,7 @@ def build_comparison(run: Path) -> ComparisonSection:
         for number, key in enumerate(keys)
     ]
     models = [mapping(row) for row in listing(made.get("models"))]
+    named = [[string(row.get(name)) or "–" for name in ("label", "name", "revision")] for row in models]
     paths = {string(row.get("label")) or "?": string(row.get("path")) for row in models}
     # A run that was moved keeps its results below itself; a path is only compared with what is there.
     there = {folder.parts[-2:]: folder for folder in sorted((run / "results").glob("*/*")) if folder.is_dir()}
@@ -131,7 +107,7 @@ def build_comparison(run: Path) -> ComparisonSection:
     folders = {label: there[end] for label, end in ends.items() if end in there}
     return ComparisonSection(
         confidence=f"{text.number(100 * level)} %",
-        models=[[string(row.get(name)) or "–" for name in ("label", "name", "revision")] for row in models],
+        models=WordTable("Compared models", ["label", "model", "revision"], named, words=3),
         tasks=tasks,
         verdict=_verdict(differences),
         notes=[words for words in map(string, listing(made.get("notes"))) if words]
@@ -248,30 +224,36 @@ def _task(
     ]
     described = "; ".join(f"{one.label} {text.score(one.value)}" for one in whiskers) + "."
     findings = [_finding(row) for row in differences]
+    # An asterisk says that a notice speaks of the score.
+    score_rows = [
+        (
+            label,
+            ("–" if value is None else text.score(value)) + (MARK if label in marked else ""),
+            _interval(row, text.score),
+        )
+        for label, value, row in zip(labels, values, scores, strict=True)
+    ]
+    difference_rows = [
+        (
+            string(row.get("model")) or "?",
+            text.signed(real(row.get("difference")) or 0.0),
+            _interval(row, text.signed),
+            _p(row.get("p")),
+            _p(row.get("p_adjusted")),
+        )
+        for row in differences
+    ]
+    heads = [f"against {baseline}", "difference", "interval", "p", "p, adjusted"]
+    tones = [_tone(row) for row in differences]
+    tables = [
+        WordTable("Scores with their intervals", ["model", "score", "interval"], score_rows),
+        WordTable("Paired differences; shaded rows are not separable", heads, difference_rows, tones=tones),
+    ]
     reasons = dict.fromkeys(string(row.get("reason")) for row in [*scores, *differences])
     return TaskSection(
         name=name,
         about=" · ".join(part for part in about if part),
-        baseline=baseline,
-        scores=[
-            ScoreWords(
-                label,
-                ("–" if value is None else text.score(value)) + (MARK if label in marked else ""),
-                _interval(row, text.score),
-            )
-            for label, value, row in zip(labels, values, scores, strict=True)
-        ],
-        differences=[
-            DifferenceWords(
-                string(row.get("model")) or "?",
-                text.signed(real(row.get("difference")) or 0.0),
-                _interval(row, text.signed),
-                _p(row.get("p")),
-                _p(row.get("p_adjusted")),
-                _tone(row),
-            )
-            for row in differences
-        ],
+        tables=[table for table in tables if table.rows],
         sentences=[finding for finding in findings if finding is not None],
         notes=[f"No interval: {reason}." for reason in reasons if reason],
         plot=interval_plot(f"scores-{number}", f"Scores on {name}", whiskers, described) if plotted else Markup(""),

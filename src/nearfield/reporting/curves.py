@@ -14,6 +14,7 @@ from pathlib import Path
 from nearfield.reporting import text
 from nearfield.reporting.reading import AbsentError, Json, listing, load_object, mapping, real, string
 from nearfield.reporting.svg import Figure, LineChart, Series, line_figure
+from nearfield.reporting.text import WordTable
 from nearfield.training.tracking import parse_metrics
 
 POINTS = 400
@@ -51,8 +52,7 @@ class Curves:
     """
 
     figures: list[Figure]
-    heads: list[str]
-    rows: list[list[str]]
+    table: WordTable
     notes: list[str]
     steps: int
     every_step: bool
@@ -329,8 +329,7 @@ def build_curves(run: Path, recipe: Json | None = None) -> Curves:
     first_loss, last_loss = ends(metrics.column("loss"))
     return Curves(
         figures=[*charts[:1], *scores, *charts[1:]],
-        heads=["step", *(label for _, label in known)],
-        rows=rows,
+        table=WordTable("Values at some steps", ["step", *(label for _, label in known)], rows),
         notes=[*_notes(metrics), *score_notes, *judge(metrics.column, recipe or {})],
         steps=round(metrics.steps[-1]),
         every_step=len(metrics.steps) >= round(metrics.steps[-1]),

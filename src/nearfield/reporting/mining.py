@@ -14,11 +14,13 @@ from markupsafe import Markup
 from nearfield.reporting import text
 from nearfield.reporting.page import write_page
 from nearfield.reporting.svg import Figure, Histogram, binned, histogram_figure
+from nearfield.reporting.text import WordTable
 
 if TYPE_CHECKING:
     from nearfield.mining.audit import Audit, Proportion
 
 BINS = 40
+RULES = ("source", "rule", "candidates removed", "examples dropped", "candidates left", "examples left short")
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class AuditPage:
     """All that the template shows."""
 
     facts: list[tuple[str, str]]
-    rules: list[tuple[str, ...]]
-    rates: list[tuple[str, ...]]
+    rules: WordTable
+    rates: WordTable
     judge: str
     figures: list[Figure]
     sample: Sequence[object]
@@ -54,10 +56,11 @@ def audit_page(found: Audit) -> AuditPage:
             for source, one in summary.get("recall", {}).items()
         ),
     ]
+    rates = [(source, *rate_words(rate)) for source, rate in found.false_negatives.items()]
     return AuditPage(
         facts,
-        rule_rows(summary),
-        [(source, *rate_words(rate)) for source, rate in found.false_negatives.items()],
+        WordTable("What each rule did", RULES, rule_rows(summary), words=2),
+        WordTable("Estimated share of false negatives", ["source", "share", "interval", "judged"], rates),
         found.judge,
         [figure for figure in (gap_figure(found), score_figure(found)) if figure.svg],
         found.sample,

@@ -22,6 +22,7 @@ from nearfield.reporting.reading import (
     string,
     total,
 )
+from nearfield.reporting.text import WordTable
 
 SECTIONS = ("encoder", "objective", "batches", "training", "data", "prompts", "evaluation")
 """The recipe's parts that get a row of their own, in this order; any other follows."""
@@ -312,28 +313,11 @@ EXAMPLES = 10
 
 @dataclass(frozen=True)
 class Quarantine:
-    """Rows set aside: how many of how many, by reason, and the first ones as (where, reason, excerpt)."""
+    """Rows set aside: how many of how many, by reason, and the first ones."""
 
     sentence: str
-    reasons: list[tuple[str, str]]
-    examples: list[tuple[str, str, str]]
-
-
-@dataclass(frozen=True)
-class SourceTable:
-    """The store's sources; the last columns, from ``numeric_from`` on, are counts."""
-
-    heads: list[str]
-    rows: list[list[str]]
-    numeric_from: int
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """A few contradictions, each as pairs of a name and a text."""
-
-    title: str
-    examples: list[list[tuple[str, str]]]
+    reasons: WordTable
+    examples: WordTable
 
 
 @dataclass(frozen=True)
@@ -341,10 +325,11 @@ class Data:
     """The section."""
 
     facts: list[tuple[str, str]]
-    sources: SourceTable
+    sources: WordTable
     quarantine: Quarantine | Missing
     findings: list[str]
-    conflicts: list[Conflict]
+    conflicts: list[list[tuple[str, str]]]
+    """The first contradictions, each as pairs of a name and a text."""
 
 
 def build_data(store: Path | None) -> Data:
@@ -373,7 +358,7 @@ def _count(value: object) -> str | None:
     return None if number is None else text.count(number)
 
 
-def _source_table(sources: Sequence[Json]) -> SourceTable:
+def _source_table(sources: Sequence[Json]) -> WordTable:
     splits = list(dict.fromkeys(split for source in sources for split in mapping(source.get("splits"))))
     counted = ["rows", "examples", "duplicates", "groups", "clusters"]
     rows = []
@@ -382,7 +367,8 @@ def _source_table(sources: Sequence[Json]) -> SourceTable:
         row = [string(source.get(name)) or "–" for name in ("name", "kind", "task_type")]
         row += [_count(source.get(name)) or "–" for name in counted]
         rows.append(row + [_count(of_split.get(split)) or "0" for split in splits])
-    return SourceTable(["source", "examples are", "task type", "rows read", *counted[1:], *splits], rows, 3)
+    heads = ["source", "examples are", "task type", "rows read", *counted[1:], *splits]
+    return WordTable("Sources of the store", heads, rows, words=3)
 
 
 def _quarantine(store: Path, sources: Sequence[Json]) -> Quarantine:
@@ -396,7 +382,12 @@ def _quarantine(store: Path, sources: Sequence[Json]) -> Quarantine:
     else:
         sentence = f"All {text.count(read)} rows that were read can be used."
     counted = [(reason, text.count(value)) for reason, value in sorted(reasons.items(), key=lambda item: -item[1])]
-    return Quarantine(sentence, counted, _first_rows(store / "quarantine.jsonl"))
+    first_rows = _first_rows(store / "quarantine.jsonl")
+    return Quarantine(
+        sentence,
+        WordTable("Rows that cannot be used, by reason", ["reason", "rows"], counted),
+        WordTable("Rows in quarantine", ["where", "reason", "excerpt"], first_rows, words=3),
+    )
 
 
 def _first_rows(path: Path) -> list[tuple[str, str, str]]:
@@ -450,9 +441,8 @@ def _findings(summary: Json, sources: Sequence[Json]) -> list[str]:
     return findings
 
 
-def _conflicts(conflicts: Json) -> list[Conflict]:
-    examples = [
+def _conflicts(conflicts: Json) -> list[list[tuple[str, str]]]:
+    return [
         [(name, string(value) or text.plain(value)) for name, value in mapping(one).items()]
-        for one in listing(conflicts.get("first"))
+        for one in listing(conflicts.get("first"))[:EXAMPLES]
     ]
-    return [Conflict("The first contradictions", examples[:EXAMPLES])] if examples else []

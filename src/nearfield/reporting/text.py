@@ -10,6 +10,8 @@ import datetime
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
@@ -20,6 +22,19 @@ _HIDDEN = re.compile(
 
 _SPACES = re.compile("[ \t\r\n]+")
 _JOINTS = re.compile(r"(?<=[._/\\-])(?=\w)")
+
+
+@dataclass(frozen=True)
+class WordTable:
+    """A table of words under a caption; a row's first cell is its heading."""
+
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: int = 1
+    """Columns that hold words; those behind them hold numbers, which stand to the right."""
+    tones: Sequence[str] = ()
+    """A style for each row: better, worse, even, untested."""
 
 
 def visible(text: str) -> str:
