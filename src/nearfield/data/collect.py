@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -34,9 +33,8 @@ if TYPE_CHECKING:
     from nearfield.data.config import DataConfig, SourceConfig
 
 _BATCH_ROWS = 32_768
-_BATCH_CHARACTERS = 16 << 20
 _BATCH_IMAGES = 4096
-_BATCH_IMAGE_BYTES = 16 << 20
+_BATCH_BYTES = 16 << 20
 
 RAW_SCHEMA = pa.schema(
     [
@@ -54,12 +52,15 @@ RAW_SCHEMA = pa.schema(
 )
 
 
-class BatchWriter(ABC):
-    """A stream of record batches on disk, closed with what is still open when the block ends."""
+class TableWriter:
+    """Writes rows of a schema to an Arrow stream, batch by batch; what is open is written when the block ends."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._schema = schema
+    def __init__(self, path: Path, schema: pa.Schema, batch_rows: int = _BATCH_ROWS) -> None:
+        self.schema = schema
         self._writer = pa.ipc.new_stream(str(path), schema)
+        self._batch_rows = batch_rows
+        self._columns: list[list[Any]] = [[] for _ in schema]
+        self._size = 0
 
     def __enter__(self) -> Self:
         return self
@@ -70,120 +71,69 @@ class BatchWriter(ABC):
         self._flush()
         self._writer.close()
 
-    @abstractmethod
-    def _take(self) -> list[list[Any]]:
-        """The columns of the open rows, in the order of the schema; none is open afterwards."""
-
-    def _flush(self) -> None:
-        columns = self._take()
-        if columns[0]:
-            arrays = [pa.array(values, field.type) for values, field in zip(columns, self._schema, strict=True)]
-            self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
-
-
-class TableWriter(BatchWriter):
-    """Writes rows of a schema in batches; columns are lists that are filled side by side."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        super().__init__(path, schema)
-        self._columns: list[list[Any]] = [[] for _ in schema]
-
-    def add(self, *values: object) -> None:
-        """Append one row, its values in the order of the schema."""
+    def add(self, *values: object, size: int = 0) -> None:
+        """Append one row, its values in the order of the schema; ``size`` is about how many bytes it takes."""
         for column, value in zip(self._columns, values, strict=True):
             column.append(value)
-        if len(self._columns[0]) >= _BATCH_ROWS:
+        self._size += size
+        if len(self._columns[0]) >= self._batch_rows or self._size >= _BATCH_BYTES:
             self._flush()
 
-    def _take(self) -> list[list[Any]]:
-        columns, self._columns = self._columns, [[] for _ in self._schema]
-        return columns
+    def _flush(self) -> None:
+        columns, self._columns, self._size = self._columns, [[] for _ in self.schema], 0
+        if columns[0]:
+            arrays = [pa.array(values, field.type) for values, field in zip(columns, self.schema, strict=True)]
+            self._writer.write_batch(pa.record_batch(arrays, schema=self.schema))
 
 
-class ImageWriter(BatchWriter):
-    """Gives each image its row number and writes it once.
+class ItemWriter:
+    """Gives each item its row number and writes it once, and each image: those with equal pixels are one.
 
-    Images with equal pixels are one, whatever their files hold. Held in memory: the ids and row numbers, about 170 bytes
-    a file and an image, and one batch of images.
+    Held in memory: the 16-byte id and the row number of each item, image and file of an image (about 170 bytes each in
+    Python's dictionary), and one batch of texts and of images; never the texts of the data set.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, IMAGES_SCHEMA)
+    def __init__(self, items: TableWriter, images: TableWriter | None = None) -> None:
+        self._items = items
+        self._images = images
+        self._rows: dict[bytes, int] = {}
         self._by_file: dict[bytes, int] = {}
         self._by_pixels: dict[bytes, int] = {}
-        self._open: list[PreparedImage] = []
-        self._bytes = 0
+        self._all_ids = bytearray()
+
+    def ids(self) -> bytes:
+        """The ids of all items end to end, in the order of rows."""
+        return bytes(self._all_ids)
 
     def knows(self, raw_id: bytes) -> bool:
         """Whether the image of this file is written."""
         return raw_id in self._by_file
 
-    def add(self, image: PreparedImage) -> int:
-        """The row of an image; one that is new is written."""
+    def add(self, item: Item) -> int:
+        """The row of an item; one that is new is written."""
+        key = identity(item)
+        row = self._rows.get(key)
+        if row is None:
+            row = self._rows[key] = len(self._rows)
+            self._all_ids += key
+            text = item.text if isinstance(item, ImageItem) else item
+            if self._images is None:
+                self._items.add(key, text, size=len(text))
+            else:
+                image = self._image_row(item.image, self._images) if isinstance(item, ImageItem) else None
+                self._items.add(key, text, image, size=len(text))
+        return row
+
+    def _image_row(self, image: PreparedImage, images: TableWriter) -> int:
         row = self._by_file.get(image.raw_id)
         if row is not None:
             return row
         row = self._by_pixels.get(image.id)
         if row is None:
             row = self._by_pixels[image.id] = len(self._by_pixels)
-            self._open.append(image)
-            self._bytes += len(image.data)
-            if self._bytes >= _BATCH_IMAGE_BYTES or len(self._open) >= _BATCH_IMAGES:
-                self._flush()
+            images.add(image.id, image.data, *image.size, *image.original, size=len(image.data))
         self._by_file[image.raw_id] = row
         return row
-
-    def _take(self) -> list[list[Any]]:
-        rows, self._open, self._bytes = self._open, [], 0
-        return [
-            [image.id for image in rows],
-            [image.data for image in rows],
-            *([image.size[side] for image in rows] for side in (0, 1)),
-            *([image.original[side] for image in rows] for side in (0, 1)),
-        ]
-
-
-class ItemWriter(BatchWriter):
-    """Gives each item its row number and writes it once; ``images`` where the store has any.
-
-    Held in memory: the 16-byte id and the row number of each item (about 170 bytes an item in Python's dictionary) and
-    the texts of one batch; never the texts of the data set.
-    """
-
-    def __init__(self, path: Path, images: ImageWriter | None = None) -> None:
-        super().__init__(path, ITEMS_SCHEMA if images is None else ITEMS_SCHEMA.append(IMAGE))
-        self._images = images
-        self._rows: dict[bytes, int] = {}
-        self._all_ids = bytearray()
-        self._open: list[tuple[bytes, str, int | None]] = []
-        self._characters = 0
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def ids(self) -> bytes:
-        """The ids of all items end to end, in the order of rows."""
-        return bytes(self._all_ids)
-
-    def add(self, item: Item) -> int:
-        """The row of an item; one that is new is written."""
-        key = identity(item)
-        row = self._rows.get(key)
-        if row is not None:
-            return row
-        row = self._rows[key] = len(self._rows)
-        image = self._images.add(item.image) if isinstance(item, ImageItem) and self._images is not None else None
-        text = item.text if isinstance(item, ImageItem) else item
-        self._all_ids += key
-        self._open.append((key, text, image))
-        self._characters += len(text)
-        if len(self._open) >= _BATCH_ROWS or self._characters >= _BATCH_CHARACTERS:
-            self._flush()
-        return row
-
-    def _take(self) -> list[list[Any]]:
-        rows, self._open, self._characters = self._open, [], 0
-        return [[row[column] for row in rows] for column in range(len(self._schema))]
 
 
 @dataclass
@@ -209,13 +159,14 @@ def collect(config: DataConfig, readers: list[ReaderBase], items: Path, raw: Pat
     then complete for that source.
     """
     with contextlib.ExitStack() as stack:
-        images = None
+        images, schema = None, ITEMS_SCHEMA
         if any(source.image_rules() is not None for source in config.sources):
-            images = stack.enter_context(ImageWriter(items.with_name(IMAGES_FILE)))
-        writer = stack.enter_context(ItemWriter(items, images))
+            schema = schema.append(IMAGE)
+            images = stack.enter_context(TableWriter(items.with_name(IMAGES_FILE), IMAGES_SCHEMA, _BATCH_IMAGES))
+        writer = ItemWriter(stack.enter_context(TableWriter(items, schema)), images)
         table = stack.enter_context(TableWriter(raw, RAW_SCHEMA))
         bad = stack.enter_context(quarantine.open("w", encoding="utf-8"))
-        collector = _Collector(config, writer, images, table, bad)
+        collector = _Collector(config, writer, table, bad)
         for number, (source, reader) in enumerate(zip(config.sources, readers, strict=True)):
             collector.read(number, source, reader)
         collector.result.ids = writer.ids()
@@ -225,12 +176,9 @@ def collect(config: DataConfig, readers: list[ReaderBase], items: Path, raw: Pat
 class _Collector:
     """Writes what the sources hold, one after the other."""
 
-    def __init__(
-        self, config: DataConfig, items: ItemWriter, images: ImageWriter | None, table: TableWriter, quarantine: IO[str]
-    ) -> None:
+    def __init__(self, config: DataConfig, items: ItemWriter, table: TableWriter, quarantine: IO[str]) -> None:
         self._config = config
         self._items = items
-        self._images = images
         self._table = table
         self._quarantine = quarantine
         self.result = Collected()
@@ -238,7 +186,7 @@ class _Collector:
     def read(self, number: int, source: SourceConfig, reader: ReaderBase) -> None:
         """Read the rows of a source."""
         rules = source.image_rules()
-        prepare = None if rules is None or self._images is None else ImagePreparer(rules, self._images.knows)
+        prepare = None if rules is None else ImagePreparer(rules, self._items.knows)
         folder = source.image_folder()
         count, reasons, first_bad = 0, Counter[str](), ""
         for row in track(reader.rows(source.read_columns()), f"Reading {source.name}"):

@@ -104,7 +104,19 @@ class ImagesConfig(Config):
         return tuple(dict.fromkeys(needed))
 
 
-class RetrievalExamples(Config):
+class ExamplesBase(Config):
+    """The base of the settings of examples."""
+
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read, in a fixed order."""
+        raise NotImplementedError
+
+    def read(self, row: RowValues) -> dict[str, Any]:
+        """The fields of the example of a row."""
+        raise NotImplementedError
+
+
+class RetrievalExamples(ExamplesBase):
     """A query with any number of positives and negatives. A column holds a string or a list of strings."""
 
     kind: Literal["retrieval"] = "retrieval"
@@ -116,11 +128,9 @@ class RetrievalExamples(Config):
     """One or several columns of texts that do not; null for none."""
 
     def columns(self) -> tuple[str, ...]:
-        """The columns that are read, in a fixed order."""
         return (self.query, *_as_tuple(self.positives), *_as_tuple(self.negatives))
 
     def read(self, row: RowValues) -> dict[str, Any]:
-        """The fields of the example of a row."""
         return {
             "query": row.item(self.query),
             "positives": row.items(_as_tuple(self.positives)),
@@ -128,7 +138,7 @@ class RetrievalExamples(Config):
         }
 
 
-class GradedExamples(Config):
+class GradedExamples(ExamplesBase):
     """Two items and a score. With ``scale: [lowest, highest]`` the score is stored as a share from 0 to 1."""
 
     kind: Literal["graded"] = "graded"
@@ -149,16 +159,14 @@ class GradedExamples(Config):
         return scale
 
     def columns(self) -> tuple[str, ...]:
-        """The columns that are read, in a fixed order."""
         return (self.first, self.second, self.score)
 
     def read(self, row: RowValues) -> dict[str, Any]:
-        """The fields of the example of a row."""
         query, second = row.item(self.first), row.item(self.second)
         return {"query": query, "positives": (second,), "score": row.score(self.score, self.scale)}
 
 
-class LabelledExamples(Config):
+class LabelledExamples(ExamplesBase):
     """An item and its label."""
 
     kind: Literal["labelled"] = "labelled"
@@ -168,15 +176,13 @@ class LabelledExamples(Config):
     """The column of the label: a string, a whole number or a truth value."""
 
     def columns(self) -> tuple[str, ...]:
-        """The columns that are read, in a fixed order."""
         return (self.item, self.label)
 
     def read(self, row: RowValues) -> dict[str, Any]:
-        """The fields of the example of a row."""
         return {"query": row.item(self.item), "label": row.key(self.label)}
 
 
-class TextExamples(Config):
+class TextExamples(ExamplesBase):
     """A text alone, for objectives that need nothing else (``simcse``, ``masked_tokens``)."""
 
     kind: Literal["text"] = "text"
@@ -184,11 +190,9 @@ class TextExamples(Config):
     """The column of the text."""
 
     def columns(self) -> tuple[str, ...]:
-        """The columns that are read, in a fixed order."""
         return (self.text,)
 
     def read(self, row: RowValues) -> dict[str, Any]:
-        """The fields of the example of a row."""
         return {"query": row.item(self.text)}
 
 
@@ -212,7 +216,24 @@ class DuplicateGroups(Config):
     """Whether sharing a negative binds, too. Turn it off where all rows draw from a few common negatives."""
 
 
-class HashSplit(Config):
+class SplitBase(Config):
+    """The base of the settings of splits."""
+
+    @property
+    def key_column(self) -> str | None:
+        """The column that the split of a row depends on."""
+        return None
+
+    def split_of(self, group: str, key: str | None) -> str:
+        """The split of an example by its group, or by the value of the key column."""
+        raise NotImplementedError
+
+    def may_part(self, grouped: bool) -> bool:
+        """Whether examples of one group could get different splits; ``grouped`` is whether the recipe states groups."""
+        return False
+
+
+class HashSplit(SplitBase):
     """Each group goes to a split by the hash of its key: the same key, the same split, in every source and order."""
 
     kind: Literal["hash"] = "hash"
@@ -234,19 +255,16 @@ class HashSplit(Config):
 
     @property
     def key_column(self) -> str | None:
-        """The column that the split of a row depends on."""
         return self.by
 
     def split_of(self, group: str, key: str | None) -> str:
-        """The split of an example by its key, without one by its group."""
         return hash_split(group if key is None else key, self.fractions, self.seed)
 
     def may_part(self, grouped: bool) -> bool:
-        """Whether examples of one group could get different splits, so that it must be checked."""
         return self.by is not None
 
 
-class ColumnSplit(Config):
+class ColumnSplit(SplitBase):
     """A column names the split."""
 
     kind: Literal["column"] = "column"
@@ -255,38 +273,25 @@ class ColumnSplit(Config):
 
     @property
     def key_column(self) -> str | None:
-        """The column that the split of a row depends on."""
         return self.column
 
     def split_of(self, group: str, key: str | None) -> str:
-        """The split that the row names."""
         assert key is not None
         return key
 
     def may_part(self, grouped: bool) -> bool:
-        """Whether examples of one group could get different splits; ``grouped`` is whether the recipe states groups."""
         return grouped
 
 
-class WholeSplit(Config):
+class WholeSplit(SplitBase):
     """All examples are in one split."""
 
     kind: Literal["all"] = "all"
     name: Name = "train"
     """The name of the split."""
 
-    @property
-    def key_column(self) -> str | None:
-        """The column that the split of a row depends on."""
-        return None
-
     def split_of(self, group: str, key: str | None) -> str:
-        """The one split."""
         return self.name
-
-    def may_part(self, grouped: bool) -> bool:
-        """Whether examples of one group could get different splits."""
-        return False
 
 
 SplitConfig = Annotated[HashSplit | ColumnSplit | WholeSplit, Field(discriminator="kind")]
