@@ -149,7 +149,7 @@ class ContaminationReport:
         kinds = "exact, normalised, word-sequence and near-duplicate matches" + (
             f", and by embeddings of {self.encoder}" if self.encoder else ""
         )
-        found = (
+        result = (
             "none of their texts was found"
             if not hit
             else "matches in "
@@ -159,7 +159,7 @@ class ContaminationReport:
         rest = f"; not read: {', '.join(unread)}" if unread else ""
         return (
             f"{self.texts:,} training texts compared with {len(self.tasks) - len(unread)} tasks of the suite "
-            f"{self.suite} ({kinds}): {found}{rest}"
+            f"{self.suite} ({kinds}): {result}{rest}"
         )
 
     @property
@@ -183,7 +183,7 @@ class ContaminationReport:
             lines += ["", f"| task | texts | {kinds} | distractors that match |", "| --- " * (len(KINDS) + 3) + "|"]
         for task in hit:
             counts = [
-                sum(found.get(kind, 0) for role, found in task.matched.items() if role != "distractor")
+                sum(matched.get(kind, 0) for role, matched in task.matched.items() if role != "distractor")
                 for kind in KINDS
             ]
             rest = sum(task.matched.get("distractor", {}).values())
@@ -208,8 +208,8 @@ def read_statement(card: str) -> ContaminationStatement | None:
     if summary is None:
         return None
     tasks = next((line.removeprefix(COMPARED) for line in card.splitlines() if line.startswith(COMPARED)), "")
-    found = summary["found"].partition("; not read: ")[0]
-    matched = {task: int(count.replace(",", "")) for task, count in _MATCH.findall(found)}
+    result = summary["found"].partition("; not read: ")[0]
+    matched = {task: int(count.replace(",", "")) for task, count in _MATCH.findall(result)}
     return ContaminationStatement(frozenset(filter(None, tasks.removesuffix(".").split(", "))), matched)
 
 

@@ -128,15 +128,15 @@ class TrainingIndex:
         """Matches of benchmark texts by kind, and the training texts that share any word sequence with one."""
         split = hash_words(texts, self.known)
         sets = TextSets.of(texts, self.known, split)
-        found = {
+        matches = {
             "exact": Matches.equal(self.exact, hash_texts([canonical_text(text) for text in texts])),
             "normalised": Matches.equal(self.normal, hash_normal_forms(texts)),
         }
-        found["ngram"], some = self._sequences(sequences(split, self.config.ngram).distinct())
-        found["minhash"] = Matches(*self.near.matches(sets))
+        matches["ngram"], some = self._sequences(sequences(split, self.config.ngram).distinct())
+        matches["minhash"] = Matches(*self.near.matches(sets))
         if self.encode is not None and self.vectors is not None:
-            found["embedding"] = self._vectors(texts, sets)
-        return found, some
+            matches["embedding"] = self._vectors(texts, sets)
+        return matches, some
 
     def _sequences(self, grams: Ragged) -> tuple[Matches, Rows]:
         """Pairs by the share of the word sequences of the text with fewer."""
@@ -200,7 +200,7 @@ class _Tally:
         self.examples: dict[int, list[MatchExample]] = {}
         self._last: tuple[str, str] | None = None
 
-    def add(self, texts: Sequence[BenchmarkText], found: dict[str, Matches], some: Rows) -> None:
+    def add(self, texts: Sequence[BenchmarkText], matches: dict[str, Matches], some: Rows) -> None:
         """Take in the matches of a block."""
         for text in texts:
             if (text.role, text.id) != self._last:
@@ -209,21 +209,21 @@ class _Tally:
         self.any_ngram[some] = True
         roles = np.fromiter((ROLES.index(text.role) for text in texts), dtype=np.int64, count=len(texts))
         for kind, name in enumerate(KINDS):
-            if name not in found:
+            if name not in matches:
                 continue
-            pairs = found[name].pairs
+            pairs = matches[name].pairs
             np.minimum.at(self.best, (roles[pairs[:, 1]], pairs[:, 0]), kind)
             for place in np.unique(pairs[:, 1]).tolist():
                 key = (texts[place].role, texts[place].id)
                 self.matched[key] = min(self.matched.get(key, kind), kind)
-            self._show(kind, texts, found[name], roles)
+            self._show(kind, texts, matches[name], roles)
 
-    def _show(self, kind: int, texts: Sequence[BenchmarkText], found: Matches, roles: Rows) -> None:
+    def _show(self, kind: int, texts: Sequence[BenchmarkText], matches: Matches, roles: Rows) -> None:
         shown = self.examples.setdefault(kind, [])
-        if len(shown) >= _SHOWN or not len(found.pairs):
+        if len(shown) >= _SHOWN or not len(matches.pairs):
             return
         distractor = ROLES.index("distractor")
-        for pair, similarity in zip(found.pairs.tolist(), found.similarity.tolist(), strict=True):
+        for pair, similarity in zip(matches.pairs.tolist(), matches.similarity.tolist(), strict=True):
             first, second = pair
             # A pair that a stronger kind found says nothing new; neither does a distractor.
             if roles[second] == distractor or self.best[roles[second], first] < kind:
@@ -340,7 +340,7 @@ class _Removals:
 
     def __init__(self, training: TrainingTexts) -> None:
         self.training = training
-        self.found: dict[int, tuple[int, str, str]] = {}
+        self.strongest: dict[int, tuple[int, str, str]] = {}
 
     def add(self, task: str, best: npt.NDArray[np.uint8]) -> None:
         """Take in the matches of a task, [roles, n]."""
@@ -349,17 +349,17 @@ class _Removals:
                 continue
             for place in np.flatnonzero(best[number] < len(KINDS)).tolist():
                 kind = int(best[number, place])
-                if place not in self.found or kind < self.found[place][0]:
-                    self.found[place] = (kind, task, role)
+                if place not in self.strongest or kind < self.strongest[place][0]:
+                    self.strongest[place] = (kind, task, role)
 
     def result(self) -> tuple[Removal, ...]:
         """In the order of the store's items."""
-        places = sorted(self.found)
+        places = sorted(self.strongest)
         rows = self.training.items[np.asarray(places, dtype=np.int64)]
         ids = self.training.store.items["id"].take(rows).to_pylist()
         texts = self.training.store.texts(rows)
         return tuple(
-            Removal(identity.hex(), KINDS[self.found[place][0]], *self.found[place][1:], excerpt(text))
+            Removal(identity.hex(), KINDS[self.strongest[place][0]], *self.strongest[place][1:], excerpt(text))
             for place, identity, text in zip(places, ids, texts, strict=True)
         )
 

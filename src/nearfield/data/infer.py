@@ -229,8 +229,8 @@ def _pair(texts: list[ColumnSummary]) -> tuple[str | None, str | None]:
         named = _named(texts, role)
         rest = [c for c in texts if c.name not in named[:1] and not _few(c) and not _named([c], "label")]
         if named and len(rest) == 1:
-            found = (named[0], rest[0].name)
-            return found if role in ("query", "first") else (found[1], found[0])
+            pair = (named[0], rest[0].name)
+            return pair if role in ("query", "first") else (pair[1], pair[0])
     free = [c for c in texts if not _few(c) and not _named([c], "label")]
     if len(free) == 2:
         query, positive = sorted(free, key=lambda c: c.mean_length)

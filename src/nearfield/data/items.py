@@ -172,16 +172,16 @@ class RowValues:
         Null is none; so is an empty cell where there may be none: among several columns, and where they are ``optional``.
         Otherwise a row without an item is bad.
         """
-        found: dict[Item, None] = {}
+        items: dict[Item, None] = {}
         for column in columns:
             value = self.value(column)
             if value is None or (value == "" and (optional or len(columns) > 1)):
                 continue
             for member in value if isinstance(value, list | tuple) else (value,):
-                found[self._item(member, column)] = None
-        if not found and not optional:
+                items[self._item(member, column)] = None
+        if not items and not optional:
             raise BadRowError("no positive", dict(self.values))
-        return tuple(found)
+        return tuple(items)
 
     def key(self, column: str) -> str:
         """A label or key: a string, a whole number or a truth value."""

@@ -102,8 +102,8 @@ class BandIndex:
         counts = np.sum([band.counts(keys) for band, keys in zip(self._bands, queries.keys, strict=True)], axis=0)
         for piece in pieces(counts):
             wide = piece.stop - piece.start
-            found = [band.all(keys[piece]) for band, keys in zip(self._bands, queries.keys, strict=True)]
-            both = np.unique(np.concatenate([some.values * wide + some.owners() for some in found]))
+            candidates = [band.all(keys[piece]) for band, keys in zip(self._bands, queries.keys, strict=True)]
+            both = np.unique(np.concatenate([some.values * wide + some.owners() for some in candidates]))
             pairs = np.stack([both // wide, both % wide + piece.start], axis=1)
             if len(pairs):
                 yield pairs[self._estimates(queries, pairs) >= least]
@@ -193,8 +193,8 @@ class NearIndex:
         parts: list[tuple[Rows, Floats]] = []
         least = min(self.rule.jaccard, self.rule.contained) - _SLACK
         for (by_pairs, mine, index), (_, theirs) in zip(self._regimes, self._split(queries), strict=True):
-            for found in index.candidates(theirs.sketches, _LONG_LEAST if by_pairs else least):
-                pairs = np.stack([mine.texts[found[:, 0]], theirs.texts[found[:, 1]]], axis=1)
+            for candidates in index.candidates(theirs.sketches, _LONG_LEAST if by_pairs else least):
+                pairs = np.stack([mine.texts[candidates[:, 0]], theirs.texts[candidates[:, 1]]], axis=1)
                 similarity = self._similarity(queries, pairs)
                 kept = similarity > 0
                 parts.append((pairs[kept], similarity[kept]))
@@ -324,5 +324,5 @@ def representatives(
     near_of = first_near_text(TextSets.join(sets).take(leaders), rule)
     of_leader = np.zeros(len(same), dtype=np.int64)
     of_leader[leaders] = leaders[near_of]
-    found: Rows = of_leader[same]
-    return found
+    representative: Rows = of_leader[same]
+    return representative

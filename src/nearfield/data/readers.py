@@ -117,9 +117,9 @@ def files_at(path: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(suffixes))
-        if found:
-            return found
+        files = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(suffixes))
+        if files:
+            return files
         raise BadInputError(
             f"this folder holds no {what} file", where=str(path), hint=f"Wanted: {', '.join(suffixes)}."
         )

@@ -169,8 +169,8 @@ def contradictions(keys: Rows, values: npt.NDArray[np.int64] | npt.NDArray[np.fl
     order = np.lexsort((values, *reversed(keys.T)))
     keys, values = keys[order], values[order]
     same = (keys[1:] == keys[:-1]).all(axis=1) & (values[1:] != values[:-1])
-    found: Rows = np.unique(keys[1:][same], axis=0)
-    return found
+    contradicted: Rows = np.unique(keys[1:][same], axis=0)
+    return contradicted
 
 
 def resolve(config: DataConfig, collected: Collected, raw: Path, out: Path) -> Resolved:

@@ -225,8 +225,8 @@ class Store:
     @cached_property
     def _rows_of_images(self) -> Rows:
         column = self.items.column(IMAGE.name) if self.has_images else pa.nulls(self.items.num_rows, pa.int64())
-        found: Rows = column.fill_null(-1).to_numpy().astype(np.int64)
-        return found
+        rows: Rows = column.fill_null(-1).to_numpy().astype(np.int64)
+        return rows
 
     def image_rows(self, rows: Sequence[int] | Rows) -> Rows:
         """The row of each item's image in :attr:`image_table`, [n]; -1 where it has none."""
@@ -297,8 +297,8 @@ class Store:
         """The weight of each example in the loss, 1 where its source does not say; None where no source does."""
         if WEIGHT.name not in self.examples.column_names:
             return None
-        found: npt.NDArray[np.float64] = self.examples[WEIGHT.name].fill_null(1.0).to_numpy()
-        return found
+        weights: npt.NDArray[np.float64] = self.examples[WEIGHT.name].fill_null(1.0).to_numpy()
+        return weights
 
     def known_positives(self) -> Ragged:
         """For each item, its positives (item rows, rising) in all retrieval examples of all sources and splits.

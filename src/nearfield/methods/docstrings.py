@@ -53,19 +53,19 @@ class DocstringsReader(OnDemandReader):
 
 def installed(names: Sequence[str] | None) -> list[tuple[str, Distribution]]:
     """The installed distributions of these names (all, if none are given), sorted by name."""
-    found: dict[str, Distribution] = {}
+    packages: dict[str, Distribution] = {}
     for package in distributions():
         name = package.metadata["Name"]
-        if name and name.lower() not in found:
-            found[name.lower()] = package
+        if name and name.lower() not in packages:
+            packages[name.lower()] = package
     if names is None:
-        return sorted(found.items())
+        return sorted(packages.items())
     for name in names:
-        if name.lower() not in found:
+        if name.lower() not in packages:
             raise BadInputError(
                 f"the package {name!r} is not installed", hint="Install it, or leave it out of 'packages'."
             )
-    return sorted({name.lower(): found[name.lower()] for name in names}.items())
+    return sorted({name.lower(): packages[name.lower()] for name in names}.items())
 
 
 def build_rows(packages: Sequence[tuple[str, Distribution]], max_lines: int) -> Iterator[dict[str, object]]:

@@ -78,10 +78,10 @@ def build(root: Path, out: Path) -> None:
         # Links are the same drawing under another name.
         drawings = sorted(file for file in (root / "svg").rglob("*.svg") if not file.is_symlink())
         for file in track(drawings, "Reading Open Clipart"):
-            found = title_and_tags(file)
+            described = title_and_tags(file)
             name = file.relative_to(root / "svg").with_suffix("").as_posix()
             image = root / "png" / f"{name}.png"
-            if found is None or image.is_symlink() or not image.is_file():
+            if described is None or image.is_symlink() or not image.is_file():
                 continue
             try:
                 data = encode(decode(image.read_bytes(), RULES).image, RULES.quality)
@@ -89,7 +89,7 @@ def build(root: Path, out: Path) -> None:
                 failed += 1
                 continue
             archive.writestr(zipfile.ZipInfo(f"{name}.webp"), data)
-            title, tags = found
+            title, tags = described
             row = {"title": title, "tags": tags, "folder": name.partition("/")[0], "file": name}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         archive.writestr(zipfile.ZipInfo(_INDEX), "".join(lines))

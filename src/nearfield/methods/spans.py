@@ -62,12 +62,12 @@ class SpansReader(ReaderBase):
                 yield Row(row.file, row.line, None, why, f"{len(words)} words: {excerpt(text)}")
                 continue
             for anchor, positives in draw_spans(len(words), self, generator(self.seed, "spans", number)):
-                found: dict[str, object] = {
+                values: dict[str, object] = {
                     "anchor": " ".join(words[slice(*anchor)]),
                     "positives": [" ".join(words[slice(*span)]) for span in positives],
                     "document": f"{row.file}:{row.line}",
                 }
-                yield Row(row.file, row.line, found)
+                yield Row(row.file, row.line, values)
 
 
 def least_words(config: SpansReader) -> int:
@@ -77,15 +77,15 @@ def least_words(config: SpansReader) -> int:
 
 def draw_spans(words: int, config: SpansReader, random: np.random.Generator) -> list[tuple[Span, list[Span]]]:
     """The anchors of a document, no two of which overlap, each with its positives."""
-    found = []
+    anchors = []
     cells = list(range(words // config.longest))
     for _ in range(config.anchors):
         cell = cells[int(random.integers(len(cells)))]
         cells = [other for other in cells if abs(other - cell) > 1]
         begin = cell * config.longest
         anchor = (begin, begin + _length(random, 4, 2, config.shortest, config.longest))
-        found.append((anchor, [_positive(anchor, words, config, random) for _ in range(config.positives)]))
-    return found
+        anchors.append((anchor, [_positive(anchor, words, config, random) for _ in range(config.positives)]))
+    return anchors
 
 
 def _length(random: np.random.Generator, a: float, b: float, shortest: int, longest: int) -> int:

@@ -95,8 +95,8 @@ def image_and_text(table: ExampleTable, examples: Rows) -> Rows:
         for seen in (0, 1)
         for one in [(images[:, seen] >= 0) & (images[:, 1 - seen] < 0)]
     ]
-    found: Rows = np.unique(np.concatenate(parts), axis=0)
-    return found
+    pairs: Rows = np.unique(np.concatenate(parts), axis=0)
+    return pairs
 
 
 def _over(members: Rows, most: int) -> Rows:

@@ -78,8 +78,8 @@ class ExampleTable:
 
     def counts(self) -> dict[str, int]:
         """Examples that are still there, by source."""
-        found = np.bincount(self.source[self.alive], minlength=len(self.store.sources)).tolist()
-        return {source.name: count for source, count in zip(self.store.sources, found, strict=True)}
+        counts = np.bincount(self.source[self.alive], minlength=len(self.store.sources)).tolist()
+        return {source.name: count for source, count in zip(self.store.sources, counts, strict=True)}
 
     def of_sources(self, sources: Sequence[int]) -> Rows:
         """The examples of some sources that are still there."""

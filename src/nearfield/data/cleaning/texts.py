@@ -268,7 +268,7 @@ class RemovalListStep(SidesStep):
 
 def read_removals(path: Path) -> dict[bytes, str]:
     """Item id -> reason, of a JSONL file with ``id`` and perhaps ``kind`` and ``task`` on each line."""
-    found: dict[bytes, str] = {}
+    reasons: dict[bytes, str] = {}
     hint = "Write it with: nearfield data decontaminate RECIPE --suite SUITE --remove FILE."
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -287,7 +287,7 @@ def read_removals(path: Path) -> dict[bytes, str]:
         if len(identity) != ID_BYTES:
             raise BadInputError(f"an item id has {2 * ID_BYTES} hex digits", where=f"{path}:{number}", hint=hint)
         kind, task = entry.get("kind"), entry.get("task")
-        found[identity] = (
+        reasons[identity] = (
             f"{kind} match with {task}" if isinstance(kind, str) and isinstance(task, str) else "in the list"
         )
-    return found
+    return reasons
