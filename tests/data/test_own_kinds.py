@@ -1,0 +1,59 @@
+"""A reader and a cleaning step from outside: named by their import path, run like ours, and part of the fingerprint."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from nearfield.data import Store, build_data
+from nearfield.data.build import data_fingerprint
+from nearfield.kinds import _source, allow_local_code
+from tests.data.making import config, source
+
+CODE = """
+    from nearfield.data.cleaning.texts import TextStep
+    from nearfield.data.readers import ReaderBase, Row
+
+
+    class CountingReader(ReaderBase):
+        upto: int = 100
+
+        def inputs(self):
+            return {"numbers": str(self.upto)}
+
+        def rows(self, columns):
+            for number in range(1, self.upto + 1):
+                yield Row("numbers", number, {"query": str(number), "positives": [f"{number} and one"], "negatives": []})
+
+
+    class EvenStep(TextStep):
+        factor: int = 2
+
+        def reason(self, text):
+            return f"no multiple of {self.factor}" if text.isdigit() and int(text) % self.factor else None
+"""
+
+
+def test_a_reader_and_a_step_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "numbers_of_mine.py"
+    file.write_text(textwrap.dedent(CODE))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    step = {"kind": "numbers_of_mine:EvenStep", "factor": 3, "sides": ["query"]}
+    with allow_local_code():
+        recipe = config(source(reader={"kind": "numbers_of_mine:CountingReader", "upto": 30}), steps=[step])
+        summary = build_data(recipe, tmp_path / "store")
+        assert summary.sources[0].rows == 30
+        assert summary.steps[0].reasons == {"query: no multiple of 3": 20}
+        store = Store.open(tmp_path / "store")
+        assert store.texts(store.examples["query"].to_pylist()) == [str(n) for n in range(3, 31, 3)]
+        before = data_fingerprint(recipe)
+        assert before == store.fingerprint
+        # Other code, another store.
+        file.write_text(file.read_text() + "\n# changed\n")
+        _source.cache_clear()
+        assert data_fingerprint(recipe) != before
+        _source.cache_clear()
