@@ -27,9 +27,9 @@ from xml.etree import ElementTree
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nearfield.data.wordnet import pack
 from nearfield.methods.emoji import FOLDER, LANGUAGES, SIDE
 from nearfield.methods.on_demand import unpacked
+from nearfield.methods.wordnet import pack
 
 PACKAGES = ("fonts-noto-color-emoji", "unicode-cldr-core", "unicode-data")
 FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"

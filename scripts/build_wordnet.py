@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from nearfield.data.wordnet import FOLDER, fold_of, pack
+from nearfield.methods.wordnet import FOLDER, fold_of, pack
 
 PACKAGE = "wordnet-base"
 MIN_WORDS = 4

@@ -25,7 +25,7 @@ import numpy as np
 
 from nearfield.data.contamination import KINDS, DecontaminationConfig
 from nearfield.data.decontaminate import TrainingIndex
-from nearfield.data.wordnet import glosses_by_split
+from nearfield.methods.wordnet import glosses_by_split
 
 Edit = Callable[[str, random.Random], str]
 

@@ -74,7 +74,7 @@ READERS = Kinds(
         "mmeb": (f"{_IMAGES}:MmebReader", "MMEB's training format"),
         "image_triplets": (f"{_IMAGES}:ImageTripletsReader", "an image and an instruction ask for another image"),
         "spans": (f"{_METHODS}.spans:SpansReader", "spans of long documents (DeCLUTR)"),
-        "embedded": ("nearfield.data.wordnet:EmbeddedReader", "WordNet's nouns, shipped in the package"),
+        "embedded": (f"{_METHODS}.wordnet:EmbeddedReader", "WordNet's nouns, shipped in the package"),
         "emoji": (f"{_METHODS}.emoji:EmojiReader", "emoji with names and keywords, shipped in the package"),
         "openclipart": (f"{_METHODS}.openclipart:OpenClipartReader", "drawings with tags, from Debian's packages"),
         "debian_descriptions": (f"{_METHODS}.debian:DebianReader", "descriptions of Debian packages"),

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from nearfield.data.wordnet import FOLDER, read_synsets
 from nearfield.evaluation.config import OpenStore, TaskName, TaskSettings
 from nearfield.files import fingerprint
+from nearfield.methods.wordnet import FOLDER, read_synsets
 from nearfield.randomness import generator
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from nearfield.data.readers import ReaderBase, Row, check_header, hash_files
 from nearfield.data.table_readers import read_jsonl
 from nearfield.errors import BadInputError
 
-FOLDER = Path(__file__).parent.parent / "methods" / "embedded" / "wordnet"
+FOLDER = Path(__file__).parent / "embedded" / "wordnet"
 FOLDS = 1024
 MAX_SIBLINGS = 3
 

@@ -17,7 +17,7 @@ import pytest
 
 from nearfield.data import DataConfig, Store, build_data
 from nearfield.data.summary import DataSummary
-from nearfield.data.wordnet import FOLDER, EmbeddedReader, lemma_rows, read_synsets
+from nearfield.methods.wordnet import FOLDER, EmbeddedReader, lemma_rows, read_synsets
 from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
