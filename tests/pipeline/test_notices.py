@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import mteb
 import pytest
 
 import nearfield
@@ -15,9 +16,10 @@ from nearfield.encoders.build import build_encoder
 from nearfield.encoders.load import LoadedEncoder
 from nearfield.errors import BadInputError
 from nearfield.notices import Notice
-from nearfield.pipeline import training
+from nearfield.pipeline import open_run, status, training
 from tests.cli.command import run
 from tests.conftest import write_toy_recipe
+from tests.evaluation.conftest import Tasks
 
 OF_ENCODER = Notice("of-encoder", "this encoder is a strange one", "Take another.")
 SETTINGS = ["encoder.max_length=8", "training.max_steps=2", "batches.drop_last=false"]
@@ -118,7 +120,6 @@ def test_notices_of_scores_are_kept_and_end_a_strict_run_once_they_are_filed(
 ) -> None:
     from nearfield.evaluation import runner
     from nearfield.notices import say
-    from tests.evaluation.conftest import Tasks
 
     monkeypatch.setattr(runner, "read_columns_whole", lambda task: say(OF_ENCODER))
     tasks = Tasks(tmp_path / "tasks")
@@ -135,3 +136,36 @@ def test_notices_of_scores_are_kept_and_end_a_strict_run_once_they_are_filed(
         nearfield.train(recipe, settings, tmp_path / "strict", until="evaluate", strict=True)
     (file,) = (tmp_path / "strict" / "results").rglob("TinyRetrieval.json")
     assert [one["what"] for one in json.loads(file.read_text())["notices"]] == [OF_ENCODER.what]
+
+
+def test_an_mteb_that_scores_other_data_makes_the_evaluation_stale(
+    toy_recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said in one line by status and log; the scores are made and compared anew, once."""
+    suite, folder = tmp_path / "suite.yaml", tmp_path / "run"
+    suite.write_text(f"name: s\ntasks:\n  - {{kind: folder, path: {Tasks(tmp_path / 'tasks').sts()}}}\n")
+    toy_recipe.write_text(toy_recipe.read_text() + f"evaluation: {{suite: {suite}, baselines: [random]}}\n")
+    settings = ["training.max_steps=1"]
+    nearfield.train(toy_recipe, settings, folder)
+    opened = open_run(toy_recipe, settings, folder)
+    assert {stage.state for stage in status(opened)} == {"done"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    record = manifest["stages"]["evaluate"]
+    # As if an earlier mteb had scored an official task on earlier data.
+    now, record["versions"]["mteb"] = record["versions"]["mteb"], "2.0.0"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    results = folder / record["results"]["after"]
+    assert {stage.state for stage in status(open_run(toy_recipe, settings, folder))} == {"done"}, "none has moved"
+    revision = mteb.get_task("STS12").metadata.revision
+    (results / "STS12.json").write_text(json.dumps({"dataset_revision": "0123456789", "task_name": "STS12"}))
+    states = {stage.name: stage for stage in status(open_run(toy_recipe, settings, folder))}
+    said = f"mteb {now} scores other data than mteb 2.0.0: STS12 ({revision[:8]}, was 01234567)"
+    assert (states["evaluate"].state, states["evaluate"].detail) == ("stale", said)
+    assert [name for name, stage in states.items() if stage.state != "done"] == ["evaluate", "compare", "report"]
+    with caplog.at_level(logging.WARNING):
+        result = nearfield.train(toy_recipe, settings, folder)
+    assert [record.message for record in caplog.records if said in record.message] == [
+        f"The stage evaluate runs again: {said}"
+    ]
+    assert result.ran == ("evaluate", "compare", "report")
+    assert {stage.state for stage in status(open_run(toy_recipe, settings, folder))} == {"done"}

@@ -346,6 +346,25 @@ def read_units(folder: Path, task: str) -> tuple[pa.Table, dict[str, Any]]:
     return table, metadata
 
 
+def moved_data(folders: Iterable[Path]) -> dict[str, tuple[str, str]]:
+    """Official task -> the revision of its data that results were scored on, and the one that this mteb would score instead."""
+    import mteb
+
+    found: dict[str, tuple[str, str]] = {}
+    for file in (file for folder in folders for file in sorted(folder.glob("*.json"))):
+        result = read_json(file, "result")
+        scored = result.get("dataset_revision") if isinstance(result, dict) else None
+        if not isinstance(scored, str):
+            continue
+        try:
+            now = mteb.get_task(file.stem).metadata.revision
+        except KeyError:  # a task of a user's own, or one that mteb has no more
+            continue
+        if now != scored:
+            found[file.stem] = (scored, str(now))
+    return found
+
+
 def check_scores(folder: Path, task: str) -> None:
     """Raise :class:`DamagedError` where the scores in mteb's file of a task are not those that were written with its units."""
     try:

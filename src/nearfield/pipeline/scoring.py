@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from nearfield.encoders.source import folder_revision
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, write_json
 from nearfield.notices import from_file, in_file, refuse
-from nearfield.pipeline.stage import Job, Stage
+from nearfield.pipeline.stage import Job, Stage, StageStatus
 from nearfield.pipeline.suites import suite_content
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class EvaluateStage(Stage):
     """Scores the trained model, the base model and the baselines."""
 
     name = "evaluate"
+    packages = ("mteb",)
 
     def __init__(self, job: Job, train: TrainStage) -> None:
         super().__init__(job)
@@ -51,7 +54,38 @@ class EvaluateStage(Stage):
             left_out = {"suite", "analysed_texts"} | (set() if evaluation.dimensions else {"dimensions"})
             settings = evaluation.model_dump(mode="json", exclude=left_out)
             suite = [settings, *suite_content(evaluation.suite, self.job.run.checked.suite)]
-        return {"version": EVALUATE_VERSION, "train": self.train.fingerprint, "suite": suite}
+        moved = {"moved_data": self.moved_data} if self.moved_data else {}
+        return {"version": EVALUATE_VERSION, "train": self.train.fingerprint, "suite": suite, **moved}
+
+    @cached_property
+    def moved_data(self) -> dict[str, str]:
+        """Official task -> the data that mteb has scored it on since this run was first scored on other data."""
+        return {**self._recorded("moved_data"), **{task: now for task, (_, now) in self._newly_moved.items()}}
+
+    def _recorded(self, key: str) -> dict[str, Any]:
+        found = self.job.run.record(self.name).get(key)
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def _newly_moved(self) -> dict[str, tuple[str, str]]:
+        """Task -> the revision of its data that was scored, and another one that the mteb of today would score."""
+        if self._recorded("versions").get("mteb") in (None, self.versions()["mteb"]):
+            return {}
+        from nearfield.evaluation.results import moved_data
+
+        return moved_data([self.job.run.folder / folder for folder in self._recorded("results").values()])
+
+    def status(self) -> StageStatus:
+        """Also stale where an mteb that was installed since scores other data."""
+        found = super().status()
+        if found.state != "stale" or not self._newly_moved:
+            return found
+        return replace(found, detail=self._moved_in_words())
+
+    def _moved_in_words(self) -> str:
+        now = self.versions()["mteb"]
+        moved = [f"{task} ({new[:8]}, was {old[:8]})" for task, (old, new) in self._newly_moved.items()]
+        return f"mteb {now} scores other data than mteb {self._recorded('versions')['mteb']}: {', '.join(moved)}"
 
     def outputs(self) -> list[Path]:
         """The results."""
@@ -63,6 +97,8 @@ class EvaluateStage(Stage):
 
         evaluation = self.recipe.evaluation
         assert evaluation is not None
+        if self._newly_moved:
+            logger.warning("The stage evaluate runs again: %s", self._moved_in_words())
         self.check_model()
         models: dict[str, tuple[str | LoadedEncoder, str | None]] = {
             name: (name, None) for name in evaluation.baselines
@@ -110,7 +146,8 @@ class EvaluateStage(Stage):
         if self.job.strict:
             found = [notice for said in notices.get("after", {}).values() for notice in from_file(said)]
             refuse(found, where=str(self.job.run.folder / folders["after"]))
-        return {"results": folders} | ({"notices": notices} if notices else {})
+        more = {"notices": notices, "moved_data": self.moved_data}
+        return {"results": folders, **{key: value for key, value in more.items() if value}}
 
     def check_model(self) -> None:
         """Refuse to score a saved model that is not the one that the training wrote."""
