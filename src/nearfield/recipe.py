@@ -25,8 +25,7 @@ from nearfield.mining.config import (
     VectorsTeacher,
     dense_teachers,
 )
-from nearfield.objectives.config import InfoNCEConfig, ObjectiveConfig
-from nearfield.objectives.kinds import CombinedConfig
+from nearfield.objectives.config import CombinedConfig, InfoNCEConfig, ObjectiveConfig
 from nearfield.training.config import TrainingConfig, TrainingEvaluationConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

@@ -75,14 +75,14 @@ def test_no_batch_has_two_rows_that_clash(case: Case, size: int, keep_small: boo
     rows, known = case
     distinct, labels = rule in ("both", "items", "labels"), rule == "labels"
     used = known if rule in ("both", "known", "labels") else None
-    claims = find_conflicts(rows, distinct=distinct, known=used, distinct_labels=labels)
+    conflicts = find_conflicts(rows, distinct=distinct, known=used, distinct_labels=labels)
     order = np.random.default_rng(len(rows)).permutation(len(rows))
     if distinct:
-        twice = repeats_itself(claims)
+        twice = repeats_itself(conflicts)
         plain = [len(items_of(rows, row)) < 1 + len(rows.positives[row]) + len(rows.negatives[row]) for row in order]
         assert twice[order].tolist() == plain
         order = order[~twice[order]]
-    made = assign(order, size, claims, keep_small=keep_small)
+    made = assign(order, size, conflicts, keep_small=keep_small)
     assert sorted([*made.rows.tolist(), *made.left.tolist()]) == sorted(order.tolist())
     assert made.sizes.sum() == len(made.rows)
     assert all(count == size or (keep_small and 2 <= count < size) for count in made.sizes)
@@ -123,10 +123,10 @@ def test_it_fills_as_many_batches_as_first_fit() -> None:
     ours = plain = 0
     for seed in range(60):
         rows, _ = make_case(60, 40 + 2 * seed, seed % 2 == 0, seed)
-        claims = find_conflicts(rows, distinct=True, known=None)
+        conflicts = find_conflicts(rows, distinct=True, known=None)
         order = np.random.default_rng(seed).permutation(60)
-        order = order[~repeats_itself(claims)[order]]
-        ours += len(assign(order, 4, claims).sizes)
+        order = order[~repeats_itself(conflicts)[order]]
+        ours += len(assign(order, 4, conflicts).sizes)
         plain += first_fit(rows, order.tolist(), 4)
     assert ours >= plain
 
@@ -143,12 +143,12 @@ def test_one_clash_costs_no_batch() -> None:
 
 def test_an_order_without_clashes_stays_as_it_is() -> None:
     rows = PlannedRows.of([0] * 7, np.arange(7), np.arange(7), Ragged.single(np.arange(10, 17)), Ragged.empty(7))
-    claims = find_conflicts(rows, distinct=True, known=None)
+    conflicts = find_conflicts(rows, distinct=True, known=None)
     order = np.array([3, 1, 4, 6, 5, 2, 0])
-    made = assign(order, 3, claims)
+    made = assign(order, 3, conflicts)
     assert (made.rows.tolist(), made.left.tolist(), made.moved) == ([3, 1, 4, 6, 5, 2], [0], 0)
-    assert assign(order[:6], 4, claims, keep_small=True).sizes.tolist() == [4, 2]
-    assert assign(order, 3, claims, keep_small=True).left.tolist() == [0]
+    assert assign(order[:6], 4, conflicts, keep_small=True).sizes.tolist() == [4, 2]
+    assert assign(order, 3, conflicts, keep_small=True).left.tolist() == [0]
 
 
 def test_an_item_of_most_rows_ends_soon() -> None:
@@ -156,9 +156,9 @@ def test_an_item_of_most_rows_ends_soon() -> None:
     count = 20_000
     document = count + np.arange(count) % 5
     rows = PlannedRows.of(np.zeros(count, dtype=np.int64), np.arange(count), np.arange(count), Ragged.single(document), Ragged.empty(count))  # fmt: skip
-    claims = find_conflicts(rows, distinct=True, known=None)
-    assert len(assign(np.arange(count), 64, claims).left) == count
-    kept = assign(np.arange(count), 64, claims, keep_small=True)
+    conflicts = find_conflicts(rows, distinct=True, known=None)
+    assert len(assign(np.arange(count), 64, conflicts).left) == count
+    kept = assign(np.arange(count), 64, conflicts, keep_small=True)
     assert set(kept.sizes.tolist()) == {5}
     assert len(kept.left) == 0
 
@@ -177,10 +177,10 @@ def test_clashes_are_counted_as_a_loop_counts_them(case: Case, size: int) -> Non
             seen |= items_of(rows, row)
             shunned = [set(known[int(rows.query[o])].tolist()) for o in inside if o != row and np.isnan(rows.score[o])]
             met += sum(any(item in of for of in shunned) for item in items_of(rows, row))
-    claims = find_conflicts(rows, distinct=True, known=None)
-    clean = ~repeats_itself(claims)
+    conflicts = find_conflicts(rows, distinct=True, known=None)
+    clean = ~repeats_itself(conflicts)
     if clean.all():
-        assert count_conflicts(claims, batch)[0] == repeated
+        assert count_conflicts(conflicts, batch)[0] == repeated
         assert count_conflicts(find_conflicts(rows, distinct=False, known=known), batch)[1] == met
 
 
@@ -189,8 +189,8 @@ def test_items_may_have_any_numbers(base: int) -> None:
     """The numbers of items are no sizes of arrays."""
     query = np.array([base, base + 1, base, base + 3])
     rows = PlannedRows.of([0] * 4, np.arange(4), query, Ragged.single(query + 100), Ragged.empty(4))
-    claims = find_conflicts(rows, distinct=True, known=None)
-    assert [claims.holds[row].size for row in range(4)] == [2, 0, 2, 0]
-    assert isinstance(claims, Conflicts)
-    made = assign(np.array([0, 2, 1, 3]), 2, claims)
+    conflicts = find_conflicts(rows, distinct=True, known=None)
+    assert [conflicts.items[row].size for row in range(4)] == [2, 0, 2, 0]
+    assert isinstance(conflicts, Conflicts)
+    made = assign(np.array([0, 2, 1, 3]), 2, conflicts)
     assert sorted(map(sorted, members(made))) in ([[0, 1], [2, 3]], [[0, 3], [1, 2]])

@@ -33,8 +33,8 @@ from nearfield.encoders.vision_language import (
     unused_parameters,
 )
 from nearfield.errors import BadInputError
+from nearfield.methods.carol import CAROLConfig
 from nearfield.objectives.config import InfoNCEConfig
-from nearfield.objectives.more_kinds import CAROLConfig
 from nearfield.training.chunks import Cut
 from nearfield.training.launch import Launch
 

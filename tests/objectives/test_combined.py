@@ -11,8 +11,7 @@ import torch
 from nearfield.errors import BadInputError
 from nearfield.objectives import CombinedConfig
 from nearfield.objectives.combined import Combined
-from nearfield.objectives.config import Reading, Surroundings
-from nearfield.objectives.kinds import PartConfig
+from nearfield.objectives.config import PartConfig, Reading, Surroundings
 from tests.objectives.test_family import assert_same, build, gradients, make, mean
 
 SOURCES = {0: "search", 1: "pairs"}

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from nearfield.errors import BadInputError
-from nearfield.objectives import ObjectiveConfig, distillation, sigmoid, supervised
-from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.methods.unicom import Unicom
+from nearfield.objectives import ObjectiveConfig, blocks
+from nearfield.objectives.batch import ContrastiveBatch, Objective
 from nearfield.objectives.config import Surroundings
-from nearfield.objectives.objective import Objective
-from nearfield.objectives.prototypes import Unicom
 
 DIM, GUIDE = 8, 5
 NOTHING: Any = None
@@ -318,7 +317,7 @@ def test_kl_in_batch_is_over_all_documents(monkeypatch: pytest.MonkeyPatch) -> N
     expected = (teacher * (teacher.log() - student)).sum(dim=1).mean()
     ours = build(**SETTINGS["kl in batch"])
     assert_same(mean(ours, batch), expected, batch)
-    monkeypatch.setattr(distillation, "CELLS", 2 * len(batch.documents))
+    monkeypatch.setattr(blocks, "LOGITS_AT_ONCE", 2 * len(batch.documents))
     assert_same(mean(ours, batch), expected, batch)
 
 
@@ -365,7 +364,7 @@ def test_supcon_is_that_of_plain_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = [0, 1, 0, 2, 1, 0, 1, 0, 2, 1]
     expected = torch.stack(supcon(texts, labels, 0.1)).mean()
     assert_same(mean(build(kind="supcon"), batch), expected, batch)
-    monkeypatch.setattr(supervised, "CELLS", 30)
+    monkeypatch.setattr(blocks, "LOGITS_AT_ONCE", 30)
     assert_same(mean(build(kind="supcon"), batch), expected, batch)
     counts = [labels.count(label) for label in labels]
     weights = [len(labels) / n / sum(1 / m for m in counts) for n in counts]
@@ -466,7 +465,7 @@ def test_siglip_is_that_of_plain_loops(monkeypatch: pytest.MonkeyPatch) -> None:
                 terms.append(-torch.nn.functional.logsigmoid(sign * (cosine[row, c] / 0.5 - 1.0)))
     expected = torch.stack(terms).sum() / 5
     assert_same(mean(objective, batch), expected, batch, 1e-7)  # parameters begin in float32
-    monkeypatch.setattr(sigmoid, "CELLS", 20)
+    monkeypatch.setattr(blocks, "LOGITS_AT_ONCE", 20)
     assert_same(mean(objective, batch), expected, batch, 1e-7)
     assert objective.watch(batch) == pytest.approx({"temperature": 0.5, "bias": -1.0})
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from nearfield.conformance.cases import OBJECTIVES
-from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.objectives.batch import ContrastiveBatch, Objective
 from nearfield.objectives.config import Surroundings
-from nearfield.objectives.objective import Objective
-from nearfield.objectives.watching import similarities, watch
+from nearfield.objectives.diagnostics import similarities, watch
 from nearfield.training.chunks import split_rows
 from tests.objectives.test_family import DIM, GUIDE, NAMES, SETTINGS, build, make
 

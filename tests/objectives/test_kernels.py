@@ -14,7 +14,7 @@ from nearfield.errors import BadInputError
 from nearfield.objectives import InfoNCEConfig
 from nearfield.objectives.infonce import InfoNCE
 from tests.objectives.options import SOURCES, configs, random_batch
-from tests.objectives.test_blockwise import RICH, evaluate
+from tests.objectives.test_statistics import RICH, evaluate
 
 installed = importlib.util.find_spec("triton") is not None
 interpreted = pytest.mark.skipif(not installed, reason="triton is not installed: `pip install triton` (Linux)")

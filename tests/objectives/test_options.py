@@ -15,11 +15,10 @@ from torch import Tensor
 
 from nearfield.errors import BadInputError
 from nearfield.objectives import InfoNCEConfig
+from nearfield.objectives.blocks import limits
 from nearfield.objectives.config import FocalConfig, ScoreMaskConfig, SpreadConfig
-from nearfield.objectives.infonce import ContrastiveBatch, InfoNCE
-from nearfield.objectives.masks import limits
+from nearfield.objectives.infonce import ContrastiveBatch, InfoNCE, spread
 from nearfield.objectives.softmax import focal_weight
-from nearfield.objectives.spread import spread
 from tests.objectives.loops import row_losses
 from tests.objectives.options import DIM, SOURCES, configs, random_batch
 
@@ -337,7 +336,7 @@ def test_mixtures_are_drawn_again_the_same_and_belong_to_their_row() -> None:
 
 def test_mixtures_have_unit_length_and_their_score_is_the_mean_of_the_parts() -> None:
     from nearfield.objectives.config import MixingConfig
-    from nearfield.objectives.mixing import mixed_scores
+    from nearfield.objectives.infonce import mixed_scores
 
     batch = random_batch(8, 5, negatives=3, repeats=False)
     negatives = (~batch.is_positive).nonzero().squeeze(1)

@@ -19,7 +19,7 @@ from nearfield.objectives import InfoNCEConfig
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Ring
 from nearfield.objectives.config import SpreadConfig
 from tests.objectives.options import configs, random_batch
-from tests.objectives.test_blockwise import build
+from tests.objectives.test_statistics import build
 from tests.patience import PATIENCE
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nearfield.errors import BadInputError
 from nearfield.objectives import InfoNCEConfig
-from nearfield.objectives.objective import Objective
+from nearfield.objectives.batch import Objective
 from nearfield.training.chunks import TextPool, split_rows
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import check_ring, open_queue

@@ -13,9 +13,9 @@ import torch
 from nearfield.arrays import Rows
 from nearfield.batching.plan import Batch
 from nearfield.errors import BadInputError, NonFiniteError
-from nearfield.objectives import watching
+from nearfield.objectives import diagnostics
+from nearfield.objectives.diagnostics import similarities
 from nearfield.objectives.infonce import ContrastiveBatch, LossSum
-from nearfield.objectives.watching import similarities
 from nearfield.training import TrainingConfig
 from nearfield.training.chunks import TextPool, TrainingData
 from nearfield.training.config import AdamWConfig
@@ -167,9 +167,9 @@ def test_of_many_queries_some_are_watched(monkeypatch: pytest.MonkeyPatch) -> No
     documents = torch.eye(2).repeat(9, 1)
     whole = similarities(seen(queries, documents))
     assert whole["positive_similarity"] == pytest.approx(float(angles.cos().mean()))
-    monkeypatch.setattr(watching, "ROWS", 3)
+    monkeypatch.setattr(diagnostics, "ROWS", 3)
     part = similarities(seen(queries, documents))
-    drawn = watching.sample(9, 3, None, "rows")
+    drawn = diagnostics.sample(9, 3, None, "rows")
     assert part["positive_similarity"] == pytest.approx(float(angles[drawn].cos().mean()))
 
 

@@ -12,8 +12,7 @@ import torch
 
 from nearfield.batching.plan import Batch
 from nearfield.objectives import InfoNCEConfig
-from nearfield.objectives.batch import ContrastiveBatch, LossSum
-from nearfield.objectives.objective import Objective
+from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
 from nearfield.training import memory
 from nearfield.training.chunks import TrainingData
 from nearfield.training.engine import Engine

@@ -15,8 +15,8 @@ import torch
 
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, NonFiniteError
+from nearfield.objectives.diagnostics import similarities
 from nearfield.objectives.infonce import ContrastiveBatch
-from nearfield.objectives.watching import similarities
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training import TrainingConfig
 from nearfield.training.config import AdamWConfig

@@ -23,35 +23,36 @@ from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import DecoderConfig, EncoderConfig, ImageTowerConfig, LoRAConfig
 from nearfield.encoders.token_task import TokenTask
 from nearfield.encoders.vision_language import row_ids
-from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.methods.carol import CAROLConfig
+from nearfield.methods.cmim import CMIMConfig
+from nearfield.methods.hiprbert import HiPrBERTConfig
+from nearfield.methods.masked_tokens import MaskedTokensConfig
+from nearfield.methods.mcse import MCSEConfig
+from nearfield.methods.ntxent import NTXentConfig
+from nearfield.methods.sbcl import SBCLConfig
+from nearfield.methods.simlap import SimLAPConfig
+from nearfield.methods.unicom import UnicomConfig
+from nearfield.objectives.batch import ContrastiveBatch, Objective
 from nearfield.objectives.config import (
+    CombinedConfig,
+    CoSENTConfig,
+    EmbeddingDistillationConfig,
     FocalConfig,
     HardnessConfig,
     InfoNCEConfig,
     MatryoshkaConfig,
     MixingConfig,
     ObjectiveSettings,
-    ScoreMaskConfig,
-    SpreadConfig,
-    Surroundings,
-)
-from nearfield.objectives.kinds import (
-    CombinedConfig,
-    CoSENTConfig,
-    EmbeddingDistillationConfig,
-    MaskedTokensConfig,
-    NTXentConfig,
     PartConfig,
     ScoreDistillationConfig,
+    ScoreMaskConfig,
     SigLIPConfig,
     SimCSEConfig,
+    SpreadConfig,
     SupConConfig,
+    Surroundings,
     TripletConfig,
-    UnicomConfig,
 )
-from nearfield.objectives.label_kinds import HiPrBERTConfig, SBCLConfig, SimLAPConfig
-from nearfield.objectives.more_kinds import CAROLConfig, CMIMConfig, MCSEConfig
-from nearfield.objectives.objective import Objective
 from nearfield.objectives.queue import MemoryQueue
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.base import Backend

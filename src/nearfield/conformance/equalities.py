@@ -33,9 +33,9 @@ from nearfield.conformance.cases import (
     one_step,
     whole,
 )
+from nearfield.methods.carol import CAROLConfig
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings
 from nearfield.objectives.infonce import can_ring
-from nearfield.objectives.more_kinds import CAROLConfig
 from nearfield.training import step as step_module
 from nearfield.training.backends.base import Backend
 from nearfield.training.checkpoint import CheckpointWriter, open_checkpoint, read_tensors

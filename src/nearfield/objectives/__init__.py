@@ -8,8 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nearfield.objectives.config import InfoNCEConfig, ObjectiveConfig
-from nearfield.objectives.kinds import CombinedConfig
+from nearfield.objectives.config import CombinedConfig, InfoNCEConfig, ObjectiveConfig
 
 if TYPE_CHECKING:
     from nearfield.objectives.sentence_transformers import CachedInfoNCELoss, InfoNCELoss

@@ -1,4 +1,4 @@
-"""What an objective is given and what it gives back."""
+"""What an objective is given, what it gives back, and what it is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _OF_DOCUMENTS = {"documents", "is_positive", "document_ids", "document_labels", "guide_documents", "teacher_scores"}
 """Fields that have a line a document; all other tensors have one a query."""
@@ -168,3 +168,50 @@ class LossSum:
             return [torch.zeros_like(tensor) for tensor in inputs]
         mean = self.total * (weight / self.denominator)
         return list(torch.autograd.grad(mean, list(inputs), allow_unused=True, materialize_grads=True))
+
+
+class Objective(nn.Module):
+    """Takes a :class:`ContrastiveBatch` and returns a :class:`LossSum`; its parameters are trained with the encoder's."""
+
+    contrasts = True
+    """Whether it holds queries and documents against each other, so that it tells something how alike they are."""
+    wants_tokens = False
+    """Whether the batch must bring the tokens of its queries."""
+
+    def zero(self, *others: Tensor) -> Tensor:
+        """0, of which all parameters and ``others`` are a part: what a process has no use for still gets a gradient, of zero,
+        as the reductions between processes want."""
+        return torch.stack([tensor.sum() * 0 for tensor in (*self.parameters(), *others)]).sum()
+
+    def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
+        """Figures that say how the learning goes, by name; called without gradient, now and then, by one process."""
+        return {}
+
+
+def own_documents(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
+    """(n,) documents of this process's rows, and (n,) the row of each by its place."""
+    place = batch.row_places()[batch.owner]
+    documents = (place >= 0).nonzero().squeeze(1)
+    return documents, place[documents]
+
+
+def own_triples(batch: ContrastiveBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """(n,) positives and (n,) explicit negatives of each row, every positive with every negative, and (n,) the row."""
+    documents, row = own_documents(batch)
+    positive = batch.is_positive[documents]
+    positives, negatives = documents[positive], documents[~positive]
+    positive_row, negative_row = row[positive], row[~positive]
+    order = torch.argsort(positive_row, stable=True)
+    positives = positives[order]
+    count = torch.bincount(positive_row, minlength=len(batch.local_rows()))
+    times = count[negative_row]
+    first = (count.cumsum(0) - count)[negative_row]
+    begin = (times.cumsum(0) - times).repeat_interleave(times)
+    which = torch.arange(int(times.sum()), device=row.device) - begin + first.repeat_interleave(times)
+    return positives[which], negatives.repeat_interleave(times), negative_row.repeat_interleave(times)
+
+
+def row_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """(n,) values and the row of each -> (rows,) their means; 0 for a row of none."""
+    total = values.new_zeros(rows).index_add(0, row, values)
+    return total / torch.bincount(row, minlength=rows).clamp_min(1)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.config import InfoNCEConfig
-from nearfield.objectives.masks import Block, Guide, Join, limits
-from nearfield.objectives.problem import Problem
-from nearfield.objectives.vectors import Lines, Side, Vectors
+from nearfield.objectives.blocks import Block, Guide, Join, Lines, Side, SoftmaxInputs, Vectors, limits
+
+if TYPE_CHECKING:
+    from nearfield.objectives.config import InfoNCEConfig
 
 NONE = -1
 _SIDES: dict[str, Side] = {"query": "query", "document": "document", "queue": "queue"}
@@ -23,7 +24,7 @@ _SIDES: dict[str, Side] = {"query": "query", "document": "document", "queue": "q
 class Layout:
     """The softmaxes of this process's R rows: T pairs of a query and a positive, E of a query and an explicit negative."""
 
-    problem: Problem
+    problem: SoftmaxInputs
     rows: Tensor
     """(R,) int64: queries by number."""
     positive_row: Tensor
@@ -47,7 +48,7 @@ def lay_out(
 
     Candidates are the queries and documents from the numbers ``start`` on.
     """
-    _complain(config, batch)
+    _check(config, batch)
     rows = batch.local_rows()
     place = batch.row_places()
     mine = place[batch.owner] >= 0
@@ -81,14 +82,14 @@ def lay_out(
     blocks: dict[str, Block] = {name: parts.block(name) for name in config.all_directions if parts.stands(name)}
     if config.queue and queue is not None and start == (0, 0):
         blocks["query_queue"] = parts.block("query_queue")
-    problem = Problem(
+    problem = SoftmaxInputs(
         vectors, queries, documents, blocks, config.similarity == "cosine", config.label_smoothing > 0, tile
     )
     kept = parts.keep_negatives(negatives, None if scores is None else scores[:, len(positives) :], len(prefixes))
     return Layout(problem, rows, local, len(positives), place[batch.owner[negatives]], kept)
 
 
-def _complain(config: InfoNCEConfig, batch: ContrastiveBatch) -> None:
+def _check(config: InfoNCEConfig, batch: ContrastiveBatch) -> None:
     if config.guide_mask is not None and (batch.guide_queries is None or batch.guide_documents is None):
         raise BadInputError(
             "guide_mask wants a guide model's embeddings of the batch, and there are none",

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from nearfield.errors import BadInputError
-from nearfield.objectives.batch import ContrastiveBatch, LossSum
+from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
 from nearfield.objectives.config import Surroundings
-from nearfield.objectives.objective import Objective
 
 if TYPE_CHECKING:
-    from nearfield.objectives.kinds import CombinedConfig, PartConfig
+    from nearfield.objectives.config import CombinedConfig, PartConfig
 
 
 class Combined(Objective):
@@ -89,7 +88,7 @@ class Combined(Objective):
     def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
         """The parts' figures; ``loss/<part>`` and ``weight/<part>``; a figure that several have is ``<figure>/<part>`` after
         the first."""
-        from nearfield.objectives.watching import watched_rows
+        from nearfield.objectives.diagnostics import watched_rows
 
         found: dict[str, float] = {}
         for objective, name, weight, some, _ in self._batches(replace(batch, rows=None)):

@@ -1,4 +1,4 @@
-"""Settings of the objectives; ``kind`` picks one."""
+"""Settings of the objectives; ``kind`` picks one. Those of methods that an ordinary run does not need are in ``nearfield.methods``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,26 @@ from pydantic import Field, model_validator
 
 from nearfield.config import Config, KindSettings
 from nearfield.encoders.config import TokenTaskConfig
+from nearfield.errors import BadInputError
 from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
+    from nearfield.objectives.batch import Objective
+    from nearfield.objectives.combined import Combined
+    from nearfield.objectives.distillation import EmbeddingDistillation, ScoreDistillation
     from nearfield.objectives.infonce import InfoNCE
-    from nearfield.objectives.objective import Objective
+    from nearfield.objectives.labels import SupCon
+    from nearfield.objectives.pairwise import CosineRegression, Ranking, SigLIP, Triplet
+
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, Field(gt=0, le=1)]
+Names = Mapping[int, str] | Sequence[str]
+"""The name of each source by its number."""
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+SIMILARITIES: tuple[Similarity, ...] = ("cosine", "dot", "euclidean", "manhattan")
 ANY_EXAMPLES = ("retrieval", "graded", "labelled", "text")
 Direction = Literal["query_document", "query_query", "document_query", "document_document"]
 
@@ -134,7 +146,7 @@ class ObjectiveSettings(KindSettings):
     """The kinds of examples that it learns from."""
 
     @abstractmethod
-    def build(self, sources: Mapping[int, str] | Sequence[str] = (), around: Surroundings | None = None) -> Objective:
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> Objective:
         """The objective; ``sources`` gives the name of each source's number where settings name sources."""
 
     def for_model(self, similarity: str) -> Self:
@@ -197,31 +209,40 @@ class ObjectiveSettings(KindSettings):
         return self.kind if temperature is None else f"{self.kind}, temperature {temperature:g}"
 
 
-_CORE, _MORE, _LABELS = (f"nearfield.objectives.{module}" for module in ("kinds", "more_kinds", "label_kinds"))
+_HERE, _METHODS = "nearfield.objectives.config", "nearfield.methods"
 OBJECTIVES = Kinds(
     "objectives",
-    "nearfield.objectives.config:ObjectiveSettings",
+    f"{_HERE}:ObjectiveSettings",
     {
-        "infonce": ("nearfield.objectives.config:InfoNCEConfig", "in-batch and explicit negatives, masks and weights"),
-        "cosent": (f"{_CORE}:CoSENTConfig", "graded pairs: pairs with higher scores are more similar"),
-        "angle": (f"{_CORE}:AngleConfig", "cosent of the angle in complex space"),
-        "cosine_regression": (f"{_CORE}:CosineRegressionConfig", "graded pairs: the cosine is the score"),
-        "triplet": (f"{_CORE}:TripletConfig", "the positive is nearer than the negative by a margin"),
-        "distil_scores": (f"{_CORE}:ScoreDistillationConfig", "the student scores documents as the teacher does"),
-        "distil_embeddings": (f"{_CORE}:EmbeddingDistillationConfig", "the student's embeddings are the guide's"),
-        "supcon": (f"{_CORE}:SupConConfig", "labelled texts: those of one label are nearer than all others"),
-        "sbcl": (f"{_LABELS}:SBCLConfig", "labelled texts: supcon of labels and of subclasses of equal size"),
-        "hiprbert": (f"{_LABELS}:HiPrBERTConfig", "labelled texts: the nearer in a tree of labels, the more similar"),
-        "simlap": (f"{_LABELS}:SimLAPConfig", "labelled texts: the parts of a vector that a pair of labels is about"),
-        "carol": (f"{_MORE}:CAROLConfig", "texts: rebuild what was deleted, and contrast"),
-        "unicom": (f"{_CORE}:UnicomConfig", "labelled texts or images: a margin softmax over a prototype a label"),
-        "siglip": (f"{_CORE}:SigLIPConfig", "pairs: a sigmoid of each pair instead of a softmax"),
-        "simcse": (f"{_CORE}:SimCSEConfig", "texts: two passes with other dropout are a pair"),
-        "mcse": (f"{_MORE}:MCSEConfig", "texts and images: simcse, grounded in the images"),
-        "ntxent": (f"{_CORE}:NTXentConfig", "pairs: both texts look for each other among all texts"),
-        "cmim": (f"{_MORE}:CMIMConfig", "texts and images: mutual information of their vectors"),
-        "masked_tokens": (f"{_CORE}:MaskedTokensConfig", "texts: predict hidden tokens"),
-        "combined": (f"{_CORE}:CombinedConfig", "a weighted sum of objectives"),
+        "infonce": (f"{_HERE}:InfoNCEConfig", "in-batch and explicit negatives, masks and weights"),
+        "cosent": (f"{_HERE}:CoSENTConfig", "graded pairs: pairs with higher scores are more similar"),
+        "angle": (f"{_HERE}:AngleConfig", "cosent of the angle in complex space"),
+        "cosine_regression": (f"{_HERE}:CosineRegressionConfig", "graded pairs: the cosine is the score"),
+        "triplet": (f"{_HERE}:TripletConfig", "the positive is nearer than the negative by a margin"),
+        "distil_scores": (f"{_HERE}:ScoreDistillationConfig", "the student scores documents as the teacher does"),
+        "distil_embeddings": (f"{_HERE}:EmbeddingDistillationConfig", "the student's embeddings are the guide's"),
+        "supcon": (f"{_HERE}:SupConConfig", "labelled texts: those of one label are nearer than all others"),
+        "sbcl": (f"{_METHODS}.sbcl:SBCLConfig", "labelled texts: supcon of labels and of subclasses of equal size"),
+        "hiprbert": (
+            f"{_METHODS}.hiprbert:HiPrBERTConfig",
+            "labelled texts: the nearer in a tree of labels, the more similar",
+        ),
+        "simlap": (
+            f"{_METHODS}.simlap:SimLAPConfig",
+            "labelled texts: the parts of a vector that a pair of labels is about",
+        ),
+        "carol": (f"{_METHODS}.carol:CAROLConfig", "texts: rebuild what was deleted, and contrast"),
+        "unicom": (
+            f"{_METHODS}.unicom:UnicomConfig",
+            "labelled texts or images: a margin softmax over a prototype a label",
+        ),
+        "siglip": (f"{_HERE}:SigLIPConfig", "pairs: a sigmoid of each pair instead of a softmax"),
+        "simcse": (f"{_HERE}:SimCSEConfig", "texts: two passes with other dropout are a pair"),
+        "mcse": (f"{_METHODS}.mcse:MCSEConfig", "texts and images: simcse, grounded in the images"),
+        "ntxent": (f"{_METHODS}.ntxent:NTXentConfig", "pairs: both texts look for each other among all texts"),
+        "cmim": (f"{_METHODS}.cmim:CMIMConfig", "texts and images: mutual information of their vectors"),
+        "masked_tokens": (f"{_METHODS}.masked_tokens:MaskedTokensConfig", "texts: predict hidden tokens"),
+        "combined": (f"{_HERE}:CombinedConfig", "a weighted sum of objectives"),
     },
 )
 ObjectiveConfig = Annotated[ObjectiveSettings, OBJECTIVES]
@@ -343,9 +364,329 @@ class InfoNCEConfig(ObjectiveSettings):
         """Whether the batch must bring a guide model's embeddings."""
         return self.guide_mask is not None
 
-    def build(self, sources: Mapping[int, str] | Sequence[str] = (), around: Surroundings | None = None) -> InfoNCE:
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> InfoNCE:
         """The objective; ``sources`` gives the name of each source's number where settings name sources."""
         from nearfield.objectives.infonce import InfoNCE
 
         named = dict(sources) if isinstance(sources, Mapping) else dict(enumerate(sources))
         return InfoNCE(self, named)
+
+
+class CoSENTConfig(ObjectiveSettings):
+    """Pairs with a higher score shall be more similar than pairs with a lower one, over all pairs of the global batch."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("graded",)
+
+    kind: Literal["cosent"] = "cosent"
+    temperature: Positive = 0.05
+    """Differences of similarities are divided by it."""
+    similarity: Similarity = "cosine"
+    """Where it is not said, as the base compares its vectors."""
+
+    def for_model(self, similarity: str) -> Self:
+        return compared_as(self, "similarity", similarity, SIMILARITIES)
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset({self.similarity})
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> Ranking:
+        from nearfield.objectives.pairwise import Ranking
+
+        return Ranking(self.similarity, self.temperature)
+
+
+class AngleConfig(ObjectiveSettings):
+    """CoSENT of the angle in complex space instead of the cosine (AnglE, arXiv 2309.12871)."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("graded",)
+
+    kind: Literal["angle"] = "angle"
+    temperature: Positive = 0.05
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> Ranking:
+        from nearfield.objectives.pairwise import Ranking
+
+        return Ranking("angle", self.temperature)
+
+
+class CosineRegressionConfig(ObjectiveSettings):
+    """The squared difference of a pair's cosine and its score."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("graded",)
+
+    kind: Literal["cosine_regression"] = "cosine_regression"
+
+    @property
+    def score_bounds(self) -> tuple[float, float]:
+        return -1.0, 1.0
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> CosineRegression:
+        from nearfield.objectives.pairwise import CosineRegression
+
+        return CosineRegression()
+
+
+class TripletConfig(ObjectiveSettings):
+    """A query shall be nearer to its positive than to its own explicit negative, by a margin."""
+
+    kind: Literal["triplet"] = "triplet"
+    distance: Similarity = "cosine"
+    """Where it is not said, as the base compares its vectors; ``dot`` is the dot product with its sign turned."""
+    margin: NotNegative = 0.2
+    """Of euclidean distances of vectors that are not of unit length, 5 is common."""
+
+    def for_model(self, similarity: str) -> Self:
+        return compared_as(self, "distance", similarity, SIMILARITIES)
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset({self.distance})
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> Triplet:
+        from nearfield.objectives.pairwise import Triplet
+
+        return Triplet(self.distance, self.margin)
+
+
+class ScoreDistillationConfig(ObjectiveSettings):
+    """The student's scores of documents shall be the teacher's."""
+
+    kind: Literal["distil_scores"] = "distil_scores"
+    loss: Literal["kl", "margin_mse"] = "kl"
+    """``kl``: of the softmaxes over a query's candidates. ``margin_mse``: the squared difference of score(positive) -
+    score(negative)."""
+    teacher: Literal["scores", "vectors"] = "scores"
+    """``scores``: what the miner's teacher gave to an example's positives and negatives. ``vectors``: similarities of the
+    guide's vectors."""
+    candidates: Literal["own", "in_batch"] = "own"
+    """Of ``kl``: a query's own positives and negatives, or (with ``vectors``) all documents of the global batch."""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    """Where it is not said, ``dot`` for a base that compares its vectors so."""
+    temperature: Positive = 0.05
+    """Of ``kl``: the student's scores are divided by it."""
+    teacher_temperature: Positive | None = None
+    """Of ``kl``: the teacher's scores are divided by it; null takes the student's. A cross-encoder's scores want one that
+    fits their spread."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ScoreDistillationConfig:
+        if self.candidates == "in_batch" and (self.teacher == "scores" or self.loss == "margin_mse"):
+            raise ValueError("candidates in_batch are scored by vectors (teacher: vectors), with the loss kl")
+        return self
+
+    def for_model(self, similarity: str) -> Self:
+        return compared_as(self, "similarity", similarity, ("cosine", "dot"))
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset({self.similarity})
+
+    @property
+    def needs_guide(self) -> bool:
+        return self.teacher == "vectors"
+
+    @property
+    def needs_teacher_scores(self) -> bool:
+        return self.teacher == "scores"
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> ScoreDistillation:
+        from nearfield.objectives.distillation import ScoreDistillation
+
+        return ScoreDistillation(self)
+
+
+class EmbeddingDistillationConfig(ObjectiveSettings):
+    """The student's embeddings of queries and documents shall be the guide's vectors, which are of unit length."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("retrieval", "graded", "labelled")
+
+    kind: Literal["distil_embeddings"] = "distil_embeddings"
+    distance: Literal["mse", "l2", "cosine"] = "mse"
+    projection: Literal["auto", "always"] = "auto"
+    """A learnt linear map from the student's to the teacher's width: ``auto`` where they differ. It is no part of the model
+    that is saved."""
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def needs_guide(self) -> bool:
+        return True
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> EmbeddingDistillation:
+        from nearfield.objectives.distillation import EmbeddingDistillation
+
+        around = around or Surroundings()
+        return EmbeddingDistillation(self.distance, self.projection == "always", around.width, around.guide_width)
+
+
+class SupConConfig(ObjectiveSettings):
+    """Supervised contrastive loss (Khosla et al. 2020): texts of one label shall be nearer than all others."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("labelled",)
+
+    kind: Literal["supcon"] = "supcon"
+    temperature: Positive = 0.1
+    class_weights: Literal["none", "inverse"] = "none"
+    """``inverse``: an anchor counts one over the texts of its label in the batch, scaled to a mean of 1, so that labels count
+    alike (the contrastive part of CAROL, arXiv 2410.22197, in a working form of ours)."""
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> SupCon:
+        from nearfield.objectives.labels import SupCon
+
+        return SupCon(self.temperature, self.class_weights == "inverse")
+
+
+class SigLIPConfig(ObjectiveSettings):
+    """A binary decision for each query and document: whether they belong together (SigLIP, arXiv 2303.15343)."""
+
+    kind: Literal["siglip"] = "siglip"
+    temperature: Positive = 0.1
+    """Of the start; it is learnt."""
+    bias: float = -10.0
+    """Of the start; it is learnt: most pairs do not belong together."""
+    mask_known_positives: bool = True
+    """Leave out pairs that are known to belong together, beside the batch's own."""
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> SigLIP:
+        from nearfield.objectives.pairwise import SigLIP
+
+        return SigLIP(self)
+
+
+class SimCSEConfig(ObjectiveSettings):
+    """A text encoded twice, with other dropout, against the batch's other texts (SimCSE, arXiv 2104.08821).
+
+    The queries of any examples (the first of a pair, a labelled text) are the texts; what else an example has is not used.
+    """
+
+    example_kinds: ClassVar[tuple[str, ...]] = ANY_EXAMPLES
+
+    kind: Literal["simcse"] = "simcse"
+    temperature: Positive = 0.05
+    similarity: Literal["cosine", "dot"] = "cosine"
+    """Where it is not said, ``dot`` for a base that compares its vectors so."""
+
+    def for_model(self, similarity: str) -> Self:
+        return compared_as(self, "similarity", similarity, ("cosine", "dot"))
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset({self.similarity})
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(views=2)
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> InfoNCE:
+        return InfoNCEConfig(temperature=self.temperature, similarity=self.similarity).build()
+
+
+class PartConfig(Config):
+    """One of several objectives: its sources, and its weight over the run."""
+
+    objective: Annotated[ObjectiveSettings, OBJECTIVES.without("combined")]
+    name: str | None = None
+    """What figures call it; null takes the objective's kind."""
+    sources: tuple[str, ...] | None = None
+    """Whose examples it learns from; null takes all that it can."""
+    each_source: bool = False
+    """Whether the examples of each source are contrasted among themselves, and the losses of all sources added."""
+    weight: NotNegative = 1.0
+    """What the mean loss of its examples is multiplied by."""
+    final_weight: NotNegative | None = None
+    """The weight at the end; null keeps it."""
+    begin: Share = 0.0
+    end: Share = 1.0
+    """Shares of the run between which the weight goes evenly from the one to the other; equal ones switch."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> PartConfig:
+        if self.begin > self.end:
+            raise ValueError(f"begin {self.begin:g} is after end {self.end:g}")
+        return self
+
+    def takes(self, source: str, kind: str) -> bool:
+        """Whether it learns from a source whose examples are of this kind."""
+        return kind in self.objective.learns_from if self.sources is None else source in self.sources
+
+    def weight_at(self, progress: float) -> float:
+        """The weight when this share of the run is done."""
+        if self.final_weight is None or progress < self.begin:
+            return self.weight
+        if progress >= self.end:
+            return self.final_weight
+        share = (progress - self.begin) / (self.end - self.begin)
+        return self.weight + share * (self.final_weight - self.weight)
+
+
+class CombinedConfig(ObjectiveSettings):
+    """A weighted sum of objectives, each of the mean loss of its sources' examples in the batch."""
+
+    kind: Literal["combined"] = "combined"
+    parts: Annotated[tuple[PartConfig, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _one_task_on_tokens(self) -> CombinedConfig:
+        if sum(part.objective.token_task is not None for part in self.parts) > 1:
+            raise ValueError("only one part can be masked_tokens: a text is read with one set of hidden tokens")
+        return self
+
+    def for_model(self, similarity: str) -> Self:
+        parts = [part.model_copy(update={"objective": part.objective.for_model(similarity)}) for part in self.parts]
+        return self.model_copy(update={"parts": tuple(parts)})
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset().union(*(part.objective.comparisons for part in self.parts))
+
+    @property
+    def token_task(self) -> TokenTaskConfig | None:
+        return next((part.objective.token_task for part in self.parts if part.objective.token_task is not None), None)
+
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(kind for part in self.parts for kind in part.objective.learns_from))
+
+    def of_source(self, source: str, kind: str) -> Sequence[ObjectiveSettings]:
+        return [part.objective for part in self.parts if part.takes(source, kind)]
+
+    def readings(self, kinds: Mapping[str, str]) -> dict[str, Reading]:
+        found = {}
+        for name, kind in kinds.items():
+            parts = [part.objective for part in self.parts if part.takes(name, kind)]
+            # Losses on tokens are of the queries, however the other parts read the rest.
+            ways = {part.reading for part in parts if part.token_task is None} or {part.reading for part in parts}
+            if len(ways) > 1:
+                listed = " and ".join(dict.fromkeys(part.kind for part in parts if part.token_task is None))
+                raise BadInputError(
+                    f"{listed} do not read the texts of the source {name!r} alike (each query's documents or its own second"
+                    " view, with or without tokens deleted)",
+                    where="objective.parts",
+                    hint="Give each part its 'sources', or make one of them a stage of its own.",
+                )
+            found[name] = ways.pop() if ways else Reading()
+        return found
+
+    @property
+    def needs_guide(self) -> bool:
+        return any(part.objective.needs_guide for part in self.parts)
+
+    @property
+    def needs_teacher_scores(self) -> bool:
+        return any(part.objective.needs_teacher_scores for part in self.parts)
+
+    @property
+    def names_sources(self) -> bool:
+        return True
+
+    @property
+    def summary(self) -> str:
+        return "; ".join(part.objective.summary for part in self.parts)
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> Combined:
+        from nearfield.objectives.combined import Combined
+
+        return Combined(self, dict(sources) if isinstance(sources, Mapping) else dict(enumerate(sources)), around)

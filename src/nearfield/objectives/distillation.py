@@ -7,20 +7,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from nearfield.errors import BadInputError
-from nearfield.objectives.batch import ContrastiveBatch, LossSum
-from nearfield.objectives.objective import Objective
-from nearfield.objectives.pairs import own_documents, own_triples, row_mean
+from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective, own_documents, own_triples, row_mean
+from nearfield.objectives.blocks import accumulation_dtype, in_tiles
 from nearfield.objectives.softmax import segment_log_sum
-from nearfield.objectives.vectors import accumulation_dtype, tiles
 
 if TYPE_CHECKING:
-    from nearfield.objectives.kinds import ScoreDistillationConfig
-
-CELLS = 2**22
-"""Scores that are held at once where the candidates are all documents of the batch."""
+    from nearfield.objectives.config import ScoreDistillationConfig
 
 
 def guide_vectors(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
@@ -107,18 +101,12 @@ class ScoreDistillation(Objective):
         documents = self._unit(batch.documents)
         left, right = guide_vectors(batch)
 
-        def part(queries: Tensor, documents: Tensor, which: Tensor) -> Tensor:
-            student = (self._unit(queries) @ documents.T / self.config.temperature).log_softmax(dim=1)
-            teacher = left[which] @ right.T / (self.config.teacher_temperature or self.config.temperature)
+        def part(some: Tensor) -> Tensor:
+            student = (self._unit(batch.queries[some]) @ documents.T / self.config.temperature).log_softmax(dim=1)
+            teacher = left[some] @ right.T / (self.config.teacher_temperature or self.config.temperature)
             return functional.kl_div(student, teacher.log_softmax(dim=1), reduction="none", log_target=True).sum(dim=1)
 
-        size = max(1, CELLS // max(1, len(documents)))
-        found = [documents.new_zeros(0)]
-        for low, high in tiles(len(rows), size):
-            which = rows[low:high]
-            # Kept is nothing of the size of the scores: the backward makes them again.
-            found.append(checkpoint(part, batch.queries[which], documents, which, use_reentrant=False))
-        return torch.cat(found)
+        return in_tiles(part, rows, len(documents), documents)
 
 
 class EmbeddingDistillation(Objective):

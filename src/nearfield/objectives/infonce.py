@@ -1,29 +1,39 @@
-"""InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) with every mask and weight, whatever the size of the batch."""
+"""InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) with every mask and weight, whatever the size of the batch.
+
+Read ``_loss`` first: a layout of candidates (:mod:`.candidates`), statistics of their logits (:mod:`.statistics`), and the
+algebra of :mod:`.softmax` from statistics to losses.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from nearfield.errors import BadInputError
-from nearfield.objectives.batch import ContrastiveBatch, LossSum
+from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
+from nearfield.objectives.blocks import (
+    CELLS_AT_ONCE,
+    SoftmaxInputs,
+    Statistics,
+    accumulation_dtype,
+    floor,
+)
 from nearfield.objectives.candidates import Layout, lay_out
-from nearfield.objectives.config import InfoNCEConfig
-from nearfield.objectives.masks import CELLS_AT_ONCE
-from nearfield.objectives.mixing import mixed_scores
-from nearfield.objectives.objective import Objective
-from nearfield.objectives.problem import Problem, Statistics, floor
-from nearfield.objectives.softmax import Group, Positives, join, listed, losses, segment_log_sum, segment_sum
-from nearfield.objectives.spread import spread
-from nearfield.objectives.vectors import accumulation_dtype
+from nearfield.objectives.diagnostics import watch_softmax
+from nearfield.objectives.softmax import CandidateSums, Positives, join, listed, losses, segment_log_sum, segment_sum
+from nearfield.objectives.statistics import blockwise_statistics, dense_statistics
+from nearfield.randomness import generator
 
-__all__ = ["ContrastiveBatch", "InfoNCE", "LossSum"]
+if TYPE_CHECKING:
+    from nearfield.objectives.config import InfoNCEConfig, MixingConfig, SpreadConfig
 
 DENSE_CELLS = {"cpu": 2**22, "cuda": 2**26}
 """Up to so many cells of logits, prefixes counted, ``auto`` holds the whole matrix on a device of this type."""
@@ -133,8 +143,6 @@ class InfoNCE(Objective):
 
     def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
         """Masks, weights, temperature and where the gradient comes from."""
-        from nearfield.objectives.watching import watch_softmax
-
         return watch_softmax(self, batch)
 
     def row_weights(self, batch: ContrastiveBatch, rows: Tensor) -> Tensor:
@@ -210,25 +218,21 @@ class InfoNCE(Objective):
         if batch.ring is not None:
             from nearfield.objectives.ring import ring_statistics
 
-            def visit(joined: ContrastiveBatch, start: tuple[int, int]) -> Problem:
+            def visit(joined: ContrastiveBatch, start: tuple[int, int]) -> SoftmaxInputs:
                 laid = lay_out(self.config, joined, problem.vectors.prefixes, self.tile, start)
                 return replace(laid.problem, triton=problem.triton)
 
             return ring_statistics(problem, batch, batch.ring, visit, scales)
         cells = sum(len(block.rows) * len(block.columns) for block in problem.blocks.values())
         if self.choose(cells * len(problem.vectors.prefixes), scale.device) == "dense":
-            from nearfield.objectives.dense import dense_statistics
-
             return dense_statistics(problem, batch.queries, batch.documents, scales)
-        from nearfield.objectives.blockwise import blockwise_statistics
-
         return blockwise_statistics(problem, batch.queries, batch.documents, scales)
 
     def _row_losses(
         self, layout: Layout, batch: ContrastiveBatch, statistics: Statistics, scale: Tensor, prefixes: list[int]
     ) -> Tensor:
         """(M, R) the loss of each row for each prefix."""
-        groups = {name: Group.of(found) for name, found in statistics.blocks.items()}
+        groups = {name: CandidateSums.of(found) for name, found in statistics.blocks.items()}
         own = self._own_negatives(layout, batch, statistics, scale, prefixes)
         if "query_document" in self.config.all_directions:
             others = [groups.pop(name) for name in ("query_document", "query_queue") if name in groups]
@@ -239,7 +243,7 @@ class InfoNCE(Objective):
         parts = [self._softmax(layout, positive, {name: groups[name]}) for name in self.config.all_directions]
         return torch.stack(parts).mean(dim=0)
 
-    def _softmax(self, layout: Layout, positive: Tensor, groups: Mapping[str, Group]) -> Tensor:
+    def _softmax(self, layout: Layout, positive: Tensor, groups: Mapping[str, CandidateSums]) -> Tensor:
         """(M, T) logits of positives, and the groups of candidates of one softmax -> (M, R) losses."""
         config, row, rows = self.config, layout.positive_row, len(layout.rows)
         count = torch.bincount(row, minlength=rows)
@@ -256,7 +260,7 @@ class InfoNCE(Objective):
 
     def _own_negatives(
         self, layout: Layout, batch: ContrastiveBatch, statistics: Statistics, scale: Tensor, prefixes: list[int]
-    ) -> list[Group]:
+    ) -> list[CandidateSums]:
         """Each row's own explicit negatives, and what is mixed of them."""
         config, row, rows = self.config, layout.negative_row, len(layout.rows)
         sums = layout.problem.sums
@@ -274,10 +278,97 @@ class InfoNCE(Objective):
         kept = has[:, None].expand(filled.shape)
         none = filled.new_zeros(0)
         groups.append(
-            Group(
+            CandidateSums(
                 filled.masked_fill(~kept, floor(filled.dtype)).logsumexp(dim=2),
                 filled.masked_fill(~kept, 0).sum(dim=2) if sums else none,
                 kept.sum(dim=2).to(filled.dtype) if sums else none,
             )
         )
         return groups
+
+
+def mixed_scores(
+    config: MixingConfig,
+    batch: ContrastiveBatch,
+    rows: Tensor,
+    documents: Tensor,
+    row: Tensor,
+    prefixes: Sequence[int],
+    cosine: bool,
+) -> tuple[Tensor, Tensor]:
+    """Negatives made of a query's own explicit negatives (KaLM-Embedding-V2, arXiv 2506.20923).
+
+    (E,) explicit negatives and which of the R rows each is of -> (M, R, S) scores and (R,) bool: who has any. A mixture of unit
+    vectors is brought back to unit length: otherwise it would be an easier negative, not a harder one. Full vectors are mixed;
+    prefixes are cut from the mixture. The draw depends on the step's seed and on the number of the query in the whole batch,
+    never on how the batch is spread over processes. Memory is that of the negatives' embeddings once more.
+    """
+    if batch.draw is None:
+        raise BadInputError(
+            "mixing draws at random, and the batch has no seed to draw from",
+            where="objective.mixing",
+            hint="Give the batch a draw.",
+        )
+    dtype = accumulation_dtype(batch.queries.dtype)
+    device, count = rows.device, len(rows)
+    each = torch.bincount(row, minlength=count)
+    width = max(1, int(each.max()) if len(each) else 0)
+    order = torch.argsort(row, stable=True)
+    number = torch.arange(len(row), device=device) - (each.cumsum(0) - each)[row[order]]
+    table = torch.zeros((count, width), dtype=torch.int64, device=device)
+    there = torch.zeros((count, width), dtype=torch.bool, device=device)
+    table[row[order], number], there[row[order], number] = documents[order], True
+
+    negatives = batch.documents[table].to(dtype) * there[..., None]
+    queries = batch.queries[rows].to(dtype)
+    if cosine:
+        negatives = functional.normalize(negatives, dim=-1)
+        queries = functional.normalize(queries, dim=-1)
+    mixtures: list[Tensor] = []
+    if config.pairs:
+        mixtures.append(_pairs(config.pairs, batch.draw, batch.place(), rows, negatives, each))
+    if config.lists:
+        scores = (negatives.detach() @ queries.detach()[..., None]).squeeze(-1) / config.list_temperature
+        # A row without negatives gets even shares of nothing.
+        share = torch.softmax(scores.masked_fill(~there, torch.finfo(dtype).min), dim=1)
+        mixtures.append((share[..., None] * negatives).sum(dim=1, keepdim=True))
+    mixture = torch.cat(mixtures, dim=1)
+    if cosine:
+        mixture = functional.normalize(mixture, dim=-1)
+    found = []
+    for prefix in prefixes:
+        left, right = batch.queries[rows][:, :prefix].to(dtype), mixture[..., :prefix]
+        if cosine:
+            left, right = functional.normalize(left, dim=-1), functional.normalize(right, dim=-1)
+        found.append((right @ left[..., None]).squeeze(-1))
+    return torch.stack(found), each > 0
+
+
+def _pairs(pairs: int, seed: int, place: tuple[int, int], rows: Tensor, negatives: Tensor, each: Tensor) -> Tensor:
+    """(R, pairs, d): two different negatives of a query where it has two, else its only one."""
+    first_query, queries = place
+    random = generator(seed, "mixing")
+    drawn = random.beta(2, 2, (queries, pairs)), *random.random((2, queries, pairs))
+    share, first, second = (torch.from_numpy(part).to(rows.device)[rows + first_query] for part in drawn)
+    count = each[:, None]
+    one = (first * count).long()
+    other = (one + 1 + (second * (count - 1)).long()) % count.clamp_min(1)
+    places = torch.arange(len(rows), device=rows.device)[:, None]
+    weight = share[..., None].to(negatives.dtype)
+    mixed: Tensor = weight * negatives[places, one] + (1 - weight) * negatives[places, other]
+    return mixed
+
+
+def spread(config: SpreadConfig, vectors: Tensor) -> Tensor:
+    """(n, d) -> () the spread-out regulariser of one side in O(n d^2) (Zhang et al. 2017, arXiv 1708.06320).
+
+    The sum of all cosines is the squared length of the sum of the vectors; the sum of their squares is the squared norm of
+    the (d, d) matrix of second moments. The n cosines of vectors with themselves, which are 1, are taken off.
+    """
+    unit = functional.normalize(vectors.to(accumulation_dtype(vectors.dtype)), dim=1)
+    count, width = unit.shape
+    length = unit.square().sum(dim=1)
+    pairs = max(1, count * (count - 1))
+    mean = (unit.sum(dim=0).square().sum() - length.sum()) / pairs
+    second = ((unit.T @ unit).square().sum() - length.square().sum()) / pairs
+    return config.mean * mean.square() + config.second_moment * torch.relu(second - 1 / width)

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nearfield.objectives.masks import Block, Join
-from nearfield.objectives.tile_work import Running
+from nearfield.objectives.blocks import Block, Join
+from nearfield.objectives.statistics import Running
 
 ROWS, COLUMNS = 16, 128
 """Cells that a program holds at a time."""
@@ -153,7 +153,7 @@ class Marks:
 
 
 class TritonTiles:
-    """By Triton kernels; see :class:`~nearfield.objectives.tile_work.TileWork`."""
+    """By Triton kernels; see :class:`~nearfield.objectives.statistics.TileWork`."""
 
     def cells(self, block: Block, low: int, high: int, start: int, stop: int) -> Marks:
         guide = limit = None

@@ -3,7 +3,7 @@
 Each process keeps its own queries with their documents and computes their rows; the parts of the others come by one after
 another (Inf-CL, arXiv 2410.17243). A row's sum is joined over the visits. In the backward a part brings the gradient of its
 embeddings along, each process adds its share, and after a whole round it is home. So a process holds two parts, and the tiles
-of :mod:`.blockwise`.
+of :mod:`.statistics`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from nearfield.objectives.batch import ContrastiveBatch, Ring
-from nearfield.objectives.blockwise import Gradients, Workspace, backward_block, forward_block
-from nearfield.objectives.problem import Problem, RowStatistics, Statistics
+from nearfield.objectives.blocks import RowStatistics, SoftmaxInputs, Statistics
+from nearfield.objectives.statistics import Gradients, Workspace, backward_block, forward_block
 
-LayOut = Callable[[ContrastiveBatch, tuple[int, int]], Problem]
+LayOut = Callable[[ContrastiveBatch, tuple[int, int]], SoftmaxInputs]
 """(batch, the first query and document that are candidates) -> what is to be computed."""
 
 
 def ring_statistics(
-    problem: Problem, batch: ContrastiveBatch, ring: Ring, lay_out: LayOut, scales: Mapping[str, Tensor]
+    problem: SoftmaxInputs, batch: ContrastiveBatch, ring: Ring, lay_out: LayOut, scales: Mapping[str, Tensor]
 ) -> Statistics:
     """The statistics of this process's rows over the candidates of all; *collective*, as is its backward."""
     work = _Work(problem, batch, ring, lay_out)
@@ -35,13 +35,13 @@ def ring_statistics(
 
 @dataclass(frozen=True)
 class _Work:
-    own: Problem
+    own: SoftmaxInputs
     """This process's rows against its own candidates."""
     batch: ContrastiveBatch
     ring: Ring
     lay_out: LayOut
 
-    def visit(self, process: int, embeddings: Tensor) -> Problem:
+    def visit(self, process: int, embeddings: Tensor) -> SoftmaxInputs:
         """This process's rows against the candidates of another, whose embeddings these are."""
         batch, other = self.batch, self.ring.part(process)
         queries = len(batch.queries)
@@ -107,7 +107,7 @@ class _RingRound(torch.autograd.Function):
         scales, log_sums = saved[:count], saved[count:]
         scale_sums = [torch.zeros_like(scale) for scale in scales]
 
-        def push(problem: Problem, sink: Gradients) -> Tensor:
+        def push(problem: SoftmaxInputs, sink: Gradients) -> Tensor:
             """The gradient of the raw vectors of both sides, end to end."""
             space = Workspace(problem)
             for number, block in enumerate(problem.blocks.values()):
@@ -145,7 +145,7 @@ class _RingRound(torch.autograd.Function):
         )
 
 
-def _statistics(problem: Problem, scales: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _statistics(problem: SoftmaxInputs, scales: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Those of each block; of the first ``scales``, where a visitor brings fewer blocks."""
     space = Workspace(problem)
     return [forward_block(problem, block, scale, space) for block, scale in zip(problem.blocks.values(), scales)]  # noqa: B905

@@ -1,21 +1,24 @@
-"""Row statistics -> losses: the small algebra that all implementations share, differentiated by autograd."""
+"""Row statistics -> losses: the algebra that all implementations share, differentiated by autograd."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from nearfield.objectives.config import FocalConfig
-from nearfield.objectives.problem import RowStatistics, floor
+from nearfield.objectives.blocks import RowStatistics, floor
+
+if TYPE_CHECKING:
+    from nearfield.objectives.config import FocalConfig
 
 
 @dataclass(frozen=True)
-class Group:
+class CandidateSums:
     """Candidates of n softmaxes, for M prefixes."""
 
     log_sum: Tensor
@@ -25,41 +28,41 @@ class Group:
     count: Tensor
 
     @classmethod
-    def of(cls, statistics: RowStatistics) -> Group:
+    def of(cls, statistics: RowStatistics) -> CandidateSums:
         """The candidates of a block."""
         return cls(statistics.log_sum, statistics.total, statistics.count)
 
-    def pick(self, index: Tensor) -> Group:
+    def pick(self, index: Tensor) -> CandidateSums:
         """The softmaxes with these numbers."""
         has = self.total.shape == self.log_sum.shape
-        return Group(
+        return CandidateSums(
             self.log_sum[:, index],
             self.total[:, index] if has else self.total,
             self.count[:, index] if has else self.count,
         )
 
-    def gather(self, row: Tensor, rows: int) -> Group:
+    def gather(self, row: Tensor, rows: int) -> CandidateSums:
         """Join softmaxes that belong to the same row."""
         has = self.total.shape == self.log_sum.shape
-        return Group(
+        return CandidateSums(
             segment_log_sum(self.log_sum, row, rows),
             segment_sum(self.total, row, rows) if has else self.total,
             segment_sum(self.count, row, rows) if has else self.count,
         )
 
 
-def join(groups: Sequence[Group]) -> Group:
+def join(groups: Sequence[CandidateSums]) -> CandidateSums:
     """All candidates of several groups."""
     return reduce(
-        lambda a, b: Group(torch.logaddexp(a.log_sum, b.log_sum), a.total + b.total, a.count + b.count), groups
+        lambda a, b: CandidateSums(torch.logaddexp(a.log_sum, b.log_sum), a.total + b.total, a.count + b.count), groups
     )
 
 
-def listed(logits: Tensor, kept: Tensor, row: Tensor, rows: int, sums: bool) -> Group:
+def listed(logits: Tensor, kept: Tensor, row: Tensor, rows: int, sums: bool) -> CandidateSums:
     """(M, E) logits, whether they are candidates, and (E,) the row that each belongs to -> their group."""
     filled = logits.masked_fill(~kept, floor(logits.dtype))
     none = logits.new_zeros(0)
-    return Group(
+    return CandidateSums(
         segment_log_sum(filled, row, rows),
         segment_sum(logits.masked_fill(~kept, 0), row, rows) if sums else none,
         segment_sum(kept.to(logits.dtype), row, rows) if sums else none,
@@ -93,7 +96,7 @@ class Positives:
     """(n,) their number."""
 
 
-def losses(positives: Positives, negatives: Group, smoothing: float, focal: FocalConfig | None) -> Tensor:
+def losses(positives: Positives, negatives: CandidateSums, smoothing: float, focal: FocalConfig | None) -> Tensor:
     """(M, n) losses of softmaxes over the positives and the negatives."""
     # Not the difference of two logarithms, which loses the digits of a small loss.
     plain = -functional.logsigmoid(positives.log_sum - negatives.log_sum)

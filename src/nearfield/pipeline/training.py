@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from nearfield.batching.plan import Plan
     from nearfield.data.tokens import TokenCache
     from nearfield.encoders.token_task import TokenTask
+    from nearfield.objectives.batch import Objective
     from nearfield.objectives.config import ObjectiveSettings
-    from nearfield.objectives.objective import Objective
     from nearfield.training.changing_negatives import NegativeInputs
     from nearfield.training.chunks import TeacherScores, TrainingData
     from nearfield.training.trainer import TrainingResult

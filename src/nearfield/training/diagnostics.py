@@ -19,9 +19,8 @@ from nearfield.batching.plan import Batch, Plan
 from nearfield.errors import BadInputError, NonFiniteError
 from nearfield.files import write_json
 from nearfield.notices import Notice
-from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.objective import Objective
-from nearfield.objectives.watching import watched_rows
+from nearfield.objectives.batch import ContrastiveBatch, Objective
+from nearfield.objectives.diagnostics import watched_rows
 from nearfield.randomness import derive_seed
 from nearfield.training.chunks import TextPool, TrainingData, cut_batch
 from nearfield.training.exchange import broadcast_notices, contrastive_batch

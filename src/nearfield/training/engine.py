@@ -26,8 +26,8 @@ from nearfield.encoders.token_task import TARGETS, TokenTask
 from nearfield.encoders.tokenize import leaves_prompt_out
 from nearfield.encoders.vision_language import family_of, picture_token
 from nearfield.errors import BadInputError
+from nearfield.objectives.batch import Objective
 from nearfield.objectives.infonce import InfoNCE, can_ring
-from nearfield.objectives.objective import Objective
 from nearfield.objectives.queue import MemoryQueue
 from nearfield.training.backends.base import Backend, MakeOptimizer
 from nearfield.training.chunks import Bools, Cut, TextPool, TrainingData

@@ -22,7 +22,7 @@ from nearfield.arrays import Rows
 from nearfield.batching.planner import VectorsOf
 from nearfield.encoders.packing import Features
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Queued
-from nearfield.objectives.watching import watch as watch_learning
+from nearfield.objectives.diagnostics import watch as watch_learning
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.base import Backend
 from nearfield.training.chunks import Bools, ChunkTurn, Cut, TextPool, chunk_tokens, cut_chunks, deal_chunks, turns_of

@@ -25,8 +25,8 @@ from nearfield.arrays import Rows
 from nearfield.batching.plan import Batch, Plan, total_steps
 from nearfield.errors import BadInputError, OutOfMemoryStopError, StoppedError
 from nearfield.notices import Notice
-from nearfield.objectives.objective import Objective
-from nearfield.objectives.watching import similarities
+from nearfield.objectives.batch import Objective
+from nearfield.objectives.diagnostics import similarities
 from nearfield.training.changing_negatives import NegativeInputs, open_negatives
 from nearfield.training.checkpoint import CheckpointWriter, amend_state, checkpoint_paths, newest_checkpoint, resume
 from nearfield.training.chunks import CUT_RULE, TrainingData, split_batch

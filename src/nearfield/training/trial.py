@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from nearfield.console import track
-from nearfield.objectives.watching import similarities
+from nearfield.objectives.diagnostics import similarities
 from nearfield.training.forecast import Forecast, Memory, PlanCosts, StepCost, overlaps, peak_bytes, reset_peak, slowest
 from nearfield.training.memory import Budget, LinearCost, Profile, fit_line
 from nearfield.training.trainer import batch_gradient

@@ -1,23 +1,52 @@
-"""Labels as paths in a tree, ``animal/dog/poodle``, and a multi-similarity loss for each level of it.
+"""HiPrBERT (arXiv 2307.00266), in a working form of ours: labels are paths in a tree, ``animal/dog/poodle``.
 
-Inspired by HiPrBERT (arXiv 2307.00266), whose exact loss is not known to us: the working form is stated below.
+The paper does not state its exact loss; here it is a multi-similarity loss for each level of the tree, given below.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
+from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.of_texts import OfTexts, in_tiles
+from nearfield.objectives.blocks import in_tiles
+from nearfield.objectives.config import Names, NotNegative, ObjectiveSettings, Positive, Surroundings
+from nearfield.objectives.labels import LabelledTextLoss
 
-if TYPE_CHECKING:
-    from nearfield.objectives.label_kinds import HiPrBERTConfig
+
+class HiPrBERTConfig(ObjectiveSettings):
+    """Similarity by distance in a tree of labels, whose paths the data give (``animal/dog/poodle``); a working form of ours of
+    HiPrBERT (arXiv 2307.00266)."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("labelled",)
+
+    kind: Literal["hiprbert"] = "hiprbert"
+    thresholds: Annotated[tuple[float, ...], Field(min_length=1)] = (0.7, 0.5, 0.3)
+    """Of level 0 (the same label), 1 (siblings), 2 (cousins) ...: what pairs at most so far apart shall be more similar than,
+    and all others less."""
+    weights: tuple[NotNegative, ...] | None = None
+    """What each level counts; null counts each 1."""
+    alpha: Positive = 2.0
+    beta: Positive = 50.0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> HiPrBERTConfig:
+        if self.weights is not None and len(self.weights) != len(self.thresholds):
+            raise ValueError(f"{len(self.thresholds)} thresholds have {len(self.weights)} weights")
+        if any(a <= b for a, b in zip(self.thresholds, self.thresholds[1:], strict=False)):
+            raise ValueError("thresholds must fall from level to level, or the tree collapses")
+        return self
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> HiPrBERT:
+        return HiPrBERT(self, Tree.around(around))
+
 
 SEPARATOR = "/"
 
@@ -45,6 +74,13 @@ class Tree:
                 table[row, level] = number.setdefault(key, len(number))
         return cls(table, torch.tensor([len(path) for path in paths], dtype=torch.int64))
 
+    @classmethod
+    def around(cls, around: Surroundings | None) -> Tree:
+        """The tree of the labels of a run's data."""
+        if around is None or not around.labels:
+            raise BadInputError("this objective wants to know the labels of the data", where="objective")
+        return cls.of(around.label_names, around.labels)
+
     def parents(self) -> Tensor:
         """(C,) the number of each label's path without its last part; of a path of one part, itself."""
         sources = 1 if self.ancestors.shape[1] > 1 else 0
@@ -58,7 +94,7 @@ class Tree:
         return (torch.maximum(depth[left][:, None], depth[right][None, :]) - common).clamp_min(0)
 
 
-class HiPrBERT(OfTexts):
+class HiPrBERT(LabelledTextLoss):
     """The sum over levels l of weight x multi-similarity (Wang et al. 2019, arXiv 1904.06627) with texts at most l apart as
     positives, all others as negatives, and a threshold of the level's own:
 

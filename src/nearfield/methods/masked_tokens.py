@@ -1,15 +1,49 @@
-"""The mean over hidden tokens of what it costs to tell them: BERT's masked words, LLM2Vec's MNTP, RetroMAE's decoder."""
+"""Losses on hidden tokens, trained before embeddings are: BERT's masked words, LLM2Vec's MNTP, RetroMAE's decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from nearfield.encoders.config import TokenTaskConfig
 from nearfield.errors import BadInputError
-from nearfield.objectives.batch import ContrastiveBatch, LossSum
-from nearfield.objectives.objective import Objective
+from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
+from nearfield.objectives.config import ANY_EXAMPLES, Names, ObjectiveSettings, Reading, Surroundings
+
+
+class MaskedTokensConfig(TokenTaskConfig, ObjectiveSettings):
+    """The model predicts hidden tokens of texts, before embeddings are trained: masked words, MNTP, or with a decoder RetroMAE.
+
+    The queries of any examples are the texts; alone in a batch, what else an example has is not used.
+    """
+
+    example_kinds: ClassVar[tuple[str, ...]] = ANY_EXAMPLES
+
+    kind: Literal["masked_tokens"] = "masked_tokens"
+
+    @property
+    def comparisons(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(views=1)
+
+    @property
+    def token_task(self) -> TokenTaskConfig:
+        return self
+
+    @property
+    def summary(self) -> str:
+        decoder = "" if self.decoder is None else f", a decoder that does not see {self.decoder.share:g}"
+        return f"masked_tokens, {self.predict}, {self.share:g} of the tokens{decoder}"
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> TokenLosses:
+        return TokenLosses([1.0] if self.decoder is None else [1.0, self.decoder.weight])
+
 
 NAMES = ("masked", "decoded")
 

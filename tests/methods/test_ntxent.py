@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from nearfield.methods.ntxent import NTXent
 from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.ntxent import NTXent
 from tests.objectives.test_family import make
 
 

@@ -1,24 +1,50 @@
-"""Long-tailed labels: large classes are cut into subclasses of the small ones' size, and both levels are contrasted
-(SBCL, arXiv 2306.15925)."""
+"""Subclass-balancing contrastive learning (SBCL, arXiv 2306.15925) of long-tailed labels.
+
+Large classes are cut into subclasses of the small ones' size, and both levels are contrasted.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nearfield.mining.kmeans import Vectors, spherical_kmeans
+from nearfield.arrays import Vectors
+from nearfield.methods.hiprbert import SEPARATOR, Tree
+from nearfield.mining.kmeans import spherical_kmeans
 from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.hierarchy import SEPARATOR, Tree
-from nearfield.objectives.of_texts import OfTexts, in_tiles, labelled_views
+from nearfield.objectives.blocks import in_tiles
+from nearfield.objectives.config import Names, NotNegative, ObjectiveSettings, Positive, Reading, Surroundings
+from nearfield.objectives.diagnostics import probe_accuracy
+from nearfield.objectives.labels import LabelledTextLoss, labelled_views
 
-if TYPE_CHECKING:
-    from nearfield.objectives.label_kinds import SBCLConfig
+
+class SBCLConfig(ObjectiveSettings):
+    """Subclass-balancing contrastive learning (arXiv 2306.15925) of labels that are ``class/subclass``; each text is encoded
+    twice with other dropout."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("labelled",)
+
+    kind: Literal["sbcl"] = "sbcl"
+    temperature: Positive = 0.1
+    base_temperature: Positive = 0.07
+    """The fine part counts temperature / base_temperature."""
+    gamma: NotNegative = 0.25
+    """What the coarse part counts."""
+    class_temperatures: bool = True
+    """Whether the coarse part has a temperature for each class, by how wide it lies."""
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(views=2)
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> SBCL:
+        return SBCL(self, Tree.around(around))
 
 
 def subclass_counts(counts: Sequence[int], smallest: int = 10) -> list[int]:
@@ -41,7 +67,7 @@ def split_classes(vectors: Vectors, labels: Sequence[str], *, smallest: int = 10
     return found
 
 
-class SBCL(OfTexts):
+class SBCL(LabelledTextLoss):
     """Of a view of a text with the label ``class/subclass``: (temperature / base) x fine + gamma x coarse.
 
     Fine: the mean over the other texts of its subclass of -log softmax among all others. Coarse: the mean over texts of other
@@ -93,8 +119,6 @@ class SBCL(OfTexts):
 
     def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
         """``subclass_probe``: how well a linear map tells a class's subclasses apart, over classes that have several."""
-        from nearfield.objectives.probes import probe_accuracy
-
         texts, labels, _ = labelled_views(batch)
         vectors = torch.cat([batch.queries, batch.documents])[texts].double()
         classes = self.parents.to(labels.device)[labels]

@@ -1,28 +1,116 @@
-"""The statistics in tiles: memory grows with rows, never with cells.
+"""The statistics of a softmax's rows: by plain torch with the whole matrix of logits, the reference; and in tiles.
 
-The forward keeps the logarithm of each row's sum (Rabe and Staats 2021, arXiv 2112.05682; for contrastive losses Inf-CL,
-arXiv 2410.17243); the backward makes each tile of logits once more. So four products are made where the whole matrix would
-take three. Sums are kept in float32 at least, whatever the precision of the embeddings. A tile of one prefix is made of
-vectors of unit length; tiles of several prefixes are made in one pass over the vectors, the product of a shorter prefix being
-the beginning of the product of the next.
+In tiles memory grows with rows, never with cells. The forward keeps the logarithm of each row's sum (Rabe and Staats 2021,
+arXiv 2112.05682; for contrastive losses Inf-CL, arXiv 2410.17243); the backward makes each tile of logits once more. So four
+products are made where the whole matrix would take three. Sums are kept in float32 at least, whatever the precision of the
+embeddings. A tile of one prefix is made of vectors of unit length; tiles of several prefixes are made in one pass over the
+vectors, the product of a shorter prefix being the beginning of the product of the next. What is done with a tile beside making
+it is done by torch, or on CUDA by :mod:`.kernels`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
-from nearfield.objectives.masks import Block, scale_products
-from nearfield.objectives.problem import Problem, RowStatistics, Statistics, floor
-from nearfield.objectives.tile_work import Running, tile_work
-from nearfield.objectives.vectors import PAIRS_AT_ONCE, SMALLEST_NORM, Side, Vectors, tiles
+from nearfield.objectives.blocks import (
+    PAIRS_AT_ONCE,
+    SMALLEST_NORM,
+    Block,
+    Excluded,
+    RowStatistics,
+    Side,
+    SoftmaxInputs,
+    Statistics,
+    Vectors,
+    accumulation_dtype,
+    excluded_cells,
+    floor,
+    scale_products,
+    tile_scores,
+    tiles,
+)
+
+
+def dense_statistics(
+    problem: SoftmaxInputs, queries: Tensor, documents: Tensor, scales: Mapping[str, Tensor]
+) -> Statistics:
+    """(Q, d) and (D, d) embeddings, and (R,) one over the temperature for the rows of each block -> statistics."""
+    dtype = accumulation_dtype(queries.dtype)
+    excluded = {name: excluded_matrix(problem, block) for name, block in problem.blocks.items()}
+    pairs: list[Tensor] = []
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in problem.blocks}
+    for number, width in enumerate(problem.vectors.prefixes):
+        whole = {**problem.vectors.raw, "query": queries, "document": documents}
+        sides = {side: vectors[:, :width].to(dtype) for side, vectors in whole.items()}
+        if problem.cosine:
+            sides = {side: functional.normalize(part, dim=1) for side, part in sides.items()}
+        pairs.append((sides["query"][problem.pair_queries] * sides["document"][problem.pair_documents]).sum(dim=1))
+        for name, block in problem.blocks.items():
+            rows = sides[block.rows.side][block.rows.part(0, len(block.rows))]
+            columns = sides[block.columns.side][block.columns.part(0, len(block.columns))]
+            cells, over = excluded[name]
+            logits = block_logits(rows, columns, scales[name], block)
+            cells.fill(logits, floor(dtype))
+            if over:
+                logits.masked_fill_(over[number], floor(dtype))
+            found[name].append(_row_statistics(logits, problem.sums))
+    blocks = {
+        name: RowStatistics(*(torch.stack(parts) for parts in zip(*each, strict=True))) for name, each in found.items()
+    }
+    return Statistics(torch.stack(pairs), blocks)
+
+
+def block_logits(rows: Tensor, columns: Tensor, scale: Tensor, block: Block) -> Tensor:
+    """(R, w) and (C, w) vectors -> (R, C) logits, of cells that are no candidates too."""
+    if not block.hardness:
+        return (rows * scale[:, None]) @ columns.T
+    scores = rows @ columns.T
+    weight = scores if block.hardness_gradient else scores.detach()
+    return scores * scale[:, None] + block.hardness * weight
+
+
+def _row_statistics(logits: Tensor, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
+    lowest = floor(logits.dtype)
+    if not logits.shape[1]:
+        log_sum = logits.sum(dim=1) + lowest
+    else:
+        log_sum = logits.logsumexp(dim=1).clamp_min(lowest)
+    if not sums:
+        return log_sum, log_sum.new_zeros(0), log_sum.new_zeros(0)
+    kept = logits.detach() > lowest
+    return log_sum, torch.where(kept, logits, 0).sum(dim=1), kept.sum(dim=1).to(logits.dtype)
+
+
+def excluded_matrix(problem: SoftmaxInputs, block: Block) -> tuple[Excluded, list[Tensor]]:
+    """The cells that are no candidates, and for each prefix those that its scores rule out, (R, C) bool."""
+    shape, vectors = (len(block.rows), len(block.columns)), problem.vectors
+    device = block.rows.index.device
+    masked = block.guide is not None or block.row_labels is not None or block.row_sources is not None
+    mask = torch.zeros(shape, dtype=torch.bool, device=device) if masked else None
+    over = [torch.zeros(shape, dtype=torch.bool, device=device) for _ in vectors.prefixes if block.limit is not None]
+    cells: list[tuple[Tensor, Tensor]] = []
+    for low, high in tiles(shape[0], problem.tile):
+        for start, stop in tiles(shape[1], problem.tile):
+            part = excluded_cells(block, low, high, start, stop)
+            cells.append((part.row + low, part.column + start))
+            if mask is not None and part.mask is not None:
+                mask[low:high, start:stop] = part.mask
+            if block.limit is not None:
+                for number, scores in enumerate(tile_scores(vectors, block, low, high, start, stop)):
+                    over[number][low:high, start:stop] = scores > block.limit[number, low:high, None]
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    row, column = (torch.cat([none, *(cell[side] for cell in cells)]) for side in (0, 1))
+    return Excluded(row, column, mask), over
 
 
 def blockwise_statistics(
-    problem: Problem, queries: Tensor, documents: Tensor, scales: Mapping[str, Tensor]
+    problem: SoftmaxInputs, queries: Tensor, documents: Tensor, scales: Mapping[str, Tensor]
 ) -> Statistics:
     """(Q, d) and (D, d) embeddings, and (R,) one over the temperature for the rows of each block -> statistics."""
     pairs, *parts = _Blockwise.apply(queries, documents, problem, *(scales[name] for name in problem.blocks))  # type: ignore[no-untyped-call]
@@ -33,7 +121,9 @@ class _Blockwise(torch.autograd.Function):
     """(queries, documents, problem, a scale for each block) -> pair scores, and three statistics for each block."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, documents: Tensor, problem: Problem, *scales: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, queries: Tensor, documents: Tensor, problem: SoftmaxInputs, *scales: Tensor
+    ) -> tuple[Tensor, ...]:
         outputs = [problem.vectors.pair_scores(problem.pair_queries, problem.pair_documents)]
         log_sums: list[Tensor] = []
         workspace = Workspace(problem)
@@ -49,7 +139,7 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        problem: Problem = ctx.problem
+        problem: SoftmaxInputs = ctx.problem
         queries, documents, *saved = ctx.saved_tensors
         count = len(problem.blocks)
         scales, log_sums = saved[:count], saved[count:]
@@ -70,7 +160,7 @@ class _Blockwise(torch.autograd.Function):
 class Workspace:
     """Tiles that are made once: new memory for each would cost as much as what is done in it."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: SoftmaxInputs) -> None:
         vectors = problem.vectors
         rows = max((len(block.rows) for block in problem.blocks.values()), default=0)
         columns = max((len(block.columns) for block in problem.blocks.values()), default=0)
@@ -88,7 +178,12 @@ def _factor(block: Block, scale: Tensor) -> Tensor:
 
 
 def _logits(
-    problem: Problem, block: Block, rows: Tensor, edges: tuple[int, int, int, int], factor: Tensor, work: Workspace
+    problem: SoftmaxInputs,
+    block: Block,
+    rows: Tensor,
+    edges: tuple[int, int, int, int],
+    factor: Tensor,
+    work: Workspace,
 ) -> tuple[list[Tensor], Tensor]:
     """The products of each prefix, the first of them logits already where that is possible; and the column vectors."""
     low, high, start, stop = edges
@@ -104,7 +199,9 @@ def _folds(vectors: Vectors, block: Block) -> bool:
     return len(vectors.prefixes) == 1 and block.limit is None
 
 
-def forward_block(problem: Problem, block: Block, scale: Tensor, work: Workspace) -> tuple[Tensor, Tensor, Tensor]:
+def forward_block(
+    problem: SoftmaxInputs, block: Block, scale: Tensor, work: Workspace
+) -> tuple[Tensor, Tensor, Tensor]:
     """(M, R) logarithms of sums; sums and numbers of logits, of no row where these are not asked for."""
     vectors, lowest, do = problem.vectors, floor(problem.vectors.dtype), tile_work(problem.triton)
     shape = (len(vectors.prefixes), len(block.rows))
@@ -131,7 +228,7 @@ def _limit(block: Block, number: int, low: int, high: int) -> Tensor | None:
 
 
 def backward_block(
-    problem: Problem,
+    problem: SoftmaxInputs,
     block: Block,
     scale: Tensor,
     log_sum: Tensor,
@@ -322,4 +419,99 @@ class Gradients:
             sums[which, :width] -= raw[:, :width] * share[number][:, None]
 
 
-__all__: Sequence[str] = ["blockwise_statistics"]
+@dataclass(frozen=True)
+class Running:
+    """Statistics of r rows over the tiles so far, changed in place."""
+
+    highest: Tensor
+    """(r,) the greatest logit."""
+    summed: Tensor
+    """(r,) sum of the exponentials of logits less the greatest."""
+    total: Tensor | None
+    """(r,) sum of the logits, and their number, where these are asked for."""
+    count: Tensor | None
+
+
+class TileWork(Protocol):
+    """Masks, logits, row statistics and probabilities of a tile of scores. ``factor`` (r,) is what scores are multiplied by to be
+    logits, none where they are already; ``limit`` (r,) the greatest score of a candidate."""
+
+    def cells(self, block: Block, low: int, high: int, start: int, stop: int) -> Any:
+        """The cells of a tile that ids, labels, sources or the guide rule out, in a form of one's own."""
+        ...
+
+    def add(self, tile: Tensor, out: Any, factor: Tensor | None, limit: Tensor | None, running: Running) -> None:
+        """Add a tile of scores (r, c) to the statistics of its rows; the tile is spent."""
+        ...
+
+    def weigh(
+        self,
+        tile: Tensor,
+        out: Any,
+        factor: Tensor | None,
+        limit: Tensor | None,
+        shift: Tensor,
+        weight: Tensor,
+        total: Tensor | None,
+    ) -> Tensor:
+        """Scores -> in place what, times the (r,) weights that come back, is the gradient of the logits.
+
+        ``shift`` is the logarithm of the rows' sums, ``weight`` the gradient of that, ``total`` that of the logits' sum.
+        """
+        ...
+
+
+class TorchTiles:
+    """By torch operations, on any device."""
+
+    def cells(self, block: Block, low: int, high: int, start: int, stop: int) -> Excluded:
+        return excluded_cells(block, low, high, start, stop)
+
+    def add(self, tile: Tensor, out: Excluded, factor: Tensor | None, limit: Tensor | None, running: Running) -> None:
+        _finish(tile, out, factor, limit)
+        if running.total is not None and running.count is not None:
+            kept = tile > -torch.inf
+            running.total.add_(torch.where(kept, tile, 0).sum(dim=1))
+            running.count.add_(kept.sum(dim=1))
+        now = torch.maximum(running.highest, tile.amax(dim=1))
+        here = tile.sub_(now[:, None]).exp_().sum(dim=1)
+        running.summed.mul_((running.highest - now).exp_()).add_(here)
+        running.highest.copy_(now)
+
+    def weigh(
+        self,
+        tile: Tensor,
+        out: Excluded,
+        factor: Tensor | None,
+        limit: Tensor | None,
+        shift: Tensor,
+        weight: Tensor,
+        total: Tensor | None,
+    ) -> Tensor:
+        _finish(tile, out, factor, limit)
+        if total is None:
+            tile.sub_(shift[:, None]).exp_()
+            return weight
+        kept = tile > -torch.inf
+        tile.sub_(shift[:, None]).exp_().mul_(weight[:, None])
+        tile.add_(kept * total[:, None])
+        return torch.ones_like(weight)
+
+
+def _finish(tile: Tensor, out: Excluded, factor: Tensor | None, limit: Tensor | None) -> None:
+    """Scores -> logits in place; cells that are no candidates become minus infinity."""
+    if limit is not None:
+        over = tile > limit[:, None]
+        out = Excluded(out.row, out.column, over if out.mask is None else over | out.mask)
+    if factor is not None:
+        tile.mul_(factor[:, None])
+    out.fill(tile, -torch.inf)
+
+
+def tile_work(triton: bool) -> TileWork:
+    """How tiles are worked on."""
+    if not triton:
+        return TorchTiles()
+    from nearfield.objectives.kernels import TritonTiles
+
+    return TritonTiles()

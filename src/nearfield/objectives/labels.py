@@ -1,55 +1,62 @@
-"""Supervised contrastive learning from labels (Khosla et al. 2020, arXiv 2004.11362)."""
+"""Losses of labelled texts: which texts these are, the one way to sum them, and supervised contrast."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from nearfield.errors import BadInputError
-from nearfield.objectives.batch import ContrastiveBatch, LossSum
-from nearfield.objectives.objective import Objective
-from nearfield.objectives.vectors import accumulation_dtype, tiles
-
-CELLS = 2**22
-"""Logits that are held at once."""
+from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
+from nearfield.objectives.blocks import accumulation_dtype, in_tiles
 
 
-class SupCon(Objective):
-    """Of a text with a label: the mean over the other texts of its label of -log softmax among all other texts.
+class LabelledTextLoss(Objective):
+    """A loss of each labelled text; the mean over the texts of the global batch, each row's share in its sum.
 
     The texts are the queries and the documents that have a label: those of ``document_labels``, or a query's positives, which
     bear its label. A text that stands twice (in a batch of the planner as one's query and another's positive) counts
-    once, where it first stands. An anchor whose label nobody else has, has loss 0. The batch's loss is the mean over texts.
+    once, where it first stands.
     """
+
+    views = False
+    """Whether the texts are both views of each query, rather than each distinct text once."""
+
+    def forward(self, batch: ContrastiveBatch) -> LossSum:
+        """The sum over this process's rows."""
+        texts, labels, owner = labelled_views(batch) if self.views else labelled_texts(batch)
+        rows = batch.local_rows()
+        place = batch.row_places()
+        anchors = (place[owner] >= 0).nonzero().squeeze(1)
+        with torch.autocast(batch.queries.device.type, enabled=False):
+            vectors = torch.cat([batch.queries, batch.documents])[texts]
+            vectors = vectors.to(accumulation_dtype(vectors.dtype))
+            each = self.losses(vectors, labels, anchors, batch)
+            # Rows have different numbers of texts, and the caller divides by the rows.
+            share = len(batch.queries) / max(1, len(texts))
+            losses = batch.weighed(each.new_zeros(len(rows)).index_add(0, place[owner[anchors]], each * share))
+        return LossSum(losses.sum() + self.zero(vectors), batch.denominator(), losses.detach())
+
+    @abstractmethod
+    def losses(self, vectors: Tensor, labels: Tensor, anchors: Tensor, batch: ContrastiveBatch) -> Tensor:
+        """(n, d) texts, (n,) their labels, (a,) which of them are this process's -> (a,) losses of these."""
+
+
+class SupCon(LabelledTextLoss):
+    """Supervised contrast (Khosla et al. 2020, arXiv 2004.11362): the mean over the other texts of an anchor's label of -log
+    softmax among all other texts. An anchor whose label nobody else has, has loss 0."""
 
     def __init__(self, temperature: float, inverse: bool = False) -> None:
         super().__init__()
         self.temperature = temperature
         self.inverse = inverse
 
-    def forward(self, batch: ContrastiveBatch) -> LossSum:
-        """The sum over this process's rows."""
-        texts, labels, owner = labelled_texts(batch)
-        rows = batch.local_rows()
-        place = batch.row_places()
-        anchors = (place[owner] >= 0).nonzero().squeeze(1)
-        with torch.autocast(batch.queries.device.type, enabled=False):
-            vectors = torch.cat([batch.queries, batch.documents])[texts]
-            unit = functional.normalize(vectors.to(accumulation_dtype(vectors.dtype)), dim=1)
-            found = [unit.new_zeros(0)]
-            for low, high in tiles(len(anchors), max(1, CELLS // max(1, len(texts)))):
-                # Kept is nothing of the size of the logits: the backward makes them again.
-                found.append(checkpoint(self._anchors, unit, labels, anchors[low:high], use_reentrant=False))
-            each = torch.cat(found)
-            if self.inverse:
-                each = each * self._class_weights(labels).to(each.dtype)[anchors]
-            # Rows have different numbers of texts, and the caller divides by the rows.
-            share = len(batch.queries) / max(1, len(texts))
-            losses = each.new_zeros(len(rows)).index_add(0, place[owner[anchors]], each * share)
-            losses = batch.weighed(losses)
-        return LossSum(losses.sum(), batch.denominator(), losses.detach())
+    def losses(self, vectors: Tensor, labels: Tensor, anchors: Tensor, batch: ContrastiveBatch) -> Tensor:
+        unit = functional.normalize(vectors, dim=1)
+        each = in_tiles(lambda some: self._anchors(unit, labels, some), anchors, len(unit), unit)
+        return each * self._class_weights(labels).to(each.dtype)[anchors] if self.inverse else each
 
     def _anchors(self, unit: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
         logits = unit[anchors] @ unit.T / self.temperature
@@ -91,4 +98,17 @@ def labelled_texts(batch: ContrastiveBatch) -> tuple[Tensor, Tensor, Tensor]:
     return texts, labels[texts], owner[texts]
 
 
-__all__ = ["SupCon", "labelled_texts"]
+def labelled_views(batch: ContrastiveBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Both views of the labelled queries, the query and its first positive, as :func:`labelled_texts` has its texts.
+
+    The first half are the queries; the other view of text t of n is text (t + n / 2) modulo n.
+    """
+    labelled_texts(batch)  # complains where there are no labels
+    assert batch.labels is not None
+    size = len(batch.queries)
+    positives = batch.is_positive.nonzero().squeeze(1).flip(0)
+    first = torch.full((size,), -1, dtype=torch.int64, device=batch.owner.device)
+    first = first.scatter_reduce(0, batch.owner[positives], positives, "amin", include_self=False)
+    rows = ((batch.labels >= 0) & (first >= 0)).nonzero().squeeze(1)
+    labels = batch.labels[rows]
+    return torch.cat([rows, size + first[rows]]), torch.cat([labels, labels]), torch.cat([rows, rows])

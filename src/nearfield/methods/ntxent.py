@@ -1,13 +1,26 @@
-"""Every text against every other one of both sides (NT-Xent, SimCLR), with positives averaged (DeCLUTR, arXiv 2006.03659)."""
+"""NT-Xent (SimCLR) with positives averaged (DeCLUTR, arXiv 2006.03659): every text against every other one of both sides."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nearfield.objectives.batch import ContrastiveBatch, LossSum
-from nearfield.objectives.objective import Objective
+from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
+from nearfield.objectives.config import Names, ObjectiveSettings, Positive, Surroundings
+
+
+class NTXentConfig(ObjectiveSettings):
+    """Each query and the mean of its positives' embeddings against all others of the batch, both ways (DeCLUTR, arXiv
+    2006.03659)."""
+
+    kind: Literal["ntxent"] = "ntxent"
+    temperature: Positive = 0.05
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> NTXent:
+        return NTXent(self.temperature)
 
 
 class NTXent(Objective):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from nearfield.objectives import InfoNCEConfig, watching
+from nearfield.objectives import InfoNCEConfig, diagnostics
+from nearfield.objectives.diagnostics import effective_rank, geometry, similarities, watch, watched_rows
 from nearfield.objectives.infonce import InfoNCE
-from nearfield.objectives.watching import effective_rank, geometry, similarities, watch, watched_rows
 from tests.objectives.options import SOURCES, random_batch
 
 MASKS: dict[str, Any] = {
@@ -62,7 +62,7 @@ class Cells:
         return bool(scores[row][c] > best + margin + 1e-9)
 
     def reasons(self) -> list[str]:
-        return [why for why, name in watching.REASONS.items() if getattr(self.config, name)]
+        return [why for why, name in diagnostics.REASONS.items() if getattr(self.config, name)]
 
     def kept(self, row: int) -> list[int]:
         return [c for c in self.candidates(row) if not any(self.masked(why, row, c) for why in self.reasons())]
@@ -234,7 +234,7 @@ def test_a_large_batch_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = random_batch(7, 60)
     everything = watched_rows(batch)
     assert everything.tolist() == list(range(60))
-    monkeypatch.setattr(watching, "CELLS", 20 * len(batch.documents))
+    monkeypatch.setattr(diagnostics, "CELLS", 20 * len(batch.documents))
     rows = watched_rows(batch)
     assert len(rows) == 20
     assert rows.tolist() == sorted(set(rows.tolist()))
@@ -248,7 +248,7 @@ def test_a_large_batch_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_never_a_whole_matrix_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest tensor that watching makes does not grow with the square of the batch."""
+    """The largest tensor that a look makes does not grow with the square of the batch."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -261,12 +261,12 @@ def test_never_a_whole_matrix_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) 
                     self.cells = max(self.cells, tensor.numel())
             return out
 
-    monkeypatch.setattr(watching, "CELLS", 2**14)
+    monkeypatch.setattr(diagnostics, "CELLS", 2**14)
     batch = random_batch(2, 3000, negatives=1, dtype=torch.float32)
     with Largest() as largest:  # type: ignore[no-untyped-call]
         similarities(batch)
         watch(objective(**MASKS).float(), batch)
-    assert largest.cells <= max(16 * len(batch.documents), watching.ROWS**2) < 3000**2 / 10
+    assert largest.cells <= max(16 * len(batch.documents), diagnostics.ROWS**2) < 3000**2 / 10
 
 
 def test_a_row_without_negatives_and_a_batch_without_any() -> None:

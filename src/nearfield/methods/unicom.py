@@ -1,29 +1,49 @@
-"""A softmax over learnt prototypes of classes, of which each step takes a part (Unicom, arXiv 2304.05884)."""
+"""Unicom: a softmax over learnt prototypes of the labels, of which each step takes a part (arXiv 2304.05884).
+
+The paper's clusters of images stand as labels here; drawn are classes and features alike.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from nearfield.objectives.batch import ContrastiveBatch, LossSum
-from nearfield.objectives.objective import Objective
-from nearfield.objectives.supervised import labelled_texts
-from nearfield.objectives.vectors import accumulation_dtype, tiles
+from nearfield.errors import BadInputError
+from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.objectives.blocks import in_tiles
+from nearfield.objectives.config import Names, ObjectiveSettings, Part, Positive, Surroundings
+from nearfield.objectives.labels import LabelledTextLoss
 from nearfield.randomness import derive_seed
 
-if TYPE_CHECKING:
-    from nearfield.objectives.kinds import UnicomConfig
 
-CELLS = 2**22
-"""Logits that are held at once."""
+class UnicomConfig(ObjectiveSettings):
+    """A softmax over learnt prototypes of the labels, a part of them and of the features a step (Unicom, arXiv 2304.05884)."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("labelled",)
+
+    kind: Literal["unicom"] = "unicom"
+    scale: Positive = 32.0
+    """What cosines are multiplied by."""
+    margin: Annotated[float, Field(ge=0, lt=1.57)] = 0.3
+    """By which the angle to the own prototype is widened, in radians."""
+    classes: Part = 1.0
+    """The share of the prototypes that a step takes; those of the batch always."""
+    features: Part = 1.0
+    """The share of the dimensions that a step compares."""
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> Unicom:
+        around = around or Surroundings()
+        if not around.labels or around.width is None:
+            raise BadInputError("prototypes want labels, and the width of embeddings", where="objective")
+        return Unicom(self, around.labels, around.width)
 
 
-class Unicom(Objective):
+class Unicom(LabelledTextLoss):
     """Cross-entropy of scale x cos(angle to the prototype), the target's angle widened by a margin (ArcFace).
 
     A step takes the batch's classes and a drawn part of the others, and one drawn part of the features, the same for texts and
@@ -36,28 +56,15 @@ class Unicom(Objective):
         drawn = torch.randn(classes, width, generator=torch.Generator().manual_seed(derive_seed(0, "prototypes")))
         self.prototypes = nn.Parameter(drawn * 0.01)
 
-    def forward(self, batch: ContrastiveBatch) -> LossSum:
-        """The sum over this process's rows."""
-        texts, labels, owner = labelled_texts(batch)
-        rows = batch.local_rows()
-        place = batch.row_places()
-        mine = place[owner] >= 0
-        with torch.autocast(batch.queries.device.type, enabled=False):
-            vectors = torch.cat([batch.queries, batch.documents])[texts[mine]]
-            taken, features = self.draw(labels, batch.draw)
-            number = torch.full((len(self.prototypes),), -1, dtype=torch.int64, device=labels.device)
-            number[taken] = torch.arange(len(taken), device=labels.device)
-            target = number[labels[mine]]
-            found = [vectors.new_zeros(0)]
-            for low, high in tiles(len(target), max(1, CELLS // len(taken))):
-                # Kept is nothing of the size of the logits: the backward makes them again.
-                found.append(
-                    checkpoint(self._losses, vectors[low:high], target[low:high], taken, features, use_reentrant=False)
-                )
-            # Rows have different numbers of texts, and the caller divides by the rows.
-            each = torch.cat(found) * (len(batch.queries) / max(1, len(texts)))
-            losses = batch.weighed(each.new_zeros(len(rows)).index_add(0, place[owner[mine]], each))
-        return LossSum(losses.sum() + self.prototypes.sum() * 0, batch.denominator(), losses.detach())
+    def losses(self, vectors: Tensor, labels: Tensor, anchors: Tensor, batch: ContrastiveBatch) -> Tensor:
+        taken, features = self.draw(labels, batch.draw)
+        number = torch.full((len(self.prototypes),), -1, dtype=torch.int64, device=labels.device)
+        number[taken] = torch.arange(len(taken), device=labels.device)
+
+        def part(some: Tensor) -> Tensor:
+            return self._softmax(vectors[some], number[labels[some]], taken, features)
+
+        return in_tiles(part, anchors, len(taken), vectors)
 
     def draw(self, labels: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
         """The classes and the features of a step, ascending: the same on all processes."""
@@ -71,10 +78,9 @@ class Unicom(Objective):
         features = torch.randperm(width, generator=generator)[: math.ceil(self.config.features * width)].sort().values
         return taken.to(labels.device), features.to(labels.device)
 
-    def _losses(self, vectors: Tensor, target: Tensor, taken: Tensor, features: Tensor) -> Tensor:
-        dtype = accumulation_dtype(vectors.dtype)
-        unit = functional.normalize(vectors[:, features].to(dtype), dim=1)
-        prototypes = functional.normalize(self.prototypes[taken][:, features].to(dtype), dim=1)
+    def _softmax(self, vectors: Tensor, target: Tensor, taken: Tensor, features: Tensor) -> Tensor:
+        unit = functional.normalize(vectors[:, features], dim=1)
+        prototypes = functional.normalize(self.prototypes[taken][:, features].to(vectors.dtype), dim=1)
         cosine = unit @ prototypes.T
         own = cosine.gather(1, target[:, None]).squeeze(1)
         logits = cosine.scatter(1, target[:, None], self._widened(own)[:, None]) * self.config.scale

@@ -1,4 +1,4 @@
-"""A decoder that sees nothing of a text but its embedding: what the embedding does not hold, it cannot write."""
+"""A decoder that sees nothing of a text but its embedding, which CAROL and cMIM share: what an embedding does not hold, it cannot write."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.vectors import accumulation_dtype, tiles
+from nearfield.objectives.blocks import accumulation_dtype, tiles
+from nearfield.objectives.config import Surroundings
 from nearfield.randomness import derive_seed
 
 CELLS = 2**23
@@ -60,3 +61,11 @@ def query_tokens(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
         raise BadInputError("a decoder wants the tokens of the texts, and there are none", where="objective")
     rows = batch.local_rows()
     return batch.queries[rows].to(accumulation_dtype(batch.queries.dtype)), batch.query_tokens[rows]
+
+
+def sizes_for_decoder(around: Surroundings | None) -> tuple[int, int]:
+    """Width of embeddings, and tokens of the vocabulary."""
+    around = around or Surroundings()
+    if around.width is None or not around.vocabulary:
+        raise BadInputError("a decoder wants the width of embeddings and the encoder's vocabulary", where="objective")
+    return around.width, around.vocabulary

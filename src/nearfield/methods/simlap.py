@@ -1,24 +1,50 @@
-"""Pairs of different labels as positives, within a learnt subspace of that pair of labels
-(Hydra, later SimLAP, arXiv 2410.18200)."""
+"""SimLAP, first called Hydra (arXiv 2410.18200): texts of different labels as positives, in a learnt subspace of the two labels."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.of_texts import OfTexts, in_tiles
-from nearfield.objectives.supervised import labelled_texts
+from nearfield.objectives.blocks import in_tiles
+from nearfield.objectives.config import Names, NotNegative, ObjectiveSettings, Positive, Surroundings
+from nearfield.objectives.labels import LabelledTextLoss, labelled_texts
 from nearfield.randomness import derive_seed
 
-if TYPE_CHECKING:
-    from nearfield.objectives.label_kinds import SimLAPConfig
+
+class SimLAPConfig(ObjectiveSettings):
+    """Texts of different labels as positives in a learnt subspace of the two labels (Hydra, SimLAP; arXiv 2410.18200)."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ("labelled",)
+
+    kind: Literal["simlap"] = "simlap"
+    temperature: Positive = 0.1
+    partner: Literal["arbitrary", "identical", "distinct"] = "arbitrary"
+    """A text's other label: of a drawn text of the batch, its own, or another one drawn evenly."""
+    label_width: Annotated[int, Field(gt=0)] = 512
+    hidden: Annotated[int, Field(gt=0)] = 1024
+    """Width of the gate's inner layer."""
+    project: Annotated[int, Field(ge=0)] = 256
+    """Width of a head between embeddings and loss, which is no part of the saved model; 0 for none."""
+    project_hidden: Annotated[int, Field(gt=0)] = 2048
+    probe: NotNegative = 1.0
+    """What the cross-entropy of a linear map from embeddings to labels counts."""
+    probe_detached: bool = True
+    """Whether the embeddings get no gradient from it."""
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> SimLAP:
+        around = around or Surroundings()
+        if not around.labels or around.width is None:
+            raise BadInputError("gates want labels, and the width of embeddings", where="objective")
+        return SimLAP(self, around.labels, around.width)
 
 
-class SimLAP(OfTexts):
+class SimLAP(LabelledTextLoss):
     """Text i with label y has a partner label y'; a gate of both weighs the dimensions in which i is compared.
 
     Positives of i are the texts of y', negatives those of neither label. Every positive has a denominator of its own,

@@ -1,4 +1,4 @@
-"""What a batch tells of how the learning goes: a few numbers from the embeddings that the loss has seen anyway.
+"""Figures that show how the learning goes, from the embeddings that the loss has seen anyway.
 
 All are of the global batch, the same on any number of ranks. Of a large batch a seeded sample of rows is looked at, and
 of these all documents: at most ``CELLS`` similarities, never a whole matrix.
@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.masks import Join
-from nearfield.objectives.objective import Objective
-from nearfield.objectives.probes import class_scatter, probe_accuracy
-from nearfield.objectives.problem import floor
-from nearfield.objectives.vectors import accumulation_dtype
+from nearfield.objectives.batch import ContrastiveBatch, Objective
+from nearfield.objectives.blocks import Join, accumulation_dtype, floor
+from nearfield.objectives.candidates import lay_out
+from nearfield.objectives.softmax import focal_weight, segment_log_sum, segment_sum
+from nearfield.objectives.statistics import block_logits, excluded_matrix
 from nearfield.randomness import derive_seed
 
 if TYPE_CHECKING:
     from nearfield.objectives.config import InfoNCEConfig
     from nearfield.objectives.infonce import InfoNCE
+
+if TYPE_CHECKING:
+    from nearfield.objectives.config import InfoNCEConfig
 
 ROWS = 512
 """Queries, and texts of each side, that are looked at, at most."""
@@ -183,10 +185,6 @@ def watch_softmax(objective: InfoNCE, batch: ContrastiveBatch) -> dict[str, floa
     - ``effective_examples``: (sum w)^2 / (n sum w^2) over the rows' weights (example, source, focal): 1 if all are equal.
     - ``temperature``, and ``temperature/<task>`` where there are several.
     """
-    from nearfield.objectives.candidates import lay_out
-    from nearfield.objectives.dense import block_logits, excluded_matrix
-    from nearfield.objectives.softmax import focal_weight, segment_log_sum, segment_sum
-
     config, rows = objective.config, watched_rows(batch)
     found = _temperatures(objective)
     if "query_document" not in config.all_directions:
@@ -274,9 +272,6 @@ def _temperatures(objective: InfoNCE) -> dict[str, float]:
 
 def _candidates(objective: InfoNCE, batch: ContrastiveBatch, config: InfoNCEConfig) -> int:
     """How many documents are candidates of this process's rows under these masks."""
-    from nearfield.objectives.candidates import lay_out
-    from nearfield.objectives.dense import excluded_matrix
-
     layout = lay_out(config, batch, [batch.queries.shape[1]], objective.tile)
     count = int(layout.negative_kept.sum())
     block = layout.problem.blocks.get("query_document")
@@ -288,3 +283,51 @@ def _candidates(objective: InfoNCE, batch: ContrastiveBatch, config: InfoNCEConf
             out |= mask
         count += out.numel() - int(out.sum())
     return count
+
+
+RIDGE = 1e-2
+
+
+@torch.no_grad()
+def probe_accuracy(vectors: Tensor, labels: Tensor, seed: int | None) -> float:
+    """(n, d) embeddings and (n,) labels -> the share of texts whose label a ridge regression finds that was fit on the other half.
+
+    The halves are drawn by the seed within each label. Labels of one text are left out; not a number where fewer than two
+    are left.
+    """
+    names, number, count = torch.unique(labels, return_inverse=True, return_counts=True)
+    keep = count[number] > 1
+    if int((count > 1).sum()) < 2:
+        return math.nan
+    vectors, number = vectors[keep].double(), number[keep]
+    generator = torch.Generator().manual_seed(derive_seed(seed or 0, "probe"))
+    order = torch.randperm(len(vectors), generator=generator).to(number.device)
+    order = order[torch.argsort(number[order], stable=True)]
+    half = torch.empty(len(order), dtype=torch.int64, device=number.device)
+    half[order] = torch.arange(len(order), device=number.device) % 2
+    targets = torch.nn.functional.one_hot(number, len(names)).double()
+    right = 0
+    for one in (0, 1):
+        fit, test = half == one, half != one
+        centre, mean = vectors[fit].mean(dim=0), targets[fit].mean(dim=0)
+        seen = vectors[fit] - centre
+        gram = seen.T @ seen
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean() + 1e-12)
+        weights = torch.linalg.solve(gram, seen.T @ (targets[fit] - mean))
+        right += int((((vectors[test] - centre) @ weights + mean).argmax(dim=1) == number[test]).sum())
+    return right / len(vectors)
+
+
+@torch.no_grad()
+def class_scatter(vectors: Tensor, labels: Tensor) -> float:
+    """Mean squared distance of embeddings to their label's centre, as a share of that to the common centre.
+
+    1 where labels explain nothing, 0 where all texts of a label are one point. Not a number for fewer than two labels.
+    """
+    _, number, count = torch.unique(labels, return_inverse=True, return_counts=True)
+    if len(count) < 2:
+        return math.nan
+    vectors = vectors.double()
+    centres = vectors.new_zeros(len(count), vectors.shape[1]).index_add(0, number, vectors) / count[:, None]
+    within = (vectors - centres[number]).square().sum()
+    return float(within / (vectors - vectors.mean(dim=0)).square().sum().clamp_min(1e-24))

@@ -10,11 +10,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from nearfield.errors import BadInputError
+from nearfield.methods.masked_tokens import MaskedTokensConfig, TokenLosses
 from nearfield.objectives import ObjectiveConfig
 from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.config import Reading
-from nearfield.objectives.kinds import CombinedConfig, MaskedTokensConfig, SimCSEConfig
-from nearfield.objectives.token_losses import TokenLosses
+from nearfield.objectives.config import CombinedConfig, Reading, SimCSEConfig
 
 PARSE = TypeAdapter(ObjectiveConfig).validate_python
 

@@ -1,25 +1,66 @@
-"""Text and pictures: a text twice with other dropout, and captions with their picture's given features (MCSE, arXiv 2204.10931)."""
+"""MCSE (arXiv 2204.10931): SimCSE of texts, with captions grounded in the given features of their images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nearfield.errors import BadInputError
-from nearfield.objectives.batch import ContrastiveBatch, LossSum
-from nearfield.objectives.config import InfoNCEConfig
-from nearfield.objectives.objective import Objective
-from nearfield.objectives.of_texts import in_tiles
-from nearfield.objectives.vectors import accumulation_dtype
+from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
+from nearfield.objectives.blocks import accumulation_dtype, in_tiles
+from nearfield.objectives.config import (
+    ANY_EXAMPLES,
+    InfoNCEConfig,
+    Names,
+    NotNegative,
+    ObjectiveSettings,
+    Positive,
+    Reading,
+    Surroundings,
+)
+from nearfield.objectives.diagnostics import watched_rows
 from nearfield.randomness import derive_seed
 
-if TYPE_CHECKING:
-    from nearfield.objectives.more_kinds import MCSEConfig
+
+class MCSEConfig(ObjectiveSettings):
+    """SimCSE with captions that are grounded in the given features of their pictures (MCSE, arXiv 2204.10931)."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ANY_EXAMPLES
+
+    kind: Literal["mcse"] = "mcse"
+    temperature: Positive = 0.05
+    image_temperature: Positive = 0.05
+    weight: NotNegative = 0.01
+    """What grounding counts."""
+    projection: Annotated[int, Field(gt=0)] = 256
+    """Width of the heads of texts, captions and pictures; none is part of the saved model."""
+    captions: tuple[str, ...] | None = None
+    """Sources whose queries are captions; null takes every text with features that are not all 0."""
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(views=2)
+
+    @property
+    def needs_guide(self) -> bool:
+        return True
+
+    @property
+    def names_sources(self) -> bool:
+        return self.captions is not None
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> MCSE:
+        around = around or Surroundings()
+        if around.width is None or around.guide_width is None:
+            raise BadInputError("grounding wants the widths of embeddings and of pictures' features", where="objective")
+        named = dict(sources) if isinstance(sources, Mapping) else dict(enumerate(sources))
+        return MCSE(self, named, around.width, around.guide_width)
 
 
 class MCSE(Objective):
@@ -105,8 +146,6 @@ class MCSE(Objective):
     @torch.no_grad()
     def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
         """Those of the softmax between texts, and ``grounding``, the mean loss of captions against pictures."""
-        from nearfield.objectives.watching import watched_rows
-
         some = replace(batch, rows=watched_rows(batch))
         queries, documents = (self.text.forward(_sums(side)).tanh() for side in (batch.queries, batch.documents))
         figures = self.between_texts.watch(replace(batch, queries=queries, documents=documents))

@@ -1,23 +1,51 @@
-"""An encoder and a decoder with telling latents, without second views (cMIM, arXiv 2509.21511)."""
+"""The contrastive mutual information machine (cMIM, arXiv 2509.21511): an encoder and a decoder, without second views."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nearfield.objectives.batch import ContrastiveBatch, LossSum
-from nearfield.objectives.objective import Objective
-from nearfield.objectives.of_texts import in_tiles
-from nearfield.objectives.token_decoder import TokenDecoder, query_tokens
-from nearfield.objectives.vectors import accumulation_dtype
+from nearfield.methods.token_decoder import TokenDecoder, query_tokens, sizes_for_decoder
+from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
+from nearfield.objectives.blocks import accumulation_dtype, in_tiles
+from nearfield.objectives.config import (
+    ANY_EXAMPLES,
+    Names,
+    NotNegative,
+    ObjectiveSettings,
+    Positive,
+    Reading,
+    Surroundings,
+)
+from nearfield.objectives.diagnostics import watched_rows
 from nearfield.randomness import derive_seed
 
-if TYPE_CHECKING:
-    from nearfield.objectives.more_kinds import CMIMConfig
+
+class CMIMConfig(ObjectiveSettings):
+    """Contrastive mutual information machine (arXiv 2509.21511): the queries of any examples, each once."""
+
+    example_kinds: ClassVar[tuple[str, ...]] = ANY_EXAMPLES
+
+    kind: Literal["cmim"] = "cmim"
+    temperature: Positive = 0.1
+    weight: NotNegative = 1.0
+    """What the contrastive part counts; 0 leaves MIM."""
+    deviation: Positive = 0.1
+    """Of the latents around their embedding at the start, the same in each dimension; it is learnt."""
+    inner: Annotated[int, Field(gt=0)] = 256
+    """Width of the decoder, which is no part of the saved model."""
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(views=1)
+
+    def build(self, sources: Names = (), around: Surroundings | None = None) -> CMIM:
+        return CMIM(self, *sizes_for_decoder(around))
 
 
 class CMIM(Objective):
@@ -67,8 +95,6 @@ class CMIM(Objective):
     @torch.no_grad()
     def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
         """``deviation`` of the latents, and ``belonging``, the mean probability P."""
-        from nearfield.objectives.watching import watched_rows
-
         found = belonging(self.draw(batch)[0], watched_rows(batch), self.config.temperature)
         return {"deviation": float(self.log_deviation.exp().mean()), "belonging": float((-found).exp().mean())}
 

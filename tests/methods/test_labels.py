@@ -14,19 +14,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from nearfield.errors import BadInputError
+from nearfield.methods.carol import CAROL, CAROLConfig
+from nearfield.methods.cmim import CMIM, CMIMConfig, belonging
+from nearfield.methods.hiprbert import HiPrBERT, HiPrBERTConfig, Tree
+from nearfield.methods.mcse import MCSE, MCSEConfig
+from nearfield.methods.sbcl import SBCL, SBCLConfig, split_classes, subclass_counts
+from nearfield.methods.simlap import SimLAP, SimLAPConfig, gated_cosine
 from nearfield.objectives import InfoNCEConfig
 from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.class_aware import CAROL
 from nearfield.objectives.config import Surroundings
-from nearfield.objectives.gates import SimLAP, gated_cosine
-from nearfield.objectives.grounding import MCSE
-from nearfield.objectives.hierarchy import HiPrBERT, Tree
-from nearfield.objectives.label_kinds import HiPrBERTConfig, SBCLConfig, SimLAPConfig
-from nearfield.objectives.more_kinds import CAROLConfig, CMIMConfig, MCSEConfig
-from nearfield.objectives.mutual_information import CMIM, belonging
-from nearfield.objectives.probes import class_scatter, probe_accuracy
-from nearfield.objectives.subclass_balancing import SBCL, split_classes, subclass_counts
-from nearfield.objectives.watching import effective_rank
+from nearfield.objectives.diagnostics import class_scatter, effective_rank, probe_accuracy
 from nearfield.training.engine import delete_tokens
 from tests.objectives.test_family import DIM, GUIDE, assert_same, gradients, make, mean, supcon
 
