@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -183,12 +184,15 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_features_want_pictures(tmp_path: Path) -> None:
-    data = ROOT / "data_recipes"
-    command = [sys.executable, str(ROOT / "scripts" / "picture_features.py"), str(data / "wordnet-texts.yaml")]
-    command += ["--captions", str(data / "captions.yaml"), "--model", "nowhere", "--cache", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert (done.returncode, "this data has no pictures" in done.stderr) == (2, True)
+def test_features_want_pictures(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = str(ROOT / "scripts" / "picture_features.py")
+    arguments = [str(small), "--captions", str(small), "--model", "nowhere", "--cache", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert (ended.value.code, "this data has no pictures" in capsys.readouterr().err) == (2, True)
 
 
 @pytest.mark.slow

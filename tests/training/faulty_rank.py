@@ -6,6 +6,8 @@ From step STEP on (counted from 1) that rank fails to encode a chunk of more tha
 from __future__ import annotations
 
 import sys
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -14,8 +16,8 @@ from nearfield.training import step as step_module
 from nearfield.training.launch import Launch
 
 
-def install(rank: int, step: int) -> None:
-    """Let memory run out on one rank, from one step on."""
+def short_of_memory(step: int) -> Any:
+    """Memory runs out on this rank, from one step on."""
     encode_chunk, seed_chunk = step_module.encode_chunk, step_module.seed_chunk
     now = {"step": 0}
 
@@ -24,17 +26,15 @@ def install(rank: int, step: int) -> None:
         seed_chunk(seed, step, chunk)
 
     def encode(backend, features):  # type: ignore[no-untyped-def]
-        if (
-            Launch.from_environment().rank == rank
-            and now["step"] >= step
-            and int(features["attention_mask"].sum()) > 80
-        ):
+        if now["step"] >= step and int(features["attention_mask"].sum()) > 80:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         return encode_chunk(backend, features)
 
-    step_module.seed_chunk, step_module.encode_chunk = seed, encode
+    return mock.patch.multiple(step_module, seed_chunk=seed, encode_chunk=encode)
 
 
 if __name__ == "__main__":
-    install(int(sys.argv[1]), int(sys.argv[2]))
+    rank, step = map(int, sys.argv[1:3])
+    if Launch.from_environment().rank == rank:
+        short_of_memory(step).start()
     main(sys.argv[3:])

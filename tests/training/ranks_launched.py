@@ -30,6 +30,7 @@ from nearfield.pipeline.planning import PlanStage
 from nearfield.pipeline.preparing import TokensStage
 from nearfield.pipeline.training import TrainStage
 from nearfield.training import exchange, launch, trainer
+from tests.training.faulty_rank import short_of_memory
 
 
 def slow_tokens(seconds: float) -> Any:
@@ -79,6 +80,7 @@ FAULTS: dict[str, Callable[..., Any]] = {
     "broken": broken_plan,
     "unready": unready,
     "terminated": terminated,
+    "short of memory": short_of_memory,
 }
 
 

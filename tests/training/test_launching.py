@@ -19,7 +19,8 @@ from nearfield.conformance.tiny_models import save_tiny_clip
 from nearfield.evaluation import evaluate
 from nearfield.pipeline import open_run, run_stages
 from nearfield.shipped import copy_shipped
-from nearfield.training.checkpoint import checkpoint_paths
+from nearfield.training.checkpoint import checkpoint_paths, open_checkpoint
+from nearfield.training.tracking import read_metrics
 from tests.conftest import write_toy_recipe
 from tests.evaluation.conftest import Tasks
 from tests.patience import PATIENCE
@@ -113,6 +114,12 @@ def scenarios(folder: Path, model: Path) -> Iterator[dict[str, Any]]:
     yield scenario("unready", faults={"1": {"unready": []}})
     yield scenario("terminated-0", faults={"0": {"terminated": [2]}})
     yield scenario("terminated-1", "training.backend=fsdp2", faults={"1": {"terminated": [2]}})
+    yield scenario("repeated", *SHORT, faults={"1": {"short of memory": [3]}})
+    stopped = scenario("short", "training.backend=fsdp2", *SHORT, faults={"1": {"short of memory": [6]}})
+    yield stopped
+    # The fault is still there: without the smaller budget the resumed run would stop again.
+    again = [*stopped["arguments"], "--resume"]
+    yield {"name": "short-resumed", "arguments": again, "faults": {"1": {"short of memory": [1]}}}
     for name, (setting, variables, _) in REFUSED.items():
         yield scenario(name, setting, environment=variables)
     yield scenario("mixed", environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
@@ -137,6 +144,7 @@ CHANGING = {
     "ddp": "mining.during={kind: refresh, every_steps: 2}",
     "fsdp2": "mining.during={kind: dynamic, rule: conan_v2, below: 1.0}",
 }
+SHORT = ["training.micro_batch_tokens=160", "training.gradient_cache=always", "training.max_steps=8"]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
 REFUSED: dict[str, tuple[str, dict[str, str], str]] = {
@@ -351,6 +359,26 @@ def test_a_signal_to_any_rank_stops_all_after_a_checkpoint(told: Told, folder: P
     assert "stopped by another rank after step 2 of 4" in ranks[1 - rank]["stderr"]
     checkpoints = checkpoint_paths(folder / "runs" / f"terminated-{rank}" / "checkpoints")
     assert checkpoints[-1].name == "step-00000002"
+
+
+def test_memory_that_runs_out_on_one_rank_is_repeated_by_all(told: Told, folder: Path) -> None:
+    """In place, where chunks hold no collectives."""
+    assert "Memory ran out in step 3: 80 tokens at a time from now on" in fine(told, "repeated")["stderr"]
+    run = folder / "runs" / "repeated"
+    assert len(read_metrics(run / "metrics.jsonl")) == 8
+    assert open_checkpoint(checkpoint_paths(run / "checkpoints")[-1]).state["micro_batch_tokens"] == 80
+
+
+def test_memory_that_runs_out_on_one_rank_stops_sharded_ranks_which_go_on_with_less(told: Told, folder: Path) -> None:
+    run = folder / "runs" / "short"
+    assert [rank["code"] for rank in told["short"]] == [75, 75]
+    said = "".join(rank["stderr"] for rank in told["short"])
+    assert "memory ran out in step 6 with 160 tokens at a time" in said
+    assert "Traceback" not in said
+    fine(told, "short-resumed")
+    assert train_record(run)["resumed_from"] == 4
+    assert len(read_metrics(run / "metrics.jsonl")) == 8
+    assert open_checkpoint(checkpoint_paths(run / "checkpoints")[-1]).state["micro_batch_tokens"] == 80
 
 
 @pytest.mark.parametrize("name", REFUSED)

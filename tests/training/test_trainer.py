@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from nearfield.errors import BadInputError, NonFiniteError
 from nearfield.objectives.diagnostics import similarities
 from nearfield.objectives.infonce import ContrastiveBatch
 from nearfield.pipeline import open_run, run_stages
-from nearfield.training import TrainingConfig
+from nearfield.training import TrainingConfig, trainer
 from nearfield.training.config import AdamWConfig
 from nearfield.training.optimizers import make_optimizer
 from nearfield.training.tracking import read_metrics
+from tests.cli.command import run as command
 from tests.patience import PATIENCE
 from tests.training.test_train import poison
 
@@ -139,37 +141,47 @@ def test_bf16_trains_with_float32_weights(toy_recipe: Path, tmp_path: Path) -> N
     assert {str(t.dtype) for t in load_file(run / "model" / "model.safetensors").values()} == {"float32"}
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_ends_the_command_with_its_own_code(toy_recipe: Path, tmp_path: Path, name: str) -> None:
+def long_training(recipe: Path, run: Path) -> list[str]:
+    """Arguments of a training that lasts until it is stopped, and of which only its last checkpoint is written."""
+    long = ["training.max_steps=2000", "training.epochs=60", "batches.batch_size=4"]
+    long.append("training.checkpoints.every_steps=100000")
+    return ["train", str(recipe), *long, "--until", "train", "--run-folder", str(run)]
+
+
+def check_stopped(run: Path, name: str, code: int, errors: str) -> None:
+    assert code == 3, errors
+    assert f"stopped by {name}" in errors
+    assert "Traceback" not in errors
+    done = len(read_metrics(run / "metrics.jsonl"))
+    assert (run / "checkpoints" / f"step-{done:08d}").is_dir()
+
+
+def test_a_signal_ends_the_command_with_its_own_code(toy_recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "toy"
-    command = [
-        sys.executable,
-        "-m",
-        "nearfield",
-        "train",
-        str(toy_recipe),
-        "training.max_steps=2000",
-        "training.epochs=60",
-    ]
-    command += [
-        "batches.batch_size=4",
-        "--until",
-        "train",
-        "--run-folder",
-        str(run),
-        "training.checkpoints.every_steps=100000",
-    ]
+    started = [sys.executable, "-m", "nearfield", *long_training(toy_recipe, run)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(started, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + PATIENCE
     while len(read_metrics(run / "metrics.jsonl")) < 3:
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(getattr(signal, name))
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 3, errors
-    assert f"stopped by {name}" in errors
-    assert "Traceback" not in errors
-    done = len(read_metrics(run / "metrics.jsonl"))
-    assert (run / "checkpoints" / f"step-{done:08d}").is_dir()
+    check_stopped(run, "SIGTERM", process.returncode, errors)
+
+
+def test_ctrl_c_ends_the_command_with_the_same_code(
+    toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, run_step = tmp_path / "runs" / "toy", trainer.run_step
+
+    def interrupted(*args: Any, **named: Any) -> Any:
+        if named["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+        return run_step(*args, **named)
+
+    monkeypatch.setattr(trainer, "run_step", interrupted)
+    code = command(*long_training(toy_recipe, run))
+    check_stopped(run, "SIGINT", code, capsys.readouterr().err)
+    assert len(read_metrics(run / "metrics.jsonl")) == 3
