@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-# Test processes side by side, each with one thread. Tests of one file stay together: they share launches and models.
+# Test processes side by side, each with one thread. Tests of one file stay together: they share launches and models. Dear
+# files are first (tests/conftest.py).
 TEST_PROCESSES ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 # Shows the coverage: see tests/lines.py.
 COVERED := PYTEST_PLUGINS=tests.lines $(PYTEST)
 

@@ -46,7 +46,7 @@ def test_targets_by_hand() -> None:
     alpha=st.floats(0, 1),
     exhausted=st.sampled_from(["stop", "repeat"]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_targets_are_possible(sizes: list[int], alpha: float, exhausted: str) -> None:
     config = TemperatureSampling.model_validate({"alpha": alpha, "exhausted": exhausted})
     names = [str(number) for number in range(len(sizes))]

@@ -59,7 +59,7 @@ def unit_batch(scores: Tensor, negatives: Tensor | None = None) -> ContrastiveBa
 
 
 @given(config=configs(), seed=st.integers(0, 2**32), size=st.integers(1, 5), negatives=st.integers(0, 2))
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 def test_equals_loops(config: InfoNCEConfig, seed: int, size: int, negatives: int) -> None:
     config = config.model_copy(
         update={"mixing": None, "spread": None, "learn_temperature": False, "tasks": {}, "implementation": "dense"}

@@ -136,7 +136,7 @@ def compare(config: InfoNCEConfig, batch: ContrastiveBatch, world: int, tile: in
     tile=st.sampled_from([1, 3, 64]),
     negatives=st.integers(0, 2),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_ring_is_the_whole_batch(
     config: InfoNCEConfig, seed: int, size: int, world: int, tile: int, negatives: int
 ) -> None:

@@ -48,7 +48,7 @@ def compare(config: InfoNCEConfig, batch: ContrastiveBatch, tile: int, tolerance
     negatives=st.integers(0, 2),
     cut=st.floats(0, 1),
 )
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_equals_the_whole_matrix(
     config: InfoNCEConfig, seed: int, size: int, tile: int, negatives: int, cut: float
 ) -> None:
