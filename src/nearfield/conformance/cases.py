@@ -4,6 +4,8 @@ objectives that are checked, and steps as the trainer makes them.
 
 from __future__ import annotations
 
+import copy
+import functools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -67,6 +69,8 @@ from nearfield.training.step import StepResult, Work, run_step
 if TYPE_CHECKING:
     from PIL.Image import Image
     from sentence_transformers import SentenceTransformer
+
+    from nearfield.encoders.load import Dtype
 
 
 SEVERAL = "infonce and cosent at once, each of its source"
@@ -213,6 +217,11 @@ def sgd(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimize
 SEED, STEP = 5, 3
 
 
+@functools.cache
+def _built(config: str, dtype: Dtype) -> SentenceTransformer:
+    return build_encoder(EncoderConfig.model_validate_json(config), "cpu", dtype=dtype).model
+
+
 @dataclass
 class Case:
     """A tiny encoder, an objective, and a batch."""
@@ -258,15 +267,16 @@ class Case:
         return cls(folder, objective, batch, known, random_tokens(), dtype)
 
     def encoder(self) -> SentenceTransformer:
-        """The encoder, new."""
+        """The encoder, new: a copy of one that is read once, as hundreds of engines are made from a few models."""
         own = self.towers and not self.clip
         tower = ImageTowerConfig(architecture="vit", settings=TINY_VISION, size=16) if own else None
         last = "last" if self.together else None
         adapter = LoRAConfig(r=4, alpha=8) if self.adapter else None
         config = EncoderConfig(model=str(self.model_folder), image_tower=tower, pooling=last, adapter=adapter)
-        if self.precision == "bf16-pure":
-            return build_encoder(config, "cpu", dtype="bfloat16").model
-        model = build_encoder(config, "cpu").model
+        pure = self.precision == "bf16-pure"
+        model = copy.deepcopy(_built(config.model_dump_json(), "bfloat16" if pure else "float32"))
+        if pure:
+            return model
         return (model.bfloat16() if self.rounded else model).to(self.dtype)
 
     def with_pictures(self) -> Case:
