@@ -157,7 +157,12 @@ def mean_result(results: Sequence[StepResult]) -> StepResult:
 
 def seed_chunk(seed: int, step: int, chunk: int) -> None:
     """Seed the generators that dropout draws from for one chunk of one step."""
-    torch.manual_seed(derive_seed(seed, "dropout", step, chunk))
+    value = derive_seed(seed, "dropout", step, chunk)
+    if torch.cuda.is_initialized() or torch.backends.mps.is_available():
+        torch.manual_seed(value)
+    else:
+        # ``torch.manual_seed`` writes down the stack for each kind of device that is not in use: milliseconds a chunk.
+        torch.default_generator.manual_seed(value)
 
 
 def encode_chunk(backend: Backend, features: Features) -> Tensor:
