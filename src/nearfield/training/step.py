@@ -158,7 +158,7 @@ def mean_result(results: Sequence[StepResult]) -> StepResult:
 def seed_chunk(seed: int, step: int, chunk: int) -> None:
     """Seed the generators that dropout draws from for one chunk of one step."""
     value = derive_seed(seed, "dropout", step, chunk)
-    if torch.cuda.is_initialized() or torch.backends.mps.is_available():
+    if torch.cuda.is_initialized() or torch.backends.mps.is_available():  # type: ignore[no-untyped-call]
         torch.manual_seed(value)
     else:
         # ``torch.manual_seed`` writes down the stack for each kind of device that is not in use: milliseconds a chunk.
