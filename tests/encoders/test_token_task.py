@@ -24,9 +24,8 @@ from nearfield.encoders.token_task import (
     NOTHING,
     TARGETS,
     Decoder,
+    Masking,
     TokenTask,
-    hide,
-    hide_all,
     mask_token,
     seen_by_decoder,
 )
@@ -35,8 +34,11 @@ from nearfield.randomness import generator
 from tests.encoders.tiny import draw_rows, save_tiny, tiny_config
 
 SPECIAL = np.array([0, 2, 3], dtype=np.int64)
-SETTINGS = {"mask": 4, "vocabulary": 200, "special": SPECIAL}
 CPU = torch.device("cpu")
+
+
+def masking(config: TokenTaskConfig) -> Masking:
+    return Masking(config, mask=4, vocabulary=200, special=SPECIAL)
 
 
 def text(length: int, seed: int = 0) -> np.ndarray:  # type: ignore[type-arg]
@@ -46,7 +48,7 @@ def text(length: int, seed: int = 0) -> np.ndarray:  # type: ignore[type-arg]
 def test_shares_and_what_becomes_of_hidden_tokens() -> None:
     row = text(40_000)
     config = TokenTaskConfig(share=0.2, random=0.1, kept=0.15)
-    found = hide(row, config, generator(0, "x"), prompt_length=0, **SETTINGS)
+    found = masking(config).text(row, generator(0, "x"), 0)
     hidden = found.labels != NOTHING
     assert abs(hidden.mean() - 0.2) < 4 * (0.2 * 0.8 / 40_000) ** 0.5
     assert np.array_equal(found.labels[hidden], row[hidden])
@@ -57,7 +59,7 @@ def test_shares_and_what_becomes_of_hidden_tokens() -> None:
     }
     assert abs(shares["mask"] - 0.75) < 0.02
     assert abs(shares["kept"] - (0.15 + 0.1 / 200)) < 0.02
-    plain = hide(row, TokenTaskConfig(share=0.2, random=0, kept=0), generator(0, "x"), prompt_length=0, **SETTINGS)
+    plain = masking(TokenTaskConfig(share=0.2, random=0, kept=0)).text(row, generator(0, "x"), 0)
     assert set(plain.tokens[plain.labels != NOTHING]) == {4}
 
 
@@ -68,7 +70,7 @@ def test_what_is_never_hidden(predict: str, prompt: int, first: int) -> None:
     config = TokenTaskConfig.model_validate({"predict": predict, "share": 0.999})
     hidden = np.zeros(30, dtype=bool)
     for seed in range(20):
-        found = hide(row, config, generator(seed, "x"), prompt_length=prompt, **SETTINGS)
+        found = masking(config).text(row, generator(seed, "x"), prompt)
         hidden |= found.labels != NOTHING
         words = found.words
     wanted = np.ones(30, dtype=bool)
@@ -83,15 +85,13 @@ def test_a_function_of_seed_step_and_text_alone() -> None:
     config = TokenTaskConfig(share=0.5, decoder=DecoderConfig())
 
     def drawn(which: list[int], side: str = "right", step: int = 3) -> list[list[int]]:
-        read, targets = hide_all(
+        read, targets = masking(config).chunk(
             [rows[i] for i in which],
             [(seed, step, item, prompt) for seed, _, item, prompt in (keys[i] for i in which)],
-            config,
-            prompt_length=0,
-            chosen=[True] * len(which),
-            side=side,
-            device=CPU,
-            **SETTINGS,
+            [True] * len(which),
+            0,
+            side,
+            CPU,
         )
         longest = max(len(rows[i]) for i in which)
         for line, i in enumerate(which):
@@ -114,15 +114,8 @@ def test_a_function_of_seed_step_and_text_alone() -> None:
 
 def test_texts_that_are_not_chosen_stay() -> None:
     rows = [text(9, 1), text(4, 2)]
-    read, targets = hide_all(
-        rows,
-        [(0, 0, 0, 0), (0, 0, 1, 0)],
-        TokenTaskConfig(share=0.9),
-        prompt_length=0,
-        chosen=[False, True],
-        side="right",
-        device=CPU,
-        **SETTINGS,
+    read, targets = masking(TokenTaskConfig(share=0.9)).chunk(
+        rows, [(0, 0, 0, 0), (0, 0, 1, 0)], [False, True], 0, "right", CPU
     )
     assert read[0].tolist() == rows[0].tolist() and read[1].tolist() != rows[1].tolist()
     assert (targets.labels[0] == NOTHING).all() and (targets.labels[1] != NOTHING).any()
@@ -225,7 +218,7 @@ def test_with_an_adapter_a_head_that_was_learnt_stays(tmp_path: Path) -> None:
 
 
 def features_of(model: Any, task: TokenTask, packing: str | None = None, side: str = "right") -> Any:
-    read, targets = task.hide(ROWS, KEYS, [True] * 3, 0, side, CPU)
+    read, targets = task.masking.chunk(ROWS, KEYS, [True] * 3, 0, side, CPU)
     if packing is None:
         made = padded_features(read, pad_token=0, side=side, device=CPU, prompt_length=0)
     else:
@@ -333,7 +326,9 @@ def test_a_decoder_learns_to_use_the_embedding(tmp_path: Path) -> None:
     rows = [np.full(8, random.integers(5, 205), dtype=np.int32) for _ in range(32)]
 
     def loss(step: int, vectors_away: bool = False) -> float:
-        read, targets = task.hide(rows, [(0, step, item, 0) for item in range(32)], [True] * 32, 0, "right", CPU)
+        read, targets = task.masking.chunk(
+            rows, [(0, step, item, 0) for item in range(32)], [True] * 32, 0, "right", CPU
+        )
         features = padded_features(read, pad_token=0, side="right", device=CPU, prompt_length=0)
         found = task(model, {**features, TARGETS: targets})
         total = found[:, -4].sum() / found[:, -3].sum() + found[:, -2].sum() / found[:, -1].sum()

@@ -23,6 +23,7 @@ from nearfield.encoders.identity import model_fingerprint
 from nearfield.encoders.load import load_encoder, save_encoder
 from nearfield.encoders.packing import embed, packing_kind
 from nearfield.encoders.tokenize import prompt_tokens, token_ids
+from nearfield.encoders.trials import unused_parameters
 from nearfield.encoders.vision_language import (
     FAMILIES,
     check_one_tower,
@@ -30,7 +31,6 @@ from nearfield.encoders.vision_language import (
     picture_token,
     row_features,
     row_ids,
-    unused_parameters,
 )
 from nearfield.errors import BadInputError
 from nearfield.methods.carol import CAROLConfig

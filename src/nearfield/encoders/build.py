@@ -140,9 +140,9 @@ def build_encoder(
         config.model, config.revision, device, config.trust_remote_code, dtype=dtype, quantize=quantize, recipe=config
     )
     model = loaded.model
-    from nearfield.encoders.image_tower import add_image_tower, freeze_unused
+    from nearfield.encoders.image_tower import add_image_tower
     from nearfield.encoders.tokenize import BORDER, keep_borders
-    from nearfield.encoders.trials import set_direction, try_company
+    from nearfield.encoders.trials import freeze_unused, set_direction, try_company
     from nearfield.encoders.vision_language import check_verified
 
     check_verified(model, config)

@@ -92,7 +92,7 @@ def _to_do(chunks: Sequence[Sequence[int] | Rows], done: Bools | None, says: str
 
 
 @dataclass
-class ZeroVectors:
+class ZeroCount:
     """How many of some vectors are zero in every dimension."""
 
     rows: int = 0

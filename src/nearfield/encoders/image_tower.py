@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.limits import whole_dimension
+from nearfield.encoders.packing import placed
 from nearfield.encoders.transformer import check_settings
-from nearfield.encoders.vision_language import blank_picture, family_of, row_features, unused_parameters
+from nearfield.encoders.vision_language import blank_picture, family_of, row_features
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -223,12 +224,7 @@ def _patch(model: SentenceTransformer) -> int:
 
 def image_features(model: SentenceTransformer, images: Sequence[Image], device: torch.device) -> Features:
     """What :func:`nearfield.encoders.packing.embed` takes for n pictures, by the model's own image processor."""
-    features = model.preprocess(list(images))
-    dtype = next(model.parameters()).dtype
-    return {
-        name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
-        for name, value in features.items()
-    }
+    return placed(model, model.preprocess(list(images)), device)
 
 
 def pictured_features(
@@ -249,29 +245,3 @@ def pictured_features(
     shown = [picture for picture in pictures() if picture is not None]
     assert len(shown) == len(rows)
     return image_features(model, shown, device)
-
-
-def freeze_unused(model: SentenceTransformer) -> None:
-    """Take the gradient from parameters of a model of pictures that its embeddings do not depend on, found by trial.
-
-    Such are the head that a vision model was pretrained with, and the layer before it.
-    """
-    if family_of(model) is not None:
-        for parameter in unused_parameters(model):
-            parameter.requires_grad_(False)
-        return
-    routes = getattr(model[0], "sub_modules", None)
-    if routes is None or "image" not in routes:
-        return
-    tower = routes["image"]
-    trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
-    modes = [(part, part.training) for part in tower.modules()]
-    tower.eval()
-    with torch.enable_grad():
-        embedding = model(image_features(model, [blank_picture()], model.device))["sentence_embedding"]
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(embedding.sum(), trained, allow_unused=True)
-    for part, mode in modes:
-        part.training = mode
-    for parameter, gradient in zip(trained, gradients, strict=True):
-        if gradient is None:
-            parameter.requires_grad_(False)

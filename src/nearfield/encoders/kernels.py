@@ -275,12 +275,15 @@ def attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    segments: Segments | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Queries, keys and values (batch, heads, tokens, d) -> (batch, tokens, heads, d), as transformers' interface has it."""
+    """Queries, keys and values (batch, heads, tokens, d) -> (batch, tokens, heads, d), as transformers' interface has it.
+
+    Of what else models pass on, ``segments`` are ours; ``is_causal`` and ``sliding_window`` are transformers'.
+    """
+    segments: Segments | None = kwargs.pop("segments", None)
+    is_causal: bool | None = kwargs.pop("is_causal", None)
+    sliding_window: int | None = kwargs.pop("sliding_window", None)
     special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
     if segments is None:
         if attention_mask is not None and attention_mask.numel() == 0:

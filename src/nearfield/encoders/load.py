@@ -152,8 +152,8 @@ def _checked(
     from nearfield.encoders.trials import (
         check_claimed_direction,
         check_weights,
-        embedding_trial,
         pad_as_processor,
+        trial_embeddings,
         try_company,
     )
     from nearfield.encoders.vision_language import check_one_tower
@@ -161,7 +161,7 @@ def _checked(
     notices = check_words(model, name) + fit_positions(model, name)
     pad_as_processor(model)
     if recipe is None or recipe.fresh is None:
-        check_weights(loading, embedding_trial(model), name)
+        check_weights(loading, lambda: trial_embeddings(model), name)
     check_claimed_direction(model, name)
     check_one_tower(model, name)
     return (*notices, *border_notices(model), *try_company(model, name))

@@ -450,6 +450,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def placed(model: nn.Module, features: Features, device: torch.device) -> Features:
+    """Features on a device, their numbers in the type of a model's weights."""
+    # Of a base in 4 bits some parameters are no numbers.
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+        for name, value in features.items()
+    }
+
+
 def leads_to(outputs: Sequence[Tensor]) -> set[int]:
     """The ids of the tensors with a gradient that the graph of some outputs leads to; no gradient is computed."""
     ends: list[Any] = [output.grad_fn for output in outputs]

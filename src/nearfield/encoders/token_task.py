@@ -1,7 +1,7 @@
 """Losses on single tokens, given a text at a time, so that they go the way of embeddings: through chunks and over ranks.
 
-Tokens of a text are hidden, by the text's numbers alone, whatever chunk or process it is in; the encoder reads the rest, and the head
-of a language model of its architecture says what stood there. A text's row is its embedding, and behind it, for each loss, the sum over
+Tokens of a text are masked, by the text's numbers alone, whatever chunk or process it is in; the encoder reads the rest, and the head
+of a language model of its architecture predicts what stood there. A text's row is its embedding, and behind it, for each loss, the sum over
 its tokens and their number. Whoever sees the rows of all texts can take the mean over all tokens, and its gradient with respect to
 the sums goes back as that of embeddings does.
 """
@@ -121,7 +121,7 @@ def _model_class(config: Any) -> Any:
         if type(config) in mapping:
             return mapping[type(config)]
     raise BadInputError(
-        f"transformers knows no language model of the architecture {config.model_type!r}, so tokens cannot be told",
+        f"transformers knows no language model of the architecture {config.model_type!r}, so no token can be predicted",
         where="objective",
     )
 
@@ -152,59 +152,100 @@ def _read(kind: Any, places: Sequence[str], names: Collection[str]) -> dict[str,
 
 
 NOTHING = -100
-"""The label of a token that is not to be told."""
+"""The label of a token that is not to be predicted."""
 
 Key = tuple[int, int, int, int]
 """(seed, step, item, prompt)."""
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """A text of which some tokens are hidden."""
+class MaskedText:
+    """A text of which some tokens are masked."""
 
     tokens: Tokens
     """(t,) what the encoder reads."""
     labels: npt.NDArray[np.int64]
-    """(t,) the hidden tokens, ``NOTHING`` elsewhere."""
+    """(t,) the masked tokens, ``NOTHING`` elsewhere."""
     words: npt.NDArray[np.bool_]
-    """(t,) the tokens that could have been hidden."""
+    """(t,) the tokens that could have been masked."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What is to be told of the n texts of a chunk; places are those of its padded rectangle."""
+    """The tokens of a chunk of n texts that are to be predicted; places are those of its padded rectangle."""
 
     labels: Tensor
-    """(n, longest) int64, ``NOTHING`` where nothing is hidden."""
+    """(n, longest) int64, ``NOTHING`` where nothing is masked."""
     ids: Tensor | None = None
     """(n, longest) int64: the tokens themselves, for a decoder."""
     words: Tensor | None = None
-    """(n, longest) bool: those that a decoder must tell."""
+    """(n, longest) bool: those that a decoder must predict."""
     seen: Tensor | None = None
     """(n, longest, longest) bool: which tokens each place of a decoder sees."""
 
 
-def hide(
-    tokens: Tokens,
-    config: TokenTaskConfig,
-    random: np.random.Generator,
-    *,
-    mask: int,
-    vocabulary: int,
-    special: npt.NDArray[np.int64],
-    prompt_length: int,
-) -> Hidden:
-    """Hide a share of a text's tokens, each by chance; never ``special`` ones, nor the first ``prompt_length``."""
-    words = ~np.isin(tokens, special)
-    words[:prompt_length] = False
-    if config.predict == "next":
-        words[:1] = False  # nothing stands before it
-    chosen = words & (random.random(len(tokens)) < config.share)
-    how, others = random.random(len(tokens)), random.integers(0, vocabulary, len(tokens))
-    swapped = chosen & (how < config.random)
-    masked = chosen & (how >= config.random + config.kept)
-    read = np.where(masked, mask, np.where(swapped, others, tokens)).astype(np.int32)
-    return Hidden(read, np.where(chosen, tokens, NOTHING).astype(np.int64), words)
+@dataclass(frozen=True)
+class Masking:
+    """How tokens of texts are masked for a model to predict them."""
+
+    config: TokenTaskConfig
+    mask: int
+    """The token that stands in a masked one's place."""
+    vocabulary: int
+    """Tokens that a random one is drawn from."""
+    special: npt.NDArray[np.int64]
+    """Tokens that are never masked."""
+
+    def text(self, tokens: Tokens, random: np.random.Generator, prompt_length: int) -> MaskedText:
+        """Mask a share of a text's tokens, each by chance; never special ones, nor the first ``prompt_length``."""
+        config, count = self.config, len(tokens)
+        words = ~np.isin(tokens, self.special)
+        words[:prompt_length] = False
+        if config.predict == "next":
+            words[:1] = False  # nothing stands before it
+        chosen = words & (random.random(count) < config.share)
+        how, others = random.random(count), random.integers(0, self.vocabulary, count)
+        swapped = chosen & (how < config.random)
+        masked = chosen & (how >= config.random + config.kept)
+        read = np.where(masked, self.mask, np.where(swapped, others, tokens)).astype(np.int32)
+        return MaskedText(read, np.where(chosen, tokens, NOTHING).astype(np.int64), words)
+
+    def chunk(
+        self,
+        rows: Sequence[Tokens],
+        keys: Sequence[Key],
+        chosen: Sequence[bool],
+        prompt_length: int,
+        side: str,
+        device: torch.device,
+    ) -> tuple[list[Tokens], Targets]:
+        """Mask tokens of the ``chosen`` texts of a chunk: what the encoder reads, and what is to be predicted.
+
+        Masks are a function of a text's key alone, whatever chunk or process it is in.
+        """
+        texts, decoder = [], self.config.decoder
+        longest = max(map(len, rows))
+        seen = np.zeros((0 if decoder is None else len(rows), longest, longest), dtype=bool)
+        for line, (row, (seed, *which), wanted) in enumerate(zip(rows, keys, chosen, strict=True)):
+            if not wanted:
+                nothing = np.full(len(row), NOTHING, dtype=np.int64)
+                texts.append(MaskedText(row, nothing, np.zeros(len(row), dtype=bool)))
+                continue
+            random = generator(seed, "masks", *which)
+            texts.append(self.text(row, random, prompt_length))
+            if decoder is not None:
+                begin = longest - len(row) if side == "left" else 0
+                place = slice(begin, begin + len(row))
+                seen[line, place, place] = seen_by_decoder(len(row), decoder.share, random)
+
+        def laid(values: Sequence[npt.NDArray[Any]], fill: int) -> Tensor:
+            return torch.from_numpy(rectangle(values, fill, side)[0]).to(device)
+
+        read, labels = [text.tokens for text in texts], laid([text.labels for text in texts], NOTHING)
+        if decoder is None:
+            return read, Targets(labels)
+        words = laid([text.words for text in texts], 0).bool()
+        return read, Targets(labels, laid(rows, 0), words, torch.from_numpy(seen).to(device))
 
 
 def seen_by_decoder(count: int, share: float, random: np.random.Generator) -> npt.NDArray[np.bool_]:
@@ -214,54 +255,8 @@ def seen_by_decoder(count: int, share: float, random: np.random.Generator) -> np
     return seen
 
 
-def hide_all(
-    rows: Sequence[Tokens],
-    keys: Sequence[Key],
-    config: TokenTaskConfig,
-    *,
-    mask: int,
-    vocabulary: int,
-    special: npt.NDArray[np.int64],
-    prompt_length: int,
-    chosen: Sequence[bool],
-    side: str,
-    device: torch.device,
-) -> tuple[list[Tokens], Targets]:
-    """Hide tokens of the ``chosen`` texts of a chunk: what the encoder reads, and what is to be told."""
-    read: list[Tokens] = []
-    labels: list[npt.NDArray[np.int64]] = []
-    words: list[npt.NDArray[np.int64]] = []
-    longest = max(map(len, rows))
-    seen = np.zeros((len(rows), longest, longest), dtype=bool) if config.decoder is not None else None
-    for line, (row, (seed, *which), wanted) in enumerate(zip(rows, keys, chosen, strict=True)):
-        if not wanted:
-            read.append(row)
-            labels.append(np.full(len(row), NOTHING, dtype=np.int64))
-            words.append(np.zeros(len(row), dtype=np.int64))
-            continue
-        random = generator(seed, "masks", *which)
-        hidden = hide(
-            row, config, random, mask=mask, vocabulary=vocabulary, special=special, prompt_length=prompt_length
-        )
-        read.append(hidden.tokens)
-        labels.append(hidden.labels)
-        words.append(hidden.words.astype(np.int64))
-        if seen is not None and config.decoder is not None:
-            begin = longest - len(row) if side == "left" else 0
-            place = slice(begin, begin + len(row))
-            seen[line, place, place] = seen_by_decoder(len(row), config.decoder.share, random)
-
-    def laid(values: Sequence[npt.NDArray[np.int64]], fill: int) -> Tensor:
-        return torch.from_numpy(rectangle(values, fill, side)[0]).to(device)
-
-    if seen is None:
-        return read, Targets(laid(labels, NOTHING))
-    ids = laid([row.astype(np.int64) for row in rows], 0)
-    return read, Targets(laid(labels, NOTHING), ids, laid(words, 0).bool(), torch.from_numpy(seen).to(device))
-
-
 TARGETS = "token_targets_of_task"
-"""Where features hold what is to be told."""
+"""The key under which features hold the targets."""
 
 
 class Decoder(nn.Module):
@@ -298,21 +293,21 @@ class Decoder(nn.Module):
 
 
 class TokenTask(nn.Module):
-    """Hides tokens of texts and says what it costs to tell them."""
+    """Masks tokens of texts, and the loss of predicting them."""
 
     def __init__(self, model: SentenceTransformer, config: TokenTaskConfig, path: str, seed: int) -> None:
         """``path`` is where the base's weights are, which may hold the head of a language model."""
         super().__init__()
         if not hasattr(model[0], "auto_model"):
             raise BadInputError(
-                f"tokens are told by a transformer, and the model's first module is a {type(model[0]).__name__}",
+                f"tokens are predicted by a transformer, and the model's first module is a {type(model[0]).__name__}",
                 where="objective",
             )
         transformer = model[0].auto_model
         self.config = config
-        self.mask = mask_token(model.tokenizer, config.mask_token)
-        self.vocabulary = int(transformer.get_input_embeddings().num_embeddings)
-        self.special = np.asarray(sorted(set(model.tokenizer.all_special_ids)), dtype=np.int64)
+        special = np.asarray(sorted(set(model.tokenizer.all_special_ids)), dtype=np.int64)
+        words = int(transformer.get_input_embeddings().num_embeddings)
+        self.masking = Masking(config, mask_token(model.tokenizer, config.mask_token), words, special)
         self.head, fresh = language_head(model, path, seed)
         trained = transformer_is_trained(transformer)
         for name, parameter in self.head.named_parameters():
@@ -329,29 +324,6 @@ class TokenTask(nn.Module):
         """How many numbers stand behind a text's embedding: a sum and a count for each loss."""
         return 2 if self.decoder is None else 4
 
-    def hide(
-        self,
-        rows: Sequence[Tokens],
-        keys: Sequence[Key],
-        chosen: Sequence[bool],
-        prompt_length: int,
-        side: str,
-        device: torch.device,
-    ) -> tuple[list[Tokens], Targets]:
-        """What the encoder reads of the texts of a chunk, and what is to be told of the ``chosen`` ones."""
-        return hide_all(
-            rows,
-            keys,
-            self.config,
-            mask=self.mask,
-            vocabulary=self.vocabulary,
-            special=self.special,
-            prompt_length=prompt_length,
-            chosen=chosen,
-            side=side,
-            device=device,
-        )
-
     def forward(self, model: SentenceTransformer, features: Features) -> Tensor:
         """Features of n texts with their targets -> (n, d + columns)."""
         targets: Targets = features[TARGETS]
@@ -360,7 +332,7 @@ class TokenTask(nn.Module):
         pooled = pool(model, states)
         found = [
             truncated(model, pooled["sentence_embedding"]),
-            *self._told(hidden, targets.labels, self.config.predict == "next"),
+            *self._losses(hidden, targets.labels, self.config.predict == "next"),
         ]
         if self.decoder is not None:
             assert targets.ids is not None and targets.words is not None and targets.seen is not None
@@ -368,10 +340,10 @@ class TokenTask(nn.Module):
             tokens = model[0].auto_model.get_input_embeddings()(targets.ids)
             decoded = self.decoder(pooled["pooled"], tokens, places, targets.seen)
             labels = torch.where(targets.words, targets.ids, NOTHING)
-            found += self._told(decoded, labels, False)
+            found += self._losses(decoded, labels, False)
         return torch.cat([part.reshape(len(part), -1).to(_widest(found)) for part in found], dim=1)
 
-    def _told(self, states: Tensor, labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
+    def _losses(self, states: Tensor, labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
         """(n,) the summed loss of each text's labels, and how many it has."""
         if shifted:
             states, labels = states[:, :-1], labels[:, 1:]
@@ -414,7 +386,7 @@ def _decoder(model: SentenceTransformer, config: DecoderConfig) -> Decoder:
 
 
 def mask_token(tokenizer: Any, name: str | None) -> int:
-    """The number of the token that stands in a hidden one's place."""
+    """The number of the token that stands in a masked one's place."""
     if name is None:
         number = getattr(tokenizer, "mask_token_id", None)
         if number is not None:

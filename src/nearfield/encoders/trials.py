@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from nearfield.data.images import pillow
 from nearfield.encoders.limits import longest_input
-from nearfield.encoders.packing import Padding, evaluating, leads_to, random_tokens, rounding
+from nearfield.encoders.packing import Padding, evaluating, leads_to, placed, random_tokens, rounding
 from nearfield.encoders.private import attention_kernel, loading_reports
 from nearfield.encoders.transformer import LAYER
-from nearfield.encoders.vision_language import family_of
+from nearfield.encoders.vision_language import blank_picture, family_of, trial_embedding
 from nearfield.errors import BadInputError
 from nearfield.notices import Notice
 
@@ -68,7 +68,7 @@ def recorded_loading() -> Iterator[Loading]:
 
 
 def check_weights(loading: Loading, outputs: Callable[[], Sequence[Tensor]], where: str) -> None:
-    """Refuse a model that owes a weight to no file, unless nothing depends on it (:func:`embedding_trial` makes ``outputs``).
+    """Refuse a model that owes a weight to no file, unless nothing depends on it (``outputs`` makes a trial: :func:`trial_embeddings`).
 
     Heads that an embedding does not pass through, as BERT's pooler, are often left out of files. Those of layers are
     wanted always: of a mixture of experts one trial does not reach all.
@@ -121,41 +121,40 @@ def _reached(parameters: Sequence[Tensor], outputs: Callable[[], Sequence[Tensor
             each.requires_grad_(required)
 
 
-def embedding_trial(model: SentenceTransformer) -> Callable[[], list[Tensor]]:
-    """The function that embeds a text and a picture, each where the model takes them, with their graph."""
-
-    def outputs() -> list[Tensor]:
-        from nearfield.encoders.vision_language import blank_picture, family_of, trial_embedding
-
-        with torch.enable_grad(), torch.random.fork_rng(), evaluating(model):
-            if family_of(model) is not None:
-                return [trial_embedding(model)]
-            takes = {"text": "a text of some words", "image": blank_picture()}
-            unknown = [each for each in model.modalities if isinstance(each, str) and each not in (*takes, "message")]
-            if unknown:
-                raise ValueError(f"no trial of {unknown[0]}")
-            found = []
-            for modality, item in takes.items():
-                if modality not in model.modalities:
-                    continue
-                features = model.preprocess([item])
-                given = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in features.items()}
-                found.append(model(given)["sentence_embedding"])
-            return found
-
-    return outputs
+def trial_embeddings(model: SentenceTransformer) -> list[Tensor]:
+    """The embeddings of a text and an image, each where the model takes them, with their graph."""
+    with torch.enable_grad(), torch.random.fork_rng(), evaluating(model):
+        if family_of(model) is not None:
+            return [trial_embedding(model)]
+        takes = {"text": "a text of some words", "image": blank_picture()}
+        unknown = [each for each in model.modalities if isinstance(each, str) and each not in (*takes, "message")]
+        if unknown:
+            raise ValueError(f"no trial of {unknown[0]}")
+        items = [item for modality, item in takes.items() if modality in model.modalities]
+        return [model(placed(model, model.preprocess([item]), model.device))["sentence_embedding"] for item in items]
 
 
-def pair_trial(model: CrossEncoder) -> Callable[[], list[Tensor]]:
-    """The function that scores a pair of texts by a cross-encoder, with its graph."""
+def trial_scores(model: CrossEncoder) -> list[Tensor]:
+    """The scores of a pair of texts by a cross-encoder, with their graph."""
+    with torch.enable_grad(), torch.random.fork_rng(), evaluating(model):
+        return [model(placed(model, model.preprocess([("a text", "another text")]), model.device))["scores"]]
 
-    def outputs() -> list[Tensor]:
-        with torch.enable_grad(), torch.random.fork_rng(), evaluating(model):
-            features = model.preprocess([("a text", "another text")])
-            given = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in features.items()}
-            return [model(given)["scores"]]
 
-    return outputs
+def unused_parameters(model: SentenceTransformer, part: nn.Module | None = None) -> list[nn.Parameter]:
+    """Trained parameters of a model, or a part of it, that no embedding depends on; no gradient is computed."""
+    used = leads_to(trial_embeddings(model))
+    return [each for each in (part or model).parameters() if each.requires_grad and id(each) not in used]
+
+
+def freeze_unused(model: SentenceTransformer) -> None:
+    """Take the gradient from parameters of a model of images that its embeddings do not depend on, found by trial.
+
+    Such are the head that a vision model was pretrained with, and the layer before it.
+    """
+    tower = (getattr(model[0], "sub_modules", None) or {}).get("image")
+    if tower is not None or family_of(model) is not None:
+        for parameter in unused_parameters(model, tower):
+            parameter.requires_grad_(False)
 
 
 _TEXTS = ["the vectors of texts", "the vectors of texts that are read together are those of each alone and of no other"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nearfield.data.image_readers import MARK
 from nearfield.data.images import pillow
 from nearfield.encoders.limits import longest_input
-from nearfield.encoders.packing import Padding, embed, evaluating, leads_to, rounding
+from nearfield.encoders.packing import Padding, embed, evaluating, placed, rounding
 from nearfield.encoders.private import processors_by
 from nearfield.errors import BadInputError
 
@@ -330,11 +330,8 @@ def row_features(
     pixels = module.processor.image_processor(
         [[each] for each in shown] if family.nested else shown, return_tensors="pt"
     )
-    # Of a base in 4 bits some parameters are no numbers.
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    for name, value in pixels.items():
-        if isinstance(value, Tensor) and name not in ("rows", "cols"):
-            features[name] = value.to(device, dtype if value.is_floating_point() else None)
+    told = {name: value for name, value in pixels.items() if isinstance(value, Tensor) and name not in ("rows", "cols")}
+    features |= placed(model, told, device)
     if family.token_types:
         features["mm_token_type_ids"] = (features["input_ids"] == image_token).int()
     return features
@@ -364,16 +361,6 @@ def check_verified(model: SentenceTransformer, config: EncoderConfig) -> None:
             where=f"encoder.{asked[0]}",
             hint="Use kind: lora." if asked[0] == "adapter.kind" else "Remove it.",
         )
-
-
-def unused_parameters(model: SentenceTransformer) -> list[nn.Parameter]:
-    """Parameters that no embedding depends on, found by trial: the last layers of some vision models.
-
-    They are those that the graph of an embedding does not lead to; no gradient is computed.
-    """
-    with torch.enable_grad(), torch.random.fork_rng(), evaluating(model):
-        used = leads_to([trial_embedding(model)])
-    return [each for each in model.parameters() if each.requires_grad and id(each) not in used]
 
 
 def trial_embedding(model: SentenceTransformer) -> Tensor:

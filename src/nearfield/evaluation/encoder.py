@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nearfield.console import track
 from nearfield.data.finite import require_finite
-from nearfield.encoders.encode import Encoder, ZeroVectors
+from nearfield.encoders.encode import Encoder, ZeroCount
 from nearfield.encoders.load import shipped_files
 from nearfield.evaluation.contract import SavedPrompts
 
@@ -58,14 +58,14 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         self.encoder = encoder or Encoder(model)
         self.dimensions, self.quantize = dimensions, quantize
         self.turn: Rotate | None = None
-        self.zeros = ZeroVectors()
+        self.zeros = ZeroCount()
         """Of the vectors that the present task got."""
         self._kept: dict[tuple[str | None, str | None], dict[str, NDArray[np.float32]]] = {}
 
     def forget(self) -> None:
         """Drop what was kept of a task: the embeddings of its texts, and how many of them are zero."""
         self._kept.clear()
-        self.zeros = ZeroVectors()
+        self.zeros = ZeroCount()
 
     def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(n, d) whole vectors of texts without prompt or role, of unit length or not as the model makes them."""

@@ -175,7 +175,7 @@ class CrossEncoderScorer(PairScorer):
         from torch import nn
 
         from nearfield.encoders.load import quiet_transformers
-        from nearfield.encoders.trials import check_weights, pair_trial, recorded_loading
+        from nearfield.encoders.trials import check_weights, recorded_loading, trial_scores
 
         self.retriever, self.texts, self.name = retriever, texts, config.model
         try:
@@ -195,7 +195,7 @@ class CrossEncoderScorer(PairScorer):
                 f"this cross-encoder gives {self.model.num_labels} numbers a pair; one is wanted", where=config.model
             )
         # sentence-transformers gives a model without a head for pairs one of random weights.
-        check_weights(loading, pair_trial(self.model), config.model)
+        check_weights(loading, lambda: trial_scores(self.model), config.model)
         self.activation = nn.Sigmoid() if config.scale == "sigmoid" else nn.Identity()
 
     def search(self, depth: int, excluded: Ragged) -> Neighbours:

@@ -209,7 +209,7 @@ class Engine:
             keys = [(seed, step, int(pool.items[i]), int(pool.prompts[i])) for i in chunk]
             side = self.encoder.tokenizer.padding_side if self.padded else "right"
             device, chosen = self.backend.device, queries[chunk].tolist()
-            read, targets = self.data.token_task.hide(rows, keys, chosen, prompt_length, side, device)
+            read, targets = self.data.token_task.masking.chunk(rows, keys, chosen, prompt_length, side, device)
             return {**self.features(read, prompt_length), TARGETS: targets}
 
         return features
