@@ -124,7 +124,7 @@ def test_a_clip_folder_is_both(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = plain.get_image_features(pixel_values=features["pixel_values"]).pooler_output
     np.testing.assert_allclose(model.encode(pictures()), expected.numpy(), atol=1e-5)
-    with pytest.raises(BadInputError, match="takes pictures already"):
+    with pytest.raises(BadInputError, match="takes images already"):
         build_encoder(EncoderConfig(model=str(tmp_path / "clip"), image_tower=tower()), "cpu")
 
 
@@ -137,7 +137,7 @@ def test_what_cannot_be_a_tower_is_refused(text: Path) -> None:
     with pytest.raises(BadInputError, match="no architecture 'vitt'") as caught:
         build(architecture="vitt")
     assert "vit" in str(caught.value.hint)
-    with pytest.raises(BadInputError, match="of pictures alone"):
+    with pytest.raises(BadInputError, match="of images alone"):
         build(architecture="bert", settings={})
     with pytest.raises(BadInputError, match="no setting 'hidden'"):
         build(settings={"hidden": 3})
@@ -190,7 +190,7 @@ def test_items_become_tokens_or_patches(text: Path) -> None:
     store: Any = SmallStore([("word1", False), ("", True), ("word2 word3", False), ("word1", True)])
     found = tokenizer.of_items(store, np.array([1, 0, 2]), "")
     assert [row.tolist() for row in found] == [[IMAGE] * 16, [2, 6, 3], [2, 7, 8, 3]]
-    with pytest.raises(BadInputError, match="beside its picture"):
+    with pytest.raises(BadInputError, match="beside its image"):
         tokenizer.of_items(store, np.array([0, 3]), "")
     with pytest.raises(BadInputError, match="this encoder takes none"):
         build_tokenizer(EncoderConfig(model=str(text))).of_items(store, np.array([1]), "")

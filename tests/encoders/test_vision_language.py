@@ -28,7 +28,7 @@ from nearfield.encoders.vision_language import (
     FAMILIES,
     check_one_tower,
     family_of,
-    picture_token,
+    image_token_id,
     row_features,
     row_ids,
 )
@@ -101,7 +101,7 @@ def test_rows_are_the_tokens_that_the_processor_makes(architecture: str, tmp_pat
     vectors = model[0].auto_model.get_image_features(**pixels).pooler_output
     if isinstance(vectors, (list, tuple)):
         vectors = torch.cat(list(vectors))
-    assert vectors.shape[0] == sum(int((row == picture_token(model)).sum()) for row in shown)
+    assert vectors.shape[0] == sum(int((row == image_token_id(model)).sum()) for row in shown)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -251,7 +251,7 @@ def test_words_are_cut_and_pictures_are_not(tmp_path: Path) -> None:
     assert len(text) == len(both) == 17 and text[-1] == both[-1] == end
     assert text.tolist() == model.preprocess([long])["input_ids"][0].tolist()
     assert both.tolist() == model.preprocess([{"image": PICTURES[0], "text": long}])["input_ids"][0].tolist()
-    with pytest.raises(BadInputError, match="a picture of 31 x 33 pixels ends at token 18"):
+    with pytest.raises(BadInputError, match="an image of 31 x 33 pixels ends at token 18"):
         row_ids(model, [""], [(31, 33)], "")
 
 
@@ -395,7 +395,7 @@ def broken(model: SentenceTransformer, fault: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "complaint"),
     [
-        ("blind", "another picture gives the same embedding"),
+        ("blind", "another image gives the same embedding"),
         ("swapped", "beside others than alone"),
         ("unmasked", "beside others than alone"),
     ],
@@ -420,7 +420,7 @@ def test_what_was_not_tried_out_is_refused(tmp_path: Path, monkeypatch: pytest.M
     save_encoder(load_encoder(str(base), device="cpu").model, tmp_path / "saved")
     monkeypatch.delitem(FAMILIES, "idefics3")
     assert family_of(load_encoder(str(tmp_path / "saved"), device="cpu").model) is None
-    with pytest.raises(BadInputError, match="idefics3 reads pictures and texts in one transformer") as refused:
+    with pytest.raises(BadInputError, match="idefics3 reads images and texts in one transformer") as refused:
         build_encoder(EncoderConfig(model=str(tmp_path / "saved")), "cpu")
     assert "qwen2_vl" in str(refused.value.hint)
 
@@ -439,7 +439,7 @@ def test_what_was_not_tried_out_is_refused(tmp_path: Path, monkeypatch: pytest.M
     ids=lambda setting: next(iter(setting)),
 )
 def test_what_one_tower_cannot_have_is_refused(setting: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match="cannot be set for a model that reads pictures and texts"):
+    with pytest.raises(BadInputError, match="cannot be set for a model that reads images and texts"):
         built(tmp_path, "qwen2_vl", **setting)
 
 

@@ -194,7 +194,7 @@ class ProjectionConfig(Config):
 
 
 class ImageTowerConfig(Config):
-    """A model of pictures beside the one of texts, projected to the same width (CLIP, arXiv 2103.00020; ALIGN, 2102.05918).
+    """A model of images beside the one of texts, projected to the same width (CLIP, arXiv 2103.00020; ALIGN, 2102.05918).
 
     Either a trained one by folder or hub id, or one of a transformers architecture with new weights.
     """
@@ -209,9 +209,9 @@ class ImageTowerConfig(Config):
     settings: dict[str, int | float | bool | str | tuple[int, ...]] = {}
     """Of the architecture's config, such as ``hidden_size``; what is not said is its default."""
     size: Annotated[int, Field(ge=8, le=4096)] = 224
-    """Pixels of a side that pictures are brought to, where the weights are new; a trained model says it itself."""
+    """Pixels of a side that images are brought to, where the weights are new; a trained model says it itself."""
     pooling: Literal["mean", "cls", "own"] = "mean"
-    """How the vectors of a picture's patches become one: their mean, the first, or by the model's own pooling."""
+    """How the vectors of an image's patches become one: their mean, the first, or by the model's own pooling."""
     bias: bool = False
     """Whether the projection behind it has one."""
 
@@ -261,7 +261,7 @@ class EncoderConfig(Config):
     adapter: Annotated[AdapterSettings, ADAPTERS] | None = None
     """Train an adapter instead of the transformer's own weights."""
     image_tower: ImageTowerConfig | None = None
-    """A model of pictures beside this one of texts; null adds none."""
+    """A model of images beside this one of texts; null adds none."""
     trust_remote_code: bool = False
     """Run code from the model's folder or repository. Only for models that you trust."""
 

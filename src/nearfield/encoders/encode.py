@@ -294,7 +294,7 @@ class Encoder:
     def _images_by_chunks(
         self, store: Store, items: Rows, prompt: str, where: str, done: Bools | None
     ) -> Iterator[tuple[Rows, Vectors]]:
-        from nearfield.encoders.image_tower import pictured_features
+        from nearfield.encoders.image_tower import item_features
         from nearfield.encoders.tokenize import item_token_ids, prompt_tokens
 
         rows = item_token_ids(self.model, store, items, prompt, where)
@@ -306,7 +306,7 @@ class Encoder:
             chunks = cut(lengths[part].tolist(), self.chunk_tokens, padded=self.packing is None)
             for chunk in _to_do([part[numbers] for numbers in chunks], done, None):
                 mine = [rows[i] for i in chunk]
-                features = pictured_features(self.model, mine, partial(store.images, items[chunk]), device)
+                features = item_features(self.model, mine, partial(store.images, items[chunk]), device)
                 yield chunk, self._embed(self._features(mine, length) if features is None else features)
 
     def of_images(self, images: Sequence[Any], texts: Sequence[str] | None = None, prompt: str = "") -> Vectors:

@@ -20,7 +20,7 @@ from nearfield.data.tokens import IMAGE
 from nearfield.encoders.limits import whole_dimension
 from nearfield.encoders.packing import placed
 from nearfield.encoders.transformer import check_settings
-from nearfield.encoders.vision_language import blank_picture, family_of, row_features
+from nearfield.encoders.vision_language import blank_image, family_of, row_features
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ _PATCH = 16
 
 
 def takes_images(model: SentenceTransformer) -> bool:
-    """Whether the model embeds pictures."""
+    """Whether the model embeds images."""
     return "image" in model.modalities
 
 
 def reads_together(model: SentenceTransformer) -> bool:
-    """Whether the model embeds a text and a picture as one item, rather than one or the other."""
+    """Whether the model embeds a text and an image as one item, rather than one or the other."""
     return "message" in model.modalities or any(
         isinstance(each, tuple) and "image" in each for each in model.modalities
     )
@@ -51,16 +51,16 @@ def reads_together(model: SentenceTransformer) -> bool:
 def add_image_tower(
     model: SentenceTransformer, config: ImageTowerConfig, seed: int, dtype: str = "float32"
 ) -> SentenceTransformer:
-    """A model of the text model's modules and, beside them, a tower for pictures; new weights are drawn from ``seed``.
+    """A model of the text model's modules and, beside them, a tower for images; new weights are drawn from ``seed``.
 
-    The projection of pictures has the width of the text model's embeddings. Raises :class:`BadInputError` where the
-    text model takes pictures already, and for a vision model that cannot be a tower.
+    The projection of images has the width of the text model's embeddings. Raises :class:`BadInputError` where the
+    text model takes images already, and for a vision model that cannot be a tower.
     """
     from sentence_transformers import SentenceTransformer as Model
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router
 
     if takes_images(model):
-        raise BadInputError("this model takes pictures already", where=_WHERE, hint="Remove 'image_tower'.")
+        raise BadInputError("this model takes images already", where=_WHERE, hint="Remove 'image_tower'.")
     text = list(model)
     behind = [text.pop()] if isinstance(text[-1], Normalize) else []
     with torch.random.fork_rng():
@@ -69,7 +69,7 @@ def add_image_tower(
         batch_norms = [type(part).__name__ for part in tower.modules() if "BatchNorm" in type(part).__name__]
         if batch_norms:
             raise BadInputError(
-                f"this vision model has {len(batch_norms)} layers of batch normalisation: a picture's embedding would "
+                f"this vision model has {len(batch_norms)} layers of batch normalisation: an image's embedding would "
                 "depend on the others that are encoded with it, and on how a batch is cut",
                 where=_WHERE,
                 hint="Use one with layer normalisation, such as vit or convnext.",
@@ -112,7 +112,7 @@ def _new_tower(config: ImageTowerConfig) -> Any:
     takes = getattr(MODEL_MAPPING.get(type(plain), None), "main_input_name", None)
     if takes != "pixel_values":
         raise BadInputError(
-            f"{config.architecture} is no architecture of pictures alone",
+            f"{config.architecture} is no architecture of images alone",
             where=f"{_WHERE}.architecture",
             hint="Such are vit, deit, dinov2, clip_vision_model, siglip_vision_model, convnext, swin.",
         )
@@ -176,7 +176,7 @@ def _module(path: str, config: ImageTowerConfig, *, revision: str | None = None,
     )
     if set(module.modality_config) != {"image"}:
         raise BadInputError(
-            f"an image tower takes pictures alone, and this model takes {', '.join(map(str, module.modality_config))}",
+            f"an image tower takes images alone, and this model takes {', '.join(map(str, module.modality_config))}",
             where=config.model or _WHERE,
             hint="A model of both is named under encoder.model.",
         )
@@ -187,7 +187,7 @@ _KWARGS = ("model_kwargs", "processor_kwargs", "config_kwargs")
 
 
 def _width(tower: nn.Module) -> int:
-    """The width of what a tower gives for one picture, by trial."""
+    """The width of what a tower gives for one image, by trial."""
     with torch.no_grad():
         output = _seen(tower)
     if output is None:
@@ -196,13 +196,13 @@ def _width(tower: nn.Module) -> int:
 
 
 def _seen(tower: nn.Module) -> Any:
-    """What a tower gives for one picture."""
-    return tower.eval()(tower.preprocess([blank_picture()]))[tower.module_output_name]  # type: ignore[operator]
+    """What a tower gives for one image."""
+    return tower.eval()(tower.preprocess([blank_image()]))[tower.module_output_name]  # type: ignore[operator]
 
 
 def image_tokens(model: SentenceTransformer) -> int:
-    """As how many tokens a picture counts: its patches. All pictures are brought to one size."""
-    pixels = model.preprocess([blank_picture()])["pixel_values"]
+    """As how many tokens an image counts: its patches. All images are brought to one size."""
+    pixels = model.preprocess([blank_image()])["pixel_values"]
     if pixels.dim() == 3:
         return int(pixels.shape[1])
     sides = [int(side) // _patch(model) for side in pixels.shape[-2:]]
@@ -214,7 +214,7 @@ def _patch(model: SentenceTransformer) -> int:
     for config in configs:
         config = getattr(config, "vision_config", config)
         if hasattr(config, "depths"):
-            # Stages that halve the picture begin with patches of a few pixels, and most of their work is behind them.
+            # Stages that halve the image begin with patches of a few pixels, and most of their work is behind them.
             return _PATCH
         patch = getattr(config, "patch_size", None)
         if isinstance(patch, int) and patch > 1:
@@ -223,25 +223,25 @@ def _patch(model: SentenceTransformer) -> int:
 
 
 def image_features(model: SentenceTransformer, images: Sequence[Image], device: torch.device) -> Features:
-    """What :func:`nearfield.encoders.packing.embed` takes for n pictures, by the model's own image processor."""
+    """What :func:`nearfield.encoders.packing.embed` takes for n images, by the model's own image processor."""
     return placed(model, model.preprocess(list(images)), device)
 
 
-def pictured_features(
+def item_features(
     model: SentenceTransformer,
     rows: Sequence[npt.NDArray[np.int32]],
-    pictures: Callable[[], Sequence[Image | None]],
+    images: Callable[[], Sequence[Image | None]],
     device: torch.device,
 ) -> Features | None:
-    """What :func:`nearfield.encoders.packing.embed` takes for n items, by what ``item_token_ids`` says of each, and their pictures.
+    """What :func:`nearfield.encoders.packing.embed` takes for n items, by what ``item_token_ids`` says of each, and their images.
 
-    None where they are texts beside a tower for pictures, which are read as all texts are. Beside such a tower all of
-    a call's items are pictures or none is.
+    None where they are texts beside a tower for images, which are read as all texts are. Beside such a tower all of
+    a call's items are images or none is.
     """
     if family_of(model) is not None:
-        return row_features(model, rows, pictures(), device)
+        return row_features(model, rows, images(), device)
     if not len(rows[0]) or rows[0][0] != IMAGE:
         return None
-    shown = [picture for picture in pictures() if picture is not None]
+    shown = [image for image in images() if image is not None]
     assert len(shown) == len(rows)
     return image_features(model, shown, device)

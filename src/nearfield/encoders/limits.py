@@ -102,7 +102,7 @@ def longest_input(model: SentenceTransformer) -> int | None:
 
 
 def _text_part(model: SentenceTransformer) -> Any:
-    """The transformer that reads texts; None where the model has none, or one of pictures and texts together."""
+    """The transformer that reads texts; None where the model has none, or one of images and texts together."""
     from torch import nn
 
     transformer = getattr(model[0], "auto_model", None)

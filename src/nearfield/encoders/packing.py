@@ -336,11 +336,11 @@ def packing_kind(model: SentenceTransformer, device: torch.device, *, bf16: bool
     )
     # A prefix stands in padded rows: packed texts would pass it by.
     prefixed = bool(getattr(model[0], "prefix_length", 0))
-    # Tokens of a picture have places of their own, which packed rows do not know.
-    pictured = "image" in modalities
+    # Tokens of an image have places of their own, which packed rows do not know.
+    with_image = "image" in modalities
     # Packed rows say nothing of kinds of tokens.
     typed = TokenTypes.of(model.tokenizer) is not None
-    if transformer is None or prefixed or pictured or typed or not plain or not _windows_known(model, transformer):
+    if transformer is None or prefixed or with_image or typed or not plain or not _windows_known(model, transformer):
         return None
     half = bf16 or next(transformer.parameters()).dtype in (torch.float16, torch.bfloat16)
     kinds: list[PackingKind] = ["block"]

@@ -141,7 +141,7 @@ def _are_tasks(value: Any) -> bool:
 def type_of_key(key: str) -> str | None:
     """The task type that a key of prompts (without its role) is of: a type of mteb, or a task's; null for any other.
 
-    mteb is asked only where the key is no type of texts and pictures.
+    mteb is asked only where the key is no type of texts and images.
     """
     return key if key in get_args(TaskType) else _type_in_mteb(key)
 

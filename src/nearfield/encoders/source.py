@@ -192,7 +192,7 @@ def folder_revision(folder: Path) -> str:
 
 
 def _is_read(file: Path) -> bool:
-    """Whether loading may read a file of a model folder: all but cards, pictures, other frameworks' weights and hidden files."""
+    """Whether loading may read a file of a model folder: all but cards, images, other frameworks' weights and hidden files."""
     hidden = any(part.startswith(".") or part == "__pycache__" for part in file.parts)
     return not hidden and file.suffix.lower() not in _UNREAD_SUFFIXES and file.name not in _UNREAD_FILES
 

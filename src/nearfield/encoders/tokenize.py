@@ -322,38 +322,38 @@ def token_ids(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> 
 def item_token_ids(
     model: SentenceTransformer, store: Store, rows: Rows, prompt: str, where: str = "encoder"
 ) -> list[npt.NDArray[np.int32]]:
-    """What each item of a store with pictures takes: a picture of a tower counts as so many tokens as it has patches.
+    """What each item of a store with images takes: an image of a tower counts as so many tokens as it has patches.
 
-    Where one transformer reads both, the tokens of a picture stand among those of its text. Raises
-    :class:`BadInputError` where the encoder takes no pictures, or an item has a text beside its picture and it takes
+    Where one transformer reads both, the tokens of an image stand among those of its text. Raises
+    :class:`BadInputError` where the encoder takes no images, or an item has a text beside its image and it takes
     one or the other.
     """
     texts, sizes = store.texts(rows), store.image_sizes(rows)
-    pictured = sizes[:, 0] > 0
+    with_image = sizes[:, 0] > 0
     if family_of(model) is not None:
         shown = [(width, height) if width else None for width, height in sizes.tolist()]
         return row_ids(model, texts, shown, prompt)
     found: list[npt.NDArray[np.int32]] = [np.empty(0, dtype=np.int32)] * len(rows)
-    plain = np.flatnonzero(~pictured)
+    plain = np.flatnonzero(~with_image)
     for place, ids in zip(plain.tolist(), token_ids(model, [texts[i] for i in plain], prompt), strict=True):
         found[place] = ids
-    if pictured.any():
+    if with_image.any():
         if not takes_images(model):
             raise BadInputError(
-                "the data has pictures, and this encoder takes none",
+                "the data has images, and this encoder takes none",
                 where=where,
                 hint="Name a model of both such as CLIP or Qwen2-VL; an encoder gets a tower by encoder.image_tower.",
             )
-        both = next((i for i in np.flatnonzero(pictured).tolist() if texts[i]), None)
+        both = next((i for i in np.flatnonzero(with_image).tolist() if texts[i]), None)
         if both is not None:
             raise BadInputError(
-                f"item {int(rows[both])} has a text ({texts[both][:60]!r}) beside its picture, and two towers embed one or "
+                f"item {int(rows[both])} has a text ({texts[both][:60]!r}) beside its image, and two towers embed one or "
                 "the other",
                 where=str(store.path),
                 hint="Use a model that reads both together, such as Qwen2-VL.",
             )
         ids = np.full(image_tokens(model), IMAGE, dtype=np.int32)
-        for place in np.flatnonzero(pictured).tolist():
+        for place in np.flatnonzero(with_image).tolist():
             found[place] = ids
     return found
 
@@ -395,7 +395,7 @@ class Tokenizer:
         return token_ids(self.model, texts, prompt)
 
     def of_items(self, store: Store, rows: Rows, prompt: str) -> list[npt.NDArray[np.int32]]:
-        """What each item of a store with pictures takes, by :func:`item_token_ids`."""
+        """What each item of a store with images takes, by :func:`item_token_ids`."""
         return item_token_ids(self.model, store, rows, prompt)
 
     @property
@@ -404,7 +404,7 @@ class Tokenizer:
         return not leaves_prompt_out(self.model)
 
     def lost_tokens(self, store: Store, rows: Rows, prompt: str, kept: Sequence[npt.NDArray[np.int32]]) -> list[int]:
-        """How many tokens each item of a store loses by the longest input; of a picture none is cut."""
+        """How many tokens each item of a store loses by the longest input; of an image none is cut."""
         lengths = [0 if len(ids) and bool((ids < 0).any()) else len(ids) for ids in kept]
         if family_of(self.model) is not None and store.has_images:
             shown = [(width, height) if width else None for width, height in store.image_sizes(rows).tolist()]

@@ -28,7 +28,7 @@ from nearfield.encoders.limits import longest_input
 from nearfield.encoders.packing import Padding, evaluating, leads_to, placed, random_tokens, rounding
 from nearfield.encoders.private import attention_kernel, loading_reports
 from nearfield.encoders.transformer import LAYER
-from nearfield.encoders.vision_language import blank_picture, family_of, trial_embedding
+from nearfield.encoders.vision_language import blank_image, family_of, trial_embedding
 from nearfield.errors import BadInputError
 from nearfield.notices import Notice
 
@@ -126,7 +126,7 @@ def trial_embeddings(model: SentenceTransformer) -> list[Tensor]:
     with torch.enable_grad(), torch.random.fork_rng(), evaluating(model):
         if family_of(model) is not None:
             return [trial_embedding(model)]
-        takes = {"text": "a text of some words", "image": blank_picture()}
+        takes = {"text": "a text of some words", "image": blank_image()}
         unknown = [each for each in model.modalities if isinstance(each, str) and each not in (*takes, "message")]
         if unknown:
             raise ValueError(f"no trial of {unknown[0]}")
@@ -187,12 +187,12 @@ def pad_as_processor(model: SentenceTransformer) -> None:
 
 
 def try_company(model: SentenceTransformer, name: str) -> tuple[Notice, ...]:
-    """Embed texts, and pictures, alone and together, as sentence-transformers does; what differs is a notice.
+    """Embed texts, and images, alone and together, as sentence-transformers does; what differs is a notice.
 
     Raises :class:`BadInputError` where sentence-transformers cannot embed them at all.
     """
     if family_of(model) is not None:
-        return ()  # these are tried out with pictures and texts in one row
+        return ()  # these are tried out with images and texts in one row
     found = []
     for what, items in _items(model).items():
         try:
@@ -242,7 +242,7 @@ def _items(model: SentenceTransformer) -> dict[str, list[Any]]:
     if "image" in taken:
         random = np.random.default_rng(0)
         pixels = [random.integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8) for _ in range(2)]
-        found["pictures"] = [pillow().fromarray(each) for each in pixels]
+        found["images"] = [pillow().fromarray(each) for each in pixels]
     return found
 
 

@@ -46,13 +46,13 @@ class Family:
     processor: Callable[[Any], Any]
     """The module ``transformers`` -> the class of its processor, without a part for videos."""
     mark: str
-    """What stands for a picture in a text of the model's own."""
+    """What stands for an image in a text of the model's own."""
     reserved: tuple[str, ...]
-    """Words that the processor puts around or in the place of pictures: in a text they are taken out."""
+    """Words that the processor puts around or in the place of images: in a text they are taken out."""
     nested: bool = False
-    """Whether its image processor takes the pictures of each item as a list."""
+    """Whether its image processor takes the images of each item as a list."""
     token_types: bool = False
-    """Whether it is told which tokens are a picture's, to place them in two dimensions."""
+    """Whether it is told which tokens are an image's, to place them in two dimensions."""
 
 
 def _without_videos(name: str, videos: str) -> Callable[[Any], Any]:
@@ -107,7 +107,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family(
         _without_videos("Qwen3VLProcessor", "Qwen3VLVideoProcessor"), _QWEN_MARK, _QWEN_WORDS, token_types=True
     ),
-    # The processor of Idefics3 gives the same for pictures, and needs neither torchvision nor num2words.
+    # The processor of Idefics3 gives the same for images, and needs neither torchvision nor num2words.
     "smolvlm": Family(_named("Idefics3Processor"), "<image>", _IDEFICS_WORDS, nested=True),
     "idefics3": Family(_named("Idefics3Processor"), "<image>", _IDEFICS_WORDS, nested=True),
     "llava": Family(_named("LlavaProcessor"), "<image>", ("<image>",)),
@@ -122,17 +122,17 @@ FAMILIES: dict[str, Family] = {
 """By transformers' name of the architecture."""
 
 _TEMPLATE = """\
-{%- set item = namespace(prompt='', text='', pictures=0) -%}
+{%- set item = namespace(prompt='', text='', images=0) -%}
 {%- for message in messages -%}
 {%- for part in message.content -%}
-{%- if part.type == 'image' -%}{%- set item.pictures = item.pictures + 1 -%}
+{%- if part.type == 'image' -%}{%- set item.images = item.images + 1 -%}
 {%- elif message.role == 'system' -%}{%- set item.prompt = item.prompt ~ part.text -%}
 {%- else -%}{%- set item.text = item.text ~ part.text -%}{%- endif -%}
 {%- endfor -%}
 {%- endfor -%}
-{%- if item.pictures > 1 -%}{{- raise_exception('an item has one picture, not ' ~ item.pictures) -}}{%- endif -%}
+{%- if item.images > 1 -%}{{- raise_exception('an item has one image, not ' ~ item.images) -}}{%- endif -%}
 {%- set parts = item.text.split(MARK) -%}
-{%- set between = item.pictures and parts|length > 1 and parts[0]|trim -%}
+{%- set between = item.images and parts|length > 1 and parts[0]|trim -%}
 {%- set words = namespace(before='', behind='') -%}
 {%- if between -%}
 {%- set words.before = item.prompt.replace(MARK, ' ') ~ parts[0] -%}{%- set words.behind = parts[1:]|join(' ') -%}
@@ -143,12 +143,12 @@ _TEMPLATE = """\
 {%- set words.before = words.before.replace(word, ' ') -%}{%- set words.behind = words.behind.replace(word, ' ') -%}
 {%- endfor -%}
 {%- if between -%}{{- words.before.lstrip() ~ PICTURE ~ words.behind.rstrip() -}}
-{%- elif item.pictures and words.behind|trim -%}{{- PICTURE ~ '\\n' ~ words.behind|trim -}}
-{%- elif item.pictures -%}{{- PICTURE -}}
+{%- elif item.images and words.behind|trim -%}{{- PICTURE ~ '\\n' ~ words.behind|trim -}}
+{%- elif item.images -%}{{- PICTURE -}}
 {%- else -%}{{- words.behind|trim -}}{%- endif -%}
 """
-"""Picture, prompt, text; where the text has a mark between its words, the picture stands there. The model's own words for
-pictures are taken out of texts, so that no text can name a picture that it does not have."""
+"""Image, prompt, text; where the text has a mark between its words, the image stands there. The model's own words for
+images are taken out of texts, so that no text can name an image that it does not have."""
 
 
 def template_of(family: Family, start: str | None) -> str:
@@ -163,15 +163,15 @@ def template_of(family: Family, start: str | None) -> str:
 
 
 def family_of(model: SentenceTransformer) -> Family | None:
-    """The family of a model that reads texts and pictures in one transformer; None for any other model."""
+    """The family of a model that reads texts and images in one transformer; None for any other model."""
     module = model[0]
     if "message" not in (getattr(module, "modality_config", None) or {}) or "image" not in module.modality_config:
         return None
     return FAMILIES.get(module.config.model_type)
 
 
-def picture_token(model: SentenceTransformer) -> int:
-    """The token that stands in each place of a picture, of a model that :func:`family_of` knows."""
+def image_token_id(model: SentenceTransformer) -> int:
+    """The token that stands in each place of an image, of a model that :func:`family_of` knows."""
     return int(model[0].processor.image_token_id)
 
 
@@ -202,7 +202,7 @@ def own_processors() -> AbstractContextManager[None]:
 
 
 def read_in_a_row(model: SentenceTransformer) -> None:
-    """Let a model of plain transformers read pictures and texts by the template of its family."""
+    """Let a model of plain transformers read images and texts by the template of its family."""
     family = FAMILIES.get(getattr(getattr(model[0], "config", None), "model_type", ""))
     if family is None:
         return
@@ -227,10 +227,10 @@ def row_ids(
     *,
     cut: bool = True,
 ) -> list[Ids]:
-    """The token ids of n items as the model reads them: each a text, a picture of a size, or both.
+    """The token ids of n items as the model reads them: each a text, an image of a size, or both.
 
-    A picture's tokens are all there, so a row is as long as what is computed. Words behind the longest input are cut, unless
-    ``cut`` is false; raises :class:`BadInputError` where a picture would be.
+    An image's tokens are all there, so a row is as long as what is computed. Words behind the longest input are cut, unless
+    ``cut`` is false; raises :class:`BadInputError` where an image would be.
     """
     if not texts:
         return []
@@ -240,7 +240,7 @@ def row_ids(
     # As transformers does with the whole of a template's output.
     special = not (tokenizer.bos_token and rendered[0].startswith(tokenizer.bos_token))
     ending = _ending(tokenizer) if special else 0
-    # What closes a picture's mark is one token, in those that have it.
+    # What closes an image's mark is one token, in those that have it.
     family = family_of(model)
     behind = int(family is not None and not family.mark.endswith(processor.image_token))
     limit = longest_input(model) if cut else None
@@ -248,11 +248,11 @@ def row_ids(
     found: list[Ids] = []
     for text, size, line in zip(texts, sizes, lines["input_ids"], strict=True):
         ids = np.asarray(line, dtype=np.int32)
-        places = np.flatnonzero(ids == picture_token(model))
+        places = np.flatnonzero(ids == image_token_id(model))
         if len(places) != (size is not None):
             raise BadInputError(
-                f"an item with {'a' if size else 'no'} picture has {len(places)} places for one: {text[:60]!r}",
-                hint="Its text holds a word that stands for pictures in this model.",
+                f"an item with {'an' if size else 'no'} image has {len(places)} places for one: {text[:60]!r}",
+                hint="Its text holds a word that stands for images in this model.",
             )
         if size is None:
             if limit is not None and len(ids) > limit:
@@ -265,20 +265,20 @@ def row_ids(
             end = int(places[0]) + len(run) + behind
             if end + ending > limit:
                 raise BadInputError(
-                    f"a picture of {size[0]} x {size[1]} pixels ends at token {end}, and the model's longest input is {limit}",
+                    f"an image of {size[0]} x {size[1]} pixels ends at token {end}, and the model's longest input is {limit}",
                     where="encoder.max_length",
-                    hint="Raise it (and training.max_length, where that is less), or let the data keep smaller pictures (images.max_side).",
+                    hint="Raise it (and training.max_length, where that is less), or let the data keep smaller images (images.max_side).",
                 )
             ids = np.concatenate([ids[: limit - ending], ids[len(ids) - ending :]])
         found.append(ids)
     return found
 
 
-def _rendered(module: Any, texts: Sequence[str], pictured: Sequence[bool], prompt: str) -> list[str]:
+def _rendered(module: Any, texts: Sequence[str], with_image: Sequence[bool], prompt: str) -> list[str]:
     """The strings that the template makes of items."""
     conversations = []
-    for text, picture in zip(texts, pictured, strict=True):
-        parts = [*([{"type": "image"}] if picture else []), *([{"type": "text", "text": text}] if text else [])]
+    for text, image in zip(texts, with_image, strict=True):
+        parts = [*([{"type": "image"}] if image else []), *([{"type": "text", "text": text}] if text else [])]
         system = [{"role": "system", "content": [{"type": "text", "text": prompt}]}] if prompt else []
         conversations.append([*system, {"role": "user", "content": parts}])
     found: list[str] = module.processor.apply_chat_template(conversations, tokenize=False) if conversations else []
@@ -297,7 +297,7 @@ _RUNS: WeakKeyDictionary[nn.Module, dict[Size, Ids]] = WeakKeyDictionary()
 
 
 def _run(model: SentenceTransformer, size: Size) -> Ids:
-    """The tokens that a picture of a size takes; they depend on the size alone."""
+    """The tokens that an image of a size takes; they depend on the size alone."""
     runs = _RUNS.setdefault(model[0], {})
     if size not in runs:
         processor: Any = model[0].processor
@@ -309,22 +309,22 @@ def _run(model: SentenceTransformer, size: Size) -> Ids:
 
 
 def row_features(
-    model: SentenceTransformer, rows: Sequence[Ids], pictures: Sequence[Image | None], device: torch.device
+    model: SentenceTransformer, rows: Sequence[Ids], images: Sequence[Image | None], device: torch.device
 ) -> Features:
-    """What :func:`nearfield.encoders.packing.embed` takes for n items, by their token ids and pictures (None for texts).
+    """What :func:`nearfield.encoders.packing.embed` takes for n items, by their token ids and images (None for texts).
 
     Pixels are those of the items of this chunk alone, in their order: models find them by the order of their places.
     """
     module: Any = model[0]
     family = family_of(model)
     assert family is not None
-    image_token = picture_token(model)
-    for row, picture in zip(rows, pictures, strict=True):
-        if bool((row == image_token).any()) != (picture is not None):
-            raise ValueError("the tokens of an item and its picture do not belong together")
+    image_token = image_token_id(model)
+    for row, image in zip(rows, images, strict=True):
+        if bool((row == image_token).any()) != (image is not None):
+            raise ValueError("the tokens of an item and its image do not belong together")
     features = Padding.of(model).features(rows, device, 0)
     features["modality"] = "message"
-    shown = [picture for picture in pictures if picture is not None]
+    shown = [image for image in images if image is not None]
     if not shown:
         return features
     pixels = module.processor.image_processor(
@@ -338,14 +338,14 @@ def row_features(
 
 
 def check_verified(model: SentenceTransformer, config: EncoderConfig) -> None:
-    """Refuse to train a transformer of pictures and texts whose architecture was not tried out, and what it cannot have."""
+    """Refuse to train a transformer of images and texts whose architecture was not tried out, and what it cannot have."""
     reads = getattr(model[0], "modality_config", None) or {}
     together = ("message" in reads and "image" in reads) or any(isinstance(key, tuple) for key in reads)
     if not together:
         return
     if family_of(model) is None:
         raise BadInputError(
-            f"{model[0].config.model_type} reads pictures and texts in one transformer, and was not tried out",
+            f"{model[0].config.model_type} reads images and texts in one transformer, and was not tried out",
             where=config.model,
             hint=f"Tried out are {', '.join(FAMILIES)}.",
         )
@@ -357,14 +357,14 @@ def check_verified(model: SentenceTransformer, config: EncoderConfig) -> None:
         asked.append("adapter.kind")
     if asked:
         raise BadInputError(
-            "this cannot be set for a model that reads pictures and texts in one transformer",
+            "this cannot be set for a model that reads images and texts in one transformer",
             where=f"encoder.{asked[0]}",
             hint="Use kind: lora." if asked[0] == "adapter.kind" else "Remove it.",
         )
 
 
 def trial_embedding(model: SentenceTransformer) -> Tensor:
-    """(1, d) the embedding of one item with a text and a picture."""
+    """(1, d) the embedding of one item with a text and an image."""
     return embed(model, _trial(model, [(3, 0)]))
 
 
@@ -373,12 +373,12 @@ _TRIAL_SIZES: tuple[Size, ...] = ((112, 14), (14, 112), (70, 14))
 
 
 def _trial(model: SentenceTransformer, items: Sequence[tuple[int | None, int]]) -> Features:
-    """Features of items for a trial: each names the seed of its picture (None for none) and the number of its text."""
+    """Features of items for a trial: each names the seed of its image (None for none) and the number of its text."""
     words = ["a", "what is shown here ?", "the name of a colour , and of nothing else"]
     sizes = [None if seed is None else _TRIAL_SIZES[seed % len(_TRIAL_SIZES)] for seed, _ in items]
     rows = row_ids(model, [words[number] for _, number in items], sizes, "", cut=False)
-    pictures = [None if seed is None else _noise(seed) for seed, _ in items]
-    return row_features(model, rows, pictures, model.device)
+    images = [None if seed is None else _noise(seed) for seed, _ in items]
+    return row_features(model, rows, images, model.device)
 
 
 def _noise(seed: int) -> Image:
@@ -389,10 +389,10 @@ def _noise(seed: int) -> Image:
 
 
 def check_one_tower(model: SentenceTransformer, where: str) -> None:
-    """Refuse a model of pictures and texts that does not read them rightly: tried out each time it is loaded.
+    """Refuse a model of images and texts that does not read them rightly: tried out each time it is loaded.
 
-    An item must have the same embedding alone and beside longer ones, with pictures of other sizes or without one; another
-    picture must give another embedding, to its own item and to no other.
+    An item must have the same embedding alone and beside longer ones, with images of other sizes or without one; another
+    image must give another embedding, to its own item and to no other.
     """
     if family_of(model) is None:
         return
@@ -405,14 +405,14 @@ def check_one_tower(model: SentenceTransformer, where: str) -> None:
         complaint = f"it cannot be tried out ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
     if complaint:
         raise BadInputError(
-            f"{type(model[0].auto_model).__name__} does not read pictures and texts in one row rightly: {complaint}",
+            f"{type(model[0].auto_model).__name__} does not read images and texts in one row rightly: {complaint}",
             where=where,
             hint="Use another version of transformers, or another model.",
         )
 
 
 def _complaint(model: SentenceTransformer) -> str | None:
-    # Few pictures: of some models each is a thousand tokens.
+    # Few images: of some models each is a thousand tokens.
     items: list[tuple[int | None, int]] = [(0, 1), (None, 0), (1, 2)]
     together = embed(model, _trial(model, items)).double()
     scale = float(together.abs().max())
@@ -420,18 +420,18 @@ def _complaint(model: SentenceTransformer) -> str | None:
     for place, item in enumerate(items[:2]):
         alone = embed(model, _trial(model, [item])).double()[0]
         if not float((alone - together[place]).abs().max()) <= tolerance * scale:
-            what = "text" if item[0] is None else "text with a picture"
+            what = "text" if item[0] is None else "text with an image"
             return f"a {what} has another embedding beside others than alone"
     changed = embed(model, _trial(model, [(3, 1), *items[1:]])).double()
     moved = (changed - together).abs().amax(dim=1)
     if not float(moved[0]) > 1e-6 * scale:
-        return "another picture gives the same embedding"
+        return "another image gives the same embedding"
     if not float(moved[1:].max()) <= tolerance * scale:
-        return "another picture changes the embedding of other items"
+        return "another image changes the embedding of other items"
     return None
 
 
-def blank_picture() -> Image:
-    """A small picture of one colour, to try models out with."""
+def blank_image() -> Image:
+    """A small image of one colour, to try models out with."""
     blank: Image = pillow().new("RGB", (64, 64), (128, 160, 192))
     return blank

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from nearfield.arrays import Rows
 from nearfield.batching.plan import Batch
 from nearfield.data.tokens import IMAGE
-from nearfield.encoders.image_tower import pictured_features
+from nearfield.encoders.image_tower import item_features
 from nearfield.encoders.kernels import add_tables_in_float32, sparse_embedding_gradients, use_fast_dropout
 from nearfield.encoders.packing import Features, PackingKind, Padding, embed, packed_features, packing_kind
 from nearfield.encoders.token_task import TARGETS, TokenTask
 from nearfield.encoders.tokenize import leaves_prompt_out
-from nearfield.encoders.vision_language import family_of, picture_token
+from nearfield.encoders.vision_language import family_of, image_token_id
 from nearfield.errors import BadInputError
 from nearfield.objectives.batch import Objective
 from nearfield.objectives.infonce import InfoNCE, can_ring
@@ -220,13 +220,13 @@ class Engine:
             return False
         if self.towers:
             return bool(row[0] == IMAGE)
-        return bool((row == picture_token(self.encoder)).any())
+        return bool((row == image_token_id(self.encoder)).any())
 
     def item_features(self, items: Rows, rows: list[Tokens], prompt_length: int) -> Features:
         """Items of a chunk with what the token cache says of them -> what the encoder takes."""
         pictures = self.data.pictures
         if pictures is not None:
-            found = pictured_features(self.encoder, rows, lambda: pictures(items), self.backend.device)
+            found = item_features(self.encoder, rows, lambda: pictures(items), self.backend.device)
             if found is not None:
                 return found
         return self.features(rows, prompt_length)
