@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nearfield.conformance.cases import Case
 from nearfield.objectives.config import InfoNCEConfig
@@ -84,3 +86,15 @@ def test_several_ranks_log_it(engine: Engine, inputs: TrainingInputs, caplog: py
     assert record.levelname == "WARNING"
     assert "busy 3.3% of the time" in record.message
     assert "cut for the 1 ranks that the run began with, and there are 30" in record.message
+
+
+@pytest.mark.parametrize(("precision", "said"), [("bf16-pure", True), ("bf16-mixed", False), ("fp32", False)])
+def test_sums_in_bfloat16_are_said(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture, precision: str, said: bool
+) -> None:
+    case = replace(Case.make(InfoNCEConfig(), folder=tiny_model, dtype=torch.float32), precision=precision)
+    with caplog.at_level(logging.INFO, logger="nearfield.training"):
+        case.engine(Launch(), "single", dropout=False)
+    (line,) = [record.getMessage() for record in caplog.records if "in effect" in record.message]
+    assert line.startswith(f"Backend single in effect on 1 process(es), cpu, {precision}")
+    assert ("their sums over chunks and ranks in bfloat16" in line) == said

@@ -396,7 +396,8 @@ class TrainingConfig(Config):
     """Clip the global norm of the gradient; null does not."""
     precision: Literal["auto", "fp32", "bf16-mixed", "bf16-pure"] = "auto"
     """``bf16-mixed`` computes in bfloat16 with float32 weights; ``bf16-pure`` holds the weights in bfloat16 too (adapters
-    stay in float32). The loss and the gathered embeddings are in float32 always. ``auto`` takes bf16-mixed on devices
+    stay in float32), and on one process, DDP and FSDP2 adds their gradients over chunks and ranks in it: many small chunks
+    lose what is small, which ``bf16-mixed`` and ZeRO do not. The loss and the gathered embeddings are in float32 always. ``auto`` takes bf16-mixed on devices
     that compute in it natively (CUDA from Ampere on), fp32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; ``auto`` takes a GPU where there is one."""

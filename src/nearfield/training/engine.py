@@ -29,7 +29,7 @@ from nearfield.errors import BadInputError
 from nearfield.objectives.batch import Objective
 from nearfield.objectives.infonce import InfoNCE, can_ring
 from nearfield.objectives.queue import MemoryQueue
-from nearfield.training.backends.base import Backend, MakeOptimizer
+from nearfield.training.backends.base import Backend, MakeOptimizer, trainable
 from nearfield.training.chunks import Bools, Cut, TextPool, TrainingData
 from nearfield.training.config import TrainingConfig, check_sharded
 from nearfield.training.launch import BackendName, Launch, asked_backend, check_launch, wants_several
@@ -350,7 +350,9 @@ def build_engine(
     backend = open_backend(name, config, module, make_optimizer, device, launch)
     backend.verify()
     if launch.is_main:
-        precision = pick_precision(config, device)
+        precision: str = pick_precision(config, device)
+        if not name.startswith("zero") and any(p.dtype == torch.bfloat16 for p in trainable(module).values()):
+            precision += ": weights, gradients and their sums over chunks and ranks in bfloat16"
         logger.info("Backend %s in effect on %d process(es), %s, %s", name, launch.world_size, device.type, precision)
     by_prompt = leaves_prompt_out(encoder) or data.token_task is not None
     return Engine(
