@@ -9,7 +9,7 @@ import pytest
 from nearfield.data.decontaminate import BenchmarkText
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import FolderTasks, SuiteConfig, open_suite
-from nearfield.evaluation.tasks import TYPES, make_task
+from nearfield.evaluation.tasks import TYPES, describe_task, make_task
 from nearfield.evaluation.texts import benchmark_tasks, task_texts
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -17,16 +17,8 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 def made(task_type: str, data: dict[str, object], splits: tuple[str, ...] = ("test",), **changes: object) -> object:
     languages = changes.pop("languages", {"default": ["eng-Latn"]})
-    return make_task(
-        TYPES[task_type].base,
-        name="Made",
-        task_type=task_type,
-        description="",
-        content_hash="0",
-        languages=languages,  # type: ignore[arg-type]
-        splits=splits,
-        load=lambda: data,
-    )
+    metadata = describe_task("Made", task_type, "", "0", languages=languages, splits=splits)  # type: ignore[arg-type]
+    return make_task(TYPES[task_type].base, metadata, lambda: data)
 
 
 def texts_of(task: object) -> list[tuple[str, str]]:

@@ -26,7 +26,15 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.types import PromptType
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation.tasks import TYPES, RetrievalSplit, SuiteTask, columns_of, make_task, official_class
+from nearfield.evaluation.tasks import (
+    TYPES,
+    RetrievalSplit,
+    SuiteTask,
+    columns_of,
+    describe_task,
+    make_task,
+    official_class,
+)
 from nearfield.files import fingerprint, hash_file, read_json
 from nearfield.notices import Notice, say
 
@@ -79,21 +87,21 @@ def folder_task(folder: Path) -> SuiteTask:
 
     like = official_class(str(meta.get("mteb_class", name)))
     same_name = like is not None and like.metadata.name == name
-    result.task = make_task(
-        shape.base,
-        name=name,
-        task_type=task_type,
-        description=str(meta.get("note") or f"Local copy of {name}"),
-        content_hash=fingerprint([[file.name, hash_file(file)] for file in files]),
+    metadata = describe_task(
+        name,
+        task_type,
+        str(meta.get("note") or f"Local copy of {name}"),
+        fingerprint([[file.name, hash_file(file)] for file in files]),
         languages=_languages(folder, meta, like.metadata.eval_langs if like is not None and same_name else None),
         splits=[split],
-        load=load,
-        like=like.metadata if like is not None else None,
-        attributes=shape.attributes,
-        category=shape.category,
+        main_score=None if like is None else like.metadata.main_score,
+        category=shape.category or (None if like is None else like.metadata.category),
     )
     if like is not None:
         result.details["scored_as"] = like.metadata.name
+        if metadata.category == like.metadata.category:
+            metadata = metadata.model_copy(update={"modalities": like.metadata.modalities})
+    result.task = make_task(shape.base, metadata, load, shape.attributes)
     return result
 
 

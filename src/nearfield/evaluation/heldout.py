@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import DisjointSet
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation.tasks import TYPES, SuiteTask, make_task
+from nearfield.evaluation.tasks import TYPES, SuiteTask, describe_task, make_task
 from nearfield.files import fingerprint
 from nearfield.randomness import generator
 
@@ -339,19 +339,17 @@ def _make(
     main_score: str | None = None,
     category: str | None = None,
 ) -> Any:
-    return make_task(
-        TYPES[task_type].base,
-        name=config.name,
-        task_type=task_type,
-        description=f"The split {config.split} of the source {config.source}, held out from training",
-        content_hash=content_hash,
+    metadata = describe_task(
+        config.name,
+        task_type,
+        f"The split {config.split} of the source {config.source}, held out from training",
+        content_hash,
         languages={"default": [config.language]},
         splits=[config.split],
-        load=load,
-        attributes=attributes,
         main_score=main_score,
         category=category,
     )
+    return make_task(TYPES[task_type].base, metadata, load, attributes)
 
 
 def _flat(lists: list[list[int]]) -> Ints:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from nearfield.data.config import ImagesConfig
 from nearfield.data.images import ImageError, ImageRef, decode
 from nearfield.errors import BadInputError
-from nearfield.evaluation.tasks import TYPES, SuiteTask, make_task
+from nearfield.evaluation.tasks import TYPES, SuiteTask, describe_task, make_task
 from nearfield.files import fingerprint, hash_file
 
 if TYPE_CHECKING:
@@ -60,19 +60,16 @@ def mmeb_task(config: MmebTask) -> SuiteTask:
         }
         return {"default": {"test": split}}
 
-    result.task = make_task(
-        TYPES["Any2AnyRetrieval"].base,
-        name=config.name,
-        task_type="Any2AnyRetrieval",
-        description="Hit@1 among the candidates of each row, as MMEB scores it",
-        content_hash=fingerprint([hash_file(config.file), *sides]),
+    metadata = describe_task(
+        config.name,
+        "Any2AnyRetrieval",
+        "Hit@1 among the candidates of each row, as MMEB scores it",
+        fingerprint([hash_file(config.file), *sides]),
         languages={"default": [config.language]},
-        splits=["test"],
-        load=load,
-        attributes={"k_values": (1, 3, 5, 10)},
         main_score="hit_rate_at_1",
         category="2".join(sides),
     )
+    result.task = make_task(TYPES["Any2AnyRetrieval"].base, metadata, load, {"k_values": (1, 3, 5, 10)})
     return result
 
 

@@ -158,41 +158,46 @@ def official_class(name: str) -> type[Any] | None:
         return None
 
 
-def make_task(
-    base: type[Any],
-    *,
+def describe_task(
     name: str,
     task_type: str,
     description: str,
     content_hash: str,
-    languages: Mapping[str, Sequence[str]],
-    splits: Sequence[str],
-    load: Callable[[], dict[str, Any]],
-    like: TaskMetadata | None = None,
-    attributes: Mapping[str, Any] | None = None,
+    *,
+    languages: Mapping[str, Sequence[str]] | None = None,
+    splits: Sequence[str] = ("test",),
     main_score: str | None = None,
     category: str | None = None,
-) -> Any:
-    """An instance of a new subclass of one of mteb's task classes.
+) -> TaskMetadata:
+    """mteb's description of a task over local data.
 
-    ``load`` returns subset -> split -> data; ``languages`` gives the languages of each subset. ``like`` is the metadata
-    of the official task whose main score and category hold here too; ``main_score`` and ``category`` take the place of
-    those of the type.
+    ``languages`` gives those of each subset; null is English in the only one. ``main_score`` and ``category`` are those of
+    the type where they are null.
     """
     defaults = TYPES.get(task_type)
+    languages = languages or {"default": ["eng-Latn"]}
     only_default = list(languages) == ["default"]
-    category = category or (like.category if like else defaults.category if defaults else None)
-    metadata = TaskMetadata(
+    category = category or (defaults.category if defaults else None)
+    return TaskMetadata(
         name=name,
         type=task_type,
         description=description,
         dataset={"path": f"local/{name}", "revision": LOCAL + content_hash},
         eval_splits=list(splits),
         eval_langs=list(languages["default"]) if only_default else {s: list(langs) for s, langs in languages.items()},
-        main_score=main_score or (like.main_score if like else defaults.main_score if defaults else "accuracy"),
+        main_score=main_score or (defaults.main_score if defaults else "accuracy"),
         category=category,
-        modalities=like.modalities if like and category == like.category else _modalities(category),
+        modalities=_modalities(category),
     )
+
+
+def make_task(
+    base: type[Any],
+    metadata: TaskMetadata,
+    load: Callable[[], dict[str, Any]],
+    attributes: Mapping[str, Any] | None = None,
+) -> Any:
+    """An instance of a new subclass of one of mteb's task classes; ``load`` returns subset -> split -> data."""
 
     def load_data(self: Any, *_: Any, **__: Any) -> None:
         if self.data_loaded:
@@ -215,7 +220,7 @@ def make_task(
     body = {"metadata": metadata, "load_data": load_data, "__module__": __name__, **(attributes or {})}
     if issubclass(base, AbsTaskClustering | AbsTaskMultilabelClassification):
         body["_evaluate_subset"] = evaluate_subset
-    return type("Local" + "".join(c if c.isalnum() else "_" for c in name), (base,), body)()
+    return type("Local" + "".join(c if c.isalnum() else "_" for c in metadata.name), (base,), body)()
 
 
 def embedded_items(task: Any, data: Any) -> int:

@@ -137,7 +137,7 @@ def limit_task(config: LimitTask) -> SuiteTask:
     """The task; its main score is mteb's for LIMIT, recall at 2."""
     import mteb
 
-    from nearfield.evaluation.tasks import SuiteTask, make_task
+    from nearfield.evaluation.tasks import SuiteTask, describe_task, make_task
 
     official = mteb.get_task("LIMITSmallRetrieval")
     result = SuiteTask(None, details={"pattern": config.pattern, "documents": config.documents})
@@ -160,15 +160,7 @@ def limit_task(config: LimitTask) -> SuiteTask:
             }
         }
 
-    result.task = make_task(
-        type(official),
-        name=config.name,
-        task_type="Retrieval",
-        description="LIMIT: every pair of a few documents is asked for",
-        content_hash=fingerprint(config.model_dump(mode="json")),
-        languages={"default": ["eng-Latn"]},
-        splits=["test"],
-        load=load,
-        like=official.metadata,
-    )
+    about, content = "LIMIT: every pair of a few documents is asked for", fingerprint(config.model_dump(mode="json"))
+    metadata = describe_task(config.name, "Retrieval", about, content, main_score=official.metadata.main_score)
+    result.task = make_task(type(official), metadata, load)
     return result

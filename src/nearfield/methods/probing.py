@@ -270,7 +270,7 @@ def make_probe(probe: str, count: int, part: int, seed: int = 0) -> tuple[list[s
 def probing_tasks(config: ProbingTasks) -> list[SuiteTask]:
     """A classification task for each probe, by mteb's protocol: a logistic regression on each of ten draws of the training
     sentences, ``samples`` a class."""
-    from nearfield.evaluation.tasks import TYPES, SuiteTask, make_task
+    from nearfield.evaluation.tasks import TYPES, SuiteTask, describe_task, make_task
 
     tasks = []
     for probe in config.only or PROBES:
@@ -286,16 +286,10 @@ def probing_tasks(config: ProbingTasks) -> list[SuiteTask]:
                 found[split] = datasets.Dataset.from_dict({"text": texts, "label": labels})
             return {"default": datasets.DatasetDict(found)}
 
-        result.task = make_task(
-            TYPES["Classification"].base,
-            name=f"Probe{probe}",
-            task_type="Classification",
-            description=f"{probe}, a linguistic probe on made sentences",
-            content_hash=fingerprint([probe, config.model_dump(mode="json", exclude={"only"})]),
-            languages={"default": ["eng-Latn"]},
-            splits=["test"],
-            load=load,
-            attributes={"samples_per_label": config.samples, "train_split": "train"},
-        )
+        content = fingerprint([probe, config.model_dump(mode="json", exclude={"only"})])
+        about = f"{probe}, a linguistic probe on made sentences"
+        metadata = describe_task(f"Probe{probe}", "Classification", about, content)
+        attributes = {"samples_per_label": config.samples, "train_split": "train"}
+        result.task = make_task(TYPES["Classification"].base, metadata, load, attributes)
         tasks.append(result)
     return tasks
