@@ -73,7 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_libraries()
     from nearfield.cli.compare import as_markdown
-    from nearfield.evaluation import evaluate
+    from nearfield.evaluation import evaluate, open_model
     from nearfield.evaluation.leaderboard import leaderboard
     from nearfield.provenance import versions
 
@@ -96,14 +96,10 @@ def main() -> None:
     folders = []
     for label, model, name, dimensions in models:
         made = evaluate(
-            model,
+            open_model(model, name=name, cache=work / "vectors", dimensions=dimensions),
             arguments.data,
             work / "results",
-            name=name,
             tasks=arguments.tasks.split(","),
-            cache=work / "vectors",
-            dimensions=dimensions,
-            device="cpu",
             prompts="as-is",
         )
         if made.failures:

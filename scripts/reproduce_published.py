@@ -26,11 +26,12 @@ NOT_COMPARABLE = {
 def rows(data: Path, tasks: list[str] | None, results: Path, cache: Path) -> list[dict[str, Any]]:
     """A row for each subset of each task."""
     quiet_libraries()
-    from nearfield.evaluation import evaluate
+    from nearfield.encoders import load_encoder
+    from nearfield.evaluation import evaluate, open_model
     from nearfield.evaluation.results import read_scores
     from nearfield.evaluation.scores import score_interval
 
-    made = evaluate(MODEL, data, results, tasks=tasks, cache=cache, device="cpu")
+    made = evaluate(open_model(load_encoder(MODEL, device="cpu"), cache=cache), data, results, tasks=tasks)
     if made.failures:
         raise SystemExit(f"failed: {made.failures}")
     found = []

@@ -32,7 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tasks = Tasks(root / "tasks")
     tasks.sts(), tasks.retrieval()
     for name, seed in (("one", 0), ("two", 1)):
-        evaluate(str(build_model(root / name, seed=seed)), tasks.root, root / "results", device="cpu")
+        evaluate(str(build_model(root / name, seed=seed)), tasks.root, root / "results")
     results = next((root / "results" / "local__one").iterdir())
     official = root / "results" / "org__one" / COMMIT
     official.mkdir(parents=True)
@@ -236,7 +236,7 @@ def test_an_adapter_alone_is_evaluated_with_its_base_moved_and_submitted(work: P
     folder = tmp_path / "runs" / "mine" / "model"
     save_encoder(model, folder, adapter="adapter")
     suite, out = str(work / "tasks"), tmp_path / "results"
-    first = evaluate(str(folder), Path(suite), out, device="cpu", tasks=["TinySTS"])
+    first = evaluate(str(folder), Path(suite), out, tasks=["TinySTS"])
     shutil.move(tmp_path / "base", tmp_path / "moved")
     command = [
         "eval",

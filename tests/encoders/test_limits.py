@@ -372,7 +372,7 @@ def test_a_training_is_the_same_in_chunks_and_its_model_is_scored(
     tasks = Tasks(tmp_path / "tasks")
     tasks.retrieval()
     monkeypatch.chdir(tmp_path)
-    result = evaluate(str(whole), tasks.root, tmp_path / "results", device="cpu")
+    result = evaluate(str(whole), tasks.root, tmp_path / "results")
     assert result.failures == {}
     line = (result.results_dir / "manifest.jsonl").read_text()
     assert json.loads(line, parse_constant=lambda word: pytest.fail(word))["max_length"] is None

@@ -21,7 +21,7 @@ def folders(
 ) -> list[Path]:
     out = tmp_path_factory.mktemp("compared") / "results"
     models = [str(model_folder), str(other_model_folder), "random", "bm25"]
-    return [evaluate(model, every_type, out, device="cpu").results_dir for model in models]
+    return [evaluate(model, every_type, out).results_dir for model in models]
 
 
 @pytest.fixture(scope="module")

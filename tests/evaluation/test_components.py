@@ -104,7 +104,7 @@ def test_queries_that_share_documents_make_a_component(tasks: Any, model_folder:
     pairs = [(f"q{i}", d) for i in range(20) for d in shared.get(f"q{i}", [f"d{i}"])]
     columns = {"query-id": [q for q, _ in pairs], "corpus-id": [d for _, d in pairs], "score": [1] * len(pairs)}
     tasks.table(folder / "default.test.qrels.parquet", **columns)
-    result = evaluate(str(model_folder), folder, tmp_path / "out", device="cpu")
+    result = evaluate(str(model_folder), folder, tmp_path / "out")
     (of,) = read_scores(result.results_dir).values()
     assert is_too_large(of.reason) and "6 of 20" in str(of.reason)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from nearfield.encoders import load_encoder
 from nearfield.encoders.encode import Encoder, cut
 from nearfield.encoders.identity import model_fingerprint
 from nearfield.errors import BadInputError
-from nearfield.evaluation import evaluate
+from nearfield.evaluation import evaluate, open_model
 from nearfield.evaluation.encoder import TaskEncoder, compress
 from nearfield.evaluation.folder import folder_task, task_folders
 from nearfield.evaluation.results import failed_tasks, read_manifest
@@ -241,29 +242,31 @@ def test_cutting_and_rounding() -> None:
 def test_a_second_model_name_costs_nothing_and_scores_the_same(
     every_type: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments: dict[str, Any] = {"device": "cpu", "tasks": ["TinyRetrieval", "TinySTS"], "cache": tmp_path / "vectors"}
-    plain = evaluate(str(model_folder), every_type, tmp_path / "plain", device="cpu", tasks=arguments["tasks"])
-    first = evaluate(str(model_folder), every_type, tmp_path / "one", **arguments)
+    tasks = ["TinyRetrieval", "TinySTS"]
+    open_kept = functools.partial(open_model, str(model_folder), cache=tmp_path / "vectors")
+    plain = evaluate(str(model_folder), every_type, tmp_path / "plain", tasks=tasks)
+    first = evaluate(open_kept(), every_type, tmp_path / "one", tasks=tasks)
     assert first.scores == plain.scores
 
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(Encoder, "pairs", never)
-    again = evaluate(str(model_folder), every_type, tmp_path / "two", name="other/name", **arguments)
+    again = evaluate(open_kept(name="other/name"), every_type, tmp_path / "two", tasks=tasks)
     assert again.scores == first.scores
     (line,) = read_manifest(again.results_dir)
     facts = line["tasks"]["TinyRetrieval"]
     assert facts["texts_encoded"] == 0 and facts["texts_from_cache"] == 60
     assert line["versions"]["mteb"] and line["dtype"] == "float32" and facts["data_revision"].startswith("local-")
-    cut = evaluate(str(model_folder), every_type, tmp_path / "two", dimensions=8, **arguments)
+    cut = evaluate(open_kept(dimensions=8), every_type, tmp_path / "two", tasks=tasks)
     assert cut.model == "local/tiny-dim8" and cut.scores != first.scores
-    rounded = evaluate(str(model_folder), every_type, tmp_path / "two", quantize="int8", **arguments)
+    rounded = evaluate(open_kept(quantize="int8"), every_type, tmp_path / "two", tasks=tasks)
     assert rounded.model == "local/tiny-int8"
     assert rounded.scores["TinySTS"]["default"] == pytest.approx(first.scores["TinySTS"]["default"], abs=0.02)
-    for bad in ({"dimensions": 33}, {"dimensions": 0}, {"quantize": "int3"}):
+    settings: tuple[dict[str, Any], ...] = ({"dimensions": 33}, {"dimensions": 0}, {"quantize": "int3"})
+    for bad in settings:
         with pytest.raises(BadInputError):
-            evaluate(str(model_folder), every_type, tmp_path / "two", **{**arguments, **bad})
+            open_kept(**bad)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -272,9 +275,9 @@ def test_failures_are_recorded_until_the_task_is_scored(tasks: Any, model_folder
     good = (folder / "default.test.parquet").read_bytes()
     tasks.table(folder / "default.test.parquet", sentence1=["a"], sentence2=["b"], score=["high"])
     tasks.pairs()
-    result = evaluate(str(model_folder), tasks.root, tmp_path / "out", device="cpu")
+    result = evaluate(str(model_folder), tasks.root, tmp_path / "out")
     assert set(failed_tasks(result.results_dir)) == {"TinySTS"}
     (folder / "default.test.parquet").write_bytes(good)
-    again = evaluate(str(model_folder), tasks.root, tmp_path / "out", device="cpu")
+    again = evaluate(str(model_folder), tasks.root, tmp_path / "out")
     assert again.failures == {} and again.reused == ("TinyPairs",) and failed_tasks(again.results_dir) == {}
     assert [len(json.dumps(line)) > 2 for line in read_manifest(again.results_dir)] == [True, True]

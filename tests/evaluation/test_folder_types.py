@@ -201,7 +201,7 @@ def result(picture_model: LoadedEncoder, tmp_path_factory: pytest.TempPathFactor
     root = tmp_path_factory.mktemp("folders")
     for number, task_type in enumerate(TYPES):
         write(root / f"{number:02d}", task_type, task=f"Mine{number}")
-    return evaluate(picture_model, root, tmp_path_factory.mktemp("out"), device="cpu")
+    return evaluate(picture_model, root, tmp_path_factory.mktemp("out"))
 
 
 @pytest.mark.parametrize("task_type", list(TYPES))

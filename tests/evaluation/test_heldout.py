@@ -132,14 +132,14 @@ def test_every_kind_of_source_is_scored(recipe: Path, open_store: Any, model_fol
             settings(recipe, name="HeldClusters", source="labels", **{"as": "clustering"}),
         ],
     )
-    result = evaluate(str(model_folder), suite, tmp_path / "results", open_store=open_store, device="cpu")
+    result = evaluate(str(model_folder), suite, tmp_path / "results", open_store=open_store)
     assert result.failures == {} and set(result.scores) == {"Held", "HeldSTS", "HeldLabels", "HeldClusters"}
     assert result.details["Held"]["largest_cluster"] == 2
     table, metadata = read_units(result.results_dir, "Held")
     assert set(table["cluster"].to_pylist()) - {None} and metadata["details"]["distractors"] == 10
     pairs = read_units(result.results_dir, "HeldSTS")[0].to_pandas()
     assert pairs.cluster.nunique() == 10 and len(pairs) == 60
-    again = evaluate(str(model_folder), suite, tmp_path / "results", open_store=open_store, device="cpu")
+    again = evaluate(str(model_folder), suite, tmp_path / "results", open_store=open_store)
     assert len(again.reused) == 4 and again.details == result.details
 
 
@@ -158,7 +158,6 @@ def test_a_result_with_other_clusters_is_not_reused(
             suite,
             tmp_path / "results",
             open_store=lambda data: prepare_store(data, tmp_path / "cache"),
-            device="cpu",
         )
 
     first, second, third = run(recipe), run(other), run(other)

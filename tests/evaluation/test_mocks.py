@@ -52,7 +52,7 @@ def texts(model_folder: Path) -> LoadedEncoder:
 def score_all(made: dict[str, Any], model: LoadedEncoder, out: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "open_suite", lambda *_, **__: [SuiteTask(task()) for task in made.values()])
-        result = runner.evaluate(model, ANY, out, device="cpu")
+        result = runner.evaluate(model, ANY, out)
     return result, compare([result.results_dir] * 2, ["a", "b"], samples=100, permutations=100)
 
 

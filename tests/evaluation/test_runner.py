@@ -16,7 +16,7 @@ from scipy import stats
 from nearfield.checksums import DamagedError
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
-from nearfield.evaluation import MtebTasks, SuiteConfig, evaluate
+from nearfield.evaluation import MtebTasks, SuiteConfig, evaluate, open_model
 from nearfield.evaluation.folder import folder_task, task_folders
 from nearfield.evaluation.results import (
     TOP_SCHEMA,
@@ -34,7 +34,7 @@ from nearfield.evaluation.scoring import shared_clusters
 @pytest.fixture(scope="module")
 def result(every_type: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("run") / "results"
-    return evaluate(str(model_folder), every_type, out, device="cpu")
+    return evaluate(str(model_folder), every_type, out)
 
 
 def test_every_type_is_scored_as_mteb_scores_it(result: Any, every_type: Path, model_folder: Path) -> None:
@@ -117,7 +117,7 @@ def test_top_results_are_the_nearest_documents(result: Any, every_type: Path, mo
 
 
 def test_a_second_run_reuses_and_overwrite_does_not(every_type: Path, model_folder: Path, tmp_path: Path) -> None:
-    arguments: dict[str, Any] = {"device": "cpu", "tasks": ["TinySTS", "TinyRetrieval"]}
+    arguments: dict[str, Any] = {"tasks": ["TinySTS", "TinyRetrieval"]}
     first = evaluate(str(model_folder), every_type, tmp_path / "out", **arguments)
     second = evaluate(str(model_folder), every_type, tmp_path / "out", **arguments)
     assert first.reused == () and set(second.reused) == {"TinySTS", "TinyRetrieval"}
@@ -128,12 +128,12 @@ def test_a_second_run_reuses_and_overwrite_does_not(every_type: Path, model_fold
 
 def test_changed_data_or_a_broken_file_is_scored_anew(tasks: Any, model_folder: Path, tmp_path: Path) -> None:
     folder = tasks.sts()
-    first = evaluate(str(model_folder), folder, tmp_path / "out", device="cpu")
+    first = evaluate(str(model_folder), folder, tmp_path / "out")
     tasks.sts(count=30)
-    second = evaluate(str(model_folder), folder, tmp_path / "out", device="cpu")
+    second = evaluate(str(model_folder), folder, tmp_path / "out")
     assert second.reused == () and second.scores != first.scores
     (second.results_dir / "TinySTS.json").write_text("{")
-    third = evaluate(str(model_folder), folder, tmp_path / "out", device="cpu")
+    third = evaluate(str(model_folder), folder, tmp_path / "out")
     assert third.reused == () and third.scores == second.scores
 
 
@@ -141,7 +141,7 @@ def test_a_failing_task_is_recorded_and_the_others_run(tasks: Any, model_folder:
     tasks.sts()
     broken = tasks.retrieval("TinyBroken")
     tasks.table(broken / "default.test.qrels.parquet", **{"query-id": ["q0"], "corpus-id": ["nowhere"], "score": [1]})
-    result = evaluate(str(model_folder), tasks.root, tmp_path / "out", device="cpu")
+    result = evaluate(str(model_folder), tasks.root, tmp_path / "out")
     assert set(result.scores) == {"TinySTS"}
     assert "'nowhere'" in result.failures["TinyBroken"] and "qrels.parquet" in result.failures["TinyBroken"]
 
@@ -150,14 +150,14 @@ def test_an_image_task_is_not_applicable_to_a_text_model(tasks: Any, model_folde
     tasks.sts()
     folder = tasks.meta("MNISTZeroShot", "ZeroShotClassification")
     tasks.table(folder / "default.test.parquet", image=[b"x"], label=[0])
-    result = evaluate(str(model_folder), tasks.root, tmp_path / "out", device="cpu")
+    result = evaluate(str(model_folder), tasks.root, tmp_path / "out")
     assert result.failures == {} and set(result.scores) == {"TinySTS"}
     assert "image" in result.not_applicable["MNISTZeroShot"]
 
 
 def test_an_official_task_without_a_connection_fails_with_one_message(model_folder: Path, tmp_path: Path) -> None:
     suite = SuiteConfig(name="official", tasks=[MtebTasks(names=["STS12"])])
-    result = evaluate(str(model_folder), suite, tmp_path / "out", device="cpu")
+    result = evaluate(str(model_folder), suite, tmp_path / "out")
     assert "hub is not reachable" in result.failures["STS12"]
     assert "mteb/sts12-sts" in result.failures["STS12"] and "\n" not in result.failures["STS12"]
 
@@ -172,20 +172,20 @@ def test_bm25_and_random_are_rows_like_any_other(every_type: Path, tmp_path: Pat
 
 
 def test_a_name_files_the_results_elsewhere(tasks: Any, model_folder: Path, tmp_path: Path) -> None:
-    result = evaluate(str(model_folder), tasks.sts(), tmp_path / "kept", device="cpu", name="me/after")
+    result = evaluate(open_model(str(model_folder), name="me/after"), tasks.sts(), tmp_path / "kept")
     assert result.results_dir.parent == tmp_path / "kept" / "me__after"
     with pytest.raises(BadInputError, match="organisation/model"):
-        evaluate(str(model_folder), tasks.sts(), tmp_path / "kept", device="cpu", name="a/b/c")
+        evaluate(open_model(str(model_folder), name="a/b/c"), tasks.sts(), tmp_path / "kept")
 
 
 def test_a_clustering_score_does_not_depend_on_the_other_subsets(
     tasks: Any, model_folder: Path, tmp_path: Path
 ) -> None:
     folder = tasks.clustering()
-    both = evaluate(str(model_folder), folder, tmp_path / "both", device="cpu").scores["TinyClustering"]
+    both = evaluate(str(model_folder), folder, tmp_path / "both").scores["TinyClustering"]
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({**meta, "subsets": ["two"]}))
-    alone = evaluate(str(model_folder), folder, tmp_path / "alone", device="cpu").scores["TinyClustering"]
+    alone = evaluate(str(model_folder), folder, tmp_path / "alone").scores["TinyClustering"]
     assert alone["two"] == both["two"]
 
 
@@ -211,7 +211,7 @@ def test_an_aggregate_task_is_the_mean_of_its_parts(
         )
 
     monkeypatch.setattr(runner, "open_suite", lambda *_, **__: [SuiteTask(Both())])
-    result = evaluate(str(model_folder), tasks.root, tmp_path / "results", device="cpu")
+    result = evaluate(str(model_folder), tasks.root, tmp_path / "results")
     assert result.failures == {} and set(result.scores) == {"PartOne", "PartTwo", "Both"}
     mean = np.mean([result.scores[name]["default"] for name in ("PartOne", "PartTwo")])
     assert result.scores["Both"]["default"] == pytest.approx(mean, abs=1e-6)
@@ -223,7 +223,7 @@ def test_a_flipped_bit_in_results_is_found_and_scored_anew(
 ) -> None:
     """Wherever it lies in the units and the best results; in mteb's file where it makes another score."""
     folder, out = tasks.retrieval(), tmp_path / "out"
-    result = evaluate(str(model_folder), folder, out, device="cpu")
+    result = evaluate(str(model_folder), folder, out)
     files = [result.results_dir / f"TinyRetrieval{suffix}" for suffix in (UNITS_SUFFIX, TOP_SUFFIX)]
     random, found = np.random.default_rng(0), 0
     for file in files:
@@ -241,13 +241,13 @@ def test_a_flipped_bit_in_results_is_found_and_scored_anew(
     assert found > 150
     path = result.results_dir / "TinyRetrieval.json"
     text = path.read_text()
-    assert evaluate(str(model_folder), folder, out, device="cpu").reused == ("TinyRetrieval",)
+    assert evaluate(str(model_folder), folder, out).reused == ("TinyRetrieval",)
     for change in (
         lambda: path.write_text(text.replace('"main_score": 0.', '"main_score": 0.1', 1)),
         lambda: files[0].write_bytes(files[0].read_bytes()[:-20] + b"x" + files[0].read_bytes()[-19:]),
     ):
         change()
-        again = evaluate(str(model_folder), folder, out, device="cpu")
+        again = evaluate(str(model_folder), folder, out)
         assert again.reused == () and again.scores == result.scores
         assert "the present result cannot be used and is scored anew" in caplog.text
         caplog.clear()

@@ -18,7 +18,7 @@ from datasets.arrow_dataset import Column
 
 from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.errors import BadInputError
-from nearfield.evaluation import EvaluationResult, MtebTasks, SuiteConfig, evaluate
+from nearfield.evaluation import EvaluationResult, MtebTasks, SuiteConfig, evaluate, open_model
 from nearfield.evaluation.config import open_suite
 from nearfield.evaluation.during import DuringTraining
 from nearfield.evaluation.folder import folder_task
@@ -61,9 +61,8 @@ def test_vectors_that_are_not_finite_fail_a_task_that_counts_them(
     folder = tasks.sts()
     texts = pq.read_table(folder / "default.test.parquet")["sentence1"].to_pylist()
     bad = sum(any(word.startswith("w") for word in text.split()) for text in texts)
-    result = evaluate(
-        broken(model_folder, value), folder, tmp_path / "out", name="a/b", cache=tmp_path / "cache", **how
-    )
+    scored = open_model(broken(model_folder, value), name="a/b", cache=tmp_path / "cache", **how)
+    result = evaluate(scored, folder, tmp_path / "out")
     assert result.scores == {}
     assert f"{bad} of 40 texts have vectors that are not finite" in result.failures["TinySTS"]
     # Nothing of them is kept.
@@ -74,7 +73,7 @@ def test_vectors_that_are_not_finite_fail_a_task_that_counts_them(
 def test_every_type_fails_and_none_of_their_scores_is_written(
     every_type: Path, model_folder: Path, tmp_path: Path
 ) -> None:
-    result = evaluate(broken(model_folder, float("nan")), every_type, tmp_path / "out", name="a/b")
+    result = evaluate(open_model(broken(model_folder, float("nan")), name="a/b"), every_type, tmp_path / "out")
     assert result.scores == {} and len(result.failures) == 7
     assert all("not finite" in reason for reason in result.failures.values())
     assert not list(result.results_dir.glob("*.units.parquet"))
@@ -96,11 +95,11 @@ def test_zero_vectors_are_said_with_the_score(tasks: Any, model_folder: Path, tm
     zero = sum(text.startswith("w") for name in ("sentence1", "sentence2") for text in columns[name])
     assert zero
     loaded = zeroed(model_folder)
-    result = evaluate(loaded, folder, tmp_path / "out", name="a/b")
+    result = evaluate(open_model(loaded, name="a/b"), folder, tmp_path / "out")
     assert set(result.scores) == {"TinySTS"}
     (notice,) = [notice for notice in result.notices["TinySTS"] if notice.code == "zero-vectors"]
     assert f"{zero} of 80 vectors are zero" in notice.what
-    fine = evaluate(str(model_folder), folder, tmp_path / "out", device="cpu")
+    fine = evaluate(str(model_folder), folder, tmp_path / "out")
     assert fine.notices == {}
 
 
@@ -139,7 +138,7 @@ def stated(folder: Path, **more: Any) -> None:
 
 
 def failure(folder: Path, model: Path, out: Path) -> str:
-    result: EvaluationResult = evaluate(str(model), folder, out / "out", device="cpu")
+    result: EvaluationResult = evaluate(str(model), folder, out / "out")
     assert result.scores == {} and len(result.failures) == 1
     return next(iter(result.failures.values()))
 
@@ -156,7 +155,7 @@ def test_labels_that_a_type_does_not_document_are_refused(tasks: Any, model_fold
     rewritten(sts / "default.test.parquet", score=[7.0, -1.0, *[1.0 * (i % 5) for i in range(38)]])
     assert "2 values of the column 'score' are not a number from 0 to 5" in failure(sts, model_folder, tmp_path)
     stated(sts, min_score=-1, max_score=10)
-    assert evaluate(str(model_folder), sts, tmp_path / "wide", device="cpu").failures == {}
+    assert evaluate(str(model_folder), sts, tmp_path / "wide").failures == {}
     retrieval = tasks.retrieval()
     rewritten(retrieval / "default.test.qrels.parquet", score=[0.5] * 25)
     assert "a judgement is a whole number" in failure(retrieval, model_folder, tmp_path)
@@ -201,7 +200,7 @@ def test_one_such_label_is_refused_and_counted(
         said = said.replace("is not", "are not")
     else:
         rewritten(path, **{column: [value, *before[1:]]})
-    result = evaluate(picture_model, folder, tmp_path / "out", device="cpu")
+    result = evaluate(picture_model, folder, tmp_path / "out")
     assert result.scores == {} and said in result.failures["Mine"]
     assert not list(result.results_dir.glob("*.json"))
 
@@ -213,12 +212,12 @@ def test_queries_that_the_score_leaves_out_are_said(tasks: Any, model_folder: Pa
     tasks.table(
         folder / "default.test.qrels.parquet", **dict(zip(names, map(list, zip(*pairs, strict=True)), strict=True))
     )
-    result = evaluate(str(model_folder), folder, tmp_path / "out", device="cpu")
+    result = evaluate(str(model_folder), folder, tmp_path / "out")
     said = {notice.code: notice.what for notice in result.notices["TinyRetrieval"]}
     assert said["queries-without-judgements"].startswith("3 of 20 queries have no judgement")
     assert said["queries-without-relevant"].startswith("1 of 20 queries have no relevant document")
     with pytest.raises(BadInputError, match="have no judgement"):
-        evaluate(str(model_folder), folder, tmp_path / "strict", device="cpu", strict=True)
+        evaluate(str(model_folder), folder, tmp_path / "strict", strict=True)
 
 
 def test_a_clustering_takes_all_texts_and_small_sets_are_scored(tasks: Any, model_folder: Path, tmp_path: Path) -> None:
@@ -226,10 +225,10 @@ def test_a_clustering_takes_all_texts_and_small_sets_are_scored(tasks: Any, mode
     for subset, count in (("a", 25), ("b", 4), ("c", 2)):
         labels = np.random.default_rng(count).integers(0, 5, count).tolist() if count > 4 else [0, 1, 1, 0][:count]
         tasks.table(folder / f"{subset}.test.parquet", sentences=sentences(count, seed=count), labels=labels)
-    result = evaluate(str(model_folder), folder, tmp_path / "out", device="cpu")
+    result = evaluate(str(model_folder), folder, tmp_path / "out")
     assert result.failures == {} and result.scores["Small"]["a"] < 0.8, "25 random labels are not found"
     assert [notice.code for notice in result.notices["Small"]] == ["trivial-clusters"]
-    random = evaluate("random", folder, tmp_path / "out", device="cpu")
+    random = evaluate("random", folder, tmp_path / "out")
     assert random.scores["Small"]["a"] < 0.8
 
 
@@ -240,7 +239,7 @@ def test_what_an_official_class_draws_is_said(
     folder = tasks.meta("Drawn", "Clustering", mteb_class="MedrxivClusteringS2S.v2")
     labels = [i % 2 for i in range(count)]
     tasks.table(folder / "default.test.parquet", sentences=sentences(count), labels=labels)
-    result = evaluate(str(model_folder), folder, tmp_path / "out", device="cpu")
+    result = evaluate(str(model_folder), folder, tmp_path / "out")
     assert result.failures == {}
     found = {notice.code: notice.what for notice in result.notices.get("Drawn", ())}
     # Four per cent of 20 would be none at all: all are taken then.

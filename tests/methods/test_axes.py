@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation import evaluate
+from nearfield.evaluation import evaluate, open_model
 from nearfield.evaluation.encoder import compress
 from nearfield.methods.axes import FITTED_ON, held_out_texts, principal_rotation, random_rotation
 
@@ -56,13 +56,14 @@ def test_cut_models_are_filed_under_names_of_their_own(
     every_type: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nearfield.methods.axes.FITTED_ON", 200)
-    arguments: dict[str, Any] = {"device": "cpu", "tasks": ["TinySTS"], "cache": tmp_path / "vectors"}
     scores = {}
     for axes in ("first", "random", "principal"):
-        result = evaluate(str(model_folder), every_type, tmp_path / "out", dimensions=8, axes=axes, **arguments)
+        scored = open_model(str(model_folder), dimensions=8, axes=axes, cache=tmp_path / "vectors")
+        result = evaluate(scored, every_type, tmp_path / "out", tasks=["TinySTS"])
         scores[result.model] = result.scores["TinySTS"]["default"]
     assert list(scores) == ["local/tiny-dim8", "local/tiny-random8", "local/tiny-pca8"]
     assert len(set(scores.values())) == 3
-    for bad in ({"axes": "first second", "dimensions": 8}, {"axes": "random"}):
+    settings: tuple[dict[str, Any], ...] = ({"axes": "first second", "dimensions": 8}, {"axes": "random"})
+    for bad in settings:
         with pytest.raises(BadInputError, match="axes"):
-            evaluate(str(model_folder), every_type, tmp_path / "out", **bad, **arguments)
+            open_model(str(model_folder), **bad)

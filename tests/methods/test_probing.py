@@ -80,6 +80,6 @@ def test_what_carries_a_label_is_there() -> None:
 def test_probes_run_as_tasks_of_a_suite(tmp_path: Path) -> None:
     model = build_model(tmp_path / "tiny")
     suite = SuiteConfig(name="p", tasks=[ProbingTasks(only=["Length", "Tense"], sentences=120, samples=10)])
-    result = evaluate(str(model), suite, tmp_path / "results", device="cpu")
+    result = evaluate(str(model), suite, tmp_path / "results")
     assert result.failures == {} and set(result.scores) == {"ProbeLength", "ProbeTense"}
     assert result.scores["ProbeLength"]["default"] > 0.3

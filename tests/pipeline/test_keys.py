@@ -276,7 +276,7 @@ def test_results_are_taken_up_again_only_if_they_would_be_the_same(
     encoder = load_encoder(str(project / "base"), device="cpu")
 
     def reused() -> bool:
-        return evaluate(encoder, tmp_path / "tasks", tmp_path / "out", device="cpu").reused == ("Made",)
+        return evaluate(encoder, tmp_path / "tasks", tmp_path / "out").reused == ("Made",)
 
     assert not reused() and reused()
     for what, change in RESULTS.items():

@@ -147,7 +147,7 @@ def test_fingerprints_follow_what_is_read(toy_recipe: Path, tmp_path: Path) -> N
 def test_an_evaluation_counts_what_the_model_does_not_read(tiny_model: Path, toy_data: Path, tmp_path: Path) -> None:
     """The same with all vectors from the cache."""
     from nearfield.encoders import load_encoder
-    from nearfield.evaluation import evaluate
+    from nearfield.evaluation import evaluate, open_model
     from nearfield.evaluation.config import SuiteConfig
 
     tasks = [{"kind": "heldout", "name": "Toy", "data": str(toy_data), "source": "pairs", "split": "test"}]
@@ -156,7 +156,7 @@ def test_an_evaluation_counts_what_the_model_does_not_read(tiny_model: Path, toy
     for out in ("a", "b"):
         loaded = load_encoder(str(tiny_model), device="cpu")
         shorten(loaded.model, SHORT)
-        found = evaluate(loaded, suite, tmp_path / out, cache=tmp_path / "vectors")
+        found = evaluate(open_model(loaded, cache=tmp_path / "vectors"), suite, tmp_path / out)
         counts.append(read_manifest(found.results_dir)[0]["tasks"]["Toy"]["texts_cut"])
         [notice] = found.notices["Toy"]
         assert notice.code == "texts-cut"

@@ -205,7 +205,7 @@ def check_what_is_read(run: Run, tasks: list[Any], read: Read, out: Path, monkey
             assert all(any(text.startswith(query) and one in text for text in texts) for one in asked)
             assert not any(text.startswith(one) for text in texts for one in asked)
     monkeypatch.setattr(runner, "open_suite", lambda *_, **__: [SuiteTask(task) for task in tasks])
-    result = evaluate(str(folder), out, out / "results", device="cpu")
+    result = evaluate(str(folder), out, out / "results")
     assert not [one for of in result.notices.values() for one in of if one.code == "type-not-trained"]
     for task in tasks:
         name, prompts = task.metadata.name, [text for of in before[task.metadata.type] for text in of]
@@ -268,7 +268,7 @@ def snippet(folder: Path) -> dict[str, Any]:
 
 def evaluated(folder: Path, task: str, texts: list[str], role: PromptType | None) -> Any:
     """The vectors that an evaluation makes of texts in a task of mteb."""
-    scored = open_model(str(folder), name=None, device="cpu", batch_tokens=None)
+    scored = open_model(str(folder))
     loader = DataLoader(Dataset.from_dict({"text": texts}), batch_size=8)
     metadata = mteb.get_task(task).metadata
     assert scored.encoder is not None

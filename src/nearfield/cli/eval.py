@@ -13,6 +13,7 @@ from nearfield.cli.app import RESULTS, Base, ResultsFolder, Strict, TaskNames, n
 from nearfield.errors import EXIT_FAULT, BadInputError
 
 if TYPE_CHECKING:
+    from nearfield.encoders import LoadedEncoder
     from nearfield.encoders.encode import Encoder
     from nearfield.evaluation import EvaluationResult
     from nearfield.evaluation.config import Axes
@@ -76,7 +77,7 @@ def evaluate_command(
     quiet_libraries()
     from nearfield.encoders.encode import Workers
     from nearfield.evaluation import SuiteConfig, evaluate
-    from nearfield.evaluation.runner import open_model
+    from nearfield.evaluation.runner import load_unless_baseline, open_model
     from nearfield.files import write_json
     from nearfield.notices import listening
     from nearfield.training.launch import Launch
@@ -94,34 +95,31 @@ def evaluate_command(
     device = device or (None if workers is None else launch.device)
     results: list[EvaluationResult] = []
 
+    @functools.cache
+    def loaded() -> str | LoadedEncoder:
+        return load_unless_baseline(model, device, base)
+
     def score(say: Callable[[str], None]) -> str:
         for dimensions, kept, rounding in variants:
             say(f"scoring {model}")
-            result = evaluate(
-                model,
-                config,
-                out,
+            scored = open_model(
+                loaded(),
                 name=name,
-                prompts=prompts,
-                overwrite=overwrite,
-                device=device,
                 batch_tokens=batch_tokens,
-                tasks=chosen,
                 cache=None if no_cache else cache,
                 dimensions=dimensions,
                 quantize=rounding,
                 axes=kept,
                 workers=workers,
-                strict=strict,
-                base=base,
             )
+            result = evaluate(scored, config, out, tasks=chosen, prompts=prompts, overwrite=overwrite, strict=strict)
             results.append(result)
             _show(result)
         return ""
 
     @functools.cache
     def helper() -> Encoder:
-        encoder = open_model(model, name=name, device=device, batch_tokens=batch_tokens, base=base).encoder
+        encoder = open_model(loaded(), name=name, batch_tokens=batch_tokens).encoder
         assert encoder is not None
         return encoder.encoder
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nearfield.evaluation.comparison import ModelComparison, compare
     from nearfield.evaluation.config import FolderTasks, HeldOutTask, MtebTasks, SuiteConfig
-    from nearfield.evaluation.runner import EvaluationResult, evaluate
+    from nearfield.evaluation.runner import EvaluationResult, evaluate, open_model
 
 _HOMES = {
     "ModelComparison": "comparison",
     "compare": "comparison",
     "EvaluationResult": "runner",
     "evaluate": "runner",
+    "open_model": "runner",
     "FolderTasks": "config",
     "HeldOutTask": "config",
     "MtebTasks": "config",
@@ -33,6 +34,7 @@ __all__ = [
     "SuiteConfig",
     "compare",
     "evaluate",
+    "open_model",
 ]
 
 

@@ -66,35 +66,23 @@ class EvaluationResult:
 
 
 def evaluate(
-    model: str | LoadedEncoder,
+    model: str | LoadedEncoder | ScoredModel,
     suite: SuiteConfig | Path,
     out: Path,
     *,
-    name: str | None = None,
-    open_store: OpenStore | None = None,
+    tasks: Sequence[str] | None = None,
     prompts: str = "contract",
     overwrite: bool = False,
-    device: str | None = None,
-    batch_tokens: int | None = None,
-    tasks: Sequence[str] | None = None,
-    cache: Path | None = None,
-    dimensions: int | None = None,
-    quantize: str = "none",
-    axes: Axes = "first",
-    workers: Workers | None = None,
     strict: bool = False,
-    base: str | None = None,
+    open_store: OpenStore | None = None,
 ) -> EvaluationResult:
     """Score a model on a suite and write the results under ``out``.
 
-    ``model`` is a folder, a hub name, a loaded encoder, ``bm25`` or ``random``; ``suite`` a config, a suite YAML or a
-    folder of tasks; ``base`` is where the base of an adapter lies that was saved alone, if not where it says; ``tasks`` keeps the named ones. ``name`` replaces the model's name in the results. ``open_store``
-    turns the path of a data recipe (or store) into an open store. ``prompts`` is ``contract`` (stop where the model was
-    not trained with the prompts it would get) or ``as-is``. Vectors are kept below ``cache`` and taken from there;
-    ``dimensions`` (the first so many, or so many ``random`` or ``principal`` ``axes``) and ``quantize`` (``int8``, ``binary``)
-    score what is left of them. The processes of a
-    ``workers`` share the encoding of texts. Notices are logged and filed with the scores; ``strict`` makes them errors: those
-    of the model before any task runs, those of tasks when all are filed.
+    ``model`` is a folder, a hub name, a loaded encoder, ``bm25`` or ``random``, or what :func:`open_model` made of one (with
+    another name, kept or cut vectors); ``suite`` a config, a suite YAML or a folder of tasks; ``tasks`` keeps the named
+    ones. ``prompts`` is ``contract`` (stop where the model was not trained with the prompts it would get) or ``as-is``.
+    Notices are logged and filed with the scores; ``strict`` makes them errors: those of the model before any task runs,
+    those of tasks when all are filed. ``open_store`` turns the path of a data recipe (or store) into an open store.
 
     A task that fails is recorded in ``failures`` and does not stop the others. Raises :class:`BadInputError` for a
     model or suite that cannot be used, before any task runs.
@@ -103,23 +91,9 @@ def evaluate(
         raise BadInputError(
             f"unknown prompt mode {prompts!r}", where="prompts", hint=f"Modes: {', '.join(PROMPT_MODES)}."
         )
-    if batch_tokens is not None and batch_tokens < 1:
-        raise BadInputError(f"batch_tokens must be positive; it is {batch_tokens}", where="batch_tokens")
     with listening() as said:
         suite_tasks = open_suite(suite, only=tasks, open_store=open_store)
-        scored = open_model(
-            model,
-            name=name,
-            device=device,
-            batch_tokens=batch_tokens,
-            cache=cache,
-            dimensions=dimensions,
-            quantize=quantize,
-            axes=axes,
-            base=base,
-        )
-        if scored.encoder is not None:
-            scored.encoder.encoder.workers = workers
+        scored = model if isinstance(model, ScoredModel) else open_model(model)
         for notice in scored.notices:
             said.say(notice)
         if strict:
@@ -410,33 +384,45 @@ class ScoredModel:
         return not hasattr(self.wrapper, "encode")
 
 
+def load_unless_baseline(model: str, device: str | None = None, base: str | None = None) -> str | LoadedEncoder:
+    """Load a model by name or folder; the name of a baseline stays.
+
+    ``base`` is where the base of an adapter lies that was saved alone, if not where it says.
+    """
+    if model not in BASELINES:
+        return load_encoder(model, device=device, base=base)
+    if base is not None:
+        raise BadInputError("only an adapter that was saved alone has a base", where="base", hint="Leave it out.")
+    return model
+
+
 def open_model(
     model: str | LoadedEncoder,
     *,
-    name: str | None,
-    device: str | None,
-    batch_tokens: int | None,
+    name: str | None = None,
+    batch_tokens: int | None = None,
     cache: Path | None = None,
     dimensions: int | None = None,
     quantize: str = "none",
     axes: Axes = "first",
-    base: str | None = None,
+    workers: Workers | None = None,
 ) -> ScoredModel:
-    """Load a model by name, folder or baseline name; ``name`` replaces the name that results are filed under.
+    """A model as it is scored, from a name, a folder, a loaded encoder or the name of a baseline.
 
-    Vectors are kept below ``cache``. A model that is cut to ``dimensions`` (of its own ``axes``, drawn or principal ones) or
-    quantised is filed under a name that says so. ``base`` is where the base of an adapter alone lies, if not where it says.
+    ``name`` replaces the one that results are filed under. Vectors are kept below ``cache`` and taken from there;
+    ``dimensions`` (the first so many, or so many ``random`` or ``principal`` ``axes``) and ``quantize`` (``int8``,
+    ``binary``) score what is left of them, under a name that says so. ``workers`` share the encoding of texts.
     """
-    if base is not None and (not isinstance(model, str) or model in BASELINES):
-        raise BadInputError("only an adapter that was saved alone has a base", where="base", hint="Leave it out.")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise BadInputError(f"batch_tokens must be positive; it is {batch_tokens}", where="batch_tokens")
     _check_variant(model, dimensions, quantize, axes)
     if name is not None and (name.count("/") > 1 or not all(part.strip() for part in name.split("/"))):
         raise BadInputError(f"the name {name!r} is not of the form organisation/model", where="name")
-    if isinstance(model, str) and model in BASELINES:
+    loaded = load_unless_baseline(model) if isinstance(model, str) else model
+    if isinstance(loaded, str):
         if name is not None:
-            raise BadInputError(f"the baseline {model} keeps its own name, {BASELINES[model]}", where="name")
-        return _baseline(model)
-    loaded = load_encoder(model, device=device, base=base) if isinstance(model, str) else model
+            raise BadInputError(f"the baseline {loaded} keeps its own name, {BASELINES[loaded]}", where="name")
+        return _baseline(loaded)
     filed = name or loaded.name
     filed = filed if "/" in filed else f"local/{filed}"
     if dimensions is not None:
@@ -449,11 +435,13 @@ def open_model(
     kept, computes = None, fingerprint([loaded.content, model_fingerprint(loaded.model)])
     if cache is not None:
         kept = KeptVectors(cache, computes, {"name": loaded.name, "revision": loaded.revision})
+    encoder = Encoder(loaded.model, batch_tokens, kept=kept)
+    encoder.workers = workers
     wrapper = TaskEncoder(
         loaded.model,
         name=filed,
         revision=loaded.revision,
-        encoder=Encoder(loaded.model, batch_tokens, kept=kept),
+        encoder=encoder,
         dimensions=dimensions,
         quantize=quantize,
     )

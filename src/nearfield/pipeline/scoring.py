@@ -93,7 +93,7 @@ class EvaluateStage(Stage):
 
     def run(self) -> dict[str, Any]:
         """Score all models."""
-        from nearfield.evaluation import evaluate
+        from nearfield.evaluation import evaluate, open_model
 
         evaluation = self.recipe.evaluation
         assert evaluation is not None
@@ -110,15 +110,14 @@ class EvaluateStage(Stage):
         notices: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for label, (model, name) in models.items():
             logger.info("Evaluating %s (%s)", label, name or model)
+            # The base model is the same in many runs; a trained one is scored once, but for its cut vectors.
+            cache = self.job.run.cache / "vectors" if label == "before" or evaluation.dimensions else None
             result = evaluate(
-                model,
+                open_model(model, name=name, cache=cache),
                 self.job.run.checked.suite or evaluation.suite,
                 self.job.run.folder / "results",
-                name=name,
                 open_store=self.job.open_store,
                 prompts="as-is" if label == "before" else evaluation.prompts,
-                # The base model is the same in many runs; a trained one is scored once, but for its cut vectors.
-                cache=self.job.run.cache / "vectors" if label == "before" or evaluation.dimensions else None,
             )
             if result.notices:
                 notices[label] = {task: in_file(said) for task, said in result.notices.items()}
@@ -126,15 +125,13 @@ class EvaluateStage(Stage):
             if result.failures:
                 failures[label] = {task: str(reason) for task, reason in result.failures.items()}
         for dimensions in evaluation.dimensions:
+            model, name = models["after"]
             cut = evaluate(
-                models["after"][0],
+                open_model(model, name=name, cache=self.job.run.cache / "vectors", dimensions=dimensions),
                 self.job.run.checked.suite or evaluation.suite,
                 self.job.run.folder / "results",
-                name=models["after"][1],
                 open_store=self.job.open_store,
                 prompts=evaluation.prompts,
-                cache=self.job.run.cache / "vectors",
-                dimensions=dimensions,
             )
             if cut.failures:
                 failures[cut.model] = {task: str(reason) for task, reason in cut.failures.items()}
