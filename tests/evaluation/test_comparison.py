@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation import compare, evaluate
+from nearfield.evaluation import compare, evaluate, label_results
 from nearfield.evaluation.comparison import ModelComparison
 from nearfield.evaluation.results import find_results, read_units
 from tests.evaluation.made import write_result
@@ -26,7 +26,7 @@ def folders(
 
 @pytest.fixture(scope="module")
 def comparison(folders: list[Path]) -> ModelComparison:
-    return compare(folders, ["a", "b", "random", "bm25"], samples=400, permutations=400)
+    return compare(label_results(folders, ["a", "b", "random", "bm25"]), samples=400, permutations=400)
 
 
 def test_estimates_are_the_main_scores_of_mteb(comparison: ModelComparison, folders: list[Path]) -> None:
@@ -51,7 +51,7 @@ def test_only_scores_that_allow_it_have_intervals(comparison: ModelComparison) -
 
 
 def test_differences_are_paired_and_deterministic(comparison: ModelComparison, folders: list[Path]) -> None:
-    again = compare(folders, ["a", "b", "random", "bm25"], samples=400, permutations=400)
+    again = compare(label_results(folders, ["a", "b", "random", "bm25"]), samples=400, permutations=400)
     assert again.to_json() == comparison.to_json()
     json.dumps(comparison.to_json(), allow_nan=False)
     row = next(row for row in comparison.differences if (row.task, row.model) == ("TinyRetrieval", "b"))
@@ -65,8 +65,8 @@ def test_differences_are_paired_and_deterministic(comparison: ModelComparison, f
 
 
 def test_another_seed_and_baseline(folders: list[Path]) -> None:
-    first = compare(folders[:2], ["a", "b"], samples=200, permutations=200, seed=1)
-    turned = compare(folders[:2], ["a", "b"], baseline="b", samples=200, permutations=200, seed=1)
+    first = compare(label_results(folders[:2], ["a", "b"]), samples=200, permutations=200, seed=1)
+    turned = compare(label_results(folders[:2], ["a", "b"]), baseline="b", samples=200, permutations=200, seed=1)
     for one, other in zip(first.differences, turned.differences, strict=True):
         assert one.difference == pytest.approx(-other.difference)
         if one.low is not None:
@@ -80,7 +80,7 @@ def test_a_clear_difference_a_nothing_and_their_sentences(tmp_path: Path) -> Non
     a = write_result(tmp_path / "A" / "1", base.tolist())
     b = write_result(tmp_path / "B" / "1", (base + rng.normal(0.05, 0.05, 200)).tolist())
     c = write_result(tmp_path / "C" / "1", (base + rng.normal(0, 0.05, 200)).tolist())
-    better, same = compare([a, b, c], ["A", "B", "C"], samples=2000, permutations=2000).differences
+    better, same = compare(label_results([a, b, c], ["A", "B", "C"]), samples=2000, permutations=2000).differences
     assert (better.verdict, same.verdict) == ("better", "not separable")
     assert better.sentence.startswith("B is better than A on Made: +0.0")
     assert "p = 0.0005" in better.sentence and "Holm" in better.sentence
@@ -140,7 +140,7 @@ def test_results_are_found_by_folder_and_by_name(folders: list[Path], model_fold
 def test_effects_count_units_and_standard_deviations(tmp_path: Path) -> None:
     a = write_result(tmp_path / "A" / "1", [0.5, 0.5, 0.5, 0.5])
     b = write_result(tmp_path / "B" / "1", [0.6, 0.7, 0.5, 0.4])
-    (row,) = compare([a, b], ["A", "B"], samples=200, permutations=200).differences
+    (row,) = compare(label_results([a, b], ["A", "B"]), samples=200, permutations=200).differences
     assert (row.won, row.even, row.lost) == (2, 1, 1)
     differences = np.array([0.1, 0.2, 0.0, -0.1])
     assert row.effect == pytest.approx(differences.mean() / differences.std(ddof=1))
@@ -153,7 +153,9 @@ def test_equivalence_is_shown_or_not_and_never_assumed(tmp_path: Path) -> None:
     a = write_result(tmp_path / "A" / "1", base.tolist())
     near = write_result(tmp_path / "B" / "1", (base + rng.normal(0, 0.01, 400)).tolist())
     noisy = write_result(tmp_path / "C" / "1", (base + rng.normal(0, 0.15, 400)).tolist())
-    first, second = compare([a, near, noisy], ["A", "B", "C"], samples=2000, permutations=200, margin=0.005).differences
+    first, second = compare(
+        label_results([a, near, noisy], ["A", "B", "C"]), samples=2000, permutations=200, margin=0.005
+    ).differences
     assert first.equivalent and "equivalent within 0.5 points" in first.sentence
     assert second.equivalent is False and "Equivalence within 0.5 points is not shown" in second.sentence
     with pytest.raises(BadInputError, match="between 0 and 100 points"):

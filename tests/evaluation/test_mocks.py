@@ -14,7 +14,7 @@ from mteb.models import SentenceTransformerEncoderWrapper
 
 from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.evaluation import SuiteConfig, runner
-from nearfield.evaluation.comparison import compare
+from nearfield.evaluation.comparison import compare, label_results
 from nearfield.evaluation.config import FolderTasks
 from nearfield.evaluation.scoring import mean_over_splits, scores_by_split
 from nearfield.evaluation.tasks import SuiteTask
@@ -53,7 +53,7 @@ def score_all(made: dict[str, Any], model: LoadedEncoder, out: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "open_suite", lambda *_, **__: [SuiteTask(task()) for task in made.values()])
         result = runner.evaluate(model, ANY, out)
-    return result, compare([result.results_dir] * 2, ["a", "b"], samples=100, permutations=100)
+    return result, compare(label_results([result.results_dir] * 2, ["a", "b"]), samples=100, permutations=100)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from mteb.results import TaskResult
 
 from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.errors import BadInputError
-from nearfield.evaluation import compare, evaluate, runner, scoring
+from nearfield.evaluation import compare, evaluate, label_results, runner, scoring
 from nearfield.evaluation.comparison import ModelComparison
 from nearfield.evaluation.during import DuringTraining
 from nearfield.evaluation.hub import scores_section
@@ -193,14 +193,16 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def test_comparison_leaderboard_and_card_tell_the_notices_of_their_scores(folders: list[Path], tmp_path: Path) -> None:
-    comparison = compare(folders, ["A", "B"], samples=200, permutations=200)
+    comparison = compare(label_results(folders, ["A", "B"]), samples=200, permutations=200)
     lines = [notice.sentence for notice in comparison.notices]
     assert lines == [f"* B on all tasks: {OF_MODEL.what}", f"* B on One: {OF_TASK.what}"]
     (tmp_path / "comparison.json").write_text(json.dumps(comparison.to_json()))
     assert ModelComparison.from_json(tmp_path / "comparison.json").notices == comparison.notices
     board = leaderboard(folders, ["A", "B"], samples=200)
     assert [notice.sentence for notice in board.notices] == lines
-    assert compare(folders, ["A", "B"], tasks=["Two"], samples=200, permutations=200).notices[0].tasks == ("Two",)
+    assert compare(label_results(folders, ["A", "B"]), tasks=["Two"], samples=200, permutations=200).notices[
+        0
+    ].tasks == ("Two",)
     card = scores_section(folders[1], samples=200)
     assert f"- all tasks: {OF_MODEL.what}" in card and f"- One: {OF_TASK.what}" in card
     assert card.count("0.4500 * |") == 2 and "asterisk" not in scores_section(folders[0], samples=200)

@@ -55,7 +55,7 @@ def compare_command(
 
     Recipes (or folders that hold runs) are compared as ways to train: paired by seed, with a verdict from five seeds on.
     """
-    from nearfield.evaluation import compare
+    from nearfield.evaluation import compare, label_results
     from nearfield.evaluation.comparison import check_settings
     from nearfield.files import write_json
     from nearfield.pipeline.run import is_method
@@ -80,8 +80,7 @@ def compare_command(
     else:
         folders, named, baseline = _models(models, results, named, baseline)
         made = compare(
-            folders,
-            named,
+            label_results(folders, named),
             baseline=baseline,
             tasks=chosen,
             samples=samples,

@@ -9,13 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nearfield.evaluation.comparison import ModelComparison, compare
+    from nearfield.evaluation.comparison import ModelComparison, compare, label_results
     from nearfield.evaluation.config import FolderTasks, HeldOutTask, MtebTasks, SuiteConfig
     from nearfield.evaluation.runner import EvaluationResult, evaluate, open_model
 
 _HOMES = {
     "ModelComparison": "comparison",
     "compare": "comparison",
+    "label_results": "comparison",
     "EvaluationResult": "runner",
     "evaluate": "runner",
     "open_model": "runner",
@@ -34,6 +35,7 @@ __all__ = [
     "SuiteConfig",
     "compare",
     "evaluate",
+    "label_results",
     "open_model",
 ]
 

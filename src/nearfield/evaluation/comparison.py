@@ -187,8 +187,7 @@ class ModelComparison:
 
 
 def compare(
-    results: Sequence[Path],
-    labels: Sequence[str] | None = None,
+    models: Sequence[Path] | Sequence[ModelRow],
     *,
     baseline: str | None = None,
     tasks: Sequence[str] | None = None,
@@ -200,7 +199,7 @@ def compare(
 ) -> ModelComparison:
     """Compare two or more results folders (``<org>__<model>/<revision>``) on the tasks that they share.
 
-    ``baseline`` is a label (the first by default); every other model is tested against it. ``samples`` bootstrap
+    ``models`` are the folders, or what :func:`label_results` makes of them, with labels of your own. ``baseline`` is a label (the first by default); every other model is tested against it. ``samples`` bootstrap
     resamples give the central ``level`` of each score and difference, ``permutations`` the p-values, which are
     Holm-adjusted over all tests of the comparison. ``margin`` (0.005 is half a point) asks for a test of equivalence
     within it as well. The same inputs and ``seed`` give the same numbers.
@@ -209,10 +208,11 @@ def compare(
     if margin is not None and not 0 < margin < 1:
         raise BadInputError(f"the margin must be between 0 and 100 points; it is {100 * margin:g}", where="margin")
     options = _Options(samples, permutations, level, seed, margin)
-    models = open_models(results, labels)
-    names = [model.label for model in models]
+    folders = [model for model in models if not isinstance(model, ModelRow)]
+    opened = label_results(folders) if folders else [model for model in models if isinstance(model, ModelRow)]
+    names = [model.label for model in opened]
     base = _baseline(names, baseline, "models")
-    read = {model.label: read_scores(Path(model.path)) for model in models}
+    read = {model.label: read_scores(Path(model.path)) for model in opened}
     keys, notes = _shared(read, names, tasks)
     rows: list[ScoreRow] = []
     differences: list[DifferenceRow] = []
@@ -225,12 +225,12 @@ def compare(
                 differences.append(_difference(key, name, of, base, of_key[base], replicates, options))
     judged = tuple(_judged(differences, options))
     return ModelComparison(
-        tuple(models), base, tuple(rows), judged, tuple(notes), asdict(options), score_notices(read, keys)
+        tuple(opened), base, tuple(rows), judged, tuple(notes), asdict(options), score_notices(read, keys)
     )
 
 
-def open_models(results: Sequence[Path], labels: Sequence[str] | None) -> list[ModelRow]:
-    """The models of results folders, with the labels that tell them apart."""
+def label_results(results: Sequence[Path], labels: Sequence[str] | None = None) -> list[ModelRow]:
+    """The models of results folders, with the labels that tell them apart: those given, else names and revisions."""
     if labels is not None and len(labels) != len(results):
         raise BadInputError(f"{len(results)} results but {len(labels)} labels", where="labels")
     rows = []
@@ -601,7 +601,7 @@ def compare_published(
     results: Path, against: Path, *, label: str | None = None, samples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Standing:
     """Set the scores of a results folder beside those published below ``against``, task by task."""
-    (model,) = open_models([results], None if label is None else [label])
+    (model,) = label_results([results], None if label is None else [label])
     ours = read_scores(results)
     theirs = read_published(against, ours)
     resolved = results.resolve()

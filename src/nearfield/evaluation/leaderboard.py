@@ -11,7 +11,7 @@ import numpy as np
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation import statistics
-from nearfield.evaluation.comparison import ModelRow, check_settings, chosen_keys, open_models
+from nearfield.evaluation.comparison import ModelRow, check_settings, chosen_keys, label_results
 from nearfield.evaluation.results import read_scores
 from nearfield.evaluation.scores import Key, ScoreNotice, TaskScores, joint_replicates, score_notices
 from nearfield.evaluation.statistics import Floats
@@ -92,7 +92,7 @@ def leaderboard(
     joint replicates of all models, in which models with the same units share their resamples.
     """
     check_settings(samples, samples, level)
-    models = open_models(results, labels)
+    models = label_results(results, labels)
     read = {model.label: read_scores(Path(model.path)) for model in models}
     columns, notes = _columns(read, tasks)
     names = [model.label for model in models]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation.comparison import check_settings, open_models
+from nearfield.evaluation.comparison import check_settings, label_results
 from nearfield.evaluation.results import read_scores
 from nearfield.evaluation.scores import Key, TaskScores, joint_replicates
 from nearfield.evaluation.statistics import Floats, is_too_large, midranks
@@ -82,7 +82,7 @@ def twins(
     check_settings(samples, samples, level)
     if set(general) & set(domain):
         raise BadInputError(f"a task is on both sides: {', '.join(sorted(set(general) & set(domain)))}")
-    models = open_models(results, labels)
+    models = label_results(results, labels)
     read = {model.label: read_scores(Path(model.path)) for model in models}
     tables = {name: _by_task(found, [*general, *domain], name) for name, found in read.items()}
     first = next(iter(tables.values()))

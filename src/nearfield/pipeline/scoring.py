@@ -203,7 +203,7 @@ class CompareStage(Stage):
 
     def run(self) -> dict[str, Any]:
         """Compare all models with the base model."""
-        from nearfield.evaluation import compare
+        from nearfield.evaluation import compare, label_results
 
         folders = self.job.run.record("evaluate").get("results")
         if not isinstance(folders, dict) or not folders:
@@ -215,7 +215,7 @@ class CompareStage(Stage):
         baseline = "before" if "before" in folders else next(iter(folders))
         labels = sorted(folders, key=lambda label: (label != baseline, list(folders).index(label)))
         comparison = compare(
-            [self.job.run.folder / folders[label] for label in labels], labels=labels, seed=self.recipe.seed
+            label_results([self.job.run.folder / folders[label] for label in labels], labels), seed=self.recipe.seed
         )
         write_json(self.job.run.folder / "comparison.json", comparison.to_json())
         return {"baseline": baseline}
