@@ -235,7 +235,7 @@ def test_what_a_killed_build_left_is_swept(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_store_is_not_replaced(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"query": "q", "positives": "p", "negatives": None}])
-    with pytest.raises(BadInputError, match="is no store"):
+    with pytest.raises(BadInputError, match="is not a store"):
         build_data(config(source(path)), tmp_path)
     assert path.exists()
 

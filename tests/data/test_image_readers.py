@@ -157,7 +157,7 @@ def test_shards(tmp_path: Path) -> None:
         "the member .json is not a JSON object",
         "the member .txt is not UTF-8",
         "several images",
-        "the member .png stands twice",
+        "the member .png appears twice",
     ]
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["a-000.tar"]
 

@@ -48,17 +48,17 @@ def pixels(image: Image.Image | None) -> np.ndarray[Any, Any]:
         (PNG[:-30], "broken or cut short"),
         (JPEG[: len(JPEG) // 2], "broken or cut short"),
         (JPEG[:10], "broken or cut short"),
-        (PNG[:40] + bytes(len(PNG) - 40), "no png, jpeg, webp, gif, bmp image"),
+        (PNG[:40] + bytes(len(PNG) - 40), "not a png, jpeg, webp, gif, bmp image"),
         (png_header(50_000, 50_000), "over 67,108,864 pixels"),
         (png_header(9_000, 9_000), "over 67,108,864 pixels"),
         (png_header(100, 100), "broken or cut short"),
         (with_text(PNG, 80 << 20), "broken or cut short"),
-        (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "no png, jpeg, webp"),
-        (b"<!DOCTYPE html><html><body>404</body></html>", "no png, jpeg, webp"),
-        (b"\x00" * 64, "no png, jpeg, webp"),
-        (saved(noise(2), "TIFF"), "no png, jpeg, webp"),
-        (b"%PDF-1.4\n", "no png, jpeg, webp"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no png, jpeg, webp"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "not a png, jpeg, webp"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "not a png, jpeg, webp"),
+        (b"\x00" * 64, "not a png, jpeg, webp"),
+        (saved(noise(2), "TIFF"), "not a png, jpeg, webp"),
+        (b"%PDF-1.4\n", "not a png, jpeg, webp"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a png, jpeg, webp"),
     ],
 )
 @pytest.mark.parametrize("lenient", [False, True])
@@ -160,7 +160,7 @@ def test_animated_images() -> None:
     np.testing.assert_array_equal(pixels(decode(moving, RULES).image), pixels(noise(10).quantize(8).convert("RGB")))
     with pytest.raises(ImageError, match="animated"):
         decode(moving, ImagesConfig(animated="refuse"))
-    with pytest.raises(ImageError, match="no png image"):
+    with pytest.raises(ImageError, match="not a png image"):
         decode(moving, ImagesConfig(formats=("png",)))
 
 

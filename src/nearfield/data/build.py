@@ -127,7 +127,9 @@ def _build(
 ) -> DataSummary:
     if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):
         hint = "Choose another folder with --out."
-        raise BadInputError("this is there already and is no store; it will not be replaced", where=str(out), hint=hint)
+        raise BadInputError(
+            "this exists already and is not a store; it will not be replaced", where=str(out), hint=hint
+        )
     remove_leftovers(out.parent)
     kept = out.with_name(out.name + ".quarantine.jsonl")
     with atomic_path(out) as aside:

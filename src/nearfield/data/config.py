@@ -92,7 +92,7 @@ class ImagesConfig(Config):
     @classmethod
     def _once(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(columns)) < len(columns):
-            raise ValueError("a column stands twice")
+            raise ValueError("a column is named twice")
         return columns
 
     def replaced(self, columns: tuple[str, ...]) -> tuple[str, ...]:

@@ -226,7 +226,7 @@ def read_report(path: Path) -> ContaminationReport:
         hint = "Compare again: nearfield data decontaminate."
         raise BadInputError("this contamination report is damaged", where=str(path), hint=hint)
     if not isinstance(values, dict) or values.pop("version", None) != REPORT_VERSION:
-        raise BadInputError("this is no contamination report of this version", where=str(path), hint="Run it again.")
+        raise BadInputError("this is not a contamination report of this version", where=str(path), hint="Run it again.")
     tasks = tuple(
         TaskContamination(**{**task, "examples": tuple(MatchExample(**e) for e in task["examples"])})
         for task in values.pop("tasks")

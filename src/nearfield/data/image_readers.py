@@ -253,7 +253,7 @@ def item_of(text: object, image: ImageRef | None, column: str) -> object:
         raise BadRowError(f"{column!r} has marks for several images", text)
     words = _MARKS.sub("", text)
     if image is None:
-        # Without the mark, what parted it from the words is of no account.
+        # The white space that separated the mark from the words goes with it.
         kept = words.strip() if words != text else text
         return kept or None
     return BothRef(_MARKS.sub(MARK, text), image) if words.strip() else image
@@ -299,7 +299,7 @@ def _samples(path: Path) -> Iterator[tuple[str, Sample]]:
                             yield open_key, sample
                         open_key, sample = key, {}
                     if suffix in IMAGES or suffix in ("txt", "json", "cls"):
-                        sample[suffix] = "stands twice" if suffix in sample else _content(archive, member, suffix)
+                        sample[suffix] = "appears twice" if suffix in sample else _content(archive, member, suffix)
                 if sample:
                     yield open_key, sample
         except (tarfile.TarError, EOFError) as error:

@@ -170,7 +170,7 @@ def _decode(image_module: Any, raw: bytes, rules: ImagesConfig) -> Decoded:
     try:
         image = image_module.open(io.BytesIO(raw), formats=[name.upper() for name in rules.formats])
     except UnidentifiedImageError as error:
-        raise ImageError(f"no {', '.join(rules.formats)} image") from error
+        raise ImageError(f"not a {', '.join(rules.formats)} image") from error
     with image:
         width, height = image.size
         if width < 1 or height < 1:

@@ -145,7 +145,7 @@ def _reader_for(path: Path) -> JsonlReader | CsvReader | ParquetReader | HubRead
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return HubReader(path=path)
         hint = "Give a file, or a folder written by save_to_disk."
-        raise BadInputError("this folder is no Hugging Face data set", where=str(path), hint=hint)
+        raise BadInputError("this folder is not a Hugging Face data set", where=str(path), hint=hint)
     if path.name.endswith(JSONL_SUFFIXES):
         return JsonlReader(path=path)
     if path.name.endswith(CSV_SUFFIXES):
@@ -216,7 +216,7 @@ def _decide(columns: list[ColumnSummary], path: Path) -> tuple[ExamplesConfig, T
     labels = labels or [c.name for c in columns if c.name not in items and _few(c)]
     if items and labels:
         return LabelledExamples(item=items[0], label=labels[0]), "Classification"
-    raise _unclear(path, columns, "the columns do not say what is a query, a positive, a score or a label")
+    raise _unclear(path, columns, "the columns do not tell the query, the positives, a score or a label apart")
 
 
 def _pair(texts: list[ColumnSummary]) -> tuple[str | None, str | None]:

@@ -225,7 +225,7 @@ class RowValues:
         if not isinstance(value, ImageRef | BothRef):
             return _checked_text(value, column, self.max_characters)
         if self.prepare is None:
-            raise BadRowError(f"{column!r} is an image, and the source says nothing of images", value)
+            raise BadRowError(f"{column!r} is an image, and the source has no settings for images", value)
         if isinstance(value, BothRef):
             text, image = _checked_text(value.text, column, self.max_characters), value.image
         else:
@@ -291,7 +291,7 @@ def join(text: object, image: object, name: str) -> object:
     if text is None or text == "":
         return image
     if not isinstance(text, str):
-        raise BadRowError(f"{name!r} joins an image and what is no text ({type(text).__name__})", text)
+        raise BadRowError(f"{name!r} joins an image and something that is not a text ({type(text).__name__})", text)
     return BothRef(text, image)
 
 

@@ -148,7 +148,7 @@ class Prompts(Config):
     @classmethod
     def _different(cls, prompt: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         if isinstance(prompt, tuple) and len(set(prompt)) < len(prompt):
-            raise ValueError("a phrasing stands twice")
+            raise ValueError("a phrasing is given twice")
         return prompt
 
 

@@ -36,7 +36,7 @@ class SourceSummary:
     examples: int
     """Examples in the store."""
     duplicates: int
-    """Rows that say the same as an earlier row, and are left out."""
+    """Rows equal to an earlier row, which are left out."""
     quarantined: Mapping[str, int]
     """Rows that could not be used, by reason."""
     splits: Mapping[str, int]

@@ -171,7 +171,7 @@ def read_table(file: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
     elif file.name.endswith(JSONL_SUFFIXES):
         yield from read_jsonl(file)
     else:
-        raise BadInputError("this is no table", where=str(file), hint=f"Wanted: {', '.join(TABLE_SUFFIXES)}.")
+        raise BadInputError("this is not a table", where=str(file), hint=f"Wanted: {', '.join(TABLE_SUFFIXES)}.")
 
 
 def read_jsonl(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Row]:

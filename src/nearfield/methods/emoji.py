@@ -44,7 +44,7 @@ class EmojiReader(ReaderBase):
     @classmethod
     def _once(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(languages)) < len(languages):
-            raise ValueError("a language stands twice")
+            raise ValueError("a language is named twice")
         return languages
 
     def inputs(self) -> dict[str, str]:

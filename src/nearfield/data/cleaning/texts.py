@@ -213,7 +213,7 @@ class RareWordsStep(SidesStep):
                 counts[gram] += int(uses[row])
         bar = self.least
         if self.vocabulary is not None and len(counts) > self.vocabulary:
-            # What is as frequent as the last one stays, whatever its place.
+            # Those that tie with the last one stay.
             bar = max(bar, counts.most_common(self.vocabulary)[-1][1])
         bad: dict[int, str] = {}
         for row, text in each_text(table, items, "Cleaning: rare words"):
@@ -257,7 +257,7 @@ class RemovalListStep(SidesStep):
         return {"path": list(hash_files([self.path]).values())}
 
     def apply(self, table: ExampleTable, sources: Sequence[int], taken: Taken, encoders: Encoders) -> None:
-        """Take out the items whose ids are in the list; ids that no item has are of no account."""
+        """Take out the items whose ids are in the list; ids that no item has are ignored."""
         reasons = read_removals(self.path)
         examples = table.of_sources(sources)
         rows = table.items(examples, self.sides)
