@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.arrays import Rows
 from nearfield.errors import BadInputError
-
-Rows = npt.NDArray[np.int64]
 
 _BLOCK = 65_536
 _SHOWN = 60

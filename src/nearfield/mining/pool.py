@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
 
 from nearfield.arrays import Index, Ragged, Rows, beside
 from nearfield.data.store import Store
+from nearfield.data.words import Hashes, hash_texts
 from nearfield.mining.config import MiningConfig
 from nearfield.mining.mine import MinedNegatives, select
 from nearfield.mining.search import Neighbours
@@ -86,19 +86,17 @@ def _same_text(store: Store, documents: Rows, items: Ragged) -> Ragged:
     return Ragged.from_pairs(items.owners()[found.owners()], found.values, len(items))
 
 
-def _text_keys(store: Store, items: Rows) -> Rows:
-    """64 bits of each item's text in lower case with single spaces, and of its picture."""
-    keys = np.empty(len(items), dtype=np.int64)
+def _text_keys(store: Store, items: Rows) -> Hashes:
+    """64 bits of each item's text in lower case with single spaces, and of its image."""
+    keys = np.empty(len(items), dtype=np.uint64)
     for start in range(0, len(items), _BLOCK):
         part = items[start : start + _BLOCK]
-        texts, pictures = store.texts(part), store.image_rows(part).tolist()
+        texts, images = store.texts(part), store.image_rows(part).tolist()
         contents = [
-            " ".join(text.casefold().split()) if picture < 0 else f"{picture}\0{' '.join(text.casefold().split())}"
-            for text, picture in zip(texts, pictures, strict=True)
+            " ".join(text.casefold().split()) if image < 0 else f"{image}\0{' '.join(text.casefold().split())}"
+            for text, image in zip(texts, images, strict=True)
         ]
-        keys[start : start + len(texts)] = [
-            int.from_bytes(blake2b(content.encode(), digest_size=8).digest(), "big") - 2**63 for content in contents
-        ]
+        keys[start : start + len(texts)] = hash_texts(contents)
     return keys
 
 
