@@ -19,7 +19,7 @@ from nearfield.data.items import image_inputs
 from nearfield.data.readers import ReaderBase, excerpt
 from nearfield.data.resolve import Resolved, conflict_rows, first_conflicts, resolve, shared_between_splits
 from nearfield.data.store import FORMAT_VERSION, SourceInfo, Store
-from nearfield.data.summary import Conflicts, DataSummary, SourceSummary, StepSummary, read_summary
+from nearfield.data.summary import Contradictions, DataSummary, SourceSummary, StepSummary, read_summary
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, fingerprint, read_json, remove_leftovers, write_json
 from nearfield.kinds import outside_sources
@@ -170,10 +170,10 @@ def _build(
     return summary
 
 
-def _conflicts(resolved: Resolved, store: Store) -> Conflicts:
+def _conflicts(resolved: Resolved, store: Store) -> Contradictions:
     rows = conflict_rows(resolved)
     texts = dict(zip(rows.tolist(), map(excerpt, store.shown(rows)), strict=True))
-    return Conflicts(
+    return Contradictions(
         positive_and_negative=len(resolved.clashes),
         examples_changed=resolved.examples_changed,
         labels=len(resolved.labels),
@@ -188,7 +188,7 @@ def _summarise(
     resolved: Resolved,
     store: Store,
     out: Path,
-    conflicts: Conflicts,
+    conflicts: Contradictions,
     steps: tuple[StepSummary, ...],
 ) -> DataSummary:
     examples = store.examples

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from nearfield.config import Config, ConfigPath
 from nearfield.data.cleaning import STEPS, StepBase
 from nearfield.data.prompts import Prompts
-from nearfield.data.readers import ReaderConfig
+from nearfield.data.readers import Column, ReaderConfig
 
 if TYPE_CHECKING:
     from nearfield.data.items import RowValues
@@ -46,7 +46,6 @@ TaskType = Literal[
 """The task types of MTEB whose items are texts and images."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-Column = Annotated[str, Field(min_length=1)]
 Columns = Column | Annotated[tuple[Column, ...], Field(min_length=1)]
 
 

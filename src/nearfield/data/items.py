@@ -84,7 +84,7 @@ Item = str | ImageItem
 
 def identity(item: Item) -> bytes:
     """The id of an item, 16 bytes."""
-    return item.id if isinstance(item, ImageItem) else item_id("text", (("text", item.encode()),))
+    return item.id if isinstance(item, ImageItem) else text_id(item)
 
 
 class ImagePreparer:

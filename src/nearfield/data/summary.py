@@ -65,7 +65,7 @@ class StepSummary:
 
 
 @dataclass(frozen=True)
-class Conflicts:
+class Contradictions:
     """Statements of the data that contradict each other."""
 
     positive_and_negative: int = 0
@@ -90,7 +90,7 @@ class DataSummary:
     items: int
     examples: int
     sources: tuple[SourceSummary, ...]
-    conflicts: Conflicts
+    conflicts: Contradictions
     shared_between_splits: Mapping[str, int] = field(default_factory=dict)
     """Items that are in examples of two splits, by pair of splits, e.g. ``test+train``. Negatives do not count."""
     steps: tuple[StepSummary, ...] = ()
@@ -112,7 +112,7 @@ def read_summary(store: Path) -> DataSummary:
     values = read_json(store / "summary.json", "store")
     sources = tuple(SourceSummary(**source) for source in values.pop("sources"))
     conflicts = values.pop("conflicts")
-    conflicts = Conflicts(**{**conflicts, "first": tuple(conflicts["first"])})
+    conflicts = Contradictions(**{**conflicts, "first": tuple(conflicts["first"])})
     steps = tuple(StepSummary(**step) for step in values.pop("steps", ()))
     return DataSummary(path=store, sources=sources, conflicts=conflicts, steps=steps, reused=True, **values)
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from nearfield.config import ConfigPath
 from nearfield.console import track
-from nearfield.data.cleaning import Share, Sides, SidesStep
+from nearfield.data.cleaning import Fraction, Sides, SidesStep
 from nearfield.data.items import ID_BYTES
 from nearfield.data.words import words
 from nearfield.errors import BadInputError
@@ -97,13 +97,13 @@ class CharactersStep(TextStep):
     """
 
     kind: Literal["characters"] = "characters"
-    min_letters: Share = 0
+    min_letters: Fraction = 0
     """Letters, marks and digits among the characters that are no white space."""
-    min_printable: Share = 0
+    min_printable: Fraction = 0
     """Of all characters; white space is printable here."""
-    max_urls: Share = 1
+    max_urls: Fraction = 1
     """Characters inside URLs, of all."""
-    max_control: Share = 1
+    max_control: Fraction = 1
     """Control and format characters other than tab and line break, unassigned and private ones, and U+FFFD; of all."""
 
     def neutral(self) -> bool:
