@@ -28,7 +28,7 @@ from nearfield.data.contamination import (
     TaskContamination,
 )
 from nearfield.data.items import canonical_text
-from nearfield.data.near_duplicates import Encode, NearIndex, TextSets, near_vectors, pieces, unit
+from nearfield.data.near_duplicates import EmbedTexts, NearIndex, TextSets, near_vectors, pieces, unit
 from nearfield.data.readers import excerpt
 from nearfield.data.words import Hashes, WordHashes, hash_normal_forms, hash_texts, hash_words, sequences
 from nearfield.errors import BadInputError
@@ -93,7 +93,7 @@ class TrainingIndex:
     """Everything that benchmark texts are compared with."""
 
     def __init__(
-        self, batches: Iterable[Sequence[str]], config: DecontaminationConfig, encode: Encode | None = None
+        self, batches: Iterable[Sequence[str]], config: DecontaminationConfig, encode: EmbedTexts | None = None
     ) -> None:
         self.config = config
         self.encode = encode
@@ -279,7 +279,7 @@ def decontaminate(
     suite: str = "",
     sources: Sequence[str] | None = None,
     split: str = "train",
-    encode: Encode | None = None,
+    encode: EmbedTexts | None = None,
     encoder: str | None = None,
 ) -> ContaminationReport:
     """Compare the training texts of a store with the texts of tasks.

@@ -35,7 +35,7 @@ _MULTIPLY = 64 << 20
 _PIECE = 8_000_000
 _BLOCK = 50_000
 
-Encode = Callable[[Sequence[str]], Any]
+EmbedTexts = Callable[[Sequence[str]], Any]
 """texts -> vectors [n, d] of any length (they are normalised here)."""
 
 

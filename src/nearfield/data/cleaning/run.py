@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from nearfield.arrays import Mask, Ragged, Rows
-from nearfield.data.near_duplicates import Encode
+from nearfield.data.near_duplicates import EmbedTexts
 from nearfield.data.readers import excerpt
 from nearfield.data.store import EXAMPLES_SCHEMA, WEIGHT, Store
 from nearfield.data.summary import StepSummary
@@ -105,11 +105,11 @@ class ExampleTable:
             yield part, self.store.texts(part)
 
 
-Encoders = Callable[[str], Encode]
+Encoders = Callable[[str], EmbedTexts]
 """The name of a model -> its ``encode``; loaded when it is first called."""
 
 
-def no_encoders(model: str) -> Encode:
+def no_encoders(model: str) -> EmbedTexts:
     """Stands for the encoders of a build that was given none; refuses."""
     raise BadInputError(
         f"a cleaning step embeds texts with {model}, and this program handed in no encoder",
