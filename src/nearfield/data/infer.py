@@ -30,17 +30,9 @@ from nearfield.data.config import (
     TaskType,
 )
 from nearfield.data.items import BadRowError, Example, identity, read_example
+from nearfield.data.readers import ReaderBase
 from nearfield.data.resolve import components
-from nearfield.data.table_readers import (
-    CSV_SUFFIXES,
-    JSONL_SUFFIXES,
-    PARQUET_SUFFIXES,
-    TABLE_SUFFIXES,
-    CsvReader,
-    HubReader,
-    JsonlReader,
-    ParquetReader,
-)
+from nearfield.data.table_readers import TABLE_SUFFIXES, CsvReader, HubReader, JsonlReader, ParquetReader
 from nearfield.errors import BadInputError
 from nearfield.files import write_text
 from nearfield.shipped import refuse, target_in
@@ -138,7 +130,7 @@ def safe_name(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:60] or "data"
 
 
-def _reader_for(path: Path) -> JsonlReader | CsvReader | ParquetReader | HubReader:
+def _reader_for(path: Path) -> ReaderBase:
     if not path.exists():
         raise BadInputError("this file does not exist", where=str(path))
     if path.is_dir():
@@ -146,12 +138,9 @@ def _reader_for(path: Path) -> JsonlReader | CsvReader | ParquetReader | HubRead
             return HubReader(path=path)
         hint = "Give a file, or a folder written by save_to_disk."
         raise BadInputError("this folder is not a Hugging Face data set", where=str(path), hint=hint)
-    if path.name.endswith(JSONL_SUFFIXES):
-        return JsonlReader(path=path)
-    if path.name.endswith(CSV_SUFFIXES):
-        return CsvReader(path=path)
-    if path.name.endswith(PARQUET_SUFFIXES):
-        return ParquetReader(path=path)
+    for reader in (JsonlReader, CsvReader, ParquetReader):
+        if path.name.endswith(reader.suffixes):
+            return reader(path=path)
     hint = "Known are .jsonl, .csv, .tsv (also .gz, .xz, .zst) and .parquet."
     raise BadInputError("the name of this file does not say what it is", where=str(path), hint=hint)
 
