@@ -113,7 +113,7 @@ def measure(side: str, folder: Path) -> dict[str, Any]:
         from nearfield.arrays import Ragged
         from nearfield.encoders.encode import Encoder
         from nearfield.mining.config import PercentOfPositiveRule
-        from nearfield.mining.mine import mine
+        from nearfield.mining.rules import mine
 
         if from_texts:
             encoder = Encoder.load(MODEL, device="cpu")
@@ -132,12 +132,12 @@ def measure(side: str, folder: Path) -> dict[str, Any]:
             negatives=NEGATIVES,
             depth=DEPTH,
         )
-        owner = np.repeat(np.arange(count), np.diff(mined.offsets))
+        owner = mined.lists.owners()
         table = Dataset.from_dict(
             {
                 "anchor": [queries[i] for i in owner],
                 "positive": [documents[i] for i in owner],
-                "negative": [documents[i] for i in mined.rows],
+                "negative": [documents[i] for i in mined.lists.values],
             }
         )
     else:

@@ -23,7 +23,6 @@ from nearfield.mining.config import (
     SentenceTransformerTeacher,
     TeacherConfig,
     VectorsTeacher,
-    dense_teachers,
 )
 from nearfield.objectives.config import CombinedConfig, InfoNCEConfig, ObjectiveConfig
 from nearfield.training.config import TrainingConfig, TrainingEvaluationConfig
@@ -194,7 +193,7 @@ def _check_teacher(loaded: Loaded[Recipe]) -> None:
             hint="Set objective.guide_mask or distil, or remove 'guide'.",
         )
     needs_guide = recipe.objective.needs_guide and recipe.guide is None
-    if needs_guide and recipe.teacher is not None and not dense_teachers(recipe.teacher):
+    if needs_guide and recipe.teacher is not None and not recipe.teacher.dense_teachers():
         raise BadInputError(
             f"the objective wants a guide's vectors, and the teacher {recipe.teacher.kind!r} has none",
             where=loaded.where(("objective",)),
@@ -223,7 +222,7 @@ def _check_teacher(loaded: Loaded[Recipe]) -> None:
                 where=loaded.where(("mining", "during")),
                 hint="Raise mining.negatives: it is how long each example's list of candidates is.",
             )
-    if recipe.teacher is not None and recipe.batches.needs_vectors and not dense_teachers(recipe.teacher):
+    if recipe.teacher is not None and recipe.batches.needs_vectors and not recipe.teacher.dense_teachers():
         raise BadInputError(
             f"batches of kind {recipe.batches.kind!r} are made of vectors, and the teacher {recipe.teacher.kind!r} has none",
             where=loaded.where(("teacher",)),

@@ -13,7 +13,7 @@ from nearfield.arrays import Ragged
 from nearfield.data.store import Store
 from nearfield.errors import BadInputError
 from nearfield.mining import config as kinds
-from nearfield.mining.negatives import SHORT_FILE, Negatives, joined, write_negatives
+from nearfield.mining.negatives import SHORT_FILE, Negatives, write_negatives
 from nearfield.mining.pool import Pool, document_items, make_pool, mine_pool
 from nearfield.mining.teachers import encoded
 from tests.data.making import build_rows
@@ -50,7 +50,7 @@ def test_known_positives_the_query_and_their_variants_are_never_negatives(store:
         {"delta", "q three"},
     ]
     items = np.concatenate([store.examples["positives"][int(row)].values.to_numpy() for row in pool.examples])
-    np.testing.assert_array_equal(pool.documents[pool.positives.rows[pool.positive_order]], items)
+    np.testing.assert_array_equal(pool.documents[pool.positives.values[pool.positive_order]], items)
     assert pool.items("query", np.array([1])).tolist() == [pool.queries[1]]
 
 
@@ -98,11 +98,6 @@ def test_examples_that_a_rule_drops_have_no_negatives(store: Store, tmp_path: Pa
     np.testing.assert_array_equal(kept, result.kept)
     assert not kept.all()
     assert [len(rows) == 0 for rows in negatives.of(pool.examples)] == (~kept).tolist()
-
-
-def test_explicit_negatives_come_first_and_once() -> None:
-    both = joined([np.array([5, 2]), np.array([], np.int64)], [np.array([2, 9]), np.array([1])])
-    assert [rows.tolist() for rows in both] == [[5, 2, 9], [1]]
 
 
 def test_a_folder_that_holds_no_negatives(store: Store, tmp_path: Path) -> None:

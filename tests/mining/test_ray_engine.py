@@ -15,9 +15,8 @@ from nearfield.arrays import Ragged
 from nearfield.data.vectors import ItemVectors
 from nearfield.errors import BadInputError
 from nearfield.mining import ray_engine
-from nearfield.mining.documents import ArrayDocuments
 from nearfield.mining.negatives import Negatives
-from nearfield.mining.search import search
+from nearfield.mining.search import ArrayDocuments, search
 from nearfield.pipeline import open_run
 from nearfield.pipeline.audit import mine_run
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from nearfield.arrays import Ragged
 from nearfield.errors import BadInputError
 from nearfield.mining import config as kinds
-from nearfield.mining.mine import MinedNegatives, draw, mine, select
+from nearfield.mining.rules import MinedNegatives, draw, mine, select
 from nearfield.mining.search import Neighbours
 from tests.mining import reference
 
@@ -60,7 +60,10 @@ RULES: list[kinds.RuleConfig] = [
 
 def triples(mined: MinedNegatives) -> list[list[tuple[int, float, int]]]:
     return [
-        [(int(mined.rows[i]), mined.scores[i], int(mined.ranks[i])) for i in range(*mined.offsets[q : q + 2])]
+        [
+            (int(mined.lists.values[i]), mined.scores[i], int(mined.ranks[i]))
+            for i in range(*mined.lists.offsets[q : q + 2])
+        ]
         for q in range(len(mined))
     ]
 
@@ -111,7 +114,7 @@ def test_a_positive_that_is_not_among_the_candidates_still_sets_the_bar() -> Non
     last = int(np.argmin(scores))
     mined = mine(documents[:1], documents, Ragged.from_lists([[last]]), rules=[kinds.PercentOfPositiveRule().build()],
                  negatives=3, depth=20, excluded=Ragged.from_lists([[0]]))  # fmt: skip
-    assert mined.positive[0] == scores[last] and not len(mined.rows)
+    assert mined.positive[0] == scores[last] and not len(mined.lists.values)
     assert mined.short.tolist() == [0]
 
 
@@ -119,7 +122,7 @@ def test_the_strictest_of_several_positives_is_the_anchor() -> None:
     documents = np.array([[1.0], [0.5], [0.75], [0.25]], np.float32)
     rule = kinds.MarginToPositiveRule(margin=0.0)
     mined = mine(np.ones((1, 1), np.float32), documents, Ragged.from_lists([[0, 1]]), rules=[rule.build()], negatives=5, depth=4)  # fmt: skip
-    assert mined.rows.tolist() == [3]
+    assert mined.lists.values.tolist() == [3]
     assert (mined.positive[0], mined.best_positive[0]) == (0.5, 1.0)
 
 
@@ -181,8 +184,11 @@ def test_sampling_follows_other_rules_and_the_seed() -> None:
     mined = run(0, "a")
     first = int((found.scores[0] >= 0.72).sum())
     assert set(mined.ranks.tolist()) == set(range(first, first + 5))
-    np.testing.assert_array_equal(mined.rows, run(0, "a").rows)
-    assert mined.rows.tolist() != run(1, "a").rows.tolist() and mined.rows.tolist() != run(0, "b").rows.tolist()
+    np.testing.assert_array_equal(mined.lists.values, run(0, "a").lists.values)
+    assert (
+        mined.lists.values.tolist() != run(1, "a").lists.values.tolist()
+        and mined.lists.values.tolist() != run(0, "b").lists.values.tolist()
+    )
 
 
 def test_a_draw_of_one_query_does_not_depend_on_what_others_have() -> None:
@@ -210,7 +216,7 @@ def test_the_consistency_filter_is_a_rank_count_and_finds_shuffled_pairs() -> No
         scores = reference.all_scores(queries, documents)
         ranks = (scores > scores[np.arange(n), pair][:, None]).sum(axis=1)
         np.testing.assert_array_equal(mined.kept, ranks < top)
-        assert not np.diff(mined.offsets)[~mined.kept].any()
+        assert not mined.lists.lengths[~mined.kept].any()
         assert mined.counts[0].dropped == int((ranks >= top).sum())
     two = mine(queries, documents, lists, rules=[kinds.ConsistencyRule(top=2).build()], negatives=4, depth=60)
     true = np.ones(n, dtype=bool)
@@ -233,7 +239,7 @@ def test_what_each_rule_took_is_counted_and_short_queries_are_not_padded() -> No
     found = Neighbours(np.array([[0, 1, 2, 3], [0, 1, -1, -1]]), np.array([[0.9, 0.8, 0.7, 0.1], [0.4, 0.3, -np.inf, -np.inf]], np.float32))  # fmt: skip
     mined = select(found, Ragged.from_lists([[7], [7]]), np.ones(2, np.float32), rules=rules, negatives=1)
     assert [(c.kind, c.removed, c.left, c.short) for c in mined.counts] == [("shifted", 4, 2, 1), ("absolute", 1, 1, 1)]
-    assert mined.candidates == 6 and mined.short.tolist() == [1] and mined.rows.tolist() == [3]
+    assert mined.candidates == 6 and mined.short.tolist() == [1] and mined.lists.values.tolist() == [3]
 
 
 def test_every_kind_says_its_own_name() -> None:

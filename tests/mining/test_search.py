@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from nearfield.arrays import Ragged
 from nearfield.errors import BadInputError
 from nearfield.mining import search as search_module
-from nearfield.mining.documents import ArrayDocuments, StreamedDocuments, pair_scores
-from nearfield.mining.search import SearchPlan, plan_search, search
+from nearfield.mining.search import ArrayDocuments, SearchPlan, StreamedDocuments, pair_scores, plan_search, search
 from tests.mining import reference
 
 

@@ -25,9 +25,8 @@ from nearfield.mining.config import (
     EnsembleTeacher,
     SentenceTransformerTeacher,
     VectorsTeacher,
-    dense_teachers,
 )
-from nearfield.mining.documents import ArrayDocuments
+from nearfield.mining.search import ArrayDocuments
 from tests.data.making import build_rows
 from tests.mining import reference
 
@@ -44,7 +43,7 @@ def no_vectors(teacher: Any) -> Any:
 
 
 def make(teacher: Any) -> Any:
-    return teachers.make_scorer(teacher, (len(QUERIES), len(DOCUMENTS)), texts_of, no_vectors)
+    return teacher.build(teachers.TeacherPool((len(QUERIES), len(DOCUMENTS)), texts_of, no_vectors))
 
 
 def random_dense(seed: int, n: int = 6, m: int = 30) -> teachers.DenseScorer:
@@ -110,11 +109,13 @@ def test_a_cross_encoder_scores_what_another_teacher_finds(cross_encoder: Path) 
     documents = [" ".join(WORDS[i : i + 1 + i % 4]) for i in range(12)]
     texts = lambda role, rows: [(queries if role == "query" else documents)[row] for row in rows]  # noqa: E731
     teacher = CrossEncoderTeacher(model=str(cross_encoder), retrieve=BM25Teacher(language=None))
-    scorer = teachers.make_scorer(teacher, (4, 12), texts, no_vectors)
+    scorer = teacher.build(teachers.TeacherPool((4, 12), texts, no_vectors))
     positives = Ragged.from_lists([[11], [0], [1], [2]])
     found, scores = scorer.find(4, positives, Ragged.from_lists([[0], [], [], []]))
-    retrieved, _ = teachers.make_scorer(BM25Teacher(language=None), (4, 12), texts, no_vectors).find(
-        4, positives, Ragged.from_lists([[0], [], [], []])
+    retrieved, _ = (
+        BM25Teacher(language=None)
+        .build(teachers.TeacherPool((4, 12), texts, no_vectors))
+        .find(4, positives, Ragged.from_lists([[0], [], [], []]))
     )
     model = CrossEncoder(str(cross_encoder))
     for number in range(4):
@@ -127,7 +128,9 @@ def test_a_cross_encoder_scores_what_another_teacher_finds(cross_encoder: Path) 
         assert scores[number] == pytest.approx(float(model.predict([(queries[number], documents[own])])[0]), abs=1e-5)
     assert scores.min() > 0 and scores.max() < 1
     raw = CrossEncoderTeacher(model=str(cross_encoder), retrieve=BM25Teacher(language=None), scale="none")
-    logits = teachers.make_scorer(raw, (4, 12), texts, no_vectors).find(4, positives, Ragged.from_lists([[]] * 4))[1]
+    logits = raw.build(teachers.TeacherPool((4, 12), texts, no_vectors)).find(
+        4, positives, Ragged.from_lists([[]] * 4)
+    )[1]
     np.testing.assert_allclose(1 / (1 + np.exp(-logits.astype(float))), scores, atol=1e-5)
 
 
@@ -138,7 +141,7 @@ def test_scores_of_pairs_that_are_not_finite_are_refused(cross_encoder: Path) ->
     documents = [" ".join(WORDS[i : i + 2]) for i in range(12)]
     texts = lambda role, rows: [WORDS[0] if role == "query" else documents[row] for row in rows]  # noqa: E731
     teacher = CrossEncoderTeacher(model=str(cross_encoder), retrieve=BM25Teacher(language=None))
-    scorer = teachers.make_scorer(teacher, (1, 12), texts, no_vectors)
+    scorer = teacher.build(teachers.TeacherPool((1, 12), texts, no_vectors))
     number = scorer.model.tokenizer.convert_tokens_to_ids(WORDS[3])
     assert np.isfinite(scorer.score(np.zeros(12, dtype=np.int64), np.arange(12))).all()
     for value in (float("nan"), float("inf")):
@@ -188,8 +191,8 @@ def test_an_ensemble_is_built_from_settings() -> None:
 def test_teachers_of_vectors_are_found_once() -> None:
     minilm, vectors = SentenceTransformerTeacher(), VectorsTeacher(documents=Path("x.npy"))
     cross = CrossEncoderTeacher(model="x", retrieve=minilm)
-    assert dense_teachers(EnsembleTeacher(members=(minilm, cross, vectors, BM25Teacher()))) == [minilm, vectors]
-    assert dense_teachers(BM25Teacher()) == []
+    assert EnsembleTeacher(members=(minilm, cross, vectors, BM25Teacher())).dense_teachers() == [minilm, vectors]
+    assert BM25Teacher().dense_teachers() == []
 
 
 def test_any_function_can_teach() -> None:

@@ -201,4 +201,4 @@ def test_mining_from_python(toy_recipe: Path, tmp_path: Path) -> None:
     stages = Stages.of(open_run(toy_recipe, [MINING], run))
     assert negatives.path == stages.mine.output
     assert negatives.examples.tolist() == stages.data.open().select("pairs", "train").tolist()
-    assert negatives.rows.size
+    assert negatives.lists.values.size

@@ -285,7 +285,7 @@ def remine(inputs: TrainingInputs, depth: int = 3) -> Remine:
         queries,
         documents,
         own,
-        np.arange(len(own.rows)),
+        np.arange(len(own.values)),
         Ragged.from_lists([[] for _ in queries]),
     )
     prompts = (int(inputs.plans[0].column("query_prompt")[0]), int(inputs.plans[0].column("document_prompt")[0]))

@@ -20,7 +20,7 @@ from nearfield.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from nearfield.mining.audit import Audit
+    from nearfield.mining.negatives import Audit
 
 RULES = ("source", "rule", "removed", "dropped", "left", "short")
 

@@ -16,9 +16,8 @@ import numpy.typing as npt
 
 from nearfield.arrays import Index, Mask, Ragged, Rows, Vectors
 from nearfield.errors import BadInputError
-from nearfield.mining.documents import ArrayDocuments, check_vectors
 from nearfield.mining.kmeans import check_unit_rows, spherical_kmeans
-from nearfield.mining.search import DEFAULT_MEMORY, Neighbours, ordered, search
+from nearfield.mining.search import DEFAULT_MEMORY, ArrayDocuments, Neighbours, check_vectors, ordered, search
 from nearfield.randomness import derive_seed, generator
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def approximate_search(
 ) -> tuple[Neighbours, Recall]:
     """As :func:`~nearfield.mining.search.search`, but not all of the best are found; which share is measured and logged.
 
-    What is found is scored by :func:`~nearfield.mining.documents.pair_scores` and ordered as the exact search orders.
+    What is found is scored by :func:`~nearfield.mining.search.pair_scores` and ordered as the exact search orders.
     The index holds a copy of the documents, and HNSW its links beside. On several threads the index may come out
     differently; on one it is a function of the vectors and the seed.
     """

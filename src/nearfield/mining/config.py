@@ -1,20 +1,23 @@
-"""Settings of mining: who scores (teachers), how the corpus is searched, which candidates become negatives (rules)."""
+"""Settings of mining: who scores (teachers), how the corpus is searched, which candidates become negatives (rules).
+
+Settings of negatives that change while a model trains; ``kind`` picks one.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from nearfield.config import Config, ConfigPath
+from nearfield.config import Config, ConfigPath, KindSettings
 from nearfield.encoders.config import QueryPrompts, resolve_model
-from nearfield.mining.during_config import DuringConfig as DuringConfig
-from nearfield.mining.during_config import DynamicNegatives as DynamicNegatives
-from nearfield.mining.during_config import RefreshedNegatives as RefreshedNegatives
-from nearfield.mining.during_config import ScheduledNegatives as ScheduledNegatives
+from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
     from nearfield.mining.rules import Rule
+    from nearfield.mining.teachers import PairScorer, Scorer, TeacherPool
+
 
 ModelName = Annotated[str, AfterValidator(resolve_model)]
 Positive = Annotated[int, Field(ge=1)]
@@ -22,7 +25,22 @@ Positive = Annotated[int, Field(ge=1)]
 # Teachers
 
 
-class SentenceTransformerTeacher(Config):
+class TeacherSettings(KindSettings):
+    """The base of every teacher's settings."""
+
+    reads_texts_alone: ClassVar[bool] = False
+    """Whether it goes by the words of texts, so that images are nothing to it."""
+
+    def dense_teachers(self) -> list[DenseTeacher]:
+        """The teachers in it that make vectors, each once."""
+        return []
+
+    @abstractmethod
+    def build(self, pool: TeacherPool) -> Scorer:
+        """The teacher before a pool of queries and documents."""
+
+
+class SentenceTransformerTeacher(TeacherSettings):
     """An embedding model by folder (a run's ``model`` too) or hub id; scores are cosines."""
 
     kind: Literal["sentence_transformer"] = "sentence_transformer"
@@ -33,9 +51,20 @@ class SentenceTransformerTeacher(Config):
     prompts: QueryPrompts = QueryPrompts()
     """Put before texts; null takes the model's own prompt of the role."""
     trust_remote_code: bool = False
+    """Run the code that comes with the model; only for a model that you trust."""
+
+    def dense_teachers(self) -> list[DenseTeacher]:
+        """Itself."""
+        return [self]
+
+    def build(self, pool: TeacherPool) -> PairScorer:
+        """A search among the vectors."""
+        from nearfield.mining.teachers import DenseScorer
+
+        return DenseScorer(*pool.vectors(self), pool.searching)
 
 
-class VectorsTeacher(Config):
+class VectorsTeacher(TeacherSettings):
     """Vectors from files, made by any program; scores are cosines.
 
     Parquet files have the columns ``id`` (an item's id: 16 bytes, or 32 hex digits) and ``vector``. A ``.npy`` file is float
@@ -49,9 +78,21 @@ class VectorsTeacher(Config):
     zeros: bool = False
     """Whether an item may have a vector of zeros: none, as `mcse` reads it; its cosine with all others is 0."""
 
+    def dense_teachers(self) -> list[DenseTeacher]:
+        """Itself."""
+        return [self]
 
-class BM25Teacher(Config):
+    def build(self, pool: TeacherPool) -> PairScorer:
+        """A search among the vectors."""
+        from nearfield.mining.teachers import DenseScorer
+
+        return DenseScorer(*pool.vectors(self), pool.searching)
+
+
+class BM25Teacher(TeacherSettings):
     """Words in common (BM25, by bm25s). A document that shares no word with the query is no candidate."""
+
+    reads_texts_alone: ClassVar[bool] = True
 
     kind: Literal["bm25"] = "bm25"
     k1: Annotated[float, Field(gt=0)] = 1.5
@@ -59,34 +100,63 @@ class BM25Teacher(Config):
     language: str | None = "english"
     """Of the Snowball stemmer and, for English, the stop words; null takes words as they are."""
 
+    def build(self, pool: TeacherPool) -> PairScorer:
+        """An index of the documents' words."""
+        from nearfield.mining.teachers import BM25Scorer
 
-Retriever = Annotated[SentenceTransformerTeacher | VectorsTeacher | BM25Teacher, Field(discriminator="kind")]
+        return BM25Scorer(self, pool)
 
 
-class CrossEncoderTeacher(Config):
+_HERE = "nearfield.mining.config"
+TEACHERS = Kinds(
+    "teachers",
+    f"{_HERE}:TeacherSettings",
+    {
+        "sentence_transformer": (f"{_HERE}:SentenceTransformerTeacher", "an embedding model, by folder or hub id"),
+        "vectors": (f"{_HERE}:VectorsTeacher", "vectors from files, made by any program"),
+        "bm25": (f"{_HERE}:BM25Teacher", "words in common"),
+        "cross_encoder": (f"{_HERE}:CrossEncoderTeacher", "a cross-encoder scores what another teacher finds"),
+        "ensemble": (f"{_HERE}:EnsembleTeacher", "several teachers: each finds candidates, all score them"),
+    },
+)
+TeacherConfig = Annotated[TeacherSettings, TEACHERS]
+"""The settings of any teacher."""
+
+
+class CrossEncoderTeacher(TeacherSettings):
     """A cross-encoder scores the candidates that another teacher finds."""
+
+    reads_texts_alone: ClassVar[bool] = True
 
     kind: Literal["cross_encoder"] = "cross_encoder"
     model: ModelName
     revision: str | None = None
-    retrieve: Retriever = SentenceTransformerTeacher()
-    """Who finds the candidates."""
+    retrieve: Annotated[TeacherSettings, TEACHERS.without("cross_encoder", "ensemble")] = SentenceTransformerTeacher()
+    """The teacher that finds the candidates."""
     scale: Literal["sigmoid", "none"] = "sigmoid"
     """``sigmoid`` brings logits to 0 to 1, where margins mean something; ``none`` takes the model's raw numbers."""
     max_length: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
+    """Tokens of a pair, at most; null takes the model's own limit."""
     trust_remote_code: bool = False
+    """Run the code that comes with the model; only for a model that you trust."""
+
+    def dense_teachers(self) -> list[DenseTeacher]:
+        """Those of the teacher that finds candidates."""
+        return self.retrieve.dense_teachers()
+
+    def build(self, pool: TeacherPool) -> PairScorer:
+        """The model before what the other teacher finds."""
+        from nearfield.mining.teachers import CrossEncoderScorer, as_pair_scorer
+
+        return CrossEncoderScorer(self, as_pair_scorer(self.retrieve.build(pool)), pool.texts, pool.searching.device)
 
 
-Member = Annotated[
-    SentenceTransformerTeacher | VectorsTeacher | BM25Teacher | CrossEncoderTeacher, Field(discriminator="kind")
-]
-
-
-class EnsembleTeacher(Config):
+class EnsembleTeacher(TeacherSettings):
     """Several teachers: each finds candidates, all score all of them."""
 
     kind: Literal["ensemble"] = "ensemble"
-    members: Annotated[tuple[Member, ...], Field(min_length=2)]
+    members: Annotated[tuple[Annotated[TeacherSettings, TEACHERS.without("ensemble")], ...], Field(min_length=2)]
+    """The teachers; each finds candidates."""
     fusion: Literal["rank", "score"] = "rank"
     """``rank`` sums weight / (60 + rank) over the members, ranks counted among the query's candidates and positives
     (reciprocal rank fusion); ``score`` takes the weighted mean of the members' scores, which must be on one scale."""
@@ -99,31 +169,27 @@ class EnsembleTeacher(Config):
             raise ValueError(f"{len(self.weights)} weights for {len(self.members)} members")
         return self
 
+    @property
+    def reads_texts_alone(self) -> bool:  # type: ignore[override]
+        """Whether one of them does."""
+        return any(member.reads_texts_alone for member in self.members)
 
-TeacherConfig = Annotated[
-    SentenceTransformerTeacher | VectorsTeacher | BM25Teacher | CrossEncoderTeacher | EnsembleTeacher,
-    Field(discriminator="kind"),
-]
+    def dense_teachers(self) -> list[DenseTeacher]:
+        """Those of all members."""
+        return list({dense: None for member in self.members for dense in member.dense_teachers()})
+
+    def build(self, pool: TeacherPool) -> Scorer:
+        """All of them, with their scores fused."""
+        from nearfield.mining.teachers import EnsembleScorer, as_pair_scorer
+
+        members = [as_pair_scorer(member.build(pool)) for member in self.members]
+        return EnsembleScorer(members, self.weights or (1.0,) * len(members), self.fusion)
+
+
 DenseTeacher = SentenceTransformerTeacher | VectorsTeacher
+"""A teacher that makes vectors."""
 PairTeacher = DenseTeacher | BM25Teacher | CrossEncoderTeacher
-
-
-def dense_teachers(teacher: Any) -> list[DenseTeacher]:
-    """The teachers in a teacher that make vectors, each once."""
-    if isinstance(teacher, SentenceTransformerTeacher | VectorsTeacher):
-        return [teacher]
-    parts = teacher.members if isinstance(teacher, EnsembleTeacher) else ()
-    parts = (teacher.retrieve,) if isinstance(teacher, CrossEncoderTeacher) else parts
-    found: list[DenseTeacher] = []
-    for part in parts:
-        found += [dense for dense in dense_teachers(part) if dense not in found]
-    return found
-
-
-def reads_texts_alone(teacher: Any) -> bool:
-    """Whether a teacher, or one in it, goes by the words of texts, so that pictures are nothing to it."""
-    parts = teacher.members if isinstance(teacher, EnsembleTeacher) else ()
-    return isinstance(teacher, BM25Teacher | CrossEncoderTeacher) or any(map(reads_texts_alone, parts))
+"""A teacher that scores any pair by itself."""
 
 
 # Search
@@ -164,8 +230,8 @@ SearchConfig = Annotated[ExactSearch | IVFSearch | HNSWSearch, Field(discriminat
 # Rules
 
 
-class RuleConfig(Config):
-    """What every rule's settings have."""
+class RuleConfig(KindSettings):
+    """The base of every rule's settings."""
 
     chooses: ClassVar[bool] = False
     """Whether the rule draws the negatives itself, instead of leaving the best of what is kept."""
@@ -174,9 +240,9 @@ class RuleConfig(Config):
         """Candidates that a query must at least have been searched for."""
         return 0
 
+    @abstractmethod
     def build(self) -> Rule:
         """The rule."""
-        raise NotImplementedError
 
 
 class NaiveRule(RuleConfig):
@@ -337,18 +403,21 @@ class ConsistencyRule(RuleConfig):
         return Consistency(self.top)
 
 
-AnyRule = Annotated[
-    NaiveRule
-    | ShiftedRule
-    | AbsoluteRule
-    | MarginToPositiveRule
-    | PercentOfPositiveRule
-    | AdaptiveMarginRule
-    | RankWindowRule
-    | SampledTopKRule
-    | ConsistencyRule,
-    Field(discriminator="kind"),
-]
+RULES = Kinds(
+    "rules",
+    f"{_HERE}:RuleConfig",
+    {
+        "naive": (f"{_HERE}:NaiveRule", "keep all candidates"),
+        "shifted": (f"{_HERE}:ShiftedRule", "pass over the first ranks"),
+        "absolute": (f"{_HERE}:AbsoluteRule", "keep scores below a number"),
+        "margin_to_positive": (f"{_HERE}:MarginToPositiveRule", "keep scores below the positive's less a margin"),
+        "percent_of_positive": (f"{_HERE}:PercentOfPositiveRule", "keep scores below a share of the positive's"),
+        "adaptive_margin": (f"{_HERE}:AdaptiveMarginRule", "a margin that moves with the positive's score"),
+        "rank_window": (f"{_HERE}:RankWindowRule", "draw from a window of ranks"),
+        "sampled_top_k": (f"{_HERE}:SampledTopKRule", "draw among the best by their scores"),
+        "consistency": (f"{_HERE}:ConsistencyRule", "keep examples whose positive ranks high"),
+    },
+)
 
 
 class MiningConfig(Config):
@@ -356,7 +425,7 @@ class MiningConfig(Config):
 
     teacher: TeacherConfig | None = None
     """Null takes the recipe's ``teacher``."""
-    rules: tuple[AnyRule, ...] = (PercentOfPositiveRule(),)
+    rules: tuple[Annotated[RuleConfig, RULES], ...] = (PercentOfPositiveRule(),)
     """Applied one after another."""
     negatives: Positive = 4
     """Negatives an example; one that is left with fewer has fewer, and is listed."""
@@ -392,3 +461,70 @@ class MiningConfig(Config):
         if self.depth is not None and self.depth < self.least:
             raise ValueError(f"depth {self.depth} is less than the {self.least} candidates that the rules need")
         return self
+
+
+class ScheduledNegatives(Config):
+    """From easy to hard: a window over each example's mined candidates moves along their ranks, with the steps.
+
+    At the first step negatives are taken from rank ``start`` on, at the share ``over`` of all steps and after it from rank
+    ``end`` on; between them the rank goes in a straight line. Ranks count from 0, the hardest; lists that are too short give
+    their last ones.
+    """
+
+    kind: Literal["scheduled"] = "scheduled"
+    start: Annotated[int, Field(ge=0)] = 20
+    end: Annotated[int, Field(ge=0)] = 0
+    over: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    def least(self, wanted: int) -> int:
+        """Candidates without which nothing would change, where batches take ``wanted``."""
+        return wanted + 1
+
+
+class DynamicNegatives(Config):
+    """Negatives that the model no longer finds hard give way to the next of the mined candidates.
+
+    ``conan_v1`` (Conan-embedding, arXiv 2408.15710): an example has a block of n candidates, at first those of ranks 0 to
+    n - 1. Every ``check_every`` steps it is replaced if ``ratio`` x its mean score now is below its mean score when it was
+    first used, and the size of its mean score now is below ``ceiling``; the i-th block after the first is of the n candidates
+    from rank ``skip`` + (i - 1) n on. ``conan_v2`` (Conan-embedding-v2): a single negative that scores below ``below`` gives
+    way to the next unused candidate when its example comes next. Scores are cosines of the model in training. An example
+    whose candidates are used up keeps the negatives that it has.
+    """
+
+    kind: Literal["dynamic"] = "dynamic"
+    rule: Literal["conan_v1", "conan_v2"] = "conan_v1"
+    check_every: Positive = 100
+    ratio: Annotated[float, Field(ge=1)] = 1.15
+    ceiling: Annotated[float, Field(gt=0)] = 0.8
+    skip: Annotated[int, Field(ge=0)] = 10
+    below: Annotated[float, Field(ge=-1, le=1)] = 0.4
+
+    def least(self, wanted: int) -> int:
+        """Candidates without which nothing would change, where batches take ``wanted``."""
+        return self.skip + wanted if self.rule == "conan_v1" else wanted + 1
+
+
+class RefreshedNegatives(Config):
+    """Negatives mined anew from the weights in training (as ANCE does, arXiv 2007.00808; there beside the training).
+
+    Every ``every_steps`` steps, or ``every_epochs`` epochs, training stops while all ranks encode queries and documents, search
+    exactly and apply the mining rules. A pool has a generation number; the negatives of a step are all of one generation.
+    """
+
+    kind: Literal["refresh"] = "refresh"
+    every_steps: Positive | None = None
+    every_epochs: Positive | None = None
+
+    def least(self, wanted: int) -> int:
+        """Candidates without which batches would lack some."""
+        return wanted
+
+    @model_validator(mode="after")
+    def _one_rhythm(self) -> Self:
+        if (self.every_steps is None) == (self.every_epochs is None):
+            raise ValueError("give every_steps or every_epochs, one of the two")
+        return self
+
+
+DuringConfig = Annotated[ScheduledNegatives | DynamicNegatives | RefreshedNegatives, Field(discriminator="kind")]

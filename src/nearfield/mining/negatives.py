@@ -1,10 +1,11 @@
-"""The artifact that a miner leaves: negatives with the teacher's score and rank, an example a row."""
+"""The artifact that a miner leaves, an example a row; and its audit: score gaps, a second teacher's opinion, examples in words."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nearfield.arrays import Floats, Index, Mask, Ragged, Rows, Vectors
 from nearfield.checksums import Sealed, seal
 from nearfield.data.store import Store
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, read_json, write_json
-from nearfield.mining.documents import Rows, Vectors
-from nearfield.mining.mine import MinedNegatives
 from nearfield.mining.pool import Pool
-from nearfield.mining.rules import Mask
+from nearfield.mining.rules import MinedNegatives
+from nearfield.randomness import generator
 
-VERSION = 1
+VERSION = 2
 SHORT_FILE = "short.jsonl"
 _SHOWN = 200
 
@@ -30,10 +31,10 @@ SCHEMA = pa.schema(
         ("example", pa.int64()),
         ("source", pa.int32()),
         ("query", pa.int64()),
-        ("negatives", pa.list_(pa.int64())),
-        ("scores", pa.list_(pa.float32())),
-        ("ranks", pa.list_(pa.int32())),
-        ("positive_scores", pa.list_(pa.float32())),
+        ("negatives", pa.large_list(pa.int64())),
+        ("scores", pa.large_list(pa.float32())),
+        ("ranks", pa.large_list(pa.int32())),
+        ("positive_scores", pa.large_list(pa.float32())),
         ("kept", pa.bool_()),
     ]
 )
@@ -60,7 +61,7 @@ def write_negatives(
                         "source": pool.name,
                         "example": int(pool.examples[number]),
                         "query": store.shown(pool.queries[number : number + 1])[0][:_SHOWN],
-                        "negatives": len(result.of(number)),
+                        "negatives": len(result.lists[number]),
                         "wanted": result.wanted,
                     }
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -75,17 +76,17 @@ def write_negatives(
 
 
 def _table(pool: Pool, mined: MinedNegatives) -> pa.Table:
-    def lists(values: Any, kind: pa.DataType, offsets: Rows = mined.offsets) -> pa.Array:
-        return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values, kind))
+    def lists(values: Any, kind: pa.DataType, like: Ragged = mined.lists) -> pa.Array:
+        return Ragged(like.offsets, values).to_arrow(kind)
 
     columns = [
         pa.array(pool.examples),
         pa.array(np.full(len(pool.examples), pool.source, dtype=np.int32)),
         pa.array(pool.queries),
-        lists(pool.documents[mined.rows], pa.int64()),
+        lists(pool.documents[mined.lists.values], pa.int64()),
         lists(mined.scores, pa.float32()),
         lists(mined.ranks.astype(np.int32), pa.int32()),
-        lists(mined.positive_scores[pool.positive_order], pa.float32(), pool.positives.offsets),
+        lists(mined.positive_scores[pool.positive_order], pa.float32(), pool.positives),
         pa.array(mined.kept),
     ]
     return pa.table(columns, schema=SCHEMA)
@@ -99,7 +100,7 @@ def _summary(pool: Pool, mined: MinedNegatives) -> dict[str, Any]:
         "dropped": int((~mined.kept).sum()),
         "short": len(mined.short),
         "wanted": mined.wanted,
-        "negatives": len(mined.rows),
+        "negatives": len(mined.lists.values),
         "rules": [asdict(count) for count in mined.counts],
     }
 
@@ -126,53 +127,195 @@ class Negatives:
         except (pa.ArrowException, OSError) as error:
             raise BadInputError(f"these negatives cannot be read ({error})", where=str(path)) from error
         self.examples: Rows = self.table["example"].to_numpy()
-        lists = self.table["negatives"].combine_chunks()
-        self.offsets: Rows = lists.offsets.to_numpy().astype(np.int64)
-        self.rows: Rows = lists.values.to_numpy()
+        self.lists = self._lists("negatives")
+        """The mined negatives (item rows, best first) of each of ``examples``."""
+        self._places = Index(self.examples, rising=True)
         self._kept: Mask = self.table["kept"].to_numpy(zero_copy_only=False).astype(bool)
 
-    def _values(self, column: str) -> Any:
-        return self.table[column].combine_chunks().values.to_numpy()
+    def _lists(self, column: str) -> Ragged:
+        return Ragged.from_arrow(self.table[column].combine_chunks())
 
     @property
     def scores(self) -> Vectors:
-        """The teacher's score of each of ``rows``."""
-        scores: Vectors = self._values("scores")
-        return scores
+        """The teacher's score of each value of ``lists``."""
+        return self._lists("scores").values
 
     @property
     def ranks(self) -> Rows:
-        """The rank of each of ``rows``."""
-        return np.asarray(self._values("ranks"), dtype=np.int64)
+        """The rank of each value of ``lists``."""
+        return self._lists("ranks").values.astype(np.int64)
+
+    @property
+    def positive_score_lists(self) -> Ragged:
+        """The teacher's score of each positive of each of ``examples``."""
+        return self._lists("positive_scores")
 
     @property
     def positive_scores(self) -> Vectors:
         """The teacher's score of each positive of the store's examples, example after example, in the store's order."""
-        scores: Vectors = self._values("positive_scores")
-        return scores
+        return self.positive_score_lists.values
 
     def positions(self, example_rows: Rows) -> Rows:
         """Where examples stand in the table; one that was not mined for is an error of the caller."""
-        rows = np.asarray(example_rows, dtype=np.int64)
-        positions = np.searchsorted(self.examples, rows)
-        if len(rows) and (positions.max() >= len(self.examples) or (self.examples[positions] != rows).any()):
-            raise KeyError("examples that were not mined for")
-        return positions.astype(np.int64)
+        return self._places.rows(example_rows, "examples that were not mined for")
 
     def of(self, example_rows: Rows) -> list[Rows]:
         """The mined negatives (item rows, best first) of each example."""
-        return [
-            self.rows[self.offsets[place] : self.offsets[place + 1]] for place in self.positions(example_rows).tolist()
-        ]
+        return [self.lists[place] for place in self.positions(example_rows).tolist()]
 
     def kept(self, example_rows: Rows) -> Mask:
         """Whether each example is kept: a rule may have dropped it."""
         return self._kept[self.positions(example_rows)]
 
 
-def joined(explicit: Sequence[Rows], mined: Sequence[Rows]) -> list[Rows]:
-    """The data's own negatives of each example, then the mined ones that are not among them."""
-    return [
-        np.concatenate([own, new[~np.isin(new, own)]]).astype(np.int64)
-        for own, new in zip(explicit, mined, strict=True)
-    ]
+Judge = Callable[[int, Rows, Rows], Vectors]
+"""(source number, query items, document items) -> a second teacher's scores of these pairs."""
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """Of ``n`` trials ``hits`` hit; with Wilson's interval at 95 %."""
+
+    hits: int
+    n: int
+    low: float
+    high: float
+
+    @property
+    def value(self) -> float:
+        """The share; not a number where nothing was tried."""
+        return self.hits / self.n if self.n else math.nan
+
+
+def wilson(hits: int, n: int, z: float = 1.959964) -> Proportion:
+    """Wilson's score interval of a share (Wilson 1927): it stays within 0 and 1 and holds for few hits too."""
+    if n == 0:
+        return Proportion(0, 0, 0.0, 1.0)
+    share = hits / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Proportion(
+        hits, n, 0.0 if hits == 0 else max(0.0, centre - half), 1.0 if hits == n else min(1.0, centre + half)
+    )
+
+
+@dataclass(frozen=True)
+class ShownNegative:
+    """A negative in words."""
+
+    text: str
+    score: float
+    rank: int
+    judged: float
+    """The second teacher's score."""
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """An example in words."""
+
+    source: str
+    example: int
+    query: str
+    positives: tuple[tuple[str, float], ...]
+    negatives: tuple[ShownNegative, ...]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What :func:`audit` found."""
+
+    summary: dict[str, Any]
+    """As :func:`nearfield.mining.negatives.write_negatives` left it."""
+    sample: tuple[ShownExample, ...]
+    gaps: Floats
+    """The smallest score of an example's positives less that of its negative, one a negative."""
+    positive_scores: Floats
+    """The smallest score of the positives of each kept example."""
+    negative_scores: Floats
+    judge: str
+    false_negatives: dict[str, Proportion]
+    """Source -> of the judged negatives, those that the second teacher scores higher than the positive."""
+    shared: Proportion
+    """The same over all sources."""
+
+
+def audit(
+    store: Store,
+    negatives: Negatives,
+    judge: Judge,
+    judge_name: str,
+    *,
+    shown: int = 10,
+    judged: int = 500,
+    seed: int = 0,
+) -> Audit:
+    """Look at mined negatives: ``shown`` examples in words, and ``judged`` negatives of each source before a second teacher.
+
+    At most one negative an example is judged, so that the trials are independent. A negative counts as false where the
+    judge scores it higher than the example's lowest positive: an estimate by that judge, not the truth.
+    """
+    counts, table = negatives.lists.lengths, negatives.table
+    positives = negatives.positive_score_lists
+    scores = positives.values.astype(np.float64)
+    lowest = np.minimum.reduceat(scores, positives.offsets[:-1]) if len(counts) else np.empty(0)
+    gaps = lowest[negatives.lists.owners()] - negatives.scores.astype(np.float64)
+    random = generator(seed, "mine", "audit")
+    sources = table["source"].to_numpy()
+    shares: dict[str, Proportion] = {}
+    for number, source in enumerate(store.sources):
+        some = np.flatnonzero((sources == number) & (counts > 0))
+        if not len(some):
+            continue
+        some = np.sort(random.choice(some, min(judged, len(some)), replace=False))
+        picks = negatives.lists.offsets[some] + random.integers(0, counts[some])
+        shares[source.name] = _judge(store, negatives, judge, number, some, picks)
+    kept = table["kept"].to_numpy(zero_copy_only=False).astype(bool)
+    chosen = np.flatnonzero(counts > 0)
+    chosen = np.sort(random.choice(chosen, min(shown, len(chosen)), replace=False))
+    return Audit(
+        summary=negatives.summary,
+        sample=tuple(_show(store, negatives, judge, chosen)),
+        gaps=gaps,
+        positive_scores=lowest[kept],
+        negative_scores=negatives.scores.astype(np.float64),
+        judge=judge_name,
+        false_negatives=shares,
+        shared=wilson(sum(one.hits for one in shares.values()), sum(one.n for one in shares.values())),
+    )
+
+
+def _judge(store: Store, negatives: Negatives, judge: Judge, source: int, places: Rows, picks: Rows) -> Proportion:
+    queries = negatives.table["query"].to_numpy()[places]
+    examples = store.examples.take(negatives.examples[places])["positives"].to_pylist()
+    lengths = [len(rows) for rows in examples]
+    items = np.concatenate([negatives.lists.values[picks], np.concatenate([np.asarray(rows) for rows in examples])])
+    asked = np.concatenate([queries, np.repeat(queries, lengths)])
+    scores = judge(source, asked, items.astype(np.int64))
+    mine, theirs = scores[: len(places)], scores[len(places) :]
+    lowest = np.minimum.reduceat(theirs, np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64))
+    # Strictly: two scores of 0, as of BM25 without a common word, say nothing.
+    return wilson(int((mine > lowest).sum()), len(places))
+
+
+def _show(store: Store, negatives: Negatives, judge: Judge, places: Rows) -> Iterator[ShownExample]:
+    rows = [negatives.table.slice(place, 1).to_pylist()[0] for place in places.tolist()]
+    # A judge may have to read the whole corpus: it is asked once a source.
+    for source in sorted({row["source"] for row in rows}):
+        mine = [row for row in rows if row["source"] == source]
+        items = [np.asarray(row["negatives"], dtype=np.int64) for row in mine]
+        queries = np.repeat([row["query"] for row in mine], [len(part) for part in items]).astype(np.int64)
+        scores = iter(judge(source, queries, np.concatenate(items)).tolist())
+        for row, part in zip(mine, items, strict=True):
+            positives = store.examples.take([row["example"]])["positives"].to_pylist()[0]
+            texts, own = store.shown(part), store.shown(positives)
+            yield ShownExample(
+                store.sources[source].name,
+                row["example"],
+                store.shown([row["query"]])[0],
+                tuple(zip(own, row["positive_scores"], strict=True)),
+                tuple(
+                    ShownNegative(text, score, rank, next(scores))
+                    for text, score, rank in zip(texts, row["scores"], row["ranks"], strict=True)
+                ),
+            )

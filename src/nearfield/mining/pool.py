@@ -11,7 +11,7 @@ from nearfield.arrays import Index, Ragged, Rows, beside
 from nearfield.data.store import Store
 from nearfield.data.words import Hashes, hash_texts
 from nearfield.mining.config import MiningConfig
-from nearfield.mining.mine import MinedNegatives, select
+from nearfield.mining.rules import MinedNegatives, select
 from nearfield.mining.search import Neighbours
 from nearfield.mining.teachers import DenseScorer, Scorer
 

@@ -19,8 +19,7 @@ import numpy as np
 from nearfield.arrays import Ragged, Vectors
 from nearfield.data.vectors import SHARD, VectorJob
 from nearfield.errors import BadInputError
-from nearfield.mining.documents import Documents
-from nearfield.mining.search import DEFAULT_MEMORY, Neighbours, search
+from nearfield.mining.search import DEFAULT_MEMORY, Documents, Neighbours, search
 
 logger = logging.getLogger("nearfield.mining")
 

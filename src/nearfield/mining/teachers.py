@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -14,23 +14,15 @@ from nearfield.console import track
 from nearfield.data.vectors import unit
 from nearfield.errors import BadInputError
 from nearfield.mining.approximate import Recall, approximate_search
-from nearfield.mining.config import (
-    BM25Teacher,
-    CrossEncoderTeacher,
-    DenseTeacher,
-    EnsembleTeacher,
-    ExactSearch,
-    PairTeacher,
-    SearchConfig,
-    TeacherConfig,
-)
-from nearfield.mining.documents import ArrayDocuments, Documents
-from nearfield.mining.search import DEFAULT_MEMORY, Neighbours, ordered, search
+from nearfield.mining.search import DEFAULT_MEMORY, ArrayDocuments, Documents, Neighbours, ordered, search
 
 TextsOf = Callable[[str, Rows], list[str]]
 """(role, rows of the pool) -> texts."""
 Encode = Callable[[Sequence[str], str], Any]
 """(texts, role) -> vectors [n, d]."""
+
+if TYPE_CHECKING:
+    from nearfield.mining.config import BM25Teacher, CrossEncoderTeacher, DenseTeacher, SearchConfig
 
 _RANK_OFFSET = 60
 
@@ -39,13 +31,31 @@ _RANK_OFFSET = 60
 class Searching:
     """How vectors are searched."""
 
-    method: SearchConfig = field(default_factory=ExactSearch)
+    method: SearchConfig | None = None
+    """None compares all documents."""
     memory: int = DEFAULT_MEMORY
     """Bytes beside the vectors."""
     device: str | None = None
     seed: int = 0
     spread: bool = False
     """Search exactly on a Ray cluster, for parts of the queries at a time."""
+
+
+@dataclass(frozen=True)
+class TeacherPool:
+    """The queries and documents that a teacher is put before, both numbered from 0."""
+
+    counts: tuple[int, int]
+    """How many queries and documents."""
+    texts: TextsOf
+    vectors: Callable[[DenseTeacher], tuple[Vectors, Documents]]
+    """A teacher that makes vectors -> those of the queries and documents."""
+    searching: Searching = field(default_factory=Searching)
+
+    def all_texts(self) -> tuple[list[str], list[str]]:
+        """Of the queries, and of the documents."""
+        queries, documents = (np.arange(count, dtype=np.int64) for count in self.counts)
+        return self.texts("query", queries), self.texts("document", documents)
 
 
 class Scorer(Protocol):
@@ -89,7 +99,7 @@ class DenseScorer(PairScorer):
     def search(self, depth: int, excluded: Ragged) -> Neighbours:
         """By the method of the settings."""
         how = self.searching
-        if isinstance(how.method, ExactSearch):
+        if how.method is None or how.method.kind == "exact":
             device = how.device or "cpu"
             if how.spread:
                 from nearfield.mining.ray_engine import spread_search
@@ -107,15 +117,17 @@ class DenseScorer(PairScorer):
         return found
 
     def score(self, query_rows: Rows, document_rows: Rows) -> Vectors:
-        """By :func:`~nearfield.mining.documents.pair_scores`."""
+        """By :func:`~nearfield.mining.search.pair_scores`."""
         return self.documents.pairs(self.queries, query_rows, document_rows)
 
 
 class BM25Scorer(PairScorer):
     """Words in common, by bm25s; a document without a common word is not found."""
 
-    def __init__(self, config: BM25Teacher, queries: Sequence[str], documents: Sequence[str]) -> None:
+    def __init__(self, config: BM25Teacher, pool: TeacherPool) -> None:
         import bm25s
+
+        queries, documents = pool.all_texts()
 
         stemmer = None
         if config.language is not None:
@@ -278,40 +290,11 @@ def rescored(found: Neighbours, score: Callable[[Rows, Rows], Vectors], depth: i
     return Neighbours(*ordered(found.rows, scores, depth))
 
 
-VectorsOfPool = Callable[[DenseTeacher], tuple[Vectors, Documents]]
-"""A teacher that makes vectors -> those of a pool's queries and documents."""
-
-
-def make_scorer(
-    teacher: TeacherConfig,
-    counts: tuple[int, int],
-    texts: TextsOf,
-    vectors: VectorsOfPool,
-    searching: Searching | None = None,
-) -> Scorer:
-    """The teacher of these settings before a pool of so many queries and documents."""
-    if isinstance(teacher, EnsembleTeacher):
-        members = [make_pair_scorer(member, counts, texts, vectors, searching) for member in teacher.members]
-        return EnsembleScorer(members, teacher.weights or (1.0,) * len(members), teacher.fusion)
-    return make_pair_scorer(teacher, counts, texts, vectors, searching)
-
-
-def make_pair_scorer(
-    teacher: PairTeacher,
-    counts: tuple[int, int],
-    texts: TextsOf,
-    vectors: VectorsOfPool,
-    searching: Searching | None = None,
-) -> PairScorer:
-    """As :func:`make_scorer`, for a teacher that scores pairs by itself."""
-    searching = searching or Searching()
-    if isinstance(teacher, BM25Teacher):
-        queries, documents = (np.arange(count, dtype=np.int64) for count in counts)
-        return BM25Scorer(teacher, texts("query", queries), texts("document", documents))
-    if isinstance(teacher, CrossEncoderTeacher):
-        retriever = make_pair_scorer(teacher.retrieve, counts, texts, vectors, searching)
-        return CrossEncoderScorer(teacher, retriever, texts, searching.device)
-    return DenseScorer(*vectors(teacher), searching)
+def as_pair_scorer(scorer: Scorer) -> PairScorer:
+    """The teacher as one that scores pairs by itself, which others build on."""
+    if not isinstance(scorer, PairScorer):
+        raise BadInputError(f"{type(scorer).__name__} does not score pairs by itself, so no other teacher can use it")
+    return scorer
 
 
 def encoded(encode: Encode, queries: Sequence[str], documents: Sequence[str]) -> DenseScorer:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nearfield.arrays import Rows, Vectors
 from nearfield.batching.specialisation import specialised_shares, transport_similarity
 from nearfield.data.vectors import unit
 from nearfield.errors import BadInputError
-from nearfield.mining.audit import Audit, audit
 from nearfield.mining.config import (
     BM25Teacher,
     CrossEncoderTeacher,
@@ -19,8 +19,7 @@ from nearfield.mining.config import (
     SentenceTransformerTeacher,
     TeacherConfig,
 )
-from nearfield.mining.documents import Rows, Vectors
-from nearfield.mining.negatives import Negatives
+from nearfield.mining.negatives import Audit, Negatives, audit
 from nearfield.mining.pool import document_items
 from nearfield.mining.ray_engine import require_ray
 from nearfield.pipeline.mining import mining_teacher, planning_teacher
@@ -66,7 +65,7 @@ def choose_judge(recipe: Recipe, judge: str | None, cross_encoder: str | None) -
 
 
 def audit_run(run: Run, judge: PairTeacher, *, shown: int = 10, judged: int = 500) -> Audit:
-    """Look at what a run mined, with a second teacher beside; see :func:`nearfield.mining.audit.audit`."""
+    """Look at what a run mined, with a second teacher beside; see :func:`nearfield.mining.negatives.audit`."""
     _check_mines(run)
     stages = Stages.of(run)
     if not stages.mine.output.is_dir():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nearfield.arrays import Rows
+from nearfield.arrays import Rows, Vectors
 from nearfield.data.store import Store
 from nearfield.data.vectors import VERSION as VECTORS_VERSION
 from nearfield.data.vectors import EncodeItems, ItemVectors, VectorJob, read_vectors
@@ -28,13 +28,10 @@ from nearfield.mining.config import (
     SentenceTransformerTeacher,
     TeacherConfig,
     VectorsTeacher,
-    dense_teachers,
-    reads_texts_alone,
 )
-from nearfield.mining.documents import ArrayDocuments, Documents, IndexedDocuments, Vectors
 from nearfield.mining.negatives import VERSION as NEGATIVES_VERSION
 from nearfield.mining.pool import search_share
-from nearfield.mining.search import Neighbours
+from nearfield.mining.search import ArrayDocuments, Documents, IndexedDocuments, Neighbours
 from nearfield.mining.teachers import DenseScorer
 from nearfield.pipeline.stage import Job, Stage
 
@@ -62,7 +59,7 @@ class VectorsStage(Stage):
     @cached_property
     def teachers(self) -> list[DenseTeacher]:
         """All teachers whose vectors the run needs, each once."""
-        found = dense_teachers(mining_teacher(self.recipe)) if self.recipe.mining else []
+        found = mining_teacher(self.recipe).dense_teachers() if self.recipe.mining else []
         for teacher in (planning_teacher(self.recipe), guide_teacher(self.recipe)):
             if teacher is not None and teacher not in found:
                 found.append(teacher)
@@ -283,7 +280,7 @@ class MineStage(Stage):
         return self._shares / f"{number}-{rank}.npz"
 
     def _check_reads(self, teacher: TeacherConfig, store: Store) -> None:
-        if reads_texts_alone(teacher) and store.has_images and store.image_table.num_rows:
+        if teacher.reads_texts_alone and store.has_images and store.image_table.num_rows:
             raise BadInputError(
                 f"{teacher.kind} goes by words alone, and this data has pictures",
                 where=self.job.run.loaded.where(("mining",)),
@@ -306,17 +303,17 @@ class MineStage(Stage):
         return make_pool(store, name, self.recipe.split, corpus)
 
     def _scorer(self, store: Store, pool: Pool) -> Scorer:
-        from nearfield.mining.teachers import Searching, make_scorer
+        from nearfield.mining.teachers import Searching, TeacherPool
 
         mining = self.mining
         searching = Searching(mining.search, mining.memory_mib << 20, self.job.launch.device, self.recipe.seed)
-        return make_scorer(
-            mining_teacher(self.recipe),
+        before = TeacherPool(
             (len(pool.queries), len(pool.documents)),
             lambda role, rows: store.texts(pool.items(role, rows)),
             lambda teacher: self._pool_vectors(teacher, pool),
             searching,
         )
+        return mining_teacher(self.recipe).build(before)
 
     def _dense_scorer(self, store: Store, pool: Pool) -> DenseScorer:
         scorer = self._scorer(store, pool)
@@ -338,7 +335,7 @@ class MineStage(Stage):
     def judge(self, teacher: PairTeacher, store: Store, queries: Rows, documents: Rows) -> PairScorer:
         """Another teacher before some items; its vectors are made here and not kept."""
         from nearfield.data.vectors import unit
-        from nearfield.mining.teachers import make_pair_scorer
+        from nearfield.mining.teachers import TeacherPool, as_pair_scorer
 
         self._check_reads(teacher, store)
         items = {"query": queries, "document": documents}
@@ -349,7 +346,8 @@ class MineStage(Stage):
             return made["query"], ArrayDocuments(made["document"])
 
         counts = (len(queries), len(documents))
-        return make_pair_scorer(teacher, counts, lambda role, rows: store.texts(items[role][rows]), vectors)
+        before = TeacherPool(counts, lambda role, rows: store.texts(items[role][rows]), vectors)
+        return as_pair_scorer(teacher.build(before))
 
     def documents_by_source(self, store: Store) -> dict[str, Rows]:
         """Source -> the items that are its mined negatives, to be tokenised with its document prompt; empty without mining."""
@@ -359,8 +357,8 @@ class MineStage(Stage):
             return {pool.name: pool.documents for pool in self.pools(store)}
         negatives = self.open()
         names = {number: source.name for number, source in enumerate(store.sources)}
-        sources = np.repeat(negatives.table["source"].to_numpy(), np.diff(negatives.offsets))
-        return {names[n]: np.unique(negatives.rows[sources == n]) for n in np.unique(sources).tolist()}
+        sources = negatives.table["source"].to_numpy()[negatives.lists.owners()]
+        return {names[n]: np.unique(negatives.lists.values[sources == n]) for n in np.unique(sources).tolist()}
 
 
 def on_ray(job: VectorJob) -> Callable[[Callable[[int], None]], None]:
@@ -395,7 +393,7 @@ def planning_teacher(recipe: Recipe) -> DenseTeacher | None:
     if recipe.teacher is None:
         return SentenceTransformerTeacher() if recipe.batches.needs_vectors else None
     # That there is one where the planner cannot do without is checked with the recipe.
-    return next(iter(dense_teachers(recipe.teacher)), None)
+    return next(iter(recipe.teacher.dense_teachers()), None)
 
 
 def guide_teacher(recipe: Recipe) -> DenseTeacher | None:
@@ -405,7 +403,7 @@ def guide_teacher(recipe: Recipe) -> DenseTeacher | None:
     if recipe.guide is not None:
         return recipe.guide
     # That the recipe's teacher makes vectors is checked with the recipe.
-    return SentenceTransformerTeacher() if recipe.teacher is None else next(iter(dense_teachers(recipe.teacher)), None)
+    return SentenceTransformerTeacher() if recipe.teacher is None else next(iter(recipe.teacher.dense_teachers()), None)
 
 
 def located(teacher: SentenceTransformerTeacher, recipe: Recipe) -> ModelSource:

@@ -151,8 +151,7 @@ def source_negatives(
     The data's own have no teacher's score (not a number) unless they were mined too.
     """
     places = mined.positions(examples)
-    lists = Ragged(mined.offsets, mined.rows)
-    items, scores = lists.take(places), mined.scores[lists.places(places)].astype(np.float64)
+    items, scores = mined.lists.take(places), mined.scores[mined.lists.places(places)].astype(np.float64)
     if explicit == "keep":
         own = arrow_lists(store.examples.take(examples)["negatives"])
         owners = np.concatenate([own.owners(), items.owners()])
@@ -168,10 +167,7 @@ def source_negatives(
         stay = stay[np.argsort(owners[stay], kind="stable")]
         counts = np.bincount(owners[stay], minlength=len(examples))
         items, scores = Ragged.from_lengths(counts, rows[stay]), both[stay]
-    positives = store.examples.take(mined.examples)["positives"].combine_chunks()
-    offsets = positives.offsets.to_numpy().astype(np.int64)
-    of_positives = Ragged(offsets - offsets[0], np.empty(0, dtype=np.int64))
-    positive_scores = mined.positive_scores[of_positives.places(places)].astype(np.float64)
+    positive_scores = mined.positive_score_lists.take(places).values.astype(np.float64)
     kept = mined.kept(examples)
     return SourceNegatives(items, scores, positive_scores, None if kept.all() else kept)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nearfield.arrays import Ragged, concatenate
+from nearfield.arrays import concatenate
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.limits import vocabulary_size
 from nearfield.encoders.load import LoadedEncoder, save_encoder
@@ -296,7 +296,7 @@ class TrainStage(Stage):
             mined.examples,
             arrow_lists(self.data.open().examples.take(mined.examples)["positives"]),
             mined.positive_scores.astype(np.float64),
-            Ragged(mined.offsets, mined.rows),
+            mined.lists,
             mined.scores.astype(np.float64),
         )
 

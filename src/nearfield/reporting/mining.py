@@ -17,7 +17,7 @@ from nearfield.reporting.svg import Figure, Histogram, binned, histogram_figure
 from nearfield.reporting.text import WordTable
 
 if TYPE_CHECKING:
-    from nearfield.mining.audit import Audit, Proportion
+    from nearfield.mining.negatives import Audit, Proportion
 
 BINS = 40
 RULES = ("source", "rule", "candidates removed", "examples dropped", "candidates left", "examples left short")

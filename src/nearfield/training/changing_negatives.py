@@ -23,10 +23,9 @@ from nearfield.data.vectors import unit
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_file, read_json, write_json
 from nearfield.mining.config import DynamicNegatives, MiningConfig, RefreshedNegatives, ScheduledNegatives
-from nearfield.mining.documents import ArrayDocuments
-from nearfield.mining.mine import MinedNegatives
 from nearfield.mining.pool import Pool, mine_pool, search_share
-from nearfield.mining.search import Neighbours
+from nearfield.mining.rules import MinedNegatives
+from nearfield.mining.search import ArrayDocuments, Neighbours
 from nearfield.mining.teachers import DenseScorer, Searching
 from nearfield.randomness import generator
 from nearfield.training.checkpoint import checkpoint_paths
@@ -446,7 +445,7 @@ class Refreshed(ChangingNegatives):
                     stop=stop,
                 )
                 examples.append(pool.examples)
-                lists.append(Ragged(mined.offsets, pool.documents[mined.rows]))
+                lists.append(Ragged(mined.lists.offsets, pool.documents[mined.lists.values]))
                 short += len(mined.short)
         rows = np.concatenate(examples)
         order = np.argsort(rows, kind="stable")
