@@ -101,7 +101,7 @@ SamplingConfig = Annotated[
 ]
 
 
-class CommonConfig(KindSettings):
+class PlannerSettings(KindSettings):
     """The base of every planner's settings: what all planners share."""
 
     needs_samples: ClassVar[bool] = False
@@ -139,7 +139,7 @@ class CommonConfig(KindSettings):
     @classmethod
     def shared_settings(cls) -> list[str]:
         """The names of the settings that all planners have."""
-        return [name for name in CommonConfig.model_fields if name != "kind"]
+        return [name for name in PlannerSettings.model_fields if name != "kind"]
 
     @abstractmethod
     def build(self) -> StreamPlanner:
@@ -165,7 +165,7 @@ class CommonConfig(KindSettings):
         return self
 
 
-class ShuffledConfig(CommonConfig):
+class ShuffledConfig(PlannerSettings):
     """Shuffled batches that mix the examples of all sources: the classic way, to compare the others with."""
 
     kind: Literal["shuffled"] = "shuffled"
@@ -188,7 +188,7 @@ class ShuffledConfig(CommonConfig):
         return ShuffledPlanner(self)
 
 
-class SeparatedConfig(CommonConfig):
+class SeparatedConfig(PlannerSettings):
     """What the planners share whose batches have one source each."""
 
     homogeneous: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -279,7 +279,7 @@ class CommunitiesConfig(SeparatedConfig):
 _HERE = "nearfield.batching.config"
 PLANNERS = Kinds(
     "planners",
-    f"{_HERE}:CommonConfig",
+    f"{_HERE}:PlannerSettings",
     {
         "shuffled": (f"{_HERE}:ShuffledConfig", "shuffled batches that mix all sources"),
         "single_source": (f"{_HERE}:SingleSourceConfig", "shuffled batches of one source each"),
@@ -291,7 +291,7 @@ PLANNERS = Kinds(
 )
 
 
-class PatternsConfig(CommonConfig):
+class PatternsConfig(PlannerSettings):
     """Batches of whole samples: what the sources have of one sample (image to text, text to text ...) stands in one batch.
 
     Pattern matching (SAIL-Embedding, arXiv 2510.12709): the sources are patterns of the same samples, told by the data recipe's
@@ -323,19 +323,19 @@ class MixedPart(Config):
 
     weight: Share = 1.0
     """Its part of the examples, in proportion to the weights of all parts."""
-    planner: Annotated[CommonConfig, PLANNERS.without("patterns", "mixed")]
+    planner: Annotated[PlannerSettings, PLANNERS.without("patterns", "mixed")]
     """Its settings; those that all planners share are set on the mixture."""
 
     @field_validator("planner")
     @classmethod
-    def _shared_settings_stand_above(cls, planner: CommonConfig) -> CommonConfig:
+    def _shared_settings_stand_above(cls, planner: PlannerSettings) -> PlannerSettings:
         twice = sorted(planner.model_fields_set.intersection(planner.shared_settings()))
         if twice and twice != ["batch_size"]:
             raise ValueError(f"{', '.join(twice)} must be set on the mixture, not on a part of it")
         return planner
 
 
-class MixedConfig(CommonConfig):
+class MixedConfig(PlannerSettings):
     """A mixture: examples are dealt to planners of other kinds by weight, anew each epoch."""
 
     kind: Literal["mixed"] = "mixed"
@@ -353,7 +353,7 @@ class MixedConfig(CommonConfig):
         return self
 
     @property
-    def part_configs(self) -> tuple[CommonConfig, ...]:
+    def part_configs(self) -> tuple[PlannerSettings, ...]:
         """The settings of the parts, with those of the mixture that all planners share."""
         shared = {name: getattr(self, name) for name in self.shared_settings()}
         kinds = (
@@ -373,5 +373,5 @@ class MixedConfig(CommonConfig):
         return MixedPlanner(self)
 
 
-BatchConfig = Annotated[CommonConfig, PLANNERS]
+BatchConfig = Annotated[PlannerSettings, PLANNERS]
 """The settings of any planner."""

@@ -24,8 +24,8 @@ from nearfield.randomness import derive_seed, generator
 
 if TYPE_CHECKING:
     from nearfield.batching.config import (
-        CommonConfig,
         MixedConfig,
+        PlannerSettings,
         SeparatedConfig,
         ShuffledConfig,
         SourceSampling,
@@ -134,7 +134,7 @@ class StreamPlanner:
     whole_groups = False
     """Whether its part of a mixture is whole groups of rows, and so must be taken before the other parts'."""
 
-    def __init__(self, config: CommonConfig) -> None:
+    def __init__(self, config: PlannerSettings) -> None:
         self.config = config
         self._remembered: dict[str, tuple[str, VectorsOf | None, Any]] = {}
 

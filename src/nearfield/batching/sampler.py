@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nearfield.arrays import Index, Ragged, Rows, Vectors
-from nearfield.batching.config import CommonConfig, SingleSourceConfig
+from nearfield.batching.config import PlannerSettings, SingleSourceConfig
 from nearfield.batching.plan import Plan, plan_files
 from nearfield.batching.planner import VectorsOf
 from nearfield.batching.streams import SourceExamples
@@ -153,7 +153,7 @@ class _PlannedEpochs:
     """Epochs that a planner makes as they are asked for."""
 
     datasets: Sequence[Any]
-    config: CommonConfig
+    config: PlannerSettings
     label_columns: Sequence[str] | None
     seed: int
     vectors: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None
@@ -198,7 +198,7 @@ def _vectors_of(sources: Sequence[Any], queries: npt.NDArray[Any], documents: np
 class PlannerSampler(_Factory):
     """See :func:`batch_sampler`."""
 
-    config: CommonConfig | None = None
+    config: PlannerSettings | None = None
     seed: int | None = None
     vectors: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = field(default=None, repr=False)
     world_size: int | None = None
@@ -226,7 +226,7 @@ class PlannerSampler(_Factory):
 
 
 def batch_sampler(
-    config: CommonConfig | None = None,
+    config: PlannerSettings | None = None,
     *,
     seed: int | None = None,
     vectors: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None,

@@ -13,7 +13,7 @@ from nearfield.arrays import Floats, Mask, Ragged, Rows, beside, concatenate, oc
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
-    from nearfield.batching.config import CommonConfig
+    from nearfield.batching.config import PlannerSettings
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,9 @@ def known_of(known: Ragged, queries: Rows, wanted: Mask | None = None) -> Ragged
     return Ragged.from_lengths(lengths, known.values[known.places(queries[inside])])
 
 
-def draw(stream: Stream, config: CommonConfig, random: np.random.Generator) -> tuple[PlannedRows, Mask, Counter[str]]:
+def draw(
+    stream: Stream, config: PlannerSettings, random: np.random.Generator
+) -> tuple[PlannedRows, Mask, Counter[str]]:
     """Choose the positives and negatives of all examples of a stream, anew in each epoch.
 
     Returns the rows in the stream's order, which of them can be used, and how many cannot and why.

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nearfield.data.build import build_data, ensure_store, prepare_store
     from nearfield.data.config import DataConfig
+    from nearfield.data.readers import ReaderBase, Row
     from nearfield.data.store import SourceInfo, Store
     from nearfield.data.summary import DataSummary
 
 __all__ = [
     "DataConfig",
     "DataSummary",
+    "ReaderBase",
+    "Row",
     "SourceInfo",
     "Store",
     "build_data",
@@ -27,6 +30,8 @@ __all__ = [
 _HOMES = {
     "DataConfig": "config",
     "DataSummary": "summary",
+    "ReaderBase": "readers",
+    "Row": "readers",
     "SourceInfo": "store",
     "Store": "store",
     "build_data": "build",
