@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from nearfield.errors import StoppedError
 from nearfield.pipeline import open_run, run_stages
-from nearfield.training import trainer
+from nearfield.training import step as step_module
 from nearfield.training.tracking import read_metrics
 
 pytestmark = pytest.mark.conformance
@@ -40,18 +40,18 @@ def test_stopped_by_a_signal(
     toy_recipe: Path, tmp_path: Path, whole: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "runs" / "stopped"
-    run_step = trainer.run_step
+    run_step = step_module.run_step
 
     def interrupted(*args: object, **kwargs: object) -> object:
         if kwargs["step"] == stop_after - 1:
             signal.raise_signal(signal.SIGTERM if stop_after % 2 else signal.SIGINT)
         return run_step(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer, "run_step", interrupted)
+    monkeypatch.setattr(step_module, "run_step", interrupted)
     with pytest.raises(StoppedError, match=f"after step {stop_after} of 12"):
         run_stages(open_run(toy_recipe, (), run), "train")
     assert [line["step"] for line in figures(run)] == list(range(1, stop_after + 1))
-    monkeypatch.setattr(trainer, "run_step", run_step)
+    monkeypatch.setattr(step_module, "run_step", run_step)
     run_stages(open_run(toy_recipe, (), run), "train")
     assert json.loads((run / "manifest.json").read_text())["stages"]["train"]["resumed_from"] == stop_after
     assert figures(run) == figures(whole)
@@ -69,19 +69,19 @@ def test_crash_between_checkpoints(
     """A crash at step 7 goes on from the checkpoint of step 4, with a torn line in the metrics."""
     whole, run = tmp_path / "runs" / "whole", tmp_path / "runs" / "crashed"
     run_stages(open_run(toy_recipe, settings, whole), "train")
-    run_step = trainer.run_step
+    run_step = step_module.run_step
 
     def crashing(*args: object, **kwargs: object) -> object:
         if kwargs["step"] == 7:
             raise MemoryError
         return run_step(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer, "run_step", crashing)
+    monkeypatch.setattr(step_module, "run_step", crashing)
     with pytest.raises(MemoryError):
         run_stages(open_run(toy_recipe, settings, run), "train")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
-    monkeypatch.setattr(trainer, "run_step", run_step)
+    monkeypatch.setattr(step_module, "run_step", run_step)
     run_stages(open_run(toy_recipe, settings, run), "train")
     assert json.loads((run / "manifest.json").read_text())["stages"]["train"]["resumed_from"] == 4
     assert figures(run) == figures(whole)
@@ -92,21 +92,21 @@ def test_a_damaged_checkpoint_is_passed_over(
     toy_recipe: Path, tmp_path: Path, whole: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "runs" / "damaged"
-    run_step = trainer.run_step
+    run_step = step_module.run_step
 
     def crashing(*args: object, **kwargs: object) -> object:
         if kwargs["step"] == 9:
             raise MemoryError
         return run_step(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer, "run_step", crashing)
+    monkeypatch.setattr(step_module, "run_step", crashing)
     with pytest.raises(MemoryError):
         run_stages(open_run(toy_recipe, (), run), "train")
     newest = run / "checkpoints" / "step-00000008" / "model.safetensors"
     data = bytearray(newest.read_bytes())
     data[-5] ^= 1
     newest.write_bytes(data)
-    monkeypatch.setattr(trainer, "run_step", run_step)
+    monkeypatch.setattr(step_module, "run_step", run_step)
     run_stages(open_run(toy_recipe, (), run), "train")
     assert "step-00000008 is passed over" in caplog.text
     assert json.loads((run / "manifest.json").read_text())["stages"]["train"]["resumed_from"] == 4

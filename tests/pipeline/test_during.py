@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from nearfield.errors import BadInputError, StoppedError
 from nearfield.pipeline import open_run, run_stages, status
 from nearfield.pipeline.dry_run import dry_run
-from nearfield.training import trainer
+from nearfield.training import step as step_module
 from nearfield.training.tracking import read_metrics
 from tests.evaluation.conftest import Tasks
 from tests.pipeline.fingerprints import fingerprints
@@ -59,7 +59,7 @@ def test_a_run_with_evaluations(toy_recipe: Path, suite: Path, tmp_path: Path) -
     alone = evaluate(str(whole / "model"), suite, tmp_path / "results")
     assert alone.scores["Toy"]["default"] == pytest.approx(best[1]["Toy"], abs=2e-5)
 
-    run_step = trainer.run_step
+    run_step = step_module.run_step
 
     def interrupted(*args: Any, **keywords: Any) -> Any:
         if keywords["step"] == 7:
@@ -67,7 +67,7 @@ def test_a_run_with_evaluations(toy_recipe: Path, suite: Path, tmp_path: Path) -
         return run_step(*args, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "run_step", interrupted)
+        patch.setattr(step_module, "run_step", interrupted)
         with pytest.raises(StoppedError):
             run_stages(open_run(toy_recipe, overrides, stopped), "train")
     assert [step for step, _ in scores(stopped)] == [0, 3, 6]

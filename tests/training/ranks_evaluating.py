@@ -14,7 +14,7 @@ from nearfield.objectives import InfoNCEConfig
 from nearfield.training import TrainingConfig
 from nearfield.training.chunks import TrainingData
 from nearfield.training.engine import build_engine
-from nearfield.training.evaluating import InterruptedEvaluationError, encode_texts, undisturbed
+from nearfield.training.evaluation import InterruptedEvaluationError, encode_texts, undisturbed
 from nearfield.training.launch import Launch
 from nearfield.training.optimizers import make_optimizer
 from tests.training.making import make_tokens

@@ -30,6 +30,7 @@ from nearfield.pipeline.planning import PlanStage
 from nearfield.pipeline.preparing import TokensStage
 from nearfield.pipeline.training import TrainStage
 from nearfield.training import exchange, launch, trainer
+from nearfield.training import step as step_module
 from tests.training.faulty_rank import short_of_memory
 
 
@@ -64,7 +65,7 @@ def unready() -> Any:
 
 def terminated(step: int) -> Any:
     """This rank gets SIGTERM twice in a step, as from Slurm and then from the launcher."""
-    run_step = trainer.run_step
+    run_step = step_module.run_step
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if kwargs["step"] == step - 1:
@@ -72,7 +73,7 @@ def terminated(step: int) -> Any:
             signal.raise_signal(signal.SIGTERM)
         return run_step(*args, **kwargs)
 
-    return mock.patch.object(trainer, "run_step", run)
+    return mock.patch.object(step_module, "run_step", run)
 
 
 FAULTS: dict[str, Callable[..., Any]] = {

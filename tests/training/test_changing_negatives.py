@@ -27,7 +27,8 @@ from nearfield.mining.config import (
 )
 from nearfield.mining.pool import Pool
 from nearfield.objectives import InfoNCEConfig
-from nearfield.training import TrainingConfig, changing_negatives, trainer
+from nearfield.training import TrainingConfig, changing_negatives
+from nearfield.training import step as step_module
 from nearfield.training.changing_negatives import (
     BlockAtATime,
     MinedCandidates,
@@ -310,7 +311,7 @@ KINDS: list[Any] = [
 def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[tuple[int, list[list[int]]]]:
     """The negatives of each step from here on; a signal comes in the step ``stop_after``."""
     found: list[tuple[int, list[list[int]]]] = []
-    run_step = trainer.run_step
+    run_step = step_module.run_step
 
     def spy(engine, work, **keywords):  # type: ignore[no-untyped-def]
         pool = work.pool
@@ -321,7 +322,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> l
             keywords["stop"] = lambda: True
         return run_step(engine, work, **keywords)
 
-    monkeypatch.setattr(trainer, "run_step", spy)
+    monkeypatch.setattr(step_module, "run_step", spy)
     return found
 
 
@@ -446,7 +447,7 @@ def test_a_signal_during_the_mining_leaves_it_to_the_resumed_run(
     with monkeypatch.context() as patch:
         whole = watched(patch)
         go(inputs, tiny_model, tmp_path / "whole")
-    from nearfield.training.evaluating import InterruptedEvaluationError
+    from nearfield.training.evaluation import InterruptedEvaluationError
 
     def interrupted(*arguments: Any, **keywords: Any) -> Any:
         raise InterruptedEvaluationError

@@ -28,6 +28,7 @@ from nearfield.training.forecast import (
     Memory,
     plan_costs,
     predict,
+    run_trial,
     sampled_steps,
     say_bytes,
     say_seconds,
@@ -35,7 +36,6 @@ from nearfield.training.forecast import (
 from nearfield.training.launch import Launch
 from nearfield.training.memory import Budget, choose_budget, measure_profile
 from nearfield.training.trainer import TrainingInputs
-from nearfield.training.trial import run_trial
 
 CONFIG = TrainingConfig(device="cpu", precision="fp32", averaged_batches=1)
 

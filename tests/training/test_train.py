@@ -24,7 +24,7 @@ from nearfield.training import TrainingConfig, checkpoint, trainer
 from nearfield.training import step as step_module
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.checkpoint import checkpoint_paths, newest_checkpoint, read_tensors
-from nearfield.training.evaluating import Evaluations
+from nearfield.training.evaluation import Evaluations
 from nearfield.training.tracking import read_metrics
 from nearfield.training.trainer import TrainingInputs, TrainingResult, train
 from tests.training.making import SIZES, make_plan
@@ -57,7 +57,7 @@ Go = Callable[..., TrainingResult]
 def spy_on_steps(monkeypatch: pytest.MonkeyPatch, before: Callable[[dict[str, Any]], None] | None = None) -> list[Any]:
     """Every call of ``run_step`` from here on: its pool, features, chunks, known positives and keywords."""
     calls: list[Any] = []
-    run_step = trainer.run_step
+    run_step = step_module.run_step
 
     def spy(engine, work, **keywords):  # type: ignore[no-untyped-def]
         make_features = engine.make_features(work.pool, keywords["seed"], keywords["step"])
@@ -71,7 +71,7 @@ def spy_on_steps(monkeypatch: pytest.MonkeyPatch, before: Callable[[dict[str, An
             before(keywords)
         return run_step(engine, work, **keywords)
 
-    monkeypatch.setattr(trainer, "run_step", spy)
+    monkeypatch.setattr(step_module, "run_step", spy)
     return calls
 
 
@@ -338,14 +338,14 @@ def test_precisions_of_one_process(go: Go) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: int = 0) -> None:
     """Make the loss or the gradient of a step not a number."""
-    run_step, encode_chunk, backward = trainer.run_step, step_module.encode_chunk, ReplicatedBackend.backward
+    run_step, encode_chunk, backward = step_module.run_step, step_module.encode_chunk, ReplicatedBackend.backward
     now: list[int] = []
 
     def watched(*arguments: Any, **keywords: Any) -> Any:
         now[:] = [keywords["step"]]
         return run_step(*arguments, **keywords)
 
-    monkeypatch.setattr(trainer, "run_step", watched)
+    monkeypatch.setattr(step_module, "run_step", watched)
 
     def encode(*arguments: Any) -> torch.Tensor:
         embeddings: torch.Tensor = encode_chunk(*arguments)
@@ -442,8 +442,8 @@ class ShortOfMemory:
         self.pushes = 0
         self.queries: list[tuple[int, list[int]]] = []
         self.weights: list[torch.Tensor] = []
-        self.run_step, self.encode_chunk = trainer.run_step, step_module.encode_chunk
-        monkeypatch.setattr(trainer, "run_step", self.step)
+        self.run_step, self.encode_chunk = step_module.run_step, step_module.encode_chunk
+        monkeypatch.setattr(step_module, "run_step", self.step)
         monkeypatch.setattr(step_module, "encode_chunk", self.encode)
 
     def fail(self) -> None:
@@ -658,7 +658,7 @@ def test_of_several_batches_the_one_that_is_not_finite_is_named(
     go: Go, inputs: TrainingInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of two: its queries, not those that stand at the same places of the first."""
-    run_step = trainer.run_step
+    run_step = step_module.run_step
     calls: list[None] = []
 
     def second(*arguments: Any, **keywords: Any) -> Any:
@@ -669,7 +669,7 @@ def test_of_several_batches_the_one_that_is_not_finite_is_named(
         broken = replace(result.batch, queries=result.batch.queries * torch.tensor([[1.0], [NAN]]))
         return replace(result, word=replace(result.word, loss=NAN), batch=broken)
 
-    monkeypatch.setattr(trainer, "run_step", second)
+    monkeypatch.setattr(step_module, "run_step", second)
     with pytest.raises(NonFiniteError):
         go(averaged_batches=2)
     report = json.loads((tmp_path / "run" / "non_finite.json").read_text())

@@ -7,19 +7,19 @@ import sys
 from typing import Any
 
 from nearfield.cli import main
-from nearfield.training import trainer
+from nearfield.training import step as step_module
 
 
 def install(step: int) -> None:
     """Let this rank vanish in a step, counted from 1."""
-    run_step = trainer.run_step
+    run_step = step_module.run_step
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if kwargs["step"] == step - 1:
             os._exit(0)
         return run_step(*args, **kwargs)
 
-    trainer.run_step = run
+    step_module.run_step = run
 
 
 if __name__ == "__main__":

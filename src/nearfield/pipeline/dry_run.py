@@ -176,10 +176,9 @@ def _try_out(
     stages: Stages, model: SentenceTransformer, inputs: TrainingInputs, device: Any, trial_seconds: float
 ) -> tuple[Forecast, int, list[Notice]]:
     from nearfield.training.engine import build_engine
-    from nearfield.training.forecast import FILE, held_bytes, load_trackers, plan_costs, predict
+    from nearfield.training.forecast import FILE, held_bytes, load_trackers, plan_costs, predict, run_trial
     from nearfield.training.memory import choose_budget, measure_profile
     from nearfield.training.optimizers import optimizer_of
-    from nearfield.training.trial import run_trial
 
     recipe, launch = stages.job.recipe, stages.job.launch
     config, plans = recipe.training, inputs.plans

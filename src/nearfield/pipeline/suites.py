@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nearfield.encoders.prompts import PromptContract
     from nearfield.pipeline.run import Run
     from nearfield.pipeline.stage import Job
-    from nearfield.training.evaluating import Evaluate
+    from nearfield.training.evaluation import Evaluate
 
 
 def suite_content(path: Path, suite: SuiteConfig | None) -> list[Any]:

@@ -31,7 +31,7 @@ from nearfield.randomness import generator
 from nearfield.training.checkpoint import checkpoint_paths
 from nearfield.training.chunks import split_rows
 from nearfield.training.engine import Engine
-from nearfield.training.evaluating import encode_items, undisturbed
+from nearfield.training.evaluation import encode_items, undisturbed
 from nearfield.training.exchange import Shares, broadcast_json, broadcast_tensors, gather_embeddings
 from nearfield.training.parts import Part, StepMade
 from nearfield.training.step import StepResult
@@ -427,7 +427,7 @@ class Refreshed(ChangingNegatives):
     def refresh(self, engine: Engine, done: int, budget: int, stop: Callable[[], bool]) -> None:
         """Mine the next generation with the weights of ``done`` steps; *collective*.
 
-        Raises :class:`nearfield.training.evaluating.InterruptedEvaluationError` on all ranks when ``stop`` is true on any.
+        Raises :class:`nearfield.training.evaluation.InterruptedEvaluationError` on all ranks when ``stop`` is true on any.
         """
         began = time.monotonic()
         generation = self.generation + 1

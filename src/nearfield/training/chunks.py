@@ -6,7 +6,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -147,6 +147,48 @@ class Cut:
     """The ranks that the run began with, of which the number of chunks is a multiple."""
     apart: bool = False
     """Whether texts share no chunk with pictures that go through the same transformer."""
+
+
+SMALLEST_MICRO_BATCH_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The token budget in force: it decides how batches are cut, hence it is state."""
+
+    micro_batch_tokens: int
+    graph_tokens: int
+    ranks: int = 1
+    """The ranks that the run began with: the number of chunks is a multiple of them."""
+    apart: bool = False
+    """Whether texts share no chunk with pictures that go through the same transformer."""
+
+    @property
+    def cut(self) -> Cut:
+        """How batches are cut."""
+        return Cut(self.micro_batch_tokens, self.ranks, self.apart)
+
+    def to_json(self) -> dict[str, int | bool]:
+        """The entries of a checkpoint's state."""
+        return {
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "graph_tokens": self.graph_tokens,
+            "cut_ranks": self.ranks,
+            "cut_apart": self.apart,
+        }
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Budget:
+        """The budget that a checkpoint's state holds."""
+        tokens, graph = int(state["micro_batch_tokens"]), int(state["graph_tokens"])
+        return cls(tokens, graph, int(state["cut_ranks"]), bool(state["cut_apart"]))
+
+    def halved(self) -> Budget | None:
+        """Half of it; none where nothing is left to halve."""
+        if self.micro_batch_tokens <= SMALLEST_MICRO_BATCH_TOKENS:
+            return None
+        tokens = max(SMALLEST_MICRO_BATCH_TOKENS, self.micro_batch_tokens // 2)
+        return replace(self, micro_batch_tokens=tokens, graph_tokens=self.graph_tokens // 2)
 
 
 def cut_chunks(

@@ -30,7 +30,7 @@ from nearfield.objectives.batch import Objective
 from nearfield.objectives.infonce import InfoNCE, can_ring
 from nearfield.objectives.queue import MemoryQueue
 from nearfield.training.backends.base import Backend, MakeOptimizer, trainable
-from nearfield.training.chunks import Bools, Cut, TextPool, TrainingData
+from nearfield.training.chunks import Bools, Budget, Cut, TextPool, TrainingData
 from nearfield.training.config import TrainingConfig, check_sharded
 from nearfield.training.launch import BackendName, Launch, asked_backend, check_launch, wants_several
 from nearfield.training.model_options import (
@@ -40,7 +40,7 @@ from nearfield.training.model_options import (
     set_attention_dropout,
     set_training_mode,
 )
-from nearfield.training.step import MakeFeatures, Work, cut_work
+from nearfield.training.step import MakeFeatures, Work, can_keep_graphs, cut_work
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -181,6 +181,12 @@ class Engine:
             ring=self.ring,
         )
         return whole, lengths
+
+    def keeps_graph(self, work: Work, budget: Budget) -> bool:
+        """Whether a step keeps the graph of all its chunks, rather than encode each twice."""
+        cache = self.config.gradient_cache
+        fits = cache == "never" or (cache == "auto" and work.heaviest <= budget.graph_tokens)
+        return fits and can_keep_graphs(self.backend, work.rounds if self.level else len(work.own))
 
     def pool(self, batch: Batch) -> TextPool:
         """The texts of a planned batch, with what its examples count."""

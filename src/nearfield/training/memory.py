@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nearfield.objectives.infonce import InfoNCE
 from nearfield.training.backends.base import saved_buffers, trainable
-from nearfield.training.chunks import Cut, TextPool, cut_batch
+from nearfield.training.chunks import SMALLEST_MICRO_BATCH_TOKENS, Budget, Cut, TextPool, cut_batch
 from nearfield.training.exchange import contrastive_batch, min_over_ranks
 from nearfield.training.optimizers import make_optimizer
-from nearfield.training.step import can_keep_graphs, encode_chunk, is_out_of_memory, seed_chunk
+from nearfield.training.step import encode_chunk, is_out_of_memory, seed_chunk
 
 if TYPE_CHECKING:
     from nearfield.arrays import Rows
@@ -538,50 +538,10 @@ logger = logging.getLogger("nearfield.training")
 
 FAST_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}
 """Where encoding is at its fastest: more tokens at a time only take memory."""
-SMALLEST_MICRO_BATCH_TOKENS = 16
 MARGIN = 0.1
 """The share of the memory available that is left alone."""
 HEAP = {"cpu": 1.12, "cuda": 1.05}
 """Memory taken for each byte of tensors: the allocator's holes, and what kernels need inside themselves."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The token budget in force: it decides how batches are cut, hence it is state."""
-
-    micro_batch_tokens: int
-    graph_tokens: int
-    ranks: int = 1
-    """The ranks that the run began with: the number of chunks is a multiple of them."""
-    apart: bool = False
-    """Whether texts share no chunk with pictures that go through the same transformer."""
-
-    @property
-    def cut(self) -> Cut:
-        """How batches are cut."""
-        return Cut(self.micro_batch_tokens, self.ranks, self.apart)
-
-    def to_json(self) -> dict[str, int | bool]:
-        """The entries of a checkpoint's state."""
-        return {
-            "micro_batch_tokens": self.micro_batch_tokens,
-            "graph_tokens": self.graph_tokens,
-            "cut_ranks": self.ranks,
-            "cut_apart": self.apart,
-        }
-
-    @classmethod
-    def from_json(cls, state: Mapping[str, Any]) -> Budget:
-        """The budget that a checkpoint's state holds."""
-        tokens, graph = int(state["micro_batch_tokens"]), int(state["graph_tokens"])
-        return cls(tokens, graph, int(state["cut_ranks"]), bool(state["cut_apart"]))
-
-    def halved(self) -> Budget | None:
-        """Half of it; none where nothing is left to halve."""
-        if self.micro_batch_tokens <= SMALLEST_MICRO_BATCH_TOKENS:
-            return None
-        tokens = max(SMALLEST_MICRO_BATCH_TOKENS, self.micro_batch_tokens // 2)
-        return replace(self, micro_batch_tokens=tokens, graph_tokens=self.graph_tokens // 2)
 
 
 @dataclass(frozen=True)
@@ -627,13 +587,6 @@ def choose_budget(engine: Engine, plans: Sequence[Plan], profile: Profile | None
         cut = Cut(micro, ranks, apart)
         graph = int(min_over_ranks([_graph_tokens(engine, batches, profile, cut)], device)[0])
     return Budget(micro, graph, ranks, apart)
-
-
-def keeps_graph(engine: Engine, budget: Budget, work: Work) -> bool:
-    """Whether a step keeps the graph of all its chunks, rather than encode each twice."""
-    cache = engine.config.gradient_cache
-    fits = cache == "never" or (cache == "auto" and work.heaviest <= budget.graph_tokens)
-    return fits and can_keep_graphs(engine.backend, work.rounds if engine.level else len(work.own))
 
 
 def share_costs(work: Work, lengths: Rows, line: LinearCost, *, padded: bool) -> list[tuple[int, float]]:

@@ -9,8 +9,9 @@ needs no saved random state and the masks do not depend on the number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,26 @@ import torch
 from torch import Tensor
 
 from nearfield.arrays import Rows
+from nearfield.batching.plan import Batch
 from nearfield.batching.planner import VectorsOf
 from nearfield.encoders.packing import Features
+from nearfield.errors import OutOfMemoryStopError
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Queued
 from nearfield.objectives.diagnostics import watch as watch_learning
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.base import Backend
-from nearfield.training.chunks import Bools, ChunkTurn, Cut, TextPool, chunk_tokens, cut_chunks, deal_chunks, turns_of
+from nearfield.training.chunks import (
+    Bools,
+    Budget,
+    ChunkTurn,
+    Cut,
+    TextPool,
+    chunk_tokens,
+    cut_chunks,
+    deal_chunks,
+    split_batch,
+    turns_of,
+)
 from nearfield.training.exchange import ControlWord, Exchange, Gathered, Passed, Shares, exchange_control
 
 if TYPE_CHECKING:
@@ -205,6 +219,47 @@ def can_keep_graphs(backend: Backend, chunks: int) -> bool:
     return chunks <= 1 or backend.kept_graphs != "one"
 
 
+def batch_gradient(
+    engine: Engine,
+    budget: Budget,
+    batch: Batch,
+    *,
+    seed: int,
+    step: int,
+    stop: Callable[[], bool] = lambda: False,
+    watch: bool = False,
+    progress: float = 0.0,
+) -> tuple[StepResult, int, int]:
+    """Leave the gradient of a planned batch in the backend; the tokens of the batch, real and as encoded.
+
+    With ``watch`` this process looks at how the learning goes: of the last part, where there are several.
+    """
+    engine.backend.begin()
+    parts = split_batch(batch, engine.config.averaged_batches)
+    results: list[StepResult] = []
+    chunks = tokens = encoded = 0
+    for number, part in enumerate(parts):
+        final = number == len(parts) - 1
+        work, lengths = engine.work(part, budget.cut, first_number=chunks, weight=1 / len(parts), final=final)
+        chunks, tokens, encoded = chunks + len(work.chunks), tokens + int(lengths.sum()), encoded + sum(work.tokens)
+        # Where chunks hold no collectives the step itself says that memory ran out, and is repeated.
+        with contextlib.nullcontext() if engine.retries_in_place else stops_for_memory(f"step {step + 1}", budget):
+            result = run_step(
+                engine,
+                work,
+                seed=seed,
+                step=step,
+                keep_graph=engine.keeps_graph(work, budget),
+                stop=stop,
+                watch=watch and final,
+                progress=progress,
+            )
+        results.append(replace(result, first_query=sum(len(before.query) for before in parts[:number])))
+        if result.word.out_of_memory:
+            break
+    return mean_result(results), tokens, encoded
+
+
 def run_step(
     engine: Engine,
     work: Work,
@@ -318,3 +373,21 @@ def _detached(batch: ContrastiveBatch) -> ContrastiveBatch:
     losses = None if batch.token_losses is None else batch.token_losses.detach()
     queries, documents = batch.queries.detach(), batch.documents.detach()
     return replace(batch, queries=queries, documents=documents, rows=None, ring=None, token_losses=losses)
+
+
+@contextlib.contextmanager
+def stops_for_memory(doing: str, budget: Budget) -> Iterator[None]:
+    """Where memory runs out in what cannot be repeated, end the run so that it goes on with a smaller budget.
+
+    Ranks may wait in a collective that this one will never join, or parameters may be half updated: only the last
+    checkpoint is sound.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryStopError(
+            f"memory ran out in {doing} with {budget.micro_batch_tokens} tokens at a time",
+            hint="`nearfield train --resume` with the same launcher goes on from the last checkpoint with half as many.",
+        ) from error

@@ -13,8 +13,8 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,18 +29,17 @@ from nearfield.objectives.batch import Objective
 from nearfield.objectives.diagnostics import similarities
 from nearfield.training.changing_negatives import NegativeInputs, open_negatives
 from nearfield.training.checkpoint import CheckpointWriter, amend_state, checkpoint_paths, newest_checkpoint, resume
-from nearfield.training.chunks import CUT_RULE, TrainingData, split_batch
+from nearfield.training.chunks import CUT_RULE, Budget, TrainingData
 from nearfield.training.config import TrainingConfig
 from nearfield.training.diagnostics import ChanceWatch, GradientWatch, ZeroVectors, non_finite_error
 from nearfield.training.engine import Engine, build_engine, pick_device, pick_precision
-from nearfield.training.evaluating import Evaluate, Evaluations, InterruptedEvaluationError
+from nearfield.training.evaluation import Evaluate, Evaluations, InterruptedEvaluationError
 from nearfield.training.exchange import any_rank, broadcast_notices
 from nearfield.training.forecast import begin_forecast, end_forecast, notices_of_start
 from nearfield.training.launch import Launch, RankDiedError, StopRequest
-from nearfield.training.memory import Budget, keeps_graph
 from nearfield.training.optimizers import optimizer_of, rate_factor
 from nearfield.training.parts import Part, QueuedPositives, StepMade
-from nearfield.training.step import StepResult, is_out_of_memory, mean_result, run_step
+from nearfield.training.step import StepResult, batch_gradient, stops_for_memory
 from nearfield.training.tracking import Trackers, TrainingProgress, used_memory
 
 if TYPE_CHECKING:
@@ -374,65 +373,6 @@ class Trainer:
             stopped_early=self.evaluations.exhausted and self.done < self.steps,
             best=best,
         )
-
-
-def batch_gradient(
-    engine: Engine,
-    budget: Budget,
-    batch: Batch,
-    *,
-    seed: int,
-    step: int,
-    stop: Callable[[], bool] = lambda: False,
-    watch: bool = False,
-    progress: float = 0.0,
-) -> tuple[StepResult, int, int]:
-    """Leave the gradient of a planned batch in the backend; the tokens of the batch, real and as encoded.
-
-    With ``watch`` this process looks at how the learning goes: of the last part, where there are several.
-    """
-    engine.backend.begin()
-    parts = split_batch(batch, engine.config.averaged_batches)
-    results: list[StepResult] = []
-    chunks = tokens = encoded = 0
-    for number, part in enumerate(parts):
-        final = number == len(parts) - 1
-        work, lengths = engine.work(part, budget.cut, first_number=chunks, weight=1 / len(parts), final=final)
-        chunks, tokens, encoded = chunks + len(work.chunks), tokens + int(lengths.sum()), encoded + sum(work.tokens)
-        # Where chunks hold no collectives the step itself says that memory ran out, and is repeated.
-        with contextlib.nullcontext() if engine.retries_in_place else stops_for_memory(f"step {step + 1}", budget):
-            result = run_step(
-                engine,
-                work,
-                seed=seed,
-                step=step,
-                keep_graph=keeps_graph(engine, budget, work),
-                stop=stop,
-                watch=watch and final,
-                progress=progress,
-            )
-        results.append(replace(result, first_query=sum(len(before.query) for before in parts[:number])))
-        if result.word.out_of_memory:
-            break
-    return mean_result(results), tokens, encoded
-
-
-@contextlib.contextmanager
-def stops_for_memory(doing: str, budget: Budget) -> Iterator[None]:
-    """Where memory runs out in what cannot be repeated, end the run so that it goes on with a smaller budget.
-
-    Ranks may wait in a collective that this one will never join, or parameters may be half updated: only the last
-    checkpoint is sound.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryStopError(
-            f"memory ran out in {doing} with {budget.micro_batch_tokens} tokens at a time",
-            hint="`nearfield train --resume` with the same launcher goes on from the last checkpoint with half as many.",
-        ) from error
 
 
 def halve_budget(budget: Budget, step: int) -> Budget:

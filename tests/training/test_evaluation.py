@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, StoppedError
 from nearfield.objectives import InfoNCEConfig
-from nearfield.training import TrainingConfig, evaluating, trainer
+from nearfield.training import TrainingConfig
+from nearfield.training import step as step_module
 from nearfield.training.checkpoint import checkpoint_paths, open_checkpoint
 from nearfield.training.chunks import TrainingData
 from nearfield.training.engine import Engine, build_engine
-from nearfield.training.evaluating import EncodeTexts, EvaluationState, encode_texts, undisturbed
+from nearfield.training.evaluation import EncodeTexts, Evaluations, EvaluationState, encode_texts, undisturbed
 from nearfield.training.launch import Launch
 from nearfield.training.optimizers import make_optimizer
 from nearfield.training.tracking import read_metrics
@@ -91,7 +92,7 @@ def test_gains_are_counted_from_the_best() -> None:
 
 def due(steps: int, epochs: Sequence[int], tiny_model: Path, **settings: Any) -> list[int]:
     config = TrainingConfig.model_validate({"evaluation": {"suite": "s", **settings}}).evaluation
-    evaluations = evaluating.Evaluations(
+    evaluations = Evaluations(
         config,
         lambda encode: {},
         make_engine(tiny_model),
@@ -238,14 +239,14 @@ def test_patience(go: Go, tmp_path: Path, tiny_model: Path) -> None:
 
 
 def signalled(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    run_step = trainer.run_step
+    run_step = step_module.run_step
 
     def interrupted(*args: Any, **keywords: Any) -> Any:
         if keywords["step"] == step - 1:
             signal.raise_signal(signal.SIGTERM)
         return run_step(*args, **keywords)
 
-    monkeypatch.setattr(trainer, "run_step", interrupted)
+    monkeypatch.setattr(step_module, "run_step", interrupted)
 
 
 @pytest.mark.conformance
@@ -278,7 +279,7 @@ def test_a_crash_between_checkpoints_loses_no_evaluation(
     settings = {"evaluation": {"keep_best": True}, "checkpoints": {"every_steps": 100}, "every": 1}
     rising = [0.1, 0.5, 0.2, 0.3, 0.2, 0.1, 0.1]
     go(unruly(rising), to="whole", **settings)
-    run_step = trainer.run_step
+    run_step = step_module.run_step
 
     def crashing(*args: Any, **keywords: Any) -> Any:
         if keywords["step"] == 4:
@@ -286,7 +287,7 @@ def test_a_crash_between_checkpoints_loses_no_evaluation(
         return run_step(*args, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "run_step", crashing)
+        patch.setattr(step_module, "run_step", crashing)
         with pytest.raises(KeyError):
             go(unruly(rising), to="crashed", **settings)
     assert [step for step, _ in evaluations(tmp_path / "crashed")] == [0, 1, 2, 3, 4]
