@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from nearfield.conformance.cases import Case, difference
-from nearfield.conformance.tiny_models import ONE_TOWERS, save_tiny_vlm
+from nearfield.conformance.tiny_models import VISION_LANGUAGE, save_tiny_vlm
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
 from nearfield.encoders.identity import model_fingerprint
@@ -83,7 +83,7 @@ def inputs(chosen: list[int]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("architecture", ONE_TOWERS)
+@pytest.mark.parametrize("architecture", VISION_LANGUAGE)
 def test_rows_are_the_tokens_that_the_processor_makes(architecture: str, tmp_path: Path) -> None:
     model = built(tmp_path, architecture)
     for prompt in ("", "word20 word21: "):
@@ -105,7 +105,7 @@ def test_rows_are_the_tokens_that_the_processor_makes(architecture: str, tmp_pat
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("architecture", ONE_TOWERS)
+@pytest.mark.parametrize("architecture", VISION_LANGUAGE)
 def test_an_item_is_the_last_state_of_its_row_wherever_it_stands(architecture: str, side: str, tmp_path: Path) -> None:
     model = built(tmp_path, architecture, side=side, normalize=False)
     # Texts that are padded on the left have later positions, whose angles transformers rounds to float32.
@@ -124,7 +124,7 @@ def test_an_item_is_the_last_state_of_its_row_wherever_it_stands(architecture: s
         torch.testing.assert_close(alone[number], states[0, -1], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("architecture", ONE_TOWERS)
+@pytest.mark.parametrize("architecture", VISION_LANGUAGE)
 def test_the_saved_model_is_a_plain_one(architecture: str, tmp_path: Path) -> None:
     model = built(tmp_path, architecture).float()
     with_text, texts, alone = inputs([0, 3, 4]), [TEXTS[1], TEXTS[5]], [PICTURES[0], PICTURES[2]]
@@ -158,10 +158,10 @@ def test_what_plain_transformers_asks_of_a_processor_with_videos_is_saved(archit
     assert again["video_processor"]["max_frames"] == 7
 
 
-@pytest.mark.parametrize("architecture", ONE_TOWERS)
+@pytest.mark.parametrize("architecture", VISION_LANGUAGE)
 def test_chunks_have_the_gradient_of_one_forward(architecture: str) -> None:
     """Texts, pictures and both in one batch, cut in any way, kept or encoded twice, in float64."""
-    case = Case.make(InfoNCEConfig(temperature=0.1, both_directions=True)).in_one_tower(architecture)
+    case = Case.make(InfoNCEConfig(temperature=0.1, both_directions=True)).in_vision_language_model(architecture)
     loss, gradient = case.reference()
     names = {name for name, value in gradient.items() if float(value.abs().max()) > 0}
     assert any("vision" in name or "visual" in name for name in names)
@@ -175,7 +175,7 @@ def test_chunks_have_the_gradient_of_one_forward(architecture: str) -> None:
 
 
 def test_a_chunk_is_counted_by_what_is_computed() -> None:
-    case = Case.make(InfoNCEConfig()).in_one_tower("qwen2_vl")
+    case = Case.make(InfoNCEConfig()).in_vision_language_model("qwen2_vl")
     engine = case.engine(Launch(), "single", dropout=False)
     work, lengths = engine.work(case.batch, case.known.__getitem__, Cut(90))
     features = engine.make_features(work.pool)
@@ -188,7 +188,7 @@ def test_a_chunk_is_counted_by_what_is_computed() -> None:
 
 
 def test_words_are_deleted_where_there_is_no_picture() -> None:
-    case = Case.make(InfoNCEConfig()).in_one_tower("qwen2_vl")
+    case = Case.make(InfoNCEConfig()).in_vision_language_model("qwen2_vl")
     engine = case.engine(Launch(), "single", dropout=False)
     pool = engine.pool(case.batch)
     lengths, pictured = engine.lengths(pool), pool.items % 3 > 0
@@ -200,14 +200,14 @@ def test_words_are_deleted_where_there_is_no_picture() -> None:
 
 
 def test_an_objective_that_decodes_texts_takes_no_pictures() -> None:
-    case = Case.make(CAROLConfig()).in_one_tower("qwen2_vl")
+    case = Case.make(CAROLConfig()).in_vision_language_model("qwen2_vl")
     engine = case.engine(Launch(), "single", dropout=False)
-    with pytest.raises(BadInputError, match="some queries are pictures"):
+    with pytest.raises(BadInputError, match="some queries are images"):
         case.work(engine, 60)
 
 
 def test_pictures_are_apart_where_all_ranks_go_through_the_same_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case.make(InfoNCEConfig()).in_one_tower("qwen2_vl")
+    case = Case.make(InfoNCEConfig()).in_vision_language_model("qwen2_vl")
     engine = case.engine(Launch(), "single", dropout=False)
     mixed = case.work(engine, 60)
     assert mixed.kinds is None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nearfield.conformance.tiny_models import ONE_TOWERS, WORDS, save_tiny_vlm
+from nearfield.conformance.tiny_models import VISION_LANGUAGE, WORDS, save_tiny_vlm
 from nearfield.encoders.build import build_encoder
 from nearfield.encoders.tokenize import shorten, token_ids
 from nearfield.errors import BadInputError
@@ -136,7 +136,7 @@ def save_model(folder: Path, architecture: str) -> Path:
     """A tiny model whose tokenizer has an end-of-text token."""
     from transformers import AutoTokenizer
 
-    if architecture in ONE_TOWERS:
+    if architecture in VISION_LANGUAGE:
         return save_tiny_vlm(folder, architecture)
     save_tiny(folder, architecture)
     tokenizer = AutoTokenizer.from_pretrained(folder)

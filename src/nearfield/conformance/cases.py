@@ -59,7 +59,7 @@ from nearfield.objectives.queue import MemoryQueue
 from nearfield.randomness import derive_seed
 from nearfield.training.backends.base import Backend
 from nearfield.training.backends.replicated import ReplicatedBackend
-from nearfield.training.chunks import Cut, Pictures, TeacherScores, TrainingData
+from nearfield.training.chunks import Cut, LoadImages, TeacherScores, TrainingData
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import EmbeddingModule, Engine, build_engine
 from nearfield.training.exchange import contrastive_batch
@@ -120,7 +120,7 @@ OBJECTIVES: dict[str, ObjectiveSettings] = {
     "simlap, gates of pairs of labels": SimLAPConfig(label_width=8, hidden=8, project=16, project_hidden=8),
     "carol, decoding and contrast": CAROLConfig(delete=0.0, inner=8),
     "cmim": CMIMConfig(inner=8),
-    "mcse, texts and features of pictures": MCSEConfig(weight=0.5, projection=16),
+    "mcse, texts and features of images": MCSEConfig(weight=0.5, projection=16),
     "distillation of scores, own and in batch": CombinedConfig(
         parts=(
             PartConfig(objective=ScoreDistillationConfig()),
@@ -196,17 +196,17 @@ TINY_VISION: dict[str, int | float | bool | str | tuple[int, ...]] = {
 }
 
 
-def random_pictures(items: Rows) -> list[Image | None]:
-    """For each item its picture, of a size of its own."""
+def random_images(items: Rows) -> list[Image | None]:
+    """For each item its image, of a size of its own."""
     import PIL.Image
 
     random = [np.random.default_rng(int(item)) for item in items]
     return [PIL.Image.fromarray(r.integers(0, 256, (*r.integers(9, 40, 2), 3), dtype=np.uint8)) for r in random]
 
 
-def mixed_pictures(items: Rows) -> list[Image | None]:
+def mixed_images(items: Rows) -> list[Image | None]:
     """The same for items of which every third is a text alone."""
-    return [picture if item % 3 else None for item, picture in zip(items.tolist(), random_pictures(items), strict=True)]
+    return [image if item % 3 else None for item, image in zip(items.tolist(), random_images(items), strict=True)]
 
 
 def sgd(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
@@ -235,7 +235,7 @@ class Case:
     weights: Floats | None = None
     """What each example counts; none where all count alike."""
     towers: bool = False
-    """Whether every item whose number is odd is a picture, for a tower of its own."""
+    """Whether every item whose number is odd is an image, for a tower of its own."""
     adapter: bool = False
     """Whether an adapter is trained in place of the transformer's own weights."""
     rounded: bool = False
@@ -243,7 +243,7 @@ class Case:
     clip: bool = False
     """Whether the towers are those of a CLIP folder, one module with a scalar parameter."""
     together: bool = False
-    """Whether items are texts, pictures, or both, all for one transformer."""
+    """Whether items are texts, images, or both, all for one transformer."""
     device: torch.device = CPU
     """Where engines run; the reference is always computed on the CPU."""
     precision: str = "fp32"
@@ -251,7 +251,7 @@ class Case:
     ranks: int = 2
     """The ranks that the batch was cut for: recorded, so that any number of them compute the same chunks."""
     apart: bool = False
-    """Whether texts share no chunk with pictures that go through the same transformer."""
+    """Whether texts share no chunk with images that go through the same transformer."""
 
     @classmethod
     def make(
@@ -279,37 +279,35 @@ class Case:
             return model
         return (model.bfloat16() if self.rounded else model).to(self.dtype)
 
-    def with_pictures(self) -> Case:
-        """The same with pictures for every other item: as queries, positives and negatives."""
+    def with_images(self) -> Case:
+        """The same with images for every other item: as queries, positives and negatives."""
         table = self.tokens.tables[0]
         rows = [table.tokens(item) for item in range(TEXTS)]
-        picture = np.full(16, IMAGE, dtype=np.int32)
-        return replace(
-            self, tokens=memory_tokens([picture if n % 2 else row for n, row in enumerate(rows)]), towers=True
-        )
+        image = np.full(16, IMAGE, dtype=np.int32)
+        return replace(self, tokens=memory_tokens([image if n % 2 else row for n, row in enumerate(rows)]), towers=True)
 
     def in_clip(self) -> Case:
-        """The same pictures and texts for the towers of a tiny CLIP folder."""
+        """The same images and texts for the towers of a tiny CLIP folder."""
         folder = save_tiny_clip(Path(tempfile.mkdtemp(prefix="nearfield-conformance-")) / "model")
-        return replace(self.with_pictures(), model_folder=folder, clip=True)
+        return replace(self.with_images(), model_folder=folder, clip=True)
 
-    def in_one_tower(self, architecture: str = "qwen2_vl") -> Case:
-        """The same with a tiny model of an architecture that reads both in one, and texts, pictures and items of both."""
+    def in_vision_language_model(self, architecture: str = "qwen2_vl") -> Case:
+        """The same with a tiny model of an architecture that reads both in one, and texts, images and items of both."""
         folder = save_tiny_vlm(Path(tempfile.mkdtemp(prefix="nearfield-conformance-")) / "model", architecture)
         case = replace(self, model_folder=folder, together=True)
         table, items = self.tokens.tables[0], np.arange(TEXTS)
         texts = [" ".join(WORDS[token] for token in table.tokens(item)[1:-1]) for item in items.tolist()]
-        shown = mixed_pictures(items)
-        sizes = [None if picture is None else picture.size for picture in shown]
+        shown = mixed_images(items)
+        sizes = [None if image is None else image.size for image in shown]
         rows = row_ids(case.encoder(), ["" if n % 3 == 1 else text for n, text in enumerate(texts)], sizes, "")
         return replace(case, tokens=memory_tokens(rows))
 
     @property
-    def pictures(self) -> Pictures | None:
-        """Random pictures of several sizes, where the case has some."""
+    def images(self) -> LoadImages | None:
+        """Random images of several sizes, where the case has some."""
         if self.together:
-            return mixed_pictures
-        return random_pictures if self.towers else None
+            return mixed_images
+        return random_images if self.towers else None
 
     def engine(
         self,
@@ -355,7 +353,7 @@ class Case:
             teacher_scores=self.teacher_scores,
             readings=dict(enumerate(self.objective.readings(dict.fromkeys("ab", "retrieval")).values())),
             token_task=self.token_task(encoder),
-            pictures=self.pictures,
+            images=self.images,
         )
 
     def token_task(self, encoder: SentenceTransformer) -> TokenTask | None:

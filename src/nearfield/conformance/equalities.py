@@ -301,7 +301,7 @@ class Suite:
         yield self.unequal_shares()
         yield from self.dropout()
         yield from self.packing()
-        yield from self.pictures()
+        yield from self.images()
         yield self.figures()
         yield self.averaging()
         yield self.clipping()
@@ -426,17 +426,20 @@ class Suite:
         worst = max(self._difference(case, 60, keep_graph=keep, packing="auto") for keep in (True, False))
         yield self.line("packed = padded", worst)
 
-    def pictures(self) -> Iterator[CheckLine]:
-        """Two towers: chunks of pictures and chunks of texts = one forward of each. One tower: chunks of both = one of all."""
+    def images(self) -> Iterator[CheckLine]:
+        """Two towers: chunks of images and chunks of texts = one forward of each. One tower: chunks of both = one of all."""
         plain = self.make(OBJECTIVES["infonce, both directions"], 8)
-        case = plain.with_pictures()
+        case = plain.with_images()
         for each, check in (
-            (case, "pictures and texts in chunks of their own = one forward of each"),
+            (case, "images and texts in chunks of their own = one forward of each"),
             (
                 plain.in_clip(),
-                "pictures and texts of a CLIP folder, which has a scalar parameter = one forward of each",
+                "images and texts of a CLIP folder, which has a scalar parameter = one forward of each",
             ),
-            (plain.in_one_tower(), "pictures and texts in one tower, in chunks that mix them = one forward of all"),
+            (
+                plain.in_vision_language_model(),
+                "images and texts in one tower, in chunks that mix them = one forward of all",
+            ),
         ):
             reference = each.reference()
             worst = max(
@@ -449,15 +452,15 @@ class Suite:
         _, gradient = case.gradient(alone, case.work(alone, 60), keep_graph=True)
         engine = case.engine(self.launch, self.backend, dropout=True)
         _, found = case.gradient(engine, case.work(engine, 60), keep_graph=False)
-        yield self.line("pictures, dropout on: any number of ranks, cached = one", difference(found, gradient))
-        # A step without pictures behind one with them: their tower has no part in it, and may keep nothing of the one before.
+        yield self.line("images, dropout on: any number of ranks, cached = one", difference(found, gradient))
+        # A step without images behind one with them: their tower has no part in it, and may keep nothing of the one before.
         texts = replace(case, tokens=plain.tokens)
         engine = case.engine(self.launch, self.backend, dropout=False)
         one_step(engine, case, 60, step=0, rate=0.0)
         engine = replace(engine, data=replace(engine.data, tokens=plain.tokens))
         _, found = texts.gradient(engine, texts.work(engine, 60), keep_graph=False)
         yield self.line(
-            "a step without pictures, after one with them = the same alone", difference(found, texts.reference()[1])
+            "a step without images, after one with them = the same alone", difference(found, texts.reference()[1])
         )
 
     def figures(self) -> CheckLine:

@@ -72,7 +72,16 @@ def save_tiny_clip(folder: Path) -> Path:
     return folder
 
 
-ONE_TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "llava", "llava_next", "llava_onevision")
+VISION_LANGUAGE = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "smolvlm",
+    "idefics3",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+)
 _QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
 _IDEFICS = ("<fake_token_around_image>", "<image>", "<video>", "<global-img>", "<end_of_utterance>", *_TILES)
@@ -96,7 +105,7 @@ _VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "
 def save_tiny_vlm(folder: Path, architecture: str = "qwen2_vl", *, seed: int = 0, side: str = "right") -> Path:
     """A plain transformers model of an architecture, saved with tokenizer and image processor to ``folder``.
 
-    Weights are larger than usual, so that attention and pictures matter; texts are padded on ``side``.
+    Weights are larger than usual, so that attention and images matter; texts are padded on ``side``.
     """
     import torch
     from safetensors.torch import save_model

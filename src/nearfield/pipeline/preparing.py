@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nearfield.data.tokens import TokenCache
     from nearfield.pipeline.mining import MineStage
     from nearfield.pipeline.planning import PromptsOfEpoch
-    from nearfield.training.chunks import Pictures
+    from nearfield.training.chunks import LoadImages
 
 
 class DataStage(Stage):
@@ -65,7 +65,7 @@ class DataStage(Stage):
 
         return Store.open(self.output)
 
-    def images(self) -> Pictures | None:
+    def images(self) -> LoadImages | None:
         """How a training gets the images of items; none where the data has no images."""
         store = self.open()
         return store.images if store.has_images else None

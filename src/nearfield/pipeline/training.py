@@ -253,7 +253,7 @@ class TrainStage(Stage):
             teacher_scores=self._teacher_scores(),
             readings=readings,
             token_task=self._token_task(encoder),
-            pictures=self.data.images(),
+            images=self.data.images(),
         )
 
     def _negative_inputs(self, tokens: TokenCache) -> NegativeInputs | None:

@@ -314,9 +314,9 @@ def resume(
                 state.get("world_size"),
                 launch.world_size,
             )
-        if engine.level and not state["cut_apart"] and engine.data.pictures is not None and not engine.towers:
+        if engine.level and not state["cut_apart"] and engine.data.images is not None and not engine.towers:
             logger.warning(
-                "On %s texts and pictures lie in chunks of their own, unlike where the run began: from here on the "
+                "On %s texts and images lie in chunks of their own, unlike where the run began: from here on the "
                 "dropout masks of batches with both are other ones",
                 engine.backend.name,
             )

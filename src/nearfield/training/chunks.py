@@ -146,7 +146,7 @@ class Cut:
     ranks: int = 1
     """The ranks that the run began with, of which the number of chunks is a multiple."""
     apart: bool = False
-    """Whether texts share no chunk with pictures that go through the same transformer."""
+    """Whether texts share no chunk with images that go through the same transformer."""
 
 
 SMALLEST_MICRO_BATCH_TOKENS = 16
@@ -161,7 +161,7 @@ class Budget:
     ranks: int = 1
     """The ranks that the run began with: the number of chunks is a multiple of them."""
     apart: bool = False
-    """Whether texts share no chunk with pictures that go through the same transformer."""
+    """Whether texts share no chunk with images that go through the same transformer."""
 
     @property
     def cut(self) -> Cut:
@@ -395,8 +395,8 @@ class TeacherScores:
         return np.concatenate(found)
 
 
-Pictures = Callable[[Rows], "Sequence[Image | None]"]
-"""Item rows -> their pictures, RGB."""
+LoadImages = Callable[[Rows], "Sequence[Image | None]"]
+"""Item rows -> their images, RGB."""
 
 
 @dataclass(frozen=True)
@@ -416,8 +416,8 @@ class TrainingData:
     """The number of a source -> how the texts of its examples are read; those that are not named are read plainly."""
     token_task: TokenTask | None = None
     """What hides tokens and gives the losses on them, where the objective asks for that."""
-    pictures: Pictures | None = None
-    """The pictures of items, where the data has some."""
+    images: LoadImages | None = None
+    """The images of items, where the data has some."""
 
     def pool(self, batch: Batch) -> TextPool:
         """The texts of a planned batch, with what its examples count."""

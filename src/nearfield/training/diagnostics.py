@@ -262,7 +262,7 @@ def batches_by_source(plans: Sequence[Plan]) -> dict[int, list[tuple[int, int, i
 def _same_texts(data: TrainingData) -> Iterator[Notice]:
     """Prompts that leave no room for the text."""
     for table in data.tokens.tables:
-        if data.pictures is not None or len(table.rows) < 2:
+        if data.images is not None or len(table.rows) < 2:
             continue
         first = table.tokens(int(table.rows[0]))
         if all(np.array_equal(table.tokens(int(row)), first) for row in table.rows):
@@ -307,8 +307,8 @@ class _Probe:
         rows = self.data.tokens_of(pool, places)
         shares = np.zeros(len(rows)) if pool.deleted is None else pool.deleted
         numbers: dict[tuple[object, ...], int] = {}
-        # A picture's tokens say nothing of it: there each item is another.
-        items = pool.items if self.data.pictures is not None else np.zeros(len(rows), dtype=np.int64)
+        # A image's tokens say nothing of it: there each item is another.
+        items = pool.items if self.data.images is not None else np.zeros(len(rows), dtype=np.int64)
         keys = zip((row.tobytes() for row in rows), items.tolist(), shares.tolist(), strict=True)
         return np.asarray([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 

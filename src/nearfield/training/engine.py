@@ -130,7 +130,7 @@ class Engine:
 
         ``apart`` keeps them apart where one transformer reads both, too.
         """
-        if self.data.pictures is None:
+        if self.data.images is None:
             return None
         found = np.zeros(len(pool.items), dtype=bool)
         for prompt in np.unique(pool.prompts):
@@ -140,12 +140,12 @@ class Engine:
 
     def go_apart(self, rows: Sequence[Tokens], *, apart: bool = False) -> Bools:
         """(n,) which items, by their tokens, go through layers that others do not and may share no chunk with them."""
-        apart = self.data.pictures is not None and (apart or self.towers or self.level)
-        return np.asarray([apart and self._has_picture(row) for row in rows], dtype=bool)
+        apart = self.data.images is not None and (apart or self.towers or self.level)
+        return np.asarray([apart and self._has_image(row) for row in rows], dtype=bool)
 
     @property
     def towers(self) -> bool:
-        """Whether pictures go through a tower of their own, where there are some."""
+        """Whether images go through a tower of their own, where there are some."""
         return family_of(self.encoder) is None
 
     @property
@@ -193,8 +193,8 @@ class Engine:
         pool = self.data.pool(batch)
         if not self.objective.wants_tokens:
             return pool
-        if any(map(self._has_picture, self.data.tokens_of(pool, pool.queries))):
-            raise BadInputError("this objective decodes texts, and some queries are pictures", where="objective")
+        if any(map(self._has_image, self.data.tokens_of(pool, pool.queries))):
+            raise BadInputError("this objective decodes texts, and some queries are images", where="objective")
         return self.data.with_query_tokens(pool)
 
     def make_features(self, pool: TextPool, seed: int = 0, step: int = 0) -> MakeFeatures:
@@ -207,7 +207,7 @@ class Engine:
             prompt_length = self.data.tokens.tables[int(pool.prompts[chunk[0]])].prompt_length
             if pool.deleted is not None:
                 rows = [
-                    row if self._has_picture(row) else delete_tokens(row, share, prompt_length)
+                    row if self._has_image(row) else delete_tokens(row, share, prompt_length)
                     for row, share in zip(rows, pool.deleted[chunk].tolist(), strict=True)
                 ]
             if self.data.token_task is None:
@@ -220,9 +220,9 @@ class Engine:
 
         return features
 
-    def _has_picture(self, row: Tokens) -> bool:
-        """Whether this is the entry of a picture in the token cache, or of a text with one."""
-        if self.data.pictures is None:
+    def _has_image(self, row: Tokens) -> bool:
+        """Whether this is the entry of an image in the token cache, or of a text with one."""
+        if self.data.images is None:
             return False
         if self.towers:
             return bool(row[0] == IMAGE)
@@ -230,9 +230,9 @@ class Engine:
 
     def item_features(self, items: Rows, rows: list[Tokens], prompt_length: int) -> Features:
         """Items of a chunk with what the token cache says of them -> what the encoder takes."""
-        pictures = self.data.pictures
-        if pictures is not None:
-            found = item_features(self.encoder, rows, lambda: pictures(items), self.backend.device)
+        images = self.data.images
+        if images is not None:
+            found = item_features(self.encoder, rows, lambda: images(items), self.backend.device)
             if found is not None:
                 return found
         return self.features(rows, prompt_length)
@@ -328,8 +328,8 @@ def build_engine(
     check_sharded(config.optimizer, name)
     if data.token_task is not None:
         check_token_task(name)
-        if data.pictures is not None:
-            raise BadInputError("tokens are told of texts, and the data has pictures", where="objective")
+        if data.images is not None:
+            raise BadInputError("tokens are told of texts, and the data has images", where="objective")
     if config.exchange == "ring":
         check_ring(objective)
     freeze_parameters(encoder.named_parameters(), config.freeze)
