@@ -118,10 +118,10 @@ def test_missing_data_of_the_suite_is_found_before_training(toy_recipe: Path, tm
 def test_notices_of_scores_are_kept_and_end_a_strict_run_once_they_are_filed(
     tiny_model: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nearfield.evaluation import runner
+    from nearfield.evaluation import scoring
     from nearfield.notices import say
 
-    monkeypatch.setattr(runner, "read_columns_whole", lambda task: say(OF_ENCODER))
+    monkeypatch.setattr(scoring, "read_columns_whole", lambda task: say(OF_ENCODER))
     tasks = Tasks(tmp_path / "tasks")
     tasks.retrieval()
     recipe = write_toy_recipe(tmp_path, tiny_model, toy_data)

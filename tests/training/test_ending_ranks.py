@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from nearfield.training.checkpoint import checkpoint_paths
 from tests.conftest import write_toy_recipe
 from tests.patience import PATIENCE
-from tests.training.launching import ROOT, TORCHRUN, environment, rank_processes, train_record, wait_for_steps
+from tests.training.launching import (
+    PYTHONPATH,
+    ROOT,
+    TORCHRUN,
+    environment,
+    launch,
+    rank_processes,
+    train_record,
+    wait_for_steps,
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +136,47 @@ def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_goes_on(folder: Pat
     assert resumed.returncode == 0, errors
     record = train_record(run)
     assert (record["steps"], record["resumed_from"]) == (140, int(last.name.removeprefix("step-")))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def farthest(one: Path, other: Path) -> float:
+    """The largest difference of two runs' weights."""
+    first, second = weights(one), weights(other)
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_number_of_ranks(folder: Path, tmp_path: Path) -> None:
+    """Begun on two ranks, stopped, and gone on with by one process and by three: chunks and dropout masks are those of two."""
+    steps = ["training.optimizer={kind: sgd}", "training.learning_rate=0.1", "training.max_steps=10"]
+    settings = [*steps, "training.micro_batch_tokens=96", "training.graph_tokens=96", "training.dropout=true"]
+    runs = folder / "runs"
+
+    def arguments(name: str) -> list[str]:
+        return ["train", str(folder / "toy.yaml"), *settings, "--until", "train", "--run-folder", str(runs / name)]
+
+    def train(name: str, ranks: int) -> str:
+        start = [*TORCHRUN[:-1], f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
+        done = launch([*start, "-m", "nearfield", *arguments(name)], cwd=folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stderr
+
+    case = {"name": "elastic", "arguments": arguments("one"), "faults": {"0": {"terminated": [4]}}}
+    (tmp_path / "cases.json").write_text(json.dumps([case]))
+    script = str(Path(__file__).with_name("ranks_launched.py"))
+    stopped = launch([*TORCHRUN, script, str(tmp_path / "cases.json"), str(tmp_path)], PYTHONPATH=PYTHONPATH)
+    assert stopped.returncode == 0, stopped.stderr[-3000:]
+    (left,) = checkpoint_paths(runs / "one" / "checkpoints")
+    shutil.copytree(runs / "one", runs / "three")
+    train("whole", 2)
+    for name, ranks in (("one", 1), ("three", 3)):
+        said, record = train(name, ranks), train_record(runs / name)
+        assert (record["world_size"], record["steps"]) == (ranks, 10)
+        assert record["resumed_from"] == int(left.name.removeprefix("step-"))
+        assert ("Ranks are busy" in said) == (ranks > 1)
+        assert farthest(runs / name, runs / "whole") < 1e-6
+    train("begun-alone", 1)
+    assert farthest(runs / "begun-alone", runs / "whole") > 1e-4, "a run that begins on one rank draws other masks"
