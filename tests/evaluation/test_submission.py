@@ -62,7 +62,6 @@ def report(tasks: tuple[TaskContamination, ...]) -> list[str]:
     made = ContaminationReport(
         "d",
         "a suite (all)",
-        "s",
         ("pairs",),
         "train",
         {},
