@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,12 @@ from tests.encoders.zoo import ANIMALS, RANDOM, TEXTS, save_animal
 
 CPU = torch.device("cpu")
 HEALTHY = {name: animal for name, animal in ANIMALS.items() if name not in RANDOM}
+KINDS = {
+    "bert", "modernbert", "modernbert-decoder", "distilbert", "deberta-v2", "mpnet", "funnel", "nystromformer", "fnet", "roberta",
+    "esm", "longformer", "xlm-roberta", "xmod", "xlm", "t5", "longt5", "bart", "xlnet", "eurobert", "llama", "phi3", "stablelm",
+    "qwen3", "gemma3_text", "gemma2", "gpt2", "bloom", "mamba", "gptj", "opt", "xglm",
+}  # fmt: skip
+"""Of each way to read, to pad and to pack one or two; the others are the slow tests."""
 
 
 def plain_vectors(folder: Path, texts: Sequence[str]) -> Any:
@@ -48,8 +54,13 @@ def steps(model: SentenceTransformer, features: Sequence[dict[str, Any]]) -> Non
 def test_the_zoo_is_large() -> None:
     assert len({animal.architecture for animal in HEALTHY.values()}) >= 60
 
+    def ways(names: Iterable[str]) -> set[tuple[str, str | None, bool]]:
+        return {(HEALTHY[name].style, HEALTHY[name].packing, HEALTHY[name].dependent) for name in names}
 
-@pytest.mark.parametrize("name", HEALTHY)
+    assert ways(KINDS) == ways(HEALTHY)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in KINDS else pytest.mark.slow) for n in HEALTHY])
 def test_an_animal(tmp_path: Path, name: str) -> None:
     animal = HEALTHY[name]
     folder = save_animal(tmp_path / "base", animal)
