@@ -131,7 +131,7 @@ def test_what_a_decoder_sees() -> None:
 
 
 def test_settings_that_contradict() -> None:
-    with pytest.raises(ValidationError, match="more than all hidden tokens"):
+    with pytest.raises(ValidationError, match="more than all masked tokens"):
         TokenTaskConfig(random=0.6, kept=0.6)
 
 

@@ -148,6 +148,7 @@ class LatentAttentionPoolingConfig(PoolingSettings):
     latents: Annotated[int, Field(ge=1)] = 512
     """Vectors in the dictionary."""
     heads: Annotated[int, Field(ge=1)] = 8
+    """Attention heads that look the dictionary up, each by a projection of its own."""
     head_dimension: Annotated[int, Field(ge=1)] | None = None
     """Width of a head; null divides the model's dimensions by the heads (the released model has 4,096)."""
     expansion: Annotated[int, Field(ge=1)] = 4
@@ -189,8 +190,11 @@ class ProjectionConfig(Config):
     """A dense layer behind the pooling."""
 
     dimensions: Annotated[int, Field(ge=1)]
+    """The width of the embeddings behind it: fewer make a smaller index, at some cost in quality."""
     bias: bool = True
+    """Whether a learnt constant is added to each dimension."""
     activation: Literal["identity", "tanh", "gelu", "relu"] = "identity"
+    """What is applied to its output; ``identity`` keeps it linear."""
 
 
 class ImageTowerConfig(Config):
@@ -296,7 +300,9 @@ class QueryPrompts(Config):
     """The text put before queries and before documents; null says nothing, an empty string says 'no prompt'."""
 
     query: str | None = None
+    """Before queries, joined to the text without a space of its own: end it with one where the model wants that."""
     document: str | None = None
+    """Before documents, joined as that of queries is."""
 
 
 class RolePrompts(QueryPrompts):
@@ -324,11 +330,11 @@ Portion = Annotated[float, Field(ge=0, le=1)]
 
 
 class DecoderConfig(Config):
-    """A decoder of one layer that must tell the whole text from its embedding and a few of its tokens (RetroMAE, arXiv
+    """A decoder of one layer that predicts the whole text from its embedding and a few of its tokens (RetroMAE, arXiv
     2205.12035, with enhanced decoding)."""
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of a text's other tokens, how many each position does not see; drawn anew for each position."""
+    """Of a text's other tokens, the share that each position does not see; drawn anew for each position."""
     heads: Annotated[int, Field(ge=1)] | None = None
     """Null takes as many as the encoder has."""
     expansion: Annotated[int, Field(ge=1)] = 4
@@ -338,23 +344,24 @@ class DecoderConfig(Config):
 
 
 class TokenTaskConfig(Config):
-    """Tokens are hidden and must be told from the rest."""
+    """Tokens are masked, and predicted from the rest of the text."""
 
     predict: Literal["masked", "next"] = "masked"
-    """``masked`` tells a hidden token at its own place (BERT); ``next`` at the place before it, as decoders learnt to (MNTP,
+    """``masked`` predicts a masked token at its own place (BERT); ``next`` at the place before it, as decoders learnt to (MNTP,
     LLM2Vec, arXiv 2404.05961)."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Of a text's tokens, how many are hidden; never special tokens, nor those of a prompt."""
+    """Of a text's tokens, the share that is masked; never special tokens, nor those of a prompt."""
     mask_token: str | None = None
-    """What stands in a hidden token's place; null takes the tokenizer's own mask token, or ``_`` where it has none."""
+    """What stands in a masked token's place; null takes the tokenizer's own mask token, or ``_`` where it has none."""
     random: Portion = 0.1
-    """Of the hidden tokens, how many become a random word instead."""
+    """Of the masked tokens, the share that becomes a random word instead."""
     kept: Portion = 0.1
-    """Of the hidden tokens, how many stay as they are, to be told all the same."""
+    """Of the masked tokens, the share that stays as it is, and is predicted all the same."""
     decoder: DecoderConfig | None = None
+    """Let a small decoder predict the whole text from its embedding, too (RetroMAE); null leaves it out."""
 
     @model_validator(mode="after")
-    def _something_is_hidden(self) -> TokenTaskConfig:
+    def _something_is_masked(self) -> TokenTaskConfig:
         if self.random + self.kept > 1:
-            raise ValueError(f"random {self.random:g} and kept {self.kept:g} are more than all hidden tokens")
+            raise ValueError(f"random {self.random:g} and kept {self.kept:g} are more than all masked tokens")
         return self
