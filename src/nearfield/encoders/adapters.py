@@ -247,13 +247,13 @@ def _link_weights(folder: Path, base: Path, way: str) -> None:
 
 def _weights_of(base: Path) -> tuple[str, dict[str, str]]:
     """The index that names a model's weights, and weight -> file, in shards or in one file."""
-    from nearfield.encoders.source import safetensors_names
+    from nearfield.encoders.source import safetensors_header
 
     for index in INDEXES:
         one = index.removesuffix(".index.json")
         if (base / one).is_file():
             if one.endswith(".safetensors"):
-                return index, dict.fromkeys(safetensors_names(base / one), one)
+                return index, dict.fromkeys(safetensors_header(base / one), one)
             import torch
 
             return index, dict.fromkeys(torch.load(base / one, map_location="meta", weights_only=True), one)

@@ -6,9 +6,7 @@ and averaging its token vectors: that is another model, whose scores must not go
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearfield.errors import BadInputError
@@ -56,23 +54,6 @@ _ARCHITECTURES = (
 
 ReadJson = Callable[[str], Any]
 """A file's name -> its content; None where the model has no such file."""
-
-
-def reader_of(name_or_path: str, revision: str | None) -> ReadJson:
-    """The function that reads a JSON file of a model, in a folder or on the hub."""
-    from sentence_transformers.util import load_file_path
-
-    def read(file: str) -> Any:
-        subfolder, _, last = file.rpartition("/")
-        found = load_file_path(name_or_path, last, subfolder=subfolder, revision=revision)
-        if found is None:
-            return None
-        try:
-            return json.loads(Path(found).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BadInputError(f"this file of the model is not valid JSON ({error})", where=found) from error
-
-    return read
 
 
 def other_family(read: ReadJson) -> str | None:

@@ -17,7 +17,7 @@ import logging
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,11 +99,6 @@ def model_fingerprint(model: SentenceTransformer) -> str:
     }
     digest.update(canonical_json(settings).encode())
     return digest.hexdigest()
-
-
-def code_fingerprint(kind: type | Callable[..., Any]) -> str:
-    """32 hex digits of the code of a class or function that no library holds, with the functions of its own that it calls."""
-    return fingerprint(_Telling({}).value(kind))
 
 
 def _bytes_of(tensor: Any) -> Any:

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +34,7 @@ from nearfield.encoders.source import (
     gguf_file,
     load_error,
     locate,
+    read_stated,
 )
 from nearfield.encoders.transformer import read_plain_texts
 from nearfield.errors import BadInputError
@@ -103,7 +105,7 @@ def load_encoder(
     kwargs: dict[str, Any] = {"dtype": dtype}
     if quantize != "none":
         kwargs |= quantization_settings(quantize, _device_type(device))
-    from nearfield.encoders.families import check_family, reader_of
+    from nearfield.encoders.families import check_family
     from nearfield.encoders.trials import recorded_loading
     from nearfield.encoders.vision_language import own_processors, read_in_a_row
 
@@ -119,7 +121,7 @@ def load_encoder(
             else:
                 # The commit that the name stands for now, so that what is loaded is what it is known by.
                 taken = None if folder.is_dir() else revision if source.content == "main" else source.content
-                read = reader_of(str(path), taken)
+                read = partial(read_stated, str(path), taken)
                 notices += check_family(read, name_or_path, recipe)
                 settings = {"revision": taken, "device": device, "trust_remote_code": trust_remote_code}
                 with own_processors():

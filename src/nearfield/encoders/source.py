@@ -375,11 +375,16 @@ def stated_file(model: str, revision: str | None, name: str) -> Path | None:
     return Path(cached)
 
 
+def read_stated(model: str, revision: str | None, name: str) -> Any:
+    """The content of a JSON file of a model (:func:`stated_file`); None where it has none of this name."""
+    file = stated_file(model, revision, name)
+    return None if file is None else read_json(file, "file of the model")
+
+
 def stated_settings(model: str, revision: str | None = None) -> dict[str, Any]:
     """The prompts, similarity function and truncation that a folder, offline package or hub model states; empty where it states
     nothing, or is out of reach."""
-    file = stated_file(model, revision, SETTINGS)
-    found = {} if file is None else read_json(file, "model config")
+    found = read_stated(model, revision, SETTINGS)
     return found if isinstance(found, dict) else {}
 
 
@@ -404,9 +409,7 @@ def stored_dtype(folder: Path) -> str | None:
     if isinstance(said, str):
         return said
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
+        header = safetensors_header(file)
         kinds = [_DTYPES[entry["dtype"]] for entry in header.values() if entry.get("dtype") in _DTYPES]
         if kinds:
             return kinds[0]
@@ -423,7 +426,7 @@ def check_folder(folder: Path) -> None:
             raise BadInputError(f"this file of the model is not valid JSON ({error})", where=str(file)) from error
     weights = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
     for file in weights:
-        safetensors_names(file)
+        safetensors_header(file)
     if not weights and not [*folder.rglob("*.bin"), *folder.rglob("*.gguf")]:
         raise BadInputError("this model folder has no weights (*.safetensors)", where=str(folder))
     # Without these files transformers makes a tokenizer with an empty vocabulary: every word would be unknown.
@@ -431,21 +434,21 @@ def check_folder(folder: Path) -> None:
         raise BadInputError("this model folder has no tokenizer (tokenizer.json, vocab.txt ...)", where=str(folder))
 
 
-def safetensors_names(file: Path) -> list[str]:
-    """The tensors that a safetensors file announces; the announced bytes must be there."""
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """What a safetensors file announces of its tensors, by name; the announced bytes must be there."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             size = file.stat().st_size
             if length > size:
                 raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
+            header: dict[str, Any] = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         if any(entry["data_offsets"][1] > size - 8 - length for entry in header.values()):
             raise ValueError("it is shorter than its header announces; the copy may have been cut off")
     except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         raise BadInputError(f"this weights file is damaged: {error}", where=str(file), hint="Copy it again.") from error
-    return list(header)
+    return header
 
 
 def load_error(name: str, folder: Path, error: Exception) -> BadInputError:

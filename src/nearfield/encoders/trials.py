@@ -286,7 +286,7 @@ def check_direction(model: SentenceTransformer, causal: bool, where: str) -> Non
     transformer = model[0].auto_model
     with torch.random.fork_rng(), evaluating(model):
         try:
-            complaint = _first_sees_last(model) if causal else _complaint(model)
+            complaint = _wrong_direction(model, causal)
         except Exception as error:  # whatever an unknown architecture raises means that it cannot be tried out
             complaint = f"it cannot be tried out ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
     if complaint:
@@ -329,22 +329,17 @@ def _texts(model: SentenceTransformer) -> tuple[Any, Any, Any]:
     return short, other, rest
 
 
-def _first_sees_last(model: SentenceTransformer) -> str | None:
-    short, other, long = _texts(model)
-    for beside, how in (([], "alone"), ([long], "beside a longer one")):
-        first, changed = _first_token(model, [short, *beside]), _first_token(model, [other, *beside])
-        if float((first - changed).abs().max()) > 1e-6 * float(first.abs().max()):
-            return f"the first token of a text that is encoded {how} sees the last one"
-    return None
-
-
-def _complaint(model: SentenceTransformer) -> str | None:
+def _wrong_direction(model: SentenceTransformer, causal: bool) -> str | None:
+    """What is wrong with a model that is to look back only, or both ways."""
     transformer = model[0].auto_model
     short, other, long = _texts(model)
     for beside, how in (([], "alone"), ([long], "beside a longer one")):
         first, changed = _first_token(model, [short, *beside]), _first_token(model, [other, *beside])
-        if not float((first - changed).abs().max()) > 1e-6 * float(first.abs().max()):
-            return f"the first token of a text that is encoded {how} does not see the last one"
+        sees = float((first - changed).abs().max()) > 1e-6 * float(first.abs().max())
+        if sees == causal:
+            return f"the first token of a text that is encoded {how} {'sees' if sees else 'does not see'} the last one"
+    if causal:
+        return None
     layer = _blind_layer(transformer, short)
     if layer is not None:
         return f"in layer {layer} the first token does not see the last one"
