@@ -76,19 +76,21 @@ def ensure_store(config: DataConfig, cache: Path, *, encoders: Encoders | None =
     """Build the store in ``cache/data/<fingerprint>`` unless it is there; ``.reused`` tells which."""
     readers = _readers(config)
     mark = _fingerprint(config, readers)
-    out = cache / "data" / mark
-    if _is_whole(out):
-        logger.debug("The store %s is up to date", out)
-        return read_summary(out)
-    return _build(config, readers, out, mark, encoders)
+    return _ensure(config, readers, cache / "data" / mark, mark, encoders)
 
 
 def ensure_store_at(config: DataConfig, out: Path, *, encoders: Encoders | None = None) -> DataSummary:
     """Build the store in the folder ``out`` unless the same one is there; one of another recipe is replaced."""
     readers = _readers(config)
-    mark = _fingerprint(config, readers)
+    return _ensure(config, readers, out, _fingerprint(config, readers), encoders)
+
+
+def _ensure(
+    config: DataConfig, readers: list[ReaderBase], out: Path, mark: str, encoders: Encoders | None
+) -> DataSummary:
     if _is_whole(out):
         if read_json(out / "store.json", "store").get("fingerprint") == mark:
+            logger.debug("The store %s is up to date", out)
             return read_summary(out)
         logger.info("The store %s is built again: the recipe, its files or the format of stores changed", out)
     return _build(config, readers, out, mark, encoders)

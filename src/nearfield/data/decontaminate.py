@@ -340,27 +340,28 @@ class _Removals:
 
     def __init__(self, training: TrainingTexts) -> None:
         self.training = training
-        self.strongest: dict[int, tuple[int, str, str]] = {}
+        self.kinds = np.full(len(training.items), len(KINDS), dtype=np.uint8)
+        self.sources = np.zeros(len(training.items), dtype=np.int64)
+        """The task and role that the strongest match is with, a number of ``names``."""
+        self.names: list[tuple[str, str]] = []
 
     def add(self, task: str, best: npt.NDArray[np.uint8]) -> None:
         """Take in the matches of a task, [roles, n]."""
-        for number, role in enumerate(ROLES):
-            if role == "distractor":
-                continue
-            for place in np.flatnonzero(best[number] < len(KINDS)).tolist():
-                kind = int(best[number, place])
-                if place not in self.strongest or kind < self.strongest[place][0]:
-                    self.strongest[place] = (kind, task, role)
+        for role, kinds in zip(ROLES, best, strict=True):
+            stronger = kinds < self.kinds
+            if role != "distractor" and stronger.any():
+                self.kinds[stronger], self.sources[stronger] = kinds[stronger], len(self.names)
+                self.names.append((task, role))
 
     def result(self) -> tuple[Removal, ...]:
         """In the order of the store's items."""
-        places = sorted(self.strongest)
-        rows = self.training.items[np.asarray(places, dtype=np.int64)]
-        ids = self.training.store.items["id"].take(rows).to_pylist()
-        texts = self.training.store.texts(rows)
+        places = np.flatnonzero(self.kinds < len(KINDS))
+        store, rows = self.training.store, self.training.items[places]
+        ids, texts = store.items["id"].take(rows).to_pylist(), store.texts(rows)
+        sources = [self.names[source] for source in self.sources[places].tolist()]
         return tuple(
-            Removal(identity.hex(), KINDS[self.strongest[place][0]], *self.strongest[place][1:], excerpt(text))
-            for place, identity, text in zip(places, ids, texts, strict=True)
+            Removal(identity.hex(), KINDS[kind], task, role, excerpt(text))
+            for identity, kind, (task, role), text in zip(ids, self.kinds[places].tolist(), sources, texts, strict=True)
         )
 
 
