@@ -151,7 +151,7 @@ def freeze_unused(model: SentenceTransformer) -> None:
 
     Such are the head that a vision model was pretrained with, and the layer before it.
     """
-    tower = (getattr(model[0], "sub_modules", None) or {}).get("image")
+    tower = dict(getattr(model[0], "sub_modules", None) or {}).get("image")
     if tower is not None or family_of(model) is not None:
         for parameter in unused_parameters(model, tower):
             parameter.requires_grad_(False)
