@@ -50,21 +50,21 @@ def populations() -> dict[str, Floats]:
     return found
 
 
-def covered(draws: Floats, truth: float, freedom: Floats | float) -> float:
-    """The share of simulations ``draws [samples, simulations]`` whose interval holds the truth."""
-    freedoms = np.broadcast_to(np.asarray(freedom, dtype=np.float64), draws.shape[1])
+def covered(replicates: Floats, truth: float, freedom: Floats | float) -> float:
+    """The share of simulations ``replicates [samples, simulations]`` whose interval holds the truth."""
+    freedoms = np.broadcast_to(np.asarray(freedom, dtype=np.float64), replicates.shape[1])
     inside = 0
-    for i in range(draws.shape[1]):
-        interval = statistics.percentile_interval(draws[:, i], 0.95, float(freedoms[i]))
+    for i in range(replicates.shape[1]):
+        interval = statistics.percentile_interval(replicates[:, i], 0.95, float(freedoms[i]))
         inside += int(interval.low <= truth <= interval.high)
-    return float(inside / draws.shape[1])
+    return float(inside / replicates.shape[1])
 
 
 def mean_coverage(population: Floats, n: int, simulations: int, samples: int, rng: Rng) -> float:
     """Means over queries drawn from a population."""
     values = rng.choice(population, size=(n, simulations))
-    draws = statistics.bootstrap_means(values, np.arange(n), samples, rng)
-    return covered(draws, float(population.mean()), n - 1.0)
+    replicates = statistics.bootstrap_means(values, np.arange(n), samples, rng)
+    return covered(replicates, float(population.mean()), n - 1.0)
 
 
 def clustered_coverage(n: int, simulations: int, samples: int, rng: Rng) -> float:
@@ -89,11 +89,11 @@ def accuracy_coverage(n: int, simulations: int, samples: int, rng: Rng) -> float
     inside, block = 0.0, 250
     for _ in range(0, simulations, block):
         runs = _correct(n, block, rng)
-        draws = CROSSED_MEAN.replicates(np.empty(0), runs, np.arange(n), samples, rng)
+        replicates = CROSSED_MEAN.replicates(np.empty(0), runs, np.arange(n), samples, rng)
         errors = [CrossedError.of(runs[:, :, i], np.arange(n)) for i in range(block)]
         centre = runs.mean(axis=(0, 1))
-        draws = centre + np.array([error.scale for error in errors]) * (draws - centre)
-        inside += covered(draws, truth, np.array([error.freedom for error in errors])) * block
+        replicates = centre + np.array([error.scale for error in errors]) * (replicates - centre)
+        inside += covered(replicates, truth, np.array([error.freedom for error in errors])) * block
     return inside / (-(-simulations // block) * block)
 
 
@@ -119,8 +119,8 @@ def _single(
     inside = 0
     for _ in range(simulations):
         gold, predicted = make(n, rng)
-        draws = estimator.replicates(gold, predicted[:, None], np.arange(n), samples, rng)[:, 0]
-        interval = statistics.percentile_interval(draws, 0.95, n - 1.0)
+        replicates = estimator.replicates(gold, predicted[:, None], np.arange(n), samples, rng)[:, 0]
+        interval = statistics.percentile_interval(replicates, 0.95, n - 1.0)
         inside += interval.low <= truth <= interval.high
     return inside / simulations
 
@@ -133,8 +133,8 @@ def f1_coverage(n: int, simulations: int, samples: int, rng: Rng) -> float:
         right = left + 0.9 * rng.normal(size=(n, 16)).astype(np.float32)
         match = (left @ right.T - 0.5 * (right**2).sum(axis=1)).argmax(axis=1)[:, None]
         gold = np.arange(n)
-        draws = MATCH_F1.replicates(gold, match, np.arange(n), samples, rng)[:, 0]
-        intervals.append(statistics.percentile_interval(draws, 0.95, n - 1.0))
+        replicates = MATCH_F1.replicates(gold, match, np.arange(n), samples, rng)[:, 0]
+        intervals.append(statistics.percentile_interval(replicates, 0.95, n - 1.0))
         found.append(MATCH_F1.value(gold, match[:, 0]))
     truth = float(np.mean(found))
     return float(np.mean([one.low <= truth <= one.high for one in intervals]))
@@ -211,8 +211,8 @@ def equivalence(simulations: int, samples: int, rng: Rng) -> dict[str, float]:
     found = {}
     for title, true in (("0.5 points (an error)", 0.005), ("0", 0.0)):
         values = true + 0.05 * rng.normal(size=(n, simulations))
-        draws = statistics.bootstrap_means(values, np.arange(n), samples, rng)
-        p = [statistics.equivalence_p(draws[:, i], 0.005) for i in range(simulations)]
+        replicates = statistics.bootstrap_means(values, np.arange(n), samples, rng)
+        p = [statistics.equivalence_p(replicates[:, i], 0.005) for i in range(simulations)]
         found[title] = float((np.array(p) <= 0.05).mean())
     return found
 
@@ -224,8 +224,8 @@ def rank_coverage(simulations: int, samples: int, rng: Rng) -> dict[str, Any]:
     n, held, width = 200, 0, 0.0
     for _ in range(simulations):
         values = true + 0.15 * rng.normal(size=(n, 1)) + 0.1 * rng.normal(size=(n, len(true)))
-        draws = statistics.bootstrap_means(values, np.arange(n), samples, rng)
-        sets = statistics.rank_sets(values.mean(axis=0), draws)
+        replicates = statistics.bootstrap_means(values, np.arange(n), samples, rng)
+        sets = statistics.rank_sets(values.mean(axis=0), replicates)
         held += bool(((sets.low <= best) & (sets.high >= worst)).all())
         width += float((sets.high - sets.low + 1).mean())
     return {

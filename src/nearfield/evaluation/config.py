@@ -109,6 +109,7 @@ class FolderTasks(TaskSettings):
 
     kind: Literal["folder"] = "folder"
     path: ConfigPath
+    """The folder; each folder in it that has a meta.json is a task, or it is one itself."""
     only: list[TaskName] | None = None
     """Names of the tasks to take from a folder of folders; null takes all."""
 
@@ -137,10 +138,13 @@ class HeldOutTask(TaskSettings):
 
     kind: Literal["heldout"] = "heldout"
     name: TaskName
+    """What the task is called in results and tables; choose one that no other task of the suite has."""
     data: ConfigPath
     """A data recipe (YAML) or a built store (folder)."""
     source: str
+    """The source of the data recipe whose examples are scored."""
     split: str = "test"
+    """The split that is scored. No training may have seen it."""
     train_split: str = "train"
     """Where a classification task takes its few training items from."""
     as_: Literal["auto", "clustering", "zero_shot"] = Field("auto", alias="as")
@@ -158,7 +162,9 @@ class HeldOutTask(TaskSettings):
     max_queries: Annotated[int, Field(ge=1)] | None = None
     """Sample this many queries (pairs, items); null takes all."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Which queries and distractors are sampled. Scores of different seeds are scores on different data."""
     language: Language = "eng-Latn"
+    """What the task's metadata say of its texts; mteb filters by it."""
 
     def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
         """The task; the store is opened now."""
@@ -198,11 +204,13 @@ class MmebTask(TaskSettings):
 
     kind: Literal["mmeb"] = "mmeb"
     name: TaskName
+    """What the task is called in results and tables; choose one that no other task of the suite has."""
     file: ConfigPath
     """JSONL or Parquet with ``qry_inst``, ``qry_text``, ``qry_img_path``, ``tgt_text`` and ``tgt_img_path``."""
     images: ConfigPath | None = None
     """Where the paths of images start; null is the folder of the file."""
     language: Language = "eng-Latn"
+    """What the task's metadata say of its texts; mteb filters by it."""
 
     def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
         """The task; rows are read now, images when it runs."""
@@ -237,7 +245,9 @@ class SuiteConfig(Config):
     """A named set of tasks."""
 
     name: str = Field(min_length=1)
+    """What the suite is called in logs and messages."""
     tasks: list[TaskEntry] = Field(min_length=1)
+    """Entries are scored in this order; no two tasks may bear the same name."""
 
     @classmethod
     def of(cls, suite: SuiteConfig | Path) -> tuple[SuiteConfig, str]:

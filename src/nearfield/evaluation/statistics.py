@@ -144,9 +144,9 @@ def percentile_interval(resamples: Floats, level: float, freedom: float | None =
 
 
 def equivalence_p(differences: Floats, margin: float) -> float:
-    """p of two one-sided tests that a difference lies within ``margin``, from its draws ``[samples]``.
+    """p of two one-sided tests that a difference lies within ``margin``, from its replicates ``[samples]``.
 
-    The larger of the two add-one shares of draws beyond either margin (Schuirmann, 1987); at most 0.05 exactly where
+    The larger of the two add-one shares of replicates beyond either margin (Schuirmann, 1987); at most 0.05 exactly where
     the 90 % percentile interval lies inside the margins.
     """
     drawn = differences[np.isfinite(differences)]
@@ -234,10 +234,10 @@ class RankSets:
     above: NDArray[np.bool_]
 
 
-def rank_sets(estimates: Floats, draws: Floats, level: float = 0.95) -> RankSets:
-    """Simultaneous confidence sets of ranks from ``estimates [models]`` and joint draws around them ``[samples, models]``.
+def rank_sets(estimates: Floats, replicates: Floats, level: float = 0.95) -> RankSets:
+    """Simultaneous confidence sets of ranks from ``estimates [models]`` and joint replicates around them ``[samples, models]``.
 
-    All pairwise differences are tested at once by the largest standardised deviation of the draws, step by step (Romano
+    All pairwise differences are tested at once by the largest standardised deviation of the replicates, step by step (Romano
     & Wolf, 2005); a model's rank lies between one plus the models above it and the number of those not below it
     (Mogstad, Romano, Shaikh & Wilhelm, 2024). All true ranks are in their sets with probability ``level``.
     """
@@ -245,9 +245,9 @@ def rank_sets(estimates: Floats, draws: Floats, level: float = 0.95) -> RankSets
     above = np.zeros((models, models), dtype=bool)
     first, second = np.triu_indices(models, 1)
     if len(first):
-        centred = draws - draws.mean(axis=0)
+        centred = replicates - replicates.mean(axis=0)
         spread = np.empty(len(first))
-        standard = np.empty((len(draws), len(first)), dtype=np.float32)
+        standard = np.empty((len(replicates), len(first)), dtype=np.float32)
         for pair, (i, j) in enumerate(zip(first, second, strict=True)):
             deviation = centred[:, i] - centred[:, j]
             spread[pair] = deviation.std()

@@ -105,7 +105,7 @@ def twins(
         drawn = {task: _drawn(table[task], samples, seed) for task in table}
         points = {task: float(np.mean([of.score for of in table[task].values()])) for task in table}
         rows = [_gap(name, kind, types, general, domain, points, drawn, level) for kind in shared]
-        whole = _whole(name, [gap for gap, _ in rows], [draws for _, draws in rows], level)
+        whole = _whole(name, [gap for gap, _ in rows], [replicates for _, replicates in rows], level)
         gaps += [*(gap for gap, _ in rows), whole]
         sides["general"].append(whole.general)
         sides["domain"].append(whole.domain)
@@ -140,10 +140,10 @@ def _drawn(scores: Mapping[Key, TaskScores], samples: int, seed: int) -> Floats 
     """Draws of a task's score (the mean over its subsets), None where one of them has no interval."""
     parts = []
     for key, of in scores.items():
-        draws = [of.own(drawn) for _, drawn in joint_replicates(key, {"": of}, samples, seed)]
-        if not draws:
+        replicates = [of.own(drawn) for _, drawn in joint_replicates(key, {"": of}, samples, seed)]
+        if not replicates:
             return None
-        parts.append(draws[0])
+        parts.append(replicates[0])
     return np.asarray(np.mean(parts, axis=0), dtype=np.float64)
 
 
@@ -159,24 +159,24 @@ def _gap(
 ) -> tuple[Gap, Floats | None]:
     sides = [[task for task in side if types[task] == kind] for side in (general, domain)]
     means = [float(np.mean([points[task] for task in side])) for side in sides]
-    known = [[draws for task in side if (draws := drawn[task]) is not None] for side in sides]
-    draws = None
+    known = [[replicates for task in side if (replicates := drawn[task]) is not None] for side in sides]
+    replicates = None
     if all(len(found) == len(side) for found, side in zip(known, sides, strict=True)):
-        draws = np.mean(known[1], axis=0) - np.mean(known[0], axis=0)
-    return Gap(name, kind, means[0], means[1], means[1] - means[0], *_ends(draws, level)), draws
+        replicates = np.mean(known[1], axis=0) - np.mean(known[0], axis=0)
+    return Gap(name, kind, means[0], means[1], means[1] - means[0], *_ends(replicates, level)), replicates
 
 
-def _whole(name: str, gaps: Sequence[Gap], draws: Sequence[Floats | None], level: float) -> Gap:
-    known = [one for one in draws if one is not None]
-    mean = np.mean(known, axis=0) if len(known) == len(draws) else None
+def _whole(name: str, gaps: Sequence[Gap], replicates: Sequence[Floats | None], level: float) -> Gap:
+    known = [one for one in replicates if one is not None]
+    mean = np.mean(known, axis=0) if len(known) == len(replicates) else None
     general, domain = (float(np.mean([getattr(gap, side) for gap in gaps])) for side in ("general", "domain"))
     return Gap(name, "all", general, domain, domain - general, *_ends(mean, level))
 
 
-def _ends(draws: Floats | None, level: float) -> tuple[float | None, float | None]:
-    if draws is None:
+def _ends(replicates: Floats | None, level: float) -> tuple[float | None, float | None]:
+    if replicates is None:
         return None, None
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
