@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import DisjointSet
@@ -223,21 +224,27 @@ def _document_keys(rows: _Rows, answering: str) -> dict[int, set[str]]:
     return keys
 
 
+def _clustered(config: HeldOutTask, rows: _Rows, chosen: Ints, **details: Any) -> SuiteTask:
+    """A task without its class yet, whose units are these examples, with the clusters that the data name."""
+    keys = rows.column("cluster", chosen)
+    about = {"store": rows.store.fingerprint, "source": config.source, "split": config.split}
+    result = SuiteTask(None, details={**about, **details})
+    result.clusters["default", config.split] = {str(i): key for i, key in enumerate(keys) if key is not None}
+    return result
+
+
 def _sts(config: HeldOutTask, rows: _Rows) -> SuiteTask:
     chosen = _sample(config, rows.held_out, config.max_queries, "pairs")
     store, ids = rows.store, _item_ids(rows.store)
     first = np.array(rows.column("query", chosen), dtype=np.int64)
     second = _flat(rows.column("positives", chosen))
     scores = [float(score) for score in rows.column("score", chosen)]
-    keys = rows.column("cluster", chosen)
-    result = SuiteTask(None, details={**_about(config, store), "pairs": len(chosen)})
-    result.clusters["default", config.split] = {str(i): key for i, key in enumerate(keys) if key is not None}
-    sizes = Counter(key if key is not None else f"pair {i}" for i, key in enumerate(keys))
+    result = _clustered(config, rows, chosen, pairs=len(chosen))
+    named = result.clusters["default", config.split]
+    sizes = Counter(named.get(str(i), f"pair {i}") for i in range(len(chosen)))
     result.details |= {"clusters": len(sizes), "largest_cluster": max(sizes.values())}
 
     def load() -> dict[str, Any]:
-        import datasets
-
         columns = {"sentence1": store.texts(first), "sentence2": store.texts(second), "score": scores}
         return {config.split: datasets.Dataset.from_dict(columns)}
 
@@ -267,16 +274,12 @@ def _labelled(config: HeldOutTask, rows: _Rows) -> SuiteTask:
     items = {split: np.array(rows.column("query", r), dtype=np.int64) for split, r in splits.items()}
     labels = {split: rows.column("label", r) for split, r in splits.items()}
     numbers = {label: i for i, label in enumerate(sorted({label for column in labels.values() for label in column}))}
-    keys = rows.column("cluster", chosen)
-    result = SuiteTask(None, details={**_about(config, store), "items": len(chosen), "labels": len(numbers)})
-    result.clusters["default", config.split] = {str(i): key for i, key in enumerate(keys) if key is not None}
+    result = _clustered(config, rows, chosen, items=len(chosen), labels=len(numbers))
     images = _modality(config, store, np.concatenate(list(items.values()))) == "image"
     item_name = "image" if images else "sentences" if clustering else "text"
     label_name = "labels" if clustering else "label"
 
     def load() -> dict[str, Any]:
-        import datasets
-
         data = {
             split: datasets.Dataset.from_dict(
                 {
@@ -289,11 +292,9 @@ def _labelled(config: HeldOutTask, rows: _Rows) -> SuiteTask:
         return dict(datasets.DatasetDict(data)) if clustering else {"default": datasets.DatasetDict(data)}
 
     content = {split: [[ids(int(i)) for i in items[split]], labels[split]] for split in splits}
-    attributes: dict[str, Any] = {}
+    attributes: dict[str, Any] = {"train_split": config.train_split}
     if clustering:
         attributes = {"max_fraction_of_documents_to_embed": None}
-    else:
-        attributes = {"train_split": config.train_split}
     if images:
         attributes |= {"input_column_name": "image"}
     allowed = ("Image" if images else "") + ("Clustering" if clustering else "Classification")
@@ -310,13 +311,9 @@ def _zero_shot(config: HeldOutTask, rows: _Rows, chosen: Ints) -> SuiteTask:
         raise BadInputError("'as: zero_shot' is for images", where=str(config.data))
     names = sorted(set(labels))
     texts = [config.template.replace("{label}", name) for name in names]
-    result = SuiteTask(None, details={**_about(config, store), "items": len(chosen), "labels": len(names)})
-    keys = rows.column("cluster", chosen)
-    result.clusters["default", config.split] = {str(i): key for i, key in enumerate(keys) if key is not None}
+    result = _clustered(config, rows, chosen, items=len(chosen), labels=len(names))
 
     def load() -> dict[str, Any]:
-        import datasets
-
         columns = {"image": store.images(items), "label": [names.index(label) for label in labels]}
         return {config.split: datasets.Dataset.from_dict(columns)}
 
@@ -324,10 +321,6 @@ def _zero_shot(config: HeldOutTask, rows: _Rows, chosen: Ints) -> SuiteTask:
     content = [[ids(int(item)) for item in items], labels, texts]
     result.task = _make(config, "ZeroShotClassification", fingerprint(content), load, attributes)
     return result
-
-
-def _about(config: HeldOutTask, store: Any) -> dict[str, Any]:
-    return {"store": store.fingerprint, "source": config.source, "split": config.split}
 
 
 def _make(
@@ -362,8 +355,6 @@ def _item_ids(store: Any) -> Callable[[int], str]:
 
 
 def _dataset(store: Any, rows: Ints, ids: Callable[[int], str], modality: str) -> Any:
-    import datasets
-
     columns: dict[str, Any] = {"id": [ids(int(row)) for row in rows]}
     if "text" in modality:
         columns["text"] = store.texts(rows)
