@@ -311,8 +311,6 @@ class _Whole:
 
 # Units while they are scored
 
-_NOT_RIGHT_OR_WRONG = (AbsTaskMultilabelClassification, AbsTaskRegression)
-"""Classifications whose items have several labels, or a number: a prediction is not simply right or wrong."""
 _TREC = {"ndcg": "ndcg_cut_", "map": "map_cut_", "recall": "recall_", "precision": "P_", "hit_rate": "success_"}
 _EXTRA_METRICS = ("ndcg_at_10", "recall_at_10", "recall_at_100", "mrr_at_10")
 _STS_SCORES = {
@@ -326,195 +324,190 @@ NO_MAXIMUM = "the score {} is the best over all thresholds, chosen on the very p
 
 
 class Recorder:
-    """Keeps the per-unit scores of one task while mteb evaluates it."""
+    """Keeps the scores of single units of one task while mteb scores it."""
 
     def __init__(self, suite_task: SuiteTask) -> None:
-        self.suite_task = suite_task
+        self.suite_task, self.task = suite_task, suite_task.task
+        self.main = str(suite_task.task.metadata.main_score)
         self.record = Record()
-        self._found: dict[tuple[str, str], dict[str, str]] = {}
+        self._shared: dict[tuple[str, str], dict[str, str]] = {}
+        """Clusters of units that share content, where the data name none (they do so once they are loaded)."""
+        self._place = ("", "")
+        """Subset and split that mteb scores now."""
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Listen to the task inside: mteb calls these two methods while it scores."""
-        task = self.suite_task.task
-        self._attach(task)
+        task = self.task
+        task._save_task_predictions = self._keep
+        if isinstance(task, AbsTaskRetrieval):
+            own = task.task_specific_scores
+
+            def task_specific_scores(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> Any:
+                self._at(hf_subset, hf_split)
+                self._keep_retrieval(scores, qrels, results)
+                return own(scores, qrels, results, hf_split=hf_split, hf_subset=hf_subset)
+
+            task.task_specific_scores = task_specific_scores
         try:
             yield
         finally:
             vars(task).pop("_save_task_predictions")
             vars(task).pop("task_specific_scores", None)
 
-    def _attach(self, task: Any) -> None:
-        task._save_task_predictions = self._keep
-        if isinstance(task, AbsTaskRetrieval):
-            own = task.task_specific_scores
-
-            def task_specific_scores(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> Any:
-                self._keep_retrieval(scores, qrels, results, hf_subset, hf_split)
-                return own(scores, qrels, results, hf_split=hf_split, hf_subset=hf_subset)
-
-            task.task_specific_scores = task_specific_scores
-
     def _keep(self, predictions: Any, model: Any, folder: Path, hf_split: str, hf_subset: str) -> None:
-        task = self.suite_task.task
-        if isinstance(task, AbsTaskRetrieval):
-            return
-        if isinstance(task, AbsTaskSTS):
-            self._keep_sts(predictions, hf_subset, hf_split)
-        elif isinstance(task, AbsTaskPairClassification):
-            self._keep_pairs(predictions, hf_subset, hf_split)
-        elif isinstance(task, AbsTaskBitextMining):
-            self._keep_bitext(predictions, hf_subset, hf_split)
-        elif isinstance(task, AbsTaskZeroShotClassification):
-            self._keep_zero_shot(predictions, hf_subset, hf_split)
-        elif isinstance(task, AbsTaskClassification) and not isinstance(task, _NOT_RIGHT_OR_WRONG):
-            self._keep_classification(predictions, hf_subset, hf_split)
-        elif not isinstance(task, AbsTaskClustering | AbsTaskClusteringLegacy):
-            self._no_interval(
-                hf_subset, hf_split, f"scores of single units are not kept for {task.metadata.type} tasks"
-            )
+        self._at(hf_subset, hf_split)
+        for kind, keep in (
+            (AbsTaskRetrieval, None),
+            (AbsTaskSTS, self._keep_sts),
+            (AbsTaskPairClassification, self._keep_pairs),
+            (AbsTaskBitextMining, self._keep_bitext),
+            (AbsTaskZeroShotClassification, self._keep_zero_shot),
+            (AbsTaskMultilabelClassification | AbsTaskRegression, self._keep_nothing),
+            (AbsTaskClassification, self._keep_classification),
+            (AbsTaskClustering | AbsTaskClusteringLegacy, None),
+            (object, self._keep_nothing),
+        ):
+            if isinstance(self.task, kind):
+                if keep is not None:
+                    keep(predictions)
+                return
 
-    def _no_interval(self, subset: str, split: str, reason: str) -> None:
-        self.record.reasons[f"{subset}/{split}"] = reason
+    def _at(self, subset: str, split: str) -> None:
+        self._place = (subset, split)
 
-    def _rows(self, subset: str, split: str, unit: str, metric: str, values: dict[str, float]) -> None:
-        clusters = self.suite_task.clusters.get((subset, split)) or self._found.get((subset, split), {})
+    def _no_interval(self, reason: str) -> None:
+        self.record.reasons["/".join(self._place)] = reason
+
+    def _unless_mean(self, units: str, *metrics: str) -> None:
+        """No interval where the main score is none of these metrics, which are means over units."""
+        if self.main not in metrics:
+            self._no_interval(f"the score {self.main} is no mean over {units}, so no interval is given")
+
+    def _rows(self, unit: str, metric: str, values: Mapping[str, float] | Iterable[float]) -> None:
+        """A row for each unit, by its id or its number."""
+        values = values if isinstance(values, Mapping) else {str(i): value for i, value in enumerate(values)}
+        clusters = self.suite_task.clusters.get(self._place) or self._shared.get(self._place, {})
+        subset, split = self._place
+        same = {"task": self.suite_task.name, "subset": subset, "split": split, "unit": unit, "metric": metric}
         columns = self.record.columns
-        columns["task"] += [self.suite_task.name] * len(values)
-        columns["subset"] += [subset] * len(values)
-        columns["split"] += [split] * len(values)
-        columns["unit"] += [unit] * len(values)
+        for name, value in same.items():
+            columns[name] += [value] * len(values)
         columns["id"] += list(values)
         columns["cluster"] += [clusters.get(key) for key in values]
-        columns["metric"] += [metric] * len(values)
         columns["value"] += [float(value) for value in values.values()]
 
-    def _data(self, subset: str, split: str) -> Any:
-        dataset = self.suite_task.task.dataset
-        return dataset[subset][split] if subset in dataset else dataset[split]
+    def _data(self) -> Any:
+        subset, split = self._place
+        return self.task.dataset[subset][split] if subset in self.task.dataset else self.task.dataset[split]
 
-    def _cluster(self, subset: str, split: str, contents: Mapping[str, Iterable[str]]) -> None:
+    def _cluster(self, contents: Mapping[str, Iterable[str]]) -> None:
         """Units that share content (a relevant document, a sentence) are not independent: they become one cluster."""
-        if not self.suite_task.clusters.get((subset, split)):
-            self._found[subset, split] = shared_clusters(contents)
+        if not self.suite_task.clusters.get(self._place):
+            self._shared[self._place] = shared_clusters(contents)
 
-    def _keep_retrieval(self, scores: Any, qrels: Any, results: Any, subset: str, split: str) -> None:
-        relevant = {query: [d for d, grade in qrels.get(query, {}).items() if grade > 0] for query in scores}
-        self._cluster(subset, split, relevant)
-        main = self.suite_task.task.metadata.main_score
-        for metric in dict.fromkeys([main, *_EXTRA_METRICS]):
+    def _keep_nothing(self, predictions: Any) -> None:
+        self._no_interval(f"scores of single units are not kept for {self.task.metadata.type} tasks")
+
+    def _keep_retrieval(self, scores: Any, qrels: Any, results: Any) -> None:
+        self._cluster({query: [d for d, grade in qrels.get(query, {}).items() if grade > 0] for query in scores})
+        for metric in dict.fromkeys([self.main, *_EXTRA_METRICS]):
             values = query_values(metric, scores, qrels, results)
             if values is not None:
-                self._rows(subset, split, "query", metric, values)
-            elif metric == main:
-                self._no_interval(subset, split, f"the score {main} is no mean over queries, so no interval is given")
+                self._rows("query", metric, values)
+            elif metric == self.main:
+                self._unless_mean("queries")
         top = self.record.top
         for query, documents in results.items():
             best = heapq.nlargest(TOP, documents.items(), key=lambda item: (item[1], item[0]))
             for rank, (document, score) in enumerate(best, start=1):
-                row = (self.suite_task.name, subset, split, query, rank, document, float(score))
+                row = (self.suite_task.name, *self._place, query, rank, document, float(score))
                 for name, value in zip(TOP_SCHEMA.names, row, strict=True):
                     top[name].append(value)
 
-    def _pairs_of_texts(self, subset: str, split: str, data: Any, columns: Sequence[Any]) -> None:
+    def _pairs_of_texts(self, data: Any, columns: Sequence[Any]) -> None:
         if all(isinstance(name, str) for name in columns):
             texts = [
                 data[name][0] if len(data) == 1 and isinstance(data[name][0], list) else data[name][:]
                 for name in columns
             ]
             if all(isinstance(text, str) for column in texts for text in column):
-                pairs = {str(i): pair for i, pair in enumerate(zip(*texts, strict=True))}
-                self._cluster(subset, split, pairs)
+                self._cluster({str(i): pair for i, pair in enumerate(zip(*texts, strict=True))})
 
-    def _keep_sts(self, predictions: Any, subset: str, split: str) -> None:
-        main = self.suite_task.task.metadata.main_score
-        data = self._data(subset, split)
-        self._pairs_of_texts(subset, split, data, self.suite_task.task.column_names)
-        gold = [float(score) for score in data["score"][:]]
-        scores = predictions.get(_STS_SCORES.get(main, ""))
-        if main == "spearman" and scores is None:
+    def _keep_sts(self, predictions: Any) -> None:
+        data = self._data()
+        self._pairs_of_texts(data, self.task.column_names)
+        scores = predictions.get(_STS_SCORES.get(self.main, ""))
+        if self.main == "spearman" and scores is None:
             scores = predictions["cosine_scores"]
-        self._rows(subset, split, "pair", "gold", {str(i): score for i, score in enumerate(gold)})
+        self._rows("pair", "gold", [float(score) for score in data["score"][:]])
         if scores is None:
-            self._no_interval(subset, split, f"the score {main} is no Spearman correlation, so no interval is given")
-            return
-        self._rows(subset, split, "pair", "prediction", {str(i): score for i, score in enumerate(scores)})
+            self._no_interval(f"the score {self.main} is no Spearman correlation, so no interval is given")
+        else:
+            self._rows("pair", "prediction", scores)
 
-    def _keep_pairs(self, predictions: Any, subset: str, split: str) -> None:
-        task = self.suite_task.task
-        data = self._data(subset, split)
-        labels = data[task.label_column_name]
+    def _keep_pairs(self, predictions: Any) -> None:
+        data = self._data()
+        labels = data[self.task.label_column_name]
         labels = np.asarray(labels[0] if len(data) == 1 else labels[:], dtype=np.float64)
-        main = task.metadata.main_score
-        scores, given = _pair_scores(main, predictions, labels)
-        self._pairs_of_texts(subset, split, data, [task.input1_column_name, task.input2_column_name])
-        for metric, values in (("label", labels), ("prediction", scores)):
-            self._rows(subset, split, "pair", metric, {str(i): value for i, value in enumerate(values)})
+        scores, given = _pair_scores(self.main, predictions, labels)
+        self._pairs_of_texts(data, [self.task.input1_column_name, self.task.input2_column_name])
+        self._rows("pair", "label", labels)
+        self._rows("pair", "prediction", scores)
         if not given:
-            self._no_interval(subset, split, NO_MAXIMUM.format(main))
+            self._no_interval(NO_MAXIMUM.format(self.main))
 
-    def _keep_bitext(self, predictions: Any, subset: str, split: str) -> None:
-        main = self.suite_task.task.metadata.main_score
+    def _keep_bitext(self, predictions: Any) -> None:
+        subset, split = self._place
         parallel = subset == "parallel"
         for pair, neighbours in predictions.items():
-            key = pair if parallel else subset
-            data = self._data(subset, split) if not parallel else {}
+            self._at(pair if parallel else subset, split)
+            data = self._data() if not parallel else {}
             gold = data["gold"] if "gold" in data else [(i, i) for i in range(len(neighbours))]
-            right = {str(i): float(gold[i][1] == found["corpus_id"]) for i, found in enumerate(neighbours)}
-            self._rows(key, split, "sentence", "accuracy", right)
-            self._rows(key, split, "sentence", "gold_match", {str(i): gold[i][1] for i in range(len(neighbours))})
-            matches = {str(i): found["corpus_id"] for i, found in enumerate(neighbours)}
-            self._rows(key, split, "sentence", "match", matches)
-            if main not in ("accuracy", "f1"):
-                self._no_interval(key, split, f"the score {main} is no mean over sentences, so no interval is given")
+            right = [gold[i][1] for i in range(len(neighbours))]
+            matches = [found["corpus_id"] for found in neighbours]
+            self._rows("sentence", "accuracy", [a == b for a, b in zip(right, matches, strict=True)])
+            self._rows("sentence", "gold_match", right)
+            self._rows("sentence", "match", matches)
+            self._unless_mean("sentences", "accuracy", "f1")
 
-    def _keep_zero_shot(self, predictions: Any, subset: str, split: str) -> None:
-        task, data = self.suite_task.task, self._data(subset, split)
-        labels = task._normalize_labels(data[task.label_column_name][:], task.get_candidate_labels())
-        right = np.argmax(np.asarray(predictions), axis=1) == np.asarray(labels)
-        self._rows(subset, split, "item", "accuracy", {str(i): float(value) for i, value in enumerate(right)})
-        if task.metadata.main_score != "accuracy":
-            reason = f"the score {task.metadata.main_score} is no mean over items, so no interval is given"
-            self._no_interval(subset, split, reason)
+    def _keep_zero_shot(self, predictions: Any) -> None:
+        task = self.task
+        labels = task._normalize_labels(self._data()[task.label_column_name][:], task.get_candidate_labels())
+        self._rows("item", "accuracy", np.argmax(np.asarray(predictions), axis=1) == np.asarray(labels))
+        self._unless_mean("items", "accuracy")
 
-    def _keep_classification(self, predictions: Any, subset: str, split: str) -> None:
-        task = self.suite_task.task
-        if getattr(task, "is_cross_validation", False):
-            self._no_interval(
-                subset, split, "the task is cross-validated: its folds share items, so no interval is given"
-            )
+    def _keep_classification(self, predictions: Any) -> None:
+        if getattr(self.task, "is_cross_validation", False):
+            self._no_interval("the task is cross-validated: its folds share items, so no interval is given")
             return
-        labels = np.asarray(self._data(subset, split)[task.label_column_name][:])
+        labels = np.asarray(self._data()[self.task.label_column_name][:])
         if labels.ndim != 1 or any(len(run) != len(labels) for run in predictions):
-            self._no_interval(
-                subset, split, "the task does not predict one label for each item, so no interval is given"
-            )
+            self._no_interval("the task does not predict one label for each item, so no interval is given")
             return
         right = np.stack([np.asarray(run) == labels for run in predictions]).astype(np.float64)
-        self._rows(subset, split, "item", "accuracy", {str(i): value for i, value in enumerate(right.mean(axis=0))})
+        self._rows("item", "accuracy", right.mean(axis=0))
         for number, run in enumerate(right):
-            self._rows(subset, split, "item", f"{EXPERIMENT}{number}", {str(i): value for i, value in enumerate(run)})
-        if task.metadata.main_score != "accuracy":
-            reason = f"the score {task.metadata.main_score} is no mean over items, so no interval is given"
-            self._no_interval(subset, split, reason)
+            self._rows("item", f"{EXPERIMENT}{number}", run)
+        self._unless_mean("items", "accuracy")
 
     def finish(self, scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Take from mteb's result (split -> entries) what no prediction tells: the experiments of a clustering."""
-        task = self.suite_task.task
-        if not isinstance(task, AbsTaskClustering | AbsTaskClusteringLegacy):
+        if not isinstance(self.task, AbsTaskClustering | AbsTaskClusteringLegacy):
             return
         for split, entries in scores.items():
             for entry in entries:
-                subset, runs = str(entry["hf_subset"]), entry.get("v_measures")
+                self._at(str(entry["hf_subset"]), split)
+                runs = entry.get("v_measures")
                 if isinstance(runs, Mapping):
                     unit, values = "experiment", np.mean([list(of) for of in runs.values()], axis=0)
                 else:
                     unit, values = "set", np.asarray(runs if runs is not None else [], dtype=np.float64)
-                self.record.reasons.pop(f"{subset}/{split}", None)
-                if task.metadata.main_score != "v_measure" or len(values) < 2:
-                    self._no_interval(subset, split, "the score is not a mean over several clusterings of the task")
-                    continue
-                self._rows(subset, split, unit, "v_measure", {str(i): value for i, value in enumerate(values)})
+                self.record.reasons.pop("/".join(self._place), None)
+                if self.main != "v_measure" or len(values) < 2:
+                    self._no_interval("the score is not a mean over several clusterings of the task")
+                else:
+                    self._rows(unit, "v_measure", values)
 
 
 def shared_clusters(contents: Mapping[str, Iterable[str]]) -> dict[str, str]:
