@@ -354,7 +354,7 @@ def _resumed(place: Place, case: Case, backend: str, label: str) -> Iterator[Fin
     from nearfield.training.checkpoint import open_checkpoint, read_tensors, write_checkpoint
 
     def make() -> Engine:
-        return case.engine(Launch(), backend, dropout=True, rate=1e-3, optimizer=decoupled_adam)
+        return case.engine(Launch(), backend, dropout=True, optimizer=decoupled_adam)
 
     def go(engine: Engine, steps: Sequence[int]) -> None:
         for step in steps:

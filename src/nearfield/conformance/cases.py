@@ -209,9 +209,9 @@ def mixed_images(items: Rows) -> list[Image | None]:
     return [image if item % 3 else None for item, image in zip(items.tolist(), random_images(items), strict=True)]
 
 
-def sgd(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    """Plain SGD: a step of rate 1 subtracts the gradient."""
-    return torch.optim.SGD(parameters, lr=rate)
+def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Plain SGD: a step of rate 1 subtracts the gradient. Each step sets its rate."""
+    return torch.optim.SGD(parameters, lr=1.0)
 
 
 SEED, STEP = 5, 3
@@ -316,10 +316,9 @@ class Case:
         *,
         dropout: bool,
         packing: str = "never",
-        rate: float = 1.0,
         max_norm: float | None = None,
         exchange: str = "gather",
-        optimizer: Callable[[Sequence[nn.Parameter], float], torch.optim.Optimizer] = sgd,
+        optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer] = sgd,
     ) -> Engine:
         """A new engine; its optimiser is plain SGD, so that a step shows the gradient, unless another is given."""
         config = TrainingConfig.model_validate(
@@ -336,7 +335,7 @@ class Case:
         encoder, objective = self.encoder(), self.build()
 
         def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-            return optimizer([parameter for _, parameter in named], rate)
+            return optimizer([parameter for _, parameter in named])
 
         engine = build_engine(config, encoder, objective, make_optimizer, self.data(encoder), self.device, launch)
         if engine.queue is not None:
@@ -424,7 +423,7 @@ class Case:
         data = self.data(encoder)
         module = EmbeddingModule(encoder, objective, data.token_task)
         engine = Engine(
-            ReplicatedBackend(module, lambda named: sgd([p for _, p in named], 1.0), CPU, 1, False),
+            ReplicatedBackend(module, lambda named: sgd([p for _, p in named]), CPU, 1, False),
             encoder,
             objective,
             Launch(),
@@ -509,8 +508,8 @@ def count_differences(one: Backend, other: Backend) -> float:
     return float(count)
 
 
-def decoupled_adam(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+def decoupled_adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW in two groups, as recipes have it."""
     big = [p for p in parameters if p.ndim >= 2]
     small = [p for p in parameters if p.ndim < 2]
-    return torch.optim.AdamW([{"params": big, "weight_decay": 0.01}, {"params": small, "weight_decay": 0.0}], lr=rate)
+    return torch.optim.AdamW([{"params": big, "weight_decay": 0.01}, {"params": small, "weight_decay": 0.0}], lr=1.0)

@@ -237,7 +237,7 @@ def _resumed(suite: Suite, case: Case) -> float:
     """Tensors that differ between three steps, and one step, a checkpoint on the disk, a new engine and two more."""
 
     def stepped(steps: Sequence[int], saved: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None) -> Any:
-        engine = case.engine(suite.launch, suite.backend, dropout=True, rate=1e-2, optimizer=decoupled_adam)
+        engine = case.engine(suite.launch, suite.backend, dropout=True, optimizer=decoupled_adam)
         if saved is not None:
             engine.backend.load(*(saved if suite.launch.is_main else (None, None)))
         for step in steps:
@@ -514,7 +514,7 @@ class Suite:
         case = self.make(OBJECTIVES["infonce, learnt temperature"], 8)
 
         def adamw(launch: Launch, backend: str) -> Engine:
-            return case.engine(launch, backend, dropout=True, rate=1e-3, optimizer=decoupled_adam)
+            return case.engine(launch, backend, dropout=True, optimizer=decoupled_adam)
 
         straight = adamw(self.launch, self.backend)
         for step in range(3):

@@ -36,6 +36,8 @@ from nearfield.training.launch import BackendName
 _STAGES: dict[str, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
 logger = logging.getLogger("nearfield.training")
 
+_TRIED = "0.19"
+"""The DeepSpeed whose private attributes (partitions, links of the optimiser's state, hooks) this file uses."""
 _FLOAT32 = ("fp32", "float32", "float")
 _OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
@@ -356,6 +358,12 @@ def _import_deepspeed() -> Any:
         import deepspeed
     except ImportError as error:
         raise _not_installed() from error
+    if ".".join(deepspeed.__version__.split(".")[:2]) != _TRIED:
+        logger.warning(
+            "DeepSpeed %s was not tried, %s was: `nearfield doctor --conformance` shows whether its gradients are right",
+            deepspeed.__version__,
+            _TRIED,
+        )
     # It warns of any optimiser but its own.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # On CPUs DeepSpeed would compile its own collectives, for minutes at the first run, and spin in them for ever where a
