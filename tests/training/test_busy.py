@@ -69,8 +69,8 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_cut_and_says_what_that_costs() -
 @pytest.fixture()
 def engine(tiny_model: Path, inputs: TrainingInputs) -> Engine:
     case = Case.make(InfoNCEConfig(), folder=tiny_model)
-    case.tokens = inputs.data.tokens
-    return case.engine(Launch(), "single", dropout=True)
+    engine = case.engine(Launch(), "single", dropout=True)
+    return replace(engine, data=inputs.data)
 
 
 def test_several_ranks_log_it(engine: Engine, inputs: TrainingInputs, caplog: pytest.LogCaptureFixture) -> None:

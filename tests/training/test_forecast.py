@@ -44,8 +44,8 @@ CONFIG = TrainingConfig(device="cpu", precision="fp32", averaged_batches=1)
 def engine(tiny_model: Path, inputs: TrainingInputs) -> Engine:
     """A tiny BERT with dropout, in float32, over the tokens of ``inputs``."""
     case = Case.make(InfoNCEConfig(), folder=tiny_model, dtype=torch.float32)
-    case.tokens = inputs.data.tokens
-    return case.engine(Launch(), "single", dropout=True)
+    engine = case.engine(Launch(), "single", dropout=True)
+    return replace(engine, data=inputs.data)
 
 
 def expect(engine: Engine, inputs: TrainingInputs, config: TrainingConfig = CONFIG, held: int = 10**9) -> Forecast:

@@ -44,8 +44,8 @@ from nearfield.training.trainer import TrainingInputs
 def engine(tiny_model: Path, inputs: TrainingInputs) -> Engine:
     """A tiny BERT with dropout, in float32, over the tokens of ``inputs``."""
     case = Case.make(InfoNCEConfig(), folder=tiny_model, dtype=torch.float32)
-    case.tokens = inputs.data.tokens
-    return case.engine(Launch(), "single", dropout=True)
+    engine = case.engine(Launch(), "single", dropout=True)
+    return replace(engine, data=inputs.data)
 
 
 def test_the_tracker_counts_storages_once() -> None:
