@@ -15,7 +15,7 @@ _SUFFIXES = (".yaml", ".yml", ".json", ".md")
 
 @dataclass(frozen=True)
 class Copied:
-    """What a copy did: paths relative to the project folder."""
+    """The outcome of a copy: paths relative to the project folder."""
 
     folder: Path
     written: tuple[str, ...]

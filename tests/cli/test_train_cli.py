@@ -28,7 +28,7 @@ def test_a_run_that_would_start(toy_recipe: Path, tmp_path: Path, capsys: pytest
     for word in ("real;", "are trained", "single, 1 process", "at the peak", "trial steps", "checkpoints of"):
         assert word in printed
     left_out = sum(sum(epoch["dropped"].values()) for epoch in summary["epochs"])
-    assert f"note: {left_out} examples of all epochs" in printed
+    assert f"note: over all epochs {left_out} examples" in printed
     assert "The run would start; nothing was trained." in printed
     assert not (folder / "checkpoints").exists()
     assert not (folder / "model").exists()

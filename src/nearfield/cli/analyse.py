@@ -84,13 +84,13 @@ def analyse_command(
 
 
 def sentences_of(analysis: Analysis) -> list[str]:
-    """What the figures mean and what they do not: of each model, then of models together."""
+    """Sentences that say what the figures mean and what they do not: of each model, then of models together."""
     shapes = [line for one in analysis.geometry for line in one.sentences]
     return [*shapes, *(line for one in analysis.checks for line in one.sentences), *analysis.sentences]
 
 
 def _scores(folder: Path) -> dict[str, object]:
-    """Which dimensions were kept -> how many, and the mean score of each task type."""
+    """Dimensions kept -> how many, and the mean score of each task type."""
     from nearfield.reporting.comparison import scores_by_type
 
     if not folder.is_dir():
@@ -130,7 +130,7 @@ ROWS = (
     ("uniformity", "uniformity", ".3f"),
     ("hubs: skewness", "hub_skewness", ".2f"),
     ("hubs: largest", "largest_hub", "d"),
-    ("texts near none", "orphans", ".1%"),
+    ("texts near no other", "orphans", ".1%"),
 )
 
 

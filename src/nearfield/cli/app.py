@@ -69,7 +69,7 @@ def options(
     # The launcher `deepspeed` gives it to all programs; the environment says the same.
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
-    """What every command shares."""
+    """Options that every command shares."""
     from nearfield.console import set_up_logging
 
     # Under a launcher the first rank tells how it goes; the others speak when something is wrong.

@@ -159,7 +159,7 @@ def print_summary(summary: DataSummary) -> None:
 
 
 def print_steps(steps: Sequence[StepSummary], store: Path) -> None:
-    """What each cleaning step took out, if there is one."""
+    """Print what each cleaning step removed, if there is one."""
     if not steps:
         return
     rows = []

@@ -81,7 +81,7 @@ def _own_data(folder: Path, data: Path, name: str | None, force: bool) -> None:
 
 
 def print_inferred(inferred: InferredSource) -> None:
-    """What the columns were taken for, and the first examples."""
+    """Print the roles that the columns were given, and the first examples."""
     kind = inferred.source.examples.kind
     tell(f"{inferred.path.name}: {inferred.rows:,} rows, read as {kind} examples in {inferred.groups:,} groups", "bold")
     for role, column in inferred.columns.items():

@@ -59,7 +59,7 @@ class Twins:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """What ``--json`` writes."""
+        """The value that ``--json`` writes."""
         return {"version": VERSION, **asdict(self)}
 
 

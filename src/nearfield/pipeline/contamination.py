@@ -89,7 +89,7 @@ def decontaminate_store(
 
 
 def _made_with(encoder: str | None) -> dict[str, Any]:
-    """What a report depends on beside the texts of both sides and its settings, as it is now."""
+    """Everything else that a report depends on, beside the texts of both sides and its settings."""
     made: dict[str, Any] = {"version": VERSION, "versions": versions_of(["mteb"])}
     if encoder is not None:
         made["versions"] |= computing_versions()
@@ -133,7 +133,7 @@ def report_of(data: DataStage) -> StoredReport | None:
 
 
 def contamination_entry(data: DataStage) -> dict[str, Any] | None:
-    """What the manifest says of it: where the report is, and for each task the benchmark texts that training holds."""
+    """The entry of the manifest: where the report is, and for each task the benchmark texts found in the training data."""
     stored = report_of(data)
     if stored is None:
         return None
@@ -156,7 +156,7 @@ def contamination_entry(data: DataStage) -> dict[str, Any] | None:
 
 
 def contamination_lines(data: DataStage) -> list[str]:
-    """What the model card says of it."""
+    """The lines of the model card."""
     stored = report_of(data)
     if stored is not None:
         return stored.report.lines()

@@ -1,4 +1,4 @@
-"""Plan before you pay: what a run will take, and all that is wrong with it, without training."""
+"""Plan before you pay: the cost of a run, and everything that is wrong with it, without training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TRIAL_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run will take, as far as could be found out, and what is wrong with it."""
+    """A forecast of a run, as far as it could be made, and everything that is wrong with it."""
 
     folder: Path
     built: tuple[str, ...]
@@ -47,7 +47,7 @@ class DryRun:
     devices: tuple[str, ...]
     machine: Machine | None
     notices: tuple[Notice, ...]
-    """What blocks first."""
+    """Those that block the run come first."""
     stage: str | None = None
     """The name of this training, where the recipe has several in a row."""
     before: tuple[DryRun, ...] = ()
@@ -136,13 +136,13 @@ def _dry_run(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What came of putting the model on its devices and of a few steps."""
+    """Measurements of the model on its devices, and of a few steps."""
 
     forecast: Forecast
     steps: int
     """Steps that were tried."""
     lasting: tuple[Notice, ...]
-    """What the encoder, the data and the objective show, which the training will say too."""
+    """Notices of the encoder, the data and the objective, which the training will repeat."""
     trial: tuple[Notice, ...]
 
 
@@ -229,7 +229,7 @@ def _try_out(
 
 
 def _long_model(stages: Stages, model: SentenceTransformer, token_seconds: float) -> list[Notice]:
-    """What scoring takes where the model reads long texts."""
+    """A notice of the cost of scoring, where the model reads long texts."""
     from nearfield.evaluation.config import open_suite
 
     job, cut = stages.job, stages.tokens.open().cut
@@ -264,7 +264,7 @@ def _result(
     job = stages.job
     training, folder = job.recipe.training, job.run.folder
     lasting: list[Notice] = []
-    """What the training itself will say too."""
+    """Notices that the training itself will repeat."""
     passing = list(blocked)
     machine = None
     if planned:

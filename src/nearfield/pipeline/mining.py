@@ -189,7 +189,7 @@ class MineStage(Stage):
         return self.recipe.mining
 
     def inputs(self) -> Any:
-        """What the negatives that are mined before the training depend on."""
+        """The data, the teacher and the settings of mining before the training."""
         # Whether the data's own negatives stay is decided when batches are planned, how negatives change in training.
         settings = self.mining.identity(exclude={"teacher", "memory_mib", "explicit", "during"})
         return {
@@ -252,7 +252,7 @@ class MineStage(Stage):
                 np.savez(stream, rows=found.rows, scores=found.scores)
 
     def _found(self, number: int, store: Store, pool: Pool) -> Neighbours | None:
-        """What all ranks find for a pool, where the search can be divided: by exact search of vectors."""
+        """The neighbours that all ranks find for a pool, where the search can be divided: exact search of vectors."""
         divide = self.divider(number)
         if divide is None or self.mining.search.kind != "exact":
             return None
@@ -383,13 +383,13 @@ def items_by_role(store: Store, sources: list[str], split: str) -> dict[str, Row
 
 
 def mining_teacher(recipe: Recipe) -> TeacherConfig:
-    """Who scores candidates: the one of ``mining``, else the recipe's, else the model that the recipe trains from."""
+    """The teacher that scores candidates: that of ``mining``, else the recipe's, else the base model."""
     own = recipe.mining.teacher if recipe.mining else None
     return own or recipe.teacher or SentenceTransformerTeacher()
 
 
 def planning_teacher(recipe: Recipe) -> DenseTeacher | None:
-    """Whose vectors the planner gets: the first of the recipe's teacher that makes any; None where it gets none."""
+    """The teacher whose vectors the planner gets: the first of the recipe's teacher that makes any; None where there is none."""
     if recipe.teacher is None:
         return SentenceTransformerTeacher() if recipe.batches.needs_vectors else None
     # That there is one where the planner cannot do without is checked with the recipe.
@@ -397,7 +397,7 @@ def planning_teacher(recipe: Recipe) -> DenseTeacher | None:
 
 
 def guide_teacher(recipe: Recipe) -> DenseTeacher | None:
-    """Whose vectors the objective gets; None where it asks for none."""
+    """The teacher whose vectors the objective gets; None where it asks for none."""
     if not recipe.objective.needs_guide:
         return None
     if recipe.guide is not None:
@@ -423,7 +423,7 @@ def teacher_prompts(teacher: SentenceTransformerTeacher, recipe: Recipe) -> dict
 
 
 def identity(teacher: TeacherConfig, recipe: Recipe) -> Any:
-    """What a teacher's scores depend on, as a JSON-able value."""
+    """Everything that a teacher's scores depend on, as a JSON-able value."""
     if isinstance(teacher, SentenceTransformerTeacher):
         source = located(teacher, recipe)
         length = teacher.max_length or (recipe.encoder.max_length if teacher.model is None else None)

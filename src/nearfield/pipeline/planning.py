@@ -40,7 +40,7 @@ from nearfield.pipeline.stage import Job, Stage
 
 
 class PromptsOfEpoch(Protocol):
-    """Which prompts rows get."""
+    """Gives rows their prompts."""
 
     def __call__(self, rows: PlannedRows, epoch: int) -> tuple[Rows, Rows]:
         """The (query, document) prompt numbers of each row in an epoch."""
@@ -75,7 +75,7 @@ class SourceNegatives:
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """What the plans of a run are made from."""
+    """Everything that the plans of a run are made from."""
 
     sources: Sequence[SourceExamples]
     labels: Sequence[tuple[str, str]]
@@ -255,7 +255,7 @@ class PlanStage(Stage):
 
     @property
     def folder(self) -> Path:
-        """Where the plans of all epochs are."""
+        """The folder with the plans of all epochs."""
         return self.job.run.folder / "plan"
 
     def outputs(self) -> list[Path]:
@@ -272,7 +272,7 @@ class PlanStage(Stage):
         return [Plan(path) for path in paths], [hash_file(path) for path in paths]
 
     def negatives(self, store: Store) -> dict[str, SourceNegatives] | None:
-        """What the planner takes instead of the data's negatives, by source; None where the recipe does not mine."""
+        """Source -> mined negatives, which the planner takes instead of the data's own; None where the recipe does not mine."""
         mining = self.recipe.mining
         if mining is None:
             return None
@@ -348,7 +348,7 @@ def negative_notices(stage: PlanStage, plans: list[Plan]) -> Iterator[Notice]:
 
 
 def batch_notices(stage: PlanStage, plans: list[Plan]) -> Iterator[Notice]:
-    """What the plan leaves out, and batches that are smaller than asked for."""
+    """Notices of examples that the plan leaves out, and of batches that are smaller than asked for."""
     recipe = stage.recipe
     summary = read_json(stage.output, "plan summary")
     dropped: dict[str, int] = {}
@@ -363,7 +363,7 @@ def batch_notices(stage: PlanStage, plans: list[Plan]) -> Iterator[Notice]:
         unfilled = reason.startswith("in a batch")
         yield Notice(
             "examples-left-out",
-            f"{count:,} examples of all epochs ({share:.1%}) are left out: {reason}",
+            f"over all epochs {count:,} examples ({share:.1%}) are left out: {reason}",
             "Lower batches.batch_size, or set batches.drop_last=false." if unfilled else None,
             minor=unfilled and count < recipe.batches.batch_size * ends,
         )
@@ -379,7 +379,7 @@ def batch_notices(stage: PlanStage, plans: list[Plan]) -> Iterator[Notice]:
     if wrong:
         yield Notice(
             "positives-as-negatives",
-            f"{wrong:,} explicit negatives of all epochs are known positives of their query, by another source or split",
+            f"over all epochs {wrong:,} explicit negatives are known positives of their query in another source or split",
             "infonce leaves them out by mask_known_positives; other objectives take them as negatives.",
         )
     size = recipe.batches.batch_size
@@ -399,7 +399,7 @@ def batch_notices(stage: PlanStage, plans: list[Plan]) -> Iterator[Notice]:
     if repeated:
         yield Notice(
             "queries-repeated",
-            f"{repeated:,} of {len(queries):,} examples of the first epoch have a query that another has too",
+            f"{repeated:,} of {len(queries):,} examples of the first epoch repeat the query of another example",
             minor=True,
         )
 

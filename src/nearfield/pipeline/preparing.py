@@ -263,7 +263,7 @@ class TokensStage(Stage):
 
 
 def data_notices(stage: DataStage) -> Iterator[Notice]:
-    """What the build of the data met, of the sources that are trained on."""
+    """Notices of the data build, for the sources that are trained on."""
     from nearfield.data.summary import read_summary
 
     summary = read_summary(stage.output)
@@ -323,7 +323,7 @@ def score_notices(stage: DataStage) -> Iterator[Notice]:
 
 
 def prompt_notices(contract: PromptContract) -> Iterator[Notice]:
-    """What the prompts leave open."""
+    """Notices of the prompts."""
     yield from contract.notices()
     for name, prompts in contract.sources.items():
         for role, text in prompts.items():

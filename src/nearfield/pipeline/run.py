@@ -116,7 +116,7 @@ class Run:
         write_json(self.folder / MANIFEST, head)
 
     def record(self, stage: str) -> dict[str, Any]:
-        """What the manifest says of a stage, empty if it never finished."""
+        """The manifest's entry of a stage, empty if it never finished."""
         entry: dict[str, Any] = self.manifest().get("stages", {}).get(stage, {})
         return entry
 
@@ -128,11 +128,11 @@ class Run:
 
     @property
     def notices(self) -> list[Notice]:
-        """What the manifest says that users of this training must know."""
+        """The notices of the training that the manifest keeps."""
         return list(from_file(self.manifest().get("notices")))
 
     def keep_notices(self, notices: Sequence[Notice]) -> None:
-        """Write in the manifest what users of this training must know, in place of what it said of that."""
+        """Replace the manifest's notices of the training."""
         write_json(self.folder / MANIFEST, {**self.manifest(), "notices": in_file(notices)})
 
     @contextlib.contextmanager

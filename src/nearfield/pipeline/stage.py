@@ -45,7 +45,7 @@ class StageStatus:
 
 
 class Job:
-    """What all stages of a run share: its recipe, the ranks that work on it, the base model, the prompts, the notices."""
+    """The part that all stages of a run share: its recipe, the ranks that work on it, the base model, prompts and notices."""
 
     def __init__(
         self, run: Run, launch: Launch | None = None, *, engine: Engine = "local", strict: bool = False
@@ -57,7 +57,7 @@ class Job:
         self.strict = strict
         """Whether a notice that is not minor ends the run."""
         self.said = Said()
-        """What users of the training must know, as far as it was told."""
+        """The notices of the training so far."""
 
     @cached_property
     def base(self) -> ModelSource:
@@ -66,7 +66,7 @@ class Job:
 
     @cached_property
     def contract(self) -> PromptContract:
-        """Which prompts this run trains with."""
+        """The prompts that this run trains with."""
         base = self.run.inherits or base_prompts(self.base.path, self.recipe.encoder.revision)
         return make_contract(self.run.checked.sources, self.recipe.prompts, base)
 
@@ -114,7 +114,7 @@ class Stage:
         return True
 
     def inputs(self) -> Any:
-        """What its output depends on: settings, contents of files, fingerprints of earlier stages; a JSON-able value."""
+        """Everything its output depends on: settings, contents of files, fingerprints of earlier stages; a JSON-able value."""
         raise NotImplementedError
 
     @cached_property
@@ -144,7 +144,7 @@ class Stage:
         raise NotImplementedError
 
     def divider(self, number: int) -> Callable[[Callable[[int], None]], None] | None:
-        """What has all ranks do their shares of a task; None where there is one rank."""
+        """A function that has all ranks do their shares of a task; None where there is one rank."""
         launch = self.job.launch
         ranks = launch.world_size
         return None if ranks == 1 else lambda own: launch.divide(f"{self.name} {number}", lambda: own(ranks))

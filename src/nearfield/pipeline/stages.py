@@ -31,7 +31,7 @@ OnStage = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a call of :func:`run_stages` left behind."""
+    """The outcome of :func:`run_stages`."""
 
     folder: Path
     ran: tuple[str, ...]
@@ -281,7 +281,7 @@ class Verified:
     name: str
     bytes: int
     damage: str | None
-    """What is wrong with it; None where nothing is."""
+    """The fault; None where there is none."""
     mend: str
     """The command that mends it, with ``{run}`` for the run."""
 

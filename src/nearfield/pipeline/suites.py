@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def suite_content(path: Path, suite: SuiteConfig | None) -> list[Any]:
-    """What the scores on a suite depend on: its tasks' settings and data; ``suite`` is None for a folder of tasks."""
+    """The settings and data of a suite's tasks, for a fingerprint; ``suite`` is None for a folder of tasks."""
     if suite is None:
         return [content_of(path)]
     inputs: list[Any] = []
@@ -55,7 +55,7 @@ def suite_notices(run: Run) -> Iterator[Notice]:
 
 
 def suite_prompts(job: Job, contract: PromptContract) -> list[Notice]:
-    """What the tasks of the evaluation's suite get that no source was trained for.
+    """Notices of tasks of the evaluation's suite whose prompts no source was trained with.
 
     ``contract`` is what the model is saved with. Raises :class:`BadInputError` where a task would get a prompt that the
     training does not allow.

@@ -1,4 +1,4 @@
-"""The stage ``train``: what must hold before it, the training itself, and the model that it leaves."""
+"""The stage ``train``: checks before it, the training itself, and the model that it saves."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class TrainStage(Stage):
         self.tell([*encoder.notices, *plan_notices(self.plan, plans), *suite, *teaches])
 
     def teaching_notices(self, model: SentenceTransformer, data: TrainingData, plans: list[Plan]) -> list[Notice]:
-        """What the data and the objective could teach no encoder."""
+        """Notices of data and objectives from which no encoder could learn."""
         from nearfield.training.diagnostics import teaching_notices
 
         store = self.data.open()
@@ -239,7 +239,7 @@ class TrainStage(Stage):
         return {"training": tokens.max_length, "model": longest_input(model), **tokens.cut.to_json()}
 
     def training_data(self, encoder: LoadedEncoder) -> TrainingData:
-        """What the items and examples of the store are to this encoder and the recipe's objective."""
+        """The items and examples of the store, as this encoder and the recipe's objective read them."""
         from nearfield.training.chunks import TrainingData
 
         guide = self.vectors.guide()
@@ -257,8 +257,8 @@ class TrainStage(Stage):
         )
 
     def _negative_inputs(self, tokens: TokenCache) -> NegativeInputs | None:
-        """What negatives that change are made of: the candidates that were mined, and how to mine anew; None where those of
-        the plan stay."""
+        """The mined candidates for negatives that change during training, and how to mine again; None where the plan's
+        negatives stay."""
         from nearfield.training.changing_negatives import MinedCandidates, NegativeInputs, Remine
 
         recipe, store = self.recipe, self.data.open()
@@ -286,7 +286,7 @@ class TrainStage(Stage):
         )
 
     def _teacher_scores(self) -> TeacherScores | None:
-        """What the miner's teacher gave, where the objective learns from it."""
+        """The scores of the miner's teacher, where the objective learns from them."""
         from nearfield.training.chunks import TeacherScores
 
         if not self.recipe.objective.needs_teacher_scores:
@@ -321,7 +321,7 @@ class TrainStage(Stage):
         return self.recipe.objective.build([source.name for source in self.data.open().sources], around)
 
     def _token_task(self, encoder: LoadedEncoder) -> TokenTask | None:
-        """What hides tokens and tells them, where the objective of the recipe asks for it."""
+        """The task that masks tokens and predicts them, where the recipe's objective has one."""
         from nearfield.encoders.token_task import TokenTask
 
         config = self.recipe.objective.token_task

@@ -148,7 +148,7 @@ class Watcher:
         )
 
     def _owner(self) -> dict[str, Any] | None:
-        """What the process that works on the run says of itself; None where none does."""
+        """The process that works on the run, as it describes itself; None where there is none."""
         path = self.folder / LOCK
         for _ in range(2):
             owner = _read_json(path)
@@ -244,7 +244,7 @@ def duration(seconds: float) -> str:
 
 
 def facts(progress: Progress) -> list[tuple[str, str]]:
-    """What there is to tell, as names and words."""
+    """Everything known of the run, as names and words."""
     p = progress
     state = p.state
     if p.stage:

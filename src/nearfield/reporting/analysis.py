@@ -37,7 +37,7 @@ FIGURES = (
     ("uniformity", "uniformity", 3),
     ("hubs: skewness", "hub_skewness", 2),
     ("hubs: largest", "largest_hub", 0),
-    ("share of texts near none", "orphans", 3),
+    ("share of texts near no other", "orphans", 3),
 )
 
 
@@ -94,7 +94,7 @@ def short_names(models: Sequence[str]) -> list[str]:
 
 
 def _renamed(extras: Json, names: Mapping[str, str]) -> dict[str, object]:
-    """What is said by model, under the models' short names."""
+    """The extras, with the models' short names."""
     found: dict[str, object] = {}
     for part, value in extras.items():
         inner = mapping(value)

@@ -1,4 +1,4 @@
-"""Which examples meet in batches: the section of a report, read from the plan, and the page of a plan."""
+"""The batches of a plan: the section of a report, and a page of its own."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def build_batches(run: Path, names: Sequence[str], max_steps: float | None = Non
 
 
 def _hardness(hardness: Json) -> list[tuple[str, str]]:
-    """What a teacher says of the first epoch's batches, beside random ones; nothing where it was not asked."""
+    """A teacher's measurements of the first epoch's batches, beside random ones; nothing without a teacher."""
     facts = []
     for key, name in (("similarity", "similarity in a batch"), ("false_negatives", "likely false negatives")):
         planned, chance = real(hardness.get(f"planned_{key}")), real(hardness.get(f"random_{key}"))

@@ -122,7 +122,7 @@ def build_comparison(run: Path) -> ComparisonSection:
 
 
 def _notice(row: Json) -> str:
-    """What a reader of a model's scores must know."""
+    """A notice of a model's scores in words."""
     tasks = [words for words in map(string, listing(row.get("tasks"))) if words]
     hint = string(row.get("hint"))
     return (
@@ -132,7 +132,7 @@ def _notice(row: Json) -> str:
 
 
 def _verdict(differences: Sequence[Json]) -> list[Finding]:
-    """What is said of the trained model; of all models where none is called ``after``."""
+    """The findings on the trained model; on all models where none is called ``after``."""
     trained = [row for row in differences if row.get("model") == "after"]
     findings = [_finding(row) for row in trained or differences]
     return [finding for finding in findings if finding is not None][:VERDICTS]
@@ -262,7 +262,7 @@ def _task(
 
 CUT = re.compile(r"^(?P<name>.+)-(?P<axes>dim|random|pca)(?P<dimensions>\d+)$")
 AXES = {"dim": "first", "random": "random", "pca": "principal"}
-"""What is in the name of a model that was cut -> which dimensions were kept."""
+"""The mark in the name of a model that was cut -> the dimensions that were kept."""
 TYPES = 4
 """Task types that have a curve."""
 
@@ -344,7 +344,7 @@ ByType = dict[str, tuple[int, list[float]]]
 
 
 def scores_by_type(results: Path, whole: Path) -> dict[str, tuple[list[int], ByType]]:
-    """Which dimensions were kept (``first``, ``random``, ``principal``) -> how many, ascending, and the scores by task type.
+    """Dimensions kept (``first``, ``random``, ``principal``) -> how many, ascending, and the scores by task type.
 
     ``whole`` is the folder of a model's results; those of cut vectors lie in folders of ``results`` called ``MODEL-dimN``,
     ``MODEL-randomN`` and ``MODEL-pcaN``. Only tasks that all of them have count, so that no mean is over other tasks than its

@@ -292,7 +292,7 @@ def build_scores(run: Path) -> tuple[list[Figure], list[str]]:
 
 
 def _outcome(run: Path) -> list[str]:
-    """What the evaluations decided, as the manifest says."""
+    """Notes on early stopping and the best checkpoint, from the manifest."""
     try:
         manifest = load_object(run / "manifest.json", "")
     except AbsentError:

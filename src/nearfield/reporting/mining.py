@@ -68,7 +68,7 @@ def audit_page(found: Audit) -> AuditPage:
 
 
 def rule_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """What each rule did: source, rule, candidates removed, examples dropped, candidates left, examples left short."""
+    """A row a rule: source, rule, candidates removed, examples dropped, candidates left, examples left short."""
     rows: list[tuple[str, ...]] = []
     for name, source in summary["sources"].items():
         rows.append((name, "(found)", "", "", text.count(source["candidates"]), ""))
@@ -79,7 +79,7 @@ def rule_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def rate_words(rate: Proportion) -> tuple[str, str, str]:
-    """The share, its interval and what it is made of."""
+    """The share, its interval and its counts."""
     return f"{rate.value:.1%}", f"{rate.low:.1%} to {rate.high:.1%}", f"{rate.hits} of {rate.n}"
 
 

@@ -1,4 +1,4 @@
-"""What was trained on what: the recipe, the manifest and the data of a run as words."""
+"""The recipe, the manifest and the data of a run in words."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Overview:
     recipe: str
     notes: list[str]
     notices: list[tuple[str, str]]
-    """What users of the training must know, and what to do about it."""
+    """Notices of the training, each with its hint."""
 
 
 def read_recipe(run: Path) -> RecipeText:

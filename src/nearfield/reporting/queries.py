@@ -107,7 +107,7 @@ class Change:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What names the query in the task's files."""
+        """The query's name in the task's files."""
         return self.subset, self.split, self.query
 
 

@@ -31,7 +31,7 @@ class AbsentError(Exception):
 
 
 def part(name: str, build: Callable[[], T]) -> T | Missing:
-    """What ``build`` returns, or a :class:`Missing` that says why not; an unexpected fault is logged as a warning."""
+    """The result of ``build``, or a :class:`Missing` that says why there is none; an unexpected fault is logged as a warning."""
     try:
         return build()
     except AbsentError as error:

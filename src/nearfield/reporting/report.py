@@ -129,7 +129,7 @@ def page_data(
     queries: Queries | Missing,
     geometry: AnalysisSection | Missing,
 ) -> dict[str, object]:
-    """What the page's script and other programs read: curves, scores and queries, not cut and not made visible."""
+    """The figures for the page's script and other programs: curves, scores and queries, uncut."""
     figures = [] if isinstance(curves, Missing) else [*curves.figures]
     figures += [] if isinstance(comparison, Missing) else comparison.truncation
     figures += [] if isinstance(geometry, Missing) else geometry.figures

@@ -23,7 +23,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 14, 40
 _NOTHING = Markup("")
 BINS = 24
 LABEL_EMS = 15.0
-"""What a row's label may take, in the height of its letters: half of a chart on a phone."""
+"""The width that a row's label may take, in heights of its letters: half of a chart on a phone."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Figure:
     svg: Markup
     key: str = ""
     values: dict[str, object] | None = None
-    """What the page's script shows beside the pointer, where it does."""
+    """The values that the page's script shows beside the pointer, if any."""
     live: bool = False
     """Whether the page's script reads values of it."""
 
@@ -255,7 +255,7 @@ def _ems(words: str) -> float:
 
 
 def label_width(labels: Sequence[str]) -> float:
-    """What labels to the left of a chart take: a phone shows the chart smaller and its letters, at 14.5 units, larger."""
+    """The width of labels to the left of a chart: a phone shows the chart smaller and its letters, at 14.5 units, larger."""
     return max(map(_ems, labels)) * 14.5 + 14
 
 
