@@ -33,8 +33,11 @@ def entered() -> Iterator[list[str]]:
     the work.
     """
     found: list[str] = []
+    before = sys.getprofile()
 
     def look(frame: FrameType, event: str, argument: Any) -> None:
+        if before is not None:  # what is traced around this one enters them too
+            before(frame, event, argument)
         code = frame.f_code
         if event != "call" or not code.co_flags & FUNCTION or not code.co_filename.startswith(ROOT):
             return
@@ -42,7 +45,6 @@ def entered() -> Iterator[list[str]]:
         if name not in found and not _is_importing(frame.f_back):
             found.append(name)
 
-    before = sys.getprofile()
     threading.setprofile(look)
     sys.setprofile(look)
     try:
