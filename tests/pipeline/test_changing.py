@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nearfield.data.vectors import VectorJob
 from nearfield.errors import BadInputError
 from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages
+from nearfield.pipeline.mining import VectorsStage
 from nearfield.pipeline.stage import Job
 from nearfield.pipeline.stages import Stages
 from nearfield.recipe import check_recipe, load_recipe
@@ -106,38 +109,34 @@ class Ranks:
                 getattr(stages, name).help(int(number))
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.npy")}
+
+
 @pytest.mark.parametrize("shares", [True, False], ids=["shared file system", "each its own"])
 def test_all_ranks_encode_and_search(toy_recipe: Path, shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nearfield.data import vectors as vectors_module
-
-    monkeypatch.setattr(
-        vectors_module.build_vectors, "__kwdefaults__", {**vectors_module.build_vectors.__kwdefaults__, "shard": 16}
-    )
-    monkeypatch.setattr(
-        vectors_module.encode_share,
-        "__kwdefaults__",
-        {**(vectors_module.encode_share.__kwdefaults__ or {}), "shard": 16},
-    )
+    work, encode = VectorsStage._work, VectorJob._encode
+    monkeypatch.setattr(VectorsStage, "_work", lambda *given: dataclasses.replace(work(*given), shard=16))
     overrides = [NAIVE]
     whole = run(toy_recipe, until="mine")
     alone = Negatives(whole.mine.output).table
-    vectors = {path.name: path.read_bytes() for path in whole.vectors.output.glob("*.npy")}
+    vectors = contents(whole.vectors.output)
     shutil.rmtree(whole.mine.output)
     shutil.rmtree(whole.vectors.output)
 
     ranks = Ranks(toy_recipe, overrides, shares)
     main = ranks.stages[0]
     made: list[int] = []
-    encode = vectors_module._encode
 
-    def counted(tables, encoder, parts, *rest):  # type: ignore[no-untyped-def]
-        before = len(list(parts.glob("*.npy")))
-        encode(tables, encoder, parts, *rest)
-        made.append(len(list(parts.glob("*.npy"))) - before)
+    def counted(job: VectorJob, share: tuple[int, int]) -> None:
+        folder = job._store().folder
+        before = len(list(folder.iterdir()))
+        encode(job, share)
+        made.append(len(list(folder.iterdir())) - before)
 
-    monkeypatch.setattr(vectors_module, "_encode", counted)
+    monkeypatch.setattr(VectorJob, "_encode", counted)
     main.vectors.run()
-    assert {path.name: path.read_bytes() for path in main.vectors.output.glob("*.npy")} == vectors
+    assert contents(main.vectors.output) == vectors
     total = sum(made)
     assert total > 6
     if shares:

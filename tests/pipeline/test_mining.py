@@ -178,7 +178,7 @@ def test_vectors_are_built_once_and_found_by_other_runs(toy_recipe: Path) -> Non
     other = open_run(toy_recipe, [MINING, "mining.negatives=3"], toy_recipe.parent / "runs" / "other")
     assert {stage.name: stage.state for stage in status(other)}["vectors"] == "done"
     assert run_stages(other, "plan").ran == ("mine", "plan")
-    assert first.run.record("vectors")["vectors"]["sentence_transformer"]["query"] > 0
+    assert first.job.run.record("vectors")["vectors"]["sentence_transformer"]["query"] > 0
 
 
 @pytest.mark.parametrize(

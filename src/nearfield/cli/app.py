@@ -157,8 +157,10 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]], title: str | N
 
     made = Table(box=None, pad_edge=False) if title is None else Table(title=Text(title))
     for number, head in enumerate(heads):
-        right = title is not None and number >= words
-        made.add_column(cell(head), justify="right" if right else "left", overflow="fold")
+        if title is None:
+            made.add_column(cell(head))
+        else:
+            made.add_column(cell(head), justify="left" if number < words else "right", overflow="fold")
     for row in rows:
         made.add_row(*map(cell, row))
     return made
