@@ -22,9 +22,10 @@ def at(step: int, **scores: float | None) -> dict[str, object]:
 def test_a_chart_a_score(tmp_path: Path) -> None:
     write(tmp_path, at(0, mean=0.5, A=0.4, B=0.6), at(10, mean=0.6, A=None, B=0.7), at(20, mean=0.7, A=0.5, B=0.9))
     charts, notes = build_scores(tmp_path)
-    assert [chart.title for chart in charts] == ["Evaluation: mean", "Evaluation: A", "Evaluation: B"]
-    assert [chart.x for chart in charts] == [[0, 10, 20]] * 3
-    assert charts[2].series == [("score", [0.6, 0.7, 0.9])]
+    assert [chart.caption for chart in charts] == ["Evaluation: mean", "Evaluation: A", "Evaluation: B"]
+    values = [chart.values or {} for chart in charts]
+    assert [one["x"] for one in values] == [[0, 10, 20]] * 3
+    assert values[2]["series"] == [{"label": "score", "y": [0.6, 0.7, 0.9]}]
     assert "from 0.4 to 0.5" in charts[1].svg, "a score that is no number is a gap"
     assert notes == []
     assert len({chart.key for chart in charts}) == 3
@@ -32,7 +33,7 @@ def test_a_chart_a_score(tmp_path: Path) -> None:
 
 def test_the_mean_of_one_task_is_not_drawn_twice(tmp_path: Path) -> None:
     write(tmp_path, at(0, mean=0.5, A=0.5))
-    assert [chart.title for chart in build_scores(tmp_path)[0]] == ["Evaluation: A"]
+    assert [chart.caption for chart in build_scores(tmp_path)[0]] == ["Evaluation: A"]
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:

@@ -21,15 +21,20 @@ from nearfield.reporting import text
 TEMPLATES = Path(__file__).parent / "templates"
 
 
+def check_place(out: Path) -> None:
+    """Refuse a place where no page can be written."""
+    if out.is_dir():
+        raise BadInputError(
+            "the page is one file, and this is a folder", where=str(out), hint="Name a file: --out FILE.html."
+        )
+
+
 def write_page(template: str, out: Path, data: object = None, **content: object) -> int:
     """Render a template and write it aside and renamed; returns the bytes of the page.
 
     ``data`` is what the page's script reads; without it the page has no script.
     """
-    if out.is_dir():
-        raise BadInputError(
-            "the page is one file, and this is a folder", where=str(out), hint="Name a file: --out FILE.html."
-        )
+    check_place(out)
     script = "" if data is None else (TEMPLATES / "report.js").read_text(encoding="utf-8")
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     html = (

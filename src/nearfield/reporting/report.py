@@ -21,7 +21,7 @@ from nearfield.reporting.overview import (
     sources_of,
     store_folder,
 )
-from nearfield.reporting.page import write_page
+from nearfield.reporting.page import check_place, write_page
 from nearfield.reporting.queries import Queries, build_queries
 from nearfield.reporting.reading import Missing, mapping, part, real, string
 
@@ -77,6 +77,7 @@ def write_report(run: Path, out: Path | None) -> ReportResult:
             hint="Name a folder that nearfield train wrote, such as runs/NAME.",
         )
     out = out or run / "report.html"
+    check_place(out)
     page, data = read_page(run)
     size = write_page("report.html.j2", out, data, name=page.name, page=page)
     reasons = {
