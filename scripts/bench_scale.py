@@ -204,8 +204,7 @@ def communities(options: argparse.Namespace, folder: Path) -> Work:
             queries,
             documents,
             size=options.community_size,
-            rank_from=options.rank_from,
-            rank_to=options.rank_to,
+            window=(options.rank_from, options.rank_to),
             seed=options.seed,
             method=options.method,
         )

@@ -62,11 +62,11 @@ def test_groups_in_each_others_window_are_found(groups: int, size: int, twins: i
     """The paper's own test: K items mutually in ranks p to p + m; the first p ranks would give other groups."""
     queries, documents, group = windowed(groups, size, twins, seed)
     settings = {"size": size, "seed": seed, "method": "exact"}
-    found = find_communities(queries, documents, rank_from=twins, rank_to=twins + size - 1, **settings)  # type: ignore[arg-type]
+    found = find_communities(queries, documents, window=(twins, twins + size - 1), **settings)  # type: ignore[arg-type]
     assert as_sets(found.groups) == sets_of(group)
     assert (found.cut, found.isolated, len(found.left)) == (0, 0, 0)
     assert found.edges == groups * size * (size - 1) // 2
-    naive = find_communities(queries, documents, rank_from=0, rank_to=twins, **settings)  # type: ignore[arg-type]
+    naive = find_communities(queries, documents, window=(0, twins), **settings)  # type: ignore[arg-type]
     assert not as_sets(naive.groups) & sets_of(group)
 
 
@@ -75,18 +75,16 @@ def test_planted_communities_are_found_in_noise(seed: int) -> None:
     vectors, labels = planted(30, 16, 48, noise=0.7, seed=seed)
     random = np.random.default_rng(seed)
     queries = unit(vectors + 0.05 * random.standard_normal(vectors.shape))
-    found = find_communities(queries, vectors, size=16, rank_from=1, rank_to=24, seed=seed, method="exact")
+    found = find_communities(queries, vectors, size=16, window=(1, 24), seed=seed, method="exact")
     assert as_sets(found.groups) == sets_of(labels)
     assert 0 < found.cut < 0.2
 
 
 def test_the_order_of_examples_does_not_matter_to_planted_groups() -> None:
     vectors, _ = planted(20, 8, 32, noise=0.3)
-    found = find_communities(vectors, vectors, size=8, rank_from=1, rank_to=8, seed=0, method="exact")
+    found = find_communities(vectors, vectors, size=8, window=(1, 8), seed=0, method="exact")
     shuffled = np.random.default_rng(1).permutation(len(vectors))
-    other = find_communities(
-        vectors[shuffled], vectors[shuffled], size=8, rank_from=1, rank_to=8, seed=0, method="exact"
-    )
+    other = find_communities(vectors[shuffled], vectors[shuffled], size=8, window=(1, 8), seed=0, method="exact")
     assert as_sets(shuffled[other.groups]) == as_sets(found.groups)
     assert other.edges == found.edges
 
@@ -103,7 +101,7 @@ def test_what_holds_for_any_data(count: int, size: int, window: tuple[int, int],
     queries, documents = random_vectors(count + 1, 5, seed)[1:], random_vectors(count + 1, 5, seed + 1)[1:]
     labels = np.random.default_rng(seed).integers(0, 5, count) if labelled else None
     rank_from, rank_to = window[0], sum(window)
-    arguments = {"size": size, "rank_from": rank_from, "rank_to": rank_to, "seed": seed, "method": "exact"}
+    arguments = {"size": size, "window": (rank_from, rank_to), "seed": seed, "method": "exact"}
     found = find_communities(queries, documents, labels=labels, **arguments)  # type: ignore[arg-type]
     placed = np.concatenate([found.groups.ravel(), found.left])
     np.testing.assert_array_equal(np.sort(placed), np.arange(count))
@@ -235,7 +233,7 @@ def test_groups_are_harder_than_chance_and_no_nearer_than_the_window() -> None:
         return float(np.mean([scores[i, j] for i, j in pairs])), sum(j in first[i] for i, j in pairs)
 
     arguments = {"size": 16, "seed": 0, "method": "exact"}
-    found = find_communities(queries, documents, rank_from=10, rank_to=50, **arguments)  # type: ignore[arg-type]
+    found = find_communities(queries, documents, window=(10, 50), **arguments)  # type: ignore[arg-type]
     first = [set(row) for row in found.first.tolist()]
     chance = np.random.default_rng(0).permutation(2000).reshape(-1, 16)
     similarity, near = inside(found.groups)
@@ -244,7 +242,7 @@ def test_groups_are_harder_than_chance_and_no_nearer_than_the_window() -> None:
     # A pair is among the first 10 of 2,000 with chance 9 / 1999 (one is the own document); three standard deviations.
     expected = found.groups.size * 15 * 9 / 1999
     assert near < expected + 3 * np.sqrt(expected)
-    naive = find_communities(queries, documents, rank_from=0, rank_to=40, **arguments)  # type: ignore[arg-type]
+    naive = find_communities(queries, documents, window=(0, 40), **arguments)  # type: ignore[arg-type]
     assert inside(naive.groups)[1] > 3 * expected
 
 
@@ -252,7 +250,7 @@ def test_excluded_documents_have_no_rank() -> None:
     vectors, _ = planted(10, 8, 32, noise=0.3)
     hidden = [{(i + 1) % 80, (i + 2) % 80, i} for i in range(80)]
     found = find_communities(
-        vectors, vectors, size=4, rank_from=2, rank_to=9, seed=0, method="exact", excluded=as_excluded(hidden)
+        vectors, vectors, size=4, window=(2, 9), seed=0, method="exact", excluded=as_excluded(hidden)
     )
     ranks = brute_force(vectors, vectors, 9, hidden)
     np.testing.assert_array_equal(found.first, ranks[:, :2])
@@ -261,7 +259,7 @@ def test_excluded_documents_have_no_rank() -> None:
 
 def test_with_cells_as_with_all() -> None:
     vectors, labels = planted(60, 16, 48, noise=0.5)
-    found = find_communities(vectors, vectors, size=16, rank_from=1, rank_to=16, seed=0, method="ivf")
+    found = find_communities(vectors, vectors, size=16, window=(1, 16), seed=0, method="ivf")
     assert found.recall is not None and found.recall > 0.95
     assert found.recall_all is not None
     assert as_sets(found.groups) == sets_of(labels)
@@ -289,7 +287,7 @@ def test_labels_link_all_their_examples(count: int, names: int, seed: int) -> No
     labels = 100 * np.random.default_rng(seed).integers(0, names, count) + 7
     wanted = int(np.ceil(0.3 * len(set(labels.tolist()))))
     edges = label_graph(queries, documents, labels, wanted)
-    found = find_communities(queries, documents, size=5, rank_from=3, rank_to=9, seed=0, method="exact", labels=labels)
+    found = find_communities(queries, documents, size=5, window=(3, 9), seed=0, method="exact", labels=labels)
     together = {pair for group in found.groups.tolist() for pair in combinations(sorted(group), 2)}
     assert found.edges == len(edges)
     assert found.cut == pytest.approx(len(edges - together) / len(edges) if edges else 0)
@@ -302,7 +300,7 @@ def test_labels_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LABEL_BLOCK", 40)
     queries, documents = random_vectors(130, 6), random_vectors(130, 6, seed=1)
     labels = np.random.default_rng(0).integers(0, 6, 130)
-    found = find_communities(queries, documents, size=8, rank_from=0, rank_to=5, seed=0, method="exact", labels=labels)
+    found = find_communities(queries, documents, size=8, window=(0, 5), seed=0, method="exact", labels=labels)
     np.testing.assert_array_equal(np.sort(np.concatenate([found.groups.ravel(), found.left])), np.arange(130))
     edges = 0
     shuffled = module.generator(0, "communities", "blocks").permutation(130)
@@ -319,7 +317,7 @@ def test_confusable_labels_come_together() -> None:
     labels = random.permutation(np.repeat(np.arange(6), 20))
     documents = directions[labels]
     queries = unit(documents + 0.05 * random.standard_normal(documents.shape))
-    found = find_communities(queries, documents, size=10, rank_from=0, rank_to=5, seed=0, method="exact", labels=labels)
+    found = find_communities(queries, documents, size=10, window=(0, 5), seed=0, method="exact", labels=labels)
     for group in found.groups:
         assert len({int(label) // 3 for label in labels[group]}) == 1
         assert len(set(labels[group].tolist())) > 1
@@ -378,7 +376,7 @@ def test_negatives_are_in_proportion() -> None:
 
 def test_negatives_of_found_groups() -> None:
     vectors, _ = planted(20, 16, 32, noise=0.8)
-    found = find_communities(vectors, vectors, size=8, rank_from=3, rank_to=20, seed=0, method="exact")
+    found = find_communities(vectors, vectors, size=8, window=(3, 20), seed=0, method="exact")
     rows = rows_of(found.groups.ravel().tolist(), np.repeat(np.arange(40), 8).tolist())
 
     def draw(seed: int) -> Ragged:
@@ -400,13 +398,13 @@ def test_negatives_of_found_groups() -> None:
     ("changes", "words"),
     [
         ({"size": 1}, "has no negatives"),
-        ({"rank_from": 4}, "is empty"),
-        ({"rank_from": -1}, "is empty"),
+        ({"window": (4, 4)}, "is empty"),
+        ({"window": (-1, 4)}, "is empty"),
         ({"documents": random_vectors(5, 4)}, "an example has one of each"),
         ({"labels": np.zeros(3, dtype=np.int64)}, "3 labels for 6 examples"),
     ],
 )
 def test_bad_input(changes: dict[str, object], words: str) -> None:
-    arguments = {"queries": random_vectors(6, 4), "documents": random_vectors(6, 4), "size": 2, "rank_from": 0}
+    arguments = {"queries": random_vectors(6, 4), "documents": random_vectors(6, 4), "size": 2, "window": (0, 4)}
     with pytest.raises(BadInputError, match=words):
-        find_communities(**{**arguments, "rank_to": 4, "seed": 0, "method": "exact", **changes})  # type: ignore[arg-type]
+        find_communities(**{**arguments, "seed": 0, "method": "exact", **changes})  # type: ignore[arg-type]

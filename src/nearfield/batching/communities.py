@@ -80,8 +80,7 @@ def find_communities(
     documents: Vectors,
     *,
     size: int,
-    rank_from: int,
-    rank_to: int,
+    window: tuple[int, int],
     seed: int,
     method: Method,
     excluded: Ragged | None = None,
@@ -90,14 +89,15 @@ def find_communities(
     """Put n examples into groups of ``size`` that are strong negatives of one another (B3, steps 1 to 5).
 
     ``queries`` and ``documents`` (n, d) are the teacher's unit vectors of each example's query and positive. Every query
-    ranks all documents but its ``excluded`` ones (its own takes a rank, as in the paper). Ranks before ``rank_from`` are
-    likely false negatives; those in [rank_from, rank_to) become edges where both examples have the other there. METIS
+    ranks all documents but its ``excluded`` ones (its own takes a rank, as in the paper). Ranks before the ``window``
+    [rank_from, rank_to) are likely false negatives; those in it become edges where both examples have the other there. METIS
     cuts the graph into parts, which are then made exactly equal.
 
     With ``labels`` (n,) the variant for classification: in random blocks of 10,000 an example is linked to all examples
     of the 30 % of labels, other than its own, that come first in its ranking. ``rank_from`` has no meaning there, and
     ``neighbours`` holds the nearest rank_to - rank_from documents of these labels in the block.
     """
+    rank_from, rank_to = window
     if len(queries) != len(documents):
         raise BadInputError(f"{len(queries)} queries and {len(documents)} documents: an example has one of each")
     if size < 2:
@@ -109,19 +109,19 @@ def find_communities(
     seconds: dict[str, float] = {}
     begun = time.perf_counter()
     found = nearest(queries, documents, rank_to, method=method, seed=seed, excluded=excluded)
-    first, window = found.rows[:, :rank_from].copy(), found.rows[:, rank_from:].copy()
+    first, edges_to = found.rows[:, :rank_from].copy(), found.rows[:, rank_from:].copy()
     recalls = found.recall, found.recall_all
     del found  # its scores are as large as the graph that comes next
     begun = _lap(seconds, "neighbours", begun)
-    graph = mutual_edges(window)
+    graph = mutual_edges(edges_to)
     begun = _lap(seconds, "graph", begun)
     part = partition(graph, size, seed)
-    groups, left = _gather(part.groups, part.unplaced, window, size)
+    groups, left = _gather(part.groups, part.unplaced, edges_to, size)
     edges, cut = graph.nnz // 2, cut_edges(graph, groups)
     _lap(seconds, "cut", begun)
     share = cut / edges if edges else 0.0
     return Communities(
-        groups, left, share, edges, recalls[0], seconds, window, first, part.isolated, part.moved, recalls[1]
+        groups, left, share, edges, recalls[0], seconds, edges_to, first, part.isolated, part.moved, recalls[1]
     )
 
 
@@ -394,8 +394,7 @@ class CommunityPlanner(SingleSourcePlanner):
             vectors_of("query", stream.queries),
             vectors_of("document", stream.representatives()),
             size=config.community_size,
-            rank_from=config.rank_from,
-            rank_to=config.rank_to,
+            window=(config.rank_from, config.rank_to),
             seed=request.fixed_seed("communities", stream.name),
             method=config.search,
             excluded=excluded,

@@ -285,37 +285,13 @@ PLANNERS = Kinds(
         "single_source": (f"{_HERE}:SingleSourceConfig", "shuffled batches of one source each"),
         "kmeans_strata": (f"{_HERE}:KMeansStrataConfig", "batches of one cluster of vectors each"),
         "communities": (f"{_HERE}:CommunitiesConfig", "batches of examples that are near each other"),
-        "patterns": (f"{_HERE}:PatternsConfig", "batches of whole samples, with what each source has of them"),
+        "patterns": (
+            "nearfield.methods.sail:PatternsConfig",
+            "batches of whole samples, with what each source has of them",
+        ),
         "mixed": (f"{_HERE}:MixedConfig", "examples are dealt to several kinds by weight"),
     },
 )
-
-
-class PatternsConfig(PlannerSettings):
-    """Batches of whole samples: what the sources have of one sample (image to text, text to text ...) stands in one batch.
-
-    Pattern matching (SAIL-Embedding, arXiv 2510.12709): the sources are patterns of the same samples, told by the data recipe's
-    ``cluster`` column; what a sample has no example of is left out. Each source is to be contrasted by itself
-    (``each_source`` of an objective's part).
-    """
-
-    needs_samples: ClassVar[bool] = True
-
-    kind: Literal["patterns"] = "patterns"
-    batch_size: Annotated[int, Field(ge=2)] = 64
-    """Samples a step, over all devices; each has up to as many examples as there are sources."""
-
-    @model_validator(mode="after")
-    def _sources_come_with_their_samples(self) -> Self:
-        if self.pools or not isinstance(self.sampling, ProportionalSampling):
-            raise ValueError("whole samples bring all of their sources: neither 'sampling' nor 'pools' can be set")
-        return self
-
-    def build(self) -> StreamPlanner:
-        """The planner."""
-        from nearfield.batching.patterns import PatternsPlanner
-
-        return PatternsPlanner(self)
 
 
 class MixedPart(Config):

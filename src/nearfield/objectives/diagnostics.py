@@ -192,18 +192,7 @@ def watch_softmax(objective: InfoNCE, batch: ContrastiveBatch) -> dict[str, floa
     some = replace(batch, rows=rows)
     full = [batch.queries.shape[1]]
     layout = lay_out(config, some, full, objective.tile)
-    kept = _candidates(objective, some, config)
-    without = {name: None if name.endswith(("score_mask", "guide_mask")) else False for name in REASONS.values()}
-    open_config = config.model_copy(update=without)
-    every = _candidates(objective, some, open_config)
-    found["negatives"] = kept / len(rows)
-    if every:
-        found["masked_share"] = 1 - kept / every
-        for why, name in REASONS.items():
-            if getattr(config, name):
-                alone = open_config.model_copy(update={name: getattr(config, name)})
-                found[f"masked_{why}"] = 1 - _candidates(objective, some, alone) / every
-
+    found |= _masked(objective, some, len(rows))
     scale = objective.row_scale(some, rows)
     problem, count = layout.problem, len(rows)
     own_row = layout.negative_row
@@ -256,6 +245,22 @@ def watch_softmax(objective: InfoNCE, batch: ContrastiveBatch) -> dict[str, floa
     each = weight * segment_sum(focal[None], row, count)[0] / number
     if each.any():
         found["effective_examples"] = float(each.sum().square() / each.square().sum() / count)
+    return found
+
+
+def _masked(objective: InfoNCE, batch: ContrastiveBatch, rows: int) -> dict[str, float]:
+    """Candidates a row, and the shares of them that all masks and each mask alone leave out."""
+    config = objective.config
+    without = {name: None if name.endswith(("score_mask", "guide_mask")) else False for name in REASONS.values()}
+    open_config = config.model_copy(update=without)
+    kept, every = _candidates(objective, batch, config), _candidates(objective, batch, open_config)
+    found = {"negatives": kept / rows}
+    if every:
+        found["masked_share"] = 1 - kept / every
+        for why, name in REASONS.items():
+            if getattr(config, name):
+                alone = open_config.model_copy(update={name: getattr(config, name)})
+                found[f"masked_{why}"] = 1 - _candidates(objective, batch, alone) / every
     return found
 
 

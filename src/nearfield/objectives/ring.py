@@ -114,7 +114,7 @@ class _RingRound(torch.autograd.Function):
                 upstream, total = gradients[1 + 3 * number], gradients[2 + 3 * number]
                 scale, log_sum, wanted = scales[number], log_sums[number], ctx.needs_input_grad[3 + number]
                 scale_sums[number] += backward_block(
-                    problem, block, scale, log_sum, upstream, total, sink, space, wanted
+                    problem, block, scale, log_sum, (upstream, total), sink, space, wanted
                 )
             dtype = torch.empty(0, dtype=own.vectors.dtype)
             return torch.cat([sink.result("query", dtype), sink.result("document", dtype)])

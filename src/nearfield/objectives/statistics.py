@@ -151,7 +151,7 @@ class _Blockwise(torch.autograd.Function):
             log_sum, total = gradients[1 + 3 * number], gradients[2 + 3 * number]
             wanted = ctx.needs_input_grad[3 + number]
             found = backward_block(
-                problem, block, scales[number], log_sums[number], log_sum, total, sink, workspace, wanted
+                problem, block, scales[number], log_sums[number], (log_sum, total), sink, workspace, wanted
             )
             scale_gradients.append(found if wanted else None)
         return sink.result("query", queries), sink.result("document", documents), None, *scale_gradients
@@ -232,13 +232,16 @@ def backward_block(
     block: Block,
     scale: Tensor,
     log_sum: Tensor,
-    upstream: Tensor,
-    upstream_total: Tensor,
+    upstreams: tuple[Tensor, Tensor],
     sink: Gradients,
     work: Workspace,
     scale_wanted: bool,
 ) -> Tensor:
-    """Add a block's share to the gradients of the vectors; the gradient of its scale, (R,)."""
+    """Add a block's share to the gradients of the vectors; the gradient of its scale, (R,).
+
+    ``upstreams`` are the gradients of the logarithms of the sums, and of the sums of logits.
+    """
+    upstream, upstream_total = upstreams
     vectors, found = problem.vectors, torch.zeros_like(scale)
     factors, folded = _factor(block, scale), _folds(vectors, block)
     # What the gradient of a score is of that of its logit.

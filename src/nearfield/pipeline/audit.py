@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from nearfield.arrays import Rows, Vectors
-from nearfield.batching.specialisation import specialised_shares, transport_similarity
 from nearfield.data.vectors import unit
 from nearfield.errors import BadInputError
+from nearfield.methods.sail import specialised_shares, transport_similarity
 from nearfield.mining.config import (
     BM25Teacher,
     CrossEncoderTeacher,

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfield.arrays import Ragged
-from nearfield.batching.config import PatternsConfig
 from nearfield.batching.planner import EpochBatches
 from nearfield.batching.streams import SourceExamples
 from nearfield.errors import BadInputError
+from nearfield.methods.sail import PatternsConfig
 from tests.batching.making import batches_of, known_of, make_source
 
 

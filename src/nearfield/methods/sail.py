@@ -1,21 +1,52 @@
-"""Batches of whole samples, whose sources are patterns of them: one forward scores all that a sample has."""
+"""SAIL-Embedding (arXiv 2510.12709): batches of whole samples, and how often to draw each data set.
+
+Pattern matching: the sources are patterns of the same samples (image to text, text to text ...), and one forward scores all
+that a sample has. Stochastic specialisation: training draws one data set a batch (``single_source``), with a distribution from
+optimal transport between the clusters of the data sets' vectors. The paper leaves open how many clusters, how they are weighed,
+the regularisation, and the temperature of the softmax: clusters weigh what they hold, and the others are settings here.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from nearfield.arrays import Ragged, Rows, concatenate, occurrences, starts
+from nearfield.arrays import Floats, Ragged, Rows, Vectors, concatenate, occurrences, starts
 from nearfield.batching.assign import Conflicts, assign
+from nearfield.batching.config import PlannerSettings
 from nearfield.batching.planner import NOT_FILLED, Drawn, EpochBatches, Request, StreamPlanner
 from nearfield.batching.streams import Stream, join_rows
 from nearfield.errors import BadInputError
+from nearfield.mining.kmeans import spherical_kmeans
 
-if TYPE_CHECKING:
-    from nearfield.batching.config import PatternsConfig
+
+class PatternsConfig(PlannerSettings):
+    """Batches of whole samples: what the sources have of one sample (image to text, text to text ...) stands in one batch.
+
+    Pattern matching (SAIL-Embedding, arXiv 2510.12709): the sources are patterns of the same samples, told by the data recipe's
+    ``cluster`` column; what a sample has no example of is left out. Each source is to be contrasted by itself
+    (``each_source`` of an objective's part).
+    """
+
+    needs_samples: ClassVar[bool] = True
+
+    kind: Literal["patterns"] = "patterns"
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    """Samples a step, over all devices; each has up to as many examples as there are sources."""
+
+    @model_validator(mode="after")
+    def _sources_come_with_their_samples(self) -> Self:
+        if self.pools or self.sampling.exponent is not None:
+            raise ValueError("whole samples bring all of their sources: neither 'sampling' nor 'pools' can be set")
+        return self
+
+    def build(self) -> StreamPlanner:
+        """The planner."""
+        return PatternsPlanner(self)
 
 
 class PatternsPlanner(StreamPlanner):
@@ -81,3 +112,36 @@ def _of_members(conflicts: Ragged, members: Ragged) -> Ragged:
     """For each sample the conflicts of all its rows."""
     of_rows = conflicts.take(members.values)
     return Ragged.from_lengths(Ragged(members.offsets, of_rows.lengths).sums(), of_rows.values)
+
+
+# Shares of data sets
+
+
+def sinkhorn(cost: Floats, rows: Floats, columns: Floats, regularisation: float, iterations: int = 10_000) -> Floats:
+    """The transport plan [n, m] between two distributions of least cost less ``regularisation`` times its entropy (Cuturi, 2013)."""
+    kernel = np.exp(-(cost - cost.min()) / regularisation)
+    left = np.ones(len(rows))
+    for _ in range(iterations):
+        right = columns / np.maximum(kernel.T @ left, 1e-300)
+        left = rows / np.maximum(kernel @ right, 1e-300)
+        plan: Floats = left[:, None] * kernel * right[None, :]
+        if np.abs(plan.sum(axis=0) - columns).max() < 1e-9:
+            break
+    return plan
+
+
+def transport_similarity(
+    first: Vectors, second: Vectors, *, clusters: int = 32, regularisation: float = 0.05, seed: int = 0
+) -> float:
+    """The mean cosine of what is moved onto what: sum of P * C, with P of least cost 1 - C between the sets' centroids."""
+    parts = [spherical_kmeans(vectors, min(clusters, len(vectors)), seed=seed) for vectors in (first, second)]
+    cosines = parts[0].centroids.astype(np.float64) @ parts[1].centroids.astype(np.float64).T
+    masses = [part.sizes / part.sizes.sum() for part in parts]
+    return float((sinkhorn(1 - cosines, masses[0], masses[1], regularisation) * cosines).sum())
+
+
+def specialised_shares(scores: Mapping[str, Mapping[str, float]], temperature: float) -> dict[str, float]:
+    """Softmax of each data set's mean score over the sets that it is compared with; a high temperature makes shares even."""
+    means = np.array([np.mean(list(of.values())) for of in scores.values()])
+    weights = np.exp((means - means.max()) / temperature)
+    return dict(zip(scores, (weights / weights.sum()).tolist(), strict=True))

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from nearfield.batching.specialisation import sinkhorn, specialised_shares, transport_similarity
+from nearfield.methods.sail import sinkhorn, specialised_shares, transport_similarity
 
 
 def test_the_plan_has_its_margins_and_goes_to_the_cheapest_assignment() -> None:
