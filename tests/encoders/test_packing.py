@@ -276,3 +276,12 @@ def test_saving_leaves_no_trace(tmp_path: Path) -> None:
     assert loaded[0].auto_model.config._attn_implementation == "sdpa"
     texts = ["word1 word2 word3", "word4"]
     np.testing.assert_allclose(loaded.encode(texts), model.encode(texts), atol=1e-6)
+
+
+def test_a_window_that_no_text_reaches_is_no_reason_to_pad(tmp_path: Path) -> None:
+    """It is longer than what is tried, and how this architecture counts it is not known: the length of a training decides."""
+    model = tiny_encoder(tmp_path, "phi3", sliding_window=1_000, max_position_embeddings=2_048)
+    model.max_seq_length = 2_000
+    assert packing_kind(model, torch.device("cpu")) is None
+    assert packing_kind(model, torch.device("cpu"), longest=1_001) is None
+    assert packing_kind(model, torch.device("cpu"), longest=1_000) is not None

@@ -319,11 +319,13 @@ def _made_causal(transformer: nn.Module) -> bool:
     return any(bool(getattr(module, "is_causal", False)) for module in transformer.modules())
 
 
-def packing_kind(model: SentenceTransformer, device: torch.device, *, bf16: bool = False) -> PackingKind | None:
+def packing_kind(
+    model: SentenceTransformer, device: torch.device, *, bf16: bool = False, longest: int | None = None
+) -> PackingKind | None:
     """How this model can be fed without padding: found by comparing it, on a few texts, with padding; else None.
 
     Call it with the model on its device, before it is wrapped for several devices; ``bf16`` says that it will run under
-    autocast. A model that supports ``varlen`` is left with :mod:`nearfield.encoders.kernels` in place, which treats
+    autocast, ``longest`` that no text has more tokens than so many. A model that supports ``varlen`` is left with :mod:`nearfield.encoders.kernels` in place, which treats
     padded calls as before and leaves no trace in saved files.
     """
     transformer = getattr(model[0], "auto_model", None)
@@ -340,7 +342,14 @@ def packing_kind(model: SentenceTransformer, device: torch.device, *, bf16: bool
     with_image = "image" in modalities
     # Packed rows say nothing of kinds of tokens.
     typed = TokenTypes.of(model.tokenizer) is not None
-    if transformer is None or prefixed or with_image or typed or not plain or not _windows_known(model, transformer):
+    if (
+        transformer is None
+        or prefixed
+        or with_image
+        or typed
+        or not plain
+        or not _windows_known(model, transformer, longest)
+    ):
         return None
     half = bf16 or next(transformer.parameters()).dtype in (torch.float16, torch.bfloat16)
     kinds: list[PackingKind] = ["block"]
@@ -370,10 +379,12 @@ def _attention_dropout(transformer: nn.Module) -> float:
     return max(float(rate) for rate in rates if isinstance(rate, (int, float)))
 
 
-def _windows_known(model: SentenceTransformer, transformer: nn.Module) -> bool:
+def _windows_known(model: SentenceTransformer, transformer: nn.Module, most: int | None) -> bool:
+    """Whether texts are no longer than the window of attention, or a trial can show what packed rows make of it."""
     config: Any = transformer.config
     window = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None)
-    longest = longest_input(model) or stated_positions(model) or 0
+    reads = longest_input(model) or stated_positions(model) or 0
+    longest = reads if most is None else min(reads or most, most)
     return window is None or window >= longest or window + 2 <= _LONGEST_TRIAL or config.model_type in _KNOWN_WINDOWS
 
 

@@ -339,7 +339,10 @@ def build_engine(
         set_attention_dropout(encoder, config.attention_dropout)
     packing = None
     if config.packing == "auto":
-        packing = packing_kind(encoder.to(device), device, bf16=pick_precision(config, device) == "bf16-mixed")
+        # An evaluation during the training reads whole texts.
+        longest = config.max_length if config.evaluation is None else None
+        half = pick_precision(config, device) == "bf16-mixed"
+        packing = packing_kind(encoder.to(device), device, bf16=half, longest=longest)
     use_fast_dropout(encoder)
     # A head that is tied to the table of embeddings gives all of its rows a gradient.
     if name in ("single", "ddp") and data.token_task is None:
