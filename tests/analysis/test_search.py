@@ -19,8 +19,8 @@ from nearfield.analysis.search import (
     recall_threshold,
     searched,
     similarities,
-    versions,
 )
+from nearfield.methods.likeness import versions
 
 
 def _questions(seed: int, noise: float, count: int = 200, d: int = 16) -> Questions:

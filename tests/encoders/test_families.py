@@ -72,7 +72,7 @@ def test_another_family_is_refused(zoo: Path, name: str, family: str) -> None:
     folder = str(zoo / name)
     for use in (
         lambda: load_encoder(folder, device="cpu"),
-        lambda: open_model(folder, name=None, device="cpu", batch_tokens=None),
+        lambda: open_model(folder),
         lambda: Encoder.load(folder, device="cpu"),
         lambda: build_encoder(EncoderConfig(model=folder), "cpu"),
     ):
@@ -102,7 +102,7 @@ def test_a_masked_language_model_is_a_base_and_says_so(zoo: Path) -> None:
     assumed = build_encoder(EncoderConfig(model=str(zoo / "mlm")), "cpu")
     assert [notice.code for notice in assumed.notices] == ["pooling-assumed"]
     assert "BertForMaskedLM" in assumed.notices[0].what
-    scored = open_model(str(zoo / "mlm"), name=None, device="cpu", batch_tokens=None)
+    scored = open_model(str(zoo / "mlm"))
     assert [notice.code for notice in scored.notices] == ["pooling-assumed"]
     assert not build_encoder(EncoderConfig(model=str(zoo / "mlm"), pooling="mean"), "cpu").notices
 

@@ -39,7 +39,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def key(folder: Path | LoadedEncoder) -> str:
     """What vectors are kept under."""
     model = folder if isinstance(folder, LoadedEncoder) else str(folder)
-    return open_model(model, name=None, device="cpu", batch_tokens=None).computes
+    return open_model(model).computes
 
 
 def change_json(name: str, **values: Any) -> Callable[[Path], None]:
@@ -314,7 +314,7 @@ def test_vectors_are_not_taken_from_a_model_of_another_configuration(saved: Path
     folder = Path(shutil.copytree(saved, tmp_path / "model"))
 
     def vectors(**options: Any) -> Any:
-        made = open_model(str(folder), name=None, device="cpu", batch_tokens=None, **options)
+        made = open_model(str(folder), **options)
         assert made.encoder is not None
         return made.encoder.vectors(TEXTS), made.encoder.reused
 

@@ -255,7 +255,7 @@ def test_a_processor_that_says_how_to_pad_is_heard(tmp_path: Path, monkeypatch: 
 
 def test_what_depends_on_its_company_is_said_with_the_scores(tmp_path: Path) -> None:
     folder = str(save_animal(tmp_path, ANIMALS["convbert"]))
-    for loaded in (load_encoder(folder, device="cpu"), open_model(folder, name=None, device="cpu", batch_tokens=None)):
+    for loaded in (load_encoder(folder, device="cpu"), open_model(folder)):
         assert [notice.code for notice in loaded.notices] == ["batch-dependent"]
         assert "convbert" in loaded.notices[0].what or str(tmp_path) in loaded.notices[0].what
 
