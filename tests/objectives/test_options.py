@@ -18,7 +18,7 @@ from nearfield.objectives import InfoNCEConfig
 from nearfield.objectives.blocks import limits
 from nearfield.objectives.config import FocalConfig, ScoreMaskConfig, SpreadConfig
 from nearfield.objectives.infonce import ContrastiveBatch, InfoNCE, spread
-from nearfield.objectives.softmax import focal_weight
+from nearfield.objectives.statistics import focal_weight
 from tests.objectives.loops import row_losses
 from tests.objectives.options import DIM, SOURCES, configs, random_batch
 

@@ -15,10 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from nearfield.objectives.batch import ContrastiveBatch, Objective
-from nearfield.objectives.blocks import Join, accumulation_dtype, floor
-from nearfield.objectives.candidates import lay_out
-from nearfield.objectives.softmax import focal_weight, segment_log_sum, segment_sum
-from nearfield.objectives.statistics import block_logits, excluded_matrix
+from nearfield.objectives.blocks import Join, accumulation_dtype, floor, lay_out
+from nearfield.objectives.statistics import block_logits, excluded_matrix, focal_weight, segment_log_sum, segment_sum
 from nearfield.randomness import derive_seed
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective, own_documents, own_triples, row_mean
 from nearfield.objectives.blocks import accumulation_dtype, in_tiles
-from nearfield.objectives.softmax import segment_log_sum
+from nearfield.objectives.statistics import segment_log_sum
 
 if TYPE_CHECKING:
     from nearfield.objectives.config import ScoreDistillationConfig

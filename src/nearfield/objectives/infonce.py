@@ -1,7 +1,7 @@
 """InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) with every mask and weight, whatever the size of the batch.
 
-Read ``_loss`` first: a layout of candidates (:mod:`.candidates`), statistics of their logits (:mod:`.statistics`), and the
-algebra of :mod:`.softmax` from statistics to losses.
+Read ``_loss`` first: a layout of candidates (:mod:`.blocks`), statistics of their logits (:mod:`.statistics`), and the
+algebra from statistics to losses.
 """
 
 from __future__ import annotations
@@ -21,15 +21,25 @@ from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
 from nearfield.objectives.blocks import (
     CELLS_AT_ONCE,
+    Layout,
     SoftmaxInputs,
     Statistics,
     accumulation_dtype,
     floor,
+    lay_out,
 )
-from nearfield.objectives.candidates import Layout, lay_out
 from nearfield.objectives.diagnostics import watch_softmax
-from nearfield.objectives.softmax import CandidateSums, Positives, join, listed, losses, segment_log_sum, segment_sum
-from nearfield.objectives.statistics import blockwise_statistics, dense_statistics
+from nearfield.objectives.statistics import (
+    CandidateSums,
+    Positives,
+    blockwise_statistics,
+    dense_statistics,
+    join,
+    listed,
+    losses,
+    segment_log_sum,
+    segment_sum,
+)
 from nearfield.randomness import generator
 
 if TYPE_CHECKING:
