@@ -26,7 +26,9 @@ class CAROLConfig(ObjectiveSettings):
     reconstruction: Share = 0.5
     """The share of the reconstruction in the loss; the contrast has the rest."""
     temperature: Positive = 0.1
+    """Cosines of the contrast are divided by it."""
     class_weights: Literal["none", "inverse"] = "inverse"
+    """``inverse``: labels count alike in the contrast, however many texts of each a batch holds; ``none`` counts texts alike."""
     delete: Annotated[float, Field(ge=0, lt=1)] = 0.6
     """The share of tokens that are left out of each text when it is encoded."""
     inner: Annotated[int, Field(gt=0)] = 256

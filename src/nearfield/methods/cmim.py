@@ -33,6 +33,7 @@ class CMIMConfig(ObjectiveSettings):
 
     kind: Literal["cmim"] = "cmim"
     temperature: Positive = 0.1
+    """Cosines of latents are divided by it."""
     weight: NotNegative = 1.0
     """What the contrastive part counts; 0 leaves MIM."""
     deviation: Positive = 0.1

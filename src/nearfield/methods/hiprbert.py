@@ -34,7 +34,9 @@ class HiPrBERTConfig(ObjectiveSettings):
     weights: tuple[NotNegative, ...] | None = None
     """What each level counts; null counts each 1."""
     alpha: Positive = 2.0
+    """How steeply positives below a threshold are pulled; higher looks at the farthest alone."""
     beta: Positive = 50.0
+    """How steeply negatives above a threshold are pushed; higher looks at the nearest alone."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> HiPrBERTConfig:

@@ -35,7 +35,9 @@ class MCSEConfig(ObjectiveSettings):
 
     kind: Literal["mcse"] = "mcse"
     temperature: Positive = 0.05
+    """Cosines between texts are divided by it."""
     image_temperature: Positive = 0.05
+    """Cosines of captions with images are divided by it."""
     weight: NotNegative = 0.01
     """What grounding counts."""
     projection: Annotated[int, Field(gt=0)] = 256

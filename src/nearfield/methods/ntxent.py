@@ -18,6 +18,7 @@ class NTXentConfig(ObjectiveSettings):
 
     kind: Literal["ntxent"] = "ntxent"
     temperature: Positive = 0.05
+    """Cosines are divided by it; lower puts more weight on the hardest texts."""
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> NTXent:
         return NTXent(self.temperature)

@@ -32,6 +32,7 @@ class SBCLConfig(ObjectiveSettings):
 
     kind: Literal["sbcl"] = "sbcl"
     temperature: Positive = 0.1
+    """Cosines of the fine part are divided by it, and those of the coarse part on average."""
     base_temperature: Positive = 0.07
     """The fine part counts temperature / base_temperature."""
     gamma: NotNegative = 0.25

@@ -24,14 +24,17 @@ class SimLAPConfig(ObjectiveSettings):
 
     kind: Literal["simlap"] = "simlap"
     temperature: Positive = 0.1
+    """Gated cosines are divided by it."""
     partner: Literal["arbitrary", "identical", "distinct"] = "arbitrary"
     """A text's other label: of a drawn text of the batch, its own, or another one drawn evenly."""
     label_width: Annotated[int, Field(gt=0)] = 512
+    """Numbers that each label is learnt as, for the gate."""
     hidden: Annotated[int, Field(gt=0)] = 1024
     """Width of the gate's inner layer."""
     project: Annotated[int, Field(ge=0)] = 256
     """Width of a head between embeddings and loss, which is no part of the saved model; 0 for none."""
     project_hidden: Annotated[int, Field(gt=0)] = 2048
+    """Width of that head's inner layer."""
     probe: NotNegative = 1.0
     """What the cross-entropy of a linear map from embeddings to labels counts."""
     probe_detached: bool = True

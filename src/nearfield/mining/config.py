@@ -47,7 +47,9 @@ class SentenceTransformerTeacher(TeacherSettings):
     model: ModelName | None = None
     """Null takes the model that the recipe trains from, as it is before training."""
     revision: str | None = None
+    """The hub's branch, tag or commit; pin a commit so that negatives can be mined again."""
     max_length: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
+    """Tokens of a text that it reads, at most; null takes the model's own limit. Lower it to encode long documents faster."""
     prompts: QueryPrompts = QueryPrompts()
     """Put before texts; null takes the model's own prompt of the role."""
     trust_remote_code: bool = False
@@ -73,6 +75,7 @@ class VectorsTeacher(TeacherSettings):
 
     kind: Literal["vectors"] = "vectors"
     documents: ConfigPath
+    """The file of the documents' vectors."""
     queries: ConfigPath | None = None
     """Null looks queries up in the file of documents."""
     zeros: bool = False
@@ -96,7 +99,9 @@ class BM25Teacher(TeacherSettings):
 
     kind: Literal["bm25"] = "bm25"
     k1: Annotated[float, Field(gt=0)] = 1.5
+    """How slowly a word that is repeated in a document stops adding to its score; raise it for long documents."""
     b: Annotated[float, Field(ge=0, le=1)] = 0.75
+    """How much long documents are marked down for their length: 0 not at all, 1 in full."""
     language: str | None = "english"
     """Of the Snowball stemmer and, for English, the stop words; null takes words as they are."""
 
@@ -130,7 +135,9 @@ class CrossEncoderTeacher(TeacherSettings):
 
     kind: Literal["cross_encoder"] = "cross_encoder"
     model: ModelName
+    """The cross-encoder, by folder or hub id; it must give one number a pair."""
     revision: str | None = None
+    """The hub's branch, tag or commit; pin a commit so that negatives can be mined again."""
     retrieve: Annotated[TeacherSettings, TEACHERS.without("cross_encoder", "ensemble")] = SentenceTransformerTeacher()
     """The teacher that finds the candidates."""
     scale: Literal["sigmoid", "none"] = "sigmoid"
@@ -218,7 +225,9 @@ class HNSWSearch(Config):
 
     kind: Literal["hnsw"] = "hnsw"
     links: Annotated[int, Field(ge=2, le=512)] = 32
+    """Neighbours that each document is linked to in the graph; more find more and take more memory."""
     build_width: Positive = 200
+    """Candidates held while a document is linked; more make a better graph and take longer to build."""
     width: Positive = 256
     """Candidates held while a query is searched; more finds more."""
     sample: Positive = 1_000
@@ -262,6 +271,7 @@ class ShiftedRule(RuleConfig):
 
     kind: Literal["shifted"] = "shifted"
     skip: Positive = 10
+    """Ranks that are passed over, where false negatives are likeliest; raise it if the audit shows many."""
 
     def needs(self) -> int:
         """The ranks passed over."""
@@ -279,6 +289,7 @@ class AbsoluteRule(RuleConfig):
 
     kind: Literal["absolute"] = "absolute"
     below: float = 0.7
+    """Only candidates with a lower score, on the teacher's scale, are kept."""
 
     def build(self) -> Rule:
         """The rule."""
@@ -292,6 +303,7 @@ class MarginToPositiveRule(RuleConfig):
 
     kind: Literal["margin_to_positive"] = "margin_to_positive"
     margin: Annotated[float, Field(ge=0)] = 0.05
+    """How far below the positive's score a candidate must lie, on the teacher's scale; raise it against false negatives."""
 
     def build(self) -> Rule:
         """The rule."""
@@ -308,6 +320,7 @@ class PercentOfPositiveRule(RuleConfig):
 
     kind: Literal["percent_of_positive"] = "percent_of_positive"
     share: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """The share of the positive's score that a candidate must stay below; lower it against false negatives."""
 
     def build(self) -> Rule:
         """The rule."""
@@ -325,7 +338,9 @@ class AdaptiveMarginRule(RuleConfig):
 
     kind: Literal["adaptive_margin"] = "adaptive_margin"
     at_zero: Annotated[float, Field(ge=0)] = 0.1
+    """The margin where the positive scores 0 or less."""
     at_one: Annotated[float, Field(ge=0)] = 0.05
+    """The margin where the positive scores 1 or more."""
 
     def build(self) -> Rule:
         """The rule."""
@@ -341,7 +356,9 @@ class RankWindowRule(RuleConfig):
 
     kind: Literal["rank_window"] = "rank_window"
     start: Annotated[int, Field(ge=0)] = 50
+    """The first rank that is drawn from; the ranks before it are likely to hold false negatives."""
     stop: Positive = 100
+    """The rank that the window ends before; a later one brings easier negatives."""
 
     def needs(self) -> int:
         """The end of the window."""
@@ -367,8 +384,9 @@ class SampledTopKRule(RuleConfig):
 
     kind: Literal["sampled_top_k"] = "sampled_top_k"
     k: Positive = 10
+    """Candidates that are drawn among, the best ones that the other rules keep."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
-    """Of the softmax over scores; large draws evenly."""
+    """Scores are divided by it before the softmax that candidates are drawn by; a large one draws evenly."""
     keep_first: bool = False
     """Always take the best one and draw the rest."""
 
@@ -391,6 +409,7 @@ class ConsistencyRule(RuleConfig):
 
     kind: Literal["consistency"] = "consistency"
     top: Positive = 2
+    """The ranks that the best positive must be among; a small number keeps only pairs that the teacher agrees with."""
 
     def needs(self) -> int:
         """The ranks looked at."""
@@ -436,6 +455,7 @@ class MiningConfig(Config):
     explicit: Literal["keep", "replace"] = "keep"
     """Whether negatives that the data brings stay beside the mined ones."""
     search: SearchConfig = ExactSearch()
+    """How the corpus is searched: all documents, or approximately, where an exact search takes too long."""
     memory_mib: Annotated[int, Field(ge=16)] = 1_024
     """Memory that an exact search may hold beside the vectors."""
     during: DuringConfig | None = None
@@ -473,8 +493,11 @@ class ScheduledNegatives(Config):
 
     kind: Literal["scheduled"] = "scheduled"
     start: Annotated[int, Field(ge=0)] = 20
+    """The rank that negatives are taken from at the first step; a high one begins with easy negatives."""
     end: Annotated[int, Field(ge=0)] = 0
+    """The rank that negatives are taken from at the end; 0 ends with the hardest."""
     over: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of all steps over which the rank moves."""
 
     def least(self, wanted: int) -> int:
         """Candidates without which nothing would change, where batches take ``wanted``."""
@@ -494,11 +517,17 @@ class DynamicNegatives(Config):
 
     kind: Literal["dynamic"] = "dynamic"
     rule: Literal["conan_v1", "conan_v2"] = "conan_v1"
+    """``conan_v1`` replaces whole blocks of negatives, ``conan_v2`` single ones."""
     check_every: Positive = 100
+    """Steps between two checks of ``conan_v1``."""
     ratio: Annotated[float, Field(ge=1)] = 1.15
+    """A block is replaced once its mean score times this is below its first mean score; a lower ratio replaces sooner."""
     ceiling: Annotated[float, Field(gt=0)] = 0.8
+    """A block whose mean score is larger than this in size is never replaced: it is still hard."""
     skip: Annotated[int, Field(ge=0)] = 10
+    """The rank that the second block begins at."""
     below: Annotated[float, Field(ge=-1, le=1)] = 0.4
+    """``conan_v2`` replaces a negative whose cosine with its query is lower than this."""
 
     def least(self, wanted: int) -> int:
         """Candidates without which nothing would change, where batches take ``wanted``."""
@@ -514,7 +543,9 @@ class RefreshedNegatives(Config):
 
     kind: Literal["refresh"] = "refresh"
     every_steps: Positive | None = None
+    """Steps between two minings; null leaves the rhythm to ``every_epochs``."""
     every_epochs: Positive | None = None
+    """Epochs between two minings; null leaves the rhythm to ``every_steps``."""
 
     def least(self, wanted: int) -> int:
         """Candidates without which batches would lack some."""

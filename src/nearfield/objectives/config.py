@@ -60,6 +60,7 @@ class FocalConfig(Config):
     """Each softmax counts (1 - probability of its positive) to the power gamma (KaLM-Embedding-V2, arXiv 2506.20923)."""
 
     gamma: NotNegative = 0.5
+    """How much rows that are solved already lose of their weight; 0 weighs all alike."""
     detach: bool = True
     """Whether the weight is a constant for the gradient."""
 
@@ -296,18 +297,23 @@ class InfoNCEConfig(ObjectiveSettings):
     guide_mask: ScoreMaskConfig | None = None
     """Leave candidates out by the score that a guide model gives them (GISTEmbed, arXiv 2402.16829)."""
     hardness: HardnessConfig | None = None
+    """Weigh negatives by their scores; null weighs all alike."""
     focal: FocalConfig | None = None
+    """Weigh rows by how far they are from solved; null weighs all alike."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target that is spread evenly over the positive and all candidates."""
     source_weights: dict[str, NotNegative] = {}
     """Source -> what the loss of its examples is multiplied by; sources that are not named keep theirs. Not part of what the
     sum is divided by, so that it holds for batches of one source as well."""
     mixing: MixingConfig | None = None
+    """Make further negatives of a query's own; null makes none. Where mined negatives are few, it adds harder ones."""
     queue: Annotated[int, Field(ge=0)] = 0
     """How many positives of earlier steps are candidates of queries too, as they were embedded then and without gradient
     (MoCo, arXiv 1911.05722; XBM, arXiv 1912.06798). A query sees those of its own source."""
     matryoshka: MatryoshkaConfig | None = None
+    """Train prefixes of the embeddings too, so that they can be cut short; null trains the full length alone."""
     spread: SpreadConfig | None = None
+    """Add a regulariser that spreads embeddings over the sphere; null adds none."""
     implementation: Literal["auto", "dense", "blockwise"] = "auto"
     """``dense`` holds the matrix of logits, ``blockwise`` only a tile of it; ``auto`` takes the faster that fits."""
     tiles: Literal["auto", "torch", "triton"] = "auto"
@@ -403,6 +409,7 @@ class AngleConfig(ObjectiveSettings):
 
     kind: Literal["angle"] = "angle"
     temperature: Positive = 0.05
+    """Differences of angles are divided by it."""
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> Ranking:
         from nearfield.objectives.pairwise import Ranking
@@ -503,6 +510,7 @@ class EmbeddingDistillationConfig(ObjectiveSettings):
 
     kind: Literal["distil_embeddings"] = "distil_embeddings"
     distance: Literal["mse", "l2", "cosine"] = "mse"
+    """What is made small: the mean squared difference of coordinates, the Euclidean distance, or 1 less the cosine."""
     projection: Literal["auto", "always"] = "auto"
     """A learnt linear map from the student's to the teacher's width: ``auto`` where they differ. It is no part of the model
     that is saved."""
@@ -529,6 +537,7 @@ class SupConConfig(ObjectiveSettings):
 
     kind: Literal["supcon"] = "supcon"
     temperature: Positive = 0.1
+    """Cosines are divided by it; lower puts more weight on the hardest texts of other labels."""
     class_weights: Literal["none", "inverse"] = "none"
     """``inverse``: an anchor counts one over the texts of its label in the batch, scaled to a mean of 1, so that labels count
     alike (the contrastive part of CAROL, arXiv 2410.22197, in a working form of ours)."""
@@ -566,6 +575,7 @@ class SimCSEConfig(ObjectiveSettings):
 
     kind: Literal["simcse"] = "simcse"
     temperature: Positive = 0.05
+    """Similarities are divided by it; lower puts more weight on the hardest texts."""
     similarity: Literal["cosine", "dot"] = "cosine"
     """Where it is not said, ``dot`` for a base that compares its vectors so."""
 
@@ -588,6 +598,7 @@ class PartConfig(Config):
     """One of several objectives: its sources, and its weight over the run."""
 
     objective: Annotated[ObjectiveSettings, OBJECTIVES.without("combined")]
+    """The loss of this part; any kind but ``combined``."""
     name: str | None = None
     """What figures call it; null takes the objective's kind."""
     sources: tuple[str, ...] | None = None
@@ -599,6 +610,7 @@ class PartConfig(Config):
     final_weight: NotNegative | None = None
     """The weight at the end; null keeps it."""
     begin: Share = 0.0
+    """The share of the run at which the weight begins to change."""
     end: Share = 1.0
     """Shares of the run between which the weight goes evenly from the one to the other; equal ones switch."""
 
@@ -627,6 +639,7 @@ class CombinedConfig(ObjectiveSettings):
 
     kind: Literal["combined"] = "combined"
     parts: Annotated[tuple[PartConfig, ...], Field(min_length=1)]
+    """The objectives that are added."""
 
     @model_validator(mode="after")
     def _one_task_on_tokens(self) -> CombinedConfig:
