@@ -19,7 +19,7 @@ from nearfield.conformance.tiny_models import save_tiny_clip
 from nearfield.evaluation import evaluate
 from nearfield.pipeline import open_run, run_stages
 from nearfield.shipped import copy_shipped
-from nearfield.training.checkpoint import checkpoint_paths, open_checkpoint
+from nearfield.training.checkpoint import Checkpoint, checkpoint_paths, open_checkpoint
 from nearfield.training.tracking import read_metrics
 from tests.conftest import write_toy_recipe
 from tests.evaluation.conftest import Tasks
@@ -27,6 +27,7 @@ from tests.patience import PATIENCE
 from tests.training.launching import (
     BIN,
     PYTHONPATH,
+    ROOT,
     SGD,
     TORCHRUN,
     environment,
@@ -115,14 +116,34 @@ def scenarios(folder: Path, model: Path) -> Iterator[dict[str, Any]]:
     yield scenario("terminated-0", faults={"0": {"terminated": [2]}})
     yield scenario("terminated-1", "training.backend=fsdp2", faults={"1": {"terminated": [2]}})
     yield scenario("repeated", *SHORT, faults={"1": {"short of memory": [3]}})
-    stopped = scenario("short", "training.backend=fsdp2", *SHORT, faults={"1": {"short of memory": [6]}})
-    yield stopped
     # The fault is still there: without the smaller budget the resumed run would stop again.
-    again = [*stopped["arguments"], "--resume"]
+    again = [*short_arguments(folder), "--resume"]
     yield {"name": "short-resumed", "arguments": again, "faults": {"1": {"short of memory": [1]}}}
     for name, (setting, variables, _) in REFUSED.items():
         yield scenario(name, setting, environment=variables)
     yield scenario("mixed", environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
+
+
+def short_arguments(folder: Path) -> list[str]:
+    """Of a training in which memory runs out on a rank."""
+    settings = [*SGD, *SHORT, "training.backend=fsdp2"]
+    return [
+        "train",
+        str(folder / "toy.yaml"),
+        *settings,
+        "--run-folder",
+        str(folder / "runs" / "short"),
+        "--until",
+        "train",
+    ]
+
+
+@pytest.fixture(scope="module")
+def short(folder: Path) -> tuple[subprocess.CompletedProcess[str], Checkpoint]:
+    """A launch of its own, as its processes end; and the checkpoint that they leave."""
+    faulty = str(Path(__file__).with_name("faulty_rank.py"))
+    done = launch([*TORCHRUN, faulty, "1", "6", *short_arguments(folder)])
+    return done, open_checkpoint(checkpoint_paths(folder / "runs" / "short" / "checkpoints")[-1])
 
 
 PRECISIONS = [
@@ -159,7 +180,7 @@ REFUSED: dict[str, tuple[str, dict[str, str], str]] = {
 
 
 @pytest.fixture(scope="module")
-def told(folder: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
+def told(folder: Path, short: object, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
     """What both ranks said of each scenario."""
     out = tmp_path_factory.mktemp("told")
     Tasks(folder / "tasks").sts(count=200)
@@ -369,16 +390,19 @@ def test_memory_that_runs_out_on_one_rank_is_repeated_by_all(told: Told, folder:
     assert open_checkpoint(checkpoint_paths(run / "checkpoints")[-1]).state["micro_batch_tokens"] == 80
 
 
-def test_memory_that_runs_out_on_one_rank_stops_sharded_ranks_which_go_on_with_less(told: Told, folder: Path) -> None:
-    run = folder / "runs" / "short"
-    assert [rank["code"] for rank in told["short"]] == [75, 75]
-    said = "".join(rank["stderr"] for rank in told["short"])
-    assert "memory ran out in step 6 with 160 tokens at a time" in said
-    assert "Traceback" not in said
+def test_memory_that_runs_out_on_one_rank_stops_sharded_ranks_which_go_on_with_less(
+    short: tuple[subprocess.CompletedProcess[str], Checkpoint], told: Told, folder: Path
+) -> None:
+    (stopped, last), run = short, folder / "runs" / "short"
+    assert stopped.returncode != 0
+    codes = [int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", stopped.stderr)]
+    assert codes and set(codes) == {75}, stopped.stderr
+    assert "memory ran out in step 6 with 160 tokens at a time" in stopped.stderr
+    assert 'File "' + str(ROOT / "tests") not in stopped.stderr, "no traceback of ours"
+    assert (last.step, last.state["micro_batch_tokens"]) == (4, 80)
     fine(told, "short-resumed")
     assert train_record(run)["resumed_from"] == 4
     assert len(read_metrics(run / "metrics.jsonl")) == 8
-    assert open_checkpoint(checkpoint_paths(run / "checkpoints")[-1]).state["micro_batch_tokens"] == 80
 
 
 @pytest.mark.parametrize("name", REFUSED)
