@@ -28,7 +28,7 @@ LAUNCHES: tuple[tuple[str, int], ...] = (
     ("zero3", 2),
 )
 """(backend, ranks) that are run on CPUs, with gloo where there are several."""
-_TIMEOUT_SECONDS = 900
+_TIMEOUT_SECONDS = 1800
 
 
 @dataclass
