@@ -54,8 +54,8 @@ def test_kernels_equal_the_whole_matrix_over_several_programs(matryoshka: bool) 
     config = RICH.model_copy(update={**more, "matryoshka": RICH.matryoshka if matryoshka else None})
     if matryoshka and config.matryoshka is not None:
         config = config.model_copy(update={"matryoshka": config.matryoshka.model_copy(update={"dimensions": (4, 12)})})
-    assert len(random_batch(3, 24, negatives=9).documents) > 131 > COLUMNS and 24 % ROWS
-    compare(config, 3, 24, 131, negatives=9)
+    assert len(random_batch(3, 24, negatives=10).documents) > 131 > COLUMNS and 24 % ROWS
+    compare(config, 3, 24, 131, negatives=10)
 
 
 @interpreted

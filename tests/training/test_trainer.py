@@ -19,7 +19,8 @@ from nearfield.errors import BadInputError, NonFiniteError
 from nearfield.objectives.diagnostics import similarities
 from nearfield.objectives.infonce import ContrastiveBatch
 from nearfield.pipeline import open_run, run_stages
-from nearfield.training import TrainingConfig, trainer
+from nearfield.training import TrainingConfig
+from nearfield.training import step as step_module
 from nearfield.training.config import AdamWConfig
 from nearfield.training.optimizers import make_optimizer
 from nearfield.training.tracking import read_metrics
@@ -174,14 +175,14 @@ def test_a_signal_ends_the_command_with_its_own_code(toy_recipe: Path, tmp_path:
 def test_ctrl_c_ends_the_command_with_the_same_code(
     toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, run_step = tmp_path / "runs" / "toy", trainer.run_step
+    run, run_step = tmp_path / "runs" / "toy", step_module.run_step
 
     def interrupted(*args: Any, **named: Any) -> Any:
         if named["step"] == 2:
             signal.raise_signal(signal.SIGINT)
         return run_step(*args, **named)
 
-    monkeypatch.setattr(trainer, "run_step", interrupted)
+    monkeypatch.setattr(step_module, "run_step", interrupted)
     code = command(*long_training(toy_recipe, run))
     check_stopped(run, "SIGINT", code, capsys.readouterr().err)
     assert len(read_metrics(run / "metrics.jsonl")) == 3
