@@ -7,9 +7,11 @@ import logging
 import os
 import random
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -57,6 +59,29 @@ def _restore_process() -> Iterator[None]:
     logger = logging.getLogger("nearfield")
     logger.handlers.clear()
     logger.propagate = True
+
+
+PROFILES: dict[str, Any] = {}
+"""What the trainings of a process measured of memory and time before their first step, by what they train."""
+
+
+@pytest.fixture(autouse=True)
+def _measured_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the time of a tiny training is the forecast: it is made anew where it is tested, with the trainer."""
+    forecast = sys.modules.get("nearfield.training.forecast")
+    if forecast is None or request.node.nodeid.startswith("tests/training/"):
+        return
+    measure = forecast.measure_profile
+
+    def once(engine: Any, plans: Any, **named: Any) -> Any:
+        sizes = [(tuple(p.shape), p.requires_grad) for p in engine.backend.module.parameters()]
+        settings = engine.config.model_dump_json(include={"micro_batch_tokens", "graph_tokens", "gradient_cache"})
+        key = repr((sizes, settings, type(engine.objective), type(engine.backend), [len(plan) for plan in plans]))
+        if key not in PROFILES:
+            PROFILES[key] = measure(engine, plans, **named)
+        return PROFILES[key]
+
+    monkeypatch.setattr(forecast, "measure_profile", once)
 
 
 @pytest.fixture(scope="session")
