@@ -176,6 +176,26 @@ def test_a_tracker_that_is_not_installed_blocks(
     refused(toy_recipe, settings, tmp_path / "run", "Weights & Biases is not installed")
 
 
+def test_labels_that_are_all_the_same_are_said(toy_recipe: Path, tmp_path: Path) -> None:
+    """Items of one label are pulled together, which has a gradient and teaches nothing."""
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps({"t": f"word{i}", "l": "x"}) + "\n" for i in range(24)))
+    (tmp_path / "items.yaml").write_text(
+        "name: items\nsources:\n  - {name: items, task_type: Classification, reader: {kind: jsonl, path: items.jsonl}, "
+        "examples: {kind: labelled, item: t, label: l}, split: {kind: all}}\n"
+    )
+    settings = [
+        f"data={tmp_path / 'items.yaml'}",
+        "sources=[items]",
+        "objective={kind: supcon}",
+        "training.max_steps=2",
+        "batches.batch_size=8",
+    ]
+    found = nearfield.dry_run(toy_recipe, settings, tmp_path / "run")
+    assert found is not None and found.would_start
+    (said,) = [notice.what for notice in found.notices if notice.code == "labels-all-equal"]
+    assert said == "items: all 24 items have the label 'x': there are none to tell apart"
+
+
 def test_a_tracker_without_a_login_blocks(toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

@@ -299,9 +299,17 @@ def data_notices(stage: DataStage) -> Iterator[Notice]:
 
 
 def score_notices(stage: DataStage) -> Iterator[Notice]:
-    """Scores of graded pairs that the objective cannot give, or that are all the same."""
+    """Scores of graded pairs that the objective cannot give, or that are all the same; labels that are."""
     store, recipe = stage.open(), stage.recipe
     for source in stage.job.run.checked.sources:
+        if source.examples.kind == "labelled":
+            labels = store.examples.take(store.select(source.name, recipe.split))["label"].drop_null()
+            if len(labels) and len(labels.unique()) == 1:
+                yield Notice(
+                    "labels-all-equal",
+                    f"{source.name}: all {len(labels):,} items have the label {labels[0].as_py()!r}: there are none to tell apart",
+                    "Check the column of labels in the data recipe.",
+                )
         if source.examples.kind != "graded":
             continue
         scores = store.examples.take(store.select(source.name, recipe.split))["score"].drop_null().to_numpy()
