@@ -69,7 +69,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, toy_data:
     recipe = write_toy_recipe(folder, tiny_model, toy_data)
     with patch.context() as patched:
         # The second step: the first has opened what it reads.
-        patched.setattr(trainer, "run_step", found.once("gradient", trainer.run_step, after=1))
+        patched.setattr(trainer, "batch_gradient", found.once("gradient", trainer.batch_gradient, after=1))
         for stage in ("tokens", "plan"):
             command = ["-q", "train", str(recipe), "--until", stage, "--run-folder", str(folder / "run")]
             with entered() as found.files[stage]:
