@@ -87,6 +87,7 @@ def evaluate_command(
         if not suite.is_file():
             raise BadInputError("overrides change a suite file", where=str(suite), hint="Give a suite YAML.")
         config = SuiteConfig.load(suite, overrides)
+    SuiteConfig.of(config)  # what is wrong with it is said before a model is loaded
     chosen = names(tasks)
     if chosen == []:
         raise BadInputError("--tasks names no task", where="--tasks", hint="Give names separated by commas.")
