@@ -177,7 +177,7 @@ def test_chunks_have_the_gradient_of_one_forward(architecture: str) -> None:
 def test_a_chunk_is_counted_by_what_is_computed() -> None:
     case = Case.make(InfoNCEConfig()).in_vision_language_model("qwen2_vl")
     engine = case.engine(Launch(), "single", dropout=False)
-    work, lengths = engine.work(case.batch, case.known.__getitem__, Cut(90))
+    work, lengths = engine.work(case.batch, Cut(90))
     features = engine.make_features(work.pool)
     for chunk, tokens in zip(work.chunks, work.tokens, strict=True):
         made = features(chunk)
