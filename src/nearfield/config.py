@@ -50,7 +50,7 @@ class KindSettings(Config):
     """The base of settings that a ``kind`` picks. Ours name their ``kind``; a class from outside leaves that to the recipe."""
 
     kind: str = ""
-    """Which kind these settings are of: a name of ours, one that an installed package registers, or an import path."""
+    """The kind of these settings: a name of ours, one that an installed package registers, or an import path."""
 
     @model_validator(mode="after")
     def _goes_by_a_name(self) -> Self:

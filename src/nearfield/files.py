@@ -74,7 +74,7 @@ _EARLIER = re.compile(r"\.(?P<name>.+)\.(?P<process>[0-9]+)\.[0-9a-f]{1,8}\.tmp"
 """The same as earlier versions named it: a file or folder with the number of its process."""
 _OWNER, _REPLACED = "owner", "replaced"
 _FOREIGN_SECONDS = 86_400.0
-"""What a process of another machine wrote, whose locks this one may not see, is left alone until it is a day old."""
+"""Leftovers of a process of another machine, whose locks this one may not see, is left alone until it is a day old."""
 
 
 def _machine() -> str:

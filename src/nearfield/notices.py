@@ -94,7 +94,7 @@ class Said:
             _log(notice, name)
 
     def of(self, name: str = "") -> tuple[Notice, ...]:
-        """What was said of this, in order."""
+        """The notices of this, in order."""
         return tuple(self._found.get(name, {}))
 
     def all(self) -> dict[str, tuple[Notice, ...]]:
@@ -103,7 +103,7 @@ class Said:
 
     @contextlib.contextmanager
     def about(self, name: str) -> Iterator[None]:
-        """What is said inside, without a name, is of ``name``."""
+        """Notices said inside without a name belong to ``name``."""
         before, self._now = self._now, name
         try:
             yield

@@ -71,7 +71,7 @@ def hub_commit(name: str, revision: str | None) -> str | None:
 
 
 def device() -> dict[str, Any]:
-    """What this machine computes on."""
+    """The device of this machine."""
     import torch
 
     found: dict[str, Any] = {

@@ -32,7 +32,7 @@ GuideConfig = Annotated[SentenceTransformerTeacher | VectorsTeacher, Field(discr
 
 
 class EvaluationConfig(Config):
-    """What the model is scored on, before and after training, and what it is compared with."""
+    """Scores of the model before and after training, and the models that it is compared with."""
 
     suite: ConfigPath
     """A suite file, or a folder of local tasks."""
@@ -67,7 +67,7 @@ class StageConfig(Config):
     mining: MiningConfig | None = None
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig | None = None
-    """What is said here or in the recipe holds for the last stage; an earlier one is scored only where it says so itself."""
+    """Settings here or in the recipe hold for the last stage; an earlier one is scored only where it says so itself."""
 
 
 class Recipe(Config):
@@ -90,7 +90,7 @@ class Recipe(Config):
     """Who judges which texts are alike, for mining and for batches that are made of vectors; null takes the model that is
     trained, as it is before training, where one is needed."""
     guide: GuideConfig | None = None
-    """Whose vectors ``objective.guide_mask`` looks at; null takes the teacher's where one is needed."""
+    """The model whose vectors ``objective.guide_mask`` looks at; null takes the teacher's where one is needed."""
     mining: MiningConfig | None = None
     """Hard negatives by a teacher, beside or instead of the data's own; null mines none."""
     training: TrainingConfig = TrainingConfig()

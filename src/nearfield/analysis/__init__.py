@@ -1,4 +1,4 @@
-"""What embeddings look like, and what that says: geometry, likeness of models, thresholds, associations.
+"""The looks of embeddings, and what they say: geometry, likeness of models, thresholds, associations.
 
 Functions over arrays; importing this package imports nothing heavy.
 """

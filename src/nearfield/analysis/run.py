@@ -54,7 +54,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a model takes for the same, and what length does, with the sentences that say so."""
+    """Texts that a model takes for the same, and the effect of length, with the sentences that say so."""
 
     duplicates: NearDuplicates
     length: LengthBias
@@ -82,7 +82,7 @@ class Analysis:
     extras: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """What ``--json`` writes."""
+        """The content of ``--json``."""
         return {"version": VERSION, **asdict(self)}
 
 

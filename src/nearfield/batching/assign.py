@@ -188,7 +188,7 @@ class _Batches:
         self.conflicts, self.size, self.batches, self.out = conflicts, size, batches, out
         self.count = len(out)
         self.staying = [of.keep(~out[of.owners()]) for of in self._both()]
-        """What the rows bring and forbid that stay where the order puts them."""
+        """Items that are brought and forbidden by the rows that stay where the order puts them."""
         self.members: dict[int, list[int]] = {}
         """Of the batches that were touched; the others are blocks of the order."""
         self.held: dict[int, tuple[set[int], set[int]]] = {}

@@ -29,7 +29,7 @@ class SourceSampling(Config):
 
     @property
     def weights(self) -> dict[str, float]:
-        """What the share of each source or pool is multiplied by; all or none are named."""
+        """The factor of each source's or pool's share; all or none are named."""
         return {}
 
     @property
@@ -189,7 +189,7 @@ class ShuffledConfig(PlannerSettings):
 
 
 class SeparatedConfig(PlannerSettings):
-    """What the planners share whose batches have one source each."""
+    """The base of the planners whose batches have one source each."""
 
     homogeneous: Annotated[float, Field(ge=0, le=1)] = 1.0
     """The share of examples whose batches are of this kind; the others are mixed over all sources."""

@@ -193,7 +193,7 @@ class StreamPlanner:
         )
 
     def remember(self, stream: Stream, request: Request, make: Callable[[], Any]) -> Any:
-        """What ``make`` computes about a stream, once for all epochs."""
+        """The value that ``make`` computes about a stream, once for all epochs."""
         digest = hashlib.blake2b(digest_size=16)
         for part in (stream.examples, stream.queries, stream.representatives()):
             digest.update(np.ascontiguousarray(part).data)

@@ -154,7 +154,7 @@ HARDNESS = ("planned_similarity", "random_similarity", "planned_false_negatives"
 
 @dataclass(frozen=True)
 class PlanDifference:
-    """What two plans have in common."""
+    """The comparison of two plans."""
 
     identical: bool
     """Whether every step has the same examples in the same order."""
@@ -252,7 +252,7 @@ def _figures(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, floa
 
 
 def _settings(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What differs of the metadata, with nested keys joined by dots."""
+    """The differences of the metadata, with nested keys joined by dots."""
 
     def flat(value: Any, name: str) -> dict[str, Any]:
         if not isinstance(value, dict):

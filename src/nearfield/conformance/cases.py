@@ -233,7 +233,7 @@ class Case:
     tokens: TokenCache
     dtype: torch.dtype = torch.float64
     weights: Floats | None = None
-    """What each example counts; none where all count alike."""
+    """The weight of each example; none where all count alike."""
     towers: bool = False
     """Whether every item whose number is odd is an image, for a tower of its own."""
     adapter: bool = False
@@ -343,7 +343,7 @@ class Case:
         return engine
 
     def data(self, encoder: SentenceTransformer) -> TrainingData:
-        """What the batch's items and examples are."""
+        """The batch's items and examples."""
         return TrainingData(
             self.tokens,
             known_positives=self.known.__getitem__,
@@ -356,7 +356,7 @@ class Case:
         )
 
     def token_task(self, encoder: SentenceTransformer) -> TokenTask | None:
-        """What hides tokens, where the objective asks for it."""
+        """The task that hides tokens, where the objective asks for one."""
         config = self.objective.token_task
         return None if config is None else TokenTask(encoder, config, str(self.model_folder), SEED).to(self.dtype)
 

@@ -260,7 +260,7 @@ class CheckLine:
     ranks: int
     check: str
     value: float
-    """What was found: a relative difference, or what ``unit`` says."""
+    """The measured value: a relative difference, or in ``unit``."""
     limit: float
     at_least: bool = False
     """Whether the value must be at least the limit: a check that a fault is noticed."""
@@ -464,7 +464,7 @@ class Suite:
         )
 
     def figures(self) -> CheckLine:
-        """What is told of the learning, with masks, weights and a learnt temperature."""
+        """The diagnostics of the learning, with masks, weights and a learnt temperature."""
         objective = OBJECTIVES["infonce, score mask, hardness, focal"].model_copy(update={"learn_temperature": True})
         case = self.make(objective, 8)
         alone = case.engine(Launch(), "single", dropout=True)

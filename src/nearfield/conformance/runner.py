@@ -33,7 +33,7 @@ _TIMEOUT_SECONDS = 1800
 
 @dataclass
 class Outcome:
-    """What a launch gave."""
+    """The outcome of a launch."""
 
     backend: str
     ranks: int

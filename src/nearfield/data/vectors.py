@@ -145,7 +145,7 @@ class VectorStore:
         write_shard(self.folder / (name or uuid.uuid4().hex), keys, vectors)
 
     def find(self, keys: Keys) -> Iterable[tuple[Rows, Vectors]]:
-        """Which of some keys are here, with their vectors, shard by shard; of a key in several shards the last is right."""
+        """Those of some keys that are here, with their vectors, shard by shard; of a key in several shards the last is right."""
         if self._shards is None:
             folders = [file.parent for file in sorted(self.folder.glob(f"*/{KEYS}"))]
             self._shards = [
@@ -333,7 +333,7 @@ class VectorJob:
             shutil.rmtree(pieces.folder, ignore_errors=True)
 
     def _pieces(self, number: int, start: int) -> VectorStore:
-        """What is made so far of a shard that is not whole."""
+        """The part that is made so far of a shard that is not whole."""
         return VectorStore(self._pieces_folder / _shard_name(number, start), {"version": VERSION})
 
     @property

@@ -94,7 +94,7 @@ def lora_targets(transformer: nn.Module, targets: str | tuple[str, ...]) -> list
 
 
 def quantization_settings(quantize: str, device_type: str) -> dict[str, Any]:
-    """What transformers is given to load a base in 4 or 8 bits (QLoRA, arXiv 2305.14314); nothing for ``none``."""
+    """The options by which transformers loads a base in 4 or 8 bits (QLoRA, arXiv 2305.14314); nothing for ``none``."""
     if quantize == "none":
         return {}
     require_bitsandbytes(f"a base in {quantize}", device_type, "encoder.adapter.quantize", "Use quantize: none.")
@@ -210,7 +210,7 @@ def save_adapter(model: SentenceTransformer, folder: Path) -> None:
 
 
 def base_of(model: SentenceTransformer) -> AdapterBase | None:
-    """What the adapter of a loaded model stands on; None without an adapter."""
+    """The base of a loaded model's adapter; None without an adapter."""
     settings = (getattr(getattr(model[0], "auto_model", None), "peft_config", None) or {}).get("default")
     if settings is not None:
         more = (getattr(settings, name, None) for name in ("base_weights", "base_path"))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model's weights were before training: a sentence, and the hub models that they came from."""
+    """The origin of a model's weights before training: a sentence, and the hub models that they came from."""
 
     sentence: str
     models: tuple[str, ...]

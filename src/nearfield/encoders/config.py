@@ -39,7 +39,7 @@ class AdapterSettings(KindSettings):
     """The base of settings of adapters, which are trained in the place of the transformer's own weights."""
 
     name: ClassVar[str] = "adapter"
-    """What a model card calls it."""
+    """Its name in a model card."""
     merges: ClassVar[bool] = False
     """Whether it can be added to the weights that it stands on."""
     save: Literal["merged", "adapter"] = "merged"
@@ -194,7 +194,7 @@ class ProjectionConfig(Config):
     bias: bool = True
     """Whether a learnt constant is added to each dimension."""
     activation: Literal["identity", "tanh", "gelu", "relu"] = "identity"
-    """What is applied to its output; ``identity`` keeps it linear."""
+    """The activation after its output; ``identity`` keeps it linear."""
 
 
 class ImageTowerConfig(Config):
@@ -242,13 +242,13 @@ class EncoderConfig(Config):
     """Keep the tokenizer alone and draw the transformer's weights anew, with these settings of its config changed (such as
     ``hidden_size``; ``{}`` changes none); null keeps the weights."""
     attention: Literal["causal", "bidirectional"] | None = None
-    """Which way a decoder's tokens look; null keeps what the model says. What it says is tried out when it is loaded."""
+    """The direction in which a decoder's tokens look; null keeps what the model says. What it says is tried out when it is loaded."""
     layers: Annotated[int, Field(ge=1)] | None = None
     """Keep so many layers, the first ones; null keeps all."""
     append_eos: bool = False
     """End every text with the tokenizer's end-of-text token, which pooling ``last`` then takes."""
     layer_mix: LayerMixConfig | None = None
-    """What pooling sees; null is the last layer's output."""
+    """The hidden states that pooling sees; null is the last layer's output."""
     pooling: Literal["mean", "cls", "last", "weighted_mean", "max"] | Annotated[PoolingSettings, POOLINGS] | None = None
     """How token vectors become one; null keeps what the model says (mean for a plain transformers model). The kinds with
     weights are no modules of sentence-transformers: their file is saved with the model, which it then loads with
@@ -340,7 +340,7 @@ class DecoderConfig(Config):
     expansion: Annotated[int, Field(ge=1)] = 4
     """How many times wider the feed-forward part is."""
     weight: Annotated[float, Field(ge=0)] = 1.0
-    """What its mean loss is multiplied by."""
+    """The factor of its mean loss."""
 
 
 class TokenTaskConfig(Config):
@@ -352,7 +352,7 @@ class TokenTaskConfig(Config):
     share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Of a text's tokens, the share that is masked; never special tokens, nor those of a prompt."""
     mask_token: str | None = None
-    """What stands in a masked token's place; null takes the tokenizer's own mask token, or ``_`` where it has none."""
+    """The token in a masked token's place; null takes the tokenizer's own mask token, or ``_`` where it has none."""
     random: Portion = 0.1
     """Of the masked tokens, the share that becomes a random word instead."""
     kept: Portion = 0.1

@@ -50,7 +50,7 @@ _BLOCK_TEXTS = 65_536
 """Texts that are tokenised before the first of them is encoded: a process that is killed loses no more than that takes."""
 _CHARACTERS_A_TOKEN = 3
 _PLAIN = {"input_ids", "attention_mask", "token_type_ids", "modality"}
-"""What a tokenizer gives where a text is nothing but its tokens."""
+"""The keys of a tokenizer's output where a text is nothing but its tokens."""
 
 
 def reads_plainly(model: SentenceTransformer) -> bool:
@@ -108,7 +108,7 @@ class ZeroCount:
         self.rows, self.zeros = self.rows + len(vectors), self.zeros + len(rows)
 
     def notices(self) -> list[Notice]:
-        """What a reader of scores of these vectors must know."""
+        """Notices for readers of scores of these vectors."""
         if not self.zeros:
             return []
         verb = "vector is" if self.zeros == 1 else "vectors are"
@@ -143,7 +143,7 @@ class Encoder:
         self.encoded = self.reused = 0
         """Items that were encoded, and that were taken from the kept vectors."""
         self.cut = CutTexts()
-        """What the model did not read of the texts of :meth:`each`."""
+        """The part of the texts of :meth:`each` that the model did not read."""
 
     @classmethod
     def load(

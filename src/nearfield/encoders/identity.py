@@ -140,7 +140,7 @@ class _Telling:
         self.told: dict[int, Any] = {}
         """id of an object -> its description, so that each is described once."""
         self.alive: list[Any] = []
-        """What was described, so that no other object gets its address."""
+        """The objects that were described, so that no other gets their address."""
 
     def module(self, module: Any) -> Any:
         """The class, settings and hooks of a module, without its tensors and the modules in it."""
@@ -159,7 +159,7 @@ class _Telling:
         return [self.value(own), settings, hooks, tensors, list(module._modules), self._tools(module)]
 
     def _tools(self, module: Any) -> Any:
-        """What sentence-transformers reaches through properties, where it is not among a module's attributes."""
+        """Values that sentence-transformers reaches through properties, where it is not among a module's attributes."""
         tokenizer = getattr(module, "tokenizer", None)
         return None if tokenizer is None or "tokenizer" in vars(module) else self.value(tokenizer)
 

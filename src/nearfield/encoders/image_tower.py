@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _WHERE = "encoder.image_tower"
 _PATCH = 16
-"""What a side of a patch counts as for the budget, in pixels, where an architecture has no patches of one size."""
+"""The side of a patch for the budget, in pixels, where an architecture has no patches of one size."""
 
 
 def takes_images(model: SentenceTransformer) -> bool:
@@ -196,7 +196,7 @@ def _width(tower: nn.Module) -> int:
 
 
 def _seen(tower: nn.Module) -> Any:
-    """What a tower gives for one image."""
+    """The output of a tower for one image."""
     return tower.eval()(tower.preprocess([blank_image()]))[tower.module_output_name]  # type: ignore[operator]
 
 
@@ -223,7 +223,7 @@ def _patch(model: SentenceTransformer) -> int:
 
 
 def image_features(model: SentenceTransformer, images: Sequence[Image], device: torch.device) -> Features:
-    """What :func:`nearfield.encoders.packing.embed` takes for n images, by the model's own image processor."""
+    """The input of :func:`nearfield.encoders.packing.embed` for n images, by the model's own image processor."""
     return placed(model, model.preprocess(list(images)), device)
 
 
@@ -233,7 +233,7 @@ def item_features(
     images: Callable[[], Sequence[Image | None]],
     device: torch.device,
 ) -> Features | None:
-    """What :func:`nearfield.encoders.packing.embed` takes for n items, by what ``item_token_ids`` says of each, and their images.
+    """The input of :func:`nearfield.encoders.packing.embed` for n items, by what ``item_token_ids`` says of each, and their images.
 
     None where they are texts beside a tower for images, which are read as all texts are. Beside such a tower all of
     a call's items are images or none is.

@@ -41,7 +41,7 @@ def levels(rate: float) -> int:
 
 
 def kept_scale(rate: float) -> float:
-    """What kept numbers are multiplied by."""
+    """The factor of kept numbers."""
     return _LEVELS / (_LEVELS - levels(rate))
 
 

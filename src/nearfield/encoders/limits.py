@@ -29,7 +29,7 @@ def is_static(model: SentenceTransformer) -> bool:
 
 
 def bag(features: dict[str, Any]) -> dict[str, Any]:
-    """What a static model takes for n texts, from padded token ids and a mask, (n, longest) each."""
+    """The input of a static model for n texts, from padded token ids and a mask, (n, longest) each."""
     if "attention_mask" not in features:
         return features
     mask = features["attention_mask"].bool()
@@ -92,7 +92,7 @@ NO_LIMIT = 1_000_000_000
 """Tokenizers that cut nothing say a number above this."""
 Tokens = npt.NDArray[np.int32]
 _POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
-"""What architectures call their tables of positions."""
+"""The names of tables of positions in architectures."""
 
 
 def longest_input(model: SentenceTransformer) -> int | None:
@@ -147,7 +147,7 @@ def usable_positions(model: SentenceTransformer) -> int | None:
 
 
 def stated_positions(model: SentenceTransformer) -> int | None:
-    """What the config says of the longest text; None where it says nothing, or that there is no end."""
+    """The longest text by the config; None where it says nothing, or that there is no end."""
     config: Any = getattr(model[0], "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     said = getattr(text, "max_position_embeddings", None)

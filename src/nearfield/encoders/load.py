@@ -64,7 +64,7 @@ class LoadedEncoder:
     path: str
     note: str | None = None
     notices: tuple[Notice, ...] = ()
-    """What its users must know, as that its vectors depend on the rest of the batch."""
+    """Notices for its users, as that its vectors depend on the rest of the batch."""
     content: str = ""
     """All that loading read, by its hash or commit, that of an adapter's base counted; empty where it is not known."""
 

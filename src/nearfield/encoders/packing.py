@@ -37,7 +37,7 @@ logger = logging.getLogger("nearfield.encoders")
 
 Tokens = npt.NDArray[np.int32]
 Features = dict[str, Any]
-"""What :func:`embed` takes for n texts."""
+"""The input of :func:`embed` for n texts."""
 PackingKind = Literal["block", "varlen"]
 
 ROW_TOKENS = {"cpu": 128, "cuda": 512}
@@ -87,7 +87,7 @@ class Padding:
     masked: bool = True
     """Whether the model is told which tokens are padding. One whose texts are all as long may read it as words."""
     types: TokenTypes | None = None
-    """What the tokenizer says of kinds of tokens, where they are not all of kind 0."""
+    """The tokenizer's kinds of tokens, where they are not all of kind 0."""
 
     @classmethod
     def of(cls, model: SentenceTransformer) -> Padding:
@@ -102,7 +102,7 @@ class Padding:
         return cls(pad, side, int(width), "attention_mask" in tokenizer.model_input_names, types)
 
     def features(self, rows: Sequence[Tokens], device: torch.device, prompt_length: int) -> Features:
-        """What :func:`embed` takes for n texts."""
+        """The input of :func:`embed` for n texts."""
         features = padded_features(
             rows, pad_token=self.pad_token, side=self.side, device=device, prompt_length=prompt_length, width=self.width
         )
@@ -178,7 +178,7 @@ def packed_features(
     width: int | None = None,
     pad_token: int = 0,
 ) -> Features:
-    """What :func:`embed` takes for n texts without padding.
+    """The input of :func:`embed` for n texts without padding.
 
     ``width`` is that of ``block`` rows, by default the device's. ``attention_mask`` (n, longest) says where the tokens
     of each text belong; ``token_targets`` (tokens,) where in that rectangle each token goes, ``token_sources`` where in
@@ -226,13 +226,13 @@ def truncated(model: SentenceTransformer, embeddings: Tensor) -> Tensor:
 
 
 def _given(features: Features) -> Features:
-    """What of padded features the model is told."""
+    """The part of padded features that the model is told."""
     hidden = ("unmasked", "attention_mask") if features.get("unmasked") else ()
     return {name: value for name, value in features.items() if name not in hidden}
 
 
 def token_states(model: SentenceTransformer, features: Features) -> Features:
-    """What poolings take for n texts: ``token_embeddings`` (n, longest, d) and which of them are a text's own."""
+    """The input of poolings for n texts: ``token_embeddings`` (n, longest, d) and which of them are a text's own."""
     if "token_targets" not in features:
         found: Features = model[0](_given(features))
         return found

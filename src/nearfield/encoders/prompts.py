@@ -72,7 +72,7 @@ class BasePrompts:
         return next((self.prompts[key] for key in keys if key in self.prompts), self.default)
 
     def side(self, role: str) -> str:
-        """What plain ``encode_query`` or ``encode_document`` puts before texts."""
+        """The prompt that plain ``encode_query`` or ``encode_document`` puts before texts."""
         return next((self.prompts[key] for key in SIDES[role] if key in self.prompts), self.default or "")
 
     @property
@@ -81,7 +81,7 @@ class BasePrompts:
         return frozenset(str(task["task_type"]) for task in self.tasks.values())
 
     def text_of(self, task_type: str) -> str | None:
-        """What it was trained with before texts of a type without roles, where that is one prompt."""
+        """The prompt that it was trained with before texts of a type without roles, where that is one prompt."""
         texts = {str(task.get("query") or "") for task in self.tasks.values() if task["task_type"] == task_type}
         return texts.pop() if len(texts) == 1 else None
 
@@ -181,7 +181,7 @@ T = TypeVar("T")
 
 
 class PromptedSource(Protocol):
-    """What the contract needs to know of a training source."""
+    """The facts about a training source that the contract needs."""
 
     @property
     def name(self) -> str: ...
@@ -193,7 +193,7 @@ class PromptedSource(Protocol):
 
 @dataclass(frozen=True)
 class PromptContract:
-    """Which prompt each source was trained with, and the prompts a model is saved with."""
+    """The prompt that each source was trained with, and those that the model is saved with."""
 
     sources: dict[str, dict[str, str]]
     """Source name -> role -> prompt, the first of its phrasings; an empty string is no prompt."""
@@ -211,7 +211,7 @@ class PromptContract:
         return self.phrasings.get(source, {}).get(role, (self.sources[source][role],))
 
     def inputs(self) -> object:
-        """What tokens depend on: the prompts of each source, and the phrasings where there are several."""
+        """The part that tokens depend on: the prompts of each source, and the phrasings where there are several."""
         return [self.sources, self.phrasings] if self.phrasings else self.sources
 
     @cached_property
@@ -230,7 +230,7 @@ class PromptContract:
         return [name for name, of in self.task_types.items() if of == task_type]
 
     def _stated(self, name: str, task_type: str, role: str) -> str | None:
-        """What the recipe states for a type, or a task of one; of a type that sources have it must be trained."""
+        """The prompts that the recipe states for a type, or a task of one; of a type that sources have it must be trained."""
         stated = _stated(self.config.types.get(name), role)
         if stated is None or task_type not in self.task_types.values():
             return stated
@@ -295,7 +295,7 @@ class PromptContract:
 
     @cached_property
     def default_prompt(self) -> str:
-        """What texts without a role get in tasks of types that neither a source nor the model has a prompt for."""
+        """The prompt of texts without a role in tasks of types that neither a source nor the model has a prompt for."""
         return self.base.default or "" if self.config.fallback.text is None else self.config.fallback.text
 
     @cached_property
@@ -370,7 +370,7 @@ class PromptContract:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """What ``prompt_contract.json`` holds; its ``prompts`` are all of a role that an evaluation may use."""
+        """The content of ``prompt_contract.json``; its ``prompts`` are all of a role that an evaluation may use."""
         named = [self.config.fallback, *self.config.types.values()]
         listed = {}
         for role in ROLES:
@@ -386,7 +386,7 @@ class PromptContract:
         write_json(model_folder / CONTRACT_FILE, self.to_json())
 
     def as_base(self) -> BasePrompts:
-        """What the model that is saved with this contract brings to a training that starts from it."""
+        """The prompts that the model that is saved with this contract brings to a training that starts from it."""
         return BasePrompts(self.model_prompts, self.default_prompt or None, self.tasks)
 
     def apply(self, model: SentenceTransformer) -> None:
@@ -394,7 +394,7 @@ class PromptContract:
         model.prompts, model.default_prompt_name = dict(self.model_prompts), self.default_prompt_name
 
     def notices(self) -> list[Notice]:
-        """What the prompts leave open, or put otherwise than one may think."""
+        """Notices about prompts that are left open, or stand otherwise than one may think."""
         return [*_untrained_fallbacks(self), *_two_sided_texts(self), *_replaced_tasks(self)]
 
 
@@ -515,7 +515,7 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 def _stated(prompts: RolePrompts | None, role: str) -> str | None:
-    """What a recipe states for a role; of texts without one, else what it states for queries."""
+    """The prompt that a recipe states for a role; of texts without one, else what it states for queries."""
     if prompts is None:
         return None
     if role == TEXT and prompts.text is None:

@@ -55,7 +55,7 @@ _UNREAD_SUFFIXES = (
 _UNREAD_FILES = (CONTRACT_FILE, "data_config.json", "LICENSE", "NOTICE")
 
 _TOLD_BESIDE = (".json", ".txt", ".model", ".jinja")
-"""What loading reads beside a GGUF file, where it is there."""
+"""The files that loading reads beside a GGUF file, where it is there."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "whitespacetokenizer_config.json")
 
@@ -263,7 +263,7 @@ class AdapterBase:
 
     @property
     def identity(self) -> dict[str, str | None]:
-        """What is saved of it, but for its place."""
+        """The saved fields, without its place."""
         return {"name": self.name, "revision": self.revision, "weights": self.weights}
 
     @property
@@ -273,7 +273,7 @@ class AdapterBase:
 
 
 def adapter_base(folder: Path) -> AdapterBase | None:
-    """What the adapter in a model folder was trained on; None for a folder that holds a whole model."""
+    """The base that the adapter in a model folder was trained on; None for a folder that holds a whole model."""
     known = read_json(folder / BASE_FILE, "adapter's base") if (folder / BASE_FILE).is_file() else {}
     if (folder / BOTTLENECKS).is_file():
         base = read_json(folder / BOTTLENECKS, "adapter configuration").get("base")
@@ -435,7 +435,7 @@ def check_folder(folder: Path) -> None:
 
 
 def safetensors_header(file: Path) -> dict[str, Any]:
-    """What a safetensors file announces of its tensors, by name; the announced bytes must be there."""
+    """The description of a safetensors file's tensors, by name; the announced bytes must be there."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))

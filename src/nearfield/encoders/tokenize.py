@@ -83,7 +83,7 @@ def lost_tokens(model: SentenceTransformer, texts: Sequence[str], prompt: str, k
 
 
 def count_cuts(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> CutTexts:
-    """What the model does not read of texts with a prompt before each."""
+    """The part of texts with a prompt before each that the model does not read."""
     limit = longest_input(model)
     whole = [] if limit is None else whole_lengths(model, texts, prompt)
     over = [length - limit for length in whole if limit is not None and length > limit]
@@ -168,7 +168,7 @@ def keep_borders(model: SentenceTransformer, prompts: Iterable[str] = ()) -> lis
 
 
 def border_notices(model: SentenceTransformer) -> list[Notice]:
-    """What is not right of the prompts of a model that is read as it is, and not changed."""
+    """Notices about the prompts of a model that is read as it is, and not changed."""
     if not leaves_prompt_out(model) or "message" in getattr(model[0], "modality_config", {}):
         return []
     return [_notice(prompt) for prompt in sorted(set(filter(None, model.prompts.values()))) if not fits(model, prompt)]
@@ -322,7 +322,7 @@ def token_ids(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> 
 def item_token_ids(
     model: SentenceTransformer, store: Store, rows: Rows, prompt: str, where: str = "encoder"
 ) -> list[npt.NDArray[np.int32]]:
-    """What each item of a store with images takes: an image of a tower counts as so many tokens as it has patches.
+    """The tokens of each item of a store with images: an image of a tower counts as so many tokens as it has patches.
 
     Where one transformer reads both, the tokens of an image stand among those of its text. Raises
     :class:`BadInputError` where the encoder takes no images, or an item has a text beside its image and it takes
@@ -395,7 +395,7 @@ class Tokenizer:
         return token_ids(self.model, texts, prompt)
 
     def of_items(self, store: Store, rows: Rows, prompt: str) -> list[npt.NDArray[np.int32]]:
-        """What each item of a store with images takes, by :func:`item_token_ids`."""
+        """The tokens of each item of a store with images, by :func:`item_token_ids`."""
         return item_token_ids(self.model, store, rows, prompt)
 
     @property

@@ -42,7 +42,7 @@ _STATISTICS = re.compile(r"(?:^|\.)running_(?:mean|var)$")
 
 @dataclass
 class Loading:
-    """What transformers reported of the models that it loaded."""
+    """The reports of transformers on the models that it loaded."""
 
     missing: dict[str, Tensor] = field(default_factory=dict)
     """Parameters and learnt buffers that no file held, by their names."""
@@ -95,7 +95,7 @@ def check_weights(loading: Loading, outputs: Callable[[], Sequence[Tensor]], whe
 
 
 def _prefix(missing: dict[str, Tensor], unread: set[str]) -> str | None:
-    """What stands before the missing tensors' names in the files, where that is one and the same for most."""
+    """The prefix of the missing tensors' names in the files, where that is one and the same for most."""
     before: Counter[str] = Counter()
     for name in unread:
         # The shortest start whose rest is missed.
@@ -219,7 +219,7 @@ def try_company(model: SentenceTransformer, name: str) -> tuple[Notice, ...]:
 
 
 def _tasks(model: SentenceTransformer) -> tuple[dict[str, str], ...]:
-    """What the model must be told of an item: nothing, or each side in turn where these go different ways."""
+    """The arguments of the model about an item: nothing, or each side in turn where these go different ways."""
     routes = getattr(model[0], "sub_modules", None)
     if routes is None or getattr(model[0], "default_route", None) is not None:
         return ({},)
@@ -234,7 +234,7 @@ def _apart(model: SentenceTransformer, items: list[Any], task: dict[str, str]) -
 
 
 def _items(model: SentenceTransformer) -> dict[str, list[Any]]:
-    """What the model is tried out with, by what it is called: a short and a long one of each kind that it takes."""
+    """The items that the model is tried out with, by name: a short and a long one of each kind that it takes."""
     taken: Sequence[Any] = model.modalities
     found: dict[str, list[Any]] = {}
     if "text" in taken or not taken:
@@ -330,7 +330,7 @@ def _texts(model: SentenceTransformer) -> tuple[Any, Any, Any]:
 
 
 def _wrong_direction(model: SentenceTransformer, causal: bool) -> str | None:
-    """What is wrong with a model that is to look back only, or both ways."""
+    """The reason why a model cannot look back only, or both ways."""
     transformer = model[0].auto_model
     short, other, long = _texts(model)
     for beside, how in (([], "alone"), ([long], "beside a longer one")):

@@ -41,12 +41,12 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of an architecture."""
+    """The facts about an architecture."""
 
     processor: Callable[[Any], Any]
     """The module ``transformers`` -> the class of its processor, without a part for videos."""
     mark: str
-    """What stands for an image in a text of the model's own."""
+    """The text that stands for an image in the model's own texts."""
     reserved: tuple[str, ...]
     """Words that the processor puts around or in the place of images: in a text they are taken out."""
     nested: bool = False
@@ -311,7 +311,7 @@ def _run(model: SentenceTransformer, size: Size) -> Ids:
 def row_features(
     model: SentenceTransformer, rows: Sequence[Ids], images: Sequence[Image | None], device: torch.device
 ) -> Features:
-    """What :func:`nearfield.encoders.packing.embed` takes for n items, by their token ids and images (None for texts).
+    """The input of :func:`nearfield.encoders.packing.embed` for n items, by their token ids and images (None for texts).
 
     Pixels are those of the items of this chunk alone, in their order: models find them by the order of their places.
     """

@@ -94,7 +94,7 @@ class ScoreRow:
     clusters: int | None
     reason: str | None
     scope: str | None = None
-    """What the interval speaks of."""
+    """The quantity that the interval is about."""
     type: str | None = None
     """The task's type as mteb names it."""
 
@@ -151,10 +151,10 @@ class ModelComparison:
     notes: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     notices: tuple[ScoreNotice, ...] = ()
-    """What a reader of the scores must know."""
+    """Notices for readers of the scores."""
 
     def to_json(self) -> dict[str, Any]:
-        """What ``comparison.json`` holds: only JSON types."""
+        """The content of ``comparison.json``: only JSON types."""
         return {
             "version": VERSION,
             "baseline": self.baseline,
@@ -420,7 +420,7 @@ class MethodComparison:
     settings: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """What ``--json`` writes."""
+        """The content of ``--json``."""
         return {"version": 1, "kind": "methods", **asdict(self)}
 
 
@@ -571,7 +571,7 @@ class Standing:
     notes: tuple[str, ...] = (CAVEAT,)
 
     def to_json(self) -> dict[str, Any]:
-        """What ``--json`` writes."""
+        """The content of ``--json``."""
         return {"version": 1, "kind": "published", **asdict(self)}
 
 

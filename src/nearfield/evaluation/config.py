@@ -48,7 +48,7 @@ class TaskSettings(KindSettings):
         return []
 
     def content(self) -> Any:
-        """What of those files the scores depend on."""
+        """The parts of those files that the scores depend on."""
         return [content_of(path) for path in self.paths]
 
     def check(self, where: str, key: str) -> None:
@@ -138,7 +138,7 @@ class HeldOutTask(TaskSettings):
 
     kind: Literal["heldout"] = "heldout"
     name: TaskName
-    """What the task is called in results and tables; choose one that no other task of the suite has."""
+    """The task's name in results and tables; choose one that no other task of the suite has."""
     data: ConfigPath
     """A data recipe (YAML) or a built store (folder)."""
     source: str
@@ -162,9 +162,9 @@ class HeldOutTask(TaskSettings):
     max_queries: Annotated[int, Field(ge=1)] | None = None
     """Sample this many queries (pairs, items); null takes all."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Which queries and distractors are sampled. Scores of different seeds are scores on different data."""
+    """Picks the queries and distractors that are sampled. Scores of different seeds are scores on different data."""
     language: Language = "eng-Latn"
-    """What the task's metadata say of its texts; mteb filters by it."""
+    """The language of the texts in the task's metadata; mteb filters by it."""
 
     def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
         """The task; the store is opened now."""
@@ -204,13 +204,13 @@ class MmebTask(TaskSettings):
 
     kind: Literal["mmeb"] = "mmeb"
     name: TaskName
-    """What the task is called in results and tables; choose one that no other task of the suite has."""
+    """The task's name in results and tables; choose one that no other task of the suite has."""
     file: ConfigPath
     """JSONL or Parquet with ``qry_inst``, ``qry_text``, ``qry_img_path``, ``tgt_text`` and ``tgt_img_path``."""
     images: ConfigPath | None = None
     """Where the paths of images start; null is the folder of the file."""
     language: Language = "eng-Latn"
-    """What the task's metadata say of its texts; mteb filters by it."""
+    """The language of the texts in the task's metadata; mteb filters by it."""
 
     def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
         """The task; rows are read now, images when it runs."""
@@ -245,7 +245,7 @@ class SuiteConfig(Config):
     """A named set of tasks."""
 
     name: str = Field(min_length=1)
-    """What the suite is called in logs and messages."""
+    """The suite's name in logs and messages."""
     tasks: list[TaskEntry] = Field(min_length=1)
     """Entries are scored in this order; no two tasks may bear the same name."""
 

@@ -62,7 +62,7 @@ class SavedPrompts:
 
 @dataclass(frozen=True)
 class TrainedPrompts:
-    """Which prompts the texts of a task may get, by what a model was trained with."""
+    """The prompts that the texts of a task may get, by those that a model was trained with."""
 
     listed: Mapping[str, Sequence[str]]
     """Role -> prompts of any source; an empty string is no prompt."""

@@ -95,7 +95,7 @@ class DuringTraining:
             )
         self.extra = self._find(metric)
         self.said = Said()
-        """What was said of the scores so far: logged once, however often the model is scored."""
+        """The notices of the scores so far: logged once, however often the model is scored."""
 
     def _find(self, metric: str) -> tuple[str, str] | None:
         """The task and its metric, if it is not the main score that decides."""

@@ -32,7 +32,7 @@ class Estimator:
     """The mean of independent units, and the base of all other scores."""
 
     scope: str = "other units of the same kind"
-    """What an interval speaks of."""
+    """The quantity that an interval is about."""
     is_mean: bool = True
     """Whether the score is a mean over units, so that one unit has a difference of its own."""
 

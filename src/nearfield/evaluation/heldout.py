@@ -168,7 +168,7 @@ _LETTERS = {"text": "t", "image": "i", "text+image": "it"}
 
 
 def _modality(config: HeldOutTask, store: Any, rows: Ints) -> str:
-    """What all of these items are; :class:`BadInputError` where some are texts and some images."""
+    """The modality of all of these items; :class:`BadInputError` where some are texts and some images."""
     found = set(store.modalities(rows)) if store.has_images else {"text"}
     if len(found) > 1:
         raise BadInputError(

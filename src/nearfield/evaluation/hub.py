@@ -145,7 +145,7 @@ LEFT_OUT = {".git", ".cache", "__pycache__", "checkpoints"}
 
 
 class Api(Protocol):
-    """What is used of ``huggingface_hub.HfApi``."""
+    """The part of ``huggingface_hub.HfApi`` that is used here."""
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any:
         """Make the repository."""

@@ -69,10 +69,10 @@ class Leaderboard:
     notes: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     notices: tuple[ScoreNotice, ...] = ()
-    """What a reader of the scores must know."""
+    """Notices for readers of the scores."""
 
     def to_json(self) -> dict[str, Any]:
-        """What ``--json`` writes."""
+        """The content of ``--json``."""
         return {"version": VERSION, **asdict(self)}
 
 
@@ -220,7 +220,7 @@ def _matrix(
 
 
 def _dependent(read: Mapping[str, Mapping[Key, TaskScores]], columns: Columns) -> list[str]:
-    """What is said of tasks one component of whose units is too large: no figure of the table has an interval then."""
+    """The sentence about tasks one component of whose units is too large: no figure of the table has an interval then."""
     found: dict[str, str] = {}
     for task, (keys, _) in columns.items():
         for key in keys:

@@ -1,4 +1,4 @@
-"""What the leaderboard asks of a submission, checked: the model's description, and results on mteb's own tasks.
+"""The leaderboard's demands on a submission, checked: the model's description, and results on mteb's own tasks.
 
 Each field of the description is held against what the scored model, its folder and its card show; results are held
 against mteb's description of their tasks and the rules of its results repository.
@@ -37,10 +37,10 @@ ASKED = {
     "public_training_code": "https://github.com/organisation/name",
     "public_training_data": "https://huggingface.co/datasets/organisation/name",
 }
-"""What a model's description must say, with an example."""
+"""Fields that a model's description must have, with an example."""
 MAY_BE_NULL = ("public_training_code", "public_training_data")
 _MEASURED = ("embed_dim", "max_tokens", "similarity_fn_name")
-"""What mteb read off the model that was scored."""
+"""The metadata that mteb read off the model that was scored."""
 _POSITIVE = ("n_parameters", "max_tokens", "embed_dim")
 _SAYS_SOMETHING = ("languages", "framework", "license")
 
@@ -60,7 +60,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a model without its author: what was scored, its folder, its card."""
+    """Facts about a model that need no author: the one that was scored, its folder, its card."""
 
     scored: ModelMeta
     parameters: int | None
@@ -68,7 +68,7 @@ class Known:
     prompts: Mapping[str, Sequence[str]]
     """Task -> prompts that it was scored with."""
     contamination: ContaminationStatement | None
-    """What the card says of benchmark texts in the training data."""
+    """The card's words on benchmark texts in the training data."""
     tasks: frozenset[str]
     """Tasks that are submitted."""
 
@@ -89,7 +89,7 @@ def describe(meta: ModelMeta, known: Known) -> list[Check]:
 
 
 def _problem(field: str, value: Any, meta: ModelMeta, known: Known) -> str | None:
-    """What is wrong with a field's value, or None."""
+    """The reason why a field's value is wrong, or None."""
     if field in _POSITIVE and any(number <= 0 for number in (value if isinstance(value, list | tuple) else [value])):
         return "it must be positive"
     if field in _SAYS_SOMETHING and not value:

@@ -479,7 +479,7 @@ _COMPONENTS_SINCE = 4
 
 
 def _unknown(version: Any, of: TaskScores) -> list[Notice]:
-    """What a reader of an earlier version's scores must know."""
+    """Notices for readers of an earlier version's scores."""
     old = isinstance(version, int) and version < _COMPONENTS_SINCE
     if not old or of.reason is not None or of.estimator not in (MEAN, SPEARMAN, AVERAGE_PRECISION) or any(of.clusters):
         return []

@@ -44,7 +44,7 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation gave.
+    """The results of an evaluation.
 
     ``results_dir`` is the folder ``<org>__<model>/<revision>``; ``scores`` is task -> subset -> main score (mean over
     the task's splits); ``failures`` is task -> what went wrong; ``not_applicable`` is task -> why the model cannot run
@@ -148,7 +148,7 @@ def _score_tasks(
 
 
 def _about(scored: ScoredModel) -> dict[str, Any]:
-    """What the manifest says of how an embedding model encoded."""
+    """The manifest's entry on how an embedding model encoded."""
     encoder = scored.encoder
     if encoder is None:
         return {}
@@ -182,7 +182,7 @@ class _Run:
         self.reused: list[str] = []
         self.seconds: dict[str, float] = {}
         self.facts: dict[str, dict[str, Any]] = {}
-        """What the manifest says of each task that was scored now."""
+        """The manifest's entry of each task that was scored now."""
         self._versions = versions_of(SCORING_PACKAGES)
 
     def task(self, suite_task: SuiteTask) -> None:
@@ -235,7 +235,7 @@ class _Run:
         self.scores[suite_task.name] = mean_over_splits(scores_by_split(result))
 
     def _fingerprint(self, suite_task: SuiteTask) -> str:
-        """What a result must have been made of to be reused; taken before the data are loaded."""
+        """The inputs that a result must have been made of to be reused; taken before the data are loaded."""
         task = suite_task.task
         parts = [VERSION, task.metadata.name, task.metadata.type, task.metadata.main_score, task.metadata.revision]
         clusters = [[*key, sorted(of.items())] for key, of in sorted(suite_task.clusters.items())]
@@ -245,7 +245,7 @@ class _Run:
         )
 
     def _notices(self, task: str) -> list[Notice]:
-        """What a reader of this task's score must know: of the model, and of the task."""
+        """Notices for readers of this task's score: of the model, and of the task."""
         return list(dict.fromkeys([*self.said.of(), *self.said.of(task)]))
 
     def _keep_notices(self, task: str, metadata: Mapping[str, Any]) -> None:
@@ -258,7 +258,7 @@ class _Run:
             self.folder.add_notices(task, metadata, self._notices(task))
 
     def _say_of_texts(self, encoder: TaskEncoder, task: str) -> None:
-        """What became of the texts of the task that was scored now: those that were cut, those without a direction."""
+        """Notices about the texts of the task that was scored now: those that were cut, those without a direction."""
         limit = longest_input(encoder.model)
         cut = encoder.encoder.cut
         if limit is not None and cut.cut:
@@ -308,7 +308,7 @@ class _Run:
         }
 
     def _prompts(self, task: Any) -> dict[str, str]:
-        """What the task puts before texts, by role."""
+        """The prompts that the task puts before texts, by role."""
         encoder = self.scored.encoder
         return {} if encoder is None else {str(r): encoder.prompt_for(task.metadata, r) for r in roles_of(task)}
 
@@ -369,7 +369,7 @@ class ScoredModel:
     folder: Path | None
     note: str | None = None
     notices: tuple[Notice, ...] = ()
-    """What a reader of its scores must know."""
+    """Notices for readers of its scores."""
     computes: str = ""
     """Names all that its vectors depend on: what loading read, the model in memory, versions; empty for a baseline."""
 

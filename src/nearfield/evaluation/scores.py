@@ -44,7 +44,7 @@ class TaskScores:
     truth: Floats = field(default_factory=lambda: NOTHING)
     task_type: str = ""
     notices: tuple[Notice, ...] = ()
-    """What a reader of the score must know."""
+    """Notices for readers of the score."""
 
     @property
     def numbers(self) -> Ints:
@@ -133,7 +133,7 @@ class Effect:
 
 
 MARK = " *"
-"""What stands behind a score that has a notice."""
+"""The mark behind a score that has a notice."""
 _NAMED = 6
 
 

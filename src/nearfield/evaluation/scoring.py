@@ -182,7 +182,7 @@ def _refuse(bad: Iterable[Any], column: str, wanted: str, where: str, hint: str 
 
 
 def _left_out(task: Any, places: Sequence[tuple[str, Any]]) -> Iterator[Notice]:
-    """What the score of a task is not made of, although it is in its data."""
+    """Notices about data of a task that its score leaves out."""
     if isinstance(task, AbsTaskRetrieval):
         yield from _queries_left_out(places)
     elif isinstance(task, AbsTaskClustering):

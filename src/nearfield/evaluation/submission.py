@@ -54,7 +54,7 @@ class Submission:
     unstated: tuple[str, ...] = ()
     """Fields of the description that are asked for and not known, each with an example: ``license: apache-2.0``."""
     notices: tuple[Notice, ...] = ()
-    """What a reader of the submitted scores must know."""
+    """Notices for readers of the submitted scores."""
 
     @property
     def complete(self) -> bool:
@@ -124,7 +124,7 @@ def submit(
 
 @dataclass(frozen=True)
 class _Base:
-    """What an adapter alone stands on, and its folder; None where that is not here."""
+    """The base of an adapter saved alone, and its folder; None where that is not here."""
 
     name: str
     is_local: bool
@@ -346,7 +346,7 @@ def _prompts(known: Mapping[str, Sequence[str]], lacking: Sequence[str], uncheck
 
 
 def _noticed(said: Mapping[str, Sequence[Notice]]) -> Check:
-    """What was said of the scores when they were made."""
+    """The notices of the scores when they were made."""
     lines = [f"{task}: {notice.what}" for task, notices in said.items() for notice in notices]
     return Check("no notice", not lines, "; ".join(lines) or "none", required=False)
 

@@ -40,12 +40,12 @@ LOCAL = "local-"
 Clusters = dict[tuple[str, str], dict[str, str]]
 """(subset, split) -> unit id -> cluster."""
 RetrievalSplit = dict[str, Any]
-"""What mteb wants of a split of a retrieval task: corpus, queries, relevant_docs, top_ranked."""
+"""The parts of a split of a retrieval task, as mteb wants them: corpus, queries, relevant_docs, top_ranked."""
 
 
 @dataclass(frozen=True)
 class TypeDefaults:
-    """What a task of a type is scored by, where no official task says otherwise."""
+    """The main score of a task of a type, where no official task says otherwise."""
 
     base: type[Any]
     main_score: str
@@ -248,7 +248,7 @@ def fresh_generators(task: Any) -> None:
 
 
 def _modalities(category: str | None) -> list[str]:
-    """What the items of a task of this category are, those that are asked first."""
+    """The modality of the items of a task of this category, those that are asked first."""
     letters = {"t": "text", "i": "image"}
     return list(dict.fromkeys(letters[each] for each in category or "" if each in letters)) or ["text"]
 

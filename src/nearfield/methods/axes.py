@@ -48,7 +48,7 @@ def principal_rotation(vectors: NDArray[np.float32]) -> Rotation:
 
 
 def held_out_texts() -> list[str]:
-    """What principal axes are fitted on: glosses of the training split of the embedded WordNet, texts of no test split."""
+    """The texts that principal axes are fitted on: glosses of the training split of the embedded WordNet, texts of no test split."""
     from nearfield.methods.wordnet import glosses_by_split
 
     distinct = list(dict.fromkeys(glosses_by_split()["train"]))

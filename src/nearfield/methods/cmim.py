@@ -35,7 +35,7 @@ class CMIMConfig(ObjectiveSettings):
     temperature: Positive = 0.1
     """Cosines of latents are divided by it."""
     weight: NotNegative = 1.0
-    """What the contrastive part counts; 0 leaves MIM."""
+    """The weight of the contrastive part; 0 leaves MIM."""
     deviation: Positive = 0.1
     """Of the latents around their embedding at the start, the same in each dimension; it is learnt."""
     inner: Annotated[int, Field(gt=0)] = 256

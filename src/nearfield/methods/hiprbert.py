@@ -32,7 +32,7 @@ class HiPrBERTConfig(ObjectiveSettings):
     """Of level 0 (the same label), 1 (siblings), 2 (cousins) ...: what pairs at most so far apart shall be more similar than,
     and all others less."""
     weights: tuple[NotNegative, ...] | None = None
-    """What each level counts; null counts each 1."""
+    """The weight of each level; null counts each 1."""
     alpha: Positive = 2.0
     """How steeply positives below a threshold are pulled; higher looks at the farthest alone."""
     beta: Positive = 50.0

@@ -38,7 +38,7 @@ class LimitTask(TaskSettings):
 
     kind: Literal["limit"] = "limit"
     name: TaskName = "LIMITGenerated"
-    """What the task is called in results; change it where a suite has several of the kind."""
+    """The task's name in results; change it where a suite has several of the kind."""
     documents: Annotated[int, Field(ge=4, le=500)] = 46
     """Documents that are relevant to some query; 46 is the least whose pairs are at least 1,000."""
     queries: Annotated[int, Field(ge=2, le=5_000)] = 1_000
@@ -46,9 +46,9 @@ class LimitTask(TaskSettings):
     distractors: Annotated[int, Field(ge=0, le=50_000)] = 0
     """Documents that nobody asks for: 0 is the small set, 49,954 the full one."""
     pattern: Literal["dense", "random", "cycle", "disjoint"] = "dense"
-    """Which pairs are asked for: the benchmark's, random ones, neighbours on a ring, pairs that share no document."""
+    """The pairs that are asked for: the benchmark's, random ones, neighbours on a ring, pairs that share no document."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Which names and things the documents are made of."""
+    """Picks the names and things that the documents are made of."""
 
     def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
         """The task; its data are made when it runs."""
@@ -76,7 +76,7 @@ def items() -> list[str]:
 
 
 def pairs_of(pattern: str, documents: int, queries: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Which two documents each query is after.
+    """The two documents that each query is after.
 
     ``dense``: the first combinations of all documents, the pattern of the benchmark; ``random``: random combinations;
     ``cycle``: neighbours on a ring; ``disjoint``: pairs that share no document.

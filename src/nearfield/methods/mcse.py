@@ -39,7 +39,7 @@ class MCSEConfig(ObjectiveSettings):
     image_temperature: Positive = 0.05
     """Cosines of captions with images are divided by it."""
     weight: NotNegative = 0.01
-    """What grounding counts."""
+    """The weight of grounding."""
     projection: Annotated[int, Field(gt=0)] = 256
     """Width of the heads of texts, captions and pictures; none is part of the saved model."""
     captions: tuple[str, ...] | None = None

@@ -87,7 +87,7 @@ def own_lists(folder: Path) -> list[str]:
 
 
 def run_apt(command: Sequence[str], check: bool = True, cwd: Path | None = None) -> str:
-    """What the command writes; raise :class:`BadInputError` where it fails."""
+    """The output of the command; raise :class:`BadInputError` where it fails."""
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, errors="replace", check=check, timeout=600, cwd=cwd

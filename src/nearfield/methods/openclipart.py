@@ -97,7 +97,7 @@ def build(root: Path, out: Path) -> None:
 
 
 def title_and_tags(file: Path) -> tuple[str, list[str]] | None:
-    """What a drawing says of itself; None where it lacks a title or tags that say something."""
+    """The title and tags of a drawing; None where it lacks a title or tags that say something."""
     try:
         root = ElementTree.parse(io.BytesIO(file.read_bytes())).getroot()
     except (ElementTree.ParseError, LookupError, ValueError):

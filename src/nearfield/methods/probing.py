@@ -37,7 +37,7 @@ class ProbingTasks(TaskSettings):
     samples: Annotated[int, Field(ge=2)] = 100
     """Training sentences a class in each of mteb's ten draws."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Which sentences the grammar makes."""
+    """Picks the sentences that the grammar makes."""
 
     def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
         """A task for each probe; sentences are made when it runs."""

@@ -36,7 +36,7 @@ class SBCLConfig(ObjectiveSettings):
     base_temperature: Positive = 0.07
     """The fine part counts temperature / base_temperature."""
     gamma: NotNegative = 0.25
-    """What the coarse part counts."""
+    """The weight of the coarse part."""
     class_temperatures: bool = True
     """Whether the coarse part has a temperature for each class, by how wide it lies."""
 

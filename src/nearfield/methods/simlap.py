@@ -36,7 +36,7 @@ class SimLAPConfig(ObjectiveSettings):
     project_hidden: Annotated[int, Field(gt=0)] = 2048
     """Width of that head's inner layer."""
     probe: NotNegative = 1.0
-    """What the cross-entropy of a linear map from embeddings to labels counts."""
+    """The weight of the cross-entropy of a linear map from embeddings to labels."""
     probe_detached: bool = True
     """Whether the embeddings get no gradient from it."""
 

@@ -28,7 +28,7 @@ class UnicomConfig(ObjectiveSettings):
 
     kind: Literal["unicom"] = "unicom"
     scale: Positive = 32.0
-    """What cosines are multiplied by."""
+    """The factor of cosines."""
     margin: Annotated[float, Field(ge=0, lt=1.57)] = 0.3
     """By which the angle to the own prototype is widened, in radians."""
     classes: Part = 1.0

@@ -223,7 +223,7 @@ class ShownExample:
 
 @dataclass(frozen=True)
 class Audit:
-    """What :func:`audit` found."""
+    """The result of :func:`audit`."""
 
     summary: dict[str, Any]
     """As :func:`nearfield.mining.negatives.write_negatives` left it."""

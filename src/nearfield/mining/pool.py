@@ -20,7 +20,7 @@ _BLOCK = 65_536
 
 @dataclass(frozen=True)
 class Pool:
-    """What negatives are mined for and from."""
+    """The queries that negatives are mined for, and the documents."""
 
     source: int
     name: str
@@ -127,7 +127,7 @@ def mine_pool(
 
 
 def search_share(pool: Pool, scorer: DenseScorer, config: MiningConfig, share: tuple[int, int]) -> Neighbours:
-    """What an exact search finds for the m-th of n even shares of the queries; ``share`` is (m, n).
+    """The result of an exact search for the m-th of n even shares of the queries; ``share`` is (m, n).
 
     Shares one after another are what :meth:`Scorer.find` finds, bit for bit.
     """

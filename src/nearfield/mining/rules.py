@@ -20,7 +20,7 @@ from nearfield.randomness import generator
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a teacher found for n queries, best first; known positives and the query itself are not among them."""
+    """The candidates of a teacher for n queries, best first; known positives and the query itself are not among them."""
 
     rows: Rows
     """[n, N] document rows; -1 where there is none."""
@@ -172,7 +172,7 @@ class Consistency(Rule):
 
 @dataclass(frozen=True)
 class RuleCount:
-    """What one rule did."""
+    """The counts of one rule."""
 
     kind: str
     removed: int

@@ -1,4 +1,4 @@
-"""What an objective is given, what it gives back, and what it is."""
+"""An objective's input, its output, and its base."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Ring:
     documents: Sequence[int]
     """Of each process."""
     weight: float
-    """What the loss of the whole batch is divided by."""
+    """The divisor of the loss of the whole batch."""
     part: Callable[[int], ContrastiveBatch]
     """A process's part, numbered from 0, its embeddings on the device ``meta``."""
     rotate: Callable[[Tensor, int], Tensor]
@@ -138,7 +138,7 @@ class ContrastiveBatch:
         return replace(self, owner=number[self.owner[documents]], rows=number[rows[keep[rows]]], **changed)  # type: ignore[arg-type]
 
     def denominator(self) -> float:
-        """What a sum over the rows of all processes is divided by; 1 where nothing counts, so that the loss is 0."""
+        """The divisor of a sum over the rows of all processes; 1 where nothing counts, so that the loss is 0."""
         if self.ring is not None:
             return self.ring.weight
         return (float(len(self.queries)) if self.weights is None else float(self.weights.sum())) or 1.0

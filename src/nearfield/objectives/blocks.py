@@ -56,12 +56,12 @@ class Lines:
         return len(self.index)
 
     def part(self, low: int, high: int) -> Tensor | slice:
-        """What picks the lines ``low`` to ``high`` from their side."""
+        """The slice that picks the lines ``low`` to ``high`` from their side."""
         return self.index[low:high] if self.start is None else slice(self.start + low, self.start + high)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in: never half precision."""
+    """The type that sums are kept in: never half precision."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -355,7 +355,7 @@ def lay_out(
     tile: int,
     start: tuple[int, int] = (0, 0),
 ) -> Layout:
-    """What is to be computed for the rows of this process.
+    """The inputs of a softmax over the rows of this process.
 
     Candidates are the queries and documents from the numbers ``start`` on.
     """

@@ -51,7 +51,7 @@ class HardnessConfig(Config):
     alpha: NotNegative
     """LLaVE and RzenEmbed: 9; EmbeddingGemma: 5 on explicit negatives. Not divided by the temperature."""
     on: Literal["in_batch", "explicit", "all"] = "all"
-    """Which documents: those of other queries, the query's own explicit negatives, or both."""
+    """The documents that it counts for: those of other queries, the query's own explicit negatives, or both."""
     detach: bool = True
     """Whether the weight is a constant for the gradient."""
 
@@ -76,7 +76,7 @@ class MixingConfig(Config):
     lists: bool = True
     """One mixture of all negatives, their shares a softmax of their scores."""
     list_temperature: Positive = 0.05
-    """What scores are divided by in that softmax."""
+    """Scores are divided by it in that softmax."""
 
     @model_validator(mode="after")
     def _makes_something(self) -> MixingConfig:
@@ -91,7 +91,7 @@ class MatryoshkaConfig(Config):
     dimensions: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]
     """Lengths of the prefixes; name the full length among them if it is to be trained."""
     weights: tuple[NotNegative, ...] | None = None
-    """What the loss of each counts; null counts each 1."""
+    """The weight of each one's loss; null counts each 1."""
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> MatryoshkaConfig:
@@ -114,7 +114,7 @@ class SpreadConfig(Config):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What an objective may want to know of the run that it is built for."""
+    """Facts about the run that an objective is built for."""
 
     kinds: Mapping[str, str] = field(default_factory=dict)
     """Source -> the kind of its examples, of the sources that are trained on."""
@@ -141,7 +141,7 @@ class Reading:
 
 
 class ObjectiveSettings(KindSettings):
-    """What the settings of every objective answer."""
+    """The base of every objective's settings."""
 
     example_kinds: ClassVar[tuple[str, ...]] = ("retrieval",)
     """The kinds of examples that it learns from."""
@@ -284,7 +284,7 @@ class InfoNCEConfig(ObjectiveSettings):
     """Average with the loss of documents that look for their query among all queries: short for ``directions`` of
     query_document and document_query with a ``per_direction`` softmax."""
     directions: Annotated[tuple[Direction, ...], Field(min_length=1)] = ("query_document",)
-    """Which similarities are in the softmax beside the positive's: a query's with documents and with other queries, the
+    """The similarities in the softmax beside the positive's: a query's with documents and with other queries, the
     positive's with other queries and with documents of other queries (GTE, arXiv 2308.03281, has all four)."""
     softmax: Literal["joint", "per_direction"] = "joint"
     """One softmax over all directions, or the mean of a softmax for each."""
@@ -317,7 +317,7 @@ class InfoNCEConfig(ObjectiveSettings):
     implementation: Literal["auto", "dense", "blockwise"] = "auto"
     """``dense`` holds the matrix of logits, ``blockwise`` only a tile of it; ``auto`` takes the faster that fits."""
     tiles: Literal["auto", "torch", "triton"] = "auto"
-    """What works on the tiles of ``blockwise``: torch's operations, or Triton's kernels on CUDA; ``auto`` takes these where
+    """The code that works on the tiles of ``blockwise``: torch's operations, or Triton's kernels on CUDA; ``auto`` takes these where
     Triton is installed and the embeddings are on CUDA."""
 
     @model_validator(mode="after")
@@ -510,7 +510,7 @@ class EmbeddingDistillationConfig(ObjectiveSettings):
 
     kind: Literal["distil_embeddings"] = "distil_embeddings"
     distance: Literal["mse", "l2", "cosine"] = "mse"
-    """What is made small: the mean squared difference of coordinates, the Euclidean distance, or 1 less the cosine."""
+    """The distance that is made small: the mean squared difference of coordinates, the Euclidean distance, or 1 less the cosine."""
     projection: Literal["auto", "always"] = "auto"
     """A learnt linear map from the student's to the teacher's width: ``auto`` where they differ. It is no part of the model
     that is saved."""
@@ -600,13 +600,13 @@ class PartConfig(Config):
     objective: Annotated[ObjectiveSettings, OBJECTIVES.without("combined")]
     """The loss of this part; any kind but ``combined``."""
     name: str | None = None
-    """What figures call it; null takes the objective's kind."""
+    """Its name in figures; null takes the objective's kind."""
     sources: tuple[str, ...] | None = None
-    """Whose examples it learns from; null takes all that it can."""
+    """The sources that it learns from; null takes all that it can."""
     each_source: bool = False
     """Whether the examples of each source are contrasted among themselves, and the losses of all sources added."""
     weight: NotNegative = 1.0
-    """What the mean loss of its examples is multiplied by."""
+    """The factor of the mean loss of its examples."""
     final_weight: NotNegative | None = None
     """The weight at the end; null keeps it."""
     begin: Share = 0.0

@@ -174,7 +174,7 @@ REASONS = {
 
 @torch.no_grad()
 def watch_softmax(objective: InfoNCE, batch: ContrastiveBatch) -> dict[str, float]:
-    """What the softmax of queries over documents (full vectors, no mixtures) makes of the watched rows.
+    """Figures of the softmax of queries over documents (full vectors, no mixtures) for the watched rows.
 
     - ``negatives``: candidates of a row that count, in the mean. ``masked_share`` of the candidates are left out; ``masked_<why>`` by each mask alone, so these may overlap.
     - ``effective_negatives``: the number of equally probable negatives with the same concentration, (sum p)^2 / sum p^2

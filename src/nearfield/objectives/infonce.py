@@ -93,7 +93,7 @@ class InfoNCE(Objective):
 
     @property
     def temperature(self) -> Tensor | float:
-        """What similarities are divided by, (tasks,); within its bounds where it is learnt."""
+        """The divisors of similarities, (tasks,); within its bounds where it is learnt."""
         if not self.config.learn_temperature:
             return self.config.temperature
         low, high = (math.log(bound) for bound in self.config.temperature_bounds)

@@ -139,7 +139,7 @@ def _weigh_kernel(
 
 @dataclass(frozen=True)
 class Marks:
-    """What rules out cells of a tile: a number or a few a row and a column, and the guide's scores."""
+    """Limits that rule out cells of a tile: a number or a few a row and a column, and the guide's scores."""
 
     row_labels: Tensor | None
     column_labels: Tensor | None

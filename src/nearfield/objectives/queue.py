@@ -30,7 +30,7 @@ class MemoryQueue:
         return min(self.pushed, self.size)
 
     def queued(self) -> Queued | None:
-        """What there is; none before the first step."""
+        """The documents in the queue; none before the first step."""
         if not len(self):
             return None
         held = {name: tensor[: len(self)] for name, tensor in self._held.items()}
@@ -59,7 +59,7 @@ class MemoryQueue:
         self.pushed += len(positive)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What a checkpoint must hold."""
+        """The state for a checkpoint."""
         if len(self):
             yield f"{_PREFIX}pushed", torch.tensor([self.pushed])
             yield from ((f"{_PREFIX}{name}", tensor) for name, tensor in self._held.items())

@@ -65,7 +65,7 @@ class MinedCandidates:
 
 @dataclass(frozen=True)
 class NegativeInputs:
-    """What changing negatives are made of."""
+    """The inputs of changing negatives."""
 
     config: DuringConfig
     candidates: MinedCandidates
@@ -77,7 +77,7 @@ class NegativeInputs:
     avoid_positives: bool = True
     """Whether a known positive of any query of the batch is no negative in it."""
     remine: Remine | None = None
-    """What mines anew from the weights; only ``refresh`` needs it."""
+    """The function that mines anew from the weights; only ``refresh`` needs it."""
 
 
 class ChangingNegatives(Part):
@@ -193,7 +193,7 @@ class Scheduled(ChangingNegatives):
 
 
 class Dynamic(ChangingNegatives):
-    """What both rules have in common: the scores of a step's negatives, and a place for each example."""
+    """The common part of both rules: the scores of a step's negatives, and a place for each example."""
 
     def __init__(
         self, inputs: NegativeInputs, config: DynamicNegatives, known_positives: Callable[[int], Rows], seed: int
@@ -346,7 +346,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Remine:
-    """What is mined, and how."""
+    """The settings of mining."""
 
     pools: Sequence[Pool]
     """One a source."""
@@ -493,7 +493,7 @@ class Refreshed(ChangingNegatives):
                 shutil.rmtree(old)
 
     def state(self) -> dict[str, Any]:
-        """Which pool is in force."""
+        """The number of the pool in force."""
         return {"negatives": {"generation": self.generation, "refreshed": self.refreshed, "hash": self.hash}}
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -29,7 +29,7 @@ VERSION = 2
 _NAME = re.compile(r"step-(\d{8})")
 _TENSORS = ("model.safetensors", "optimizer.safetensors")
 _EXTRA = "extra.safetensors"
-"""What else a run must remember; not there where that is nothing."""
+"""Further tensors of a run; no file where there are none."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def read_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, T
 
 
 def read_extra(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """What else the run must remember."""
+    """Further tensors of the run."""
     path = checkpoint.path / _EXTRA
     return load_file(path) if path.is_file() else {}
 

@@ -401,7 +401,7 @@ LoadImages = Callable[[Rows], "Sequence[Image | None]"]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is known of the items and examples of the data that batches name by their rows."""
+    """The items and examples of the data, which batches name by their rows."""
 
     tokens: TokenCache
     known_positives: Callable[[int], Rows] = lambda query: np.zeros(0, dtype=np.int64)
@@ -409,13 +409,13 @@ class TrainingData:
     guide: VectorsOf | None = None
     """A guide's vectors of the items, where the objective asks for them."""
     weights: Floats | None = None
-    """What each example counts, by its row; None where all count alike."""
+    """The weight of each example, by its row; None where all count alike."""
     teacher_scores: TeacherScores | None = None
-    """What the miner's teacher gave, where the objective learns from it."""
+    """The scores of the miner's teacher, where the objective learns from it."""
     readings: Mapping[int, Reading] = field(default_factory=dict)
     """The number of a source -> how the texts of its examples are read; those that are not named are read plainly."""
     token_task: TokenTask | None = None
-    """What hides tokens and gives the losses on them, where the objective asks for that."""
+    """The task that hides tokens and gives the losses on them, where the objective asks for one."""
     images: LoadImages | None = None
     """The images of items, where the data has some."""
 

@@ -347,7 +347,7 @@ class TrainingEvaluationConfig(Config):
     at_start: bool = True
     """Score the untrained model too: where the curve begins, and a suite that cannot be run is found out at once."""
     metric: Annotated[str, Field(min_length=1)] = "mean"
-    """What says which model is better: ``mean`` of the tasks' main scores, a task's name for its main score, or
+    """The score that decides which model is better: ``mean`` of the tasks' main scores, a task's name for its main score, or
     ``<task>.<metric>`` for another of its metrics. Greater is better."""
     keep_best: bool = False
     """Keep the checkpoint with the best score, and make the model of it instead of the last one."""

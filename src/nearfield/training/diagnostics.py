@@ -221,7 +221,7 @@ def teaching_notices(
     names: Mapping[int, str],
     width: int,
 ) -> Iterator[Notice]:
-    """What no encoder of ``width`` could learn from; ``names`` are those of the sources by number."""
+    """Notices about data that no encoder of ``width`` could learn from; ``names`` are those of the sources by number."""
     yield from _same_texts(data)
     if data.token_task is not None:
         return  # losses on tokens are the encoder's own

@@ -127,7 +127,7 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EvaluationState:
-    """What a checkpoint must hold so that a resumed run evaluates, keeps and stops as an uninterrupted one."""
+    """State of a checkpoint, so that a resumed run evaluates, keeps and stops as an uninterrupted one."""
 
     evaluated: int = -1
     """The step of the last evaluation."""
@@ -250,7 +250,7 @@ class Evaluations(Part):
         return self.exhausted or (best and self.config.keep_best)
 
     def state(self) -> dict[str, Any]:
-        """What goes into the state of a checkpoint that is written now."""
+        """The state for a checkpoint that is written now."""
         if self.config is None:
             return {}
         self._bests = [*self._bests, self.standing.best_step][-self._keep :]

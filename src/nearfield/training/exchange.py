@@ -1,4 +1,4 @@
-"""What ranks send each other: embeddings once a step, their gradient once, one small control word.
+"""The messages between ranks: embeddings once a step, their gradient once, one small control word.
 
 A rank encodes the chunks that it was dealt. What the loss then needs is one of two things. *Gathered*: all embeddings, for the
 rows of an even share. *Ring*: the queries of such a share with their own documents, sent there by the ranks that encoded them;
@@ -27,7 +27,7 @@ from nearfield.training.chunks import TextPool, split_rows
 
 @dataclass(frozen=True)
 class Shares:
-    """Which rows of a pool each rank encodes; every rank knows all of it, so that nothing of it is sent."""
+    """The rows of a pool that each rank encodes; every rank knows all of it, so that nothing of it is sent."""
 
     rows: Sequence[Rows]
     """For each rank, the pool rows that it encodes, in the order of its chunks."""
@@ -105,7 +105,7 @@ def return_rows(gradient: Tensor, shares: Shares, wanted: Sequence[Rows]) -> Ten
 
 
 def _ways(shares: Shares, wanted: Sequence[Rows], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """Which of its own rows this rank sends to each rank, and where what comes from each is wanted."""
+    """The rows of its own that this rank sends to each rank, and the places of those that come from each."""
     home, place = np.empty((2, shares.size), dtype=np.int64)
     for rank, rows in enumerate(shares.rows):
         home[rows], place[rows] = rank, np.arange(len(rows))
@@ -129,7 +129,7 @@ def rotate(tensor: Tensor, rows: int, rank: int, ranks: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ControlWord:
-    """What all ranks must agree on before parameters change."""
+    """The state that all ranks must agree on before parameters change."""
 
     loss: float
     """The sum of the local losses: not finite if one is not."""
@@ -177,7 +177,7 @@ def broadcast_json(value: Any, device: torch.device) -> Any:
 
 
 def broadcast_notices(found: Callable[[], Iterable[Notice]], device: torch.device) -> list[Notice]:
-    """What rank 0 found, on all ranks; the others do not look."""
+    """The value that rank 0 found, on all ranks; the others do not look."""
     main = not dist.is_initialized() or dist.get_rank() == 0
     return [Notice.from_json(one) for one in broadcast_json([n.to_json() for n in found()] if main else None, device)]
 

@@ -134,7 +134,7 @@ def tell_busy(engine: Engine, budget: Budget, plans: Sequence[Plan]) -> None:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one step of the plan asks of the rank with the most work."""
+    """The work of the busiest rank in one step of the plan."""
 
     tokens: int
     """Encoded, of all ranks."""
@@ -197,7 +197,7 @@ def _part_cost(engine: Engine, budget: Budget, profile: Profile, batch: Batch) -
 
 @dataclass(frozen=True)
 class PlanCosts:
-    """What the steps of a run ask."""
+    """The work of the steps of a run."""
 
     steps: list[tuple[Plan, int]]
     """All of them, or a sample that is spread evenly."""
@@ -219,7 +219,7 @@ def plan_costs(engine: Engine, budget: Budget, profile: Profile, plans: Sequence
 FILE = "forecast.json"
 VERSION = 2
 _LIBRARIES = {"cpu": 24 << 20, "cuda": 0}
-"""What a process takes for its libraries' own buffers, files read and threads once it trains."""
+"""Memory of a process for its libraries' own buffers, files read and threads once it trains."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class Memory:
     checkpoint: int
     """Copies that are written while training goes on; on a GPU they are in main memory and count as 0 here."""
     workspace: int
-    """What kernels need inside themselves, gradients on their way, and holes in the allocator's memory."""
+    """Memory that kernels need inside themselves, gradients on their way, and holes in the allocator's memory."""
 
     @property
     def peak(self) -> int:
@@ -248,7 +248,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take."""
+    """The time and memory that a run will take."""
 
     fingerprint: str
     steps: int
@@ -273,7 +273,7 @@ class Forecast:
     cpu_seconds: float
     """The same in seconds of the process's CPUs; 0 where no whole steps were measured."""
     measured: str
-    """What the time comes from: ``steps`` (a dry run) or ``chunks`` (the start of the run)."""
+    """The source of the time: ``steps`` (a dry run) or ``chunks`` (the start of the run)."""
     parameters: int
     trained: int
     micro_batch_tokens: int
@@ -297,7 +297,7 @@ class Forecast:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Forecast:
-        """What :meth:`to_json` gave; :class:`KeyError` and :class:`TypeError` for anything else."""
+        """The forecast that :meth:`to_json` wrote; :class:`KeyError` and :class:`TypeError` for anything else."""
         names = {field.name for field in dataclasses.fields(cls)}
         memory = Memory(**{key: value for key, value in values["memory"].items() if key != "peak"})
         return cls(**{**{key: value for key, value in values.items() if key in names}, "memory": memory})
@@ -423,7 +423,7 @@ def held_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a run expects when it begins."""
+    """The forecast of a run when it begins."""
 
     forecast: Forecast | None
     """That of a dry run if there was one, else that made at the start; none where a run goes on that has none."""
@@ -552,7 +552,7 @@ def say_seconds(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run needs and finds beside memory."""
+    """The needs of a run beside memory, and what the machine has."""
 
     checkpoints: int
     """The most checkpoints that are on the disk at a time."""
@@ -578,7 +578,7 @@ def count_gpus() -> int:
 
 
 def forecast_notices(forecast: Forecast, machine: Machine) -> Iterator[Notice]:
-    """What a forecast says of this machine: memory, disk, devices, what is sent."""
+    """Notices of a forecast about this machine: memory, disk, devices, what is sent."""
     growth = forecast.memory.peak - forecast.memory.base - forecast.memory.weights
     if forecast.available and growth > forecast.available:
         yield Notice(

@@ -213,7 +213,7 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """What the launcher's environment says; one process where there is none."""
+        """The launch that the launcher's environment describes; one process where there is none."""
         try:
             world = int(os.environ.get("WORLD_SIZE", "1"))
             rank = int(os.environ.get("RANK", "0"))
@@ -471,7 +471,7 @@ def check_launch(configured: str, launch: Launch) -> BackendName:
 
 
 def wants_several(name: BackendName) -> BadInputError:
-    """What to say of a backend that was asked for in one process."""
+    """The message about a backend that was asked for in one process."""
     return BadInputError(
         f"{name} spreads a {'batch' if name == 'ddp' else 'model'} over several processes, and there is one",
         where="training.backend",

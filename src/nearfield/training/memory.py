@@ -84,7 +84,7 @@ def available_main_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | N
 
 
 def _cgroup_rooms(proc: Path, cgroup: Path) -> list[int]:
-    """What each control group that this process is in has left, from its own up to the root (cgroup 2 and 1)."""
+    """The memory left to each control group that this process is in, from its own up to the root (cgroup 2 and 1)."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -191,7 +191,7 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 @dataclass(frozen=True)
 class ChunkCost:
-    """What the forward and the backward of one chunk took."""
+    """Memory and time of the forward and the backward of one chunk."""
 
     tokens: int
     """As encoded, padding included."""
@@ -546,7 +546,7 @@ HEAP = {"cpu": 1.12, "cuda": 1.05}
 
 @dataclass(frozen=True)
 class Profile:
-    """What chunks of this run's texts take on this rank's device; the same on all ranks."""
+    """Memory and time of chunks of this run's texts on this rank's device; the same on all ranks."""
 
     kept: LinearCost
     """Bytes that a chunk's graph holds."""

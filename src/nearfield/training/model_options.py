@@ -1,4 +1,4 @@
-"""What a recipe asks of the model in training: which parameters stay, what is computed twice, what is compiled."""
+"""Options of the model in training: frozen parameters, activation checkpointing, compiling."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class ParameterGroup:
 
     decayed: bool
     factor: float
-    """What the learning rate is multiplied by."""
+    """The factor of the learning rate."""
     hidden: bool = False
     """Matrices of the layers, for optimisers that tell them from the rest."""
     parameters: list[nn.Parameter] = field(default_factory=list)

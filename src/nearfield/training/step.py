@@ -65,9 +65,9 @@ class Work:
     known_positives: Sequence[Rows] = ()
     """Item rows of all known positives of each query."""
     first_number: int = 0
-    """What the first chunk is numbered with, where a step averages several batches."""
+    """The number of the first chunk, where a step averages several batches."""
     weight: float = 1.0
-    """What the batch counts, where a step averages several."""
+    """The weight of the batch, where a step averages several."""
     final: bool = True
     """Whether it is the last of its step."""
     guide: VectorsOf | None = None
@@ -90,7 +90,7 @@ class Work:
         return len(self.turns(level=True))
 
     def turns(self, *, level: bool) -> list[ChunkTurn]:
-        """What this rank goes through; ``level``, as many chunks as all others, in each turn of the same kind."""
+        """The chunks that this rank goes through; ``level``, as many chunks as all others, in each turn of the same kind."""
         return turns_of(self.shares, self.rank, self.kinds, level=level)
 
     @property
@@ -138,7 +138,7 @@ def cut_work(
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found out; the gradient is in the backend, not yet summed over ranks."""
+    """The outcome of a step; the gradient is in the backend, not yet summed over ranks."""
 
     word: ControlWord
     denominator: float
@@ -157,7 +157,7 @@ class StepResult:
 
 
 def mean_result(results: Sequence[StepResult]) -> StepResult:
-    """What a step found out that averages the losses of several batches; of one, itself."""
+    """The outcome of a step that averages the losses of several batches; of one, itself."""
     if len(results) == 1:
         return results[0]
     words = [result.word for result in results]
@@ -369,7 +369,7 @@ def _push(backend: Backend, pieces: Sequence[Tensor], *, last: bool, settle: boo
 
 
 def _detached(batch: ContrastiveBatch) -> ContrastiveBatch:
-    """What the loss saw, free of its graph, of its share of rows, and of the ring."""
+    """The embeddings that the loss saw, free of its graph, of its share of rows, and of the ring."""
     losses = None if batch.token_losses is None else batch.token_losses.detach()
     queries, documents = batch.queries.detach(), batch.documents.detach()
     return replace(batch, queries=queries, documents=documents, rows=None, ring=None, token_losses=losses)

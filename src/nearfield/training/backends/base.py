@@ -26,13 +26,13 @@ class Backend(Protocol):
 
     name: BackendName
     module: nn.Module
-    """What forwards go through."""
+    """The module that forwards go through."""
     optimizer: torch.optim.Optimizer
     device: torch.device
     same_chunk_count: bool
     """Whether forwards and backwards are collective, so that every rank must run the same number."""
     kept_graphs: KeptGraphs
-    """What becomes of the graphs of several chunks that are kept. A single backward adds the gradients that chunks give a
+    """The treatment of the graphs of several chunks that are kept. A single backward adds the gradients that chunks give a
     parameter in the parameter's own type; where that is half precision, sums must be left to the float32 between
     backwards."""
     retries_in_place: bool

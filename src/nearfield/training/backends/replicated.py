@@ -74,7 +74,7 @@ class ReplicatedBackend:
         torch.autograd.backward(scalar)
 
     def used(self) -> list[bool]:
-        """Which parameters have a gradient here."""
+        """Marks of the parameters that have a gradient here."""
         return [parameter.grad is not None for parameter in self.parameters.values()]
 
     def _sum_gradients(self, used: Sequence[bool]) -> list[Tensor]:

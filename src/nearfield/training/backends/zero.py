@@ -92,7 +92,7 @@ def deepspeed_config(name: BackendName, bf16: bool, world_size: int, max_norm: f
 
 
 def _lossy_sums(config: Mapping[str, Any]) -> list[str]:
-    """What a configuration asks for that adds gradients in less than float32: the sum of many loses what is small."""
+    """Settings of a configuration that add gradients in less than float32: the sum of many loses what is small."""
     asked = {**config["data_types"], "communication_data_type": config["communication_data_type"]}
     keys = ("grad_accum_dtype", "communication_data_type")
     return [f"{key}: {asked[key]}" for key in keys if str(asked[key]).lower().removeprefix("torch.") not in _FLOAT32]
