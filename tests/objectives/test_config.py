@@ -104,8 +104,12 @@ def test_what_is_exported_is_there() -> None:
     assert nearfield.objectives.__all__ == [
         "CachedInfoNCELoss",
         "CombinedConfig",
+        "ContrastiveBatch",
         "InfoNCEConfig",
         "InfoNCELoss",
+        "LossSum",
+        "Objective",
         "ObjectiveConfig",
+        "ObjectiveSettings",
     ]
     assert all(hasattr(nearfield.objectives, name) for name in nearfield.objectives.__all__)
