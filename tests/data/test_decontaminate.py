@@ -170,7 +170,7 @@ def test_the_report_comes_back_from_its_file(tmp_path: Path) -> None:
     (line,) = (tmp_path / "removals.jsonl").read_text().splitlines()
     assert json.loads(line)["kind"] == "normalised"
     (tmp_path / "report.json").write_text("[]")
-    with pytest.raises(BadInputError, match="no contamination report"):
+    with pytest.raises(BadInputError, match="not a contamination report"):
         read_report(tmp_path / "report.json")
 
 

@@ -55,10 +55,10 @@ RAW_SCHEMA = pa.schema(
 class TableWriter:
     """Writes rows of a schema to an Arrow stream, batch by batch; what is open is written when the block ends."""
 
-    def __init__(self, path: Path, schema: pa.Schema, batch_rows: int = _BATCH_ROWS) -> None:
+    def __init__(self, path: Path, schema: pa.Schema, batch_rows: int | None = None) -> None:
         self.schema = schema
         self._writer = pa.ipc.new_stream(str(path), schema)
-        self._batch_rows = batch_rows
+        self._batch_rows = batch_rows or _BATCH_ROWS
         self._columns: list[list[Any]] = [[] for _ in schema]
         self._size = 0
 
