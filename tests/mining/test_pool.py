@@ -71,7 +71,7 @@ def test_the_artifact_says_what_was_mined(store: Store, tmp_path: Path) -> None:
     pool, result, negatives = mined(store, tmp_path / "out")
     assert (negatives.fingerprint, negatives.generation) == ("f", 3)
     for number, rows in enumerate(negatives.of(pool.examples)):
-        np.testing.assert_array_equal(rows, pool.documents[result.of(number)])
+        np.testing.assert_array_equal(rows, pool.documents[result.lists[number]])
         forbidden = {*store.texts(pool.documents[pool.excluded[number]])}
         assert not forbidden & set(store.texts(rows)) and len(rows)
     np.testing.assert_array_equal(negatives.scores, result.scores)

@@ -64,7 +64,7 @@ def triples(mined: MinedNegatives) -> list[list[tuple[int, float, int]]]:
             (int(mined.lists.values[i]), mined.scores[i], int(mined.ranks[i]))
             for i in range(*mined.lists.offsets[q : q + 2])
         ]
-        for q in range(len(mined))
+        for q in range(len(mined.lists))
     ]
 
 
@@ -141,7 +141,7 @@ def test_kept_sets_are_nested_as_the_share_falls() -> None:
     sets = []
     for share in (0.98, 0.95, 0.90):
         mined = mine(queries, documents, positives, rules=[kinds.PercentOfPositiveRule(share=share).build()], negatives=400, depth=400)  # fmt: skip
-        sets.append([set(mined.of(i).tolist()) for i in range(60)])
+        sets.append([set(mined.lists[i].tolist()) for i in range(60)])
     for wide, narrow in itertools.pairwise(sets):
         assert all(few <= many for few, many in zip(narrow, wide, strict=True))
     assert sum(map(len, sets[2])) < sum(map(len, sets[0]))
