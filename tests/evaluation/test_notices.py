@@ -161,7 +161,7 @@ def test_an_aggregate_has_the_notices_of_its_parts(
 def test_a_failed_task_keeps_its_notices_in_the_manifest(
     tasks: Any, model_folder: Path, tmp_path: Path, noisy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "Recorder", None)
+    monkeypatch.setattr(scoring.mteb, "evaluate", None)
     tasks.sts()
     result = evaluate(str(model_folder), tasks.root, tmp_path / "out")
     assert set(result.failures) == {"TinySTS"} and result.notices == {"TinySTS": (OF_TASK,)}
