@@ -17,6 +17,7 @@ from nearfield.checksums import DamagedError
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import MtebTasks, SuiteConfig, evaluate, open_model
+from nearfield.evaluation.estimators import AVERAGE_PRECISION, CROSSED_MEAN, MATCH_F1, MEAN_OF_EXPERIMENTS, SPEARMAN
 from nearfield.evaluation.folder import folder_task, task_folders
 from nearfield.evaluation.results import (
     TOP_SCHEMA,
@@ -78,9 +79,10 @@ def test_units_add_up_to_the_main_score(result: Any) -> None:
     for task in ("TinyPairs", "TinyClustering", "TinyBitext"):
         assert read_units(folder, task)[1]["no_interval"] == {}
     # read_scores computes each score from its units again and refuses those that do not agree
-    kinds = {task: of.kind for (task, _, _), of in read_scores(folder).items()}
-    assert kinds["TinyClassification"] == "crossed" and kinds["TinyPairs"] == "precision"
-    assert kinds["TinyClustering"] == "runs" and kinds["TinyBitext"] == "f1" and kinds["TinySTS"] == "spearman"
+    found = {task: of.estimator for (task, _, _), of in read_scores(folder).items()}
+    assert found["TinyClassification"] is CROSSED_MEAN and found["TinyPairs"] is AVERAGE_PRECISION
+    assert found["TinyClustering"] is MEAN_OF_EXPERIMENTS and found["TinyBitext"] is MATCH_F1
+    assert found["TinySTS"] is SPEARMAN
 
 
 def test_units_that_share_content_are_clusters() -> None:
