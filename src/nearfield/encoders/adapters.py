@@ -192,8 +192,8 @@ def merge_adapter(model: SentenceTransformer) -> None:
     without_adapter(transformer)
 
 
-def save_adapter(model: SentenceTransformer, folder: Path) -> None:
-    """Save a model without the weights of its transformer, which its adapter's settings name."""
+def save_adapter(model: SentenceTransformer, folder: Path, place: Path) -> None:
+    """Save a model without the weights of its transformer, which its adapter's settings name; the folder will stand at ``place``."""
     settings = model[0].auto_model.peft_config["default"]
     base = base_of(model)
     assert base is not None
@@ -206,7 +206,7 @@ def save_adapter(model: SentenceTransformer, folder: Path) -> None:
     repair_dora(folder)
     written = read_json(folder / ADAPTER_CONFIG, "adapter configuration")
     write_json(folder / ADAPTER_CONFIG, {**written, "base_model_name_or_path": base.name, "revision": base.revision})
-    name_base(folder, base)
+    name_base(folder, base, place)
 
 
 def base_of(model: SentenceTransformer) -> AdapterBase | None:
@@ -219,11 +219,14 @@ def base_of(model: SentenceTransformer) -> AdapterBase | None:
     return None if known is None else AdapterBase(**known, path=getattr(model[0], "base_path", None))
 
 
-def name_base(folder: Path, base: AdapterBase) -> None:
-    """Say in an adapter's folder where its base is: its name, its content, and the way there from the folder if it is one."""
+def name_base(folder: Path, base: AdapterBase, place: Path) -> None:
+    """Say in an adapter's folder where its base is: its name, its content, and the way there, if it is one, from ``place``.
+
+    That is where the folder will stand: it may be written aside, from where the way is another.
+    """
     way = None
     if base.is_local and base.path is not None and Path(base.path).is_dir():
-        way = Path(os.path.relpath(base.path, folder.resolve())).as_posix()
+        way = Path(os.path.relpath(base.path, place.resolve())).as_posix()
         if not (folder / BOTTLENECKS).is_file():
             _link_weights(folder, Path(base.path), way)
     write_json(folder / BASE_FILE, {**base.identity, "path": way})
@@ -314,7 +317,7 @@ def relink(folder: Path, given: str) -> None:
     stands_on = adapter_base(folder)
     if stands_on is None:
         raise BadInputError("this is a whole model, no adapter that was saved alone: it has no base", where=str(folder))
-    name_base(folder, replace(stands_on, path=find_base(stands_on, folder, given)))
+    name_base(folder, replace(stands_on, path=find_base(stands_on, folder, given)), folder)
 
 
 def has_bottlenecks(model: SentenceTransformer) -> bool:

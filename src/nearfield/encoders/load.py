@@ -239,11 +239,13 @@ def save_encoder(
     *,
     adapter: Literal["merged", "adapter"] = "merged",
     dtype: str | None = None,
+    place: Path | None = None,
 ) -> None:
     """Save in sentence-transformers' format, so that plain ``SentenceTransformer(folder)`` loads it.
 
     ``adapter`` says what becomes of an adapter: ``merged`` saves a copy of the model that has it in its weights, ``adapter``
     saves it alone, with the name and revision of its base. ``dtype`` is that of the saved weights; null keeps the model's.
+    ``place`` is where the folder will stand, if it is written aside: an adapter's way to its base begins there.
     Without a card: sentence-transformers would repeat the base model's.
     """
     from nearfield.encoders.tokenize import save_borders
@@ -259,12 +261,12 @@ def save_encoder(
         model = model.to(getattr(torch, dtype))
     with quiet_transformers(), saved_alone(model, adapter == "adapter"):
         if has_adapter(model):
-            save_adapter(model, folder)
+            save_adapter(model, folder, place or folder)
         else:
             model.save_pretrained(str(folder), create_model_card=False)
     stands_on = base_of(model)
     if stands_on is not None and has_bottlenecks(model) and adapter == "adapter":
-        name_base(folder, stands_on)
+        name_base(folder, stands_on, place or folder)
     ship_modules(model, folder)
     save_borders(model, folder)
 

@@ -366,7 +366,8 @@ class TrainStage(Stage):
         with atomic_path(self.folder) as aside:
             adapter = self.recipe.encoder.adapter
             dtype = self._stored_dtype(encoder, device)
-            save_encoder(encoder.model, aside, adapter=adapter.save if adapter else "merged", dtype=dtype)
+            saved = adapter.save if adapter else "merged"
+            save_encoder(encoder.model, aside, adapter=saved, dtype=dtype, place=self.folder)
             self.tokens.prompts.trained_contract.save(aside)
             write_text(aside / "README.md", self._card(encoder, result))
 
