@@ -316,7 +316,7 @@ def test_vectors_are_not_taken_from_a_model_of_another_configuration(saved: Path
     def vectors(**options: Any) -> Any:
         made = open_model(str(folder), **options)
         assert made.encoder is not None
-        return made.encoder.vectors(TEXTS), made.encoder.reused
+        return made.encoder.vectors(TEXTS), made.encoder.encoder.reused
 
     first, _ = vectors(cache=tmp_path / "kept")
     again, reused = vectors(cache=tmp_path / "kept")

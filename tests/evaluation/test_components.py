@@ -82,7 +82,7 @@ def test_the_report_says_the_reason(written: Written, tmp_path: Path) -> None:
     write_json(run / "comparison.json", compare(written(components(60)), samples=200, permutations=200).to_json())
     (task,) = build_comparison(run).tasks
     assert any("60 of 200" in note for note in task.notes)
-    assert [row.tone for row in task.differences] == ["untested"]
+    assert [tone for table in task.tables for tone in table.tones] == ["untested"]
 
 
 def test_published_results_are_set_beside_without_an_interval(written: Written, tmp_path: Path) -> None:
