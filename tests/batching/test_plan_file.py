@@ -16,7 +16,7 @@ import pytest
 import nearfield.batching
 from nearfield.arrays import Ragged, Rows
 from nearfield.batching import SingleSourceConfig
-from nearfield.batching.plan import SCHEMA, SEVERAL_SOURCES, Plan, total_steps, write_plan
+from nearfield.batching.plan import SCHEMA, SEVERAL_SOURCES, VERSION, Plan, total_steps, write_plan
 from nearfield.batching.planner import EpochBatches
 from nearfield.batching.streams import PlannedRows, SourceExamples
 from nearfield.errors import BadInputError
@@ -69,8 +69,8 @@ def test_the_file_holds_the_epoch(path: Path) -> None:
         "slot": "int32",
         "example": "int64",
         "query": "int64",
-        "positives": "list<item: int64>",
-        "negatives": "list<item: int64>",
+        "positives": "large_list<item: int64>",
+        "negatives": "large_list<item: int64>",
         "query_prompt": "int32",
         "document_prompt": "int32",
         "query_tokens": "int32",
@@ -94,7 +94,7 @@ def test_the_file_holds_the_epoch(path: Path) -> None:
     }
     metadata = json.loads(table.schema.metadata[b"nearfield.plan"])
     assert set(table.schema.metadata) == {b"nearfield.plan"}
-    assert {name: metadata[name] for name in ("epoch", "seed", "version")} == {"epoch": 7, "seed": 3, "version": 2}
+    assert {name: metadata[name] for name in ("epoch", "seed", "version")} == {"epoch": 7, "seed": 3, "version": VERSION}
     assert metadata["summary"]["rows"] == 5
     assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
 
@@ -163,7 +163,7 @@ def test_scores_and_labels_are_columns_where_there_are_any(tmp_path: Path) -> No
 def test_the_opened_plan(path: Path) -> None:
     plan = Plan(path)
     assert (plan.path, len(plan)) == (path, 3)
-    assert (plan.metadata["version"], plan.metadata["seed"], plan.metadata["epoch"]) == (2, 3, 7)
+    assert (plan.metadata["version"], plan.metadata["seed"], plan.metadata["epoch"]) == (VERSION, 3, 7)
     assert plan.tokens().tolist() == [403 + 933 + 313, 7 + 345, 407 + 317]
     batch = plan.batch(2)
     assert batch.source == 2
@@ -225,7 +225,7 @@ def test_words_of_the_refusals(tmp_path: Path, path: Path) -> None:
     pq.write_table(table.replace_schema_metadata(None), other)
     assert refusal(other).what == "this Parquet file is not a plan: its metadata is missing"
     pq.write_table(table.replace_schema_metadata({b"nearfield.plan": b'{"version": 99}'}), other)
-    assert refusal(other).what == "this plan has version 99; 2 is wanted"
+    assert refusal(other).what == f"this plan has version 99; {VERSION} is wanted"
     assert refusal(other).hint == "Plan again: `nearfield plan RECIPE`."
     pq.write_table(pa.concat_tables([table.slice(3), table.slice(0, 3)]), other)
     assert refusal(other).what == "the steps of this plan are not in order"

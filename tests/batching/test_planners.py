@@ -229,14 +229,15 @@ def test_small_clusters_join_the_nearest() -> None:
     assert set(merge_small(np.array([0, 0, 3]), centroids, 1)[0].tolist()) == {0, 1}
 
 
-def test_clusters_are_found_once_for_all_epochs() -> None:
+def test_clusters_are_found_once_for_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
     def counting(*arguments: Any, **settings: Any) -> FakeClusters:
         calls.append(settings["seed"])
         return fake_clusters(*arguments, **settings)
 
-    planner = KMeansStrataPlanner(KMeansStrataConfig(batch_size=4, clusters=3), counting)
+    planner = KMeansStrataPlanner(KMeansStrataConfig(batch_size=4, clusters=3))
+    monkeypatch.setattr(planner, "cluster", counting)
     sources = [make_apart(0, 60), make_apart(1, 60)]
     first = planner.plan(sources, 0, 0, vectors=VECTORS)
     second = planner.plan(sources, 0, 1, vectors=VECTORS)

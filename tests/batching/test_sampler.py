@@ -77,7 +77,7 @@ def test_labels_and_scores() -> None:
     assert graded.scores is not None and graded.scores.tolist() == [0.25, 1.0]
     assert graded.queries[0] == labelled.queries[0]
     assert graded.examples.tolist() == [3, 4]
-    assert len(known.rows) == 0
+    assert len(known.values) == 0
 
 
 def test_items_that_are_no_texts_are_compared_by_value() -> None:

@@ -96,7 +96,7 @@ def test_the_model_keeps_the_first_phrasing_and_the_contract_lists_all() -> None
     one = make_contract([Source("a", prompts=Prompts(query=("ask: ",)))], PromptConfig(), BasePrompts())
     plain = make_contract([Source("a", prompts=Prompts(query="ask: "))], PromptConfig(), BasePrompts())
     assert one == plain and one.inputs() == plain.sources and contract.inputs() != contract.sources
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="is given twice"):
         Prompts(query=("a", "a"))
 
 

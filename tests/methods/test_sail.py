@@ -44,7 +44,7 @@ def test_samples_stay_whole_and_nothing_clashes_within_a_source(seed: int, size:
     assert len(set(placed)) == len(placed)
     assert len(placed) + sum(epoch.dropped.values()) == sum(map(len, sources))
     shunned = {
-        query: set(known.rows[known.offsets[query] : known.offsets[query + 1]].tolist())
+        query: set(known.values[known.offsets[query] : known.offsets[query + 1]].tolist())
         for query in range(len(known.offsets) - 1)
     }
     for number in range(len(epoch)):
