@@ -94,7 +94,11 @@ def test_the_file_holds_the_epoch(path: Path) -> None:
     }
     metadata = json.loads(table.schema.metadata[b"nearfield.plan"])
     assert set(table.schema.metadata) == {b"nearfield.plan"}
-    assert {name: metadata[name] for name in ("epoch", "seed", "version")} == {"epoch": 7, "seed": 3, "version": VERSION}
+    assert {name: metadata[name] for name in ("epoch", "seed", "version")} == {
+        "epoch": 7,
+        "seed": 3,
+        "version": VERSION,
+    }
     assert metadata["summary"]["rows"] == 5
     assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
 

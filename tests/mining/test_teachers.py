@@ -46,6 +46,13 @@ def make(teacher: Any) -> Any:
     return teacher.build(teachers.TeacherPool((len(QUERIES), len(DOCUMENTS)), texts_of, no_vectors))
 
 
+def pool_of(queries: list[str], documents: list[str]) -> teachers.TeacherPool:
+    texts = {"query": queries, "document": documents}
+    return teachers.TeacherPool(
+        (len(queries), len(documents)), lambda role, rows: [texts[role][row] for row in rows], no_vectors
+    )
+
+
 def random_dense(seed: int, n: int = 6, m: int = 30) -> teachers.DenseScorer:
     random = np.random.default_rng(seed)
     vectors = random.standard_normal((n + m, 5)).astype(np.float32)
@@ -68,7 +75,7 @@ def test_bm25_is_okapi_as_bm25s_defines_it() -> None:
 
     corpus = [" ".join(np.random.default_rng(i).choice(WORDS[:30], 8)) for i in range(40)]
     queries = [" ".join(np.random.default_rng(100 + i).choice(WORDS[:30], 3)) for i in range(5)]
-    scorer = teachers.BM25Scorer(BM25Teacher(language=None, k1=1.2, b=0.5), queries, corpus)
+    scorer = teachers.BM25Scorer(BM25Teacher(language=None, k1=1.2, b=0.5), pool_of(queries, corpus))
     index = bm25s.BM25(k1=1.2, b=0.5)
     index.index([text.split() for text in corpus], show_progress=False)
     found = scorer.search(7, Ragged.from_lists([[]] * 5))
@@ -82,10 +89,10 @@ def test_bm25_is_okapi_as_bm25s_defines_it() -> None:
 
 
 def test_bm25_of_nothing_finds_nothing() -> None:
-    scorer = teachers.BM25Scorer(BM25Teacher(), ["the", "words"], ["the", "of"])
+    scorer = teachers.BM25Scorer(BM25Teacher(), pool_of(["the", "words"], ["the", "of"]))
     assert (scorer.search(2, Ragged.from_lists([[], []])).rows == -1).all()
     with pytest.raises(BadInputError, match="stemmer for 'klingon'"):
-        teachers.BM25Scorer(BM25Teacher(language="klingon"), ["a"], ["b"])
+        teachers.BM25Scorer(BM25Teacher(language="klingon"), pool_of(["a"], ["b"]))
 
 
 @pytest.fixture(scope="module")
