@@ -173,7 +173,7 @@ def test_versions_move_artifacts_but_no_run_that_has_begun(project: Path, monkey
     run.finish("tokens", {"fingerprint": first["tokens"], "versions": now})
     made = known.tokens.output
     made.mkdir(parents=True)
-    monkeypatch.setattr(stage_module, "versions_of", lambda packages: {"tokenizers": "99"})
+    monkeypatch.setattr(stage_module, "versions_of", lambda packages: dict.fromkeys(packages, "99"))
     assert Stages.of(run).tokens.output == made
     assert fingerprints(project / "recipe.yaml") == first  # and nothing that follows is stale
     other_run = open_run(project / "recipe.yaml", folder=project / "another")
