@@ -153,12 +153,12 @@ def test_texts_pictures_and_both_are_mined_by_one_tower(recipe: Path, tmp_path: 
     encoder = Encoder.load(str(recipe.parent / "base"), device="cpu")
     queries = found.table["query"].to_numpy()
     assert set(store.modalities(queries)) == {"text", "text+image"}
-    assert set(store.modalities(found.rows)) == {"text", "text+image"}
+    assert set(store.modalities(found.lists.values)) == {"text", "text+image"}
 
     def alone(items: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         vectors = np.concatenate([encoder.of_items(store, items[i : i + 1]) for i in range(len(items))])
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     few = np.arange(0, len(queries), 7)
-    scores = (alone(np.repeat(queries[few], 2)) * alone(found.rows.reshape(-1, 2)[few].ravel())).sum(axis=1)
+    scores = (alone(np.repeat(queries[few], 2)) * alone(found.lists.values.reshape(-1, 2)[few].ravel())).sum(axis=1)
     np.testing.assert_allclose(scores, found.scores.reshape(-1, 2)[few].ravel(), atol=1e-5)

@@ -124,8 +124,8 @@ def test_pictures_are_mined_and_planned_by_a_teacher_of_both(recipe: Path, tmp_p
     store, found = Store.open(stages.data.output), Negatives(stages.mine.output)
     model = SentenceTransformer(str(teacher), device="cpu")
     names = model.encode(store.texts(found.table["query"].to_numpy()), normalize_embeddings=True)
-    shown = model.encode(store.images(found.rows), normalize_embeddings=True)
-    assert len(found.rows) == 2 * len(names) == 64
+    shown = model.encode(store.images(found.lists.values), normalize_embeddings=True)
+    assert len(found.lists.values) == 2 * len(names) == 64
     np.testing.assert_allclose((np.repeat(names, 2, axis=0) * shown).sum(axis=1), found.scores, atol=2e-6)
     positives = store.examples.take(found.examples)["positives"].to_pylist()
     everything = np.unique([row for rows in positives for row in rows])
@@ -134,7 +134,7 @@ def test_pictures_are_mined_and_planned_by_a_teacher_of_both(recipe: Path, tmp_p
     assert seen.sample[0].negatives[0].text.startswith("[image ")
     with pytest.raises(BadInputError, match="goes by words alone"):
         audit_run(stages.job.run, BM25Teacher())
-    for line, own, mined in zip(similarity, positives, found.rows.reshape(-1, 2).tolist(), strict=True):
+    for line, own, mined in zip(similarity, positives, found.lists.values.reshape(-1, 2).tolist(), strict=True):
         others = [item for item in everything[np.argsort(-line)].tolist() if item not in own]
         assert mined == others[:2]
 
