@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from nearfield.config import read_yaml
+from nearfield.config import Config, read_yaml
 from nearfield.errors import BadInputError
+from nearfield.kinds import PARTS
 from nearfield.recipe import Recipe, check_recipe, load_recipe, recipe_schema, resolve
 from tests.patience import PATIENCE
 
@@ -266,3 +269,29 @@ def test_two_views_want_dropout(toy_recipe: Path, objective: str) -> None:
     check_recipe(load_recipe(toy_recipe, [f"objective={objective}"]))
     with pytest.raises(BadInputError, match="tells a text's two embeddings apart by dropout, and it is off"):
         check_recipe(load_recipe(toy_recipe, [f"objective={objective}", "training.dropout=false"]))
+
+
+def settings_classes() -> Iterator[type[Config]]:
+    """All classes of settings of the library, those of methods too."""
+    import nearfield.data.config
+    import nearfield.evaluation.config  # noqa: F401
+
+    for part in PARTS.values():
+        if part.base.startswith("nearfield."):
+            for name in part.table:
+                part.find(name)
+    waiting: list[type[Config]] = [Config]
+    while waiting:
+        below = waiting.pop().__subclasses__()
+        waiting += below
+        yield from (each for each in below if each.__module__.startswith("nearfield."))
+
+
+def test_every_setting_says_its_effect() -> None:
+    """Each has a description, which reaches the schema, of more than its own name; a ``kind`` has its line in the table."""
+    for settings in settings_classes():
+        for name, field in settings.model_fields.items():
+            if name == "kind":
+                continue
+            said = set(re.findall(r"[a-z]+", (field.description or "").lower())) - {"the", "a", "an", "of", "its"}
+            assert said - set(name.lower().split("_")), f"{settings.__module__}.{settings.__name__}.{name}"

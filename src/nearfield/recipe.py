@@ -39,6 +39,7 @@ class EvaluationConfig(Config):
     before: bool = True
     """Score the base model too."""
     baselines: tuple[Literal["bm25", "random"], ...] = ("bm25", "random")
+    """Models beside which the scores stand: BM25, which finds words, and random vectors, which are chance; none is faster."""
     prompts: Literal["contract", "as-is"] = "contract"
     """``contract`` refuses a task whose prompt the model was not trained with; ``as-is`` lets it pass."""
     dimensions: tuple[Annotated[int, Field(ge=1)], ...] = ()
@@ -55,17 +56,29 @@ class StageConfig(Config):
     """
 
     name: Annotated[str, Field(pattern=NAME, max_length=40)]
+    """The folder of its run is RUN/stages/NAME; letters, digits, '.', '_' and '-'."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Another one draws other batches and dropout than the recipe's seed does."""
     data: ConfigPath | None = None
+    """A data recipe of its own."""
     sources: tuple[str, ...] | None = None
+    """The sources that this stage trains on."""
     split: str = "train"
+    """The split that this stage trains on."""
     prompts: PromptConfig = PromptConfig()
+    """Prompts of this stage; the last stage's are saved with the model."""
     objective: ObjectiveConfig = InfoNCEConfig()
+    """The loss of this stage."""
     batches: BatchConfig = SingleSourceConfig()
+    """The planner of this stage's batches."""
     teacher: TeacherConfig | None = None
+    """The teacher of this stage; null takes the model of the stage before, where one is needed."""
     guide: GuideConfig | None = None
+    """The guide of this stage's objective."""
     mining: MiningConfig | None = None
+    """Hard negatives for this stage, mined with the model of the stage before unless a teacher is named."""
     training: TrainingConfig = TrainingConfig()
+    """Length, optimiser, precision and backend of this stage."""
     evaluation: EvaluationConfig | None = None
     """Settings here or in the recipe hold for the last stage; an earlier one is scored only where it says so itself."""
 
@@ -76,6 +89,7 @@ class Recipe(Config):
     name: Annotated[str, Field(pattern=NAME, max_length=100)]
     """The run's folder is runs/NAME; letters, digits, '.', '_' and '-'."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """All that is drawn by chance follows from it: batches, dropout, samples. Runs of several seeds tell how much chance does."""
     data: ConfigPath
     """The data recipe."""
     sources: tuple[str, ...] | None = None
@@ -83,9 +97,13 @@ class Recipe(Config):
     split: str = "train"
     """The split to train on."""
     encoder: EncoderConfig = EncoderConfig()
+    """The model that is trained, and what is changed of it before training."""
     prompts: PromptConfig = PromptConfig()
+    """Strings put before texts, where the data recipe's are not to hold; the model is saved with them."""
     objective: ObjectiveConfig = InfoNCEConfig()
+    """The loss: what the model learns from the examples of a batch."""
     batches: BatchConfig = SingleSourceConfig()
+    """The planner of batches: the examples that meet in a step, and how many; the negatives of in-batch losses are chosen by it."""
     teacher: TeacherConfig | None = None
     """Who judges which texts are alike, for mining and for batches that are made of vectors; null takes the model that is
     trained, as it is before training, where one is needed."""
@@ -94,7 +112,9 @@ class Recipe(Config):
     mining: MiningConfig | None = None
     """Hard negatives by a teacher, beside or instead of the data's own; null mines none."""
     training: TrainingConfig = TrainingConfig()
+    """Length, learning rate, optimiser, precision, backend, checkpoints and trackers."""
     evaluation: EvaluationConfig | None = None
+    """The suite that the model is scored on before and after training; null scores nothing."""
     stages: tuple[StageConfig, ...] = ()
     """Several trainings in a row, such as pretraining, fine-tuning and distillation; none is one training."""
 
