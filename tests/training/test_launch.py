@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from nearfield.errors import BadInputError
+from nearfield.training import launch
 from nearfield.training.backends.zero import _lossy_sums, deepspeed_config
 from nearfield.training.launch import (
     BackendName,
@@ -20,6 +22,7 @@ from nearfield.training.launch import (
     RankDiedError,
     asked_backend,
 )
+from tests.patience import PATIENCE
 
 VARIABLES = (
     "WORLD_SIZE",
@@ -400,3 +403,30 @@ def test_a_rank_that_cannot_help_ends_all(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(main, PreparationFailedError)
     assert "rank 1 could not prepare the run: rank 1's disk: no teacher here" in str(main)
     assert main.exit_code == 2
+
+
+def test_a_heartbeat_that_was_stopped_is_out_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the interpreter ends no thread may be inside the store: the process would end with SIGABRT."""
+
+    from torch.distributed import HashStore
+
+    monkeypatch.setattr(launch, "_BEAT_SECONDS", 0.01)
+
+    class SlowStore(HashStore):  # type: ignore[misc]
+        inside = threading.Event()
+        entered = threading.Event()
+
+        def check(self, keys: list[str]) -> bool:
+            self.inside.set()
+            self.entered.set()
+            time.sleep(0.3)
+            self.inside.clear()
+            return bool(super().check(keys))
+
+    store = SlowStore()
+    beating = launch.Heartbeat(store, 0, 2, lambda code: None)
+    beating.start()
+    assert store.entered.wait(PATIENCE)
+    beating.stop()
+    assert not beating._thread.is_alive()
+    assert not store.inside.is_set()

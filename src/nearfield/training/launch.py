@@ -59,6 +59,10 @@ class DeadRank:
     exit_code: int = EXIT_FAULT
 
 
+_SECONDS_TO_STOP = 10.0
+"""A call of the store takes milliseconds; of one whose process is gone, seconds."""
+
+
 class Heartbeat:
     """Each rank counts up a number in the store; one that stops counting, or says that it failed, is dead.
 
@@ -100,6 +104,9 @@ class Heartbeat:
             key = f"left/{self.rank}"
             if not self._store.check([key]):
                 self._store.set(key, "{}")
+        # A thread that is inside the store while the interpreter ends takes the process down with SIGABRT.
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(_SECONDS_TO_STOP)
 
     def _look(self) -> DeadRank | None:
         now = time.monotonic()
