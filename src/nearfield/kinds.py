@@ -144,7 +144,7 @@ class Kinds:
             raise _refused(kind, f"cannot be used: {what}", f"Name a subclass of {self.base.replace(':', '.')}.")
         return found
 
-    # What pydantic asks of an annotation.
+    # The methods that pydantic calls on an annotation.
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.with_info_plain_validator_function(

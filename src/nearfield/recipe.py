@@ -174,7 +174,7 @@ def _merged(below: Any, above: Any) -> Any:
     """Settings with those that are said above in their place."""
     if not isinstance(above, Config) or type(below) is not type(above):
         return above
-    # What neither says stays unsaid: the base may say it.
+    # A setting that neither states stays unset: the base may state it.
     values = {name: getattr(below, name) for name in below.model_fields_set}
     for name in above.model_fields_set:
         values[name] = _merged(getattr(below, name), getattr(above, name))

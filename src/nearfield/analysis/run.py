@@ -215,7 +215,7 @@ def _geometry(name: str, vectors: Floats, seed: int) -> Geometry:
     )
 
 
-# What a model takes for the same, and what the length of a text does to its vector
+# Texts that a model takes for the same, and the effect of a text's length on its vector
 
 
 @dataclass(frozen=True)

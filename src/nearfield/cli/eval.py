@@ -230,7 +230,7 @@ def submit_command(
     found = find_results(model, results)
     if hub is not None and folder is None:
         raise BadInputError("--hub pushes a model's folder", where="--hub", hint="Name the folder with --model.")
-    # What cannot be read is said before anything is pushed.
+    # Results that cannot be read are named before anything is pushed.
     made = submit(found, out, benchmark=benchmark, facts=facts, model=folder, base=base)
     if strict:
         refuse(made.notices, where=str(found))

@@ -114,7 +114,7 @@ def _add_projection(model: SentenceTransformer, config: EncoderConfig) -> None:
         bias=config.projection.bias,
         activation_function=activations[config.projection.activation](),
     )
-    # What the base keeps of its own vectors is no part of the new ones.
+    # The base's truncation belongs to its own vectors, not to the new ones.
     model.truncate_dim = None
     model.insert(len(model) - 1 if isinstance(model[-1], Normalize) else len(model), dense)
 

@@ -1,6 +1,6 @@
 """The one way texts and images become vectors: a loaded model, length-sorted chunks, vectors kept on disk, several processes.
 
-What a text becomes depends on the texts that are encoded in the same call: chunks are cut by length, and sums in another order
+The vector of a text depends on the texts encoded in the same call: chunks are cut by length, and sums in another order
 differ in float32's last digits. The same calls give the same vectors on one machine.
 """
 

@@ -59,7 +59,7 @@ _PASSING = {
     "gradient_checkpointing",
     "max_seq_len_cached",
     "rope_deltas",
-    # Which text is put before another is named beside each vector; how vectors are compared changes none.
+    # The prompt is named beside each vector, and the similarity function changes no vector.
     "prompts",
     "default_prompt_name",
     "similarity",

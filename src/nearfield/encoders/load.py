@@ -119,7 +119,7 @@ def load_encoder(
             if gguf is not None:
                 model = _load_gguf(gguf, device, kwargs)
             else:
-                # The commit that the name stands for now, so that what is loaded is what it is known by.
+                # The present commit of the name: the model that is loaded is the one that its key names.
                 taken = None if folder.is_dir() else revision if source.content == "main" else source.content
                 read = partial(read_stated, str(path), taken)
                 notices += check_family(read, name_or_path, recipe)

@@ -181,7 +181,7 @@ def _files(folder: Path, meta: dict[str, Any], retrieval: bool) -> list[Path]:
     return files
 
 
-# What the columns say of the task
+# The task that the columns describe
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def check_task(task: Any) -> None:
     if isinstance(task, AbsTaskRetrieval):
         task.convert_v1_dataset_format_to_v2(num_proc=None)
     places = list(splits_of(task))
-    # What a classifier learns from is read as its test is.
+    # The items that a classifier learns from are checked as its test items are.
     learnt = splits_of(task, [task.train_split]) if isinstance(task, AbsTaskClassification) else ()
     for place, data in dict([*learnt, *places]).items():
         _check_labels(task, place, data)

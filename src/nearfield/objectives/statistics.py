@@ -249,7 +249,7 @@ def backward_block(
     upstream, upstream_total = upstreams
     vectors, found = problem.vectors, torch.zeros_like(scale)
     factors, folded = _factor(block, scale), _folds(vectors, block)
-    # What the gradient of a score is of that of its logit.
+    # The factor from the gradient of a logit to that of its score.
     slopes = factors if block.hardness_gradient else scale
     # A row without candidates has no cell that is not minus infinity: any shift will do.
     shift = torch.where(log_sum > floor(vectors.dtype), log_sum, 0)

@@ -107,7 +107,7 @@ def _dry_run(
             planned = True
         except BadInputError as error:
             blocked.append(Notice.of(error))
-        # What a run looks at before it trains.
+        # The checks of a run before it trains.
         for check in (stages.train.check_can_train, check_suite):
             try:
                 check()

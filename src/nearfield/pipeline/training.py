@@ -49,7 +49,7 @@ logger = logging.getLogger("nearfield.pipeline")
 
 TRAIN_VERSION = 2
 
-# What decides how a training runs but not what comes out of it.
+# Settings that decide how a training runs but not which model comes out.
 _NOT_IN_TRAINING_FINGERPRINT = {
     "device",
     "backend",
@@ -67,7 +67,7 @@ _NOT_IN_TRAINING_FINGERPRINT = {
     "trackers",
     # It decides what the tokens are, of which the plan is made.
     "max_length",
-    # What of it decides which model comes out is added by itself.
+    # The part that decides which model comes out is added by itself.
     "evaluation",
 }
 

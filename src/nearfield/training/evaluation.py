@@ -1,6 +1,6 @@
 """Scoring the model while it is trained: on all ranks, without a trace in the training, and resumable.
 
-What is scored is the caller's: a function that is handed an ``encode`` and returns scores by name. Every rank calls it
+The caller brings the scoring: a function that is handed an ``encode`` and returns scores by name. Every rank calls it
 and takes part in every ``encode``, so that all hold all embeddings and do the same with them.
 """
 
