@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from nearfield.cli import twins as twins_module
+from nearfield.cli import analyse
 from nearfield.errors import BadInputError
 from tests.evaluation.conftest import Tasks
 from tests.evaluation.made import write_result
@@ -26,8 +26,8 @@ def test_a_domain_beside_its_twin(
             write_result(folder, [mean + number / 10 + i / 100 for i in (-9, -3, 0, 5, 7)], task=name)
     (tmp_path / "measures.json").write_text(json.dumps({"llm errors": {"General": 0.1, "Domain": 0.3}}))
     app = typer.Typer(pretty_exceptions_enable=False)
-    twins_module.register(app)
-    command = [*(f"results/local__m{i}/r" for i in range(3)), "--general", "general", "--domain", "domain"]
+    analyse.register(app)
+    command = ["twins", *(f"results/local__m{i}/r" for i in range(3)), "--general", "general", "--domain", "domain"]
     with pytest.raises(SystemExit) as stop:
         app([*command, "--samples", "200", "--measures", "measures.json", "--json", "twins.json"])
     said = capsys.readouterr().out

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from nearfield.cli.app import app
 from nearfield.pipeline import open_run, run_stages
-from nearfield.pipeline.contamination import stored_report
+from nearfield.pipeline.suites import stored_report
 
 ROWS = [("planted query of some length", "a document about rivers"), ("another query", "the planted document")]
 

@@ -15,7 +15,7 @@ import yaml
 from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.evaluation import evaluate
 from nearfield.evaluation import runner as evaluation_runner
-from nearfield.pipeline import contamination, open_run
+from nearfield.pipeline import open_run, suites
 from nearfield.pipeline import stage as stage_module
 from nearfield.pipeline.stages import Stages
 from tests.pipeline.fingerprints import fingerprints
@@ -183,10 +183,10 @@ def test_versions_move_artifacts_but_no_run_that_has_begun(project: Path, monkey
 
 
 REPORT: dict[str, Callable[[pytest.MonkeyPatch, Path], Any]] = {
-    "the way of comparing": lambda patch, model: patch.setattr(contamination, "VERSION", 99),
-    "mteb": lambda patch, model: patch.setattr(contamination, "versions_of", lambda packages: {"mteb": "1"}),
+    "the way of comparing": lambda patch, model: patch.setattr(suites, "VERSION", 99),
+    "mteb": lambda patch, model: patch.setattr(suites, "versions_of", lambda packages: {"mteb": "1"}),
     "versions of the embeddings": lambda patch, model: patch.setattr(
-        contamination, "computing_versions", lambda: {"torch": "1"}
+        suites, "computing_versions", lambda: {"torch": "1"}
     ),
     "the model of the embeddings": lambda patch, model: config("config.json", hidden_act="relu")({}, model),
 }
@@ -211,16 +211,16 @@ def test_a_contamination_report_counts_while_it_would_be_the_same(
     pq.write_table(pa.table(columns), task / "default.test.parquet")
     store = prepare_store(project / "data.yaml", tmp_path / "cache")
     suite = tmp_path / "tasks"
-    made = contamination.decontaminate_store(store, suite, tmp_path / "cache", encoder=str(model))
-    mark = contamination.suite_fingerprint(suite, None)
+    made = suites.decontaminate_store(store, suite, tmp_path / "cache", encoder=str(model))
+    mark = suites.suite_fingerprint(suite, None)
 
     def found() -> Any:
-        return contamination.stored_report(tmp_path / "cache", store.fingerprint, mark, ["pairs"], "train")
+        return suites.stored_report(tmp_path / "cache", store.fingerprint, mark, ["pairs"], "train")
 
     kept = found()
     assert kept is not None and kept.report.contaminated == made.report.contaminated
-    assert contamination.stored_report(tmp_path / "cache", store.fingerprint, mark, ["pairs"], "test") is None
-    assert contamination.stored_report(tmp_path / "cache", store.fingerprint, mark, ["others"], "train") is None
+    assert suites.stored_report(tmp_path / "cache", store.fingerprint, mark, ["pairs"], "test") is None
+    assert suites.stored_report(tmp_path / "cache", store.fingerprint, mark, ["others"], "train") is None
     content = bytearray(kept.path.read_bytes())
     content[len(content) // 2] ^= 1
     kept.path.write_bytes(bytes(content))
@@ -233,7 +233,7 @@ def test_a_contamination_report_counts_while_it_would_be_the_same(
     assert found() is None
     monkeypatch.undo()
     pq.write_table(pa.table(columns), task / "default.test.parquet")
-    assert contamination.suite_fingerprint(suite, None) != mark
+    assert suites.suite_fingerprint(suite, None) != mark
 
 
 def older_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,11 @@ import contextlib
 import errno
 import sys
 
-from nearfield.cli import analyse, compare, data, eval, mine, plan, project, run, train, twins
+from nearfield.cli import analyse, compare, data, eval, mine, plan, project, run
 from nearfield.cli.app import app
 from nearfield.errors import EXIT_FAULT, NearfieldError
 
-for _commands in (project, data, mine, plan, train, eval, compare, twins, analyse, run):
+for _commands in (project, data, mine, plan, run, eval, compare, analyse):
     _commands.register(app)
 
 _NO_ROOM = {

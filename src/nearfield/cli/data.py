@@ -252,7 +252,7 @@ def decontaminate(
 ) -> None:
     """Compare the training texts of a data recipe with the texts of a suite, and keep the report for the model card."""
     quiet_libraries()
-    from nearfield.pipeline.contamination import decontaminate_store
+    from nearfield.pipeline.suites import decontaminate_store
 
     opened, config = open_store(store, overrides, cache), _settings(settings or [])
     stored = decontaminate_store(opened, suite, cache, config, sources=names(sources), split=split, encoder=embed)

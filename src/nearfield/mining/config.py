@@ -1,20 +1,25 @@
-"""Settings of mining: who scores (teachers), how the corpus is searched, which candidates become negatives (rules).
-
-Settings of negatives that change while a model trains; ``kind`` picks one.
-"""
+"""Settings of mining: who scores (teachers), how the corpus is searched, which candidates become negatives (rules), and how
+negatives change while a model trains; ``kind`` picks one."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from nearfield.config import Config, ConfigPath, KindSettings
 from nearfield.encoders.config import QueryPrompts, resolve_model
+from nearfield.encoders.prompts import base_prompts
+from nearfield.encoders.source import locate
+from nearfield.errors import BadInputError
+from nearfield.files import hash_file
 from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
+    from nearfield.data.store import Store
+    from nearfield.data.vectors import EncodeItems
+    from nearfield.encoders.config import EncoderConfig
     from nearfield.mining.rules import Rule
     from nearfield.mining.teachers import PairScorer, Scorer, TeacherPool
 
@@ -31,17 +36,61 @@ class TeacherSettings(KindSettings):
     reads_texts_alone: ClassVar[bool] = False
     """Whether it goes by the words of texts, so that images are nothing to it."""
 
+    counts_words: ClassVar[bool] = False
+    """Whether it weighs words by how rare they are in the whole corpus, of which it must see all."""
+
+    @property
+    def in_words(self) -> str:
+        """The teacher, for tables and reports."""
+        return self.kind
+
     def dense_teachers(self) -> list[DenseTeacher]:
         """The teachers in it that make vectors, each once."""
         return []
+
+    def made_of(self, base: EncoderConfig) -> Any:
+        """Everything that its scores depend on, as a JSON-able value; ``base`` is the encoder that the recipe trains."""
+        return self.identity()
 
     @abstractmethod
     def build(self, pool: TeacherPool) -> Scorer:
         """The teacher before a pool of queries and documents."""
 
 
-class SentenceTransformerTeacher(TeacherSettings):
+class DenseTeacher(TeacherSettings):
+    """The base of the teachers that make vectors; scores are cosines."""
+
+    spreads: ClassVar[bool] = False
+    """Whether the machines of a Ray cluster can make its vectors."""
+
+    @property
+    def may_be_zero(self) -> bool:
+        """Whether an item may have a vector of zeros."""
+        return False
+
+    def dense_teachers(self) -> list[DenseTeacher]:
+        """Itself."""
+        return [self]
+
+    @abstractmethod
+    def encode_items(self, store: Store, base: EncoderConfig, device: str | None = None) -> EncodeItems:
+        """A function from items of a store to vectors; ``base`` is the encoder that the recipe trains."""
+
+    @abstractmethod
+    def is_shared(self, base: EncoderConfig) -> bool:
+        """Whether an item has the same vector as a query and as a document."""
+
+    def build(self, pool: TeacherPool) -> PairScorer:
+        """A search among the vectors."""
+        from nearfield.mining.teachers import DenseScorer
+
+        return DenseScorer(*pool.vectors(self), pool.searching)
+
+
+class SentenceTransformerTeacher(DenseTeacher):
     """An embedding model by folder (a run's ``model`` too) or hub id; scores are cosines."""
+
+    spreads: ClassVar[bool] = True
 
     kind: Literal["sentence_transformer"] = "sentence_transformer"
     model: ModelName | None = None
@@ -55,18 +104,47 @@ class SentenceTransformerTeacher(TeacherSettings):
     trust_remote_code: bool = False
     """Run the code that comes with the model; only for a model that you trust."""
 
-    def dense_teachers(self) -> list[DenseTeacher]:
-        """Itself."""
-        return [self]
+    @property
+    def in_words(self) -> str:
+        """Its model."""
+        return self.model or "the recipe's base model"
 
-    def build(self, pool: TeacherPool) -> PairScorer:
-        """A search among the vectors."""
-        from nearfield.mining.teachers import DenseScorer
+    def loaded(self, base: EncoderConfig) -> tuple[str, str | None, int | None, bool]:
+        """Its model, revision, length and whether code that comes with it is run: without a model of its own, the base's."""
+        if self.model is None:
+            return base.model, base.revision, self.max_length or base.max_length, base.trust_remote_code
+        return self.model, self.revision, self.max_length, self.trust_remote_code
 
-        return DenseScorer(*pool.vectors(self), pool.searching)
+    def prompt_texts(self, base: EncoderConfig) -> dict[str, str]:
+        """Role -> the text before an item: as stated, else the model's own for retrieval."""
+        model, revision, *_ = self.loaded(base)
+        own = base_prompts(locate(model, revision).path, revision)
+        stated = {"query": self.prompts.query, "document": self.prompts.document}
+        return {role: own.of("Retrieval", role) or "" if text is None else text for role, text in stated.items()}
+
+    def made_of(self, base: EncoderConfig) -> Any:
+        """The model's content, and how it reads a text."""
+        model, revision, length, trusted = self.loaded(base)
+        source = locate(model, revision)
+        parts = [self.kind, source.name, source.content, length, self.prompt_texts(base)]
+        return [*parts, *(["trust_remote_code"] if trusted else [])]
+
+    def encode_items(self, store: Store, base: EncoderConfig, device: str | None = None) -> EncodeItems:
+        """The model, which is loaded when the first items come."""
+        from nearfield.encoders.encode import ItemEncoder
+
+        model, revision, length, trusted = self.loaded(base)
+        prompts = self.prompt_texts(base)
+        return ItemEncoder(
+            store.path, model, revision, prompts, device=device, max_length=length, trust_remote_code=trusted
+        )
+
+    def is_shared(self, base: EncoderConfig) -> bool:
+        """Where both roles have one prompt."""
+        return len(set(self.prompt_texts(base).values())) == 1
 
 
-class VectorsTeacher(TeacherSettings):
+class VectorsTeacher(DenseTeacher):
     """Vectors from files, made by any program; scores are cosines.
 
     Parquet files have the columns ``id`` (an item's id: 16 bytes, or 32 hex digits) and ``vector``. A ``.npy`` file is float
@@ -81,21 +159,42 @@ class VectorsTeacher(TeacherSettings):
     zeros: bool = False
     """Whether an item may have a vector of zeros: none, as `mcse` reads it; its cosine with all others is 0."""
 
-    def dense_teachers(self) -> list[DenseTeacher]:
-        """Itself."""
-        return [self]
+    @property
+    def in_words(self) -> str:
+        """The file."""
+        return f"the vectors of {self.documents}"
 
-    def build(self, pool: TeacherPool) -> PairScorer:
-        """A search among the vectors."""
-        from nearfield.mining.teachers import DenseScorer
+    @property
+    def may_be_zero(self) -> bool:
+        """As the setting says."""
+        return self.zeros
 
-        return DenseScorer(*pool.vectors(self), pool.searching)
+    def made_of(self, base: EncoderConfig) -> Any:
+        """The content of the files."""
+        files = [self.documents, *([self.queries] if self.queries else [])]
+        listed = [file.with_suffix(".ids.txt") for file in files]
+        for file in files:
+            if not file.is_file():
+                raise BadInputError("this file of vectors does not exist", where=str(file))
+        zeros = ["zeros"] if self.zeros else []
+        return [self.kind, [hash_file(file) for file in [*files, *listed] if file.is_file()], *zeros]
+
+    def encode_items(self, store: Store, base: EncoderConfig, device: str | None = None) -> EncodeItems:
+        """A look into the files."""
+        from nearfield.data.vectors import read_vectors
+
+        return read_vectors(store, self.documents, self.queries)
+
+    def is_shared(self, base: EncoderConfig) -> bool:
+        """Where there is one file."""
+        return self.queries is None
 
 
 class BM25Teacher(TeacherSettings):
     """Words in common (BM25, by bm25s). A document that shares no word with the query is no candidate."""
 
     reads_texts_alone: ClassVar[bool] = True
+    counts_words: ClassVar[bool] = True
 
     kind: Literal["bm25"] = "bm25"
     k1: Annotated[float, Field(gt=0)] = 1.5
@@ -104,6 +203,11 @@ class BM25Teacher(TeacherSettings):
     """How much long documents are marked down for their length: 0 not at all, 1 in full."""
     language: str | None = "english"
     """Of the Snowball stemmer and, for English, the stop words; null takes words as they are."""
+
+    @property
+    def in_words(self) -> str:
+        """Its name."""
+        return "BM25"
 
     def build(self, pool: TeacherPool) -> PairScorer:
         """An index of the documents' words."""
@@ -147,6 +251,17 @@ class CrossEncoderTeacher(TeacherSettings):
     trust_remote_code: bool = False
     """Run the code that comes with the model; only for a model that you trust."""
 
+    @property
+    def in_words(self) -> str:
+        """Its model."""
+        return f"the cross-encoder {self.model}"
+
+    def made_of(self, base: EncoderConfig) -> Any:
+        """The model's content, how it reads a pair, and the teacher that finds candidates."""
+        source = locate(self.model, self.revision)
+        settings = self.identity(exclude={"model", "revision", "retrieve"})
+        return [self.kind, source.name, source.content, settings, self.retrieve.made_of(base)]
+
     def dense_teachers(self) -> list[DenseTeacher]:
         """Those of the teacher that finds candidates."""
         return self.retrieve.dense_teachers()
@@ -181,6 +296,10 @@ class EnsembleTeacher(TeacherSettings):
         """Whether one of them does."""
         return any(member.reads_texts_alone for member in self.members)
 
+    def made_of(self, base: EncoderConfig) -> Any:
+        """All members, and how their scores are fused."""
+        return [self.kind, self.fusion, self.weights, [member.made_of(base) for member in self.members]]
+
     def dense_teachers(self) -> list[DenseTeacher]:
         """Those of all members."""
         return list({dense: None for member in self.members for dense in member.dense_teachers()})
@@ -191,12 +310,6 @@ class EnsembleTeacher(TeacherSettings):
 
         members = [as_pair_scorer(member.build(pool)) for member in self.members]
         return EnsembleScorer(members, self.weights or (1.0,) * len(members), self.fusion)
-
-
-DenseTeacher = SentenceTransformerTeacher | VectorsTeacher
-"""A teacher that makes vectors."""
-PairTeacher = DenseTeacher | BM25Teacher | CrossEncoderTeacher
-"""A teacher that scores any pair by itself."""
 
 
 # Search

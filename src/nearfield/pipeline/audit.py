@@ -15,7 +15,6 @@ from nearfield.methods.sail import specialised_shares, transport_similarity
 from nearfield.mining.config import (
     BM25Teacher,
     CrossEncoderTeacher,
-    PairTeacher,
     SentenceTransformerTeacher,
     TeacherConfig,
 )
@@ -48,7 +47,7 @@ def _check_mines(run: Run) -> None:
         )
 
 
-def choose_judge(recipe: Recipe, judge: str | None, cross_encoder: str | None) -> PairTeacher:
+def choose_judge(recipe: Recipe, judge: str | None, cross_encoder: str | None) -> TeacherConfig:
     """The second teacher: as named, else BM25, or the recipe's own model where BM25 mined."""
     if judge is not None and cross_encoder is not None:
         raise BadInputError("one second teacher is wanted, not two", hint="Give --judge or --cross-encoder.")
@@ -58,13 +57,13 @@ def choose_judge(recipe: Recipe, judge: str | None, cross_encoder: str | None) -
     if cross_encoder is not None:
         return CrossEncoderTeacher(model=cross_encoder, retrieve=BM25Teacher())
     if judge is None:
-        judge = "model" if isinstance(mining_teacher(recipe), BM25Teacher) else "bm25"
+        judge = "model" if mining_teacher(recipe).counts_words else "bm25"
     if judge == "bm25":
         return BM25Teacher()
     return SentenceTransformerTeacher(model=None if judge == "model" else judge)
 
 
-def audit_run(run: Run, judge: PairTeacher, *, shown: int = 10, judged: int = 500) -> Audit:
+def audit_run(run: Run, judge: TeacherConfig, *, shown: int = 10, judged: int = 500) -> Audit:
     """Look at what a run mined, with a second teacher beside; see :func:`nearfield.mining.negatives.audit`."""
     _check_mines(run)
     stages = Stages.of(run)
@@ -78,28 +77,13 @@ def audit_run(run: Run, judge: PairTeacher, *, shown: int = 10, judged: int = 50
 
     def scores(source: int, queries: Rows, items: Rows) -> Vectors:
         # BM25 weighs words by how rare they are in the whole corpus; others need the documents in question only.
-        corpus = document_items(store, stages.job.source_names, run.recipe.split) if _counts_words(judge) else items
+        corpus = document_items(store, stages.job.source_names, run.recipe.split) if judge.counts_words else items
         asked, where = np.unique(queries, return_inverse=True)
         documents, place = np.unique(np.concatenate([corpus, items]), return_inverse=True)
         scorer = stages.mine.judge(judge, store, asked.astype(np.int64), documents.astype(np.int64))
         return scorer.score(where.astype(np.int64), place[len(corpus) :].astype(np.int64))
 
-    return audit(store, stages.mine.open(), scores, judge_words(judge), shown=shown, judged=judged)
-
-
-def _counts_words(judge: TeacherConfig) -> bool:
-    return isinstance(judge, BM25Teacher)
-
-
-def judge_words(judge: PairTeacher) -> str:
-    """The second teacher in words."""
-    if isinstance(judge, BM25Teacher):
-        return "BM25"
-    if isinstance(judge, CrossEncoderTeacher):
-        return f"the cross-encoder {judge.model}"
-    if isinstance(judge, SentenceTransformerTeacher):
-        return judge.model or "the recipe's base model"
-    return f"the vectors of {judge.documents}"
+    return audit(store, stages.mine.open(), scores, judge.in_words, shown=shown, judged=judged)
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,15 @@ import numpy as np
 from nearfield.arrays import Rows, Vectors
 from nearfield.data.store import Store
 from nearfield.data.vectors import VERSION as VECTORS_VERSION
-from nearfield.data.vectors import EncodeItems, ItemVectors, VectorJob, read_vectors
+from nearfield.data.vectors import EncodeItems, ItemVectors, VectorJob
 from nearfield.encoders.identity import PACKAGES as COMPUTING_PACKAGES
-from nearfield.encoders.prompts import base_prompts
-from nearfield.encoders.source import ModelSource, locate
 from nearfield.errors import BadInputError
-from nearfield.files import atomic_path, fingerprint, hash_file
+from nearfield.files import atomic_path, fingerprint
 from nearfield.mining.config import (
-    CrossEncoderTeacher,
     DenseTeacher,
-    EnsembleTeacher,
-    PairTeacher,
     RefreshedNegatives,
     SentenceTransformerTeacher,
-    TeacherConfig,
-    VectorsTeacher,
+    TeacherSettings,
 )
 from nearfield.mining.negatives import VERSION as NEGATIVES_VERSION
 from nearfield.mining.pool import search_share
@@ -78,7 +72,7 @@ class VectorsStage(Stage):
             made_of = {
                 "version": VECTORS_VERSION,
                 "data": self.data.fingerprint,
-                "teacher": identity(teacher, self.recipe),
+                "teacher": teacher.made_of(self.recipe.encoder),
                 "sources": self.job.source_names,
                 "split": self.recipe.split,
             }
@@ -119,9 +113,9 @@ class VectorsStage(Stage):
             if path.is_dir():
                 continue
             work, divide = self._work(teacher, store), self.divider(number)
-            if self.job.engine == "ray" and isinstance(teacher, SentenceTransformerTeacher):
+            if self.job.engine == "ray" and teacher.spreads:
                 divide = on_ray(work)
-            made = work.run({"teacher": identity(teacher, self.recipe)}, divide)
+            made = work.run({"teacher": teacher.made_of(self.recipe.encoder)}, divide)
             counts[teacher.kind] = {role: len(table.keys) for role, table in sorted(made.tables.items())}
         return {"vectors": counts}
 
@@ -137,32 +131,14 @@ class VectorsStage(Stage):
             self.encode_items(teacher, store),
             path,
             path.name,
-            shared=self._is_shared(teacher),
-            zeros=isinstance(teacher, VectorsTeacher) and teacher.zeros,
+            shared=teacher.is_shared(self.recipe.encoder),
+            zeros=teacher.may_be_zero,
         )
-
-    def _is_shared(self, teacher: DenseTeacher) -> bool:
-        """Whether an item has the same vector as a query and as a document."""
-        if isinstance(teacher, SentenceTransformerTeacher):
-            return len(set(teacher_prompts(teacher, self.recipe).values())) == 1
-        return teacher.queries is None
 
     def encode_items(self, teacher: DenseTeacher, store: Store) -> EncodeItems:
         """A function from items to a teacher's vectors."""
-        if not isinstance(teacher, SentenceTransformerTeacher):
-            return read_vectors(store, teacher.documents, teacher.queries)
-        from nearfield.encoders.encode import ItemEncoder
-
-        own, base = teacher.model is None, self.recipe.encoder
-        return ItemEncoder(
-            store.path,
-            teacher.model or base.model,
-            base.revision if own else teacher.revision,
-            teacher_prompts(teacher, self.recipe),
-            device=self.job.launch.device if self.job.engine == "local" else None,
-            max_length=teacher.max_length or (base.max_length if own else None),
-            trust_remote_code=base.trust_remote_code if own else teacher.trust_remote_code,
-        )
+        device = self.job.launch.device if self.job.engine == "local" else None
+        return teacher.encode_items(store, self.recipe.encoder, device)
 
 
 class MineStage(Stage):
@@ -195,7 +171,7 @@ class MineStage(Stage):
         return {
             "version": NEGATIVES_VERSION,
             "data": self.data.fingerprint,
-            "teacher": identity(mining_teacher(self.recipe), self.recipe),
+            "teacher": mining_teacher(self.recipe).made_of(self.recipe.encoder),
             "mining": settings,
             "sources": self.job.source_names,
             "split": self.recipe.split,
@@ -230,7 +206,7 @@ class MineStage(Stage):
         metadata = {
             "fingerprint": self.fingerprint,
             "generation": 0,
-            "teacher": identity(mining_teacher(self.recipe), self.recipe),
+            "teacher": mining_teacher(self.recipe).made_of(self.recipe.encoder),
             "rules": [rule.model_dump(mode="json") for rule in self.mining.rules],
             "recall": recalls,
         }
@@ -243,9 +219,8 @@ class MineStage(Stage):
         """Search this rank's share of the queries of a pool."""
         store, share = self.data.open(), (self.job.launch.rank, self.job.launch.world_size)
         pool = self._pool(store, self.sources(store)[number])
-        judge = mining_teacher(self.recipe)
-        assert isinstance(judge, DenseTeacher)
-        if self.vectors.path(judge).is_dir():
+        (teacher,) = mining_teacher(self.recipe).dense_teachers()
+        if self.vectors.path(teacher).is_dir():
             found = search_share(pool, self._dense_scorer(store, pool), self.mining, share)
             self._shares.mkdir(parents=True, exist_ok=True)
             with atomic_path(self._share(number, share[0])) as aside, aside.open("wb") as stream:
@@ -256,7 +231,7 @@ class MineStage(Stage):
         divide = self.divider(number)
         if divide is None or self.mining.search.kind != "exact":
             return None
-        if not isinstance(mining_teacher(self.recipe), DenseTeacher):
+        if mining_teacher(self.recipe) not in self.vectors.teachers:
             return None
         ranks, scorer = self.job.launch.world_size, self._dense_scorer(store, pool)
         shutil.rmtree(self._shares, ignore_errors=True)
@@ -279,7 +254,7 @@ class MineStage(Stage):
     def _share(self, number: int, rank: int) -> Path:
         return self._shares / f"{number}-{rank}.npz"
 
-    def _check_reads(self, teacher: TeacherConfig, store: Store) -> None:
+    def _check_reads(self, teacher: TeacherSettings, store: Store) -> None:
         if teacher.reads_texts_alone and store.has_images and store.image_table.num_rows:
             raise BadInputError(
                 f"{teacher.kind} goes by words alone, and this data has pictures",
@@ -332,7 +307,7 @@ class MineStage(Stage):
             documents = IndexedDocuments(table.vectors, rows)
         return vectors.of("query", pool.queries), documents
 
-    def judge(self, teacher: PairTeacher, store: Store, queries: Rows, documents: Rows) -> PairScorer:
+    def judge(self, teacher: TeacherSettings, store: Store, queries: Rows, documents: Rows) -> PairScorer:
         """Another teacher before some items; its vectors are made here and not kept."""
         from nearfield.data.vectors import unit
         from nearfield.mining.teachers import TeacherPool, as_pair_scorer
@@ -382,7 +357,7 @@ def items_by_role(store: Store, sources: list[str], split: str) -> dict[str, Row
     return {role: np.unique(np.concatenate(rows)).astype(np.int64) for role, rows in found.items()}
 
 
-def mining_teacher(recipe: Recipe) -> TeacherConfig:
+def mining_teacher(recipe: Recipe) -> TeacherSettings:
     """The teacher that scores candidates: that of ``mining``, else the recipe's, else the base model."""
     own = recipe.mining.teacher if recipe.mining else None
     return own or recipe.teacher or SentenceTransformerTeacher()
@@ -404,45 +379,3 @@ def guide_teacher(recipe: Recipe) -> DenseTeacher | None:
         return recipe.guide
     # That the recipe's teacher makes vectors is checked with the recipe.
     return SentenceTransformerTeacher() if recipe.teacher is None else next(iter(recipe.teacher.dense_teachers()), None)
-
-
-def located(teacher: SentenceTransformerTeacher, recipe: Recipe) -> ModelSource:
-    """The teacher's model, found without loading it."""
-    if teacher.model is None:
-        return locate(recipe.encoder.model, recipe.encoder.revision)
-    return locate(teacher.model, teacher.revision)
-
-
-def teacher_prompts(teacher: SentenceTransformerTeacher, recipe: Recipe) -> dict[str, str]:
-    """Role -> the text that the teacher wants before an item: the recipe's, else the model's own for retrieval."""
-    own = base_prompts(
-        located(teacher, recipe).path, recipe.encoder.revision if teacher.model is None else teacher.revision
-    )
-    stated = {"query": teacher.prompts.query, "document": teacher.prompts.document}
-    return {role: own.of("Retrieval", role) or "" if text is None else text for role, text in stated.items()}
-
-
-def identity(teacher: TeacherConfig, recipe: Recipe) -> Any:
-    """Everything that a teacher's scores depend on, as a JSON-able value."""
-    if isinstance(teacher, SentenceTransformerTeacher):
-        source = located(teacher, recipe)
-        length = teacher.max_length or (recipe.encoder.max_length if teacher.model is None else None)
-        code = recipe.encoder.trust_remote_code if teacher.model is None else teacher.trust_remote_code
-        parts = [teacher.kind, source.name, source.content, length, teacher_prompts(teacher, recipe)]
-        return [*parts, *(["trust_remote_code"] if code else [])]
-    if isinstance(teacher, VectorsTeacher):
-        files = [teacher.documents, *([teacher.queries] if teacher.queries else [])]
-        listed = [file.with_suffix(".ids.txt") for file in files]
-        for file in files:
-            if not file.is_file():
-                raise BadInputError("this file of vectors does not exist", where=str(file))
-        zeros = ["zeros"] if teacher.zeros else []
-        return [teacher.kind, [hash_file(file) for file in [*files, *listed] if file.is_file()], *zeros]
-    if isinstance(teacher, CrossEncoderTeacher):
-        source = locate(teacher.model, teacher.revision)
-        settings = teacher.identity(exclude={"model", "revision", "retrieve"})
-        return [teacher.kind, source.name, source.content, settings, identity(teacher.retrieve, recipe)]
-    if isinstance(teacher, EnsembleTeacher):
-        members = [identity(member, recipe) for member in teacher.members]
-        return [teacher.kind, teacher.fusion, teacher.weights, members]
-    return teacher.identity()

@@ -21,11 +21,12 @@ from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_folder, read_json, write_text
 from nearfield.mining.config import RefreshedNegatives
 from nearfield.notices import Notice, refuse, stop_on_blocking
-from nearfield.pipeline.contamination import contamination_entry, contamination_lines
 from nearfield.pipeline.mining import guide_teacher
 from nearfield.pipeline.planning import PlanStage, arrow_lists, plan_notices
 from nearfield.pipeline.stage import Job, Stage, StageStatus
 from nearfield.pipeline.suites import (
+    contamination_entry,
+    contamination_lines,
     evaluation_during_training,
     suite_content,
     suite_notices,
