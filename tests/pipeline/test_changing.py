@@ -14,7 +14,7 @@ from nearfield.errors import BadInputError
 from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.mining import VectorsStage
-from nearfield.pipeline.stage import Job
+from nearfield.pipeline.run import Job
 from nearfield.pipeline.stages import Stages
 from nearfield.recipe import check_recipe, load_recipe
 from nearfield.training.launch import Launch

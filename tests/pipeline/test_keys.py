@@ -16,7 +16,7 @@ from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.evaluation import evaluate
 from nearfield.evaluation import runner as evaluation_runner
 from nearfield.pipeline import open_run, suites
-from nearfield.pipeline import stage as stage_module
+from nearfield.pipeline import run as run_module
 from nearfield.pipeline.stages import Stages
 from tests.pipeline.fingerprints import fingerprints
 from tests.pipeline.pairs import write_pairs
@@ -166,14 +166,14 @@ def test_versions_move_artifacts_but_no_run_that_has_begun(project: Path, monkey
             def other(packages: Any, package: str = package) -> dict[str, str]:
                 return {**dict.fromkeys(packages, "1"), package: "0.0.1"}
 
-            monkeypatch.setattr(stage_module, "versions_of", other)
+            monkeypatch.setattr(run_module, "versions_of", other)
             assert places(project)[kind] != before[kind]
     monkeypatch.undo()
     run.begin()
     run.finish("tokens", {"fingerprint": first["tokens"], "versions": now})
     made = known.tokens.output
     made.mkdir(parents=True)
-    monkeypatch.setattr(stage_module, "versions_of", lambda packages: dict.fromkeys(packages, "99"))
+    monkeypatch.setattr(run_module, "versions_of", lambda packages: dict.fromkeys(packages, "99"))
     assert Stages.of(run).tokens.output == made
     assert fingerprints(project / "recipe.yaml") == first  # and nothing that follows is stale
     other_run = open_run(project / "recipe.yaml", folder=project / "another")

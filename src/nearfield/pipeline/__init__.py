@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from nearfield.pipeline.run import Run, open_run
-from nearfield.pipeline.stage import StageStatus
+from nearfield.pipeline.run import Run, StageStatus, open_run
 from nearfield.pipeline.stages import STAGES, RunResult, run_stages, status
 
 __all__ = ["STAGES", "Run", "RunResult", "StageStatus", "open_run", "run_stages", "status"]

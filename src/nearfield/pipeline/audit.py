@@ -22,8 +22,7 @@ from nearfield.mining.negatives import Audit, Negatives, audit
 from nearfield.mining.pool import document_items
 from nearfield.mining.ray_engine import require_ray
 from nearfield.pipeline.mining import mining_teacher, planning_teacher
-from nearfield.pipeline.run import Run
-from nearfield.pipeline.stage import Engine
+from nearfield.pipeline.run import Engine, Run
 from nearfield.pipeline.stages import Stages, run_stages
 from nearfield.randomness import generator
 from nearfield.recipe import Recipe

@@ -15,8 +15,7 @@ from nearfield.errors import BadInputError
 from nearfield.files import write_json
 from nearfield.notices import Notice
 from nearfield.pipeline.planning import plan_notices
-from nearfield.pipeline.run import Run
-from nearfield.pipeline.stage import Job
+from nearfield.pipeline.run import Job, Run
 from nearfield.pipeline.stages import Stages, run_stages, tell_training
 from nearfield.pipeline.suites import suite_notices, suite_prompts, training_suite_prompts
 from nearfield.training.launch import Launch

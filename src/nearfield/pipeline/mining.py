@@ -27,7 +27,7 @@ from nearfield.mining.negatives import VERSION as NEGATIVES_VERSION
 from nearfield.mining.pool import search_share
 from nearfield.mining.search import ArrayDocuments, Documents, IndexedDocuments, Neighbours
 from nearfield.mining.teachers import DenseScorer
-from nearfield.pipeline.stage import Job, Stage
+from nearfield.pipeline.run import Job, Stage
 
 if TYPE_CHECKING:
     from nearfield.batching.planner import VectorsOf

@@ -36,7 +36,7 @@ from nearfield.pipeline.preparing import (
     token_notices,
     unpooled_notices,
 )
-from nearfield.pipeline.stage import Job, Stage
+from nearfield.pipeline.run import Job, Stage
 
 
 class PromptsOfEpoch(Protocol):

@@ -18,7 +18,7 @@ from nearfield.encoders.prompts import PromptContract, add_examples
 from nearfield.encoders.source import folder_pools_prompt
 from nearfield.errors import BadInputError
 from nearfield.notices import Notice, say
-from nearfield.pipeline.stage import Job, Stage
+from nearfield.pipeline.run import Job, Stage
 
 if TYPE_CHECKING:
     from nearfield.arrays import Rows

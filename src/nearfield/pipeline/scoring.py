@@ -14,7 +14,7 @@ from nearfield.encoders.source import folder_revision
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, write_json
 from nearfield.notices import from_file, in_file, refuse
-from nearfield.pipeline.stage import Job, Stage, StageStatus
+from nearfield.pipeline.run import Job, Stage, StageStatus
 from nearfield.pipeline.suites import suite_content
 
 if TYPE_CHECKING:

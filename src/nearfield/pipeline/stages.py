@@ -17,9 +17,8 @@ from nearfield.notices import listening, refuse, stop_on_blocking
 from nearfield.pipeline.mining import MineStage, VectorsStage
 from nearfield.pipeline.planning import PlanStage
 from nearfield.pipeline.preparing import DataStage, TokensStage
-from nearfield.pipeline.run import Run
+from nearfield.pipeline.run import Engine, Job, Run, Stage, StageStatus
 from nearfield.pipeline.scoring import CompareStage, EvaluateStage, ReportStage
-from nearfield.pipeline.stage import Engine, Job, Stage, StageStatus
 from nearfield.pipeline.suites import suite_notices, suite_prompts, training_suite_prompts
 from nearfield.pipeline.training import TrainStage, set_aside
 from nearfield.training.launch import Launch

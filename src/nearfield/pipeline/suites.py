@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from nearfield.data.store import Store
     from nearfield.encoders.prompts import PromptContract
     from nearfield.pipeline.preparing import DataStage
-    from nearfield.pipeline.run import Run
-    from nearfield.pipeline.stage import Job
+    from nearfield.pipeline.run import Job, Run
     from nearfield.training.evaluation import Evaluate
 
 logger = logging.getLogger("nearfield.pipeline")

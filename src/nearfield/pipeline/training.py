@@ -23,7 +23,7 @@ from nearfield.mining.config import RefreshedNegatives
 from nearfield.notices import Notice, refuse, stop_on_blocking
 from nearfield.pipeline.mining import guide_teacher
 from nearfield.pipeline.planning import PlanStage, arrow_lists, plan_notices
-from nearfield.pipeline.stage import Job, Stage, StageStatus
+from nearfield.pipeline.run import Job, Stage, StageStatus
 from nearfield.pipeline.suites import (
     contamination_entry,
     contamination_lines,
