@@ -295,3 +295,31 @@ def test_every_setting_says_its_effect() -> None:
                 continue
             said = set(re.findall(r"[a-z]+", (field.description or "").lower())) - {"the", "a", "an", "of", "its"}
             assert said - set(name.lower().split("_")), f"{settings.__module__}.{settings.__name__}.{name}"
+
+
+def hand_written() -> tuple[str, str]:
+    """The pages of the project, and the YAML files that it ships."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "results").rglob("*.md")]
+    folders = [ROOT / name for name in ("training", "eval", "data_recipes")]
+    pages += [path for folder in folders for path in folder.rglob("*.md")]
+    files = [path for folder in folders for path in folder.rglob("*.yaml")]
+    return "\n".join(path.read_text() for path in pages), "\n".join(path.read_text() for path in files)
+
+
+def test_every_setting_is_shown_or_explained() -> None:
+    """Each setting and each kind stands in a shipped file or in a page that was written by hand, as code."""
+    pages, files = hand_written()
+    # An indented block of a page shows settings as a file does.
+    code = " ".join(re.findall(r"```.*?```|`[^`\n]+`", pages, re.DOTALL))
+    missing = []
+    for settings in settings_classes():
+        for name, field in settings.model_fields.items():
+            if name == "kind":
+                word = re.escape(str(field.default))
+                shown = re.search(rf":\s*{word}\b", files)
+            else:
+                word = re.escape(field.alias or name)
+                shown = re.search(rf"\b{word}\s*:", files)
+            if not shown and not re.search(rf"\b{word}\b", code):
+                missing.append(f"{settings.__module__}.{settings.__name__}.{word if name == 'kind' else name}")
+    assert missing == []
