@@ -12,19 +12,17 @@ task. Leaves with 1 if a check fails or the ratio is below --floor.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from nearfield.files import write_json
+from frame import Pair, Sample, alone, compare, finish, in_turn, make_parser, ratio_of, write
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -70,8 +68,8 @@ class Counter:
         self.seconds += time.process_time() - self._started
 
 
-def child(side: str, model_name: str, data: Path, tasks: list[str], out: Path) -> None:
-    """One measurement."""
+def measure(side: str, model_name: str, data: Path, tasks: list[str]) -> Sample:
+    """One measurement, in this process."""
     import torch
 
     torch.set_num_threads(1)
@@ -120,14 +118,15 @@ def child(side: str, model_name: str, data: Path, tasks: list[str], out: Path) -
             by_task[suite_task.name] = time.process_time() - read
 
         runner._Run._score = timed  # type: ignore[method-assign]
-        started = time.process_time()
-        made = evaluate(loaded, data, out / "results", tasks=tasks)
-        seconds = time.process_time() - started - load
+        with tempfile.TemporaryDirectory() as out:
+            started = time.process_time()
+            made = evaluate(loaded, data, Path(out) / "results", tasks=tasks)
+            seconds = time.process_time() - started - load
         scores = made.scores
         if made.failures:
             raise SystemExit(f"failed: {made.failures}")
     weights = sum(p.numel() for n, p in loaded.model[0].auto_model.named_parameters() if "embeddings" not in n)
-    found = {
+    return {
         "cpu_seconds": seconds,
         "cpu_seconds_of_tasks": by_task,
         "cpu_seconds_to_first_task": first,
@@ -138,21 +137,6 @@ def child(side: str, model_name: str, data: Path, tasks: list[str], out: Path) -
         "flops": 2.0 * weights * counter.tokens,
         "scores": scores,
     }
-    print("RESULT " + json.dumps(found))
-
-
-def measure(side: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A measurement in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--child", side, "--data", str(arguments.data), "--model", arguments.model]
-        command += ["--tasks", arguments.tasks, "--out", folder]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            value: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-            return value
-    raise SystemExit(done.stderr[-4000:])
 
 
 def matrix_peak() -> float:
@@ -169,9 +153,8 @@ def matrix_peak() -> float:
     return best
 
 
-def summary(samples: list[dict[str, Any]], tasks: list[str]) -> dict[str, Any]:
-    """What some pairs say."""
-    ratios = [pair["peer"]["cpu_seconds"] / pair["ours"]["cpu_seconds"] for pair in samples]
+def summary(samples: list[Pair], tasks: list[str]) -> dict[str, Any]:
+    """The figures of some pairs."""
     ours, peer = samples[0]["ours"], samples[0]["peer"]
     pairs = [
         (task, subset, score, peer["scores"][task][subset])
@@ -183,12 +166,7 @@ def summary(samples: list[dict[str, Any]], tasks: list[str]) -> dict[str, Any]:
     peak = matrix_peak()
     outside = statistics.median(1 - p["ours"]["forward_seconds"] / p["ours"]["cpu_seconds"] for p in samples)
     return {
-        "ratio": statistics.median(ratios),
-        "spread": [min(ratios), max(ratios)],
-        "pairs": len(ratios),
-        "ours": statistics.median(p["ours"]["cpu_seconds"] for p in samples),
-        "peer": statistics.median(p["peer"]["cpu_seconds"] for p in samples),
-        "unit": "CPU seconds",
+        **compare(samples),
         "ratio of tasks": {
             task: statistics.median(
                 p["peer"]["cpu_seconds_of_tasks"][task] / p["ours"]["cpu_seconds_of_tasks"][task] for p in samples
@@ -217,47 +195,43 @@ def summary(samples: list[dict[str, Any]], tasks: list[str]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main() -> int:
     """Measure, check, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, floor=0.0)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="short", help="tasks by the kind of their texts")
     parser.add_argument("--tasks", help="instead of a preset's")
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--floor", type=float, default=0.0)
-    parser.add_argument("--child", choices=("ours", "peer"), help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     stated = [task.strip() for task in arguments.tasks.split(",")] if arguments.tasks else PRESETS[arguments.preset]
     tasks = list(stated) or tasks_of(arguments.data)
-    arguments.tasks = ",".join(tasks)
-    if arguments.child:
-        child(arguments.child, arguments.model, arguments.data, tasks, arguments.out)
-        return
-    samples: list[dict[str, Any]] = []
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    samples: list[Pair] = []
     if arguments.json and arguments.json.is_file():
         made = json.loads(arguments.json.read_text())
         if made["checks"]["tasks"] != tasks:
             raise SystemExit(f"{arguments.json} is of other tasks: name another file")
         samples = made["samples"]
-    result = summary(samples, tasks) if samples else {}
-    for number in range(len(samples), arguments.pairs):
-        pair = {side: measure(side, arguments) for side in ("ours", "peer")}
+    sides = {
+        side: lambda _, side=side: alone(measure, side, arguments.model, arguments.data, tasks)
+        for side in ("ours", "peer")
+    }
+    for pair in in_turn(sides, arguments.pairs, first=len(samples)):
         samples.append(pair)
-        print(
-            f"pair {number + 1}: ours {pair['ours']['cpu_seconds']:.1f} s, mteb {pair['peer']['cpu_seconds']:.1f} s",
-            flush=True,
-        )
-        result = summary(samples, tasks)
-        if arguments.json:
-            write_json(arguments.json, result)
+        ours, peer = pair["ours"]["cpu_seconds"], pair["peer"]["cpu_seconds"]
+        print(f"pair {len(samples)}: ours {ours:.1f} s, mteb {peer:.1f} s", flush=True)
+        write(arguments.json, summary(samples, tasks))
+    result = summary(samples, tasks)
     print(json.dumps({key: value for key, value in result.items() if key != "samples"}, indent=2))
-    worst, same = result["checks"]["largest score difference"], result["checks"]["same subsets"]
-    if worst > 1e-4 or not same or result["ratio"] < arguments.floor:
-        raise SystemExit(1)
+    failed = []
+    if result["checks"]["largest score difference"] > 1e-4:
+        failed.append("the scores differ")
+    if not result["checks"]["same subsets"]:
+        failed.append("other subsets were scored")
+    if result["ratio"] < arguments.floor:
+        failed.append(f"the ratio {ratio_of(samples)} is below {arguments.floor}")
+    return finish(result, failed, arguments.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

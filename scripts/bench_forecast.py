@@ -13,17 +13,16 @@ shared machine is shown, and judged with --wall).
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from frame import finish, make_parser, run_command
 from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -79,7 +78,9 @@ def run_shape(name: str, work: Path, steps: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "nearfield", "--quiet", "train", str(recipe), *settings]
     command += ["--run-folder", str(folder / "run")]
     for extra in (["--dry-run"], ["--until", "train"]):
-        subprocess.run([*command, *extra], check=True, capture_output=True, text=True)
+        used = run_command([*command, *extra])
+        if used.code:
+            raise SystemExit(f"{name} failed:\n{used.output[-4000:]}")
     found = json.loads((folder / "run" / "forecast.json").read_text())
     memory, actual, start = found["memory"], found["actual"], found["at_start"]
     held = memory["base"] + memory["weights"]
@@ -107,11 +108,10 @@ def ratio(row: dict[str, Any], ours: str, actual: str) -> float:
 
 def main() -> int:
     """Run the shapes and print a line each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, pairs=None)
     parser.add_argument("--only", nargs="*", choices=list(SHAPES), help="these shapes")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--work", type=Path, help="keep the runs in this new folder")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--wall", action="store_true", help="judge the wall clock too")
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="forecast-"))
@@ -138,9 +138,9 @@ def main() -> int:
     for what, names in (("growth", misses), ("CPU seconds", late), ("wall seconds", wall)):
         print(f"{what}: {len(rows) - len(names)} of {len(rows)} within the goal", *names)
     print(f"median growth {statistics.median(row['growth_ratio'] for row in rows):.2f}")
-    if options.json:
-        options.json.write_text(json.dumps({"threads": os.environ.get("OMP_NUM_THREADS"), "shapes": rows}, indent=2))
-    return int(bool(misses or late or (options.wall and wall)))
+    failed = [f"growth of {name}" for name in misses] + [f"CPU seconds of {name}" for name in late]
+    failed += [f"wall seconds of {name}" for name in wall if options.wall]
+    return finish({"threads": os.environ.get("OMP_NUM_THREADS"), "shapes": rows}, failed, options.json)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,14 @@ tiles, recomputed backward; its Triton kernels want CUDA), ``dense`` and ``block
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
 import platform
-import resource
+import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from frame import alone, finish, make_parser, resident_bytes
 
 IMPLEMENTATIONS = ("torch", "st", "st-cached", "st-cached-1024", "infcl", "dense", "blockwise", "masked")
 WHOLE = ("torch", "st", "dense")
@@ -150,12 +148,7 @@ def exact_gradient(queries: Any, documents: Any, masked: bool) -> tuple[Any, Any
     return dq, dd, [float(dq.abs().max()), float(dd.abs().max())]
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def measure(name: str, size: int, dim: int, repeats: int, check: bool, pipe: Any) -> None:
+def measure(name: str, size: int, dim: int, repeats: int, check: bool) -> dict[str, Any]:
     """One implementation at one size, in this process."""
     import torch
 
@@ -167,11 +160,11 @@ def measure(name: str, size: int, dim: int, repeats: int, check: bool, pipe: Any
         value.backward()
     loss = make_loss(name, size)
     queries, documents = make_vectors(size, dim)
-    before, peak, done = _resident(), [0], threading.Event()
+    before, peak, done = resident_bytes(), [0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.002):
-            peak[0] = max(peak[0], _resident())
+            peak[0] = max(peak[0], resident_bytes())
 
     # The first run is for memory, and warms up; what was freed before it stays with the process and is not counted.
     watcher = threading.Thread(target=watch)
@@ -193,22 +186,21 @@ def measure(name: str, size: int, dim: int, repeats: int, check: bool, pipe: Any
         dq, dd, scale = exact_gradient(queries, documents, name == "masked")
         off = [(queries.grad[:CHECKED].double() - dq).abs().max(), (documents.grad[:CHECKED].double() - dd).abs().max()]
         error = max(float(part) / of for part, of in zip(off, scale, strict=True))
-    pipe.send(
-        {
-            "B": size,
-            "d": dim,
-            "impl": name,
-            "peak_above_inputs_bytes": max(0, peak[0] - before),
-            "seconds": min(samples),
-            "grad_rel_error": error,
-            "loss": float(value.detach()),
-            "samples": samples,
-        }
-    )
+    return {
+        "B": size,
+        "d": dim,
+        "impl": name,
+        "peak_above_inputs_bytes": max(0, peak[0] - before),
+        "seconds": min(samples),
+        "grad_rel_error": error,
+        "loss": float(value.detach()),
+        "samples": samples,
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure every size, and print a line each."""
+    parser = make_parser(__doc__, pairs=None)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--dims", type=int, nargs="+", default=[384, 1024])
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
@@ -216,43 +208,33 @@ def main() -> int:
     parser.add_argument(
         "--check-to", type=int, default=16384, help="largest batch whose gradient is checked in float64"
     )
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     import torch
 
-    context, rows, failed = multiprocessing.get_context("spawn"), [], False
+    rows: list[dict[str, Any]] = []
+    failed = []
     for dim in arguments.dims:
         for size in arguments.sizes:
             for name in arguments.implementations:
                 if name in WHOLE and size > LARGEST_WHOLE:
                     continue
-                here, there = context.Pipe(duplex=False)
-                work = (name, size, dim, arguments.repeats, size <= arguments.check_to, there)
-                process = context.Process(target=measure, args=work)
-                process.start()
-                there.close()
                 try:
-                    row = here.recv()
-                except EOFError:
-                    row = {"B": size, "d": dim, "impl": name, "failed": True}
-                process.join()
-                rows.append(row)
-                if row.get("failed"):
-                    failed = True
-                    print(f"{size:>6} {dim:>5} {name:<15} failed (exit {process.exitcode})", flush=True)
+                    row = alone(measure, name, size, dim, arguments.repeats, size <= arguments.check_to)
+                except ChildProcessError as ended:
+                    # It needs more memory than there is: the others are measured all the same.
+                    rows.append({"B": size, "d": dim, "impl": name, "failed": True})
+                    failed.append(f"{name} at B = {size}, d = {dim}: {ended}")
                     continue
+                rows.append(row)
                 error = row["grad_rel_error"]
-                failed |= error is not None and error > 1e-3
+                if error is not None and error > 1e-3:
+                    failed.append(f"the gradient of {name} at B = {size}, d = {dim} errs by {error:.1e}")
                 shown = "" if error is None else f"  error {error:.1e}"
                 megabytes = row["peak_above_inputs_bytes"] / 1e6
                 print(f"{size:>6} {dim:>5} {name:<15} {row['seconds']:8.2f} s {megabytes:9.0f} MB{shown}", flush=True)
-    if arguments.json:
-        about = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "device": "cpu"}
-        arguments.json.write_text(
-            json.dumps({"about": about, "temperature": TEMPERATURE, "rows": rows}, indent=1) + "\n"
-        )
-    return int(failed)
+    about = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "device": "cpu"}
+    return finish({"about": about, "temperature": TEMPERATURE, "rows": rows}, failed, arguments.json)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -14,12 +14,9 @@ below --floor.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from frame import Pair, Sample, alone, compare, finish, in_turn, make_parser, peak_bytes, reset_peak, versions
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 DIMENSION = 384
@@ -96,7 +95,7 @@ class Stored:
         return DIMENSION
 
 
-def measure(side: str, folder: Path) -> dict[str, Any]:
+def measure(side: str, folder: Path) -> Sample:
     """Mine once; the triplets as numbers are left beside for the check."""
     import torch
     from datasets import Dataset
@@ -119,8 +118,7 @@ def measure(side: str, folder: Path) -> dict[str, Any]:
             encoder = Encoder.load(MODEL, device="cpu")
         else:
             q, d = (np.load(folder / f"{name}.npy") for name in ("queries", "documents"))
-        _begin()
-        start = time.process_time()
+        held, start = reset_peak(), time.process_time()
         if from_texts:
             q, d = encoder(queries), encoder(documents)
         count = len(queries)
@@ -149,8 +147,7 @@ def measure(side: str, folder: Path) -> dict[str, Any]:
             from nearfield.encoders.load import load_encoder
 
             model = load_encoder(MODEL, device="cpu").model
-        _begin()
-        start = time.process_time()
+        held, start = reset_peak(), time.process_time()
         table = mine_hard_negatives(
             data,
             model,
@@ -160,27 +157,12 @@ def measure(side: str, folder: Path) -> dict[str, Any]:
             verbose=False,
         )
     seconds = time.process_time() - start
-    peak = _memory("VmHWM") - _BASE[0]
+    peak = peak_bytes() - held
     place = {text: number for number, text in enumerate(documents)}
     owners = {text: number for number, text in enumerate(queries)}
     triplets = [(owners[a], place[n]) for a, n in zip(table["anchor"], table["negative"], strict=True)]
     np.save(folder / f"{side}.npy", np.array(triplets, dtype=np.int64).reshape(-1, 2))
     return {"side": side, "cpu_seconds": seconds, "peak_bytes": peak, "triplets": len(triplets), "gemm": gemm_peak()}
-
-
-_BASE = [0]
-
-
-def _begin() -> None:
-    """Count memory from here."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    _BASE[0] = _memory("VmRSS")
-
-
-def _memory(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def gemm_peak() -> float:
@@ -199,7 +181,7 @@ def gemm_peak() -> float:
 # Checks.
 
 
-def compare(folder: Path, ours: str, peer: str, vectors: tuple[Any, Any]) -> dict[str, Any]:
+def check(folder: Path, ours: str, peer: str, vectors: tuple[Any, Any]) -> dict[str, Any]:
     """Our negatives against brute force on a sample, and the peer's against ours."""
     queries, documents = vectors
     mine_, theirs = (_by_query(np.load(folder / f"{side}.npy"), len(queries)) for side in (ours, peer))
@@ -209,8 +191,8 @@ def compare(folder: Path, ours: str, peer: str, vectors: tuple[Any, Any]) -> dic
     for number, line in zip(sample.tolist(), scores.astype(np.float32), strict=True):
         positive = float(line[number])
         order = [row for row in np.lexsort((np.arange(len(line)), -line))[: DEPTH + 1].tolist() if row != number]
-        kept = [row for row in order[:DEPTH] if float(line[row]) < positive - abs(positive) * MARGIN][:NEGATIVES]
-        wrong += kept != mine_[number]
+        below = [row for row in order[:DEPTH] if float(line[row]) < positive - abs(positive) * MARGIN]
+        wrong += below[:NEGATIVES] != mine_[number]
     different = [number for number in range(len(queries)) if mine_[number] != theirs[number]]
     gaps = []
     for number in different:
@@ -237,12 +219,9 @@ def _by_query(triplets: Any, count: int) -> list[list[int]]:
     return rows
 
 
-def run(side: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--only", side, "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
-    sample: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+def run(side: str, folder: Path) -> Sample:
+    """A measurement in a fresh process, and a line of it."""
+    sample: Sample = alone(measure, side, folder)
     print(
         f"  {side:28}{sample['cpu_seconds']:9.2f} CPU s  peak {sample['peak_bytes'] / 1e9:5.2f} GB above the vectors"
         f"  products {sample['gemm'] / 1e9:5.1f} GF/s",
@@ -251,33 +230,40 @@ def run(side: str, folder: Path) -> dict[str, Any]:
     return sample
 
 
-def pairs_of(sides: tuple[str, str], folder: Path, count: int) -> tuple[list[dict[str, Any]], list[float]]:
-    samples, ratios = [], []
-    for _ in range(count):
-        pair = [run(side, folder) for side in sides]
-        samples += pair
-        ratios.append(pair[1]["cpu_seconds"] / pair[0]["cpu_seconds"])
-    return samples, ratios
+def run_pairs(sides: tuple[str, str], folder: Path, count: int) -> list[Pair]:
+    """Both sides in turn."""
+    return list(in_turn({side: lambda _, side=side: run(side, folder) for side in sides}, count))
 
 
-def median(samples: Sequence[dict[str, Any]], side: str, key: str) -> float:
-    return statistics.median(sample[key] for sample in samples if sample["side"] == side)
+def samples_of(pairs: Sequence[Pair]) -> list[Sample]:
+    """The measurements in their order."""
+    return [sample for pair in pairs for sample in pair.values()]
+
+
+def compare_texts(folder: Path, size: int, count: int) -> dict[str, Any]:
+    """The comparison from texts."""
+    make_texts(folder, size)
+    print(f"{size:,} pairs from texts, {MODEL}:", flush=True)
+    pairs = run_pairs(("nearfield-texts", "peer-texts"), folder, count)
+    ours, theirs = (
+        {tuple(row) for row in np.load(folder / f"{side}-texts.npy").tolist()} for side in ("nearfield", "peer")
+    )
+    return {
+        **compare(pairs),
+        "size": size,
+        # The vectors are two computations' in float32, so that near ties fall either way.
+        "same_triplets": len(ours & theirs) / max(1, len(ours | theirs)),
+        "samples": samples_of(pairs),
+    }
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Both comparisons, their checks and the file."""
+    parser = make_parser(__doc__)
     parser.add_argument("--size", type=int, default=100_000, help="queries, and documents, with precomputed vectors")
     parser.add_argument("--texts", type=int, default=10_000, help="pairs of the comparison from texts; 0 leaves it out")
-    parser.add_argument("--pairs", type=int, default=5, help="how often both sides are run")
     parser.add_argument("--no-faiss", action="store_true", help="leave out the run with FAISS")
-    parser.add_argument("--floor", type=float, help="leave with 1 if a ratio is below")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.only:
-        print(json.dumps(measure(options.only, options.folder)))
-        return 0
     if options.pairs < 5:
         parser.error("--pairs must be at least 5")
     began = time.time()
@@ -285,67 +271,57 @@ def main(arguments: Sequence[str]) -> int:
         folder = Path(name)
         make_vectors(folder, options.size)
         print(f"{options.size:,} queries x {options.size:,} documents x {DIMENSION}, precomputed vectors:", flush=True)
-        samples, ratios = pairs_of(("nearfield", "peer"), folder, options.pairs)
+        pairs = run_pairs(("nearfield", "peer"), folder, options.pairs)
         faiss = None if options.no_faiss else run("peer-faiss", folder)
         vectors = (np.load(folder / "queries.npy"), np.load(folder / "documents.npy"))
-        checks: dict[str, Any] = compare(folder, "nearfield", "peer", vectors)
-        texts: dict[str, Any] = {}
-        if options.texts:
-            make_texts(folder, options.texts)
-            print(f"{options.texts:,} pairs from texts, {MODEL}:", flush=True)
-            text_samples, text_ratios = pairs_of(("nearfield-texts", "peer-texts"), folder, options.pairs)
-            mine_, theirs = (
-                {tuple(row) for row in np.load(folder / f"{side}-texts.npy").tolist()} for side in ("nearfield", "peer")
-            )
-            texts = {
-                "ratio": statistics.median(text_ratios),
-                "spread": [min(text_ratios), max(text_ratios)],
-                "ours": median(text_samples, "nearfield-texts", "cpu_seconds"),
-                "peer": median(text_samples, "peer-texts", "cpu_seconds"),
-                "size": options.texts,
-                # The vectors are two computations' in float32, so that near ties fall either way.
-                "same_triplets": len(mine_ & theirs) / max(1, len(mine_ | theirs)),
-                "samples": text_samples,
-            }
-    peak = median(samples, "nearfield", "gemm")
-    floor_seconds = 2 * options.size**2 * DIMENSION / peak
-    memory = {side: max(s["peak_bytes"] for s in samples if s["side"] == side) for side in ("nearfield", "peer")}
-    checks |= {"threads": 1, "peak_bytes": memory}
+        checks = check(folder, "nearfield", "peer", vectors)
+        texts = compare_texts(folder, options.texts, options.pairs) if options.texts else {}
+    peak = statistics.median(pair["nearfield"]["gemm"] for pair in pairs)
+    memory = {side: max(pair[side]["peak_bytes"] for pair in pairs) for side in ("nearfield", "peer")}
+    result = {
+        **compare(pairs),
+        "size": options.size,
+        "checks": {**checks, "threads": 1, "peak_bytes": memory},
+        "gemm_peak_flops": peak,
+        "gemm_floor_seconds": 2 * options.size**2 * DIMENSION / peak,
+        "peer_with_faiss": faiss,
+        "end_to_end": texts,
+        "samples": samples_of(pairs),
+        "versions": {
+            "machine": platform.machine(),
+            **versions("nearfield", "sentence-transformers", "torch", "numpy", "faiss-cpu"),
+        },
+        "seconds": time.time() - began,
+    }
+    failed = failures(result, options.floor)
+    show(result)
+    return finish({**result, "failed": failed}, failed, options.json)
+
+
+def failures(result: dict[str, Any], floor: float | None) -> list[str]:
+    """The checks that do not hold."""
+    checks, texts = result["checks"], result["end_to_end"]
     failed = []
     if checks["queries_unlike_brute_force"]:
         failed.append("not the negatives of brute force")
     if checks["largest_score_gap_where_unlike"] > 1e-5:
         failed.append("the peer's negatives differ by more than float32 errs")
-    if memory["nearfield"] >= MEMORY_LIMIT:
+    if checks["peak_bytes"]["nearfield"] >= MEMORY_LIMIT:
         failed.append("memory")
     if texts and texts["same_triplets"] < 0.99:
         failed.append("other triplets from texts")
-    result = {
-        "ratio": statistics.median(ratios),
-        "spread": [min(ratios), max(ratios)],
-        "pairs": len(ratios),
-        "ours": median(samples, "nearfield", "cpu_seconds"),
-        "peer": median(samples, "peer", "cpu_seconds"),
-        "unit": "CPU seconds",
-        "size": options.size,
-        "checks": checks,
-        "gemm_peak_flops": peak,
-        "gemm_floor_seconds": floor_seconds,
-        "peer_with_faiss": faiss,
-        "end_to_end": texts,
-        "samples": samples,
-        "versions": versions(),
-        "seconds": time.time() - began,
-    }
-    if options.floor is not None and min([result["ratio"], *([texts["ratio"]] if texts else [])]) < options.floor:
+    if floor is not None and min([result["ratio"], *([texts["ratio"]] if texts else [])]) < floor:
         failed.append("floor")
-    result["failed"] = failed
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    return failed
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the figures."""
+    memory, faiss, texts = result["checks"]["peak_bytes"], result["peer_with_faiss"], result["end_to_end"]
     print(
-        f"precomputed vectors: {result['ratio']:.2f} times fewer CPU seconds than sentence-transformers "
-        f"(spread {min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs); ours {result['ours']:.1f} s, peer "
-        f"{result['peer']:.1f} s, matrix products alone {floor_seconds:.1f} s"
+        f"precomputed vectors: {result['ratio']:.2f} times fewer CPU seconds than sentence-transformers (spread "
+        f"{result['spread'][0]:.2f} to {result['spread'][1]:.2f}, {result['pairs']} pairs); ours {result['ours']:.1f} s, "
+        f"peer {result['peer']:.1f} s, matrix products alone {result['gemm_floor_seconds']:.1f} s"
     )
     print(f"  peak above the vectors: ours {memory['nearfield'] / 1e9:.2f} GB, peer {memory['peer'] / 1e9:.2f} GB")
     if faiss:
@@ -356,18 +332,7 @@ def main(arguments: Sequence[str]) -> int:
             f"from texts: {texts['ratio']:.2f} times fewer (spread {texts['spread'][0]:.2f} to {texts['spread'][1]:.2f}); "
             f"ours {texts['ours']:.1f} s, peer {texts['peer']:.1f} s; {texts['same_triplets']:.2%} of the triplets in common"
         )
-    print(f"checks: {json.dumps(checks)}")
-    print(f"failed: {', '.join(failed) or 'none'}")
-    return 1 if failed else 0
-
-
-def versions() -> dict[str, str]:
-    """Of what was measured."""
-    import importlib.metadata
-
-    names = ("nearfield", "sentence-transformers", "torch", "numpy", "faiss-cpu")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), "machine": platform.machine(), **found}
+    print(f"checks: {json.dumps(result['checks'])}")
 
 
 if __name__ == "__main__":

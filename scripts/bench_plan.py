@@ -16,17 +16,12 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import logging
 import os
 import platform
-import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,6 +33,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
+from frame import Clock, Pair, Sample, compare, finish, in_turn, make_parser, versions
 from nearfield.arrays import Ragged
 from nearfield.batching import SingleSourceConfig, batch_sampler
 from nearfield.batching.streams import SourceExamples
@@ -78,18 +74,12 @@ def ours(dataset: Dataset, batch: int, seed: int) -> Iterable[list[int]]:
     return made
 
 
-def cpu_seconds() -> float:
-    """CPU seconds of this process and of its children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
-
-
-def measure(make: Callable[[Dataset, int, int], Iterable[list[int]]], *arguments: Any) -> tuple[float, float, Batches]:
-    """(CPU seconds, wall seconds, the batches) of one epoch."""
+def measure(make: Callable[[Dataset, int, int], Iterable[list[int]]], *arguments: Any) -> tuple[Sample, Batches]:
+    """The seconds of one epoch's batches, and the batches."""
     gc.collect()
-    cpu, wall = cpu_seconds(), time.perf_counter()
-    batches = list(make(*arguments))
-    return cpu_seconds() - cpu, time.perf_counter() - wall, batches
+    with Clock() as clock:
+        batches = list(make(*arguments))
+    return {"cpu": clock.cpu, "wall": clock.wall}, batches
 
 
 def check(batches: Batches, texts: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], batch: int) -> dict[str, Any]:
@@ -114,9 +104,9 @@ def planner_alone(texts: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], batc
     samples = []
     for seed in range(times):
         gc.collect()
-        start = time.process_time()
-        SingleSourceConfig(batch_size=batch).build().plan([source], seed, 0)
-        samples.append(time.process_time() - start)
+        with Clock() as clock:
+            SingleSourceConfig(batch_size=batch).build().plan([source], seed, 0)
+        samples.append(clock.cpu)
     return samples
 
 
@@ -131,54 +121,46 @@ def run(count: int, options: argparse.Namespace) -> dict[str, Any]:
     full = count // options.batch
     result: dict[str, Any] = {"pairs_of_texts": count, "batch": options.batch, "full_batches": full}
     failures: list[str] = []
-    sides = {"nearfield": ours, "hashed": peer(True)}
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in [*sides, "plain"]}
     checks: dict[str, dict[str, Any]] = {}
 
-    def once(name: str, make: Callable[[Dataset, int, int], Iterable[list[int]]], seed: int) -> None:
-        cpu, wall, batches = measure(make, dataset, options.batch, seed)
-        samples[name].append((cpu, wall))
-        checks[name] = found = check(batches, texts, options.batch)
+    def once(name: str, make: Callable[[Dataset, int, int], Iterable[list[int]]], seed: int) -> Sample:
+        sample, batches = measure(make, dataset, options.batch, seed)
+        checks[name] = made = check(batches, texts, options.batch)
         print(
-            f"  {name:10} {cpu:7.2f} CPU s {wall:7.2f} s, {found['batches']:,} batches, {found['rows']:,} rows",
+            f"  {name:10} {sample['cpu']:7.2f} CPU s {sample['wall']:7.2f} s, {made['batches']:,} batches, {made['rows']:,} rows",
             flush=True,
         )
-        if found["other_sizes"] or found["repeated_texts"] or found["repeated_rows"] or full - found["batches"] > 1:
-            failures.append(f"{name}: {found}")
+        if made["other_sizes"] or made["repeated_texts"] or made["repeated_rows"] or full - made["batches"] > 1:
+            failures.append(f"{name}: {made}")
+        return sample
 
     print(f"{count:,} pairs, batches of {options.batch}")
-    for seed in range(options.pairs):
-        for name, make in sides.items():
-            once(name, make, seed)
-    for seed in range(options.plain):
-        once("plain", peer(False), seed)
-    times = {name: [cpu for cpu, _ in of] for name, of in samples.items() if of}
-    ratios = sorted(theirs / our for our, theirs in zip(times["nearfield"], times["hashed"], strict=True))
+    sides = {
+        "nearfield": lambda seed: once("nearfield", ours, seed),
+        "hashed": lambda seed: once("hashed", peer(True), seed),
+    }
+    pairs: list[Pair] = list(in_turn(sides, options.pairs))
+    samples = {name: [pair[name] for pair in pairs] for name in sides}
+    samples["plain"] = [once("plain", peer(False), seed) for seed in range(options.plain)]
     result |= {
-        "ratio": statistics.median(ratios),
-        "spread": [ratios[0], ratios[-1]],
-        "ours": statistics.median(times["nearfield"]),
-        "peer": statistics.median(times["hashed"]),
+        **compare(pairs, "cpu", unit="CPU seconds an epoch's batches, texts read and hashed"),
         "planner_alone": statistics.median(planner_alone(texts, options.batch, options.pairs)),
         "checks": checks,
         "failures": failures,
-        "samples": {name: [{"cpu": cpu, "wall": wall} for cpu, wall in of] for name, of in samples.items()},
+        "samples": samples,
     }
-    if "plain" in times:
-        result["plain"] = statistics.median(times["plain"])
+    if samples["plain"]:
+        result["plain"] = statistics.median(sample["cpu"] for sample in samples["plain"])
         result["ratio_to_plain"] = result["plain"] / result["ours"]
     return result
 
 
 def main() -> int:
     """Measure, print, write; 1 where a check fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, floor=3.0)
     parser.add_argument("--pairs-of-texts", type=int, action="append", help="sizes; 200,000 and 1,000,000 by default")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--pairs", type=int, default=5, help="how often both sides are run, at least 5")
     parser.add_argument("--plain", type=int, default=1, help="how often the sampler without hashes is run")
-    parser.add_argument("--floor", type=float, default=3.0, help="the least ratio, of the first size")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.pairs < 5:
         parser.error("--pairs must be at least 5")
@@ -195,29 +177,22 @@ def main() -> int:
             f"hashed {one['peer']:.2f}, ratio {one['ratio']:.1f} ({one['spread'][0]:.1f} to {one['spread'][1]:.1f})"
             + (f"; plain {one['plain']:.2f}, ratio {one['ratio_to_plain']:.1f}" if "plain" in one else "")
         )
-    failures = [failure for one in results for failure in one["failures"]]
-    if results[0]["ratio"] < options.floor:
-        failures.append(f"the ratio {results[0]['ratio']:.2f} is below {options.floor}")
-    for failure in failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
-    if options.json:
-        first = results[0]
-        packages = ("numpy", "pyarrow", "datasets", "torch", "sentence-transformers")
-        report = {
-            **{name: first[name] for name in ("ratio", "spread", "ours", "peer")},
-            "pairs": options.pairs,
-            "unit": "CPU seconds an epoch's batches, texts read and hashed",
-            "checks": {
-                "sides": first["checks"], "tokens": None, "dropout": None, "threads": torch.get_num_threads(),
-                "failures": failures,
-            },
-            "samples": first["samples"],
-            "sizes": results,
-            "versions": {name: version(name) for name in packages},
-            "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "processor": platform.machine()},
-        }  # fmt: skip
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 1 if failures else 0
+    first = results[0]
+    failed = [failure for one in results for failure in one["failures"]]
+    if first["ratio"] < options.floor:
+        failed.append(f"the ratio {first['ratio']:.2f} is below {options.floor}")
+    sides = {
+        "sides": first["checks"], "tokens": None, "dropout": None, "threads": torch.get_num_threads(), "failures": failed,
+    }  # fmt: skip
+    report = {
+        **{name: first[name] for name in ("ratio", "interval", "spread", "pairs", "ours", "peer", "unit")},
+        "checks": sides,
+        "samples": first["samples"],
+        "sizes": results,
+        "versions": versions("numpy", "pyarrow", "datasets", "torch", "sentence-transformers"),
+        "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "processor": platform.machine()},
+    }
+    return finish(report, failed, options.json)
 
 
 if __name__ == "__main__":

@@ -27,17 +27,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from frame import Clock, alone, finish, machine, make_parser, peak_bytes, versions, write
 from nearfield.files import atomic_path
 
 DIMENSIONS = 384
@@ -61,14 +59,6 @@ def examples(text: str) -> int:
     """``10k`` as 10,000 and ``1M`` as 1,000,000."""
     scale = {"k": 1_000, "M": 1_000_000}.get(text[-1:], 1)
     return int(float(text.rstrip("kM")) * scale)
-
-
-def peak_bytes() -> int:
-    """The high-water mark of this process's resident set."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("this benchmark reads /proc/self/status, which this system has not")
 
 
 # Data
@@ -277,23 +267,23 @@ WORK: dict[str, Callable[[argparse.Namespace, Path], Work]] = {
 }
 
 
-def run_child(options: argparse.Namespace, folder: Path) -> None:
-    """Do one phase in this process and print its record."""
-    if options.child == "vectors":
+def measure(phase: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Do one phase in this process; its record."""
+    if phase == "vectors":
         make_vectors(folder, options)
-        print(json.dumps({"bytes": sum(file.stat().st_size for file in folder.glob("*.npy"))}))
-        return
+        return {"bytes": sum(file.stat().st_size for file in folder.glob("*.npy"))}
     import faiss  # noqa: F401
     import torch  # noqa: F401
 
-    work = WORK[options.child](options, folder)
+    work = WORK[phase](options, folder)
     before = peak_bytes()
     load = os.getloadavg()
-    wall, cpu, system = time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_stime
-    result = work()
-    record = {
-        "wall_s": round(time.perf_counter() - wall, 2),
-        "cpu_s": round(time.process_time() - cpu, 2),
+    system = resource.getrusage(resource.RUSAGE_SELF).ru_stime
+    with Clock() as clock:
+        result = work()
+    return {
+        "wall_s": round(clock.wall, 2),
+        "cpu_s": round(clock.cpu, 2),
         "system_s": round(resource.getrusage(resource.RUSAGE_SELF).ru_stime - system, 2),
         "peak_bytes": peak_bytes(),
         "before_bytes": before,
@@ -301,25 +291,9 @@ def run_child(options: argparse.Namespace, folder: Path) -> None:
         "load_after": [round(value, 2) for value in os.getloadavg()],
         **result,
     }
-    print(json.dumps(record))
 
 
 # The parent
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("numpy", "scipy", "torch", "pymetis", "faiss-cpu")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def machine() -> str:
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    return f"{os.cpu_count()} x {model}"
 
 
 def wanted(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
@@ -363,36 +337,32 @@ def run(options: argparse.Namespace) -> int:
         if known and phase not in options.phases:
             continue
         print(f"{size:,} examples: {phase} ...", file=sys.stderr, flush=True)
-        command = [sys.executable, __file__, "--child", phase, "--size", str(size), "--work", str(folder)]
-        command += ["--components", str(components)]
-        for name, value in settings.items():
-            command += [f"--{name.replace('_', '-')}", str(value)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            print(f"{phase} at {size:,} ended with {done.returncode}", file=sys.stderr)
+        asked = argparse.Namespace(**{**vars(options), "size": size, "components": components})
+        try:
+            measured = alone(measure, phase, asked, folder)
+        except ChildProcessError as ended:
+            print(f"{phase} at {size:,}: {ended}", file=sys.stderr)
             return 1
         if phase == "vectors":
             continue
         record = {
             **key,
-            **json.loads(done.stdout.splitlines()[-1]),
+            **measured,
             "command": f"python scripts/bench_scale.py --sizes {size} --components {components} --phases {phase}",
             "threads": os.environ.get("OMP_NUM_THREADS", "all"),
             "niceness": os.nice(0),
             "machine": machine(),
-            "versions": versions(),
+            "versions": versions("numpy", "scipy", "torch", "pymetis", "faiss-cpu"),
         }
         records = [other for other in records if any(other.get(name) != value for name, value in key.items())]
         records.append(record)
-        content = {"dimensions": DIMENSIONS, "records": records}
-        with atomic_path(options.json) as path:
-            path.write_text(json.dumps(content, indent=1) + "\n")
+        write(options.json, {"dimensions": DIMENSIONS, "records": records})
         print(
             f"  {record['wall_s']} s, {record['cpu_s']} CPU s, peak {record['peak_bytes'] / 2**30:.2f} GiB",
             file=sys.stderr,
         )
     show(records)
-    return check(records)
+    return finish({"dimensions": DIMENSIONS, "records": records}, wrong_in(records), options.json)
 
 
 def show(records: list[dict[str, Any]]) -> None:
@@ -404,14 +374,13 @@ def show(records: list[dict[str, Any]]) -> None:
         )
 
 
-def check(records: list[dict[str, Any]]) -> int:
-    """1 where a result is wrong; that a goal was missed is said, not punished: the machine may be busy."""
-    wrong = 0
+def wrong_in(records: list[dict[str, Any]]) -> list[str]:
+    """The results that are wrong; that a goal was missed is only printed: the machine may be busy."""
+    wrong = []
     for record in records:
         name = f"{record['phase']} at {record['size']:,}"
         if record.get("items_twice_in_a_batch") or record.get("each_example_once") is False:
-            print(f"WRONG: {name}: an item twice in a batch, or an example not placed once")
-            wrong = 1
+            wrong.append(f"{name}: an item twice in a batch, or an example not placed once")
         if record["size"] == 1_000_000:
             goal = GOALS.get(record["phase"])
             if goal is not None and record["wall_s"] > goal:
@@ -424,7 +393,8 @@ def check(records: list[dict[str, Any]]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, pairs=None)
+    parser.set_defaults(json=Path("results/scale/scale.json"))
     parser.add_argument("--sizes", type=examples, nargs="+", default=[10_000, 100_000], metavar="N")
     parser.add_argument(
         "--phases", nargs="+", choices=[name for name in PHASES if name != "vectors"],
@@ -444,14 +414,7 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, default=Path("scale-work"), help="folder for vectors and what phases leave"
     )
-    parser.add_argument("--json", type=Path, default=Path("results/scale/scale.json"), metavar="OUT")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        run_child(options, options.work)
-        return 0
-    return run(options)
+    return run(parser.parse_args())
 
 
 if __name__ == "__main__":

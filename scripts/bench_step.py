@@ -14,14 +14,10 @@ shapes. Leaves with 1 if a check fails, or the ratio is below --floor.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -34,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from bench_parts import MAX_LENGTH, MODEL, load_model, make_texts, measure_peak, model_flop, tokenise
+from frame import Clock, Pair, Sample, Worker, compare, finish, in_turn, make_parser, peak_bytes, ratio_of
 
 TEMPERATURE = 0.05
 RATE = 2e-5
@@ -64,8 +61,7 @@ def make_optimizer(parameters: Any) -> torch.optim.Optimizer:
 
 def rates(model: nn.Module) -> list[float]:
     """The dropout rates of layers and attention that are in effect."""
-    found = {float(module.p) for module in model.modules() if isinstance(module, nn.Dropout) and module.training}
-    return sorted(found)
+    return sorted({float(module.p) for module in model.modules() if isinstance(module, nn.Dropout) and module.training})
 
 
 class Recorder:
@@ -243,26 +239,25 @@ def serve(pipe: Connection, which: str, options: argparse.Namespace) -> None:
     pipe.send(first)
     while (number := pipe.recv()) is not None:
         before = measure_peak(config, options.chunk_tokens)
-        wall, start = time.perf_counter(), time.process_time()
-        loss = side.step(number)
-        seconds, wall = time.process_time() - start, time.perf_counter() - wall
+        with Clock() as clock:
+            loss = side.step(number)
         peak = statistics.mean((before, measure_peak(config, options.chunk_tokens)))
         real, computed = side.tokens(number)
         flop = model_flop(config, [len(row) for row in tokenise(plain, batches[number])])
         sample = {
             "side": side.name,
             "batch": number,
-            "cpu_seconds": seconds,
-            "wall_seconds": wall,
+            "cpu_seconds": clock.cpu,
+            "wall_seconds": clock.wall,
             "loss": loss,
             "real_tokens": real,
             "computed_tokens": computed,
             "peak_flops": peak,
-            "share_of_peak": flop / seconds / peak,
-            "pairs_per_cpu_second": side.rows(number) / seconds,
+            "share_of_peak": flop / clock.cpu / peak,
+            "pairs_per_cpu_second": side.rows(number) / clock.cpu,
         }
         pipe.send(sample)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    pipe.send(peak_bytes())
 
 
 def make_batches(options: argparse.Namespace) -> list[list[tuple[str, str]]]:
@@ -272,17 +267,14 @@ def make_batches(options: argparse.Namespace) -> list[list[tuple[str, str]]]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--dropout", choices=("on", "off"), default="on", help="the model's own 0.1, or none")
     parser.add_argument("--batch", type=int, default=64, help="pairs a batch")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=5, help="how often both sides are run, each time on another batch")
     parser.add_argument("--cached", action="store_true", help="gradient caching on both sides")
     parser.add_argument("--mini-batch", type=int, default=32, help="texts a mini-batch of the peer's cached loss")
     parser.add_argument("--chunk-tokens", type=int, help="tokens a chunk of ours; the default is the loop's")
-    parser.add_argument("--floor", type=float, help="leave with 1 if the ratio is below")
     parser.add_argument("--texts", type=Path, default=Path(tempfile.gettempdir()) / "nearfield-bench")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     if options.pairs < 5:
         parser.error("--pairs must be at least 5")
@@ -294,69 +286,52 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Compare the losses, run the pairs, write the figures."""
     options = parse(arguments)
     make_batches(options)  # once, before two processes want the same files
-    context = multiprocessing.get_context("spawn")
-    pipes: list[Connection] = []
-    for which in ("nearfield", "peer"):
-        pipe, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, which, options), daemon=True).start()
-        theirs.close()
-        pipes.append(pipe)
-    found = [pipe.recv() for pipe in pipes]
-    names = (found[0]["name"], found[1]["name"])
-    checks: dict[str, Any] = {key: {side["name"]: side[key] for side in found} for key in found[0] if key != "name"}
-    checks["loss_difference"] = abs(found[0]["loss"] - found[1]["loss"])
+    with Worker(serve, "nearfield", options) as ours, Worker(serve, "peer", options) as peer:
+        begun = [worker.receive() for worker in (ours, peer)]
+        names = (begun[0]["name"], begun[1]["name"])
+        workers = dict(zip(names, (ours, peer), strict=True))
+        print(f"{'':24}{'CPU s':>8}{'pairs/s':>9}{'real tok/s':>12}{'all tok/s':>11}{'GEMM peak':>12}{'share':>7}")
+        # The first batch was for the losses.
+        sides = {name: lambda number, worker=worker: step_of(worker, number + 1) for name, worker in workers.items()}
+        pairs = list(in_turn(sides, options.pairs))
+        memory = {name: worker.ask(None) for name, worker in workers.items()}
+    checks: dict[str, Any] = {key: {side["name"]: side[key] for side in begun} for key in begun[0] if key != "name"}
+    checks["loss_difference"] = abs(begun[0]["loss"] - begun[1]["loss"])
     alike = ("rows", "real_tokens", "dropout", "attention_dropout", "threads")
     failed = [name for name in alike if len({str(value) for value in checks[name].values()}) > 1]
     if not checks["loss_difference"] <= 1e-5:
         failed.append("loss_difference")
-    samples: list[dict[str, Any]] = []
-    print(f"{'':24}{'CPU s':>8}{'pairs/s':>9}{'real tok/s':>12}{'all tok/s':>11}{'GEMM peak':>12}{'share':>7}")
-    for number in range(1, options.pairs + 1):
-        for pipe in pipes:
-            pipe.send(number)
-            sample = pipe.recv()
-            samples.append(sample)
-            seconds = sample["cpu_seconds"]
-            print(
-                f"{sample['side']:24}{seconds:8.2f}{sample['pairs_per_cpu_second']:9.2f}"
-                f"{sample['real_tokens'] / seconds:12.0f}{sample['computed_tokens'] / seconds:11.0f}"
-                f"{sample['peak_flops'] / 1e9:6.1f} GF/s{sample['share_of_peak']:7.1%}",
-                flush=True,
-            )
-    memory = {}
-    for name, pipe in zip(names, pipes, strict=True):
-        pipe.send(None)
-        memory[name] = pipe.recv()
-    report(options, checks, failed, samples, memory, names)
-    return 1 if failed else 0
+    return report(options, checks, failed, pairs, memory)
+
+
+def step_of(worker: Worker, number: int) -> Sample:
+    """One step of a side, and a line of it."""
+    sample: Sample = worker.ask(number)
+    seconds = sample["cpu_seconds"]
+    print(
+        f"{sample['side']:24}{seconds:8.2f}{sample['pairs_per_cpu_second']:9.2f}"
+        f"{sample['real_tokens'] / seconds:12.0f}{sample['computed_tokens'] / seconds:11.0f}"
+        f"{sample['peak_flops'] / 1e9:6.1f} GF/s{sample['share_of_peak']:7.1%}",
+        flush=True,
+    )
+    return sample
 
 
 def report(
-    options: argparse.Namespace,
-    checks: dict[str, Any],
-    failed: list[str],
-    samples: list[dict[str, Any]],
-    memory: dict[str, int],
-    names: tuple[str, str],
-) -> None:
-    """Print what was found, and write it."""
-    by_side = {name: [sample for sample in samples if sample["side"] == name] for name in names}
-    speeds = {name: [sample["pairs_per_cpu_second"] for sample in found] for name, found in by_side.items()}
-    ratios = [mine / theirs for mine, theirs in zip(speeds[names[0]], speeds[names[1]], strict=True)]
-    shares = {name: statistics.median(s["share_of_peak"] for s in found) for name, found in by_side.items()}
-    ratio = statistics.median(ratios)
-    if options.floor is not None and ratio < options.floor:
+    options: argparse.Namespace, checks: dict[str, Any], failed: list[str], pairs: list[Pair], memory: dict[str, int]
+) -> int:
+    """Print the figures and write them; the exit code."""
+    compared = compare(pairs, "pairs_per_cpu_second", unit="pairs a CPU second", speed=True)
+    samples = [sample for pair in pairs for sample in pair.values()]
+    shares = {name: statistics.median(pair[name]["share_of_peak"] for pair in pairs) for name in memory}
+    if options.floor is not None and compared["ratio"] < options.floor:
         failed.append("floor")
-    lengths = statistics.mean(s["real_tokens"] for s in by_side[names[0]]) / (2 * options.batch)
+    lengths = statistics.mean(sample["real_tokens"] for sample in samples) / (2 * options.batch)
     result = {
-        "ratio": ratio,
-        "spread": [min(ratios), max(ratios)],
-        "pairs": len(ratios),
-        "ours": statistics.median(speeds[names[0]]),
-        "peer": statistics.median(speeds[names[1]]),
-        "unit": "pairs a CPU second",
+        **compared,
         "checks": checks,
         "failed": failed,
         "share_of_gemm_peak": shares,
@@ -381,11 +356,8 @@ def report(
     print(f"mean text {lengths:.0f} tokens, dropout {options.dropout}, {options.threads} thread(s)")
     print(f"most memory of a process: {', '.join(f'{n} {b / 2**30:.2f} GiB' for n, b in memory.items())}")
     print(f"share of the GEMM peak, real tokens only: {', '.join(f'{n} {v:.1%}' for n, v in shares.items())}")
-    print(f"ratio {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs), pairs a CPU second")
-    if failed:
-        print(f"FAILED: {', '.join(failed)}")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"ratio {ratio_of(pairs, 'pairs_per_cpu_second', speed=True)}, pairs a CPU second")
+    return finish(result, failed, options.json)
 
 
 if __name__ == "__main__":
