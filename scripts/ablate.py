@@ -298,7 +298,7 @@ def task_scores(run_folder: Path) -> tuple[dict[str, float], dict[str, int]]:
     return scores, counts
 
 
-# What the records say
+# The tables of the records
 
 
 def report(study: Study) -> str:

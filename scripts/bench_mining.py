@@ -33,7 +33,7 @@ DIMENSION = 384
 NEGATIVES = 3
 MARGIN = 0.05
 DEPTH = 31
-"""What sentence-transformers looks at for three negatives under a margin, its positive not counted."""
+"""The candidates that sentence-transformers looks at for three negatives under a margin, the positive not counted."""
 CHECKED = 200
 MEMORY_LIMIT = 1e9
 

@@ -1,4 +1,4 @@
-"""What benchmarks of training share: texts, the model, and the machine's peak at the model's own shapes."""
+"""The common parts of the benchmarks of training: texts, the model, and the machine's peak at the model's own shapes."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def measure(make: Callable[[Dataset, int, int], Iterable[list[int]]], *arguments
 
 
 def check(batches: Batches, texts: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]], batch: int) -> dict[str, Any]:
-    """What a set of batches does and leaves: the same for both sides."""
+    """The counts of a set of batches that show whether it keeps the rules; the same for both sides."""
     rows = np.asarray(list(itertools.chain.from_iterable(batches)))
     where = np.repeat(np.arange(len(batches)), [len(one) for one in batches])
     items = np.concatenate([texts[0][rows], texts[1][rows]])
@@ -166,7 +166,7 @@ def main() -> int:
         parser.error("--pairs must be at least 5")
     datasets.disable_progress_bars()
     logging.getLogger("nearfield").setLevel(logging.WARNING)
-    # What is imported or compiled at a first call is neither side's work.
+    # Imports and compilation at a first call count for neither side.
     warm = make_texts(2000)
     for make in (ours, peer(True), peer(False)):
         list(make(warm, 16, 0))

@@ -50,7 +50,7 @@ TEXTS = 1500
 ROWS, DIMENSION, REPEATS = 4096, 384, 4
 
 
-# What is run, the same for both.
+# The work, the same for both.
 
 
 def write_run(folder: Path, steps: int) -> Path:
@@ -191,7 +191,7 @@ def _run(part: str, command: list[Any], tree: Path, folder: Path) -> Sample:
 
 
 def _results(run: Path) -> dict[str, Any]:
-    """What the run's stages made, as far as it went: steps and tokens of the plan, the losses, the scores."""
+    """The results of the run's stages, as far as it went: steps and tokens of the plan, the losses, the scores."""
     results: dict[str, Any] = {}
     if (run / "plan" / "summary.json").is_file():
         summary = json.loads((run / "plan" / "summary.json").read_text())

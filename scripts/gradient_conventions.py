@@ -1,4 +1,4 @@
-"""What the usual ways of sharing negatives over ranks do to the gradient, measured on two CPU processes.
+"""The gradient under the usual ways of sharing negatives over ranks, measured on two CPU processes.
 
     torchrun --nproc-per-node 2 scripts/gradient_conventions.py
 

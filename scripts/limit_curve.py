@@ -3,8 +3,8 @@
     python scripts/limit_curve.py --dimensions 4,5,6 --minutes 5 --out results/limit/curve.json
 
 For each d the documents go from two below the published critical number to two above it, and on while all pairs are found; at
-each number ``--starts`` random starts go side by side until one finds every pair. A number that no start solves is not proven to be impossible. What does not
-fit in the time is left out, and the file says so; a second call goes on where the first stopped.
+each number ``--starts`` random starts go side by side until one finds every pair. A number that no start solves is not proven to be impossible. Numbers that do
+not fit in the time are left out, and the file says so; a second call goes on where the first stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nearfield.methods.capacity import PUBLISHED, best_accuracies, published_fit
 
 
 def tried(documents: int, dimensions: int, starts: int) -> dict[str, Any]:
-    """What the starts, side by side, reach until one of them finds all pairs."""
+    """The best that the starts, side by side, reach until one of them finds all pairs."""
     began = time.process_time()
     found = best_accuracies(documents, dimensions, seeds=range(starts))
     spent = round(time.process_time() - began, 1)

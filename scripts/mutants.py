@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("src", "tests", "training", "eval", "data_recipes", "pyproject.toml", "README.md", "LICENSE")
 WANTED = 0.8
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-# What the tests import beside nearfield, so that a forked process need not. An import starts no thread; work would.
+# Modules that the tests import beside nearfield, so that a forked process need not. An import starts no thread; work would.
 PRELOADED = (
     "accelerate",
     "hypothesis.strategies",
@@ -84,7 +84,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the tests said of a mutant."""
+    """The tests' verdict on a mutant."""
 
     name: str
     status: str
@@ -229,7 +229,7 @@ def kill(pid: int) -> None:
 
 
 def copy_tree(folder: Path) -> None:
-    """What the tests need, without caches."""
+    """Copy the files that the tests need, without caches."""
     folder.mkdir(parents=True)
     for name in COPIED:
         source = ROOT / name

@@ -1,4 +1,4 @@
-"""What a frozen vision model gives for the pictures of captions, as the file of vectors that the objective `mcse` is guided by.
+"""The vectors of a frozen vision model for the images of captions, as the file that guides the objective `mcse`.
 
     python scripts/picture_features.py data_recipes/emoji.yaml --captions data_recipes/captions.yaml --model microsoft/resnet-50
 

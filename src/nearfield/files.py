@@ -130,7 +130,7 @@ def _lock(file: IO[str]) -> bool:
 def remove_leftovers(folder: Path, depth: int = 0) -> int:
     """Remove what killed processes were writing in a folder, and in its subfolders down to ``depth``; how many there were.
 
-    What a living process writes is left alone, and what was moved aside for its successor, which never came, is put back.
+    Files of living processes are left alone; a file that was moved aside for a successor that never came is put back.
     """
     if not folder.is_dir():
         return 0

@@ -51,7 +51,7 @@ class EvaluationConfig(Config):
 class StageConfig(Config):
     """One of several trainings in a row, which starts from the model of the one before.
 
-    What it does not say is as the recipe says. A group of settings that it names is merged with the recipe's, key by key;
+    Settings that it does not name are the recipe's. A group of settings that it names is merged with the recipe's, key by key;
     one of another ``kind`` replaces it.
     """
 

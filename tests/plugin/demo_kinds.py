@@ -14,7 +14,7 @@ from nearfield.objectives import ContrastiveBatch, LossSum, Objective, Objective
 
 
 class HingeLoss(ObjectiveSettings):
-    """Every other query's documents shall be less similar than a query's own, by a margin."""
+    """Every other query's documents are to be less similar than a query's own, by a margin."""
 
     margin: float = 0.3
 

@@ -65,7 +65,7 @@ class Checked:
 class Analysis:
     """Geometry of each model, and of each pair how alike they are (square tables in the order of ``models``).
 
-    ``sweep`` is k -> the table of Jaccard@k. What needs texts, questions or a file is empty where these were not given;
+    ``sweep`` is k -> the table of Jaccard@k. Tables that need texts, questions or a file are empty where these were not given;
     ``extras`` holds those that a caller adds: ``search``, ``versions``, ``associations``, ``rankability``.
     """
 

@@ -547,7 +547,7 @@ class Suite:
         shares = work.pool_shares()
         embeddings = len(shares.rows) * shares.longest * engine.columns * torch.finfo(case.dtype).bits // 8
         small = 8 * (3 + len(engine.backend.used())) + 64
-        # What is left after the embeddings' gradient (once) and small words (control, norms) is parameter gradient.
+        # Apart from the embeddings' gradient (once) and small words (control, norms), all traffic is parameter gradient.
         reductions = sorted(count.traffic.reductions())
         assert embeddings in reductions, f"no reduction of {embeddings} bytes among {reductions}"
         reductions.remove(embeddings)

@@ -242,7 +242,7 @@ class EncoderConfig(Config):
     """Keep the tokenizer alone and draw the transformer's weights anew, with these settings of its config changed (such as
     ``hidden_size``; ``{}`` changes none); null keeps the weights."""
     attention: Literal["causal", "bidirectional"] | None = None
-    """The direction in which a decoder's tokens look; null keeps what the model says. What it says is tried out when it is loaded."""
+    """The direction in which a decoder's tokens look; null keeps the model's own setting, which is tested when the model is loaded."""
     layers: Annotated[int, Field(ge=1)] | None = None
     """Keep so many layers, the first ones; null keeps all."""
     append_eos: bool = False
@@ -260,8 +260,8 @@ class EncoderConfig(Config):
     normalize: bool | None = None
     """Whether embeddings have length 1; null keeps what the model says."""
     max_length: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
-    """Longest input of the trained model in tokens, special tokens and prompt included; null keeps what the model says. What
-    training reads of a text may be less: ``training.max_length``."""
+    """Longest input of the trained model in tokens, special tokens and prompt included; null keeps the model's
+    own. Training may read less of a text: ``training.max_length``."""
     adapter: Annotated[AdapterSettings, ADAPTERS] | None = None
     """Train an adapter instead of the transformer's own weights."""
     image_tower: ImageTowerConfig | None = None

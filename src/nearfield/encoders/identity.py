@@ -2,7 +2,7 @@
 
 Read from the model in memory, whatever it was loaded from: weights and buffers with their types, the settings of each module and
 of its configuration (and so the attention kernel), hooks, adapters, tokenizers and processors, and the code of classes that no
-library holds. What only says where files lie, or what a model remembers of earlier calls, is left out.
+library holds. Paths of files, and what a model remembers of earlier calls, are left out.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ class FastDropout(nn.Dropout):
 class _Attention(torch.autograd.Function):
     """softmax(q k' scale + bias), dropped out, times v; all (heads, tokens, d).
 
-    Some heads at a time, so that their probabilities stay in the cache. What is kept for the backward is one matrix a
-    head: the probabilities, negative where they were dropped.
+    Some heads at a time, so that their probabilities stay in the cache. One matrix a head is kept for the backward: the
+    probabilities, negative where they were dropped.
     """
 
     @staticmethod
@@ -215,7 +215,7 @@ _MANY_ROWS = 4096
 def sparse_embedding_gradients(model: nn.Module) -> None:
     """Let large embedding tables pass sparse gradients through a backward, which become dense once, in ``.grad``.
 
-    What optimisers and clipping see is dense as before. For models whose parameters are whole on each process: sharding
+    Optimisers and clipping see dense gradients as before. For models whose parameters are whole on each process: sharding
     backends hook into gradients themselves.
     """
     for module in model.modules():

@@ -112,7 +112,7 @@ def _text_part(model: SentenceTransformer) -> Any:
 
 
 def counts_from_padding(embeddings: Any) -> bool:
-    """Whether a module of embeddings numbers positions from behind the padding token's number, as RoBERTa's kin do."""
+    """Whether a module of embeddings numbers positions from behind the padding token's number, as RoBERTa and models like it do."""
     from torch import nn
 
     if not isinstance(getattr(embeddings, "padding_idx", None), int):
@@ -124,7 +124,7 @@ def counts_from_padding(embeddings: Any) -> bool:
 def usable_positions(model: SentenceTransformer) -> int | None:
     """The longest text that the model has a position for at each token; None where it has no table of positions.
 
-    Of RoBERTa's kin those are fewer than the config says: positions are counted from behind the padding token's number.
+    In RoBERTa and models like it they are fewer than the config says: positions are counted from behind the padding token's number.
     """
     from torch import nn
 

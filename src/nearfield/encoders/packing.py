@@ -1,8 +1,8 @@
 """Texts as tokens -> what an encoder takes -> one vector a text, padded or without padding.
 
 Two ways without padding: ``varlen`` lays a chunk's texts end to end in one row and lets each attend to itself alone;
-``block`` lays them into rows of about one width and masks the attention across texts. Which of them a model supports
-is found by trial (:func:`packing_kind`); one that gives other numbers than padding does is padded.
+``block`` lays them into rows of about one width and masks the attention across texts. A trial
+(:func:`packing_kind`) tells which of them a model supports; a model that gives other numbers than with padding is padded.
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ def _unpacked(hidden: Tensor, features: Features) -> Tensor:
 def _positions(transformer: nn.Module, features: Features) -> Tensor:
     """The position of each packed token, as the architecture numbers those of its text alone.
 
-    RoBERTa's kin count from behind the padding token's number, and leave out that token wherever it stands.
+    RoBERTa and models like it count from behind the padding token's number, and leave out that token wherever it stands.
     """
     positions: Tensor = features["position_ids"]
     embeddings: Any = getattr(transformer, "embeddings", None)

@@ -61,8 +61,8 @@ class LanguageHead(nn.Module):
 def language_head(model: SentenceTransformer, path: str, seed: int) -> tuple[LanguageHead, list[str]]:
     """The head of the encoder's architecture, and the names of those of its parameters that begin at random.
 
-    Where the architecture ties the head's matrix to the table of embeddings it is that table, the same parameter. What else a
-    head has is read from the weights of the base, a folder or a hub id, where they hold it.
+    Where the architecture ties the head's matrix to the table of embeddings it is that table, the same parameter. The
+    head's other parameters are read from the weights of the base, a folder or a hub id, where they are there.
     """
     transformer = model[0].auto_model
     config = copy.deepcopy(transformer.config)

@@ -150,7 +150,7 @@ def tokens_before(model: SentenceTransformer, prompt: str, text: str) -> int | N
 def keep_borders(model: SentenceTransformer, prompts: Iterable[str] = ()) -> list[Notice]:
     """Let the ends of prompts be borders of tokens, so that the count of the prompt alone is that in the joined text.
 
-    Does nothing where the pooling takes the prompt too, or the count is right anyway. What cannot be mended is returned.
+    Does nothing where the pooling takes the prompt too, or the count is right anyway. Returns the prompts that cannot be mended.
     """
     if not leaves_prompt_out(model) or "message" in getattr(model[0], "modality_config", {}):
         return []

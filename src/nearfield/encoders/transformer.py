@@ -133,7 +133,7 @@ def append_eos(model: SentenceTransformer) -> None:
     plain = tokenizer(_TRIAL)["input_ids"]
     if plain[-1:] == [number]:
         return
-    # What stands before a text is, to a second processor, the first of a pair.
+    # A second processor takes the part before a text for the first text of a pair.
     ending = TemplateProcessing(single=f"$A {end}", pair=f"$A $B {end}", special_tokens=[(end, number)])
     before = backend.post_processor
     backend.post_processor = ending if before is None else Sequence([before, ending])

@@ -240,7 +240,7 @@ def row_ids(
     # As transformers does with the whole of a template's output.
     special = not (tokenizer.bos_token and rendered[0].startswith(tokenizer.bos_token))
     ending = _ending(tokenizer) if special else 0
-    # What closes an image's mark is one token, in those that have it.
+    # In families that close an image's mark, one token does.
     family = family_of(model)
     behind = int(family is not None and not family.mark.endswith(processor.image_token))
     limit = longest_input(model) if cut else None

@@ -125,7 +125,7 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
     def _checked(self, whole: NDArray[np.float32], texts: Sequence[str] | None, task: str) -> NDArray[np.float32]:
         """Vectors as they are scored, cut and rounded; counted where they are zero, refused where they are not finite.
 
-        What is cut off and what becomes a sign would hide both.
+        Cutting would hide a part that is not finite, and signs would hide both.
         """
 
         def item(row: int) -> str | None:

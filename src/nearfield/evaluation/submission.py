@@ -242,7 +242,7 @@ def as_python(meta: ModelMeta) -> str:
 
 
 def _with_loader(code: str) -> str:
-    # What has no limit is a number that Python knows by another word.
+    # mteb prints infinity as `inf`, which is no name in Python.
     code = re.sub(r"=inf\b", '=float("inf")', code)
     return re.sub(r"loader=None", "loader=sentence_transformers_loader", code, count=1)
 

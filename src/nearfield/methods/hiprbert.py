@@ -29,8 +29,8 @@ class HiPrBERTConfig(ObjectiveSettings):
 
     kind: Literal["hiprbert"] = "hiprbert"
     thresholds: Annotated[tuple[float, ...], Field(min_length=1)] = (0.7, 0.5, 0.3)
-    """Of level 0 (the same label), 1 (siblings), 2 (cousins) ...: what pairs at most so far apart shall be more similar than,
-    and all others less."""
+    """The similarity that separates levels 0 (the same label), 1 (siblings), 2 (cousins) ...: pairs at most so far apart are to
+    be above it, all others below."""
     weights: tuple[NotNegative, ...] | None = None
     """The weight of each level; null counts each 1."""
     alpha: Positive = 2.0
@@ -66,7 +66,7 @@ class Tree:
     def of(cls, labels: Sequence[tuple[str, str]], count: int = 0) -> Tree:
         """(source, path) of each label; without them ``count`` labels that have nothing in common."""
         paths = [(source, *path.split(SEPARATOR)) for source, path in labels] or [(str(n),) for n in range(count)]
-        # What a source's labels have in common begins below the source; a label of no path is a part of its own.
+        # Labels of one source share at least the source; a label without a path shares nothing with others.
         depth = max((len(path) for path in paths), default=1)
         number: dict[tuple[str, ...], int] = {}
         table = torch.full((len(paths), depth), -1, dtype=torch.int64)

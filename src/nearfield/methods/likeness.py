@@ -77,7 +77,7 @@ def procrustes(source: Floats, target: Floats) -> Floats:
 def paired_audit(source: Floats, target: Floats, known: int) -> float:
     """The share of texts of one space that are found in another by a map from ``known`` leaked pairs: first hit, the rest.
 
-    What it says: vectors alone can be matched to texts once some pairs are known. A low share is no proof of safety.
+    A high share means that vectors can be matched to texts once some pairs are known; a low one is no proof of safety.
     """
     if not 0 < known < len(source):
         raise ValueError("some pairs must be known, and some left to find")

@@ -1,7 +1,7 @@
 """Ten linguistic probes (Conneau et al., 2018) on sentences of a small grammar, so that every label is known.
 
-What a linear classifier reads off a frozen vector. The sentences are made, not found, and few: scores are not comparable
-with those that SentEval publishes on books.
+A linear classifier on frozen vectors. The sentences are generated, and few: scores are not comparable with those that
+SentEval publishes on books.
 """
 
 from __future__ import annotations

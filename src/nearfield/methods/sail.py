@@ -60,8 +60,8 @@ class PatternsPlanner(StreamPlanner):
         drawn = [self.draw(stream, request, among.get(stream.name)) for stream in streams]
         rows, conflicts = join_rows([part.rows for part in drawn]), _apart([part.conflicts for part in drawn])
         begins = starts([len(part.rows) for part in drawn])
-        # Which rows can be placed, and the sample of each: of a source with several examples of one, the first goes with the
-        # first of the others, and so on.
+        # The rows that can be placed, and the sample of each: where a source has several examples of a sample, the first goes
+        # with the first of the other sources, and so on.
         places = np.concatenate([begin + part.order for begin, part in zip(begins, drawn, strict=False)])
         keys = np.concatenate([_numbered(part) for part in drawn], axis=1)
         _, sample = np.unique(keys, axis=1, return_inverse=True)

@@ -50,7 +50,7 @@ def approximate_search(
 ) -> tuple[Neighbours, Recall]:
     """As :func:`~nearfield.mining.search.search`, but not all of the best are found; which share is measured and logged.
 
-    What is found is scored by :func:`~nearfield.mining.search.pair_scores` and ordered as the exact search orders.
+    The results are scored by :func:`~nearfield.mining.search.pair_scores` and ordered as the exact search orders them.
     The index holds a copy of the documents, and HNSW its links beside. On several threads the index may come out
     differently; on one it is a function of the vectors and the seed.
     """

@@ -146,7 +146,7 @@ def _first_centroids(points: Vectors, clusters: int, random: np.random.Generator
     rounds = min(clusters - 1, 255)
     for share in np.array_split(np.arange(clusters - 1), rounds) if rounds else ():
         weights = np.clip(1 - best.astype(np.float64), 0, None)
-        # What is left of a distance between equal vectors is rounding: never a reason to draw one.
+        # The distance between equal vectors is rounding error: no reason to draw one.
         weights[weights < _TIE] = 0
         # The smallest of exponential draws over weights are a weighted draw without replacement.
         draws = random.exponential(size=count)

@@ -286,8 +286,8 @@ def select(
 def draw(kept: Mask, weights: Floats, negatives: int, seed: int, names: Sequence[str | int]) -> Mask:
     """Draw up to ``negatives`` of the kept candidates of each query without putting back, with odds exp(weights).
 
-    The largest of log-weight plus Gumbel noise are such a draw. Which numbers a query gets depends on the seed, the names
-    and the query's place, not on the other queries' candidates.
+    The largest of log-weight plus Gumbel noise are such a draw. The noise of a query depends on the seed, the names and the
+    query's place, not on the other queries' candidates.
     """
     noise = generator(seed, "mine", *names).gumbel(size=kept.shape)
     keys = np.where(kept, weights + noise, -np.inf)

@@ -59,8 +59,8 @@ class Ring:
 class ContrastiveBatch:
     """The embeddings of a global batch with who belongs to whom.
 
-    Columns are documents, rows are queries. Ids are item numbers: equal content has equal ids. What is optional is only
-    needed by the settings that name it.
+    Columns are documents, rows are queries. Ids are item numbers: equal content has equal ids. Optional fields are
+    only needed by the settings that name them.
     """
 
     queries: Tensor

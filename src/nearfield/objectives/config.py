@@ -104,7 +104,7 @@ class MatryoshkaConfig(Config):
 
 class SpreadConfig(Config):
     """Spread-out regulariser of queries and of documents (Zhang et al. 2017, arXiv 1708.06320): directions that do not
-    belong together shall be as orthogonal as those drawn at random."""
+    belong together are to be as orthogonal as pairs drawn at random."""
 
     mean: NotNegative = 1.0
     """Weight of the squared mean cosine."""
@@ -182,7 +182,7 @@ class ObjectiveSettings(KindSettings):
 
     @property
     def score_bounds(self) -> tuple[float, float] | None:
-        """Between which values it can give a graded pair the score that it shall have; None where scores are but ordered."""
+        """The range of the similarity that it trains a graded pair to have; None where only the order of scores counts."""
         return None
 
     def of_source(self, source: str, kind: str) -> Sequence[ObjectiveSettings]:
@@ -379,7 +379,7 @@ class InfoNCEConfig(ObjectiveSettings):
 
 
 class CoSENTConfig(ObjectiveSettings):
-    """Pairs with a higher score shall be more similar than pairs with a lower one, over all pairs of the global batch."""
+    """Pairs with a higher score are to be more similar than pairs with a lower one, over all pairs of the global batch."""
 
     example_kinds: ClassVar[tuple[str, ...]] = ("graded",)
 
@@ -435,7 +435,7 @@ class CosineRegressionConfig(ObjectiveSettings):
 
 
 class TripletConfig(ObjectiveSettings):
-    """A query shall be nearer to its positive than to its own explicit negative, by a margin."""
+    """A query is to be nearer to its positive than to its own explicit negative, by a margin."""
 
     kind: Literal["triplet"] = "triplet"
     distance: Similarity = "cosine"
@@ -457,7 +457,7 @@ class TripletConfig(ObjectiveSettings):
 
 
 class ScoreDistillationConfig(ObjectiveSettings):
-    """The student's scores of documents shall be the teacher's."""
+    """The student learns the teacher's scores of documents."""
 
     kind: Literal["distil_scores"] = "distil_scores"
     loss: Literal["kl", "margin_mse"] = "kl"
@@ -504,7 +504,7 @@ class ScoreDistillationConfig(ObjectiveSettings):
 
 
 class EmbeddingDistillationConfig(ObjectiveSettings):
-    """The student's embeddings of queries and documents shall be the guide's vectors, which are of unit length."""
+    """The student learns the guide's vectors of queries and documents, which have unit length."""
 
     example_kinds: ClassVar[tuple[str, ...]] = ("retrieval", "graded", "labelled")
 
@@ -531,7 +531,7 @@ class EmbeddingDistillationConfig(ObjectiveSettings):
 
 
 class SupConConfig(ObjectiveSettings):
-    """Supervised contrastive loss (Khosla et al. 2020): texts of one label shall be nearer than all others."""
+    """Supervised contrastive loss (Khosla et al. 2020): texts of one label are to be nearer to each other than to all others."""
 
     example_kinds: ClassVar[tuple[str, ...]] = ("labelled",)
 

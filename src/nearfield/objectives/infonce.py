@@ -278,7 +278,7 @@ class InfoNCE(Objective):
         groups = [listed(self.negative_logits(scores, scale[row]), layout.negative_kept, row, rows, sums)]
         if config.mixing is None:
             return groups
-        # What a mask takes from the full vectors goes into no mixture.
+        # Negatives that a mask removes are not mixed.
         good = layout.negative_kept[-1]
         documents = layout.problem.pair_documents[layout.positives :][good]
         mixed, has = mixed_scores(

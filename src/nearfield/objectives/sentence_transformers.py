@@ -32,8 +32,8 @@ class InfoNCELoss(nn.Module):
     """The objective of the settings, by default InfoNCE at a temperature of 0.05 with known positives masked.
 
     With ``gather_across_devices`` the documents of all devices are candidates; each must have as many rows. ``guide`` embeds
-    the texts, as the model's tokenizer reads them back, for a ``guide_mask``. What mixing draws follows ``seed`` and the number
-    of calls, which starts anew where a trainer resumes; so does a queue.
+    the texts, as the model's tokenizer reads them back, for a ``guide_mask``. The draws of mixing follow ``seed`` and the number
+    of calls, which starts at 0 again when a trainer resumes; so does a queue.
     """
 
     def __init__(

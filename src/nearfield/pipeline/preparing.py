@@ -131,8 +131,8 @@ class ItemPrompts:
     def of_rows(self, number: Callable[[str], int]) -> PromptsOfEpoch:
         """A function from the rows of an epoch's plan to their (query, document) prompt numbers, [n] each.
 
-        ``number`` gives the number of a prompt. What a row gets depends on the seed, the epoch, its source and its example
-        alone, not on the batch it is in.
+        ``number`` gives the number of a prompt. A row's prompt depends on the seed, the epoch, its source and its example
+        alone, not on its batch.
         """
         from nearfield.data.in_context import PromptDraw, forbidden_queries
 

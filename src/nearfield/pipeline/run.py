@@ -305,7 +305,7 @@ class Job:
         if encoder.image_tower is not None and encoder.image_tower.model is not None:
             source = locate(encoder.image_tower.model, encoder.image_tower.revision)
             found["image_tower"] |= {"model": source.name, "revision": source.content}
-        # What a recipe did not say before there were such settings leaves its runs as fresh as they were.
+        # Settings that a recipe does not use are left out, so that runs from before they existed stay fresh.
         return {key: value for key, value in found.items() if value is not None or key not in ("fresh", "image_tower")}
 
     @property

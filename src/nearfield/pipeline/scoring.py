@@ -50,7 +50,7 @@ class EvaluateStage(Stage):
         """The trained model, the settings of the evaluation, and the suite with its data."""
         evaluation, suite = self.recipe.evaluation, None
         if evaluation is not None:
-            # What the report looks at scores nothing; without cut dimensions a run is what it was before there were any.
+            # Texts for the report are not scored; without cut dimensions the fingerprint is that of versions that had none.
             left_out = {"suite", "analysed_texts"} | (set() if evaluation.dimensions else {"dimensions"})
             settings = evaluation.model_dump(mode="json", exclude=left_out)
             suite = [settings, *suite_content(evaluation.suite, self.job.run.checked.suite)]

@@ -151,7 +151,7 @@ def run_stages(
         if end is not None and end not in (stage.name for stage in stages.wanted()):
             continue  # such as mining, where only another training mines
         made = _StageRunner(stages, end, restart, resume, told).run()
-        # What was trained now began after what there was to go on from.
+        # A stage that was just trained leaves nothing to resume in the ones after it.
         resume = resume and "train" not in made
         ran += [f"{earlier.stage}/{name}" for name in made]
     one = run.preview() if prepares else run

@@ -141,7 +141,7 @@ def _with_shares(metrics: Metrics) -> Metrics:
     shares, speeds = [], []
     places = (metrics.column(name) for name in ("tokens", "padded_tokens", "seconds"))
     for tokens, padded, seconds in zip(*places, strict=True):
-        # What is not a number is not larger than another.
+        # Comparisons with not-a-number are false.
         shares.append(1 - tokens / padded if math.inf > padded >= tokens > 0 else NAN)
         speeds.append(tokens / seconds if math.isfinite(tokens) and math.inf > seconds > 0 else NAN)
     return replace(metrics, columns={**metrics.columns, "padding_share": shares, "tokens_per_second": speeds})

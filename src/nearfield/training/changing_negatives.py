@@ -187,7 +187,7 @@ class Scheduled(ChangingNegatives):
         orders = []
         for candidates in self.inputs.candidates.of(examples):
             begin = max(0, min(rank, len(candidates) - wanted))
-            # What clashes is made up for by the next easier one, and at the list's end by the next harder one.
+            # A candidate that clashes is replaced by the next easier one, and at the list's end by the next harder one.
             orders.append(candidates[[*range(begin, len(candidates)), *range(begin - 1, -1, -1)]])
         return orders
 
@@ -368,7 +368,7 @@ def mine_by_weights(
 ) -> MinedNegatives:
     """The negatives of a pool's examples by the weights in training, in the mode they are in; *collective*.
 
-    All ranks encode; each searches for its share of the queries. What comes out does not depend on the number of ranks, as
+    All ranks encode; each searches for its share of the queries. The result does not depend on the number of ranks, as
     far as the embeddings do not.
     """
     launch, device = engine.launch, engine.backend.device

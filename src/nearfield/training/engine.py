@@ -248,7 +248,7 @@ class Engine:
 def delete_tokens(row: Tokens, share: float, prompt_length: int) -> Tokens:
     """A text without some of its tokens, each deleted with the chance ``share``; its prompt, its first and its last token stay.
 
-    What is drawn follows from torch's global generator, which a step seeds for each chunk: a second encoding draws the same.
+    The draw comes from torch's global generator, which a step seeds for each chunk: a second encoding draws the same.
     """
     kept = torch.rand(len(row)).numpy() >= share
     kept[: max(1, prompt_length)] = True

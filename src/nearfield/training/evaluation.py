@@ -225,7 +225,7 @@ class Evaluations(Part):
                 where="training.evaluation.metric",
                 hint=f"Scores: {', '.join(scores)}.",
             )
-        # What is decided by a score must be decided alike, even if ranks on unlike machines differ in a last bit.
+        # All ranks must decide alike by a score, even if ranks on unlike machines differ in a last bit.
         scores = broadcast_json(scores, self.engine.backend.device)
         seconds = time.monotonic() - began
         self.seconds += seconds

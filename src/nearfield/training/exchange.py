@@ -1,6 +1,6 @@
 """The messages between ranks: embeddings once a step, their gradient once, one small control word.
 
-A rank encodes the chunks that it was dealt. What the loss then needs is one of two things. *Gathered*: all embeddings, for the
+A rank encodes the chunks that it was dealt. The loss then needs one of two things. *Gathered*: all embeddings, for the
 rows of an even share. *Ring*: the queries of such a share with their own documents, sent there by the ranks that encoded them;
 the parts of other ranks come by while the loss is computed, so that no rank ever holds the whole batch. Either way the gradient
 goes back to the ranks that encoded.

@@ -375,7 +375,7 @@ def _memory(engine: Engine, profile: Profile, costs: Sequence[StepCost], held: i
         checkpoint=0,
         workspace=int(_LIBRARIES[device.type] + passing + (HEAP[device.type] - 1) * (activations + loss)),
     )
-    # What chunks gave back one by one is too torn to take copies in.
+    # The memory that chunks freed piece by piece is too fragmented to hold the copies.
     left = parts.activations + parts.loss + parts.workspace if kept else 0
     return dataclasses.replace(parts, checkpoint=_checkpoint_room(engine, profile, left, steps))
 
@@ -483,7 +483,7 @@ def _comparable(earlier: Forecast, now: Forecast) -> bool:
         "micro_batch_tokens",
         "graph_tokens",
     )
-    # What the fingerprint leaves out (gradient checkpointing, precision) shows in the activations.
+    # Settings that the fingerprint leaves out (gradient checkpointing, precision) show in the activations.
     alike = abs(earlier.chunk_activations - now.chunk_activations) <= 0.1 * now.chunk_activations
     return alike and earlier.measured == "steps" and all(getattr(earlier, n) == getattr(now, n) for n in names)
 

@@ -142,8 +142,8 @@ def free_disk(folder: Path) -> int:
 class AllocationTracker(TorchDispatchMode):
     """While it is active, counts the bytes of the tensors that operations make: those alive, and the most at a time.
 
-    By storage, so that views count once, and what was there before not at all. What a kernel needs inside itself is
-    not seen.
+    By storage, so that views count once, and tensors from before are not counted. Memory that a kernel needs inside
+    itself is not seen.
     """
 
     def __init__(self) -> None:

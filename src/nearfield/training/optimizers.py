@@ -78,7 +78,7 @@ def make_optimizer(
         hidden = config.optimizer.by_matrix and decayed and parameter.ndim == 2 and in_layer
         key = (decayed, factors[name], hidden)
         groups.setdefault(key, ParameterGroup(decayed, factors[name], hidden)).parameters.append(parameter)
-    # What is decayed first, fast before slow: the same order whatever the order of the model's modules.
+    # Decayed parameters first, fast before slow: the same order whatever the order of the model's modules.
     ordered = sorted(groups.values(), key=lambda group: (not group.decayed, not group.hidden, -group.factor))
     return config.optimizer.build(ordered, config.learning_rate, device)
 

@@ -325,7 +325,7 @@ def run_step(
         own = exchange.back(gradient)
         with guard:
             if not guard.out_of_memory:
-                # What the objective learns rides on the first backward, so that every backend sums it as it sums the rest:
+                # The objective's own parameters ride on the first backward, so that every backend sums their gradients like the rest:
                 # ZeRO 3 adds to what it finds of the last step where a parameter has no gradient in the first.
                 extra = [(p * g).sum() for p, g in zip(learnt, learnt_gradients, strict=True)]
                 if keep_graph and (backend.kept_graphs == "joined" or len(turns) <= 1):

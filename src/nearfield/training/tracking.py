@@ -177,7 +177,7 @@ class JsonLines:
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            # What could not be flushed was told when it was written.
+            # A failure to write was reported when the line was written.
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None

@@ -199,7 +199,7 @@ def steps_of(config: DataConfig) -> list[tuple[StepBase, int | None]]:
 def clean(config: DataConfig, store: Store, removed: Path, encoders: Encoders | None = None) -> tuple[StepSummary, ...]:
     """Apply the steps of a recipe to the store in place: ``items.arrow`` and ``examples.arrow`` are written anew.
 
-    What goes is written to ``removed`` (JSONL). A store from which nothing goes stays as it is, byte for byte. Raises
+    Removed rows are written to ``removed`` (JSONL). A store that loses nothing stays as it is, byte for byte. Raises
     BadInputError where a step leaves nothing of a source.
     """
     table = ExampleTable(store)

@@ -87,7 +87,7 @@ class _Insert:
 
 
 def _first_position(model: Any) -> int:
-    """The position of a text's first token: RoBERTa's kin count from behind the padding token's number."""
+    """The position of a text's first token: RoBERTa and models like it count from behind the padding token's number."""
     embeddings: Any = getattr(model, "embeddings", None)
     return int(embeddings.padding_idx) + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
 
