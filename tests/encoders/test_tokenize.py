@@ -19,7 +19,7 @@ from nearfield.encoders.load import save_encoder
 from nearfield.encoders.source import folder_pools_prompt
 from nearfield.encoders.tokenize import BORDER, fits, prompt_tokens, tokens_before
 from nearfield.pipeline import open_run, run_stages
-from nearfield.pipeline.preparing import unpooled_notices
+from nearfield.pipeline.data import unpooled_notices
 from nearfield.pipeline.stages import Stages
 
 WORDS = [

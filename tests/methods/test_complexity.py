@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nearfield.methods.matched_suites import by_thirds, dependency_distance, entropy, fog, syllables
 from nearfield.methods.rankability import extremes_axis, rankability, ridge_axis
-from nearfield.methods.twins import by_thirds, dependency_distance, entropy, fog, syllables
 
 
 def test_measures_of_text() -> None:

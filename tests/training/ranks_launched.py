@@ -26,8 +26,8 @@ import torch
 from nearfield.cli import main
 from nearfield.encoders.encode import Encoder
 from nearfield.errors import BadInputError
+from nearfield.pipeline.data import TokensStage
 from nearfield.pipeline.planning import PlanStage
-from nearfield.pipeline.preparing import TokensStage
 from nearfield.pipeline.training import TrainStage
 from nearfield.training import exchange, launch, trainer
 from nearfield.training import step as step_module

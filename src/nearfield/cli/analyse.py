@@ -13,7 +13,7 @@ from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
     from nearfield.analysis.run import Analysis
-    from nearfield.methods.twins import Twins
+    from nearfield.methods.matched_suites import Twins
     from nearfield.pipeline.embeddings import Sample
 
 
@@ -163,7 +163,7 @@ def twins_command(
     from nearfield.evaluation.config import open_suite
     from nearfield.evaluation.results import find_results
     from nearfield.files import write_json
-    from nearfield.methods.twins import twins
+    from nearfield.methods.matched_suites import twins
 
     sides = [open_suite(general), open_suite(domain)]
     complexity = _given(measures)
@@ -198,7 +198,7 @@ def _given(path: Path | None) -> dict[str, dict[str, float]]:
 def _measured(tasks: list[Any], most: int, seed: int) -> dict[str, dict[str, float]]:
     """Measure -> task -> value. English is measured by fog too; other languages are left out there, not guessed."""
     from nearfield.evaluation.texts import labelled_texts
-    from nearfield.methods.twins import text_measures
+    from nearfield.methods.matched_suites import text_measures
     from nearfield.pipeline.embeddings import drawn
 
     found: dict[str, dict[str, float]] = {}

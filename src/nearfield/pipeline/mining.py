@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nearfield.mining.negatives import Negatives
     from nearfield.mining.pool import Pool
     from nearfield.mining.teachers import PairScorer, Scorer
-    from nearfield.pipeline.preparing import DataStage
+    from nearfield.pipeline.data import DataStage
     from nearfield.recipe import Recipe
 
 

@@ -26,8 +26,7 @@ from nearfield.files import atomic_path, hash_file, read_json, write_json
 from nearfield.kinds import outside_sources
 from nearfield.mining.negatives import Negatives as MinedNegatives
 from nearfield.notices import Notice
-from nearfield.pipeline.mining import MineStage, VectorsStage, planning_teacher
-from nearfield.pipeline.preparing import (
+from nearfield.pipeline.data import (
     DataStage,
     TokensStage,
     data_notices,
@@ -36,6 +35,7 @@ from nearfield.pipeline.preparing import (
     token_notices,
     unpooled_notices,
 )
+from nearfield.pipeline.mining import MineStage, VectorsStage, planning_teacher
 from nearfield.pipeline.run import Job, Stage
 
 

@@ -14,9 +14,9 @@ from nearfield.checksums import damage
 from nearfield.encoders.source import folder_revision
 from nearfield.errors import BadInputError
 from nearfield.notices import listening, refuse, stop_on_blocking
+from nearfield.pipeline.data import DataStage, TokensStage
 from nearfield.pipeline.mining import MineStage, VectorsStage
 from nearfield.pipeline.planning import PlanStage
-from nearfield.pipeline.preparing import DataStage, TokensStage
 from nearfield.pipeline.run import Engine, Job, Run, Stage, StageStatus
 from nearfield.pipeline.scoring import CompareStage, EvaluateStage, ReportStage
 from nearfield.pipeline.suites import suite_notices, suite_prompts, training_suite_prompts

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nearfield.data.contamination import ContaminationReport, DecontaminationConfig
     from nearfield.data.store import Store
     from nearfield.encoders.prompts import PromptContract
-    from nearfield.pipeline.preparing import DataStage
+    from nearfield.pipeline.data import DataStage
     from nearfield.pipeline.run import Job, Run
     from nearfield.training.evaluation import Evaluate
 

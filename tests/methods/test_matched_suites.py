@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from nearfield.errors import BadInputError
-from nearfield.methods.twins import rank_correlation, text_measures, twins
+from nearfield.methods.matched_suites import rank_correlation, text_measures, twins
 from tests.evaluation.made import write_result
 
 
