@@ -156,10 +156,10 @@ class Ragged:
 
     def first(self, default: int | Rows = -1) -> npt.NDArray[Any]:
         """(n,) the first value of each list; an empty one gives the default (a number, or one a list)."""
-        found: npt.NDArray[Any] = np.full(len(self), default, dtype=self.values.dtype)
+        firsts: npt.NDArray[Any] = np.full(len(self), default, dtype=self.values.dtype)
         has = self.lengths > 0
-        found[has] = self.values[self.offsets[:-1][has]]
-        return found
+        firsts[has] = self.values[self.offsets[:-1][has]]
+        return firsts
 
     def sums(self) -> npt.NDArray[Any]:
         """(n,) the sum of each list of whole numbers."""
@@ -212,15 +212,15 @@ class Index:
         if not len(self._keys):
             return np.full(wanted.shape, -1, dtype=np.int64)
         places = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
-        found = places if self._order is None else self._order[places]
-        return np.where(self._keys[places] == wanted, found, -1).astype(np.int64)
+        rows = places if self._order is None else self._order[places]
+        return np.where(self._keys[places] == wanted, rows, -1).astype(np.int64)
 
     def rows(self, wanted: npt.ArrayLike, absent: str = "keys that no row has") -> Rows:
         """As :meth:`find`, where every key must be there; raise :class:`KeyError` with the words of ``absent`` otherwise."""
-        found = self.find(wanted)
-        if (found < 0).any():
+        places = self.find(wanted)
+        if (places < 0).any():
             raise KeyError(absent)
-        return found
+        return places
 
     def has(self, wanted: npt.ArrayLike) -> Mask:
         """Whether any row has the key, shape of ``wanted``."""
@@ -245,10 +245,10 @@ class Index:
         return low, np.searchsorted(self._keys, wanted, side="right").astype(np.int64)
 
     def _comparable(self, wanted: npt.ArrayLike) -> npt.NDArray[Any]:
-        found = np.asarray(wanted)
-        if not found.size:
-            return np.empty(found.shape, dtype=self._keys.dtype)
-        if found.dtype.kind != self._keys.dtype.kind:
+        keys = np.asarray(wanted)
+        if not keys.size:
+            return np.empty(keys.shape, dtype=self._keys.dtype)
+        if keys.dtype.kind != self._keys.dtype.kind:
             # NumPy would compare signed and unsigned numbers as floats, which takes different ones for equal.
-            raise TypeError(f"keys are {self._keys.dtype}, and {found.dtype} are looked up")
-        return found
+            raise TypeError(f"keys are {self._keys.dtype}, and {keys.dtype} are looked up")
+        return keys

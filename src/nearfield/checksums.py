@@ -63,12 +63,12 @@ class CheckedFile:
         if sums is None:
             return
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError as error:
             raise self._damaged("is missing") from error
-        if found.st_size != size or len(sums) != -(-size // BLOCK):
-            raise self._damaged(f"has {found.st_size:,} bytes where {size:,} were written")
-        key = (found.st_dev, found.st_ino, found.st_mtime_ns, size, fingerprint(sums))
+        if status.st_size != size or len(sums) != -(-size // BLOCK):
+            raise self._damaged(f"has {status.st_size:,} bytes where {size:,} were written")
+        key = (status.st_dev, status.st_ino, status.st_mtime_ns, size, fingerprint(sums))
         self._done = _checked.setdefault(key, np.zeros(len(sums), dtype=np.bool_))
 
     def _damaged(self, what: str) -> DamagedError:
@@ -137,10 +137,10 @@ class Sealed:
         if self.known and name not in self.files:
             raise DamagedError(f"{name} is not in the list of checksums", where=str(self.folder), hint=self.hint)
         size, sums = self.files.get(name, (0, None))
-        found = CheckedFile(self.folder / name, size, sums, self.hint)
+        checked = CheckedFile(self.folder / name, size, sums, self.hint)
         if whole:
-            found.check()
-        return found
+            checked.check()
+        return checked
 
     def check_all(self) -> int:
         """Check every block that this process has not checked yet; how many bytes there are."""

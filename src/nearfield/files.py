@@ -40,16 +40,16 @@ def hash_file(path: Path, algorithm: str = "blake2b") -> str:
 
 def files_below(folder: Path) -> list[Path]:
     """The files in a folder and its subfolders, sorted; links to files and folders are followed."""
-    found: list[Path] = []
+    files: list[Path] = []
     waiting = [(folder, frozenset((folder.resolve(),)))]
     while waiting:
         place, above = waiting.pop()
         for entry in place.iterdir():
             if entry.is_file():
-                found.append(entry)
+                files.append(entry)
             elif entry.is_dir() and (real := entry.resolve()) not in above:
                 waiting.append((entry, above | {real}))
-    return sorted(found)
+    return sorted(files)
 
 
 def hash_folder(folder: Path, keep: Callable[[Path], bool] = lambda file: True) -> str:
@@ -140,9 +140,9 @@ def remove_leftovers(folder: Path, depth: int = 0) -> int:
     except FileNotFoundError:  # a living process has just removed it
         return 0
     for entry in entries:
-        found, earlier = _ASIDE.fullmatch(entry.name), _EARLIER.fullmatch(entry.name)
-        if found is not None and entry.is_dir() and not entry.is_symlink():
-            removed += _remove_aside(entry, found["name"])
+        match, earlier = _ASIDE.fullmatch(entry.name), _EARLIER.fullmatch(entry.name)
+        if match is not None and entry.is_dir() and not entry.is_symlink():
+            removed += _remove_aside(entry, match["name"])
         elif earlier is not None and not _alive(int(earlier["process"])):
             _remove(entry)
             removed += 1
@@ -155,8 +155,8 @@ def _remove_leftovers_of(path: Path) -> None:
     """Remove what killed processes wrote for one path."""
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(path.parent):
-            found = _ASIDE.fullmatch(entry.name) if entry.name.startswith(f".{path.name}.") else None
-            if found is not None and found["name"] == path.name:
+            match = _ASIDE.fullmatch(entry.name) if entry.name.startswith(f".{path.name}.") else None
+            if match is not None and match["name"] == path.name:
                 _remove_aside(Path(entry.path), path.name)
 
 

@@ -135,14 +135,16 @@ class Kinds:
             _told.add(path)
             logger.info("%s: the kind %r runs code of %s", self.part, kind, file)
         try:
-            found = getattr(importlib.import_module(module), name, None)
+            settings = getattr(importlib.import_module(module), name, None)
         except Exception as error:
             raise _refused(kind, f"cannot be imported: {type(error).__name__}: {error}", f"Look at {file}.") from error
         base = _settings_class(self.base)
-        if not (isinstance(found, type) and issubclass(found, base)):
-            what = f"{module} has no {name!r}" if found is None else f"{name!r} is no subclass of {base.__qualname__}"
+        if not (isinstance(settings, type) and issubclass(settings, base)):
+            what = (
+                f"{module} has no {name!r}" if settings is None else f"{name!r} is no subclass of {base.__qualname__}"
+            )
             raise _refused(kind, f"cannot be used: {what}", f"Name a subclass of {self.base.replace(':', '.')}.")
-        return found
+        return settings
 
     # The methods that pydantic calls on an annotation.
 
@@ -161,14 +163,16 @@ class Kinds:
         if not isinstance(value.get("kind"), str):
             raise PydanticKnownError("union_tag_not_found", {"discriminator": "'kind'"})
         kind = value["kind"]
-        found = self.find(kind)
-        outside = not _is_ours(found)
+        settings_class = self.find(kind)
+        outside = not _is_ours(settings_class)
         settings = {name: each for name, each in value.items() if name != "kind" or not outside}
         if info.mode == "json":
             # The type of a value is as strict in here as around: a list is a tuple, text is no number.
-            made: BaseModel = found.model_validate_json(json.dumps(settings), strict=True, context=info.context)
+            made: BaseModel = settings_class.model_validate_json(
+                json.dumps(settings), strict=True, context=info.context
+            )
         else:
-            made = found.model_validate(settings, context=info.context)
+            made = settings_class.model_validate(settings, context=info.context)
         if outside:
             # The name that it goes by is the recipe's, so that what is written down can be read again.
             made.__dict__["kind"] = kind
@@ -195,8 +199,8 @@ class Kinds:
 
 def _settings_class(path: str) -> type[BaseModel]:
     module, _, name = path.partition(":")
-    found: type[BaseModel] = getattr(importlib.import_module(module), name)
-    return found
+    settings: type[BaseModel] = getattr(importlib.import_module(module), name)
+    return settings
 
 
 def _refused(kind: str, what: str, hint: str) -> PydanticCustomError:
@@ -223,8 +227,8 @@ def only_our_kinds() -> Iterator[None]:
         _registered_in_schema.reset(mark)
 
 
-def _is_ours(found: type) -> bool:
-    return found.__module__.partition(".")[0] == "nearfield"
+def _is_ours(settings: type) -> bool:
+    return settings.__module__.partition(".")[0] == "nearfield"
 
 
 def _importable(kind: str, module: str) -> Path | None:
@@ -275,23 +279,23 @@ def _package_folders() -> list[Path]:
 
 def _installed_in_place() -> dict[str, Path]:
     """Project -> its folder, of those that are installed in place (PEP 610: ``direct_url.json`` says ``editable``)."""
-    found = {}
+    folders = {}
     for distribution in importlib.metadata.distributions():
         text = distribution.read_text("direct_url.json")
         stated = json.loads(text) if text else {}
         if stated.get("dir_info", {}).get("editable"):
-            found[str(distribution.metadata["Name"])] = Path(unquote(urlparse(stated["url"]).path)).resolve()
-    return found
+            folders[str(distribution.metadata["Name"])] = Path(unquote(urlparse(stated["url"]).path)).resolve()
+    return folders
 
 
 @functools.cache
-def _source(found: type) -> KindSource:
+def _source(settings: type) -> KindSource:
     """Where a class came from, with the content of its module's file and of all modules of its package."""
-    path = f"{found.__module__}:{found.__qualname__}"
-    top = found.__module__.partition(".")[0]
-    name = getattr(sys.modules.get(found.__module__), "__file__", None)
+    path = f"{settings.__module__}:{settings.__qualname__}"
+    top = settings.__module__.partition(".")[0]
+    name = getattr(sys.modules.get(settings.__module__), "__file__", None)
     if name is None:
-        return KindSource(path, "", top, "", fingerprint([path, _text_of(found)]))
+        return KindSource(path, "", top, "", fingerprint([path, _text_of(settings)]))
     file = Path(name).resolve()
     head = getattr(sys.modules.get(top), "__file__", None)
     root = Path(head).resolve().parent if head and Path(head).name == "__init__.py" else None
@@ -304,9 +308,9 @@ def _source(found: type) -> KindSource:
     return KindSource(path, str(file), owners[0] if owners else top, version, content)
 
 
-def _text_of(found: type) -> str:
+def _text_of(settings: type) -> str:
     try:
-        return inspect.getsource(found)
+        return inspect.getsource(settings)
     except (OSError, TypeError):
         return ""
 
@@ -316,12 +320,12 @@ def outside_sources(settings: Any, exclude: Collection[str] = ()) -> list[KindSo
 
     ``exclude`` names fields of the settings that are not looked into.
     """
-    found: dict[KindSource, None] = {}
+    sources: dict[KindSource, None] = {}
 
     def walk(value: Any, left_out: Collection[str] = ()) -> None:
         if isinstance(value, BaseModel):
             if not _is_ours(type(value)):
-                found[_source(type(value))] = None
+                sources[_source(type(value))] = None
             for name in type(value).model_fields:
                 if name not in left_out:
                     walk(getattr(value, name))
@@ -330,4 +334,4 @@ def outside_sources(settings: Any, exclude: Collection[str] = ()) -> list[KindSo
                 walk(each)
 
     walk(settings, exclude)
-    return list(found)
+    return list(sources)

@@ -59,19 +59,19 @@ class Notice:
 
 def stop_on_blocking(notices: Iterable[Notice], where: str | None = None) -> None:
     """Raise :class:`BadInputError` that lists the notices of what would surely fail, if there are any."""
-    found = [notice for notice in dict.fromkeys(notices) if notice.blocks]
-    if found:
-        hints = [notice.hint for notice in found if notice.hint]
-        raise BadInputError("; ".join(notice.what for notice in found), where=where, hint=" ".join(hints) or None)
+    blocking = [notice for notice in dict.fromkeys(notices) if notice.blocks]
+    if blocking:
+        hints = [notice.hint for notice in blocking if notice.hint]
+        raise BadInputError("; ".join(notice.what for notice in blocking), where=where, hint=" ".join(hints) or None)
 
 
 def refuse(notices: Iterable[Notice], where: str | None = None) -> None:
     """Raise :class:`BadInputError` that lists the notices, if any is not minor: what ``--strict`` does."""
-    found = [notice for notice in dict.fromkeys(notices) if not notice.minor]
-    if found:
-        hints = [notice.hint for notice in found if notice.hint]
+    serious = [notice for notice in dict.fromkeys(notices) if not notice.minor]
+    if serious:
+        hints = [notice.hint for notice in serious if notice.hint]
         raise BadInputError(
-            "; ".join(notice.what for notice in found),
+            "; ".join(notice.what for notice in serious),
             where=where,
             hint=" ".join([*hints, "Without --strict this is a warning."]),
         )
@@ -147,5 +147,5 @@ def in_file(notices: Iterable[Notice]) -> list[dict[str, Any]]:
 
 def from_file(value: Any) -> tuple[Notice, ...]:
     """Notices that :func:`in_file` wrote; none where the file is older than notices."""
-    found: Sequence[Any] = value if isinstance(value, list) else []
-    return tuple(Notice.from_json(one) for one in found if isinstance(one, dict) and {"code", "what"} <= set(one))
+    entries: Sequence[Any] = value if isinstance(value, list) else []
+    return tuple(Notice.from_json(one) for one in entries if isinstance(one, dict) and {"code", "what"} <= set(one))

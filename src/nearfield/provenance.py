@@ -39,8 +39,8 @@ def versions() -> dict[str, str]:
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
     """The versions of those of some packages that are installed."""
-    found = {package: _version(package) for package in packages}
-    return {package: version for package, version in found.items() if version is not None}
+    versions = {package: _version(package) for package in packages}
+    return {package: version for package, version in versions.items() if version is not None}
 
 
 @functools.cache
@@ -63,8 +63,8 @@ def hub_commit(name: str, revision: str | None) -> str | None:
     if not constants.HF_HUB_OFFLINE:
         # Whatever an unreachable hub or an unknown name raises: loading says it better.
         with contextlib.suppress(Exception):
-            found: str | None = HfApi().model_info(name, revision=revision, timeout=5).sha
-            return found
+            commit: str | None = HfApi().model_info(name, revision=revision, timeout=5).sha
+            return commit
     cache = Path(os.environ.get("SENTENCE_TRANSFORMERS_HOME") or constants.HF_HUB_CACHE)
     kept = cache / f"models--{name.replace('/', '--')}" / "refs" / (revision or "main")
     return kept.read_text(encoding="ascii").strip() if kept.is_file() else None
@@ -74,12 +74,12 @@ def device() -> dict[str, Any]:
     """The device of this machine."""
     import torch
 
-    found: dict[str, Any] = {
+    about: dict[str, Any] = {
         "machine": platform.machine(),
         "system": platform.system(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
-        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return found
+        about["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return about

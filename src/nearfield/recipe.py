@@ -149,7 +149,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Loaded[Recip
 
 def stage_recipes(loaded: Loaded[Recipe]) -> list[Loaded[Recipe]]:
     """The recipe of each stage in order; of a recipe without stages itself. The models that they start from are not in it."""
-    recipe, found = loaded.config, []
+    recipe, recipes = loaded.config, []
     for number, stage in enumerate(recipe.stages):
         settings = {name: getattr(recipe, name) for name in Recipe.model_fields if name != "stages"}
         if number < len(recipe.stages) - 1:
@@ -166,8 +166,8 @@ def stage_recipes(loaded: Loaded[Recipe]) -> list[Loaded[Recipe]]:
         origins = {key: place for key, place in loaded.origins.items() if key[0] != "stages"}
         here = ("stages", number)
         origins |= {key[2:]: place for key, place in loaded.origins.items() if key[:2] == here and len(key) > 2}
-        found.append(Loaded(merged, loaded.path, origins))
-    return found or [loaded]
+        recipes.append(Loaded(merged, loaded.path, origins))
+    return recipes or [loaded]
 
 
 def _merged(below: Any, above: Any) -> Any:

@@ -33,9 +33,9 @@ def spectrum(vectors: Floats) -> Floats:
     """Variances along the principal axes, largest first, one for each dimension ``[d]`` (zeros where n is smaller)."""
     centred = vectors - vectors.mean(axis=0)
     singular = np.linalg.svd(centred, compute_uv=False)
-    found = np.zeros(vectors.shape[1])
-    found[: len(singular)] = singular**2 / max(len(vectors) - 1, 1)
-    return found
+    variances = np.zeros(vectors.shape[1])
+    variances[: len(singular)] = singular**2 / max(len(vectors) - 1, 1)
+    return variances
 
 
 def effective_rank(vectors: Floats) -> float:
@@ -118,12 +118,12 @@ def abid(vectors: Floats, k: int = 50) -> float:
     """
     distinct = np.unique(vectors, axis=0)
     _, near = nearest(distinct, distinct, k, itself=True)
-    found = np.empty(len(distinct))
+    dimensions = np.empty(len(distinct))
     for i, neighbours in enumerate(near):
         directions = normalised(distinct[neighbours] - distinct[i])
         gram = directions @ directions.T
-        found[i] = len(neighbours) ** 2 / (gram**2).sum()
-    return float(found.mean())
+        dimensions[i] = len(neighbours) ** 2 / (gram**2).sum()
+    return float(dimensions.mean())
 
 
 @dataclass(frozen=True)

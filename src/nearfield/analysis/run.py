@@ -98,25 +98,25 @@ def analyse(
     With the texts themselves, near-duplicates and length are looked at and a map is drawn, coloured by ``labels``.
     """
     names = tuple(vectors)
-    found = [np.asarray(vectors[name], dtype=np.float64) for name in names]
-    sizes = {len(array) for array in found}
+    arrays = [np.asarray(vectors[name], dtype=np.float64) for name in names]
+    sizes = {len(array) for array in arrays}
     if len(sizes) != 1 or min(sizes) < 4 * NEIGHBOURS:
         raise ValueError(f"all models must have vectors of the same texts, at least {4 * NEIGHBOURS} of them")
-    shapes = tuple(_geometry(name, array, seed) for name, array in zip(names, found, strict=True))
+    shapes = tuple(_geometry(name, array, seed) for name, array in zip(names, arrays, strict=True))
     return Analysis(
-        len(found[0]),
+        len(arrays[0]),
         names,
         shapes,
-        drawing=None if texts is None else _drawing(found, texts, labels or ["text"] * len(texts), seed),
-        checks=() if texts is None else tuple(_checked(n, v, texts, seed) for n, v in zip(names, found, strict=True)),
+        drawing=None if texts is None else _drawing(arrays, texts, labels or ["text"] * len(texts), seed),
+        checks=() if texts is None else tuple(_checked(n, v, texts, seed) for n, v in zip(names, arrays, strict=True)),
     )
 
 
-def _drawing(found: Sequence[Floats], texts: Sequence[str], labels: Sequence[str], seed: int) -> Drawing:
+def _drawing(arrays: Sequence[Floats], texts: Sequence[str], labels: Sequence[str], seed: int) -> Drawing:
     """At most ``DRAWN`` of the texts; the axes are those of all of them."""
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(len(texts))[:DRAWN]).tolist()
-    planes = [plane(array) for array in found]
+    planes = [plane(array) for array in arrays]
     return Drawing(
         tuple(labels[row] for row in rows),
         tuple(texts[row][:LETTERS] for row in rows),
@@ -167,8 +167,8 @@ def truncation_curves(vectors: Floats, seed: int = 0) -> dict[str, list[tuple[in
 
 def _neighbours(vectors: Floats) -> list[list[int]]:
     unit = normalised(vectors)
-    found: list[list[int]] = nearest(unit, unit, NEIGHBOURS, itself=True)[1].tolist()
-    return found
+    rows: list[list[int]] = nearest(unit, unit, NEIGHBOURS, itself=True)[1].tolist()
+    return rows
 
 
 def _geometry(name: str, vectors: Floats, seed: int) -> Geometry:
@@ -271,11 +271,14 @@ def length_bias(
     def of_neighbours(values: Floats) -> float:
         return _correlation(values, values[near].mean(axis=1))
 
-    found = of_neighbours(length)
+    correlation = of_neighbours(length)
     chance = [abs(of_neighbours(rng.permutation(length))) for _ in range(permutations)]
-    p = (1 + sum(value >= abs(found) - 1e-12 for value in chance)) / (permutations + 1)
+    p = (1 + sum(value >= abs(correlation) - 1e-12 for value in chance)) / (permutations + 1)
     return LengthBias(
-        _correlation(length, stats.rankdata(mean_cosine)), _correlation(length, stats.rankdata(counts)), found, float(p)
+        _correlation(length, stats.rankdata(mean_cosine)),
+        _correlation(length, stats.rankdata(counts)),
+        correlation,
+        float(p),
     )
 
 

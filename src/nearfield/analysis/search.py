@@ -152,9 +152,9 @@ def precision_cut(right: Floats, wrong: Floats, precision: float) -> float | Non
     scores = np.concatenate([right, wrong])
     labels = np.concatenate([np.ones(len(right)), np.zeros(len(wrong))])
     order = np.argsort(-scores, kind="stable")
-    ordered, found = scores[order], np.cumsum(labels[order])
+    ordered, correct = scores[order], np.cumsum(labels[order])
     last = np.concatenate([ordered[1:] != ordered[:-1], [True]])
-    reached = last & (found >= precision * np.arange(1, len(scores) + 1) - 1e-9)
+    reached = last & (correct >= precision * np.arange(1, len(scores) + 1) - 1e-9)
     return float(ordered[np.flatnonzero(reached)[-1]]) if reached.any() else None
 
 
@@ -187,9 +187,9 @@ def best_f1_cut(right: Floats, wrong: Floats) -> float:
     scores = np.concatenate([right, wrong])
     labels = np.concatenate([np.ones(len(right)), np.zeros(len(wrong))])
     order = np.argsort(-scores, kind="stable")
-    ordered, found = scores[order], np.cumsum(labels[order])
+    ordered, correct = scores[order], np.cumsum(labels[order])
     last = np.concatenate([ordered[1:] != ordered[:-1], [True]])
-    f1 = 2 * found / (np.arange(1, len(scores) + 1) + len(right))
+    f1 = 2 * correct / (np.arange(1, len(scores) + 1) + len(right))
     f1 = np.where(last, f1, -1.0)
     best = np.flatnonzero(f1 >= f1.max() - 1e-12)[-1]
     return float(ordered[best])

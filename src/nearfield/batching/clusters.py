@@ -40,13 +40,13 @@ class KMeansStrataPlanner(SingleSourcePlanner):
             return np.empty(0, dtype=np.int64), {}
         items = stream.queries if config.side == "query" else stream.representatives()
         seed = request.fixed_seed("kmeans", stream.name)
-        found = self.cluster(
+        clustering = self.cluster(
             vectors_of(config.side, items), clusters, seed=seed, iterations=config.iterations, sample=config.sample
         )
-        labels = np.asarray(found.labels, dtype=np.int64)
+        labels = np.asarray(clustering.labels, dtype=np.int64)
         merged = 0
         if config.small == "merge":
-            labels, merged = merge_small(labels, np.asarray(found.centroids), config.batch_size)
+            labels, merged = merge_small(labels, np.asarray(clustering.centroids), config.batch_size)
         sizes = np.bincount(labels, minlength=1)
         about = {
             "kind": "kmeans",

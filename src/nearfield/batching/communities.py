@@ -108,10 +108,10 @@ def find_communities(
         return _label_communities(queries, documents, labels, size, rank_to - rank_from, seed, excluded)
     seconds: dict[str, float] = {}
     begun = time.perf_counter()
-    found = nearest(queries, documents, rank_to, method=method, seed=seed, excluded=excluded)
-    first, edges_to = found.rows[:, :rank_from].copy(), found.rows[:, rank_from:].copy()
-    recalls = found.recall, found.recall_all
-    del found  # its scores are as large as the graph that comes next
+    neighbours = nearest(queries, documents, rank_to, method=method, seed=seed, excluded=excluded)
+    first, edges_to = neighbours.rows[:, :rank_from].copy(), neighbours.rows[:, rank_from:].copy()
+    recalls = neighbours.recall, neighbours.recall_all
+    del neighbours  # its scores are as large as the graph that comes next
     begun = _lap(seconds, "neighbours", begun)
     graph = mutual_edges(edges_to)
     begun = _lap(seconds, "graph", begun)
@@ -202,8 +202,8 @@ def _metis(graph: csr_array, count: int, seed: int) -> Found:
     width = pymetis.zero_copy_dtype()
     adjacency = pymetis.CSRAdjacency(graph.indptr.astype(width), graph.indices.astype(width))
     options = pymetis.Options(seed=derive_seed(seed, "communities") % 2**31, ufactor=1)
-    found = pymetis.part_graph(count, adjacency, options=options, recursive=True)
-    return np.asarray(found.vertex_part, dtype=np.int32)
+    parts = pymetis.part_graph(count, adjacency, options=options, recursive=True)
+    return np.asarray(parts.vertex_part, dtype=np.int32)
 
 
 def _make_exact(graph: csr_array, parts: Found, count: int, size: int) -> None:
@@ -310,7 +310,7 @@ def _label_ranking(
     by_label = np.argsort(codes, kind="stable")
     starts = np.searchsorted(codes[by_label], np.arange(codes.max(initial=-1) + 1))
     linked = np.zeros((len(rows), len(starts)), dtype=bool)
-    found = np.full((len(rows), width), -1, dtype=np.int32)
+    nearest_rows = np.full((len(rows), width), -1, dtype=np.int32)
     among = np.asarray(documents[rows])
     for start in range(0, len(rows), 1024):
         part = slice(start, min(start + 1024, len(rows)))
@@ -325,8 +325,8 @@ def _label_ranking(
         linked[np.broadcast_to(here[:, None], columns.shape)[near], columns[near]] = True
         scores[~linked[part][:, codes]] = -np.inf
         columns, values = top_columns(scores, width)
-        found[part, : columns.shape[1]] = np.where(np.isneginf(values), -1, rows[columns])
-    return linked, found
+        nearest_rows[part, : columns.shape[1]] = np.where(np.isneginf(values), -1, rows[columns])
+    return linked, nearest_rows
 
 
 def _label_graph(linked: Mask, codes: Rows) -> csr_array:
@@ -379,8 +379,8 @@ class CommunityPlanner(SingleSourcePlanner):
 
     def communities(self, stream: Stream, request: Request) -> _StreamCommunities:
         """The communities of a stream; found once for all epochs."""
-        found: _StreamCommunities = self.remember(stream, request, lambda: self._find(stream, request))
-        return found
+        known: _StreamCommunities = self.remember(stream, request, lambda: self._find(stream, request))
+        return known
 
     def _find(self, stream: Stream, request: Request) -> _StreamCommunities:
         config = self.config
@@ -390,7 +390,7 @@ class CommunityPlanner(SingleSourcePlanner):
         if len(stream) < 2 * config.community_size:
             return _StreamCommunities(empty, none, None, {})
         excluded, shared = excluded_pairs(stream, request.known)
-        found = self.find(
+        communities = self.find(
             vectors_of("query", stream.queries),
             vectors_of("document", stream.representatives()),
             size=config.community_size,
@@ -400,30 +400,30 @@ class CommunityPlanner(SingleSourcePlanner):
             excluded=excluded,
             labels=stream.labels,
         )
-        groups = np.asarray(found.groups, dtype=np.int64)
+        groups = np.asarray(communities.groups, dtype=np.int64)
         none[groups] = np.arange(len(groups))[:, None]
         about = {
             "kind": "communities",
             "communities": len(groups),
             "size": config.community_size,
-            "left": len(found.left),
-            "cut": round(float(found.cut), 6),
-            "edges": int(found.edges),
-            "without_edge": int(found.isolated),
-            "recall": None if found.recall is None else round(float(found.recall), 6),
+            "left": len(communities.left),
+            "cut": round(float(communities.cut), 6),
+            "edges": int(communities.edges),
+            "without_edge": int(communities.isolated),
+            "recall": None if communities.recall is None else round(float(communities.recall), 6),
             "items_in_too_many_examples": shared,
         }
         logger.info(
             "%s: %d communities of %d, %.1f %% of %d edges cut; %s",
-            stream.name, len(groups), config.community_size, 100 * found.cut, found.edges,
-            ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.seconds.items()),
+            stream.name, len(groups), config.community_size, 100 * communities.cut, communities.edges,
+            ", ".join(f"{name} {seconds:.1f} s" for name, seconds in communities.seconds.items()),
         )  # fmt: skip
-        return _StreamCommunities(groups, none, found, about)
+        return _StreamCommunities(groups, none, communities, about)
 
     def strata(self, stream: Stream, request: Request) -> tuple[Rows, dict[str, Any]]:
         """The community of each row."""
-        found = self.communities(stream, request)
-        return found.of_row, found.about
+        communities = self.communities(stream, request)
+        return communities.of_row, communities.about
 
     def groups(self, drawn: Drawn, strata: Rows, request: Request, turn: int) -> Iterator[Rows]:
         """All whole communities in a new order, then the other rows."""
@@ -451,14 +451,14 @@ class CommunityPlanner(SingleSourcePlanner):
 
     def finish(self, drawn: Drawn, rows: PlannedRows, sizes: Rows, request: Request) -> PlannedRows:
         """Add the negatives of communities, if any are asked for."""
-        found = self.communities(drawn.stream, request).found
-        if not self.config.cluster_negatives or found is None:
+        communities = self.communities(drawn.stream, request).found
+        if not self.config.cluster_negatives or communities is None:
             return rows
         return add_cluster_negatives(
             rows,
             sizes,
             self.config.cluster_negatives,
-            communities=found,
+            communities=communities,
             representatives=drawn.stream.representatives(),
             known=request.known if self.config.known_positives == "forbid" else None,
             random=request.random("cluster negatives", drawn.stream.name),

@@ -277,11 +277,11 @@ def plan_files(path: Path) -> list[Path]:
         return [path]
     if not path.exists():
         raise BadInputError("there is no plan", where=str(path), hint="Name a run's folder, its plan folder or a file.")
-    found = sorted(path.glob("epoch-*.parquet")) or sorted((path / "plan").glob("epoch-*.parquet"))
-    if not found:
+    files = sorted(path.glob("epoch-*.parquet")) or sorted((path / "plan").glob("epoch-*.parquet"))
+    if not files:
         raise BadInputError(
             "this folder has no plan: neither epoch-*.parquet nor plan/epoch-*.parquet",
             where=str(path),
             hint="Write one: nearfield plan RECIPE.",
         )
-    return found
+    return files

@@ -96,7 +96,7 @@ def measure_hardness(
     chosen = np.sort(random.permutation(len(epoch))[:batches])
     documents = epoch.rows.positives.first()
     by_source = {int(s): np.flatnonzero((epoch.rows.source == s) & usable) for s in np.unique(epoch.rows.source)}
-    found: dict[str, list[tuple[float, float, int]]] = {"planned": [], "random": []}
+    measured: dict[str, list[tuple[float, float, int]]] = {"planned": [], "random": []}
     for number in chosen.tolist():
         inside = np.arange(epoch.offsets[number], epoch.offsets[number + 1])
         inside = np.sort(random.permutation(inside[usable[inside]])[:rows])
@@ -107,14 +107,14 @@ def measure_hardness(
             for source, count in zip(*np.unique(epoch.rows.source[inside], return_counts=True), strict=True)
         ]
         for name, which in (("planned", inside), ("random", np.concatenate(others))):
-            found[name].append(_pairs(epoch.rows.query[which], documents[which], vectors))
-    if not found["planned"]:
+            measured[name].append(_pairs(epoch.rows.query[which], documents[which], vectors))
+    if not measured["planned"]:
         return {}
     result: dict[str, Any] = {
-        "batches": len(found["planned"]),
-        "pairs": sum(pairs for _, _, pairs in found["planned"]),
+        "batches": len(measured["planned"]),
+        "pairs": sum(pairs for _, _, pairs in measured["planned"]),
     }
-    for name, values in found.items():
+    for name, values in measured.items():
         for place, what in enumerate(("similarity", "false_negatives")):
             mean, margin = _mean([value[place] for value in values], [value[2] for value in values])
             result[f"{name}_{what}"] = round(mean, 6)
@@ -237,18 +237,18 @@ def _shared_pairs(one: Rows, other: Rows) -> int:
 
 
 def _figures(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
-    found: list[tuple[str, float | None, float | None]] = [(name, one.get(name), other.get(name)) for name in FIGURES]
+    figures: list[tuple[str, float | None, float | None]] = [(name, one.get(name), other.get(name)) for name in FIGURES]
     for table in ("batches_by_source", "dropped", "exceptions"):
         names = sorted({*one.get(table, {}), *other.get(table, {})})
         title = table.replace("_", " ").replace("batches by source", "batches of")
-        found += [
+        figures += [
             (f"{title}: {name.replace('_', ' ')}", one.get(table, {}).get(name, 0), other.get(table, {}).get(name, 0))
             for name in names
         ]
     hardness = one.get("hardness", {}), other.get("hardness", {})
     if any(hardness):
-        found += [(name.replace("_", " "), hardness[0].get(name), hardness[1].get(name)) for name in HARDNESS]
-    return found
+        figures += [(name.replace("_", " "), hardness[0].get(name), hardness[1].get(name)) for name in HARDNESS]
+    return figures
 
 
 def _settings(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -98,8 +98,8 @@ def _scores(folder: Path) -> dict[str, object]:
 
     if not folder.is_dir():
         raise BadInputError("there is no such folder of results", where=str(folder))
-    found = scores_by_type(folder.resolve().parents[1], folder.resolve())
-    if not found:
+    scores = scores_by_type(folder.resolve().parents[1], folder.resolve())
+    if not scores:
         raise BadInputError(
             "there are no scores of cut vectors beside these",
             where=str(folder),
@@ -107,7 +107,7 @@ def _scores(folder: Path) -> dict[str, object]:
         )
     return {
         axes: {"dimensions": numbers, "types": {kind: means for kind, (_, means) in types.items()}}
-        for axes, (numbers, types) in found.items()
+        for axes, (numbers, types) in scores.items()
     }
 
 
@@ -201,13 +201,13 @@ def _measured(tasks: list[Any], most: int, seed: int) -> dict[str, dict[str, flo
     from nearfield.methods.matched_suites import text_measures
     from nearfield.pipeline.embeddings import drawn
 
-    found: dict[str, dict[str, float]] = {}
+    measures: dict[str, dict[str, float]] = {}
     for task in tasks:
         distinct = list(dict.fromkeys(text for text, _ in labelled_texts(task.task) if text.strip()))
         english = {str(one).split("-")[0] for one in task.task.metadata.languages} <= {"eng"}
         for measure, value in text_measures(drawn(distinct, most, seed, task.name), english).items():
-            found.setdefault(measure, {})[task.name] = value
-    return found
+            measures.setdefault(measure, {})[task.name] = value
+    return measures
 
 
 def _show(made: Twins) -> None:

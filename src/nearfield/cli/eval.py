@@ -227,19 +227,19 @@ def submit_command(
     from nearfield.evaluation.submission import submit
     from nearfield.notices import refuse
 
-    found = find_results(model, results)
+    folder_of_results = find_results(model, results)
     if hub is not None and folder is None:
         raise BadInputError("--hub pushes a model's folder", where="--hub", hint="Name the folder with --model.")
     # Results that cannot be read are named before anything is pushed.
-    made = submit(found, out, benchmark=benchmark, facts=facts, model=folder, base=base)
+    made = submit(folder_of_results, out, benchmark=benchmark, facts=facts, model=folder, base=base)
     if strict:
-        refuse(made.notices, where=str(found))
+        refuse(made.notices, where=str(folder_of_results))
     if hub is not None and folder is not None:
         from nearfield.evaluation.hub import push
 
-        pushed = push(folder, hub, found, private=private)
+        pushed = push(folder, hub, folder_of_results, private=private)
         tell(f"pushed {len(pushed.files)} files to {pushed.repository}, commit {pushed.commit}")
-        if found.name != pushed.commit:
+        if folder_of_results.name != pushed.commit:
             tell("The leaderboard wants the results of that commit: score it once more, by name.")
     for check in made.checks:
         mark = "ok      " if check.ok else "missing " if check.required else "advised "

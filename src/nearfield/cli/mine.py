@@ -83,32 +83,32 @@ def audit_mining(
     from nearfield.reporting.mining import write_audit
 
     opened = open_run(run)
-    found = audit_run(opened, choose_judge(opened.recipe, judge, cross_encoder), shown=shown, judged=judged)
-    page = write_audit(found, opened.recipe.name, out or opened.folder / "mining.html")
-    print_audit(found, page)
+    audit = audit_run(opened, choose_judge(opened.recipe, judge, cross_encoder), shown=shown, judged=judged)
+    page = write_audit(audit, opened.recipe.name, out or opened.folder / "mining.html")
+    print_audit(audit, page)
 
 
-def print_audit(found: Audit, page: Path) -> None:
+def print_audit(audit: Audit, page: Path) -> None:
     """The audit in words."""
     import numpy as np
 
     from nearfield.reporting.mining import rate_words, rule_rows
     from nearfield.reporting.text import clip
 
-    for example in found.sample:
+    for example in audit.sample:
         tell(line_of((clip(example.query, 160), "bold"), f"  ({example.source}, example {example.example})"))
         for words, score in example.positives:
             tell(line_of(f"  {score:7.3f}  ", (clip(words, 120), "green")))
         for negative in example.negatives:
             tell(line_of(f"  {negative.score:7.3f}  ", (clip(negative.text, 120), "red"), f"  rank {negative.rank}"))
-    tell(table(RULES, rule_rows(found.summary)))
-    if len(found.gaps):
+    tell(table(RULES, rule_rows(audit.summary)))
+    if len(audit.gaps):
         shares = (5, 25, 50, 75, 95)
         cuts = ", ".join(
-            f"{cut} %: {value:.3f}" for cut, value in zip(shares, np.percentile(found.gaps, shares), strict=True)
+            f"{cut} %: {value:.3f}" for cut, value in zip(shares, np.percentile(audit.gaps, shares), strict=True)
         )
-        tell(f"score of the positive less that of the negative: {cuts}; {(found.gaps <= 0).mean():.1%} are 0 or less")
-    for source, rate in found.false_negatives.items():
+        tell(f"score of the positive less that of the negative: {cuts}; {(audit.gaps <= 0).mean():.1%} are 0 or less")
+    for source, rate in audit.false_negatives.items():
         value, interval, counts = rate_words(rate)
-        tell(f"{source}: false negatives by {found.judge}: {value} (95 %: {interval}; {counts} judged)")
+        tell(f"{source}: false negatives by {audit.judge}: {value} (95 %: {interval}; {counts} judged)")
     tell(f"page: {page}")

@@ -80,7 +80,7 @@ def find_shares(
     from nearfield.pipeline import open_run
     from nearfield.pipeline.audit import find_shares as find
 
-    found = find(
+    advice = find(
         open_run(recipe, overrides or (), run),
         towards or (),
         split=split,
@@ -88,13 +88,13 @@ def find_shares(
         clusters=clusters,
         temperature=temperature,
     )
-    others = list(next(iter(found.scores.values())))
+    others = list(next(iter(advice.scores.values())))
     rows = [
-        [name, f"{found.sizes[name]:,}", *(f"{scores[other]:.4f}" for other in others), f"{found.shares[name]:.4f}"]
-        for name, scores in found.scores.items()
+        [name, f"{advice.sizes[name]:,}", *(f"{scores[other]:.4f}" for other in others), f"{advice.shares[name]:.4f}"]
+        for name, scores in advice.scores.items()
     ]
     tell(table(["source", "examples", *(f"like {name}" for name in others), "share"], rows))
-    shares = ", ".join(f"{name}: {share:.4f}" for name, share in found.shares.items())
+    shares = ", ".join(f"{name}: {share:.4f}" for name, share in advice.shares.items())
     setting = f"{{kind: shares, exhausted: repeat, shares: {{{shares}}}}}"
     tell(f"In the recipe, under batches (kind: single_source): sampling: {setting}")
 
@@ -109,23 +109,23 @@ def diff_plans(
     from nearfield.batching.plan import Plan
     from nearfield.batching.summary import compare_plans
 
-    found = compare_plans(Plan(_epoch_of(first, epoch)), Plan(_epoch_of(second, epoch)))
-    if found.identical:
+    difference = compare_plans(Plan(_epoch_of(first, epoch)), Plan(_epoch_of(second, epoch)))
+    if difference.identical:
         tell("The plans are identical: the same examples in the same slots of the same steps.")
-    elif not found.in_both:
+    elif not difference.in_both:
         tell("The plans have no example in common: are they over the same data?")
     tell(
-        f"{found.in_both:,} examples are in both (of {found.examples[0]:,} and {found.examples[1]:,}); "
-        f"{found.moved:,} of them are in another step\n"
-        f"{found.same_step:,} steps have the same examples (of {found.steps[0]:,} and {found.steps[1]:,}); "
-        f"{found.shared_batches:,} batches are in both in any step\n"
-        f"{found.shared_pairs:,} pairs of examples meet in both (of {found.pairs[0]:,} and {found.pairs[1]:,}), "
-        f"overlap {found.overlap:.1%}"
+        f"{difference.in_both:,} examples are in both (of {difference.examples[0]:,} and {difference.examples[1]:,}); "
+        f"{difference.moved:,} of them are in another step\n"
+        f"{difference.same_step:,} steps have the same examples (of {difference.steps[0]:,} and {difference.steps[1]:,}); "
+        f"{difference.shared_batches:,} batches are in both in any step\n"
+        f"{difference.shared_pairs:,} pairs of examples meet in both (of {difference.pairs[0]:,} and {difference.pairs[1]:,}), "
+        f"overlap {difference.overlap:.1%}"
     )
-    rows = [(name, _figure(one), _figure(other)) for name, one, other in found.figures]
+    rows = [(name, _figure(one), _figure(other)) for name, one, other in difference.figures]
     tell(table(["", "first", "second"], rows))
-    if found.settings:
-        tell(table(["what differs", "first", "second"], found.settings))
+    if difference.settings:
+        tell(table(["what differs", "first", "second"], difference.settings))
 
 
 def _epoch_of(path: Path, epoch: int) -> Path:

@@ -145,9 +145,9 @@ def kinds(
     if part is not None and part not in PARTS:
         raise BadInputError(f"there is no part {part!r}", hint=f"Parts: {', '.join(sorted(PARTS))}.")
     rows = [
-        (name, kind, found.help(kind))
-        for name, found in sorted(PARTS.items())
-        for kind in (found.names() if part in (None, name) else ())
+        (name, kind, part_kinds.help(kind))
+        for name, part_kinds in sorted(PARTS.items())
+        for kind in (part_kinds.names() if part in (None, name) else ())
     ]
     tell(table(["part", "kind", "what it is"], rows))
 

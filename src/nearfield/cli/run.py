@@ -65,10 +65,10 @@ def train(
 
         if until is not None or restart or resume:
             raise BadInputError("--dry-run goes with none of --until, --restart, --resume")
-        found = dry_run(opened, on_stage=announce_stage, strict=strict)
-        if found is not None:
-            show_dry_run(found)
-            if not found.would_start:
+        forecast = dry_run(opened, on_stage=announce_stage, strict=strict)
+        if forecast is not None:
+            show_dry_run(forecast)
+            if not forecast.would_start:
                 raise typer.Exit(EXIT_BAD_INPUT)
         return
     result = run_stages(opened, until, restart=restart, resume=resume, on_stage=announce_stage, strict=strict)
@@ -180,17 +180,17 @@ def verify(
     from nearfield.pipeline.stages import verify as verify_run
 
     opened = open_run(run, overrides or ())
-    found = verify_run(opened)
+    parts = verify_run(opened)
     rows = [
         (
             part.name,
             f"{part.bytes / 1e6:,.1f}",
             Text(part.damage or "every byte is what was written", style="red" if part.damage else ""),
         )
-        for part in found
+        for part in parts
     ]
     tell(table(["what", "MB", ""], rows))
-    damaged = [part for part in found if part.damage]
+    damaged = [part for part in parts if part.damage]
     for hint in dict.fromkeys(part.mend for part in damaged):
         tell(f"mend:   {hint.format(run=run)}")
     if damaged:

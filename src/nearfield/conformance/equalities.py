@@ -152,15 +152,15 @@ def _against_float64(suite: Suite, case: Case) -> Iterator[CheckLine]:
     # Backends that shard hold a copy of the weights in bfloat16: their gradient is taken there.
     rounded = suite.backend not in ("single", "ddp")
     _, expected = replace(case, dtype=torch.float64, rounded=rounded).reference()
-    found, half = {}, replace(case, precision="bf16-mixed")
+    gradients, half = {}, replace(case, precision="bf16-mixed")
     for budget in (16, 10**6):
         for keep in (True, False):
             engine = half.engine(suite.launch, suite.backend, dropout=False)
-            _, found[budget, keep] = half.gradient(engine, half.work(engine, budget), keep_graph=keep)
-    worst = max(difference(gradient, expected) for gradient in found.values())
+            _, gradients[budget, keep] = half.gradient(engine, half.work(engine, budget), keep_graph=keep)
+    worst = max(difference(gradient, expected) for gradient in gradients.values())
     yield suite.line("bfloat16: many chunks and one, kept and cached = float64", worst, NOISE)
-    few = found[10**6, True]
-    yield suite.line("bfloat16: many chunks = one", max(difference(f, few) for f in found.values()), NOISE / 2)
+    few = gradients[10**6, True]
+    yield suite.line("bfloat16: many chunks = one", max(difference(f, few) for f in gradients.values()), NOISE / 2)
 
 
 def _each_in_float64(case: Case, budget: int, *, inside: bool) -> dict[str, Tensor]:
@@ -191,8 +191,8 @@ def _sum_error(suite: Suite, case: Case, expected: dict[str, Tensor]) -> float:
     worst, half = 0.0, replace(case, precision="bf16-mixed")
     for keep in (True, False):
         engine = half.engine(suite.launch, suite.backend, dropout=False)
-        _, found = half.gradient(engine, half.work(engine, 16), keep_graph=keep)
-        worst = max(worst, difference(found, expected))
+        _, gradient = half.gradient(engine, half.work(engine, 16), keep_graph=keep)
+        worst = max(worst, difference(gradient, expected))
     return worst
 
 
@@ -227,9 +227,9 @@ def _checkpoints(suite: Suite) -> Iterator[CheckLine]:
         for name, case in cases.items():
             if suite.backend == "fsdp2" and case.adapter and precision == "bf16-pure":
                 continue  # which is refused: parameters of two types
-            found = _resumed(suite, replace(case, precision=precision))
+            differing = _resumed(suite, replace(case, precision=precision))
             yield suite.line(
-                f"{precision}, {name}: from a checkpoint = uninterrupted", found, 0, unit="tensors that differ"
+                f"{precision}, {name}: from a checkpoint = uninterrupted", differing, 0, unit="tensors that differ"
             )
 
 
@@ -340,11 +340,11 @@ class Suite:
 
     def case(self, name: str, queries: int) -> Case:
         """A case with one of the objectives."""
-        found = self.make(OBJECTIVES[name], queries)
+        made = self.make(OBJECTIVES[name], queries)
         if name in (SEVERAL, VIEWS):
             sources = np.arange(queries) % 2
-            return replace(found, batch=replace(found.batch, source=SEVERAL_SOURCES, sources=sources))
-        return replace(found, weights=np.linspace(0.0, 2.0, queries)) if name == WEIGHTED else found
+            return replace(made, batch=replace(made.batch, source=SEVERAL_SOURCES, sources=sources))
+        return replace(made, weights=np.linspace(0.0, 2.0, queries)) if name == WEIGHTED else made
 
     def objectives(self) -> list[str]:
         """The objectives that this backend takes: a matrix that embeddings and head share is not sharded."""
@@ -398,15 +398,16 @@ class Suite:
         worst = max(self._dropout_difference(self.case(name, 8)) for name in self.objectives())
         yield self.line("dropout on: any number of ranks = one, for every objective", worst)
         case = self.make(OBJECTIVES["infonce"], 8)
-        found: dict[bool, dict[str, Tensor]] = {}
+        gradients: dict[bool, dict[str, Tensor]] = {}
         for keep in (True, False):
             engine = case.engine(self.launch, self.backend, dropout=True)
-            _, found[keep] = case.gradient(engine, case.work(engine, 60), keep_graph=keep)
+            _, gradients[keep] = case.gradient(engine, case.work(engine, 60), keep_graph=keep)
         yield self.line(
-            "dropout on: two passes (cached) = one pass that keeps its graph", difference(found[False], found[True])
+            "dropout on: two passes (cached) = one pass that keeps its graph",
+            difference(gradients[False], gradients[True]),
         )
         without = case.reference()[1]
-        yield self.line("dropout on differs from off", difference(found[True], without), 1e-3, at_least=True)
+        yield self.line("dropout on differs from off", difference(gradients[True], without), 1e-3, at_least=True)
         count = itertools.count()
         seed_chunk = step_module.seed_chunk
         step_module.seed_chunk = lambda seed, step, chunk: seed_chunk(seed, 1000 + next(count), chunk)
@@ -415,7 +416,9 @@ class Suite:
             _, broken = case.gradient(engine, case.work(engine, 60), keep_graph=False)
         finally:
             step_module.seed_chunk = seed_chunk
-        yield self.line("a broken replay of dropout is noticed", difference(broken, found[True]), 1e-3, at_least=True)
+        yield self.line(
+            "a broken replay of dropout is noticed", difference(broken, gradients[True]), 1e-3, at_least=True
+        )
 
     def packing(self) -> Iterator[CheckLine]:
         """Texts end to end = padded texts."""
@@ -451,16 +454,16 @@ class Suite:
         alone = case.engine(Launch(), "single", dropout=True)
         _, gradient = case.gradient(alone, case.work(alone, 60), keep_graph=True)
         engine = case.engine(self.launch, self.backend, dropout=True)
-        _, found = case.gradient(engine, case.work(engine, 60), keep_graph=False)
-        yield self.line("images, dropout on: any number of ranks, cached = one", difference(found, gradient))
+        _, chunked = case.gradient(engine, case.work(engine, 60), keep_graph=False)
+        yield self.line("images, dropout on: any number of ranks, cached = one", difference(chunked, gradient))
         # A step without images behind one with them: their tower has no part in it, and may keep nothing of the one before.
         texts = replace(case, tokens=plain.tokens)
         engine = case.engine(self.launch, self.backend, dropout=False)
         one_step(engine, case, 60, step=0, rate=0.0)
         engine = replace(engine, data=replace(engine.data, tokens=plain.tokens))
-        _, found = texts.gradient(engine, texts.work(engine, 60), keep_graph=False)
+        _, chunked = texts.gradient(engine, texts.work(engine, 60), keep_graph=False)
         yield self.line(
-            "a step without images, after one with them = the same alone", difference(found, texts.reference()[1])
+            "a step without images, after one with them = the same alone", difference(chunked, texts.reference()[1])
         )
 
     def figures(self) -> CheckLine:
@@ -470,9 +473,9 @@ class Suite:
         alone = case.engine(Launch(), "single", dropout=True)
         expected = case.gradient(alone, case.work(alone, 60), keep_graph=True, watch=True)[0].figures
         engine = case.engine(self.launch, self.backend, dropout=True)
-        found = case.gradient(engine, case.work(engine, 60), keep_graph=False, watch=True)[0].figures
-        assert found.keys() == expected.keys() and "masked_score" in found
-        worst = max(abs(found[name] - value) / max(abs(value), 1e-3) for name, value in expected.items())
+        figures = case.gradient(engine, case.work(engine, 60), keep_graph=False, watch=True)[0].figures
+        assert figures.keys() == expected.keys() and "masked_score" in figures
+        worst = max(abs(figures[name] - value) / max(abs(value), 1e-3) for name, value in expected.items())
         # An effective rank is the root of what float32 rounds.
         return self.line("figures of the learning = those of one process", worst, max(self.tolerance, 1e-8))
 
@@ -499,13 +502,13 @@ class Suite:
         limit = norm / 3
         engine = case.engine(self.launch, self.backend, dropout=False, max_norm=limit)
         before = whole(engine.backend.model_tensors())
-        found = one_step(engine, case, 60, max_norm=limit, step=3)
+        measured = one_step(engine, case, 60, max_norm=limit, step=3)
         after = whole(engine.backend.model_tensors())
         moved = {name: before[name] - after[name] for name in gradient}
         expected = {name: g * (limit / (norm + 1e-6)) for name, g in gradient.items()}
         return self.line(
             "clipping by the true global norm",
-            max(difference(moved, expected), abs(found - norm) / norm),
+            max(difference(moved, expected), abs(measured - norm) / norm),
             max(self.tolerance, 1e-6),
         )
 

@@ -360,9 +360,9 @@ def encode_in_pieces(encode: EncodeItems, role: str, rows: Rows, kept: VectorSto
     result: npt.NDArray[Any] | None = None
 
     def take(places: Rows, vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        found = np.empty((len(rows), vectors.shape[1]), dtype=np.float32) if result is None else result
-        found[places], done[places] = vectors, True
-        return found
+        taken = np.empty((len(rows), vectors.shape[1]), dtype=np.float32) if result is None else result
+        taken[places], done[places] = vectors, True
+        return taken
 
     def keep() -> None:
         if result is not None and new.any():

@@ -74,7 +74,7 @@ def lora_targets(transformer: nn.Module, targets: str | tuple[str, ...]) -> list
                     hint=f"Nearest: {', '.join(close) or 'it has none at all'}.",
                 )
         return [name for name in linear if any(name == t or name.endswith(f".{t}") for t in targets)]
-    found = []
+    names = []
     for name in linear:
         layer = LAYER.search(name)
         if layer is None or name.rpartition(".")[2] in _ROUTERS:
@@ -82,15 +82,15 @@ def lora_targets(transformer: nn.Module, targets: str | tuple[str, ...]) -> list
         inside = name[layer.end() :].lower()
         role = "attention" if "attn" in inside or "attention" in inside else "mlp"
         if targets in ("all-linear", role):
-            found.append(name)
-    if not found:
+            names.append(name)
+    if not names:
         shown = ", ".join(linear[:3]) or "none"
         raise BadInputError(
             f"no module of {type(transformer).__name__} is known as {targets}, so no adapter can be put on",
             where="encoder.adapter.targets",
             hint=f"Name the modules in a list. Linear modules: {shown}.",
         )
-    return found
+    return names
 
 
 def quantization_settings(quantize: str, device_type: str) -> dict[str, Any]:
@@ -381,14 +381,14 @@ def load_adapters(encoder: LoadedEncoder, folders: Mapping[str, str | Path]) -> 
         stands_on = adapter_base(folder)
         if stands_on is None:
             raise BadInputError("this folder does not hold an adapter alone", where=str(folder))
-        for what, wanted, found in (
+        for what, wanted, present in (
             ("name", stands_on.name, base.name),
             ("revision", stands_on.revision, base.revision),
             ("weights", stands_on.weights, base.weights),
         ):
-            if wanted != found and None not in (wanted, found):
+            if wanted != present and None not in (wanted, present):
                 raise BadInputError(
-                    f"this adapter was trained on another base: its {what} is {wanted}, here it is {found}",
+                    f"this adapter was trained on another base: its {what} is {wanted}, here it is {present}",
                     where=str(folder),
                 )
         if kinds[name]:

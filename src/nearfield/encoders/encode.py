@@ -213,18 +213,18 @@ class Encoder:
         from nearfield.encoders.tokenize import count_cuts
 
         self.cut += count_cuts(self.model, texts, prompt)
-        found = {} if self.kept is None else self.kept.get(texts, prompt, role)
-        self.reused += len(found)
-        missing = [text for text in texts if text not in found]
+        vectors = {} if self.kept is None else self.kept.get(texts, prompt, role)
+        self.reused += len(vectors)
+        missing = [text for text in texts if text not in vectors]
         for start in range(0, len(missing), _BLOCK_TEXTS):
             block = missing[start : start + _BLOCK_TEXTS]
             if self.workers is None:
                 made = self.pairs(block, prompt, role, says=says)
             else:
                 made = self.workers.encode(self, block, prompt, role, says)
-            found.update(made if self.kept is None else self.kept.put(made, prompt, role))
+            vectors.update(made if self.kept is None else self.kept.put(made, prompt, role))
         self.encoded += len(missing)
-        return found
+        return vectors
 
     def pairs(
         self, texts: Sequence[str], prompt: str = "", role: str | None = None, *, says: str | None = None
@@ -465,10 +465,10 @@ class KeptVectors:
     def get(self, texts: Sequence[str], prompt: str, role: str | None) -> dict[str, npt.NDArray[np.float32]]:
         """The vectors of those texts that are here."""
         keys = np.array([text_key(text) for text in texts], dtype="S32")
-        found: dict[str, npt.NDArray[np.float32]] = {}
+        vectors_of: dict[str, npt.NDArray[np.float32]] = {}
         for known, vectors in self.store(prompt, role).find(keys):
-            found |= {texts[i]: np.array(vector) for i, vector in zip(known.tolist(), vectors, strict=True)}
-        return found
+            vectors_of |= {texts[i]: np.array(vector) for i, vector in zip(known.tolist(), vectors, strict=True)}
+        return vectors_of
 
     def put(self, pairs: Pairs, prompt: str, role: str | None) -> Pairs:
         """Pass texts with their vectors on, and keep those that are finite; all are on disk when the iteration ends, also by

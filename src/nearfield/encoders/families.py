@@ -75,13 +75,13 @@ def other_family(read: ReadJson) -> str | None:
             types += [str(each) for each in _mapping(_mapping(read(f"{at}router_config.json")).get("types")).values()]
         if kind.endswith("Transformer"):
             tasks.append(str(_mapping(read(f"{at}sentence_bert_config.json")).get("transformer_task")))
-    found = next((_MODULES[part] for kind in types for part in _MODULES if part in kind.lower()), None)
-    found = found or next((_TASKS[task] for task in tasks if task in _TASKS), None)
-    if found is None and (
+    family = next((_MODULES[part] for kind in types for part in _MODULES if part in kind.lower()), None)
+    family = family or next((_TASKS[task] for task in tasks if task in _TASKS), None)
+    if family is None and (
         str(config.get("similarity_fn_name")).lower() == "maxsim" or any(key in config for key in _COLBERT_KEYS)
     ):
-        found = MULTI_VECTOR
-    return found
+        family = MULTI_VECTOR
+    return family
 
 
 def _of_architecture(read: ReadJson) -> str | None:

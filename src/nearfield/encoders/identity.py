@@ -123,8 +123,8 @@ def _library(top: str) -> str | None:
     stated = getattr(module, "__version__", None)
     if isinstance(stated, str):
         return f"{top} {stated}"
-    found = versions_of([top]) or versions_of(sorted(set(importlib.metadata.packages_distributions().get(top, ()))))
-    return canonical_json(found or top)
+    versions = versions_of([top]) or versions_of(sorted(set(importlib.metadata.packages_distributions().get(top, ()))))
+    return canonical_json(versions or top)
 
 
 def _library_of(module: str | None) -> str | None:
@@ -176,8 +176,8 @@ class _Telling:
         if id(value) not in self.told:
             self.alive.append(value)
             self.told[id(value)] = "again"  # what an object that holds itself finds
-            found = self._container(value)
-            self.told[id(value)] = found if isinstance(found, str) else fingerprint(found)
+            content = self._container(value)
+            self.told[id(value)] = content if isinstance(content, str) else fingerprint(content)
         return self.told[id(value)]
 
     def _container(self, value: Any) -> Any:
@@ -213,12 +213,12 @@ class _Telling:
         return self._object(value)
 
     def _mapping(self, value: Mapping[Any, Any]) -> Any:
-        found = [
+        pairs = [
             [key if isinstance(key, str) else canonical_json(self.value(key)), self.value(each)]
             for key, each in value.items()
             if not (isinstance(key, str) and _is_passing(key))
         ]
-        return ["mapping", sorted(found, key=lambda pair: str(pair[0]))]
+        return ["mapping", sorted(pairs, key=lambda pair: str(pair[0]))]
 
     def _kind(self, kind: type) -> Any:
         """A class by its name, and of ours or a user's its code with that of the classes that it is made from."""

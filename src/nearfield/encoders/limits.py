@@ -84,8 +84,8 @@ def vocabulary_size(model: SentenceTransformer) -> int:
 
 
 def _tokenizer(model: SentenceTransformer) -> Any:
-    found: Any = model[0]
-    return found.tokenizer
+    module: Any = model[0]
+    return module.tokenizer
 
 
 NO_LIMIT = 1_000_000_000
@@ -131,19 +131,19 @@ def usable_positions(model: SentenceTransformer) -> int | None:
     transformer = _text_part(model)
     if transformer is None:
         return None
-    found = []
+    lengths = []
     for name, module in transformer.named_modules():
         owner, _, last = name.rpartition(".")
         if last not in _POSITIONS or not isinstance(module, nn.Embedding):
             continue
         parent = transformer.get_submodule(owner)
         before = int(parent.padding_idx) + 1 if counts_from_padding(parent) else int(getattr(module, "offset", 0))
-        found.append(module.num_embeddings - before)
+        lengths.append(module.num_embeddings - before)
     said = stated_positions(model)
     # Some tables have rows to spare, which no text reaches.
-    if found and said is not None and found[0] > said:
-        found.append(said)
-    return min(found) if found else None
+    if lengths and said is not None and lengths[0] > said:
+        lengths.append(said)
+    return min(lengths) if lengths else None
 
 
 def stated_positions(model: SentenceTransformer) -> int | None:

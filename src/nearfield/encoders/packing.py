@@ -234,8 +234,8 @@ def _given(features: Features) -> Features:
 def token_states(model: SentenceTransformer, features: Features) -> Features:
     """The input of poolings for n texts: ``token_embeddings`` (n, longest, d) and which of them are a text's own."""
     if "token_targets" not in features:
-        found: Features = model[0](_given(features))
-        return found
+        states_of: Features = model[0](_given(features))
+        return states_of
     transformer = model[0].auto_model
     mask = unmasked(features["input_ids"].device) if "segments" in features else _block_masks(transformer, features)
     extra = {"segments": features["segments"]} if "segments" in features else {}

@@ -217,14 +217,14 @@ class PromptContract:
     @cached_property
     def by_type(self) -> dict[str, dict[str, str]]:
         """Task type of a source -> role -> the prompt that the model keeps; ``text`` of types without roles."""
-        found: dict[str, dict[str, str]] = {}
+        chosen: dict[str, dict[str, str]] = {}
         for task_type in sorted(set(self.task_types.values())):
             if has_roles(task_type):
-                found[task_type] = {role: self._chosen(task_type, role) for role in ROLES}
+                chosen[task_type] = {role: self._chosen(task_type, role) for role in ROLES}
                 continue
             text = self._chosen(task_type, TEXT)
-            found[task_type] = {TEXT: text, **{role: self._side(task_type, role, text) for role in ROLES}}
-        return found
+            chosen[task_type] = {TEXT: text, **{role: self._side(task_type, role, text) for role in ROLES}}
+        return chosen
 
     def _of_type(self, task_type: str) -> list[str]:
         return [name for name, of in self.task_types.items() if of == task_type]
@@ -301,7 +301,7 @@ class PromptContract:
     @cached_property
     def unseen(self) -> dict[str, dict[str, str]]:
         """Task type (or task) that no source has -> role -> what the recipe, or else the base model, states for it."""
-        found: dict[str, dict[str, str]] = {}
+        of_types: dict[str, dict[str, str]] = {}
         named = {_split(key)[0] for key in self.base.prompts} | self.base.types
         for name in sorted((named - _NO_TYPES) | set(self.config.types)):
             task_type = type_of_key(name)
@@ -317,12 +317,12 @@ class PromptContract:
             stated = {role: self._stated(name, task_type, role) for role in _roles_of(task_type)}
             kept = {**own, **{role: text for role, text in stated.items() if text is not None}}
             if kept:
-                found[name] = kept
-        return found
+                of_types[name] = kept
+        return of_types
 
     def _of_base(self, name: str, task_type: str) -> dict[str, str]:
         """Role -> what the base model's own keys say of a type or task, unless the recipe's fallback takes their place."""
-        found, prompts, trained = {}, self.base.prompts, task_type in self.base.types
+        stated, prompts, trained = {}, self.base.prompts, task_type in self.base.types
         for role in _roles_of(task_type):
             text = prompts.get(name if role == TEXT else f"{name}-{role}")
             if text is None and has_roles(task_type):
@@ -331,25 +331,25 @@ class PromptContract:
                 text = self.base.text_of(name)
             replaced = getattr(self.config.fallback, role) if has_roles(task_type) else self.config.fallback.text
             if text is not None and (replaced is None or trained):
-                found[role] = text
-        return found
+                stated[role] = text
+        return stated
 
     @cached_property
     def model_prompts(self) -> dict[str, str]:
         """The model's ``prompts``: mteb's key -> text."""
-        found = dict(self.fallback)
+        named = dict(self.fallback)
         for key, text in self.base.prompts.items():
             name, _ = _split(key)
             if name not in ROLES and (name in _NO_TYPES or type_of_key(name) is None):
-                found[key] = text  # of no task: for those who name it
+                named[key] = text  # of no task: for those who name it
         for name, prompts in {**self.unseen, **self.by_type}.items():
             before = prompts.get(TEXT)
             if before is not None:
-                found[name] = before
-            found |= {f"{name}-{role}": prompts[role] for role in ROLES if prompts.get(role) not in (None, before)}
-        if self.default_prompt and self.default_prompt not in found.values():
-            found[DEFAULT_KEY] = self.default_prompt
-        return found
+                named[name] = before
+            named |= {f"{name}-{role}": prompts[role] for role in ROLES if prompts.get(role) not in (None, before)}
+        if self.default_prompt and self.default_prompt not in named.values():
+            named[DEFAULT_KEY] = self.default_prompt
+        return named
 
     @property
     def default_prompt_name(self) -> str | None:
@@ -362,12 +362,12 @@ class PromptContract:
     @property
     def tasks(self) -> dict[str, dict[str, Any]]:
         """Source -> task type and prompts, of this training and of those before it."""
-        found: dict[str, dict[str, Any]] = {name: dict(task) for name, task in self.base.tasks.items()}
+        known: dict[str, dict[str, Any]] = {name: dict(task) for name, task in self.base.tasks.items()}
         for name, prompts in self.sources.items():
-            found[name] = {"task_type": self.task_types[name], **prompts}
+            known[name] = {"task_type": self.task_types[name], **prompts}
             if name in self.phrasings:
-                found[name]["phrasings"] = {role: list(texts) for role, texts in self.phrasings[name].items()}
-        return found
+                known[name]["phrasings"] = {role: list(texts) for role, texts in self.phrasings[name].items()}
+        return known
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``prompt_contract.json``; its ``prompts`` are all of a role that an evaluation may use."""
@@ -378,8 +378,8 @@ class PromptContract:
             listed[role] = sorted(stated | {text for name in self.sources for text in self.of(name, role)})
         types = {name: {role: [text] for role, text in prompts.items()} for name, prompts in self.unseen.items()}
         fallback = {**self.fallback, TEXT: self.default_prompt}
-        found = {"version": CONTRACT_VERSION, "prompts": listed, "fallback": fallback, "tasks": self.tasks}
-        return {**found, "types": types} if types else found
+        content = {"version": CONTRACT_VERSION, "prompts": listed, "fallback": fallback, "tasks": self.tasks}
+        return {**content, "types": types} if types else content
 
     def save(self, model_folder: Path) -> None:
         """Write the contract beside a saved model."""

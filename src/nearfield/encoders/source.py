@@ -172,9 +172,9 @@ def locate(name_or_path: str, revision: str | None = None) -> ModelSource:
         path = path.resolve()
         content = _gguf_content(path)
         return ModelSource(f"local/{path.stem}", content, str(path), content=content)
-    found = find_offline(name_or_path, revision)
-    if found:
-        model, place = found
+    offline = find_offline(name_or_path, revision)
+    if offline:
+        model, place = offline
         note = f"{model.name} is read from the package {model.package} (weights verified against revision {model.revision[:8]})"
         content = folder_revision(place) if place.is_dir() else _gguf_content(place)
         return ModelSource(model.name, model.revision, str(place), note, content)
@@ -311,20 +311,20 @@ def _place_of_base(stands_on: AdapterBase, folder: Path, given: str | None) -> s
         name = stands_on.name.removeprefix("local/")
         named = [] if stands_on.path is None else [str(folder / stands_on.path)]
         places = [given] if given is not None else [*named, stands_on.name, str(folder.parent / name)]
-        found = next((place for place in map(locate, filter(_is_there, places)) if Path(place.path).is_dir()), None)
-        if found is None:
+        base = next((place for place in map(locate, filter(_is_there, places)) if Path(place.path).is_dir()), None)
+        if base is None:
             raise BadInputError(
                 f"this folder holds an adapter only, and its base (the folder {name!r}, content {stands_on.revision}) is not here",
                 where=str(folder),
                 hint=f"Put it at {places[0]}, or name it with --base. {hint}",
             )
-        if stands_on.revision not in (None, "main", found.revision):
+        if stands_on.revision not in (None, "main", base.revision):
             raise BadInputError(
-                f"the model at {found.path} is not the base that this adapter was trained on (revision {found.revision}, wanted {stands_on.revision})",
+                f"the model at {base.path} is not the base that this adapter was trained on (revision {base.revision}, wanted {stands_on.revision})",
                 where=str(folder),
                 hint=hint,
             )
-        return found.path
+        return base.path
     source = locate(stands_on.name, None if stands_on.revision == "main" else stands_on.revision)
     if Path(source.path).is_dir():
         return source.path
@@ -339,10 +339,10 @@ def _place_of_base(stands_on: AdapterBase, folder: Path, given: str | None) -> s
 
 
 def _check_base_weights(stands_on: AdapterBase, base_path: str, folder: Path) -> None:
-    found = weights_hash(base_path)
-    if stands_on.weights not in (None, found):
+    actual = weights_hash(base_path)
+    if stands_on.weights not in (None, actual):
         raise BadInputError(
-            f"the weights of {base_path} are not those that this adapter was trained on (hash {found}, wanted "
+            f"the weights of {base_path} are not those that this adapter was trained on (hash {actual}, wanted "
             f"{stands_on.weights})",
             where=str(folder),
         )
@@ -358,11 +358,11 @@ def stated_file(model: str, revision: str | None, name: str) -> Path | None:
     if folder.exists():
         return folder / name if (folder / name).is_file() else None
     try:
-        found = find_offline(model, revision)
+        offline = find_offline(model, revision)
     except BadInputError:
         return None  # said when the model is loaded
-    if found is not None:
-        place = found[1] / name
+    if offline is not None:
+        place = offline[1] / name
         return place if place.is_file() else None
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
@@ -384,8 +384,8 @@ def read_stated(model: str, revision: str | None, name: str) -> Any:
 def stated_settings(model: str, revision: str | None = None) -> dict[str, Any]:
     """The prompts, similarity function and truncation that a folder, offline package or hub model states; empty where it states
     nothing, or is out of reach."""
-    found = read_stated(model, revision, SETTINGS)
-    return found if isinstance(found, dict) else {}
+    settings = read_stated(model, revision, SETTINGS)
+    return settings if isinstance(settings, dict) else {}
 
 
 def stated_similarity(model: str, revision: str | None = None) -> str:

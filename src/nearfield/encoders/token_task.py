@@ -330,7 +330,7 @@ class TokenTask(nn.Module):
         states = token_states(model, {name: value for name, value in features.items() if name != TARGETS})
         hidden, real = states["token_embeddings"], states["attention_mask"]
         pooled = pool(model, states)
-        found = [
+        parts = [
             truncated(model, pooled["sentence_embedding"]),
             *self._losses(hidden, targets.labels, self.config.predict == "next"),
         ]
@@ -340,8 +340,8 @@ class TokenTask(nn.Module):
             tokens = model[0].auto_model.get_input_embeddings()(targets.ids)
             decoded = self.decoder(pooled["pooled"], tokens, places, targets.seen)
             labels = torch.where(targets.words, targets.ids, NOTHING)
-            found += self._losses(decoded, labels, False)
-        return torch.cat([part.reshape(len(part), -1).to(_widest(found)) for part in found], dim=1)
+            parts += self._losses(decoded, labels, False)
+        return torch.cat([part.reshape(len(part), -1).to(_widest(parts)) for part in parts], dim=1)
 
     def _losses(self, states: Tensor, labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
         """(n,) the summed loss of each text's labels, and how many it has."""

@@ -63,12 +63,12 @@ def whole_lengths(model: SentenceTransformer, texts: Sequence[str], prompt: str)
     chats = "message" in getattr(first, "modality_config", {}) or getattr(first, "can_flatten_inputs", False)
     text: dict[str, Any] = {"truncation": False} if chats else {"truncation": False, "padding": False}
     settings = {"text": text, "common": {} if chats else {"return_tensors": None}}
-    found: list[int] = []
+    lengths: list[int] = []
     for block in _blocks(texts):
         features = model.preprocess(list(block), prompt=prompt or None, processing_kwargs=settings)
         # Some tokenizers give no mask: without padding a row's own length is the text's.
-        found += [sum(row) for row in features["attention_mask"]] if chats else map(len, features["input_ids"])
-    return [int(length) for length in found]
+        lengths += [sum(row) for row in features["attention_mask"]] if chats else map(len, features["input_ids"])
+    return [int(length) for length in lengths]
 
 
 def lost_tokens(model: SentenceTransformer, texts: Sequence[str], prompt: str, kept: Sequence[int]) -> list[int]:
@@ -141,8 +141,8 @@ def tokens_before(model: SentenceTransformer, prompt: str, text: str) -> int | N
     if not getattr(tokenizer, "is_fast", False):
         return None
     joined = prompt + text
-    found = tokenizer(joined, return_offsets_mapping=True, truncation=False, verbose=False)
-    ends = [end for _, end in found["offset_mapping"]]
+    encoded = tokenizer(joined, return_offsets_mapping=True, truncation=False, verbose=False)
+    ends = [end for _, end in encoded["offset_mapping"]]
     # Special tokens have no place: those at the front count as the prompt's.
     return next((i for i, end in enumerate(ends) if joined[len(prompt) : end].strip()), len(ends))
 
@@ -303,19 +303,19 @@ def token_ids(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> 
     for start in range(0, len(texts), _BLOCK):
         block = list(texts[start : start + _BLOCK])
         if together:
-            found = row_ids(model, block, [None] * len(block), prompt)
+            block_ids = row_ids(model, block, [None] * len(block), prompt)
         elif static:
-            found = static_token_ids(model, block, prompt)
+            block_ids = static_token_ids(model, block, prompt)
         elif ragged is not None:
             features = model.preprocess(block, prompt=prompt or None, processing_kwargs=ragged)
-            found = [np.array(ids, dtype=np.int32) for ids in features["input_ids"]]
+            block_ids = [np.array(ids, dtype=np.int32) for ids in features["input_ids"]]
         else:
             features = model.preprocess(block, prompt=prompt or None)
             ids = features["input_ids"].numpy().astype(np.int32)
             mask = features["attention_mask"].numpy().astype(bool)
-            found = [row[keep] for row, keep in zip(ids, mask, strict=True)]
-        check_rows(model, block, found, table)
-        rows += found
+            block_ids = [row[keep] for row, keep in zip(ids, mask, strict=True)]
+        check_rows(model, block, block_ids, table)
+        rows += block_ids
     return rows
 
 
@@ -333,10 +333,10 @@ def item_token_ids(
     if family_of(model) is not None:
         shown = [(width, height) if width else None for width, height in sizes.tolist()]
         return row_ids(model, texts, shown, prompt)
-    found: list[npt.NDArray[np.int32]] = [np.empty(0, dtype=np.int32)] * len(rows)
+    ids_of_items: list[npt.NDArray[np.int32]] = [np.empty(0, dtype=np.int32)] * len(rows)
     plain = np.flatnonzero(~with_image)
     for place, ids in zip(plain.tolist(), token_ids(model, [texts[i] for i in plain], prompt), strict=True):
-        found[place] = ids
+        ids_of_items[place] = ids
     if with_image.any():
         if not takes_images(model):
             raise BadInputError(
@@ -354,8 +354,8 @@ def item_token_ids(
             )
         ids = np.full(image_tokens(model), IMAGE, dtype=np.int32)
         for place in np.flatnonzero(with_image).tolist():
-            found[place] = ids
-    return found
+            ids_of_items[place] = ids
+    return ids_of_items
 
 
 def _ragged(model: SentenceTransformer) -> dict[str, dict[str, Any]] | None:

@@ -22,14 +22,14 @@ EMBEDDING = re.compile(r"embed|(?:^|\.)(?:wte|wpe|shared)\.|relative_attention_b
 
 def transformer_of(model: SentenceTransformer, where: str) -> PreTrainedModel:
     """The transformer that a model begins with; :class:`BadInputError` where it begins with something else."""
-    found: PreTrainedModel | None = getattr(model[0], "auto_model", None)
-    if found is None:
+    transformer: PreTrainedModel | None = getattr(model[0], "auto_model", None)
+    if transformer is None:
         raise BadInputError(
             f"this needs a transformer, and the model's first module is a {type(model[0]).__name__}",
             where=where,
             hint="Leave it out.",
         )
-    return found
+    return transformer
 
 
 def layers_of(transformer: PreTrainedModel, where: str) -> list[str]:

@@ -193,7 +193,7 @@ def try_company(model: SentenceTransformer, name: str) -> tuple[Notice, ...]:
     """
     if family_of(model) is not None:
         return ()  # these are tried out with images and texts in one row
-    found = []
+    notices = []
     for what, items in _items(model).items():
         try:
             with torch.no_grad(), torch.random.fork_rng(), evaluating(model):
@@ -206,7 +206,7 @@ def try_company(model: SentenceTransformer, name: str) -> tuple[Notice, ...]:
                 f"sentence-transformers cannot embed {what} with this model: {reason}", where=name
             ) from error
         if not apart <= rounding(model):
-            found.append(
+            notices.append(
                 Notice(
                     "batch-dependent",
                     f"{name} gives {what} other vectors in company than alone (by {apart:.2g} of the largest value): scores "
@@ -215,7 +215,7 @@ def try_company(model: SentenceTransformer, name: str) -> tuple[Notice, ...]:
                     "only.",
                 )
             )
-    return tuple(found)
+    return tuple(notices)
 
 
 def _tasks(model: SentenceTransformer) -> tuple[dict[str, str], ...]:
@@ -236,14 +236,14 @@ def _apart(model: SentenceTransformer, items: list[Any], task: dict[str, str]) -
 def _items(model: SentenceTransformer) -> dict[str, list[Any]]:
     """The items that the model is tried out with, by name: a short and a long one of each kind that it takes."""
     taken: Sequence[Any] = model.modalities
-    found: dict[str, list[Any]] = {}
+    items: dict[str, list[Any]] = {}
     if "text" in taken or not taken:
-        found["texts"] = list(_TEXTS)
+        items["texts"] = list(_TEXTS)
     if "image" in taken:
         random = np.random.default_rng(0)
         pixels = [random.integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8) for _ in range(2)]
-        found["images"] = [pillow().fromarray(each) for each in pixels]
-    return found
+        items["images"] = [pillow().fromarray(each) for each in pixels]
+    return items
 
 
 def _embedded(model: SentenceTransformer, items: list[Any], task: dict[str, str]) -> Tensor:

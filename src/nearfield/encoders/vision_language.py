@@ -245,7 +245,7 @@ def row_ids(
     behind = int(family is not None and not family.mark.endswith(processor.image_token))
     limit = longest_input(model) if cut else None
     lines = tokenizer(rendered, truncation=False, padding=False, add_special_tokens=special, verbose=False)
-    found: list[Ids] = []
+    ids_of_rows: list[Ids] = []
     for text, size, line in zip(texts, sizes, lines["input_ids"], strict=True):
         ids = np.asarray(line, dtype=np.int32)
         places = np.flatnonzero(ids == image_token_id(model))
@@ -257,7 +257,7 @@ def row_ids(
         if size is None:
             if limit is not None and len(ids) > limit:
                 ids = module.preprocess([text], prompt=prompt or None)["input_ids"][0].numpy().astype(np.int32)
-            found.append(ids)
+            ids_of_rows.append(ids)
             continue
         run = _run(model, size)
         ids = np.concatenate([ids[: places[0]], run, ids[places[0] + 1 :]])
@@ -270,8 +270,8 @@ def row_ids(
                     hint="Raise it (and training.max_length, where that is less), or let the data keep smaller images (images.max_side).",
                 )
             ids = np.concatenate([ids[: limit - ending], ids[len(ids) - ending :]])
-        found.append(ids)
-    return found
+        ids_of_rows.append(ids)
+    return ids_of_rows
 
 
 def _rendered(module: Any, texts: Sequence[str], with_image: Sequence[bool], prompt: str) -> list[str]:
@@ -281,8 +281,8 @@ def _rendered(module: Any, texts: Sequence[str], with_image: Sequence[bool], pro
         parts = [*([{"type": "image"}] if image else []), *([{"type": "text", "text": text}] if text else [])]
         system = [{"role": "system", "content": [{"type": "text", "text": prompt}]}] if prompt else []
         conversations.append([*system, {"role": "user", "content": parts}])
-    found: list[str] = module.processor.apply_chat_template(conversations, tokenize=False) if conversations else []
-    return found
+    rendered: list[str] = module.processor.apply_chat_template(conversations, tokenize=False) if conversations else []
+    return rendered
 
 
 def _ending(tokenizer: Any) -> int:

@@ -276,7 +276,7 @@ def _shared(
 
 def chosen_keys(read: Mapping[str, Mapping[Key, TaskScores]], tasks: Sequence[str] | None) -> list[Key]:
     """All keys of some models' scores, in order, of the named tasks if there are names."""
-    keys = sorted({key for found in read.values() for key in found})
+    keys = sorted({key for scores in read.values() for key in scores})
     known = list(dict.fromkeys(task for task, _, _ in keys))
     for task in tasks or ():
         if task not in known:
@@ -473,13 +473,13 @@ def _method_rows(
     keys = [key for key in keys if len({run[key].data_revision for run in (*ours, *theirs)}) == 1]
     if not keys:
         raise BadInputError(f"{label} and {base} share no task on the same data", hint="Score both on the same suite.")
-    found = [(key, ours[0][key].metric, _scores(ours, key), _scores(theirs, key)) for key in keys]
+    compared = [(key, ours[0][key].metric, _scores(ours, key), _scores(theirs, key)) for key in keys]
     if len({key[0] for key in keys}) > 1:
         means = [[_mean_over_tasks(run, keys) for run in side] for side in (ours, theirs)]
-        found.append((MEAN_OVER_TASKS, "main scores", means[0], means[1]))
+        compared.append((MEAN_OVER_TASKS, "main scores", means[0], means[1]))
     return [
         MethodRow(*key, metric, label, base, tuple(seeds), tuple(us), tuple(them), float(np.mean(us) - np.mean(them)))
-        for key, metric, us, them in found
+        for key, metric, us, them in compared
     ]
 
 
@@ -611,7 +611,7 @@ def compare_published(
     places: dict[str, tuple[int, int]] = {}
     for key, of in sorted(ours.items()):
         interval = score_interval(key, of, samples, level, seed)
-        known = {name: found[key] for name, found in theirs.items() if key in found}
+        known = {name: scores[key] for name, scores in theirs.items() if key in scores}
         if resolved.is_relative_to(against.resolve()):
             known.pop(f"{model.name}@{resolved.name[:8]}", None)
         for name, (score, revision) in sorted(known.items(), key=lambda item: -item[1][0]):

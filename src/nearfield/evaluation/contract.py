@@ -109,15 +109,15 @@ class TrainedPrompts:
 
 def _by_type(tasks: Mapping[str, Mapping[str, Any]], sides: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Task type -> role -> what its sources were trained with; texts without a role may get what those ``sides`` had."""
-    found: dict[str, dict[str, set[str]]] = {}
+    by_type: dict[str, dict[str, set[str]]] = {}
     for task in tasks.values():
-        of, several = found.setdefault(task["task_type"], {}), task.get("phrasings", {})
+        of, several = by_type.setdefault(task["task_type"], {}), task.get("phrasings", {})
         for role in ROLES:
             texts = {text or "" for text in several.get(role, [task.get(role)])}
             of.setdefault(role, set()).update(texts)
             if role in sides and not has_roles(task["task_type"]):
                 of.setdefault(TEXT, set()).update(texts)
-    return {task_type: {role: sorted(texts) for role, texts in of.items()} for task_type, of in found.items()}
+    return {task_type: {role: sorted(texts) for role, texts in of.items()} for task_type, of in by_type.items()}
 
 
 def check_contract(encoder: Prompting, folder: Path, tasks: Sequence[Any]) -> TrainedPrompts | None:
@@ -143,10 +143,10 @@ def prompt_notices(
     ``check`` raises as :func:`check_contract` does; without it what would be refused is said.
     """
     contract = check_contract(encoder, folder, tasks) if check else TrainedPrompts.read(folder)
-    found = untrained_types(encoder, contract, tasks)
+    notices = untrained_types(encoder, contract, tasks)
     if contract is not None and not check:
-        found[""] = (as_is_notice(encoder, contract, tasks),)
-    return found
+        notices[""] = (as_is_notice(encoder, contract, tasks),)
+    return notices
 
 
 def check_prompts(encoder: Prompting, contract: TrainedPrompts, tasks: Sequence[Any], *, where: str, hint: str) -> None:
@@ -174,7 +174,7 @@ def untrained_types(
     encoder: Prompting, contract: TrainedPrompts | None, tasks: Sequence[Any]
 ) -> dict[str, tuple[Notice, ...]]:
     """Task -> a notice that no source of the training was of its type, and what its texts get; empty without a contract."""
-    found: dict[str, tuple[Notice, ...]] = {}
+    notices: dict[str, tuple[Notice, ...]] = {}
     for task in tasks:
         name, task_type = str(task.metadata.name), str(task.metadata.type)
         if contract is None or contract.knows(task_type):
@@ -183,7 +183,7 @@ def untrained_types(
             f"{_said(encoder.prompt_for(task.metadata, role))} before {f'each {role.value}' if role else 'its texts'}"
             for role in roles_of(task)
         ]
-        found[name] = (
+        notices[name] = (
             Notice(
                 "type-not-trained",
                 f"type not trained: no source of the training was of type {task_type}; {name} puts {' and '.join(puts)}",
@@ -191,7 +191,7 @@ def untrained_types(
                 "prompts.fallback of the recipe.",
             ),
         )
-    return found
+    return notices
 
 
 def as_is_notice(encoder: Prompting, contract: TrainedPrompts, tasks: Sequence[Any]) -> Notice:

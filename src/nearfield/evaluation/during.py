@@ -113,7 +113,7 @@ class DuringTraining:
 
     def __call__(self, encode: EncodePrompted) -> dict[str, float]:
         self.handed.encode_texts = encode
-        scores, found = {}, {}
+        scores, extras = {}, {}
         try:
             for task in self.tasks:
                 with listening(self.said), self.said.about(task.name):
@@ -122,10 +122,10 @@ class DuringTraining:
                 assert main is not None
                 scores[task.name] = main
                 if self.extra is not None and self.extra[0] == task.name:
-                    found[".".join(self.extra)] = self._extra(result, self.extra[1])
+                    extras[".".join(self.extra)] = self._extra(result, self.extra[1])
         finally:
             self.handed.encode_texts = None
-        return {MEAN: sum(scores.values()) / len(scores), **scores, **found}
+        return {MEAN: sum(scores.values()) / len(scores), **scores, **extras}
 
     def _score(self, task: Any) -> TaskResult:
         if isinstance(task, AbsTaskAggregate):

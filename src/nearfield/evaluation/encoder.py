@@ -69,8 +69,8 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
 
     def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(n, d) whole vectors of texts without prompt or role, of unit length or not as the model makes them."""
-        found = self.encoder.each(texts, says=f"encoding {len(texts)} texts")
-        made = np.stack([found[text] for text in texts])
+        vector_of = self.encoder.each(texts, says=f"encoding {len(texts)} texts")
+        made = np.stack([vector_of[text] for text in texts])
         require_finite(made, texts.__getitem__, self.mteb_model_meta.name)
         return made
 
@@ -96,8 +96,8 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         texts: list[str] | None = None
         if {"audio", "video"} & set(inputs.dataset.features):
             asked = {"task_metadata": task_metadata, "hf_split": hf_split, "hf_subset": hf_subset}
-            found = super().encode(inputs, prompt_type=prompt_type, **asked, **kwargs)
-            whole = np.asarray(found, dtype=np.float32)
+            vectors = super().encode(inputs, prompt_type=prompt_type, **asked, **kwargs)
+            whole = np.asarray(vectors, dtype=np.float32)
         elif "image" in inputs.dataset.features:
             prompt = self.prompt_for(task_metadata, prompt_type)
             batches = track(inputs, f"{task_metadata.name}: encoding images")

@@ -47,18 +47,18 @@ _PARTS = {"corpus": ("id",), "queries": ("id",), "qrels": ("query-id", "corpus-i
 def task_folders(folder: Path, only: Sequence[str] | None = None) -> list[Path]:
     """The task folders at or below a folder, by name; ``only`` keeps the tasks named there."""
     if (folder / META).is_file():
-        found = [folder]
+        folders = [folder]
     elif folder.is_dir():
-        found = sorted(child for child in folder.iterdir() if (child / META).is_file())
+        folders = sorted(child for child in folder.iterdir() if (child / META).is_file())
     else:
         raise BadInputError("this folder does not exist", where=str(folder))
-    if not found:
+    if not folders:
         raise BadInputError(
             "this folder holds no task", where=str(folder), hint=f"A task is a folder with {META} and Parquet files."
         )
     if only is None:
-        return found
-    names = {str(_meta(child)["task"]): child for child in found}
+        return folders
+    names = {str(_meta(child)["task"]): child for child in folders}
     for name in only:
         if name not in names:
             raise BadInputError(
@@ -127,12 +127,12 @@ def _official(folder: Path, meta: dict[str, Any]) -> type[Any] | None:
 
 def _schemas(files: Sequence[Path]) -> dict[str, pa.Schema]:
     """The columns of the first file of each part: ``corpus``, ``queries``, ...; ``""`` of a task with one file a split."""
-    found: dict[str, pa.Schema] = {}
+    schemas: dict[str, pa.Schema] = {}
     for file in files:
         part = file.name.removesuffix(".parquet").rpartition(".")[2]
         with _readable(file):
-            found.setdefault(part if part in (*_PARTS, "top_ranked") else "", pq.read_schema(file))
-    return found
+            schemas.setdefault(part if part in (*_PARTS, "top_ranked") else "", pq.read_schema(file))
+    return schemas
 
 
 def _meta(folder: Path) -> dict[str, Any]:
@@ -244,14 +244,14 @@ def own_shape(
 
 
 def _letters(schema: pa.Schema, folder: Path) -> str:
-    found = "".join(letter for letter, name in (("i", "image"), ("t", "text")) if name in schema.names)
-    if not found:
+    letters = "".join(letter for letter, name in (("i", "image"), ("t", "text")) if name in schema.names)
+    if not letters:
         raise BadInputError(
             "the queries or the corpus have neither a column 'text' nor 'image'",
             where=str(folder),
             hint=f"Columns there: {', '.join(schema.names)}.",
         )
-    return found
+    return letters
 
 
 def _one(names: Sequence[str]) -> str | list[str]:

@@ -169,14 +169,14 @@ _LETTERS = {"text": "t", "image": "i", "text+image": "it"}
 
 def _modality(config: HeldOutTask, store: Any, rows: Ints) -> str:
     """The modality of all of these items; :class:`BadInputError` where some are texts and some images."""
-    found = set(store.modalities(rows)) if store.has_images else {"text"}
-    if len(found) > 1:
+    modalities = set(store.modalities(rows)) if store.has_images else {"text"}
+    if len(modalities) > 1:
         raise BadInputError(
-            f"the source {config.source!r} has items of several kinds on one side ({', '.join(sorted(found))}), which no task of "
+            f"the source {config.source!r} has items of several kinds on one side ({', '.join(sorted(modalities))}), which no task of "
             "mteb's can hold",
             where=str(config.data),
         )
-    return str(found.pop()) if found else "text"
+    return str(modalities.pop()) if modalities else "text"
 
 
 def _relevant(store: Any, queries: Ints, corpus: Ints, reverse: bool) -> dict[int, list[int]]:
@@ -185,8 +185,8 @@ def _relevant(store: Any, queries: Ints, corpus: Ints, reverse: bool) -> dict[in
     wanted = np.zeros(store.items.num_rows, dtype=bool)
     if not reverse:
         wanted[corpus] = True
-        found = {int(query): [int(d) for d in known[int(query)] if wanted[d]] for query in queries}
-        return {query: documents for query, documents in found.items() if documents}
+        relevant = {int(query): [int(d) for d in known[int(query)] if wanted[d]] for query in queries}
+        return {query: documents for query, documents in relevant.items() if documents}
     wanted[queries] = True
     turned: dict[int, list[int]] = {}
     for document in corpus.tolist():

@@ -47,7 +47,7 @@ def update_card(model: Path, results: Path, *, samples: int = 10_000, level: flo
     return card
 
 
-def with_index(text: str, name: str, found: Mapping[Key, TaskScores]) -> str:
+def with_index(text: str, name: str, scores: Mapping[Key, TaskScores]) -> str:
     """The card with its front matter's ``model-index`` (what the hub shows as evaluation results) made anew.
 
     Only scores on official data stand there: those on local data, and of tasks that mteb does not have, are in the table
@@ -55,7 +55,7 @@ def with_index(text: str, name: str, found: Mapping[Key, TaskScores]) -> str:
     """
     entries = [
         entry
-        for key, of in sorted(found.items())
+        for key, of in sorted(scores.items())
         if not of.data_revision.startswith(LOCAL) and (entry := _entry(key, of)) is not None
     ]
     head: Any = {}
@@ -93,8 +93,8 @@ def _entry(key: Key, of: TaskScores) -> dict[str, Any] | None:
 
 def scores_section(results: Path, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> str:
     """Markdown with a row a task: score, interval, units, what the interval speaks of, data revision, prompts."""
-    found = read_scores(results)
-    if not found:
+    scores = read_scores(results)
+    if not scores:
         raise BadInputError("there are no scores", where=str(results), hint="Score the model with nearfield eval.")
     facts: dict[str, dict[str, Any]] = {}
     versions: dict[str, str] = {}
@@ -103,7 +103,7 @@ def scores_section(results: Path, *, samples: int = 10_000, level: float = 0.95,
         versions = line.get("versions", versions)
     lines = [START, "## Scores", "", f"| task | score | {100 * level:g} % interval | units | of | prompts | data |"]
     lines += ["| --- | ---: | ---: | ---: | --- | --- | --- |"]
-    for key, of in sorted(found.items()):
+    for key, of in sorted(scores.items()):
         interval = score_interval(key, of, samples, level, seed)
         ends = "none" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
         units, clusters = of.sizes
@@ -122,7 +122,7 @@ def scores_section(results: Path, *, samples: int = 10_000, level: float = 0.95,
             of.data_revision,
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    said = score_notices({"scores": found}, sorted(found))
+    said = score_notices({"scores": scores}, sorted(scores))
     if said:
         lines += ["", "What to know of scores with an asterisk:", ""]
         lines += [f"- {tasks_in_words(notice.tasks, notice.everywhere)}: {notice.what}" for notice in said]

@@ -185,11 +185,11 @@ def _columns(read: Mapping[str, Mapping[Key, TaskScores]], tasks: Sequence[str] 
     notes = []
     for task in dict.fromkeys(task for task, _, _ in keys):
         own = [key for key in keys if key[0] == task]
-        found = [scores[key] for scores in read.values() for key in own if key in scores]
-        if len({of.data_revision for of in found}) > 1 or len({of.metric for of in found}) > 1:
+        of_task = [scores[key] for scores in read.values() for key in own if key in scores]
+        if len({of.data_revision for of in of_task}) > 1 or len({of.metric for of in of_task}) > 1:
             notes.append(f"{task} is left out: the models were scored on different data or by different metrics")
             continue
-        columns[task] = (own, found[0])
+        columns[task] = (own, of_task[0])
     if not columns:
         raise BadInputError("the models have no task in common", hint="Score them on the same suite.")
     return columns, notes
@@ -221,14 +221,14 @@ def _matrix(
 
 def _dependent(read: Mapping[str, Mapping[Key, TaskScores]], columns: Columns) -> list[str]:
     """The sentence about tasks one component of whose units is too large: no figure of the table has an interval then."""
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for task, (keys, _) in columns.items():
         for key in keys:
             for scores in read.values():
                 reason = scores[key].reason if key in scores else None
                 if reason is not None and statistics.is_too_large(reason):
-                    found.setdefault(task, reason)
-    return [f"{task}: {reason}; so the table has neither intervals nor ranks" for task, reason in found.items()]
+                    reasons.setdefault(task, reason)
+    return [f"{task}: {reason}; so the table has neither intervals nor ranks" for task, reason in reasons.items()]
 
 
 def _value(value: float, replicates: Floats, level: float) -> Value:

@@ -187,16 +187,16 @@ def official_tasks(names: Mapping[str, Any]) -> dict[str, Any]:
     return {name: task for name in names if (task := official_task(name)) is not None}
 
 
-def check_results(found: Results, tasks: Mapping[str, Any], folder: Path) -> list[Check]:
+def check_results(results: Results, tasks: Mapping[str, Any], folder: Path) -> list[Check]:
     """Whether the leaderboard takes results as they are; ``folder`` holds mteb's file of run settings."""
     settled = _settled(folder / RUN_SETTINGS)
-    known = {name: (result, tasks[name]) for name, result in found.items() if name in tasks}
+    known = {name: (result, tasks[name]) for name, result in results.items() if name in tasks}
     rules = (
-        ("data revisions", "those of mteb", {n: _other_revision(r, tasks.get(n)) for n, r in found.items()}),
-        ("mteb version", f"{OLDEST} or newer", {n: _old_versions(r) for n, r in found.items()}),
+        ("data revisions", "those of mteb", {n: _other_revision(r, tasks.get(n)) for n, r in results.items()}),
+        ("mteb version", f"{OLDEST} or newer", {n: _old_versions(r) for n, r in results.items()}),
         ("splits and subsets", "those of the tasks", {n: _wrong_places(r, task) for n, (r, task) in known.items()}),
         ("scores", "each is its metric's value", {n: _wrong_scores(r, task) for n, (r, task) in known.items()}),
-        ("run settings", "of each score", {n: _unsettled(n, r, settled) for n, r in found.items()}),
+        ("run settings", "of each score", {n: _unsettled(n, r, settled) for n, r in results.items()}),
     )
     checks = []
     for name, fine, said in rules:
@@ -204,7 +204,7 @@ def check_results(found: Results, tasks: Mapping[str, Any], folder: Path) -> lis
         if problems:
             checks.append(Check(name, False, in_words(problems)))
         else:
-            checks.append(Check(name, bool(found), fine if found else "there is no result"))
+            checks.append(Check(name, bool(results), fine if results else "there is no result"))
     return checks
 
 
@@ -312,11 +312,11 @@ def _settled(file: Path) -> set[tuple[str, str, str]]:
     return settled
 
 
-def missing_places(found: Results, tasks: Mapping[str, Any]) -> Problems:
+def missing_places(results: Results, tasks: Mapping[str, Any]) -> Problems:
     """Splits and subsets of a task that a result lacks; ``tasks`` may be cut to the ones of a benchmark."""
     made: Problems = {}
     for name, task in tasks.items():
-        have = {(split, subset) for split, subset, _ in _entries(found[name])}
+        have = {(split, subset) for split, subset, _ in _entries(results[name])}
         subsets = ["default"] if task.is_aggregate else list(task.hf_subsets)
         lacking = [
             f"{subset}/{split}" for split in task.eval_splits for subset in subsets if (split, subset) not in have

@@ -350,7 +350,7 @@ def moved_data(folders: Iterable[Path]) -> dict[str, tuple[str, str]]:
     """Official task -> the revision of its data that results were scored on, and the one that this mteb would score instead."""
     import mteb
 
-    found: dict[str, tuple[str, str]] = {}
+    moved: dict[str, tuple[str, str]] = {}
     for file in (file for folder in folders for file in sorted(folder.glob("*.json"))):
         result = read_json(file, "result")
         scored = result.get("dataset_revision") if isinstance(result, dict) else None
@@ -361,8 +361,8 @@ def moved_data(folders: Iterable[Path]) -> dict[str, tuple[str, str]]:
         except KeyError:  # a task of a user's own, or one that mteb has no more
             continue
         if now != scored:
-            found[file.stem] = (scored, str(now))
-    return found
+            moved[file.stem] = (scored, str(now))
+    return moved
 
 
 def check_scores(folder: Path, task: str) -> None:
@@ -384,7 +384,7 @@ def _scores_checksum(folder: Path, task: str) -> str:
 
 def read_scores(folder: Path) -> dict[Key, TaskScores]:
     """All scores of a results folder that nearfield wrote, checked: the units must give the main score again."""
-    found: dict[Key, TaskScores] = {}
+    scores_of: dict[Key, TaskScores] = {}
     for file in sorted(folder.glob(f"*{UNITS_SUFFIX}")):
         task = file.name.removesuffix(UNITS_SUFFIX)
         table, metadata = read_units(folder, task)
@@ -409,8 +409,10 @@ def read_scores(folder: Path) -> dict[Key, TaskScores]:
             if reason is None:
                 scores = _independent(_add_units(scores, rows, file))
             notices = (*from_file(metadata.get("notices")), *_unknown(metadata.get("version"), scores))
-            found[task, subset, split] = replace(scores, task_type=str(metadata.get("task_type", "")), notices=notices)
-    return found
+            scores_of[task, subset, split] = replace(
+                scores, task_type=str(metadata.get("task_type", "")), notices=notices
+            )
+    return scores_of
 
 
 def _add_units(scores: TaskScores, rows: pa.Table, file: Path) -> TaskScores:
@@ -494,7 +496,7 @@ def read_published(folder: Path, wanted: Iterable[Key]) -> dict[str, dict[Key, t
     """
     keys = set(wanted)
     names = {f"{task}.json" for task, _, _ in keys}
-    found: dict[str, dict[Key, tuple[float, str]]] = {}
+    published: dict[str, dict[Key, tuple[float, str]]] = {}
     for place, folders, files in os.walk(folder):
         folders.sort()
         for file in sorted(names & set(files)):
@@ -508,8 +510,8 @@ def read_published(folder: Path, wanted: Iterable[Key]) -> dict[str, dict[Key, t
                     key = (file.removesuffix(".json"), str(entry.get("hf_subset")), str(split))
                     score = entry.get("main_score")
                     if key in keys and isinstance(score, int | float):
-                        found.setdefault(label, {})[key] = (float(score), str(value.get("dataset_revision")))
-    return found
+                        published.setdefault(label, {})[key] = (float(score), str(value.get("dataset_revision")))
+    return published
 
 
 def _label(folder: Path) -> str:

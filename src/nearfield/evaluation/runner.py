@@ -100,7 +100,7 @@ def evaluate(
             refuse(said.of(), where=scored.name)
         result = _score_tasks(scored, suite_tasks, out, prompts, overwrite, said)
     if strict:
-        refuse([notice for found in result.notices.values() for notice in found], where=str(result.results_dir))
+        refuse([notice for notices in result.notices.values() for notice in notices], where=str(result.results_dir))
     return result
 
 
@@ -119,8 +119,8 @@ def _score_tasks(
     notes = [scored.note] if scored.note else []
     if scored.encoder is not None and scored.folder is not None:
         parts = [part for t in applicable for part in parts_of(t.task)]
-        found = prompt_notices(scored.encoder, scored.folder, parts, check=prompts == "contract")
-        for name, notices in found.items():
+        by_task = prompt_notices(scored.encoder, scored.folder, parts, check=prompts == "contract")
+        for name, notices in by_task.items():
             for notice in notices:
                 said.say(notice, name)
 

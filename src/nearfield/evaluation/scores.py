@@ -67,17 +67,17 @@ class TaskScores:
 
 
 def joint_replicates(
-    key: Key, found: Mapping[str, TaskScores], samples: int, seed: int
+    key: Key, scores: Mapping[str, TaskScores], samples: int, seed: int
 ) -> Iterator[tuple[str, Floats]]:
     """Replicates ``[samples]`` of the score of each model that has units; models with the same units share every resample."""
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, of in found.items():
+    for name, of in scores.items():
         if of.reason is None:
             same = (of.data_revision, of.estimator, of.ids, of.clusters, of.values.shape, of.truth.tobytes())
             groups.setdefault(same, []).append(name)
     for members in groups.values():
-        first, rng = found[members[0]], generator(seed, "bootstrap", *key)
-        values = np.stack([found[name].values for name in members], axis=-1)
+        first, rng = scores[members[0]], generator(seed, "bootstrap", *key)
+        values = np.stack([scores[name].values for name in members], axis=-1)
         replicates = first.estimator.replicates(first.truth, values, first.numbers, samples, rng)
         for i, name in enumerate(members):
             yield name, replicates[:, i]
@@ -166,11 +166,11 @@ def score_notices(read: Mapping[str, Mapping[Key, TaskScores]], keys: Iterable[K
     """The notices of each model's scores under these keys."""
     shown = list(keys)
     made = []
-    for model, found in read.items():
-        own = [key for key in shown if key in found]
+    for model, scores in read.items():
+        own = [key for key in shown if key in scores]
         tasks: dict[Notice, dict[str, None]] = {}
         for key in own:
-            for notice in found[key].notices:
+            for notice in scores[key].notices:
                 tasks.setdefault(notice, {})[key[0]] = None
         scored = {key[0] for key in own}
         made += [

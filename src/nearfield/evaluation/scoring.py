@@ -169,13 +169,13 @@ def _range(task: Any) -> str:
 
 def _refuse(bad: Iterable[Any], column: str, wanted: str, where: str, hint: str | None = None) -> None:
     """Raise where a label is bad, with the number of such labels and the commonest of them."""
-    found = Counter(repr(value) for value in bad)
-    if found:
-        shown = ", ".join(value for value, _ in found.most_common(_PLACES))
-        count = found.total()
+    wrong = Counter(repr(value) for value in bad)
+    if wrong:
+        shown = ", ".join(value for value, _ in wrong.most_common(_PLACES))
+        count = wrong.total()
         raise BadInputError(
             f"{count:,} {'value' if count == 1 else 'values'} of the column {column!r} "
-            f"{'is' if count == 1 else 'are'} not {wanted}: {shown}{', …' if len(found) > _PLACES else ''}",
+            f"{'is' if count == 1 else 'are'} not {wanted}: {shown}{', …' if len(wrong) > _PLACES else ''}",
             where=where,
             hint=hint,
         )
@@ -212,15 +212,15 @@ def _queries_left_out(places: Sequence[tuple[str, Any]]) -> Iterator[Notice]:
         (unranked, "queries-without-candidates", "queries have no document to rank", "Give each query its top_ranked."),
     )
     for counts, code, words, hint in rules:
-        found = [(place, count, total) for place, count, total in counts if count]
-        if found:
-            yield Notice(code, f"{_counted(found)} {words}", hint)
+        missing = [(place, count, total) for place, count, total in counts if count]
+        if missing:
+            yield Notice(code, f"{_counted(missing)} {words}", hint)
 
 
-def _counted(found: Sequence[tuple[str, int, int]]) -> str:
+def _counted(places: Sequence[tuple[str, int, int]]) -> str:
     """``12 of 300``, of several places together, with the places where these are not the only one."""
-    count, total = sum(n for _, n, _ in found), sum(n for _, _, n in found)
-    named = [place for place, _, _ in found]
+    count, total = sum(n for _, n, _ in places), sum(n for _, _, n in places)
+    named = [place for place, _, _ in places]
     if len(named) == 1 and named[0].startswith("default/"):
         return f"{count:,} of {total:,}"
     more = f" and {len(named) - _PLACES} more" if len(named) > _PLACES else ""
@@ -239,15 +239,16 @@ def _items_left_out(task: Any, places: Sequence[tuple[str, Any]]) -> Iterator[No
         )
         yield _sampled(cut, "clusters", f"mteb's {why}")
     bare = [(place, _without_label(data[task.label_column_name][:]), len(data)) for place, data in places]
-    found = [(place, count, total) for place, count, total in bare if count]
-    if found:
+    missing = [(place, count, total) for place, count, total in bare if count]
+    if missing:
         yield Notice(
-            "items-without-label", f"{_counted(found)} items have the label -1, which mteb leaves out of the clustering"
+            "items-without-label",
+            f"{_counted(missing)} items have the label -1, which mteb leaves out of the clustering",
         )
 
 
-def _sampled(found: Sequence[tuple[str, int, int]], does: str, why: str) -> Notice:
-    return Notice("sampled", f"the task {does} {_counted(found)} items that are drawn ({why})")
+def _sampled(places: Sequence[tuple[str, int, int]], does: str, why: str) -> Notice:
+    return Notice("sampled", f"the task {does} {_counted(places)} items that are drawn ({why})")
 
 
 def _without_label(labels: Sequence[Any]) -> int:
@@ -465,7 +466,7 @@ class Recorder:
             data = self._data() if not parallel else {}
             gold = data["gold"] if "gold" in data else [(i, i) for i in range(len(neighbours))]
             right = [gold[i][1] for i in range(len(neighbours))]
-            matches = [found["corpus_id"] for found in neighbours]
+            matches = [neighbour["corpus_id"] for neighbour in neighbours]
             self._rows("sentence", "accuracy", [a == b for a, b in zip(right, matches, strict=True)])
             self._rows("sentence", "gold_match", right)
             self._rows("sentence", "match", matches)

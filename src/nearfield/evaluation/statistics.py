@@ -258,10 +258,10 @@ def rank_sets(estimates: Floats, replicates: Floats, level: float = 0.95) -> Ran
         apart = np.zeros(len(first), dtype=bool)
         while not apart.all():
             largest = standard[:, ~apart].max(axis=1)
-            found = ~apart & (distance > np.quantile(largest, level)) & (distance > 0)
-            if not found.any():
+            separated = ~apart & (distance > np.quantile(largest, level)) & (distance > 0)
+            if not separated.any():
                 break
-            apart |= found
+            apart |= separated
         above[first, second] = apart & (difference > 0)
         above[second, first] = apart & (difference < 0)
     low = 1 + above.sum(axis=0)

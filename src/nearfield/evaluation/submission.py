@@ -84,22 +84,22 @@ def submit(
     counted = None if model is None else _counted(model, stands_on)
     meta = read_meta(results / "model_meta.json", facts, model, counted)
     scored = read_meta(results / "model_meta.json", None)
-    found, local = _results(results)
-    tasks = official_tasks(found)
+    by_task, local = _results(results)
+    tasks = official_tasks(by_task)
     left_out = f"; left out, scored on local data: {', '.join(local)}" if local else ""
-    said = {task: from_file(read_json(results / f"{task}.json", "result").get("notices")) for task in sorted(found)}
+    said = {task: from_file(read_json(results / f"{task}.json", "result").get("notices")) for task in sorted(by_task)}
     stated = None if model is None else read_statement(_card(model))
-    prompts, lacking = _known_prompts(results, sorted(found))
-    known = Known(scored, counted, prompts, stated, frozenset(found))
+    prompts, lacking = _known_prompts(results, sorted(by_task))
+    known = Known(scored, counted, prompts, stated, frozenset(by_task))
     checks = [
         _named(meta, results),
         *describe(meta, known),
-        _complete(found, tasks, benchmark),
-        Check("official data", bool(found), f"{len(found)} results on official data{left_out}"),
-        *check_results(found, tasks, results),
+        _complete(by_task, tasks, benchmark),
+        Check("official data", bool(by_task), f"{len(by_task)} results on official data{left_out}"),
+        *check_results(by_task, tasks, results),
         _no_failures(results),
-        _prompts(prompts, lacking, _unchecked(results, sorted(found))),
-        _contamination(model, stated, sorted(found)),
+        _prompts(prompts, lacking, _unchecked(results, sorted(by_task))),
+        _contamination(model, stated, sorted(by_task)),
         _noticed(said),
         *([] if stands_on is None else [_base(stands_on)]),
     ]
@@ -107,12 +107,12 @@ def submit(
     with atomic_path(out) as aside:
         folder = aside / "results" / name / str(meta.revision)
         folder.mkdir(parents=True)
-        for task in found:
+        for task in by_task:
             shutil.copyfile(results / f"{task}.json", folder / f"{task}.json")
-        _copy_settings(results, folder, found)
+        _copy_settings(results, folder, by_task)
         (folder / "model_meta.json").write_text(json.dumps(meta.to_dict(), indent=2, default=str) + "\n")
         write_text(aside / "model_meta.py", as_python(meta))
-    checks.append(_read_back(out, meta, found))
+    checks.append(_read_back(out, meta, by_task))
     unstated = tuple(
         f"{field}: {example}"
         for field, example in ASKED.items()
@@ -248,7 +248,7 @@ def _with_loader(code: str) -> str:
 
 
 def _results(folder: Path) -> tuple[dict[str, TaskResult], list[str]]:
-    found, local = {}, []
+    results, local = {}, []
     for path in sorted(folder.glob("*.json")):
         if path.name == "model_meta.json":
             continue
@@ -264,8 +264,8 @@ def _results(folder: Path) -> tuple[dict[str, TaskResult], list[str]]:
         if str(result.dataset_revision).startswith(LOCAL):
             local.append(str(result.task_name))
         else:
-            found[str(result.task_name)] = result
-    return found, local
+            results[str(result.task_name)] = result
+    return results, local
 
 
 def _named(meta: ModelMeta, results: Path) -> Check:
@@ -282,13 +282,13 @@ def _named(meta: ModelMeta, results: Path) -> Check:
     return Check("name and revision", not wrong, detail + wrong)
 
 
-def _complete(found: Mapping[str, TaskResult], tasks: Mapping[str, Any], benchmark: str | None) -> Check:
+def _complete(results: Mapping[str, TaskResult], tasks: Mapping[str, Any], benchmark: str | None) -> Check:
     if benchmark is None:
-        missing = missing_places(found, tasks)
-        detail = f"{', '.join(sorted(found)) or 'none'} (no benchmark was named)"
+        missing = missing_places(results, tasks)
+        detail = f"{', '.join(sorted(results)) or 'none'} (no benchmark was named)"
         if missing:
             detail += f"; missing: {in_words(missing)}; if a benchmark has fewer, name it with --benchmark"
-        return Check("tasks", bool(found) and not missing, detail)
+        return Check("tasks", bool(results) and not missing, detail)
     try:
         # An aggregate is a result of its own, beside those of its parts.
         asked = [
@@ -299,8 +299,8 @@ def _complete(found: Mapping[str, TaskResult], tasks: Mapping[str, Any], benchma
     except KeyError as error:
         raise BadInputError(f"mteb: {error.args[0]}", where="benchmark") from error
     named = {str(task.metadata.name): task for task in asked}
-    incomplete = missing_places(found, {name: task for name, task in named.items() if name in found})
-    missing_tasks = {name: incomplete.get(name, []) for name in named if name not in found or name in incomplete}
+    incomplete = missing_places(results, {name: task for name, task in named.items() if name in results})
+    missing_tasks = {name: incomplete.get(name, []) for name in named if name not in results or name in incomplete}
     words = [name + (f" ({', '.join(lacking)})" if lacking else "") for name, lacking in missing_tasks.items()]
     detail = f"{benchmark}: {len(named) - len(words)} of {len(named)} tasks"
     return Check("tasks", not words, detail + (f"; missing: {', '.join(words)}" if words else ""))
@@ -388,19 +388,19 @@ def _copy_settings(results: Path, folder: Path, tasks: Collection[str]) -> None:
         write_text(folder / RUN_SETTINGS, "".join(f"{line}\n" for line in kept))
 
 
-def _read_back(out: Path, meta: ModelMeta, found: Mapping[str, TaskResult]) -> Check:
+def _read_back(out: Path, meta: ModelMeta, results: Mapping[str, TaskResult]) -> Check:
     """mteb's own loader must find in the folder what was put there, and keep its scores when it checks them."""
     name = "read back by mteb"
-    if not found:
+    if not results:
         return Check(name, False, "there is nothing to read")
-    known = sorted(official_tasks(found))
+    known = sorted(official_tasks(results))
     loaded = ResultCache(out).load_results(
         models=[str(meta.name)], tasks=known, include_remote=False, require_model_meta=True, validate_and_filter=True
     )
     read = {str(result.task_name): result for model in loaded.model_results for result in model.task_results}
-    same = [task for task in known if task in read and _main_scores(read[task]) == _main_scores(found[task])]
-    detail = f"{len(same)} of {len(found)} results"
-    other = sorted(set(found) - set(same))
+    same = [task for task in known if task in read and _main_scores(read[task]) == _main_scores(results[task])]
+    detail = f"{len(same)} of {len(results)} results"
+    other = sorted(set(results) - set(same))
     return Check(name, not other, detail + (f"; not as they are: {', '.join(other)}" if other else ""))
 
 

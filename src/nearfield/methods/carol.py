@@ -60,8 +60,8 @@ class CAROL(Objective):
         total = self.zero(batch.queries, batch.documents)
         losses = torch.zeros(len(batch.local_rows()), device=batch.queries.device)
         if share < 1:
-            found = self.contrast.forward(batch)
-            total, losses = total + (1 - share) * found.total, (1 - share) * found.rows
+            contrastive = self.contrast.forward(batch)
+            total, losses = total + (1 - share) * contrastive.total, (1 - share) * contrastive.rows
         if share:
             with torch.autocast(batch.queries.device.type, enabled=False):
                 embeddings, tokens = query_tokens(batch)

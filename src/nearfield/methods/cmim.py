@@ -96,8 +96,8 @@ class CMIM(Objective):
     @torch.no_grad()
     def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
         """``deviation`` of the latents, and ``belonging``, the mean probability P."""
-        found = belonging(self.draw(batch)[0], watched_rows(batch), self.config.temperature)
-        return {"deviation": float(self.log_deviation.exp().mean()), "belonging": float((-found).exp().mean())}
+        probabilities = belonging(self.draw(batch)[0], watched_rows(batch), self.config.temperature)
+        return {"deviation": float(self.log_deviation.exp().mean()), "belonging": float((-probabilities).exp().mean())}
 
 
 def belonging(latents: Tensor, rows: Tensor, temperature: float) -> Tensor:

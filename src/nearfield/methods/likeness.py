@@ -83,8 +83,8 @@ def paired_audit(source: Floats, target: Floats, known: int) -> float:
         raise ValueError("some pairs must be known, and some left to find")
     mapped = normalised(source[known:] @ procrustes(source[:known], target[:known]))
     others = normalised(target[known:])
-    found = (mapped @ others.T).argmax(axis=1)
-    return float((found == np.arange(len(others))).mean())
+    nearest = (mapped @ others.T).argmax(axis=1)
+    return float((nearest == np.arange(len(others))).mean())
 
 
 def compatibility(matrix: Floats) -> tuple[float, float]:
@@ -101,14 +101,14 @@ def compatibility(matrix: Floats) -> tuple[float, float]:
 
 def add_likeness(analysis: Analysis, vectors: Mapping[str, NDArray[Any]]) -> Analysis:
     """An analysis with how alike its models are, by their vectors ``[texts, dimensions]`` of its texts, model -> vectors."""
-    names, found = tuple(vectors), [np.asarray(one, dtype=np.float64) for one in vectors.values()]
+    names, arrays = tuple(vectors), [np.asarray(one, dtype=np.float64) for one in vectors.values()]
     size = len(names)
     tables = np.ones((3, size, size))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for i in range(size):
             for j in range(i + 1, size):
-                alike = (cka(found[i], found[j]), *neighbour_likeness(found[i], found[j], NEIGHBOURS))
+                alike = (cka(arrays[i], arrays[j]), *neighbour_likeness(arrays[i], arrays[j], NEIGHBOURS))
                 tables[:, i, j] = tables[:, j, i] = alike
     told = dict.fromkeys(f"{warning.message}." for warning in caught)
     return replace(
@@ -116,7 +116,7 @@ def add_likeness(analysis: Analysis, vectors: Mapping[str, NDArray[Any]]) -> Ana
         cka=_table(tables[0]),
         jaccard=_table(tables[1]),
         rank_similarity=_table(tables[2]),
-        sweep=_sweep(found) if size > 1 else {},
+        sweep=_sweep(arrays) if size > 1 else {},
         sentences=(*analysis.sentences, *_pair_sentences(names, tables), *told),
     )
 
@@ -125,17 +125,17 @@ def _table(values: Floats) -> Table:
     return tuple(tuple(float(value) for value in row) for row in values)
 
 
-def _sweep(found: Sequence[Floats]) -> dict[int, Table]:
+def _sweep(arrays: Sequence[Floats]) -> dict[int, Table]:
     """Mean Jaccard@k of each pair of models for several k: at small k it is low and noisy, even of like models."""
-    widest = min(SWEEP[-1], len(found[0]) - 1)
+    widest = min(SWEEP[-1], len(arrays[0]) - 1)
     lists = []
-    for array in found:
+    for array in arrays:
         unit = normalised(array)
         lists.append(nearest(unit, unit, widest, itself=True)[1])
     tables = {}
     for k in (k for k in SWEEP if k <= widest):
-        table = np.ones((len(found), len(found)))
-        for i in range(len(found)):
+        table = np.ones((len(arrays), len(arrays)))
+        for i in range(len(arrays)):
             for j in range(i):
                 pairs = zip(lists[i][:, :k].tolist(), lists[j][:, :k].tolist(), strict=True)
                 table[i, j] = table[j, i] = np.mean([jaccard(a, b) for a, b in pairs])

@@ -66,13 +66,13 @@ class Limit:
 
 def items() -> list[str]:
     """Nouns that no two of begin with the same five letters: none is part of another, and no stemmer joins two."""
-    found: dict[str, str] = {}
+    lemmas: dict[str, str] = {}
     for synset in read_synsets(FOLDER / "synsets.jsonl.xz"):
         for lemma in synset.lemmas:
             if re.fullmatch(r"[a-z]{5,12}", lemma):
-                found.setdefault(lemma[:5], lemma)
+                lemmas.setdefault(lemma[:5], lemma)
     names = {name.lower() for name in (*_FIRST, *_LAST)}
-    return sorted(lemma for lemma in found.values() if lemma not in names)
+    return sorted(lemma for lemma in lemmas.values() if lemma not in names)
 
 
 def pairs_of(pattern: str, documents: int, queries: int, rng: np.random.Generator) -> list[tuple[int, int]]:

@@ -72,19 +72,19 @@ class TokenLosses(Objective):
         """For each loss the (Q,) sums of texts, and how many tokens the whole batch has."""
         if batch.token_losses is None:
             raise BadInputError("the batch brings no losses of tokens", where="objective")
-        found = []
+        means = []
         for number in range(len(self.weights)):
             counts = batch.token_losses[:, 2 * number + 1].detach()
             if batch.weights is not None:
                 counts = counts * batch.weights.to(counts.dtype)
-            found.append((batch.token_losses[:, 2 * number], max(float(counts.sum()), 1.0)))
-        return found
+            means.append((batch.token_losses[:, 2 * number], max(float(counts.sum()), 1.0)))
+        return means
 
     @torch.no_grad()
     def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
         """The mean loss of each kind a token, and how many tokens there were."""
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for name, (sums, count) in zip(NAMES, self._means(batch), strict=False):
             total = sums if batch.weights is None else sums * batch.weights.to(sums.dtype)
-            found |= {f"loss/{name}": float(total.sum()) / count, f"tokens/{name}": count}
-        return found
+            figures |= {f"loss/{name}": float(total.sum()) / count, f"tokens/{name}": count}
+        return figures

@@ -84,7 +84,7 @@ def twins(
         raise BadInputError(f"a task is on both sides: {', '.join(sorted(set(general) & set(domain)))}")
     models = label_results(results, labels)
     read = {model.label: read_scores(Path(model.path)) for model in models}
-    tables = {name: _by_task(found, [*general, *domain], name) for name, found in read.items()}
+    tables = {name: _by_task(model_scores, [*general, *domain], name) for name, model_scores in read.items()}
     first = next(iter(tables.values()))
     types = {task: next(iter(first[task].values())).task_type or "Tasks" for task in first}
     shared = [t for t in dict.fromkeys(types[x] for x in general) if t in {types[x] for x in domain}]
@@ -94,8 +94,8 @@ def twins(
     dependent = {
         f"{task} has no interval: {of.reason}"
         for table in tables.values()
-        for task, found in table.items()
-        for of in found.values()
+        for task, model_scores in table.items()
+        for of in model_scores.values()
         if is_too_large(of.reason)
     }
     notes += sorted(dependent)
@@ -125,9 +125,9 @@ def twins(
     return Twins(tuple(tables), tuple(gaps), rho, p, thirds, tuple(notes))
 
 
-def _by_task(found: Mapping[Key, TaskScores], tasks: Sequence[str], name: str) -> dict[str, dict[Key, TaskScores]]:
+def _by_task(scores_of: Mapping[Key, TaskScores], tasks: Sequence[str], name: str) -> dict[str, dict[Key, TaskScores]]:
     table: dict[str, dict[Key, TaskScores]] = {task: {} for task in tasks}
-    for key, of in found.items():
+    for key, of in scores_of.items():
         if key[0] in table:
             table[key[0]][key] = of
     lacking = [task for task, scores in table.items() if not scores]
@@ -161,7 +161,7 @@ def _gap(
     means = [float(np.mean([points[task] for task in side])) for side in sides]
     known = [[replicates for task in side if (replicates := drawn[task]) is not None] for side in sides]
     replicates = None
-    if all(len(found) == len(side) for found, side in zip(known, sides, strict=True)):
+    if all(len(scores) == len(side) for scores, side in zip(known, sides, strict=True)):
         replicates = np.mean(known[1], axis=0) - np.mean(known[0], axis=0)
     return Gap(name, kind, means[0], means[1], means[1] - means[0], *_ends(replicates, level)), replicates
 
@@ -190,8 +190,8 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[f
     rho = float(x @ y) / scale
     if len(x) <= MOST_EXACT:
         orders = np.array(list(itertools.permutations(range(len(x)))))
-        found = np.abs(y[orders] @ x / scale)
-        return rho, float((found >= abs(rho) - 1e-12).mean())
+        correlations = np.abs(y[orders] @ x / scale)
+        return rho, float((correlations >= abs(rho) - 1e-12).mean())
     from scipy import stats
 
     t = rho * math.sqrt((len(x) - 2) / max(1 - rho * rho, 1e-300))
@@ -205,8 +205,8 @@ def text_measures(texts: Sequence[str], english: bool, *, most_words: int = 20_0
     they are handed in.
     """
     words = [word for text in texts for word in text.lower().split()][:most_words]
-    found = {"entropy": entropy(words)}
-    return found | ({"fog": float(np.mean([fog(text) for text in texts]))} if english and texts else {})
+    measures = {"entropy": entropy(words)}
+    return measures | ({"fog": float(np.mean([fog(text) for text in texts]))} if english and texts else {})
 
 
 _VOWELS = re.compile(r"[aeiouy]+")

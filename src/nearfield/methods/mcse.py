@@ -95,10 +95,10 @@ class MCSE(Objective):
         """The sum over this process's rows."""
         # Not by calling modules: ZeRO 3 would take their parameters away again behind the call.
         queries, documents = (self.text.forward(_sums(side)).tanh() for side in (batch.queries, batch.documents))
-        found = self.between_texts.forward(replace(batch, queries=queries, documents=documents))
+        between = self.between_texts.forward(replace(batch, queries=queries, documents=documents))
         grounded = self.grounding(batch)
         losses = self.config.weight * batch.weighed(grounded)
-        return LossSum(found.total + losses.sum() + self.zero(), found.denominator, found.rows + losses.detach())
+        return LossSum(between.total + losses.sum() + self.zero(), between.denominator, between.rows + losses.detach())
 
     def grounding(self, batch: ContrastiveBatch) -> Tensor:
         """(R,) of this process's rows; 0 for a row without a picture."""
@@ -133,8 +133,8 @@ class MCSE(Objective):
             (batch.documents[seconds], batch.owner[seconds], 0.5 / each[batch.owner[seconds]]),
         ):
             unit = functional.normalize(self.caption.forward(_sums(vectors)).tanh(), dim=1)
-            found = self._softmax(unit, points, number[owner]) * share.to(unit.dtype)
-            losses = losses.index_add(0, place[owner], found)
+            of_pairs = self._softmax(unit, points, number[owner]) * share.to(unit.dtype)
+            losses = losses.index_add(0, place[owner], of_pairs)
         # The mean over the captions of the batch, whatever else is in it.
         return losses * (len(batch.queries) / len(captions))
 

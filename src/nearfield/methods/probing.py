@@ -254,17 +254,17 @@ def make_probe(probe: str, count: int, part: int, seed: int = 0) -> tuple[list[s
     classes, make = PROBES[probe]
     maker = Maker(generator(seed, "probing", probe, str(part)), part)
     other = set(make_probe(probe, count, 0, seed)[0]) if part else set()
-    found: dict[str, int] = {}
+    label_of: dict[str, int] = {}
     for label in range(classes):
-        wanted, tries = len(found) + count // classes, 0
-        while len(found) < wanted and tries < 200 * count:
+        wanted, tries = len(label_of) + count // classes, 0
+        while len(label_of) < wanted and tries < 200 * count:
             words, of = make(maker, label)
             text = " ".join(words).replace(" ,", ",").replace(" ?", "")
             if text not in other:
-                found.setdefault(text, of)
+                label_of.setdefault(text, of)
             tries += 1
-    order = maker.rng.permutation(len(found))
-    texts, labels = list(found), list(found.values())
+    order = maker.rng.permutation(len(label_of))
+    texts, labels = list(label_of), list(label_of.values())
     return [texts[i] for i in order], [labels[i] for i in order]
 
 
@@ -281,11 +281,11 @@ def probing_tasks(config: ProbingTasks) -> list[SuiteTask]:
         def load(probe: str = probe) -> dict[str, Any]:
             import datasets
 
-            found = {}
+            parts = {}
             for part, split in enumerate(("train", "test")):
                 texts, labels = make_probe(probe, config.sentences, part, config.seed)
-                found[split] = datasets.Dataset.from_dict({"text": texts, "label": labels})
-            return {"default": datasets.DatasetDict(found)}
+                parts[split] = datasets.Dataset.from_dict({"text": texts, "label": labels})
+            return {"default": datasets.DatasetDict(parts)}
 
         content = fingerprint([probe, config.model_dump(mode="json", exclude={"only"})])
         about = f"{probe}, a linguistic probe on made sentences"

@@ -58,14 +58,14 @@ def split_classes(vectors: Vectors, labels: Sequence[str], *, smallest: int = 10
     """(n, d) unit vectors and n labels -> ``label/number``, by k-means within each class; a class of one subclass keeps
     its name. For the label column of a data set, from a model that has learnt a little: then a stage follows it."""
     names, number = np.unique(np.asarray(labels), return_inverse=True)
-    found = [""] * len(labels)
+    subclasses = [""] * len(labels)
     for row, count in enumerate(subclass_counts(np.bincount(number).tolist(), smallest)):
         members = np.flatnonzero(number == row)
         name = str(names[row])
         which = spherical_kmeans(vectors[members], count, seed=seed).labels if count > 1 else np.zeros(len(members))
         for place, cluster in zip(members.tolist(), which.tolist(), strict=True):
-            found[place] = f"{name}{SEPARATOR}{int(cluster)}" if count > 1 else name
-    return found
+            subclasses[place] = f"{name}{SEPARATOR}{int(cluster)}" if count > 1 else name
+    return subclasses
 
 
 class SBCL(LabelledTextLoss):
@@ -105,9 +105,9 @@ class SBCL(LabelledTextLoss):
         """(n,) of each text's class: by how wide the batch's members lie around their centre, so that the mean is the
         temperature; a class of one subclass keeps it."""
         config, several = self.config, int(classes.max()) + 1 if len(classes) else 0
-        found = unit.new_full((len(unit),), config.temperature)
+        values = unit.new_full((len(unit),), config.temperature)
         if not config.class_temperatures or not several:
-            return found
+            return values
         size = torch.bincount(classes, minlength=several)
         centre = unit.new_zeros(several, unit.shape[1]).index_add(0, classes, unit) / size[:, None]
         apart = torch.linalg.vector_norm(unit - centre[classes], dim=1)

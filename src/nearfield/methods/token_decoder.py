@@ -48,11 +48,11 @@ class TokenDecoder(nn.Module):
             return -torch.where(texts >= 0, loss, 0).sum(dim=1)
 
         size = max(1, CELLS // max(1, tokens.shape[1] * len(self.words)))
-        found = [embeddings.new_zeros(0)]
+        parts = [embeddings.new_zeros(0)]
         for low, high in tiles(len(tokens), size):
             # Kept is nothing of the size of the logits: the backward makes them again.
-            found.append(checkpoint(part, embeddings[low:high], tokens[low:high], use_reentrant=False))
-        return torch.cat(found)
+            parts.append(checkpoint(part, embeddings[low:high], tokens[low:high], use_reentrant=False))
+        return torch.cat(parts)
 
 
 def query_tokens(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:

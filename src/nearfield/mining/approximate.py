@@ -67,12 +67,12 @@ def approximate_search(
         hidden = None if excluded is None else excluded.slice(start, stop)
         # FAISS knows no list of exclusions a query: as many more are asked for as are hidden from any of these.
         more = 0 if hidden is None else int(hidden.lengths.max(initial=0))
-        _, found = index.search(np.ascontiguousarray(queries[start:stop]), min(depth + more, len(documents)))
-        found = np.where(_listed(found, hidden), -1, found)
-        owner, place = np.nonzero(found >= 0)
-        exact = np.full(found.shape, -np.inf, dtype=np.float32)
-        exact[owner, place] = source.pairs(queries, owner + start, found[owner, place])
-        rows[start:stop], scores[start:stop] = ordered(found, exact, depth)
+        _, nearest_rows = index.search(np.ascontiguousarray(queries[start:stop]), min(depth + more, len(documents)))
+        nearest_rows = np.where(_listed(nearest_rows, hidden), -1, nearest_rows)
+        owner, place = np.nonzero(nearest_rows >= 0)
+        exact = np.full(nearest_rows.shape, -np.inf, dtype=np.float32)
+        exact[owner, place] = source.pairs(queries, owner + start, nearest_rows[owner, place])
+        rows[start:stop], scores[start:stop] = ordered(nearest_rows, exact, depth)
     neighbours = Neighbours(rows, scores)
     recall = measure_recall(neighbours, queries, documents, config.sample, excluded, seed, memory)
     logger.info(
@@ -127,13 +127,13 @@ def _build(documents: Vectors, config: IVFSearch | HNSWSearch, seed: int) -> Any
     return index
 
 
-def _listed(found: Rows, hidden: Ragged | None) -> Mask:
+def _listed(rows: Rows, hidden: Ragged | None) -> Mask:
     """[n, k] bool: which of the found rows are hidden from their query."""
     if hidden is None:
-        return np.zeros(found.shape, dtype=bool)
-    width = int(max(found.max(initial=0), hidden.values.max(initial=0))) + 2
+        return np.zeros(rows.shape, dtype=bool)
+    width = int(max(rows.max(initial=0), hidden.values.max(initial=0))) + 2
     keys = hidden.owners() * width + hidden.values
-    listed: Mask = np.isin(np.arange(len(found))[:, None] * width + found, keys)
+    listed: Mask = np.isin(np.arange(len(rows))[:, None] * width + rows, keys)
     return listed
 
 
@@ -204,8 +204,8 @@ def nearest(
 
 def _exact(queries: Vectors, documents: Vectors, k: int, excluded: Ragged | None, memory: int) -> tuple[Found, Vectors]:
     """(rows, scores) by the exact search; its bound includes the result, ours does not."""
-    found = search(queries, documents, k, excluded=excluded, memory=memory + 12 * k * len(queries))
-    return found.rows.astype(np.int32), found.scores
+    best = search(queries, documents, k, excluded=excluded, memory=memory + 12 * k * len(queries))
+    return best.rows.astype(np.int32), best.scores
 
 
 def _search_cells(

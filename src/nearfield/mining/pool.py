@@ -70,11 +70,11 @@ def make_pool(store: Store, source: str, split: str, corpus: Sequence[str]) -> P
 
 def document_items(store: Store, sources: Sequence[str], split: str) -> Rows:
     """All items that are documents of examples of these sources in a split: positives and explicit negatives."""
-    found = [np.empty(0, dtype=np.int64)]
+    rows = [np.empty(0, dtype=np.int64)]
     for source in sources:
         part = store.examples.take(store.select(source, split))
-        found += [Ragged.from_arrow(part[column]).values for column in ("positives", "negatives")]
-    return np.unique(np.concatenate(found)).astype(np.int64)
+        rows += [Ragged.from_arrow(part[column]).values for column in ("positives", "negatives")]
+    return np.unique(np.concatenate(rows)).astype(np.int64)
 
 
 def _same_text(store: Store, documents: Rows, items: Ragged) -> Ragged:
@@ -82,8 +82,8 @@ def _same_text(store: Store, documents: Rows, items: Ragged) -> Ragged:
     all_items, where = np.unique(np.concatenate([documents, items.values]), return_inverse=True)
     _, keys = np.unique(_text_keys(store, all_items), return_inverse=True)
     document_keys, item_keys = keys[where[: len(documents)]], keys[where[len(documents) :]]
-    found = Index(document_keys).all(item_keys)
-    return Ragged.from_pairs(items.owners()[found.owners()], found.values, len(items))
+    matches = Index(document_keys).all(item_keys)
+    return Ragged.from_pairs(items.owners()[matches.owners()], matches.values, len(items))
 
 
 def _text_keys(store: Store, items: Rows) -> Hashes:

@@ -115,18 +115,18 @@ class _Searching:
         import ray
 
         queries, documents, excluded = (ray.get(one) for one in self.given)
-        found: list[tuple[Any, Neighbours]] = []
+        blocks: list[tuple[Any, Neighbours]] = []
         for start in batch["start"].tolist():
             stop = min(start + self.part, len(queries))
             hidden = None if excluded is None else excluded.slice(start, stop)
             best = search(
                 queries[start:stop], documents, self.depth, excluded=hidden, memory=self.memory, device=self.device
             )
-            found.append((np.arange(start, stop), best))
+            blocks.append((np.arange(start, stop), best))
         return {
-            "query": np.concatenate([numbers for numbers, _ in found]),
-            "rows": np.concatenate([best.rows for _, best in found]),
-            "scores": np.concatenate([best.scores for _, best in found]),
+            "query": np.concatenate([numbers for numbers, _ in blocks]),
+            "rows": np.concatenate([best.rows for _, best in blocks]),
+            "scores": np.concatenate([best.scores for _, best in blocks]),
         }
 
 
@@ -150,7 +150,7 @@ def spread_search(
         tasks = min(workers(ray), len(starts))
         logger.info("Searching for %d queries in %d parts on %d Ray workers", len(queries), len(starts), tasks)
         given = (ray.put(np.asarray(queries)), ray.put(documents), ray.put(excluded))
-        found = ray.data.from_items(starts, override_num_blocks=len(starts)).map_batches(
+        batches = ray.data.from_items(starts, override_num_blocks=len(starts)).map_batches(
             _Searching,
             fn_constructor_args=(*given, depth, memory, device, part),
             batch_size=1,
@@ -158,7 +158,7 @@ def spread_search(
             num_cpus=1,
             num_gpus=int(device != "cpu"),
         )
-        for batch in found.iter_batches(batch_size=None, batch_format="numpy"):
+        for batch in batches.iter_batches(batch_size=None, batch_format="numpy"):
             rows[batch["query"]] = np.stack(batch["rows"])
             scores[batch["query"]] = np.stack(batch["scores"])
     return Neighbours(rows, scores)

@@ -232,9 +232,9 @@ def mine(
     """
     documents = as_documents(documents)
     hidden = positives if excluded is None else positives.union(excluded)
-    found = search(queries, documents, depth, excluded=hidden, memory=memory)
+    nearest = search(queries, documents, depth, excluded=hidden, memory=memory)
     scores = documents.pairs(queries, positives.owners(), positives.values)
-    return select(found, positives, scores, rules=rules, negatives=negatives)
+    return select(nearest, positives, scores, rules=rules, negatives=negatives)
 
 
 def select(

@@ -104,16 +104,18 @@ class StreamedDocuments:
         """By :func:`pair_scores`, in one more walk through the stream, up to the last document asked for."""
         order = np.argsort(document_rows, kind="stable")
         query_rows, document_rows = query_rows[order], document_rows[order]
-        found = np.empty(len(order), dtype=np.float32)
+        scores_in_order = np.empty(len(order), dtype=np.float32)
         done = 0
         for start, block in self.blocks(_STREAMED):
             if done == len(order):
                 break
             stop = int(np.searchsorted(document_rows, start + len(block)))
-            found[done:stop] = pair_scores(queries, block, query_rows[done:stop], document_rows[done:stop] - start)
+            scores_in_order[done:stop] = pair_scores(
+                queries, block, query_rows[done:stop], document_rows[done:stop] - start
+            )
             done = stop
-        scores = np.empty_like(found)
-        scores[order] = found
+        scores = np.empty_like(scores_in_order)
+        scores[order] = scores_in_order
         return scores
 
 
@@ -421,14 +423,14 @@ class _Walk:
         self.rows[low:high, :kept] = best_rows.masked_fill_(~keep, -1)
         self.rows[low:high, kept:] = -1
         self.filled[low:high] = keep.sum(dim=1)
-        for number, found in zip(unsure, candidates, strict=True):
-            exact = self.documents.pairs(self.queries, np.full(len(found), low + number), found)
-            order = np.lexsort((found, -exact))[: self.depth]
+        for number, rows_of in zip(unsure, candidates, strict=True):
+            exact = self.documents.pairs(self.queries, np.full(len(rows_of), low + number), rows_of)
+            order = np.lexsort((rows_of, -exact))[: self.depth]
             size = len(order)
             self.values[low + number] = -torch.inf
             self.values[low + number, :size] = torch.from_numpy(exact[order])
             self.rows[low + number] = -1
-            self.rows[low + number, :size] = torch.from_numpy(found[order])
+            self.rows[low + number, :size] = torch.from_numpy(rows_of[order])
             self.filled[low + number] = size
             self.least[low + number] = float(exact[order[-1]])
 

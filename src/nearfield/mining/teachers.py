@@ -82,8 +82,8 @@ class PairScorer:
 
     def find(self, depth: int, positives: Ragged, excluded: Ragged) -> tuple[Neighbours, Vectors]:
         """By the two above."""
-        found = self.search(depth, positives.union(excluded))
-        return found, self.score(positives.owners(), positives.values)
+        nearest = self.search(depth, positives.union(excluded))
+        return nearest, self.score(positives.owners(), positives.values)
 
 
 @dataclass
@@ -111,10 +111,10 @@ class DenseScorer(PairScorer):
         if not isinstance(self.documents, ArrayDocuments):
             raise BadInputError(f"the search {how.method.kind} needs the documents' vectors as one array")
         vectors = self.documents.vectors
-        found, self.recall = approximate_search(
+        nearest, self.recall = approximate_search(
             self.queries, vectors, depth, how.method, excluded=excluded, seed=how.seed, memory=how.memory
         )
-        return found
+        return nearest
 
     def score(self, query_rows: Rows, document_rows: Rows) -> Vectors:
         """By :func:`~nearfield.mining.search.pair_scores`."""
@@ -160,12 +160,12 @@ class BM25Scorer(PairScorer):
         for query in track(range(len(self.queries)), "BM25"):
             line = self._scores(query)
             line[excluded[query]] = 0
-            found = np.flatnonzero(line > 0)
-            if len(found) > depth:
+            nearest = np.flatnonzero(line > 0)
+            if len(nearest) > depth:
                 # The least score that is needed; ties with it are sorted out below.
-                found = found[line[found] >= np.partition(line[found], -depth)[-depth]]
-            order = np.lexsort((found, -line[found]))[:depth]
-            rows[query, : len(order)], scores[query, : len(order)] = found[order], line[found[order]]
+                nearest = nearest[line[nearest] >= np.partition(line[nearest], -depth)[-depth]]
+            order = np.lexsort((nearest, -line[nearest]))[:depth]
+            rows[query, : len(order)], scores[query, : len(order)] = nearest[order], line[nearest[order]]
         return Neighbours(rows, scores)
 
     def score(self, query_rows: Rows, document_rows: Rows) -> Vectors:
@@ -282,12 +282,12 @@ class EnsembleScorer:
         return total.astype(np.float32)
 
 
-def rescored(found: Neighbours, score: Callable[[Rows, Rows], Vectors], depth: int) -> Neighbours:
+def rescored(neighbours: Neighbours, score: Callable[[Rows, Rows], Vectors], depth: int) -> Neighbours:
     """The same documents with other scores, in their order."""
-    owner, place = np.nonzero(found.rows >= 0)
-    scores = np.full(found.rows.shape, -np.inf, dtype=np.float32)
-    scores[owner, place] = score(owner, found.rows[owner, place])
-    return Neighbours(*ordered(found.rows, scores, depth))
+    owner, place = np.nonzero(neighbours.rows >= 0)
+    scores = np.full(neighbours.rows.shape, -np.inf, dtype=np.float32)
+    scores[owner, place] = score(owner, neighbours.rows[owner, place])
+    return Neighbours(*ordered(neighbours.rows, scores, depth))
 
 
 def as_pair_scorer(scorer: Scorer) -> PairScorer:

@@ -101,10 +101,10 @@ class Vectors:
 
     def take(self, side: Side, which: Tensor | slice) -> Tensor:
         """(n, widest) vectors; of unit length where there is one prefix and similarity is the cosine."""
-        found = self.raw[side][which][:, : self.widest].to(self.dtype)
+        vectors = self.raw[side][which][:, : self.widest].to(self.dtype)
         if self.inverse is not None and len(self.prefixes) == 1:
-            return found * self.inverse[side][0][which][:, None]
-        return found
+            return vectors * self.inverse[side][0][which][:, None]
+        return vectors
 
     def factors(self, side: Side, which: Tensor | slice) -> Tensor | None:
         """(M, n) what products of taken vectors are still to be multiplied by, if by anything."""
@@ -241,10 +241,10 @@ class Excluded:
 
 def excluded_cells(block: Block, low: int, high: int, start: int, stop: int) -> Excluded:
     """Cells of rows ``low`` to ``high`` and columns ``start`` to ``stop`` that ids, labels or the guide rule out."""
-    found = [join.cells(low, high, start) for join in block.joins]
+    parts = [join.cells(low, high, start) for join in block.joins]
     none = torch.zeros(0, dtype=torch.int64, device=block.rows.index.device)
-    row = torch.cat([cells[0] for cells in found]) if found else none
-    column = torch.cat([cells[1] for cells in found]) if found else none
+    row = torch.cat([cells[0] for cells in parts]) if parts else none
+    column = torch.cat([cells[1] for cells in parts]) if parts else none
     mask: Tensor | None = None
     if block.row_labels is not None and block.column_labels is not None:
         labels = block.row_labels[low:high, None]

@@ -79,10 +79,10 @@ class Combined(Objective):
         losses = batch.queries.new_zeros(len(rows))
         for objective, _, weight, some, keep in self._batches(batch):
             # Not by calling the module: ZeRO 3 would take its parameters away again behind the call.
-            found: LossSum = objective.forward(some)
-            factor = weight * denominator / found.denominator
-            total = total + found.total * factor
-            losses = losses.index_add(0, keep[rows].nonzero().squeeze(1), found.rows.to(losses.dtype) * factor)
+            loss: LossSum = objective.forward(some)
+            factor = weight * denominator / loss.denominator
+            total = total + loss.total * factor
+            losses = losses.index_add(0, keep[rows].nonzero().squeeze(1), loss.rows.to(losses.dtype) * factor)
         return LossSum(total, denominator, losses.detach())
 
     def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
@@ -90,11 +90,11 @@ class Combined(Objective):
         the first."""
         from nearfield.objectives.diagnostics import watched_rows
 
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for objective, name, weight, some, _ in self._batches(replace(batch, rows=None)):
             # Of the watched rows alone: all would be the work of the step once more.
             rows = objective.forward(replace(some, rows=watched_rows(some))).rows
-            found |= {f"loss/{name}": float(rows.mean()), f"weight/{name}": weight}
+            figures |= {f"loss/{name}": float(rows.mean()), f"weight/{name}": weight}
             for figure, value in objective.watch(some).items():
-                found[figure if figure not in found else f"{figure}/{name}"] = value
-        return found
+                figures[figure if figure not in figures else f"{figure}/{name}"] = value
+        return figures

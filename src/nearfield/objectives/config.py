@@ -667,7 +667,7 @@ class CombinedConfig(ObjectiveSettings):
         return [part.objective for part in self.parts if part.takes(source, kind)]
 
     def readings(self, kinds: Mapping[str, str]) -> dict[str, Reading]:
-        found = {}
+        readings = {}
         for name, kind in kinds.items():
             parts = [part.objective for part in self.parts if part.takes(name, kind)]
             # Losses on tokens are of the queries, however the other parts read the rest.
@@ -680,8 +680,8 @@ class CombinedConfig(ObjectiveSettings):
                     where="objective.parts",
                     hint="Give each part its 'sources', or make one of them a stage of its own.",
                 )
-            found[name] = ways.pop() if ways else Reading()
-        return found
+            readings[name] = ways.pop() if ways else Reading()
+        return readings
 
     @property
     def needs_guide(self) -> bool:

@@ -57,15 +57,15 @@ def similarities(batch: ContrastiveBatch) -> dict[str, float]:
     queries, documents = functional.normalize(batch.queries[rows], dim=1), functional.normalize(batch.documents, dim=1)
     cosine = queries @ documents.T
     positive = (batch.owner[None, :] == rows[:, None]) & batch.is_positive[None, :]
-    found = {"positive_similarity": cosine[positive].mean()}
+    figures = {"positive_similarity": cosine[positive].mean()}
     cosine.masked_fill_(positive, -torch.inf)
     known = Join(batch.known_positives[rows], batch.document_ids[:, None], tile=len(documents))
     cosine[known.cells(0, len(rows), 0)] = -torch.inf
     hardest = cosine.amax(dim=1)
     hardest = hardest[hardest > -torch.inf]
     if len(hardest):
-        found["hardest_negative_similarity"] = hardest.mean()
-    return _floats(found)
+        figures["hardest_negative_similarity"] = hardest.mean()
+    return _floats(figures)
 
 
 @torch.no_grad()
@@ -82,17 +82,17 @@ def labels_seen(batch: ContrastiveBatch) -> dict[str, float]:
     """Of the watched queries: ``label_probe`` and ``source_probe``, how well a linear map finds their label and their source, and
     ``class_scatter``, the share of their spread that lies within labels."""
     rows = watched_rows(batch)
-    vectors, found = batch.queries[rows].double(), {}
+    vectors, figures = batch.queries[rows].double(), {}
     if batch.labels is not None:
         known = batch.labels[rows] >= 0
         labels = batch.labels[rows][known]
-        found = {
+        figures = {
             "label_probe": probe_accuracy(vectors[known], labels, batch.draw),
             "class_scatter": class_scatter(vectors[known], labels),
         }
     if batch.sources is not None:
-        found["source_probe"] = probe_accuracy(vectors, batch.sources[rows], batch.draw)
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+        figures["source_probe"] = probe_accuracy(vectors, batch.sources[rows], batch.draw)
+    return {name: value for name, value in figures.items() if not math.isnan(value)}
 
 
 def geometry(batch: ContrastiveBatch) -> dict[str, float]:
@@ -108,7 +108,7 @@ def geometry(batch: ContrastiveBatch) -> dict[str, float]:
     mine[rows] = True
     pairs = (mine[batch.owner] & batch.is_positive).nonzero().squeeze(1)
     between = _unit(batch.queries[batch.owner[pairs]]) - _unit(batch.documents[pairs])
-    found = {"alignment": between.square().sum(dim=1).mean()}
+    figures = {"alignment": between.square().sum(dim=1).mean()}
     query_ids = batch.query_ids
     if query_ids is None:
         query_ids = torch.arange(len(batch.queries), device=rows.device)
@@ -118,10 +118,10 @@ def geometry(batch: ContrastiveBatch) -> dict[str, float]:
     ]
     spread = [_uniformity(side) for side in sides if len(side) > 1]
     if spread:
-        found["uniformity"] = torch.stack(spread).mean()
+        figures["uniformity"] = torch.stack(spread).mean()
     both = torch.cat([side[: ROWS // 2] for side in sides])
-    found["effective_rank"] = effective_rank(both)
-    return {**_floats(found), "rank_limit": float(min(both.shape))}
+    figures["effective_rank"] = effective_rank(both)
+    return {**_floats(figures), "rank_limit": float(min(both.shape))}
 
 
 def effective_rank(vectors: Tensor) -> Tensor:
@@ -157,10 +157,10 @@ def _uniformity(vectors: Tensor) -> Tensor:
     return (-2 * distances[pairs]).logsumexp(0) - math.log(count * (count - 1) / 2)
 
 
-def _floats(found: dict[str, Tensor]) -> dict[str, float]:
+def _floats(figures: dict[str, Tensor]) -> dict[str, float]:
     """One transfer from the device."""
-    values = torch.stack([value.double() for value in found.values()]).tolist()
-    return dict(zip(found, values, strict=True))
+    values = torch.stack([value.double() for value in figures.values()]).tolist()
+    return dict(zip(figures, values, strict=True))
 
 
 REASONS = {
@@ -184,13 +184,13 @@ def watch_softmax(objective: InfoNCE, batch: ContrastiveBatch) -> dict[str, floa
     - ``temperature``, and ``temperature/<task>`` where there are several.
     """
     config, rows = objective.config, watched_rows(batch)
-    found = _temperatures(objective)
+    figures = _temperatures(objective)
     if "query_document" not in config.all_directions:
-        return found
+        return figures
     some = replace(batch, rows=rows)
     full = [batch.queries.shape[1]]
     layout = lay_out(config, some, full, objective.tile)
-    found |= _masked(objective, some, len(rows))
+    figures |= _masked(objective, some, len(rows))
     scale = objective.row_scale(some, rows)
     problem, count = layout.problem, len(rows)
     own_row = layout.negative_row
@@ -221,7 +221,7 @@ def watch_softmax(objective: InfoNCE, batch: ContrastiveBatch) -> dict[str, floa
     negatives = log_sum(1)
     has = negatives > lowest / 2
     if has.any():
-        found["effective_negatives"] = float((2 * negatives - log_sum(2))[has].exp().mean())
+        figures["effective_negatives"] = float((2 * negatives - log_sum(2))[has].exp().mean())
     # The gradient of a negative's logit is the row's factor times exp(logit).
     row = layout.positive_row
     positive = pairs[: layout.positives] * scale[row]
@@ -239,11 +239,11 @@ def watch_softmax(objective: InfoNCE, batch: ContrastiveBatch) -> dict[str, floa
     size = int((logits > lowest / 2).sum() + (own > lowest / 2).sum())
     if size and total > 0:
         hardest = gradient.topk(math.ceil(size * HARDEST)).values.sum()
-        found["hardest_gradient_share"] = float(hardest / total)
+        figures["hardest_gradient_share"] = float(hardest / total)
     each = weight * segment_sum(focal[None], row, count)[0] / number
     if each.any():
-        found["effective_examples"] = float(each.sum().square() / each.square().sum() / count)
-    return found
+        figures["effective_examples"] = float(each.sum().square() / each.square().sum() / count)
+    return figures
 
 
 def _masked(objective: InfoNCE, batch: ContrastiveBatch, rows: int) -> dict[str, float]:
@@ -252,14 +252,14 @@ def _masked(objective: InfoNCE, batch: ContrastiveBatch, rows: int) -> dict[str,
     without = {name: None if name.endswith(("score_mask", "guide_mask")) else False for name in REASONS.values()}
     open_config = config.model_copy(update=without)
     kept, every = _candidates(objective, batch, config), _candidates(objective, batch, open_config)
-    found = {"negatives": kept / rows}
+    figures = {"negatives": kept / rows}
     if every:
-        found["masked_share"] = 1 - kept / every
+        figures["masked_share"] = 1 - kept / every
         for why, name in REASONS.items():
             if getattr(config, name):
                 alone = open_config.model_copy(update={name: getattr(config, name)})
-                found[f"masked_{why}"] = 1 - _candidates(objective, batch, alone) / every
-    return found
+                figures[f"masked_{why}"] = 1 - _candidates(objective, batch, alone) / every
+    return figures
 
 
 def _temperatures(objective: InfoNCE) -> dict[str, float]:
@@ -267,10 +267,12 @@ def _temperatures(objective: InfoNCE) -> dict[str, float]:
     if not isinstance(temperature, Tensor):
         return {"temperature": temperature}
     values = temperature.tolist()
-    found = {"temperature": sum(values) / len(values)}
+    figures = {"temperature": sum(values) / len(values)}
     if len(values) > 1:
-        found |= {f"temperature/{name or 'other'}": value for name, value in zip(objective.tasks, values, strict=True)}
-    return found
+        figures |= {
+            f"temperature/{name or 'other'}": value for name, value in zip(objective.tasks, values, strict=True)
+        }
+    return figures
 
 
 def _candidates(objective: InfoNCE, batch: ContrastiveBatch, config: InfoNCEConfig) -> int:

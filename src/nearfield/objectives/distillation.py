@@ -140,25 +140,25 @@ class EmbeddingDistillation(Objective):
         left, right = guide_vectors(batch)
         documents, row = own_documents(batch)
         with torch.autocast(batch.queries.device.type, enabled=False):
-            found = torch.cat([batch.queries[rows], batch.documents[documents]])
+            embeddings = torch.cat([batch.queries[rows], batch.documents[documents]])
             wanted = torch.cat([left[rows], right[documents]])
             row = torch.cat([torch.arange(len(rows), device=row.device), row])
-            losses = batch.weighed(row_mean(self._distances(found, wanted), row, len(rows)))
+            losses = batch.weighed(row_mean(self._distances(embeddings, wanted), row, len(rows)))
         return LossSum(losses.sum(), batch.denominator(), losses.detach())
 
-    def _distances(self, found: Tensor, wanted: Tensor) -> Tensor:
+    def _distances(self, embeddings: Tensor, wanted: Tensor) -> Tensor:
         if self.projection is not None:
             # Not by calling the module: ZeRO 3 would take its parameters away again behind the call.
-            found = self.projection.forward(found)
-        if found.shape[1] != wanted.shape[1]:
+            embeddings = self.projection.forward(embeddings)
+        if embeddings.shape[1] != wanted.shape[1]:
             raise BadInputError(
-                f"embeddings of {found.shape[1]} dimensions cannot be a teacher's of {wanted.shape[1]}",
+                f"embeddings of {embeddings.shape[1]} dimensions cannot be a teacher's of {wanted.shape[1]}",
                 where="objective.projection",
             )
         if self.distance == "mse":
-            return (found - wanted).square().mean(dim=1)
+            return (embeddings - wanted).square().mean(dim=1)
         if self.distance == "l2":
             # Not by a root of squares, whose slope at 0 is not a number.
-            distances: Tensor = torch.linalg.vector_norm(found - wanted, dim=1)
+            distances: Tensor = torch.linalg.vector_norm(embeddings - wanted, dim=1)
             return distances
-        return 1 - functional.cosine_similarity(found, wanted, dim=1)
+        return 1 - functional.cosine_similarity(embeddings, wanted, dim=1)

@@ -242,7 +242,7 @@ class InfoNCE(Objective):
         self, layout: Layout, batch: ContrastiveBatch, statistics: Statistics, scale: Tensor, prefixes: list[int]
     ) -> Tensor:
         """(M, R) the loss of each row for each prefix."""
-        groups = {name: CandidateSums.of(found) for name, found in statistics.blocks.items()}
+        groups = {name: CandidateSums.of(block_statistics) for name, block_statistics in statistics.blocks.items()}
         own = self._own_negatives(layout, batch, statistics, scale, prefixes)
         if "query_document" in self.config.all_directions:
             others = [groups.pop(name) for name in ("query_document", "query_queue") if name in groups]
@@ -259,13 +259,13 @@ class InfoNCE(Objective):
         count = torch.bincount(row, minlength=rows)
         only_documents = all(name.startswith("document") for name in groups)
         if config.several_positives == "log_sum" and not (only_documents and not config.joint):
-            found = join([g if n.startswith("query") else g.gather(row, rows) for n, g in groups.items()])
+            candidates = join([g if n.startswith("query") else g.gather(row, rows) for n, g in groups.items()])
             summed = Positives(segment_log_sum(positive, row, rows), segment_sum(positive, row, rows), count)
-            return losses(summed, found, config.label_smoothing, config.focal)
+            return losses(summed, candidates, config.label_smoothing, config.focal)
         # One softmax a positive, in which the other positives are no candidates; then the mean over the positives.
-        found = join([g.pick(row) if n.startswith("query") else g for n, g in groups.items()])
+        candidates = join([g.pick(row) if n.startswith("query") else g for n, g in groups.items()])
         single = Positives(positive, positive, torch.ones_like(row))
-        each = losses(single, found, config.label_smoothing, config.focal)
+        each = losses(single, candidates, config.label_smoothing, config.focal)
         return segment_sum(each, row, rows) / count
 
     def _own_negatives(
@@ -345,13 +345,13 @@ def mixed_scores(
     mixture = torch.cat(mixtures, dim=1)
     if cosine:
         mixture = functional.normalize(mixture, dim=-1)
-    found = []
+    by_prefix = []
     for prefix in prefixes:
         left, right = batch.queries[rows][:, :prefix].to(dtype), mixture[..., :prefix]
         if cosine:
             left, right = functional.normalize(left, dim=-1), functional.normalize(right, dim=-1)
-        found.append((right @ left[..., None]).squeeze(-1))
-    return torch.stack(found), each > 0
+        by_prefix.append((right @ left[..., None]).squeeze(-1))
+    return torch.stack(by_prefix), each > 0
 
 
 def _pairs(pairs: int, seed: int, place: tuple[int, int], rows: Tensor, negatives: Tensor, each: Tensor) -> Tensor:

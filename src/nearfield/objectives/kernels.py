@@ -29,13 +29,13 @@ JOINS = 3
 @triton.jit
 def _joined(row_ids, row_width, column_ids, column_width, r, r_in, c, c_in):
     """(R, C) whether row and column have an id in common; negative ones are none."""
-    found = (r[:, None] < 0) & (c[None, :] < 0)
+    common = (r[:, None] < 0) & (c[None, :] < 0)
     for k in range(row_width):
         left = tl.load(row_ids + r * row_width + k, mask=r_in, other=-1)
         for n in range(column_width):
             right = tl.load(column_ids + c * column_width + n, mask=c_in, other=-1)
-            found = found | ((left[:, None] == right[None, :]) & (left[:, None] >= 0))
-    return found
+            common = common | ((left[:, None] == right[None, :]) & (left[:, None] >= 0))
+    return common
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def _add_kernel(
     r = tl.program_id(0) * R + tl.arange(0, R)
     r_in = r < rows
     most = tl.load(highest + r, mask=r_in, other=0.0)
-    found = tl.load(summed + r, mask=r_in, other=0.0)
+    running = tl.load(summed + r, mask=r_in, other=0.0)
     if sums:
         added = tl.load(total + r, mask=r_in, other=0.0)
         number = tl.load(count + r, mask=r_in, other=0.0)
@@ -103,10 +103,10 @@ def _add_kernel(
             added += tl.sum(tl.where(kept, logits, 0.0), axis=1)
             number += tl.sum(tl.where(kept, 1.0, 0.0), axis=1)
         now = tl.maximum(most, tl.max(logits, axis=1))
-        found = found * tl.exp(most - now) + tl.sum(tl.exp(logits - now[:, None]), axis=1)
+        running = running * tl.exp(most - now) + tl.sum(tl.exp(logits - now[:, None]), axis=1)
         most = now
     tl.store(highest + r, most, mask=r_in)
-    tl.store(summed + r, found, mask=r_in)
+    tl.store(summed + r, running, mask=r_in)
     if sums:
         tl.store(total + r, added, mask=r_in)
         tl.store(count + r, number, mask=r_in)

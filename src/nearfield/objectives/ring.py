@@ -84,19 +84,19 @@ class _RingRound(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, documents: Tensor, work: _Work, *scales: Tensor) -> tuple[Tensor, ...]:
         own, ring = work.own, work.ring
-        found = _statistics(own, scales)
+        sums = _statistics(own, scales)
         moving = torch.cat([queries.detach(), documents.detach()])
         for process in ring.visits():
             moving = ring.rotate(moving, ring.size(process))
             for number, visit in enumerate(_statistics(work.visit(process, moving), scales)):
-                log_sum, total, count = found[number]
-                found[number] = (torch.logaddexp(log_sum, visit[0]), total + visit[1], count + visit[2])
-        for _, _, count in found:
+                log_sum, total, count = sums[number]
+                sums[number] = (torch.logaddexp(log_sum, visit[0]), total + visit[1], count + visit[2])
+        for _, _, count in sums:
             ctx.mark_non_differentiable(count)
-        ctx.save_for_backward(queries, documents, *scales, *(log_sum for log_sum, _, _ in found))
+        ctx.save_for_backward(queries, documents, *scales, *(log_sum for log_sum, _, _ in sums))
         ctx.work = work
         pairs = own.vectors.pair_scores(own.pair_queries, own.pair_documents)
-        return pairs, *(part for parts in found for part in parts)
+        return pairs, *(part for parts in sums for part in parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,11 +129,11 @@ class _RingRound(torch.autograd.Function):
             both = ring.rotate(torch.cat([moving, brought]), 2 * ring.size(process))
             moving, brought = both.chunk(2)
             problem = work.visit(process, moving)
-            found = push(problem, Gradients(problem.vectors))
+            gradient = push(problem, Gradients(problem.vectors))
             # Own queries, theirs, own documents, theirs.
             edges = here, here + ring.queries[process], here + ring.queries[process] + len(documents)
-            mine += torch.cat([found[: edges[0]], found[edges[1] : edges[2]]])
-            brought = brought + torch.cat([found[edges[0] : edges[1]], found[edges[2] :]])
+            mine += torch.cat([gradient[: edges[0]], gradient[edges[1] : edges[2]]])
+            brought = brought + torch.cat([gradient[edges[0] : edges[1]], gradient[edges[2] :]])
         if ring.visits():
             mine += ring.rotate(brought, ring.size(ring.rank))
         wanted = ctx.needs_input_grad[3:]

@@ -79,8 +79,8 @@ class InfoNCELoss(nn.Module):
 
     def _guided(self, guide: SentenceTransformer, column: Features) -> Tensor:
         texts = self.model.tokenizer.batch_decode(column["input_ids"], skip_special_tokens=True)
-        found = guide.encode(texts, convert_to_tensor=True, show_progress_bar=False)
-        embeddings: Tensor = found.clone().to(column["input_ids"].device)
+        vectors = guide.encode(texts, convert_to_tensor=True, show_progress_bar=False)
+        embeddings: Tensor = vectors.clone().to(column["input_ids"].device)
         return embeddings
 
     def _loss(
@@ -97,8 +97,10 @@ class InfoNCELoss(nn.Module):
         count = len(columns[0])
         owner = torch.arange(count, device=device).repeat(len(columns) - 1)
         documents = torch.cat(columns[1:])
-        found = [column for column in ids[1:] if column is not None]
-        document_ids = torch.cat(found) if len(found) == len(ids) - 1 else torch.arange(len(documents), device=device)
+        known_ids = [column for column in ids[1:] if column is not None]
+        document_ids = (
+            torch.cat(known_ids) if len(known_ids) == len(ids) - 1 else torch.arange(len(documents), device=device)
+        )
         self.calls += 1
         batch = ContrastiveBatch(
             queries=columns[0],
@@ -174,12 +176,12 @@ def text_ids(features: Features) -> Tensor | None:
     tokens, mask = features.get("input_ids"), features.get("attention_mask")
     if tokens is None or mask is None or tokens.dim() != 2 or tokens.shape != mask.shape:
         return None
-    found = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+    hashes = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
     for token, there in zip(tokens.long().unbind(dim=1), mask.bool().unbind(dim=1), strict=True):
         # Integers wrap around by design.
-        mixed = (found ^ (token + 1)) * 6364136223846793005 + 1442695040888963407
-        found = torch.where(there, mixed ^ ((mixed >> 29) & 0x7FFFFFFFF), found)
-    return found & 0x7FFFFFFFFFFFFFFF
+        mixed = (hashes ^ (token + 1)) * 6364136223846793005 + 1442695040888963407
+        hashes = torch.where(there, mixed ^ ((mixed >> 29) & 0x7FFFFFFFF), hashes)
+    return hashes & 0x7FFFFFFFFFFFFFFF
 
 
 def _known_positives(queries: Tensor | None, positives: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def dense_statistics(
     dtype = accumulation_dtype(queries.dtype)
     excluded = {name: excluded_matrix(problem, block) for name, block in problem.blocks.items()}
     pairs: list[Tensor] = []
-    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in problem.blocks}
+    tiles: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in problem.blocks}
     for number, width in enumerate(problem.vectors.prefixes):
         whole = {**problem.vectors.raw, "query": queries, "document": documents}
         sides = {side: vectors[:, :width].to(dtype) for side, vectors in whole.items()}
@@ -64,9 +64,9 @@ def dense_statistics(
             cells.fill(logits, floor(dtype))
             if over:
                 logits.masked_fill_(over[number], floor(dtype))
-            found[name].append(_row_statistics(logits, problem.sums))
+            tiles[name].append(_row_statistics(logits, problem.sums))
     blocks = {
-        name: RowStatistics(*(torch.stack(parts) for parts in zip(*each, strict=True))) for name, each in found.items()
+        name: RowStatistics(*(torch.stack(parts) for parts in zip(*each, strict=True))) for name, each in tiles.items()
     }
     return Statistics(torch.stack(pairs), blocks)
 
@@ -133,10 +133,10 @@ class _Blockwise(torch.autograd.Function):
         log_sums: list[Tensor] = []
         workspace = Workspace(problem)
         for block, scale in zip(problem.blocks.values(), scales, strict=True):
-            found = forward_block(problem, block, scale, workspace)
-            outputs += found
-            log_sums.append(found[0])
-            ctx.mark_non_differentiable(found[2])
+            results = forward_block(problem, block, scale, workspace)
+            outputs += results
+            log_sums.append(results[0])
+            ctx.mark_non_differentiable(results[2])
         # The embeddings are saved so that a change of them in place is noticed; the problem holds the same memory.
         ctx.save_for_backward(queries, documents, *scales, *log_sums)
         ctx.problem = problem
@@ -155,10 +155,10 @@ class _Blockwise(torch.autograd.Function):
         for number, block in enumerate(problem.blocks.values()):
             log_sum, total = gradients[1 + 3 * number], gradients[2 + 3 * number]
             wanted = ctx.needs_input_grad[3 + number]
-            found = backward_block(
+            scale_gradient = backward_block(
                 problem, block, scales[number], log_sums[number], (log_sum, total), sink, workspace, wanted
             )
-            scale_gradients.append(found if wanted else None)
+            scale_gradients.append(scale_gradient if wanted else None)
         return sink.result("query", queries), sink.result("document", documents), None, *scale_gradients
 
 
@@ -247,7 +247,7 @@ def backward_block(
     ``upstreams`` are the gradients of the logarithms of the sums, and of the sums of logits.
     """
     upstream, upstream_total = upstreams
-    vectors, found = problem.vectors, torch.zeros_like(scale)
+    vectors, scale_gradient = problem.vectors, torch.zeros_like(scale)
     factors, folded = _factor(block, scale), _folds(vectors, block)
     # The factor from the gradient of a logit to that of its score.
     slopes = factors if block.hardness_gradient else scale
@@ -274,7 +274,7 @@ def backward_block(
                 weight = weigh(tile, 0, low, high, out)
                 back = tile @ columns
                 if scale_wanted:
-                    found[low:high] += weight * (back * rows).sum(dim=1)
+                    scale_gradient[low:high] += weight * (back * rows).sum(dim=1)
                 weight = weight * slopes[low:high]
                 gradient.addcmul_(back, weight[:, None])
                 sink.add_columns(column_gradient, tile, rows * weight[:, None])
@@ -291,7 +291,7 @@ def backward_block(
                 dots = product.mul_(tile)
                 by_row = dots.sum(dim=1)
                 if scale_wanted:
-                    found[low:high] += by_row / slopes[low:high]
+                    scale_gradient[low:high] += by_row / slopes[low:high]
                 sink.add_dots(block, number, part, where, by_row, dots.sum(dim=0))
                 if number == len(segments) - 1:
                     torch.mul(tile, 1, out=running)
@@ -301,7 +301,7 @@ def backward_block(
                 gradient[:, first:last].addmm_(running, columns[:, first:last])
                 sink.add_columns(column_gradient, running, rows, first, last)
         sink.add(block.rows.side, part, gradient)
-    return found
+    return scale_gradient
 
 
 def _scale_one(

@@ -110,7 +110,7 @@ class ItemPrompts:
         """The contract with the in-context examples in it; without such the run's own. Needs the store."""
         if self.in_context is None:
             return self.job.contract
-        sets = {name: [one.text for one in found] for name, found in self.example_sets.items()}
+        sets = {name: [one.text for one in examples] for name, examples in self.example_sets.items()}
         return add_examples(self.job.contract, sets, self.in_context.evaluated == "examples")
 
     def of_source(self, name: str) -> SourcePrompts:
@@ -122,11 +122,11 @@ class ItemPrompts:
 
     def all(self) -> list[str]:
         """Every text that stands before items, in training or in the model that is saved."""
-        found = {*self.trained_contract.model_prompts.values()}
+        texts = {*self.trained_contract.model_prompts.values()}
         for name in self.job.source_names:
             prompts = self.of_source(name)
-            found |= {*prompts.queries, *prompts.document}
-        return sorted(found)
+            texts |= {*prompts.queries, *prompts.document}
+        return sorted(texts)
 
     def of_rows(self, number: Callable[[str], int]) -> PromptsOfEpoch:
         """A function from the rows of an epoch's plan to their (query, document) prompt numbers, [n] each.

@@ -76,7 +76,7 @@ def dry_run(
     the first starts from stands in for it, so what depends on its weights (mining) is made anew when it is trained.
     """
     launch = Launch.from_environment()
-    found: list[DryRun] = []
+    results: list[DryRun] = []
     for one in (*run.before, run):
         told = on_stage
         if one.stage is not None and on_stage is not None:
@@ -84,8 +84,8 @@ def dry_run(
         alone = replace(one.preview(), before=())
         result = _dry_run(alone, told, trial_seconds, launch.within(f"dry/{one.stage}"), strict)
         if result is not None:
-            found.append(replace(result, stage=one.stage))
-    return replace(found[-1], before=tuple(found[:-1])) if found else None
+            results.append(replace(result, stage=one.stage))
+    return replace(results[-1], before=tuple(results[:-1])) if results else None
 
 
 def _dry_run(
@@ -167,8 +167,8 @@ def _measure(stages: Stages, trial_seconds: float) -> _Measured:
     if launch.is_main:
         lasting += train.teaching_notices(encoder.model, inputs.data, plans)
     with torch.random.fork_rng(), launch.process_group(device, recipe.training.collective_timeout):
-        forecast, steps, found = _try_out(stages, encoder.model, inputs, device, trial_seconds)
-    return _Measured(forecast, steps, tuple(lasting), tuple(found))
+        forecast, steps, notices = _try_out(stages, encoder.model, inputs, device, trial_seconds)
+    return _Measured(forecast, steps, tuple(lasting), tuple(notices))
 
 
 def _try_out(
@@ -192,9 +192,9 @@ def _try_out(
     fingerprint = stages.train.fingerprint
     forecast = predict(engine, plans, planned, budget, profile, fingerprint=fingerprint, held=held)
     growth = forecast.memory.peak - held
-    found: list[Notice] = _long_model(stages, model, profile.forward_seconds) if launch.is_main else []
+    notices: list[Notice] = _long_model(stages, model, profile.forward_seconds) if launch.is_main else []
     if forecast.available and growth > forecast.available:
-        return forecast, 0, found  # trying it would end this process, perhaps others too
+        return forecast, 0, notices  # trying it would end this process, perhaps others too
     trial = run_trial(
         engine,
         planned,
@@ -206,17 +206,17 @@ def _try_out(
         limit_seconds=trial_seconds,
     )
     if trial.out_of_memory:
-        found.append(
+        notices.append(
             Notice("trial-out-of-memory", "a step ran out of memory; the run would go on with fewer tokens at a time")
         )
     if not trial.finite:
-        found.append(
+        notices.append(
             Notice("trial-not-finite", "a loss or gradient of a trial step is not a finite number", blocks=True)
         )
     if trial.still and trial.steps:
-        found.append(Notice("gradient-zero", "the gradient of all trial steps is exactly 0", blocks=True))
+        notices.append(Notice("gradient-zero", "the gradient of all trial steps is exactly 0", blocks=True))
     if trial.forecast.measured != "steps":
-        found.append(
+        notices.append(
             Notice(
                 "time-of-chunks",
                 f"the time is that of single chunks: whole steps would take over {trial_seconds:.0f} s",
@@ -224,7 +224,7 @@ def _try_out(
         )
     if launch.is_main:
         write_json(stages.job.run.folder / FILE, trial.forecast.to_json())
-    return trial.forecast, trial.steps, found
+    return trial.forecast, trial.steps, notices
 
 
 def _long_model(stages: Stages, model: SentenceTransformer, token_seconds: float) -> list[Notice]:
@@ -277,8 +277,8 @@ def _result(
         passing += measured.trial
         there = checkpoint_paths(folder / "checkpoints")
         if there:
-            found = f"a training is under way here: it would go on from {there[-1].name}"
-            passing.append(Notice("training-under-way", found))
+            sentence = f"a training is under way here: it would go on from {there[-1].name}"
+            passing.append(Notice("training-under-way", sentence))
     suite = list(suite_notices(job.run))
     lasting += suite
     if planned and not any(notice.blocks for notice in suite):

@@ -43,16 +43,16 @@ class Sample:
 
 def sample_of(tasks: Sequence[SuiteTask], limit: int, seed: int) -> Sample:
     """Draw texts of a suite's tasks, as many of each task as of another, and the questions of its first retrieval task."""
-    found: dict[str, str] = {}
+    label_of: dict[str, str] = {}
     share = -(-limit // max(len(tasks), 1))
     asked: tuple[list[str], list[str], list[tuple[int, ...]]] | None = None
     for task in tasks:
-        pairs = [(text, label) for text, label in labelled_texts(task.task) if text.strip() and text not in found]
+        pairs = [(text, label) for text, label in labelled_texts(task.task) if text.strip() and text not in label_of]
         distinct = list(dict(pairs).items())
-        found |= dict(drawn(distinct, share, seed, task.name))
+        label_of |= dict(drawn(distinct, share, seed, task.name))
         if asked is None:
             asked = questions_of(task.task, MOST_QUESTIONS, limit, seed)
-    chosen = drawn(list(found.items()), limit, seed, "texts")
+    chosen = drawn(list(label_of.items()), limit, seed, "texts")
     questions, documents, right = asked or ([], [], [])
     return Sample(
         tuple(text for text, _ in chosen),
@@ -137,11 +137,11 @@ def read_associations(path: Path) -> list[dict[str, Any]]:
 
 
 def _associations(tests: Sequence[dict[str, Any]], of: Callable[[Sequence[str]], Any]) -> list[dict[str, Any]]:
-    found = [weat(*(of(test[side]) for side in SIDES)) for test in tests]
-    adjusted = holm([one.p for one in found])
+    results = [weat(*(of(test[side]) for side in SIDES)) for test in tests]
+    adjusted = holm([one.p for one in results])
     return [
         {"name": test["name"], **asdict(one), "p_adjusted": p}
-        for test, one, p in zip(tests, found, adjusted, strict=True)
+        for test, one, p in zip(tests, results, adjusted, strict=True)
     ]
 
 
@@ -174,8 +174,8 @@ def _rankability(vectors: NDArray[np.float64], values: Sequence[float], seed: in
     axes |= {f"ridge, {n}": rankability.ridge_axis(vectors[fit[:n]], y[fit[:n]]) for n in SHOTS if 2 < n < len(fit)}
     axes["two extremes"] = rankability.extremes_axis(vectors[fit], y[fit])
     axes["shuffled"] = rankability.ridge_axis(vectors[fit], rng.permutation(y[fit]))
-    found = {name: rankability.rankability(axis, vectors[held], y[held]) for name, axis in axes.items()}
-    return {"items": len(held), "spearman": {k: v if np.isfinite(v) else 0.0 for k, v in found.items()}}
+    correlations = {name: rankability.rankability(axis, vectors[held], y[held]) for name, axis in axes.items()}
+    return {"items": len(held), "spearman": {k: v if np.isfinite(v) else 0.0 for k, v in correlations.items()}}
 
 
 def _sentences(extras: Mapping[str, Any]) -> list[str]:
@@ -189,15 +189,15 @@ def _sentences(extras: Mapping[str, Any]) -> list[str]:
             f"a cosine of {cut['cut']:.3f} [{cut['low']:.3f}, {cut['high']:.3f}]; {100 * one['overlaps']['right, random']:.0f} % of both "
             "distributions overlap. The cut holds for this model and texts of this kind, and was chosen on the pairs it is judged on."
         )
-    found = extras.get("versions")
-    if found:
+    versions = extras.get("versions")
+    if versions:
         said.append(
             "The models' vectors are of different sizes: none reads another's index."
-            if found["kept"] is None
-            else f"Of the older indexes, newer models read {100 * found['kept']:.0f} % at least as well as the model that wrote them "
-            f"(mean accuracy {found['mean']:.3f}). Where that is not 100 %, encode the stored texts again."
+            if versions["kept"] is None
+            else f"Of the older indexes, newer models read {100 * versions['kept']:.0f} % at least as well as the model that wrote them "
+            f"(mean accuracy {versions['mean']:.3f}). Where that is not 100 %, encode the stored texts again."
         )
-        for pair, points in found["audits"].items():
+        for pair, points in versions["audits"].items():
             said.append(
                 f"{pair}: with {points[-1][0]} known pairs a rotation finds {100 * points[-1][1]:.0f} % of the other texts again. "
                 "Stored vectors are to be guarded like the texts; a low share is no proof of safety."

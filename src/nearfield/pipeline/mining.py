@@ -53,11 +53,11 @@ class VectorsStage(Stage):
     @cached_property
     def teachers(self) -> list[DenseTeacher]:
         """All teachers whose vectors the run needs, each once."""
-        found = mining_teacher(self.recipe).dense_teachers() if self.recipe.mining else []
+        teachers = mining_teacher(self.recipe).dense_teachers() if self.recipe.mining else []
         for teacher in (planning_teacher(self.recipe), guide_teacher(self.recipe)):
-            if teacher is not None and teacher not in found:
-                found.append(teacher)
-        return found
+            if teacher is not None and teacher not in teachers:
+                teachers.append(teacher)
+        return teachers
 
     @property
     def is_wanted(self) -> bool:
@@ -67,7 +67,7 @@ class VectorsStage(Stage):
     @cached_property
     def fingerprints(self) -> dict[DenseTeacher, str]:
         """The fingerprint of the vectors of each teacher."""
-        found = {}
+        fingerprints = {}
         for teacher in self.teachers:
             made_of = {
                 "version": VECTORS_VERSION,
@@ -76,8 +76,8 @@ class VectorsStage(Stage):
                 "sources": self.job.source_names,
                 "split": self.recipe.split,
             }
-            found[teacher] = fingerprint(made_of)
-        return found
+            fingerprints[teacher] = fingerprint(made_of)
+        return fingerprints
 
     def inputs(self) -> Any:
         """The fingerprints of all vectors."""
@@ -198,8 +198,8 @@ class MineStage(Stage):
         self._check_reads(mining_teacher(self.recipe), store)
         mined, recalls = [], {}
         for number, pool in enumerate(self.pools(store)):
-            scorer, found = self._scorer(store, pool), self._found(number, store, pool)
-            mined.append((pool, mine_pool(pool, scorer, self.mining, seed=self.recipe.seed, found=found)))
+            scorer, nearest = self._scorer(store, pool), self._found(number, store, pool)
+            mined.append((pool, mine_pool(pool, scorer, self.mining, seed=self.recipe.seed, found=nearest)))
             recall = getattr(scorer, "recall", None)
             if recall is not None:
                 recalls[pool.name] = {"recall": recall.value, "queries": recall.queries, "depth": recall.depth}
@@ -221,10 +221,10 @@ class MineStage(Stage):
         pool = self._pool(store, self.sources(store)[number])
         (teacher,) = mining_teacher(self.recipe).dense_teachers()
         if self.vectors.path(teacher).is_dir():
-            found = search_share(pool, self._dense_scorer(store, pool), self.mining, share)
+            nearest = search_share(pool, self._dense_scorer(store, pool), self.mining, share)
             self._shares.mkdir(parents=True, exist_ok=True)
             with atomic_path(self._share(number, share[0])) as aside, aside.open("wb") as stream:
-                np.savez(stream, rows=found.rows, scores=found.scores)
+                np.savez(stream, rows=nearest.rows, scores=nearest.scores)
 
     def _found(self, number: int, store: Store, pool: Pool) -> Neighbours | None:
         """The neighbours that all ranks find for a pool, where the search can be divided: exact search of vectors."""
@@ -345,16 +345,16 @@ def on_ray(job: VectorJob) -> Callable[[Callable[[int], None]], None]:
 
 def items_by_role(store: Store, sources: list[str], split: str) -> dict[str, Rows]:
     """Role -> the items of all examples of some sources in a split."""
-    found: dict[str, list[Rows]] = {"query": [np.empty(0, np.int64)], "document": [np.empty(0, np.int64)]}
+    items: dict[str, list[Rows]] = {"query": [np.empty(0, np.int64)], "document": [np.empty(0, np.int64)]}
     for source in sources:
         part = store.examples.take(store.select(source, split))
-        found["query"].append(part["query"].to_numpy())
+        items["query"].append(part["query"].to_numpy())
         for column in ("positives", "negatives"):
-            found["document"].append(part[column].combine_chunks().flatten().to_numpy())
+            items["document"].append(part[column].combine_chunks().flatten().to_numpy())
         if part["label"].null_count < len(part):
             # The planner takes other items of a label as positives.
-            found["document"].append(part["query"].to_numpy())
-    return {role: np.unique(np.concatenate(rows)).astype(np.int64) for role, rows in found.items()}
+            items["document"].append(part["query"].to_numpy())
+    return {role: np.unique(np.concatenate(rows)).astype(np.int64) for role, rows in items.items()}
 
 
 def mining_teacher(recipe: Recipe) -> TeacherSettings:

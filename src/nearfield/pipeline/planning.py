@@ -117,8 +117,8 @@ def read_examples(
             place = column.dictionary_encode()
             rank = {label: number + len(labels) for number, label in enumerate(known)}
             of_entry = np.asarray([rank[label] for label in place.dictionary.to_pylist()], dtype=np.int64)
-            found = place.indices.fill_null(0).to_numpy()
-            codes = np.where(column.is_null().to_numpy(zero_copy_only=False), -1, of_entry[found])
+            entries = place.indices.fill_null(0).to_numpy()
+            codes = np.where(column.is_null().to_numpy(zero_copy_only=False), -1, of_entry[entries])
             labels += [(name, label) for label in known]
         scores = part["score"]
         sources.append(

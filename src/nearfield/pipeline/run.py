@@ -301,12 +301,14 @@ class Job:
     def encoder_inputs(self) -> dict[str, Any]:
         """The settings of the encoder, with an image tower by what it holds instead of where it lies."""
         encoder = self.recipe.encoder
-        found = encoder.identity(exclude={"model", "revision"})
+        settings = encoder.identity(exclude={"model", "revision"})
         if encoder.image_tower is not None and encoder.image_tower.model is not None:
             source = locate(encoder.image_tower.model, encoder.image_tower.revision)
-            found["image_tower"] |= {"model": source.name, "revision": source.content}
+            settings["image_tower"] |= {"model": source.name, "revision": source.content}
         # Settings that a recipe does not use are left out, so that runs from before they existed stay fresh.
-        return {key: value for key, value in found.items() if value is not None or key not in ("fresh", "image_tower")}
+        return {
+            key: value for key, value in settings.items() if value is not None or key not in ("fresh", "image_tower")
+        }
 
     @property
     def source_names(self) -> list[str]:
@@ -411,12 +413,12 @@ class Stage:
 
     def remove_damaged(self) -> bool:
         """Remove those of its folders that are not what was written, so that it makes them again; whether there were any."""
-        found = [(folder, damage(folder)) for folder in self.sealed() if folder.is_dir()]
-        for folder, wrong in found:
+        damages = [(folder, damage(folder)) for folder in self.sealed() if folder.is_dir()]
+        for folder, wrong in damages:
             if wrong is not None:
                 logger.warning("The stage %s runs again: %s (%s)", self.name, wrong, folder)
                 shutil.rmtree(folder)
-        return any(wrong is not None for _, wrong in found)
+        return any(wrong is not None for _, wrong in damages)
 
 
 def is_method(argument: str) -> bool:
@@ -439,12 +441,12 @@ def find_method(argument: str, runs: Path, label: str | None = None) -> Method:
 
     path = Path(argument)
     if path.is_dir():
-        found = {run: _recipe_of(run) for run in _runs_in(path)}
-        if len({_method_of(recipe) for recipe in found.values()}) > 1:
+        recipes = {run: _recipe_of(run) for run in _runs_in(path)}
+        if len({_method_of(recipe) for recipe in recipes.values()}) > 1:
             raise BadInputError(
                 "the runs in this folder differ in more than their seed", where=argument, hint="One folder, one method."
             )
-        chosen = list(found)
+        chosen = list(recipes)
     else:
         from nearfield.recipe import load_recipe
 

@@ -63,8 +63,8 @@ class EvaluateStage(Stage):
         return {**self._recorded("moved_data"), **{task: now for task, (_, now) in self._newly_moved.items()}}
 
     def _recorded(self, key: str) -> dict[str, Any]:
-        found = self.job.run.record(self.name).get(key)
-        return found if isinstance(found, dict) else {}
+        value = self.job.run.record(self.name).get(key)
+        return value if isinstance(value, dict) else {}
 
     @cached_property
     def _newly_moved(self) -> dict[str, tuple[str, str]]:
@@ -77,10 +77,10 @@ class EvaluateStage(Stage):
 
     def status(self) -> StageStatus:
         """Also stale where an mteb that was installed since scores other data."""
-        found = super().status()
-        if found.state != "stale" or not self._newly_moved:
-            return found
-        return replace(found, detail=self._moved_in_words())
+        state = super().status()
+        if state.state != "stale" or not self._newly_moved:
+            return state
+        return replace(state, detail=self._moved_in_words())
 
     def _moved_in_words(self) -> str:
         now = self.versions()["mteb"]
@@ -141,8 +141,8 @@ class EvaluateStage(Stage):
             ]
             raise NearfieldError("some tasks failed:\n" + "\n".join(lines), where=str(self.job.run.folder / "results"))
         if self.job.strict:
-            found = [notice for said in notices.get("after", {}).values() for notice in from_file(said)]
-            refuse(found, where=str(self.job.run.folder / folders["after"]))
+            serious = [notice for said in notices.get("after", {}).values() for notice in from_file(said)]
+            refuse(serious, where=str(self.job.run.folder / folders["after"]))
         more = {"notices": notices, "moved_data": self.moved_data}
         return {"results": folders, **{key: value for key, value in more.items() if value}}
 

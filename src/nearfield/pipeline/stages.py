@@ -107,11 +107,11 @@ class Stages:
 
 def status(run: Run) -> list[StageStatus]:
     """The state of each stage of a run; of trainings before it, of the parts of each that are wanted, as ``training/part``."""
-    found: list[StageStatus] = []
+    states: list[StageStatus] = []
     for earlier in run.before:
         wanted = Stages.of(earlier.preview()).wanted(_end(earlier))
-        found += [replace(stage.status(), name=f"{earlier.stage}/{stage.name}") for stage in wanted]
-    return found + [stage.status() for stage in Stages.of(run.preview()).wanted()]
+        states += [replace(stage.status(), name=f"{earlier.stage}/{stage.name}") for stage in wanted]
+    return states + [stage.status() for stage in Stages.of(run.preview()).wanted()]
 
 
 def _end(earlier: Run) -> str | None:
@@ -287,11 +287,11 @@ class Verified:
 
 def verify(run: Run) -> list[Verified]:
     """All artifacts of a run (and of the trainings before it) that are there, in the order of the stages."""
-    found: list[Verified] = []
+    verified: list[Verified] = []
     for each in (*run.before, run):
         prefix = "" if each is run else f"{each.stage}/"
-        found += [replace(one, name=f"{prefix}{one.name}") for one in _of(each)]
-    return found
+        verified += [replace(one, name=f"{prefix}{one.name}") for one in _of(each)]
+    return verified
 
 
 def _of(run: Run) -> Iterator[Verified]:

@@ -104,13 +104,13 @@ def _prompts_of(
     parts = [part for task in open_suite(suite, open_store=job.open_store) for part in parts_of(task.task)]
     saved = SavedPrompts(contract.model_prompts, contract.default_prompt_name)
     allowed = TrainedPrompts.of(contract.to_json())
-    found = [notice for notices in untrained_types(saved, allowed, parts).values() for notice in notices]
+    sentences = [notice for notices in untrained_types(saved, allowed, parts).values() for notice in notices]
     if mode == "contract":
         hint = f"State the prompt under prompts.types, or set {key}.prompts=as-is."
         check_prompts(saved, allowed, parts, where=where, hint=hint)
     else:
-        found.append(as_is_notice(saved, allowed, parts))
-    return found
+        sentences.append(as_is_notice(saved, allowed, parts))
+    return sentences
 
 
 def evaluation_during_training(job: Job, model: SentenceTransformer, contract: PromptContract) -> Evaluate | None:

@@ -129,29 +129,29 @@ class TrainStage(Stage):
 
     def status(self) -> StageStatus:
         """Whether it is done; a training that can go on is ``partial``."""
-        found, record = super().status(), self.job.run.record(self.name)
+        known, record = super().status(), self.job.run.record(self.name)
         checkpoints = self.checkpoints()
-        if found.state == "done" or record.get("fingerprint") == self.fingerprint or not checkpoints:
-            return found
+        if known.state == "done" or record.get("fingerprint") == self.fingerprint or not checkpoints:
+            return known
         state = "stale" if record else "partial"
         return StageStatus(self.name, state, f"newest checkpoint: {checkpoints[-1].name}", str(self.output))
 
-    def tell(self, found: Iterable[Notice]) -> None:
+    def tell(self, told: Iterable[Notice]) -> None:
         """Log what users of this training must know, once, and keep it in the manifest with all that was said meanwhile.
 
         Where that blocks, or the run is strict, it is an error instead, which every rank must be told of.
         """
         where = str(self.job.run.loaded.path)
-        found = list(found)
-        stop_on_blocking(found, where)
+        told = list(told)
+        stop_on_blocking(told, where)
         if self.job.launch.is_main:
-            for notice in found:
+            for notice in told:
                 self.job.said.say(notice)
             heard = [notice for notices in self.job.said.all().values() for notice in notices]
             self.job.run.keep_notices([*self.job.run.notices, *heard])
-            found = heard
+            told = heard
         if self.job.strict:
-            refuse(found, where)
+            refuse(told, where)
 
     def _tell_at_start(self, encoder: LoadedEncoder, data: TrainingData, plans: list[Plan]) -> None:
         """Before the first step, what the encoder, the data and the plan show; rank 0 alone."""
@@ -265,14 +265,14 @@ class TrainStage(Stage):
         recipe, store = self.recipe, self.data.open()
         if recipe.mining is None or recipe.mining.during is None:
             return None
-        found = self.plan.negatives(store) or {}
-        examples = np.concatenate([store.select(name, recipe.split) for name in found])
-        lists = concatenate([negatives.items for negatives in found.values()])
+        by_source = self.plan.negatives(store) or {}
+        examples = np.concatenate([store.select(name, recipe.split) for name in by_source])
+        lists = concatenate([negatives.items for negatives in by_source.values()])
         order = np.argsort(examples, kind="stable")
         remine = None
         if isinstance(recipe.mining.during, RefreshedNegatives):
             prompts = {}
-            for name in found:
+            for name in by_source:
                 texts = self.job.contract.sources[name]
                 prompts[store.source_number(name)] = (tokens.number(texts["query"]), tokens.number(texts["document"]))
             remine = Remine(self.mine.pools(store), prompts, recipe.mining)
@@ -546,8 +546,8 @@ def kept_dtype(loaded: LoadedEncoder) -> str | None:
     if not folder.is_dir():
         from transformers.utils import cached_file
 
-        found = cached_file(str(folder), "config.json", revision=loaded.revision, local_files_only=True)
-        folder = Path(str(found)).parent
+        config_file = cached_file(str(folder), "config.json", revision=loaded.revision, local_files_only=True)
+        folder = Path(str(config_file)).parent
     stored = stored_dtype(folder)
     return stored if stored in HALF else None
 

@@ -253,29 +253,29 @@ def facts(progress: Progress) -> list[tuple[str, str]]:
         state += f" on {p.host}"
     if p.early:
         state += ", early: no gain for as many evaluations as patience allows"
-    found = [("run", p.name), ("state", state)]
+    lines = [("run", p.name), ("state", state)]
     if p.step or p.steps is not None:
         of = f" of {p.steps:,} ({p.step / p.steps:.0%})" if p.steps else ""
-        found.append(("step", f"{p.step:,}{of}"))
+        lines.append(("step", f"{p.step:,}{of}"))
     if p.losses:
-        found.append(("loss", f"{p.losses[-1]:.4f}  {sparkline(p.losses)}"))
+        lines.append(("loss", f"{p.losses[-1]:.4f}  {sparkline(p.losses)}"))
     if p.rate is not None:
-        found.append(("learning rate", f"{p.rate:.3g}"))
+        lines.append(("learning rate", f"{p.rate:.3g}"))
     if p.examples is not None and p.tokens is not None:
-        found.append(("speed", f"{p.examples:,.1f} examples/s, {p.tokens:,.0f} tokens/s"))
+        lines.append(("speed", f"{p.examples:,.1f} examples/s, {p.tokens:,.0f} tokens/s"))
     if p.left is not None:
-        found.append(("time left", duration(p.left)))
+        lines.append(("time left", duration(p.left)))
     if p.evaluation is not None:
         scores = _mapping(p.evaluation.get("scores"))
         told = ", ".join(f"{name} {score:.4f}" for name, score in scores.items() if isinstance(score, int | float))
-        found.append(("evaluation", f"after step {p.evaluation['step']:,}: {told or 'no score is a number'}"))
+        lines.append(("evaluation", f"after step {p.evaluation['step']:,}: {told or 'no score is a number'}"))
     if p.best is not None:
-        found.append(("best", f"{p.metric} {p.best[1]:.4f} after step {p.best[0]:,}"))
+        lines.append(("best", f"{p.metric} {p.best[1]:.4f} after step {p.best[0]:,}"))
     if p.memory is not None:
-        found.append(("memory", f"{p.memory / 2**30:.2f} GiB at most"))
+        lines.append(("memory", f"{p.memory / 2**30:.2f} GiB at most"))
     if p.silent is not None and p.state == "running" and p.silent > 60:
-        found.append(("last sign", f"{duration(p.silent)} ago"))
-    return found
+        lines.append(("last sign", f"{duration(p.silent)} ago"))
+    return lines
 
 
 def one_line(progress: Progress) -> str:

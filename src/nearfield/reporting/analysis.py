@@ -70,8 +70,8 @@ def analysis_section(made: Json) -> AnalysisSection:
     rows = [[name, *(_figure(shape.get(key), digits) for shape in shapes)] for name, key, digits in FIGURES]
     asked = mapping(mapping(made["extras"]).get("search"))
     if asked:
-        found = [_figure(mapping(asked.get(model)).get("alignment"), 3) for model in models]
-        rows.append(["alignment of questions with right documents", *found])
+        alignments = [_figure(mapping(asked.get(model)).get("alignment"), 3) for model in models]
+        rows.append(["alignment of questions with right documents", *alignments])
     section.tables.append(WordTable("Shape of the embeddings", ["figure", *models], rows))
     _maps(section, models, mapping(made.get("drawing")))
     _curves(section, models, shapes)
@@ -95,17 +95,17 @@ def short_names(models: Sequence[str]) -> list[str]:
 
 def _renamed(extras: Json, names: Mapping[str, str]) -> dict[str, object]:
     """The extras, with the models' short names."""
-    found: dict[str, object] = {}
+    extras_by_name: dict[str, object] = {}
     for part, value in extras.items():
         inner = mapping(value)
         if part == "versions":
             inner["models"] = [names.get(str(name), str(name)) for name in listing(inner.get("models"))]
             audits = mapping(inner.get("audits"))
             inner["audits"] = {" → ".join(names.get(n, n) for n in k.split(" -> ")): v for k, v in audits.items()}
-            found[part] = inner
+            extras_by_name[part] = inner
         else:
-            found[part] = {names.get(model, model): of for model, of in inner.items()}
-    return found
+            extras_by_name[part] = {names.get(model, model): of for model, of in inner.items()}
+    return extras_by_name
 
 
 def _figure(value: object, digits: int) -> str:
@@ -166,10 +166,10 @@ def _curves(section: AnalysisSection, models: Sequence[str], shapes: Sequence[Js
     _line(section, "spectrum", "Variance held by the first principal axes", range(1, longest + 1), series, "axes")
 
 
-def _scores(section: AnalysisSection, found: Json) -> None:
+def _scores(section: AnalysisSection, values: Json) -> None:
     """A chart a task type: the mean score by the dimensions kept, first, drawn and principal ones."""
     styles, charts = {"first": "s1", "principal": "s2", "random": "s4"}, defaultdict(list)
-    for axes, read in found.items():
+    for axes, read in values.items():
         parts = mapping(read)
         xs = tuple(int(value) for value in _numbers(parts.get("dimensions")))
         for kind, scores in mapping(parts.get("types")).items():
@@ -216,11 +216,11 @@ def _likeness(section: AnalysisSection, models: Sequence[str], made: Json) -> No
     _line(section, "sweep", "Jaccard of the k nearest texts", list(sweep), series, "k")
 
 
-def _search(section: AnalysisSection, found: Json) -> None:
-    if not found:
+def _search(section: AnalysisSection, results: Json) -> None:
+    if not results:
         return
     rows, whiskers, cuts = [], [], []
-    for number, (model, value) in enumerate(found.items()):
+    for number, (model, value) in enumerate(results.items()):
         one = mapping(value)
         accuracy = [mapping(of) for of in listing(one.get("accuracy"))]
         for of in accuracy:
@@ -255,14 +255,14 @@ def _search(section: AnalysisSection, found: Json) -> None:
     section.figures.append(interval_figure("cuts", "Cuts and their bootstrap intervals over questions", cuts))
 
 
-def _versions(section: AnalysisSection, found: Json) -> None:
-    models = [string(name) or "?" for name in listing(found.get("models"))]
-    table = [[real(value) for value in listing(row)] for row in listing(found.get("matrix"))]
+def _versions(section: AnalysisSection, values: Json) -> None:
+    models = [string(name) or "?" for name in listing(values.get("models"))]
+    table = [[real(value) for value in listing(row)] for row in listing(values.get("matrix"))]
     if len(models) > 1 and len(table) == len(models) and all(len(row) == len(models) for row in table):
         order = list(range(len(models)))
         title = "Questions by the row's model on the index of the column's: a right document first"
         section.figures.append(Figure(title, heat_map("versions", title, models, table, order)))
-    for number, (pair, points) in enumerate(list(mapping(found.get("audits")).items())[:MOST_MODELS]):
+    for number, (pair, points) in enumerate(list(mapping(values.get("audits")).items())[:MOST_MODELS]):
         places = [_numbers(point) for point in listing(points)]
         series = [Series("found again", [place[1] for place in places], "s3")]
         _line(
@@ -275,9 +275,9 @@ def _versions(section: AnalysisSection, found: Json) -> None:
         )
 
 
-def _associations(section: AnalysisSection, found: Json) -> None:
+def _associations(section: AnalysisSection, values: Json) -> None:
     rows, points = [], []
-    for number, (model, tests) in enumerate(found.items()):
+    for number, (model, tests) in enumerate(values.items()):
         for test in map(mapping, listing(tests)):
             name, effect = string(test.get("name")) or "?", real(test.get("effect")) or 0.0
             points.append(Whisker(f"{name}, {model}", effect, None, None, f"s{number % 4 + 1}"))
@@ -302,9 +302,9 @@ def _associations(section: AnalysisSection, found: Json) -> None:
     section.figures.append(interval_figure("associations", title, points, "+.2f", zero=True))
 
 
-def _rankability(section: AnalysisSection, found: Json) -> None:
+def _rankability(section: AnalysisSection, values: Json) -> None:
     points = []
-    for number, (model, value) in enumerate(found.items()):
+    for number, (model, value) in enumerate(values.items()):
         for axis, rho in mapping(mapping(value).get("spearman")).items():
             points.append(Whisker(f"{axis}, {model}", real(rho) or 0.0, None, None, f"s{number % 4 + 1}"))
     if points:

@@ -352,9 +352,9 @@ def scores_by_type(results: Path, whole: Path) -> dict[str, tuple[list[int], ByT
     """
     folders: dict[str, dict[int, Path]] = defaultdict(dict)
     for folder in sorted(results.glob("*")):
-        found = CUT.match(folder.name)
-        if found and found["name"] == whole.parent.name and (folder / whole.name).is_dir():
-            folders[AXES[found["axes"]]][int(found["dimensions"])] = folder / whole.name
+        match = CUT.match(folder.name)
+        if match and match["name"] == whole.parent.name and (folder / whole.name).is_dir():
+            folders[AXES[match["axes"]]][int(match["dimensions"])] = folder / whole.name
     full = _dimensions(whole)
     if full is None:
         return {}
@@ -377,15 +377,15 @@ def scores_by_type(results: Path, whole: Path) -> dict[str, tuple[list[int], ByT
 
 def _dimensions(folder: Path) -> int | None:
     try:
-        found = real(load_object(folder / "model_meta.json", "no description").get("embed_dim"))
+        dimensions = real(load_object(folder / "model_meta.json", "no description").get("embed_dim"))
     except AbsentError:
         return None
-    return int(found) if found else None
+    return int(dimensions) if dimensions else None
 
 
 def _main_scores(folder: Path) -> dict[str, tuple[str, float]]:
     """Task -> its type and the mean of its main scores, from mteb's result files."""
-    found: dict[str, tuple[str, float]] = {}
+    scores: dict[str, tuple[str, float]] = {}
     for file in sorted(folder.glob("*.json")):
         try:
             value = load_object(file, "gone")
@@ -398,8 +398,8 @@ def _main_scores(folder: Path) -> dict[str, tuple[str, float]]:
         ]
         known = [score for score in main if score is not None and score == score]
         if known and len(known) == len(main):
-            found[file.stem] = (_type(folder, file.stem), sum(known) / len(known))
-    return found
+            scores[file.stem] = (_type(folder, file.stem), sum(known) / len(known))
+    return scores
 
 
 def _type(folder: Path, task: str) -> str:

@@ -35,18 +35,18 @@ class AuditPage:
     sample: Sequence[object]
 
 
-def write_audit(found: Audit, name: str, out: Path) -> Path:
+def write_audit(audit: Audit, name: str, out: Path) -> Path:
     """Write the page of an audit."""
-    write_page("mining.html.j2", out, name=name, page=audit_page(found))
+    write_page("mining.html.j2", out, name=name, page=audit_page(audit))
     return out
 
 
-def audit_page(found: Audit) -> AuditPage:
+def audit_page(audit: Audit) -> AuditPage:
     """The page of an audit."""
-    summary = found.summary
+    summary = audit.summary
     facts = [
         ("examples", text.count(summary["examples"])),
-        ("negatives", text.count(len(found.negative_scores))),
+        ("negatives", text.count(len(audit.negative_scores))),
         ("with fewer than wanted", text.count(summary["short"])),
         ("dropped by a filter", text.count(sum(source["dropped"] for source in summary["sources"].values()))),
         ("generation", str(summary["generation"])),
@@ -56,14 +56,14 @@ def audit_page(found: Audit) -> AuditPage:
             for source, one in summary.get("recall", {}).items()
         ),
     ]
-    rates = [(source, *rate_words(rate)) for source, rate in found.false_negatives.items()]
+    rates = [(source, *rate_words(rate)) for source, rate in audit.false_negatives.items()]
     return AuditPage(
         facts,
         WordTable("What each rule did", RULES, rule_rows(summary), words=2),
         WordTable("Estimated share of false negatives", ["source", "share", "interval", "judged"], rates),
-        found.judge,
-        [figure for figure in (gap_figure(found), score_figure(found)) if figure.svg],
-        found.sample,
+        audit.judge,
+        [figure for figure in (gap_figure(audit), score_figure(audit)) if figure.svg],
+        audit.sample,
     )
 
 
@@ -83,26 +83,26 @@ def rate_words(rate: Proportion) -> tuple[str, str, str]:
     return f"{rate.value:.1%}", f"{rate.low:.1%} to {rate.high:.1%}", f"{rate.hits} of {rate.n}"
 
 
-def gap_figure(found: Audit) -> Figure:
+def gap_figure(audit: Audit) -> Figure:
     """How far below the positive the negatives score."""
     title = "Score of the positive less that of the negative"
-    if not len(found.gaps):
+    if not len(audit.gaps):
         return Figure(title, Markup(""))
-    low, median, high = np.percentile(found.gaps, [5, 50, 95])
-    limits, label = edges(found.gaps), "score gap; below 0 the negative scores higher"
+    low, median, high = np.percentile(audit.gaps, [5, 50, 95])
+    limits, label = edges(audit.gaps), "score gap; below 0 the negative scores higher"
     described = (
-        f"Of {len(found.gaps):,} negatives, the median gap is {median:.3f}; 90 % lie from {low:.3f} to "
-        f"{high:.3f}; {float((found.gaps <= 0).mean()):.1%} are 0 or less."
+        f"Of {len(audit.gaps):,} negatives, the median gap is {median:.3f}; 90 % lie from {low:.3f} to "
+        f"{high:.3f}; {float((audit.gaps <= 0).mean()):.1%} are 0 or less."
     )
     return histogram_figure(
-        Histogram("gaps", title, limits, [binned(found.gaps.tolist(), limits, "negatives", "s1")], label, described)
+        Histogram("gaps", title, limits, [binned(audit.gaps.tolist(), limits, "negatives", "s1")], label, described)
     )
 
 
-def score_figure(found: Audit) -> Figure:
+def score_figure(audit: Audit) -> Figure:
     """The teacher's scores of positives and negatives."""
     title = "The teacher's scores"
-    parts = {"positives": (found.positive_scores, "s2"), "negatives": (found.negative_scores, "s1")}
+    parts = {"positives": (audit.positive_scores, "s2"), "negatives": (audit.negative_scores, "s1")}
     both = np.concatenate([values for values, _ in parts.values()])
     if not len(both):
         return Figure(title, Markup(""))

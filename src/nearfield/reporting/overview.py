@@ -230,8 +230,8 @@ def build_overview(
 
 
 def _notices(manifest: Json) -> list[tuple[str, str]]:
-    found = [mapping(one) for one in listing(manifest.get("notices"))]
-    return [(words, string(one.get("hint")) or "") for one in found if (words := string(one.get("what")))]
+    notices = [mapping(one) for one in listing(manifest.get("notices"))]
+    return [(words, string(one.get("hint")) or "") for one in notices if (words := string(one.get("what")))]
 
 
 def _parts(values: Json) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -421,7 +421,7 @@ def _findings(summary: Json, sources: Sequence[Json]) -> list[str]:
             else "No row says the same as another."
         )
     conflicts = mapping(summary.get("conflicts"))
-    found = [
+    counts = [
         (
             real(conflicts.get("positive_and_negative")),
             "pairs of a query and a text are called positive and negative; the positive counts",
@@ -429,8 +429,8 @@ def _findings(summary: Json, sources: Sequence[Json]) -> list[str]:
         (real(conflicts.get("labels")), "items bear more than one label"),
         (real(conflicts.get("scores")), "pairs have more than one score"),
     ]
-    findings += [f"{text.count(value)} {words}." for value, words in found if value]
-    if conflicts and not any(value for value, _ in found):
+    findings += [f"{text.count(value)} {words}." for value, words in counts if value]
+    if conflicts and not any(value for value, _ in counts):
         findings.append("No two statements of the data contradict each other.")
     shared = {pair: real(value) or 0.0 for pair, value in mapping(summary.get("shared_between_splits")).items()}
     findings += [

@@ -127,8 +127,8 @@ class Texts:
         wanted = {bytes.fromhex(one) for one in ids if len(one) == 32 and set(one) <= set("0123456789abcdef")}
         for store in self.stores:
             column = store.items.column("id")
-            found = pc.is_in(column, value_set=pa.array(sorted(wanted), column.type))
-            for row in np.flatnonzero(found.to_numpy()).tolist():
+            matches = pc.is_in(column, value_set=pa.array(sorted(wanted), column.type))
+            for row in np.flatnonzero(matches.to_numpy()).tolist():
                 self.rows.setdefault(column[row].as_py().hex(), (store, row))
 
     def text(self, one: str) -> str | None:
@@ -277,12 +277,12 @@ def _top(folder: Path, task: str, changes: Sequence[Change]) -> Top:
         return {}
     table = read_checked(folder / f"{task}{TOP_SUFFIX}")
     table = table.filter(pc.is_in(table["query_id"], pa.array(sorted({change.query for change in changes}))))
-    found: Top = {}
+    results_of: Top = {}
     for row in table.to_pylist():
         key = (row.get("subset", ""), row.get("split", ""), row["query_id"])
         if key in wanted:
-            found.setdefault(key, []).append((row["rank"], row["doc_id"], row["score"]))
-    return {key: sorted(results) for key, results in found.items()}
+            results_of.setdefault(key, []).append((row["rank"], row["doc_id"], row["score"]))
+    return {key: sorted(results) for key, results in results_of.items()}
 
 
 def _texts(run: Path, store: Path | None, fingerprints: set[str]) -> Texts:
@@ -315,9 +315,9 @@ def _query(change: Change, tops: dict[tuple[str, str], Top], texts: Texts) -> tu
     first: dict[str, str] = {}
     results_json: dict[str, list[dict[str, object]]] = {}
     for side, value in zip(SIDES, (change.before, change.after), strict=True):
-        found = tops[change.task, side].get(change.key, [])
+        hits = tops[change.task, side].get(change.key, [])
         results = []
-        for rank, document, points in found:
+        for rank, document, points in hits:
             known = texts.text(document)
             marked = None if relevant is None else document in relevant
             results.append(
@@ -330,14 +330,14 @@ def _query(change: Change, tops: dict[tuple[str, str], Top], texts: Texts) -> tu
                     texts.image(document),
                 )
             )
-        seen |= {document for _, document, _ in found}
+        seen |= {document for _, document, _ in hits}
         ranks = [result.rank for result in results if result.relevant]
         if relevant is not None:
             first[side] = f"rank {ranks[0]}" if ranks else "not found"
         sides.append(Side(side.capitalize(), f"{metric_words(change.metric)} {text.score(value)}", results))
         results_json[side] = [
             {"rank": r.rank, "id": r.document, "text": r.text, "relevant": r.relevant, "score": points}
-            for r, (_, _, points) in zip(results, found, strict=True)
+            for r, (_, _, points) in zip(results, hits, strict=True)
         ]
     about = f"{metric_words(change.metric)} {text.score(change.before)} → {text.score(change.after)}"
     if first:

@@ -92,8 +92,8 @@ def read_page(run: Path) -> tuple[Page, dict[str, object]]:
     recipe = part("recipe.yaml", lambda: read_recipe(run))
     manifest = part("manifest.json", lambda: read_manifest(run))
     curves = part("metrics.jsonl", lambda: build_curves(run, {} if isinstance(recipe, Missing) else recipe.values))
-    found = part("the data store", lambda: store_folder(manifest, run))
-    store = None if isinstance(found, Missing) else found
+    data_store = part("the data store", lambda: store_folder(manifest, run))
+    store = None if isinstance(data_store, Missing) else data_store
     listed = part("the store's sources", lambda: sources_of(store))
     sources = [] if isinstance(listed, Missing) else listed
     training = {} if isinstance(recipe, Missing) else mapping(recipe.values.get("training"))

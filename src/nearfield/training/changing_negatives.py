@@ -236,8 +236,8 @@ def negative_scores(result: StepResult) -> np.ndarray[Any, Any]:
     scores = (queries * documents).sum(-1)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(scores, 0)
-    found: np.ndarray[Any, Any] = scores.cpu().numpy()
-    return found
+    values: np.ndarray[Any, Any] = scores.cpu().numpy()
+    return values
 
 
 class BlockAtATime(Dynamic):
@@ -382,8 +382,8 @@ def mine_by_weights(
     rows, scores = (
         gather_embeddings(torch.from_numpy(part).to(device), shares).cpu().numpy() for part in (own.rows, own.scores)
     )
-    found = Neighbours(rows, scores)
-    return mine_pool(pool, scorer, mining, seed=seed, generation=generation, found=found)
+    neighbours = Neighbours(rows, scores)
+    return mine_pool(pool, scorer, mining, seed=seed, generation=generation, found=neighbours)
 
 
 class Refreshed(ChangingNegatives):
@@ -502,7 +502,7 @@ class Refreshed(ChangingNegatives):
         self.generation, self.refreshed, self.hash = pool["generation"], pool["refreshed"], pool["hash"]
         if not self.generation:
             return
-        found: dict[str, Tensor] | None = None
+        tensors_of_pool: dict[str, Tensor] | None = None
         if self.writes:
             file = self._path(self.generation) / "pool.safetensors"
             if not file.is_file() or hash_file(file) != self.hash:
@@ -511,6 +511,6 @@ class Refreshed(ChangingNegatives):
                     where=str(file),
                     hint="A checkpoint needs the pool that it was trained with. Start anew with --restart.",
                 )
-            found = load_file(file)
-        arrays = {name: tensor.cpu().numpy() for name, tensor in broadcast_tensors(found, self.device)}
+            tensors_of_pool = load_file(file)
+        arrays = {name: tensor.cpu().numpy() for name, tensor in broadcast_tensors(tensors_of_pool, self.device)}
         self.candidates = MinedCandidates(arrays["examples"], Ragged(arrays["offsets"], arrays["negatives"]))

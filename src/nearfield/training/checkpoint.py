@@ -180,7 +180,7 @@ def write_checkpoint(
 def prune(folder: Path, newest: str, keep_last: int, protected: AbstractSet[int] = frozenset()) -> None:
     """Remove the oldest checkpoints beyond ``keep_last``, ``newest`` counted."""
     # A newer one than this is damaged, or the run would have begun there: it must not count among the last.
-    known = [found for found in checkpoint_paths(folder) if found.name <= newest]
+    known = [path for path in checkpoint_paths(folder) if path.name <= newest]
     for old in known[:-keep_last]:
         if int(old.name.removeprefix("step-")) not in protected:
             shutil.rmtree(old)
@@ -295,7 +295,7 @@ def resume(
     launch, device = engine.launch, engine.backend.device
     checkpoint: Checkpoint | None = None
     if launch.is_main:
-        checkpoint = newest_checkpoint(checkpoints, lambda found: _check_identity(found, identity))
+        checkpoint = newest_checkpoint(checkpoints, lambda path: _check_identity(path, identity))
     state: dict[str, Any] | None = broadcast_json(None if checkpoint is None else checkpoint.state, device)
     if state is None:
         return None, {}

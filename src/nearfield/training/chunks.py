@@ -354,10 +354,10 @@ def turns_of(
 
 
 def _by_kind(numbers: Iterable[int], kinds: Sequence[int] | None) -> list[set[int]]:
-    found: dict[int, set[int]] = {}
+    by_kind: dict[int, set[int]] = {}
     for number in numbers:
-        found.setdefault(0 if kinds is None else kinds[number], set()).add(number)
-    return [found[kind] for kind in sorted(found)]
+        by_kind.setdefault(0 if kinds is None else kinds[number], set()).add(number)
+    return [by_kind[kind] for kind in sorted(by_kind)]
 
 
 def split_rows(count: int, ranks: int, rank: int) -> Rows:
@@ -379,7 +379,7 @@ class TeacherScores:
 
     def of(self, batch: Batch) -> Floats:
         """(D,) scores of the batch's documents in the order of its pool; not a number for what was not scored."""
-        found: list[Floats] = [np.empty(0, dtype=np.float64)]
+        scores_of_items: list[Floats] = [np.empty(0, dtype=np.float64)]
         places = np.minimum(np.searchsorted(self.examples, batch.example), max(0, len(self.examples) - 1))
         for row, place in enumerate(places.tolist()):
             known: dict[int, float] = {}
@@ -391,8 +391,8 @@ class TeacherScores:
                     low, high = int(lists.offsets[place]), int(lists.offsets[place + 1])
                     known |= dict(zip(lists.values[low:high].tolist(), scores[low:high].tolist(), strict=True))
             documents = [*batch.positives[row].tolist(), *batch.negatives[row].tolist()]
-            found.append(np.asarray([known.get(item, np.nan) for item in documents], dtype=np.float64))
-        return np.concatenate(found)
+            scores_of_items.append(np.asarray([known.get(item, np.nan) for item in documents], dtype=np.float64))
+        return np.concatenate(scores_of_items)
 
 
 LoadImages = Callable[[Rows], "Sequence[Image | None]"]
@@ -441,7 +441,7 @@ class TrainingData:
     def with_query_tokens(self, pool: TextPool) -> TextPool:
         """The pool with the (Q, T) tokens of its queries' whole texts, padded with -1."""
         rows = self.tokens_of(pool, pool.queries)
-        found = np.full((len(rows), max(map(len, rows), default=0)), -1, dtype=np.int64)
+        tokens = np.full((len(rows), max(map(len, rows), default=0)), -1, dtype=np.int64)
         for line, row in enumerate(rows):
-            found[line, : len(row)] = row
-        return replace(pool, query_tokens=found)
+            tokens[line, : len(row)] = row
+        return replace(pool, query_tokens=tokens)

@@ -121,9 +121,9 @@ def loss_of_chance(objective: Objective, batch: ContrastiveBatch) -> float:
     """The mean loss of a batch whose embeddings are all alike, of its watched rows; 0 where these count nothing."""
     rows = watched_rows(batch)
     alike = [torch.ones_like(side) for side in (batch.queries, batch.documents)]
-    found = objective.forward(replace(batch, queries=alike[0], documents=alike[1], rows=rows, ring=None)).rows
+    losses = objective.forward(replace(batch, queries=alike[0], documents=alike[1], rows=rows, ring=None)).rows
     counted = float(len(rows)) if batch.weights is None else float(batch.weights[rows].sum())
-    return float(found.sum()) / counted if counted else 0.0
+    return float(losses.sum()) / counted if counted else 0.0
 
 
 class ZeroVectors(Part):
@@ -151,10 +151,10 @@ class ZeroVectors(Part):
         """Tell of those so far where there are some; *collective*, rank 0 decides."""
         if self.told:
             return
-        found = broadcast_notices(lambda: self._notices(step), self.device)
-        if found:
+        notices = broadcast_notices(lambda: self._notices(step), self.device)
+        if notices:
             self.told = True
-            self._tell(found)
+            self._tell(notices)
 
     def _notices(self, step: int) -> list[Notice]:
         count = int(self._count)
@@ -228,13 +228,13 @@ def teaching_notices(
     objective = objective.double()
     total = sum(map(len, plans))
     idle: list[str] = []
-    found = batches_by_source(plans)
-    for source, steps in found.items():
+    batches = batches_by_source(plans)
+    for source, steps in batches.items():
         some = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, BATCHES).round().astype(int)).tolist()]
         probe = _Probe(objective, data, width, total)
         if not any(probe.teaches(plans[epoch].batch(step), number) for epoch, step, number in some):
             idle.append(names.get(source, "batches of several sources"))
-    if len(idle) == len(found):
+    if len(idle) == len(batches):
         yield Notice(
             "nothing-to-learn",
             "the gradient of the loss is 0 whatever the encoder gives: nothing can be learnt from these batches",
@@ -250,13 +250,13 @@ def teaching_notices(
 
 def batches_by_source(plans: Sequence[Plan]) -> dict[int, list[tuple[int, int, int]]]:
     """Source, or ``SEVERAL_SOURCES`` -> (epoch, step, number of the step in the run) of its batches."""
-    found: dict[int, list[tuple[int, int, int]]] = {}
+    batches: dict[int, list[tuple[int, int, int]]] = {}
     number = 0
     for epoch, plan in enumerate(plans):
         for step, source in enumerate(plan.sources().tolist()):
-            found.setdefault(source, []).append((epoch, step, number))
+            batches.setdefault(source, []).append((epoch, step, number))
             number += 1
-    return found
+    return batches
 
 
 def _same_texts(data: TrainingData) -> Iterator[Notice]:

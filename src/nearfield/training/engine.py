@@ -132,11 +132,11 @@ class Engine:
         """
         if self.data.images is None:
             return None
-        found = np.zeros(len(pool.items), dtype=bool)
+        of_images = np.zeros(len(pool.items), dtype=bool)
         for prompt in np.unique(pool.prompts):
             mine, table = np.flatnonzero(pool.prompts == prompt), self.data.tokens.tables[int(prompt)]
-            found[mine] = self.go_apart([table.tokens(int(item)) for item in pool.items[mine]], apart=apart)
-        return found
+            of_images[mine] = self.go_apart([table.tokens(int(item)) for item in pool.items[mine]], apart=apart)
+        return of_images
 
     def go_apart(self, rows: Sequence[Tokens], *, apart: bool = False) -> Bools:
         """(n,) which items, by their tokens, go through layers that others do not and may share no chunk with them."""
@@ -232,9 +232,9 @@ class Engine:
         """Items of a chunk with what the token cache says of them -> what the encoder takes."""
         images = self.data.images
         if images is not None:
-            found = item_features(self.encoder, rows, lambda: images(items), self.backend.device)
-            if found is not None:
-                return found
+            features = item_features(self.encoder, rows, lambda: images(items), self.backend.device)
+            if features is not None:
+                return features
         return self.features(rows, prompt_length)
 
     def features(self, rows: list[Tokens], prompt_length: int) -> Features:

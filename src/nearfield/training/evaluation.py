@@ -88,7 +88,7 @@ def _encode(
     lengths = np.asarray([len(row) for row in tokens], dtype=np.int64)
     apart = np.zeros(len(tokens), dtype=np.int64) if items is None else engine.go_apart(tokens).astype(np.int64)
     chunks = cut_chunks(lengths, budget, padded=engine.padded, ranks=launch.world_size, kinds=apart)
-    found = np.empty((len(tokens), engine.dimension), dtype=np.float32)
+    vectors = np.empty((len(tokens), engine.dimension), dtype=np.float32)
     for start in range(0, len(chunks), _CHUNKS_AT_A_TIME * launch.world_size):
         if any_rank(stop(), backend.device, launch.world_size):
             raise InterruptedEvaluationError
@@ -105,8 +105,8 @@ def _encode(
         places = np.cumsum([0, *map(len, part)])
         rows = [np.concatenate([np.arange(0), *(np.arange(places[n], places[n + 1]) for n in s)]) for s in shares]
         everyone = gather_embeddings(own.float(), Shares(rows, launch.rank))
-        found[np.concatenate(part)] = everyone.cpu().numpy()
-    return found
+        vectors[np.concatenate(part)] = everyone.cpu().numpy()
+    return vectors
 
 
 @contextlib.contextmanager
@@ -141,8 +141,8 @@ class EvaluationState:
         before = self.best_score
         better = math.isfinite(score) and (before is None or score > before)
         gain = better and (before is None or score > before + minimum_gain)
-        found = replace(self, best_step=step, best_score=score) if better else self
-        return replace(found, evaluated=step, without_gain=0 if gain else self.without_gain + 1)
+        best = replace(self, best_step=step, best_score=score) if better else self
+        return replace(best, evaluated=step, without_gain=0 if gain else self.without_gain + 1)
 
 
 class Evaluations(Part):

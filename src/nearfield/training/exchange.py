@@ -91,9 +91,9 @@ def send_rows(own: Tensor, shares: Shares, wanted: Sequence[Rows]) -> Tensor:
     sent, got = _ways(shares, wanted, own.device)
     received = own.new_empty((sum(map(len, got)), own.shape[1]))
     dist.all_to_all_single(received, own.detach()[torch.cat(sent)], [len(g) for g in got], [len(s) for s in sent])
-    found = torch.empty_like(received)
-    found[torch.cat(got)] = received
-    return found
+    result = torch.empty_like(received)
+    result[torch.cat(got)] = received
+    return result
 
 
 def return_rows(gradient: Tensor, shares: Shares, wanted: Sequence[Rows]) -> Tensor:
@@ -176,10 +176,10 @@ def broadcast_json(value: Any, device: torch.device) -> Any:
     return json.loads(bytes(data.cpu().tolist()))
 
 
-def broadcast_notices(found: Callable[[], Iterable[Notice]], device: torch.device) -> list[Notice]:
+def broadcast_notices(make: Callable[[], Iterable[Notice]], device: torch.device) -> list[Notice]:
     """The value that rank 0 found, on all ranks; the others do not look."""
     main = not dist.is_initialized() or dist.get_rank() == 0
-    return [Notice.from_json(one) for one in broadcast_json([n.to_json() for n in found()] if main else None, device)]
+    return [Notice.from_json(one) for one in broadcast_json([n.to_json() for n in make()] if main else None, device)]
 
 
 def broadcast_tensors(tensors: Mapping[str, Tensor] | None, device: torch.device) -> Iterator[tuple[str, Tensor]]:

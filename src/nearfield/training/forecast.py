@@ -531,11 +531,11 @@ def end_forecast(outlook: Outlook, engine: Engine, run: Path, *, first: int, ste
         say_seconds(seconds),
         f" (steps {first + 1} to {steps})" if first else "",
     )
-    found = {"first": first, "steps": steps, "peak": peak, "seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
-    found["predicted_seconds"] = round(forecast.seconds * share, 3)
+    actual = {"first": first, "steps": steps, "peak": peak, "seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
+    actual["predicted_seconds"] = round(forecast.seconds * share, 3)
     start = outlook.at_start
     early = None if start is None else {"peak": start.memory.peak, "seconds": round(start.seconds, 3)}
-    write_json(run / FILE, {**forecast.to_json(), "at_start": early, "actual": found})
+    write_json(run / FILE, {**forecast.to_json(), "at_start": early, "actual": actual})
 
 
 def say_bytes(count: float) -> str:
@@ -697,12 +697,12 @@ def run_trial(
 
     seconds = total([(cost.seconds, 0.0, slowest([each], device)[0]) for cost, each, _ in done])
     cpu = total([(cost.seconds, 0.0, each) for cost, _, each in done])
-    found = dataclasses.replace(forecast, seconds=seconds, cpu_seconds=cpu, measured="steps")
+    measured_forecast = dataclasses.replace(forecast, seconds=seconds, cpu_seconds=cpu, measured="steps")
     if whole:
         growth = slowest([float(peak_bytes(device) - held)], device)[0]
         beside = profile.state.checkpoint if early and device.type == "cpu" else 0
-        found = dataclasses.replace(found, memory=_measured(forecast.memory, growth, beside))
-    return Trial(found, ran, out_of_memory=False, finite=finite, still=still)
+        measured_forecast = dataclasses.replace(measured_forecast, memory=_measured(forecast.memory, growth, beside))
+    return Trial(measured_forecast, ran, out_of_memory=False, finite=finite, still=still)
 
 
 def _chosen(planned: PlanCosts) -> list[tuple[Batch, StepCost]]:

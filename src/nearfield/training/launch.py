@@ -276,10 +276,10 @@ class Launch:
             return self
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-        found = replace(self)
+        part = replace(self)
         # In place of the cached property, which would open another connection.
-        found.__dict__["store"] = PrefixStore(name, self.store)
-        return found
+        part.__dict__["store"] = PrefixStore(name, self.store)
+        return part
 
     def prepare(
         self,

@@ -78,9 +78,9 @@ def available_main_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | N
         lines = (proc / "meminfo").read_text().splitlines()
     except OSError:
         lines = []
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    found += _cgroup_rooms(proc, cgroup)
-    return min(found) if found else None
+    limits = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    limits += _cgroup_rooms(proc, cgroup)
+    return min(limits) if limits else None
 
 
 def _cgroup_rooms(proc: Path, cgroup: Path) -> list[int]:
@@ -318,8 +318,8 @@ def fit_line(points: Sequence[tuple[float, float, float]]) -> LinearCost:
     columns = [np.ones_like(tokens), tokens, squares] if len(known) > 2 else [0 * tokens, tokens, 0 * squares]
     scales = [float(column.max()) or 1.0 for column in columns]
     design = np.stack([column / scale for column, scale in zip(columns, scales, strict=True)], axis=1)
-    found, _ = nnls(design / values[:, None], np.ones_like(values))
-    line = LinearCost(*(float(part / scale) for part, scale in zip(found, scales, strict=True)))
+    coefficients, _ = nnls(design / values[:, None], np.ones_like(values))
+    line = LinearCost(*(float(part / scale) for part, scale in zip(coefficients, scales, strict=True)))
     worst = max(value / max(line(t, s), 1e-12) for t, s, value in known)
     factor = max(1.0, worst)
     return LinearCost(line.fixed * factor, line.per_token * factor, line.per_square * factor)
@@ -464,8 +464,8 @@ class LossCost:
 
 def implementation(parts: Sequence[InfoNCE], batch: Batch, device: torch.device, ranks: int, queued: int = 0) -> str:
     """How the logits of a batch are computed: ``blockwise`` only if no part of the objective holds the matrix."""
-    found = {part.choose(_logits([part], batch, ranks, queued), device) for part in parts}
-    return "blockwise" if found == {"blockwise"} else "dense"
+    choices = {part.choose(_logits([part], batch, ranks, queued), device) for part in parts}
+    return "blockwise" if choices == {"blockwise"} else "dense"
 
 
 def _documents(batch: Batch) -> tuple[int, int]:
@@ -705,5 +705,5 @@ def available_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    found = available_main_memory()
-    return None if found is None else found // local_processes()
+    available = available_main_memory()
+    return None if available is None else available // local_processes()

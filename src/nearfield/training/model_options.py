@@ -56,13 +56,13 @@ def _nearest(pattern: str, names: list[str]) -> list[str]:
 
 def transformer_of(model: SentenceTransformer, setting: str) -> PreTrainedModel:
     """The transformers model inside; :class:`BadInputError` for a model that has none, where ``setting`` needs one."""
-    found = getattr(model[0], "auto_model", None)
-    if found is None:
+    transformer = getattr(model[0], "auto_model", None)
+    if transformer is None:
         raise BadInputError(
             f"{setting} needs a transformer, and the model's first module is a {type(model[0]).__name__}",
             where=f"training.{setting}",
         )
-    return found
+    return transformer
 
 
 def enable_checkpointing(model: SentenceTransformer) -> None:
@@ -83,7 +83,7 @@ def enable_checkpointing(model: SentenceTransformer) -> None:
 def set_attention_dropout(model: SentenceTransformer, rate: float) -> None:
     """Let attention leave out so many of its weights in training. The model's config, which is saved, keeps its own rate."""
     transformer = transformer_of(model, "attention_dropout")
-    found = False
+    changed = False
     for module in transformer.modules():
         for name in ("attention_dropout", "attn_dropout", "dropout"):
             part = getattr(module, name, None)
@@ -91,11 +91,11 @@ def set_attention_dropout(model: SentenceTransformer, rate: float) -> None:
             if name == "dropout" and not any(hasattr(module, query) for query in ("query", "q_lin", "q")):
                 continue
             if isinstance(part, nn.Dropout):
-                part.p, found = rate, True
+                part.p, changed = rate, True
             elif isinstance(part, float):
                 setattr(module, name, rate)
-                found = True
-    if not found:
+                changed = True
+    if not changed:
         raise BadInputError(
             f"it is not clear where {type(transformer).__name__} drops out attention",
             where="training.attention_dropout",

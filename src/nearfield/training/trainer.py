@@ -180,8 +180,8 @@ class Trainer:
             budget=None if saved is None else Budget.from_json(saved),
         )
         if self.outlook.at_start is not None:
-            found = partial(notices_of_start, self.outlook.at_start, self.config, run)
-            inputs.tell(broadcast_notices(found, self.device))
+            notices = partial(notices_of_start, self.outlook.at_start, self.config, run)
+            inputs.tell(broadcast_notices(notices, self.device))
         self.evaluations = Evaluations(self.config.evaluation, inputs.evaluate, engine, inputs.epochs, self.steps)
         self.parts: list[Part] = [
             GradientWatch(self.first, self.steps),
@@ -272,7 +272,7 @@ class Trainer:
         """Leave the gradient of a batch in the backend, with a smaller budget where memory runs out."""
         step = self.done
         while True:
-            found = batch_gradient(
+            result = batch_gradient(
                 self.engine,
                 self.budget,
                 batch,
@@ -282,8 +282,8 @@ class Trainer:
                 watch=watch,
                 progress=step / self.steps,
             )
-            if not found[0].word.out_of_memory:
-                return found
+            if not result[0].word.out_of_memory:
+                return result
             self.budget = halve_budget(self.budget, step)
 
     def update(self, result: StepResult, rate: float) -> float:

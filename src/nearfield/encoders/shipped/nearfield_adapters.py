@@ -196,16 +196,16 @@ class AdaptedTransformer(Transformer):  # type: ignore[misc]
             given["token_type_ids"] = types.new_zeros((n, length + count)).scatter(1, text, types)
         self.prefix_rows = rows[:, :, None].expand(-1, -1, int(self.model.config.hidden_size))
         try:
-            found = super().forward(given, **kwargs)
+            output = super().forward(given, **kwargs)
         finally:
             self.prefix_rows = None
 
         def of_text(states: Tensor) -> Tensor:
             return states.gather(1, text[:, :, None].expand(-1, -1, states.shape[-1]))
 
-        features[self.module_output_name] = of_text(found[self.module_output_name])
-        if "all_layer_embeddings" in found:
-            features["all_layer_embeddings"] = tuple(of_text(states) for states in found["all_layer_embeddings"])
+        features[self.module_output_name] = of_text(output[self.module_output_name])
+        if "all_layer_embeddings" in output:
+            features["all_layer_embeddings"] = tuple(of_text(states) for states in output["all_layer_embeddings"])
         return features
 
     def activate(self, name: str | None) -> None:
@@ -259,5 +259,5 @@ class AdaptedTransformer(Transformer):  # type: ignore[misc]
         module.read_adapters(settings, Path(files[1]))
         module.base = base
         module.activate(settings["active"])
-        found: AdaptedTransformer = module
-        return found
+        adapted: AdaptedTransformer = module
+        return adapted

@@ -211,8 +211,8 @@ class ZeroBackend:
             self.engine._running_engine_step = False
         else:
             self._zero.finalize_gradient_accumulation_boundary()
-        found = {name: safe_get_full_grad(parameter) for name, parameter in self.parameters.items()}
-        return {n: self._shaped(n, gradient.detach()).clone() for n, gradient in found.items() if gradient is not None}
+        whole = {name: safe_get_full_grad(parameter) for name, parameter in self.parameters.items()}
+        return {n: self._shaped(n, gradient.detach()).clone() for n, gradient in whole.items() if gradient is not None}
 
     def _shaped(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter's tensor in the shape that it has outside of the engine."""
@@ -259,8 +259,8 @@ class ZeroBackend:
                 for key in sorted(state):
                     value = state[key]
                     if isinstance(value, Tensor) and value.shape == flat.shape:
-                        found = safe_get_full_optimizer_state(self.parameters[name], key).detach()
-                        yield f"{name}/{key}", self._shaped(name, found)
+                        tensor = safe_get_full_optimizer_state(self.parameters[name], key).detach()
+                        yield f"{name}/{key}", self._shaped(name, tensor)
                     else:
                         yield f"{name}/{key}", value.detach() if isinstance(value, Tensor) else torch.tensor(value)
 
@@ -347,10 +347,10 @@ def _scalars_to_vectors(module: nn.Module) -> frozenset[str]:
 
     They broadcast as before. Outside of the engine, in checkpoints and gradients, they stay scalars.
     """
-    found = {name: parameter for name, parameter in module.named_parameters() if parameter.ndim == 0}
-    for parameter in found.values():
+    scalars = {name: parameter for name, parameter in module.named_parameters() if parameter.ndim == 0}
+    for parameter in scalars.values():
         parameter.data = parameter.data.reshape(1)
-    return frozenset(name for name, parameter in found.items() if parameter.requires_grad)
+    return frozenset(name for name, parameter in scalars.items() if parameter.requires_grad)
 
 
 def _import_deepspeed() -> Any:
