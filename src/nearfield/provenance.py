@@ -66,8 +66,8 @@ def hub_commit(name: str, revision: str | None) -> str | None:
             commit: str | None = HfApi().model_info(name, revision=revision, timeout=5).sha
             return commit
     cache = Path(os.environ.get("SENTENCE_TRANSFORMERS_HOME") or constants.HF_HUB_CACHE)
-    kept = cache / f"models--{name.replace('/', '--')}" / "refs" / (revision or "main")
-    return kept.read_text(encoding="ascii").strip() if kept.is_file() else None
+    reference = cache / f"models--{name.replace('/', '--')}" / "refs" / (revision or "main")
+    return reference.read_text(encoding="ascii").strip() if reference.is_file() else None
 
 
 def device() -> dict[str, Any]:

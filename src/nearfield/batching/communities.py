@@ -170,13 +170,13 @@ def partition(graph: csr_array, size: int, seed: int) -> Partition:
 def cut_edges(graph: csr_array, groups: Rows) -> int:
     """How many undirected edges do not have both ends in one group."""
     group_of = _group_of(groups, graph.shape[0])
-    kept = 0
+    inside = 0
     for start in range(0, graph.shape[0], 1 << 16):
         stop = min(start + (1 << 16), graph.shape[0])
         ends = graph.indptr[start : stop + 1]
         there = group_of[graph.indices[ends[0] : ends[-1]]]
-        kept += int(np.count_nonzero((there >= 0) & (there == np.repeat(group_of[start:stop], np.diff(ends)))))
-    return (int(graph.nnz) - kept) // 2
+        inside += int(np.count_nonzero((there >= 0) & (there == np.repeat(group_of[start:stop], np.diff(ends)))))
+    return (int(graph.nnz) - inside) // 2
 
 
 def _lap(seconds: dict[str, float], phase: str, begun: float) -> float:
@@ -270,7 +270,7 @@ def _label_communities(
     groups: list[Rows] = [np.empty((0, size), dtype=np.int64)]
     unplaced: list[Rows] = []
     seconds: dict[str, float] = {}
-    edges = kept = isolated = moved = 0
+    edges = inside = isolated = moved = 0
     shuffled = generator(seed, "communities", "blocks").permutation(count)
     for block in np.array_split(shuffled, max(1, -(-count // LABEL_BLOCK))):
         rows = np.sort(block)
@@ -285,11 +285,11 @@ def _label_communities(
         groups.append(rows[part.groups])
         unplaced.append(rows[part.unplaced])
         edges += graph.nnz // 2
-        kept += graph.nnz // 2 - cut_edges(graph, part.groups)
+        inside += graph.nnz // 2 - cut_edges(graph, part.groups)
         isolated += part.isolated
         moved += part.moved
     made, left = _gather(np.concatenate(groups), np.sort(np.concatenate(unplaced)), neighbours, size)
-    share = 1 - kept / edges if edges else 0.0
+    share = 1 - inside / edges if edges else 0.0
     first = np.empty((count, 0), dtype=np.int32)
     return Communities(made, left, share, edges, None, seconds, neighbours, first, isolated, moved)
 

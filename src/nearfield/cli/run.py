@@ -115,7 +115,7 @@ def _lines(forecast: Forecast, result: DryRun) -> list[tuple[str, str]]:
     padding = forecast.encoded_tokens / max(1, forecast.tokens) - 1
     about = "about " if forecast.sampled else ""
     how = "packed" if forecast.packing != "padded" else "padded"
-    kept = f"graph kept in {forecast.kept_graphs:.0%} of steps, " if forecast.kept_graphs else "gradients cached, "
+    graphs = f"graph kept in {forecast.kept_graphs:.0%} of steps, " if forecast.kept_graphs else "gradients cached, "
     parts = [
         f"{name} {say_bytes(value)}" for name, value in dataclasses.asdict(forecast.memory).items() if value >= 500_000
     ]
@@ -128,7 +128,7 @@ def _lines(forecast: Forecast, result: DryRun) -> list[tuple[str, str]]:
         ("parameters", f"{forecast.parameters:,}, of which {forecast.trained:,} are trained"),
         ("backend", f"{forecast.backend}, {forecast.world_size} process(es), each on {forecast.device}{busy}"),
         ("devices", "; ".join(result.devices)),
-        ("chunks", f"{forecast.micro_batch_tokens:,} tokens at a time; {kept}up to {forecast.graph_tokens:,} tokens"),
+        ("chunks", f"{forecast.micro_batch_tokens:,} tokens at a time; {graphs}up to {forecast.graph_tokens:,} tokens"),
         ("memory", f"{say_bytes(forecast.memory.peak)} at the peak, on each process: {', '.join(parts)}"),
         ("available", f"{say_bytes(forecast.available)} beside what is held" if forecast.available else "not known"),
         ("time", f"{say_seconds(forecast.seconds)} for the steps ({basis}); evaluation and export come on top"),

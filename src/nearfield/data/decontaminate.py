@@ -150,8 +150,8 @@ class TrainingIndex:
         keys, times = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *parts]), return_counts=True)
         pairs = np.stack([keys // max(width, 1), keys % max(width, 1)], axis=1)
         share = times / np.maximum(np.minimum(self.gram_counts[pairs[:, 0]], sizes[pairs[:, 1]]), 1)
-        kept = share >= self.config.ngram_share
-        return Matches(pairs[kept], share[kept]), np.unique(pairs[:, 0])
+        similar = share >= self.config.ngram_share
+        return Matches(pairs[similar], share[similar]), np.unique(pairs[:, 0])
 
     def _vectors(self, texts: Sequence[str], sets: TextSets) -> Matches:
         assert self.encode is not None and self.vectors is not None

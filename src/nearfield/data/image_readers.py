@@ -254,8 +254,8 @@ def item_of(text: object, image: ImageRef | None, column: str) -> object:
     words = _MARKS.sub("", text)
     if image is None:
         # The white space that separated the mark from the words goes with it.
-        kept = words.strip() if words != text else text
-        return kept or None
+        shown = words.strip() if words != text else text
+        return shown or None
     return BothRef(_MARKS.sub(MARK, text), image) if words.strip() else image
 
 

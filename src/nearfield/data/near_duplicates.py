@@ -196,8 +196,8 @@ class NearIndex:
             for candidates in index.candidates(theirs.sketches, _LONG_LEAST if by_pairs else least):
                 pairs = np.stack([mine.texts[candidates[:, 0]], theirs.texts[candidates[:, 1]]], axis=1)
                 similarity = self._similarity(queries, pairs)
-                kept = similarity > 0
-                parts.append((pairs[kept], similarity[kept]))
+                similar = similarity > 0
+                parts.append((pairs[similar], similarity[similar]))
         if not parts:
             return np.empty((0, 2), dtype=np.int64), np.empty(0)
         pairs = np.concatenate([part[0] for part in parts])

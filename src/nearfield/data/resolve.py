@@ -72,22 +72,22 @@ class _Resolver:
             number, query, positives, negatives, score, label, group, cluster, split_key, weight = values
             flags = clash[position : position + len(negatives)]
             position += len(negatives)
-            kept = negatives
+            remaining = negatives
             if flags.any():
-                kept = [row for row, out in zip(negatives, flags.tolist(), strict=True) if not out]
-            digest = example_digest(number, query, positives, kept, score, label)
+                remaining = [row for row, out in zip(negatives, flags.tolist(), strict=True) if not out]
+            digest = example_digest(number, query, positives, remaining, score, label)
             if digest in self.seen:
                 self.result.duplicates[number] += 1
                 continue
             self.seen.add(digest)
-            self.result.examples_changed += len(kept) < len(negatives)
+            self.result.examples_changed += len(remaining) < len(negatives)
             source = self.sources[number]
             key = self._group(source, query, group)
             split = self._split(number, source, key, split_key)
             self._note(number, source, query, positives, score, label)
             weights = (weight,) if self.weighted else ()
             cluster = key if cluster is None else cluster
-            table.add(number, query, positives, kept, score, label, key, cluster, split, *weights)
+            table.add(number, query, positives, remaining, score, label, key, cluster, split, *weights)
 
     def _clashing(self, batch: pa.RecordBatch) -> Mask:
         """For each negative of the batch, end to end: whether it is a positive of its query anywhere."""

@@ -239,8 +239,8 @@ class Store:
         """
         wanted = self.image_rows(rows)
         distinct = np.unique(wanted[wanted >= 0])
-        kept = self._image_data.take(distinct) if len(distinct) else []
-        decoded = dict(zip(distinct.tolist(), map(open_kept, kept), strict=True))
+        stored = self._image_data.take(distinct) if len(distinct) else []
+        decoded = dict(zip(distinct.tolist(), map(open_kept, stored), strict=True))
         return [decoded.get(row) for row in wanted.tolist()]
 
     def image_sizes(self, rows: Sequence[int] | Rows) -> Rows:

@@ -347,7 +347,7 @@ class VectorJob:
         return [np.load(store.folder / name / VECTORS, mmap_mode="r", allow_pickle=False) for name in names]
 
 
-def encode_in_pieces(encode: EncodeItems, role: str, rows: Rows, kept: VectorStore) -> npt.NDArray[Any]:
+def encode_in_pieces(encode: EncodeItems, role: str, rows: Rows, vector_store: VectorStore) -> npt.NDArray[Any]:
     """The vectors [n, d] of items in a role.
 
     Those of an encoder that has a method ``by_chunks`` are kept every :data:`KEEP_SECONDS`: a process that is killed loses no more.
@@ -367,10 +367,10 @@ def encode_in_pieces(encode: EncodeItems, role: str, rows: Rows, kept: VectorSto
     def keep() -> None:
         if result is not None and new.any():
             places = np.flatnonzero(new)
-            kept.append(places, result[places])
+            vector_store.append(places, result[places])
             new[:] = False
 
-    for places, vectors in kept.find(np.arange(len(rows))):
+    for places, vectors in vector_store.find(np.arange(len(rows))):
         result = take(places, vectors) if len(places) else result
     written = time.monotonic()
     try:

@@ -272,8 +272,8 @@ class EncoderConfig(Config):
     @property
     def changes_base(self) -> bool:
         """Whether the model before training is another than the one that ``model`` names; its length is that one's always."""
-        kept = {"kind", "model", "revision", "adapter", "max_length", "trust_remote_code"}
-        return self.model_dump(exclude=kept) != EncoderConfig().model_dump(exclude=kept)
+        ignored = {"kind", "model", "revision", "adapter", "max_length", "trust_remote_code"}
+        return self.model_dump(exclude=ignored) != EncoderConfig().model_dump(exclude=ignored)
 
     @model_validator(mode="after")
     def _new_weights_and_towers_are_trained_whole(self) -> EncoderConfig:

@@ -93,9 +93,9 @@ class _Attention(torch.autograd.Function):
             if bias is not None:
                 scores += bias if len(bias) == 1 else bias[part]
             probabilities = torch.softmax(scores, -1)
-            kept = draw_kept(probabilities.shape, rate, probabilities.dtype).mul_(probabilities)
-            output[part] = torch.bmm(kept, value[part])
-            torch.add(probabilities.neg_(), kept, alpha=2, out=signed[part])
+            dropped_out = draw_kept(probabilities.shape, rate, probabilities.dtype).mul_(probabilities)
+            output[part] = torch.bmm(dropped_out, value[part])
+            torch.add(probabilities.neg_(), dropped_out, alpha=2, out=signed[part])
         ctx.save_for_backward(scaled, key, value, signed)
         ctx.scaling, ctx.rate = scaling, rate
         return output.mul_(kept_scale(rate))

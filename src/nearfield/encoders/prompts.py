@@ -315,9 +315,9 @@ class PromptContract:
                 continue
             own = {} if task_type in self.by_type else self._of_base(name, task_type)
             stated = {role: self._stated(name, task_type, role) for role in _roles_of(task_type)}
-            kept = {**own, **{role: text for role, text in stated.items() if text is not None}}
-            if kept:
-                of_types[name] = kept
+            prompts = {**own, **{role: text for role, text in stated.items() if text is not None}}
+            if prompts:
+                of_types[name] = prompts
         return of_types
 
     def _of_base(self, name: str, task_type: str) -> dict[str, str]:
@@ -444,12 +444,12 @@ def make_contract(sources: Sequence[PromptedSource], config: PromptConfig, base:
     disagree, or types that disagree on ``query`` or ``document``, where the recipe does not say which it is.
     """
     made = {source.name: _statements(source, config, base) for source in sources}
-    kept = {name: {role: _variants(of[role])[0] for role in ROLES} for name, of in made.items()}
+    prompts = {name: {role: _variants(of[role])[0] for role in ROLES} for name, of in made.items()}
     several = {
         name: {role: texts for role in ROLES if len(texts := _variants(of[role])) > 1} for name, of in made.items()
     }
     contract = PromptContract(
-        kept,
+        prompts,
         {source.name: source.task_type for source in sources},
         config,
         base,

@@ -112,15 +112,15 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
     ) -> NDArray[np.float32]:
         """Whole vectors of texts; each distinct text of a task is encoded once."""
         role = None if prompt_type is None else prompt_type.value
-        kept = self._kept.setdefault((role, get_prompt(self.model_prompts, task_metadata, prompt_type)), {})
-        missing = [text for text in dict.fromkeys(texts) if text not in kept]
+        vectors = self._kept.setdefault((role, get_prompt(self.model_prompts, task_metadata, prompt_type)), {})
+        missing = [text for text in dict.fromkeys(texts) if text not in vectors]
         if sum(map(len, self._kept.values())) + len(missing) > _MAX_KEPT_TEXTS:
-            kept = {text: kept[text] for text in texts if text in kept}
+            vectors = {text: vectors[text] for text in texts if text in vectors}
         if missing:
             prompt = self.prompt_for(task_metadata, prompt_type)
             says = f"{task_metadata.name}: encoding {len(missing)} texts"
-            kept.update(self.encoder.each(missing, prompt, role, says=says))
-        return np.stack([kept[text] for text in texts])
+            vectors.update(self.encoder.each(missing, prompt, role, says=says))
+        return np.stack([vectors[text] for text in texts])
 
     def _checked(self, whole: NDArray[np.float32], texts: Sequence[str] | None, task: str) -> NDArray[np.float32]:
         """Vectors as they are scored, cut and rounded; counted where they are zero, refused where they are not finite.

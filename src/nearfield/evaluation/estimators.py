@@ -132,9 +132,9 @@ class Spearman(Estimator):
 
         def statistic(sums: Floats) -> Floats:
             other = np.array([total, total_square, total_product]) - sums
-            kept = sums[:, 2] / (scale * np.sqrt(sums[:, 1] - sums[:, 0] ** 2 / n))
+            correlation = sums[:, 2] / (scale * np.sqrt(sums[:, 1] - sums[:, 0] ** 2 / n))
             lost = other[:, 2] / (scale * np.sqrt(other[:, 1] - other[:, 0] ** 2 / n))
-            return np.abs(kept - lost)
+            return np.abs(correlation - lost)
 
         observed = float(statistic((base + moved.sum(axis=0))[None])[0])
         extreme = 0

@@ -457,11 +457,11 @@ def _estimator(metric: str, rows: pa.Table) -> tuple[Estimator, str | None, Sequ
 
 
 def _column(rows: pa.Table, metric: str, file: Path) -> tuple[tuple[str, ...], Floats]:
-    kept = rows.filter(pc.equal(rows["metric"], metric))
-    ids = tuple(kept["id"].to_pylist())
+    of_metric = rows.filter(pc.equal(rows["metric"], metric))
+    ids = tuple(of_metric["id"].to_pylist())
     if not ids or len(set(ids)) != len(ids):
         raise _incomplete(file)
-    return ids, kept["value"].to_numpy().astype(np.float64)
+    return ids, of_metric["value"].to_numpy().astype(np.float64)
 
 
 def _incomplete(file: Path) -> BadInputError:

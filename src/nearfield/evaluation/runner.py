@@ -432,10 +432,10 @@ def open_model(
         filed = f"{filed}-{AXES[axes]}{dimensions}"
     if quantize != "none":
         filed = f"{filed}-{quantize}"
-    kept, computes = None, fingerprint([loaded.content, model_fingerprint(loaded.model)])
+    store, computes = None, fingerprint([loaded.content, model_fingerprint(loaded.model)])
     if cache is not None:
-        kept = KeptVectors(cache, computes, {"name": loaded.name, "revision": loaded.revision})
-    encoder = Encoder(loaded.model, batch_tokens, kept=kept)
+        store = KeptVectors(cache, computes, {"name": loaded.name, "revision": loaded.revision})
+    encoder = Encoder(loaded.model, batch_tokens, kept=store)
     encoder.workers = workers
     wrapper = TaskEncoder(
         loaded.model,

@@ -384,8 +384,8 @@ def _copy_settings(results: Path, folder: Path, tasks: Collection[str]) -> None:
     file = results / RUN_SETTINGS
     if file.is_file():
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        kept = [line for line in lines if json.loads(line).get("task") in tasks]
-        write_text(folder / RUN_SETTINGS, "".join(f"{line}\n" for line in kept))
+        settings = [line for line in lines if json.loads(line).get("task") in tasks]
+        write_text(folder / RUN_SETTINGS, "".join(f"{line}\n" for line in settings))
 
 
 def _read_back(out: Path, meta: ModelMeta, results: Mapping[str, TaskResult]) -> Check:

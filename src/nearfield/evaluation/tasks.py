@@ -296,10 +296,10 @@ def _in_languages(tasks: list[Any], languages: Sequence[str] | None) -> list[Any
     """The tasks of a benchmark that have a subset in one of the languages, cut down to those subsets."""
     if languages is None:
         return tasks
-    kept = []
+    chosen = []
     for task in tasks:
         try:
-            kept.append(task.filter_languages(list(languages)))
+            chosen.append(task.filter_languages(list(languages)))
         except ValueError:  # mteb's way to say that no subset is left
             continue
-    return kept
+    return chosen

@@ -153,14 +153,14 @@ def questions_of(
             texts = list(_strings(row.get("text")))
             if right and texts:
                 asked.append((texts[0], right))
-        kept = [asked[i] for i in sorted(rng.permutation(len(asked))[:most].tolist())]
-        chosen = list(dict.fromkeys(document for _, right in kept for document in right))
+        drawn = [asked[i] for i in sorted(rng.permutation(len(asked))[:most].tolist())]
+        chosen = list(dict.fromkeys(document for _, right in drawn for document in right))
         known = set(chosen)
         rest = [document for document, forms in corpus.items() if forms and document not in known]
         chosen += [rest[i] for i in rng.permutation(len(rest))[: max(documents - len(chosen), 0)].tolist()]
         row_of = {document: i for i, document in enumerate(chosen)}
         return (
-            [text for text, _ in kept],
+            [text for text, _ in drawn],
             [corpus[document][0] for document in chosen],
-            [tuple(row_of[document] for document in right) for _, right in kept],
+            [tuple(row_of[document] for document in right) for _, right in drawn],
         )

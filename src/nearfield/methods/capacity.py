@@ -88,8 +88,8 @@ def best_accuracies(
             if best.max() == 1.0 or spent.all():
                 break
             if spent.any():
-                kept = torch.from_numpy(np.flatnonzero(~spent))
-                vectors, first, second, wanted = (part[kept] for part in (vectors, first, second, wanted))
+                unsolved = torch.from_numpy(np.flatnonzero(~spent))
+                vectors, first, second, wanted = (part[unsolved] for part in (vectors, first, second, wanted))
                 active = active[~spent]
     return [float(one) for one in best]
 

@@ -119,8 +119,8 @@ def functions(text: str, max_lines: int) -> Iterator[tuple[str, str, str]]:
         first = node.body[0]
         if first.lineno == node.lineno or node.body[1].lineno == first.end_lineno:
             continue
-        kept = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
-        code = textwrap.dedent("\n".join(line for line in kept if line.strip()))
+        body = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
+        code = textwrap.dedent("\n".join(line for line in body if line.strip()))
         query = " ".join(inspect.cleandoc(docstring).split("\n\n")[0].split())
         long_enough = len(query.split()) >= MIN_WORDS and MIN_LINES <= code.count("\n") + 1 <= max_lines
         if long_enough and len(query) <= MAX_DOCSTRING_CHARACTERS and "\0" not in code + query:

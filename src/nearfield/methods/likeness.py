@@ -95,8 +95,8 @@ def compatibility(matrix: Floats) -> tuple[float, float]:
     """
     versions = len(matrix)
     pairs = [(t, k) for t in range(versions) for k in range(t)]
-    kept = float(np.mean([matrix[t, k] >= matrix[k, k] for t, k in pairs])) if pairs else 1.0
-    return kept, float(np.mean([matrix[t, k] for t in range(versions) for k in range(t + 1)]))
+    compatible = float(np.mean([matrix[t, k] >= matrix[k, k] for t, k in pairs])) if pairs else 1.0
+    return compatible, float(np.mean([matrix[t, k] for t in range(versions) for k in range(t + 1)]))
 
 
 def add_likeness(analysis: Analysis, vectors: Mapping[str, NDArray[Any]]) -> Analysis:
@@ -181,16 +181,16 @@ def versions(models: Mapping[str, Questions]) -> Versions:
             row.append(first_found(mixed) if same else None)
         matrix.append(row)
     lower = [matrix[t][k] for t in range(len(names)) for k in range(t + 1)]
-    kept, mean = (None, None)
+    compatible, mean = (None, None)
     if None not in lower:
-        kept, mean = compatibility(np.array([[value or 0.0 for value in row] for row in matrix]))
+        compatible, mean = compatibility(np.array([[value or 0.0 for value in row] for row in matrix]))
     audits = {}
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             points = audit_curve(models[a].documents, models[b].documents)
             if points:
                 audits[f"{a} -> {b}"] = points
-    return Versions(names, tuple(tuple(row) for row in matrix), kept, mean, audits)
+    return Versions(names, tuple(tuple(row) for row in matrix), compatible, mean, audits)
 
 
 def first_found(of: Questions) -> float:

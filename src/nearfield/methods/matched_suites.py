@@ -274,8 +274,8 @@ def by_thirds(
     parts = np.array_split(np.array(names, dtype=object), 3)
     special = set(domain)
 
-    def mean(kept: list[str]) -> float | None:
-        return float(np.mean([scores[name] for name in kept])) if kept else None
+    def mean(tasks: list[str]) -> float | None:
+        return float(np.mean([scores[name] for name in tasks])) if tasks else None
 
     thirds = []
     for title, part in zip(("low", "medium", "high"), parts, strict=True):

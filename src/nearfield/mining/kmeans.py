@@ -156,8 +156,8 @@ def _first_centroids(points: Vectors, clusters: int, random: np.random.Generator
         new = np.argsort(keys, kind="stable")[:tries]
         reached = np.maximum(best[:, None], pool @ pool[new].T)
         if len(share) == 1:
-            kept = int(reached.sum(axis=0, dtype=np.float64).argmax())
-            new, reached = new[kept : kept + 1], reached[:, kept : kept + 1]
+            best_trial = int(reached.sum(axis=0, dtype=np.float64).argmax())
+            new, reached = new[best_trial : best_trial + 1], reached[:, best_trial : best_trial + 1]
         chosen += new.tolist()
         best = reached.max(axis=1)
     return pool[chosen]
@@ -181,9 +181,9 @@ def _means(points: Vectors, labels: Labels, centroids: Vectors) -> Vectors:
     """The normalised mean of each cluster; a cluster whose members cancel out keeps its centroid."""
     sums = cluster_sums(points, labels, len(centroids))
     lengths = np.linalg.norm(sums, axis=1)
-    kept = lengths < 1e-9
-    means: Vectors = (sums / np.where(kept, 1, lengths)[:, None]).astype(np.float32)
-    means[kept] = centroids[kept]
+    cancelled = lengths < 1e-9
+    means: Vectors = (sums / np.where(cancelled, 1, lengths)[:, None]).astype(np.float32)
+    means[cancelled] = centroids[cancelled]
     return means
 
 

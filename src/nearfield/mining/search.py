@@ -405,23 +405,23 @@ class _Walk:
         """Leave the best of these candidates [queries, any] in the buffers of the queries, and raise their bars."""
         import torch
 
-        kept = min(self.plan.kept, values.shape[1])
-        best, place = torch.topk(values, kept, dim=1)
+        held = min(self.plan.kept, values.shape[1])
+        best, place = torch.topk(values, held, dim=1)
         best_rows = rows.gather(1, place)
         error = self.error[low:high] * self.longest
-        if kept >= self.depth:
+        if held >= self.depth:
             self.least[low:high] = torch.maximum(self.least[low:high], best[:, self.depth - 1] - error)
         bar = self.least[low:high] - error
         # Candidates so near to each other that float32 cannot tell which are the best: exact scores decide.
         near = (values >= bar[:, None]) & ~torch.isneginf(values)
-        unsure = (near.sum(dim=1) > kept).nonzero()[:, 0].tolist()
+        unsure = (near.sum(dim=1) > held).nonzero()[:, 0].tolist()
         # Taken out now: these candidates may lie in the buffers themselves.
         candidates = [rows[number][near[number]].cpu().numpy() for number in unsure]
         keep = (best >= bar[:, None]) & ~torch.isneginf(best)
-        self.values[low:high, :kept] = best.masked_fill_(~keep, -torch.inf)
-        self.values[low:high, kept:] = -torch.inf
-        self.rows[low:high, :kept] = best_rows.masked_fill_(~keep, -1)
-        self.rows[low:high, kept:] = -1
+        self.values[low:high, :held] = best.masked_fill_(~keep, -torch.inf)
+        self.values[low:high, held:] = -torch.inf
+        self.rows[low:high, :held] = best_rows.masked_fill_(~keep, -1)
+        self.rows[low:high, held:] = -1
         self.filled[low:high] = keep.sum(dim=1)
         for number, rows_of in zip(unsure, candidates, strict=True):
             exact = self.documents.pairs(self.queries, np.full(len(rows_of), low + number), rows_of)

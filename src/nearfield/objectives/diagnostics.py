@@ -251,10 +251,10 @@ def _masked(objective: InfoNCE, batch: ContrastiveBatch, rows: int) -> dict[str,
     config = objective.config
     without = {name: None if name.endswith(("score_mask", "guide_mask")) else False for name in REASONS.values()}
     open_config = config.model_copy(update=without)
-    kept, every = _candidates(objective, batch, config), _candidates(objective, batch, open_config)
-    figures = {"negatives": kept / rows}
+    remaining, every = _candidates(objective, batch, config), _candidates(objective, batch, open_config)
+    figures = {"negatives": remaining / rows}
     if every:
-        figures["masked_share"] = 1 - kept / every
+        figures["masked_share"] = 1 - remaining / every
         for why, name in REASONS.items():
             if getattr(config, name):
                 alone = open_config.model_copy(update={name: getattr(config, name)})

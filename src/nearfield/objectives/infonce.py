@@ -285,13 +285,13 @@ class InfoNCE(Objective):
             config.mixing, batch, layout.rows, documents, row[good], prefixes, config.similarity == "cosine"
         )
         filled = self.negative_logits(mixed, scale[:, None])
-        kept = has[:, None].expand(filled.shape)
+        candidate = has[:, None].expand(filled.shape)
         none = filled.new_zeros(0)
         groups.append(
             CandidateSums(
-                filled.masked_fill(~kept, floor(filled.dtype)).logsumexp(dim=2),
-                filled.masked_fill(~kept, 0).sum(dim=2) if sums else none,
-                kept.sum(dim=2).to(filled.dtype) if sums else none,
+                filled.masked_fill(~candidate, floor(filled.dtype)).logsumexp(dim=2),
+                filled.masked_fill(~candidate, 0).sum(dim=2) if sums else none,
+                candidate.sum(dim=2).to(filled.dtype) if sums else none,
             )
         )
         return groups

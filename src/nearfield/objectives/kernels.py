@@ -99,9 +99,9 @@ def _add_kernel(
             scaled, limited, labelled, sourced, guided, joins,
         )  # fmt: skip
         if sums:
-            kept = logits > float("-inf")
-            added += tl.sum(tl.where(kept, logits, 0.0), axis=1)
-            number += tl.sum(tl.where(kept, 1.0, 0.0), axis=1)
+            finite = logits > float("-inf")
+            added += tl.sum(tl.where(finite, logits, 0.0), axis=1)
+            number += tl.sum(tl.where(finite, 1.0, 0.0), axis=1)
         now = tl.maximum(most, tl.max(logits, axis=1))
         running = running * tl.exp(most - now) + tl.sum(tl.exp(logits - now[:, None]), axis=1)
         most = now

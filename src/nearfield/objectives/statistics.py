@@ -88,8 +88,8 @@ def _row_statistics(logits: Tensor, sums: bool) -> tuple[Tensor, Tensor, Tensor]
         log_sum = logits.logsumexp(dim=1).clamp_min(lowest)
     if not sums:
         return log_sum, log_sum.new_zeros(0), log_sum.new_zeros(0)
-    kept = logits.detach() > lowest
-    return log_sum, torch.where(kept, logits, 0).sum(dim=1), kept.sum(dim=1).to(logits.dtype)
+    candidate = logits.detach() > lowest
+    return log_sum, torch.where(candidate, logits, 0).sum(dim=1), candidate.sum(dim=1).to(logits.dtype)
 
 
 def excluded_matrix(problem: SoftmaxInputs, block: Block) -> tuple[Excluded, list[Tensor]]:
@@ -478,9 +478,9 @@ class TorchTiles:
     def add(self, tile: Tensor, out: Excluded, factor: Tensor | None, limit: Tensor | None, running: Running) -> None:
         _finish(tile, out, factor, limit)
         if running.total is not None and running.count is not None:
-            kept = tile > -torch.inf
-            running.total.add_(torch.where(kept, tile, 0).sum(dim=1))
-            running.count.add_(kept.sum(dim=1))
+            candidate = tile > -torch.inf
+            running.total.add_(torch.where(candidate, tile, 0).sum(dim=1))
+            running.count.add_(candidate.sum(dim=1))
         now = torch.maximum(running.highest, tile.amax(dim=1))
         here = tile.sub_(now[:, None]).exp_().sum(dim=1)
         running.summed.mul_((running.highest - now).exp_()).add_(here)
@@ -500,9 +500,9 @@ class TorchTiles:
         if total is None:
             tile.sub_(shift[:, None]).exp_()
             return weight
-        kept = tile > -torch.inf
+        candidate = tile > -torch.inf
         tile.sub_(shift[:, None]).exp_().mul_(weight[:, None])
-        tile.add_(kept * total[:, None])
+        tile.add_(candidate * total[:, None])
         return torch.ones_like(weight)
 
 
@@ -566,14 +566,14 @@ def join(groups: Sequence[CandidateSums]) -> CandidateSums:
     )
 
 
-def listed(logits: Tensor, kept: Tensor, row: Tensor, rows: int, sums: bool) -> CandidateSums:
+def listed(logits: Tensor, candidate: Tensor, row: Tensor, rows: int, sums: bool) -> CandidateSums:
     """(M, E) logits, whether they are candidates, and (E,) the row that each belongs to -> their group."""
-    filled = logits.masked_fill(~kept, floor(logits.dtype))
+    filled = logits.masked_fill(~candidate, floor(logits.dtype))
     none = logits.new_zeros(0)
     return CandidateSums(
         segment_log_sum(filled, row, rows),
-        segment_sum(logits.masked_fill(~kept, 0), row, rows) if sums else none,
-        segment_sum(kept.to(logits.dtype), row, rows) if sums else none,
+        segment_sum(logits.masked_fill(~candidate, 0), row, rows) if sums else none,
+        segment_sum(candidate.to(logits.dtype), row, rows) if sums else none,
     )
 
 

@@ -168,8 +168,8 @@ def source_negatives(
         counts = np.bincount(owners[stay], minlength=len(examples))
         items, scores = Ragged.from_lengths(counts, rows[stay]), both[stay]
     positive_scores = mined.positive_score_lists.take(places).values.astype(np.float64)
-    kept = mined.kept(examples)
-    return SourceNegatives(items, scores, positive_scores, None if kept.all() else kept)
+    kept_by_rules = mined.kept(examples)
+    return SourceNegatives(items, scores, positive_scores, None if kept_by_rules.all() else kept_by_rules)
 
 
 def arrow_lists(column: pa.ChunkedArray) -> Ragged:
@@ -355,11 +355,11 @@ def batch_notices(stage: PlanStage, plans: list[Plan]) -> Iterator[Notice]:
     for epoch in summary["epochs"]:
         for reason, count in epoch["dropped"].items():
             dropped[reason] = dropped.get(reason, 0) + count
-    kept = sum(epoch["rows"] for epoch in summary["epochs"])
+    planned = sum(epoch["rows"] for epoch in summary["epochs"])
     # Each source of each epoch has a last batch, which need not be full.
     ends = len(summary["epochs"]) * len(stage.job.run.checked.sources)
     for reason, count in dropped.items():
-        share = count / max(1, kept + sum(dropped.values()))
+        share = count / max(1, planned + sum(dropped.values()))
         unfilled = reason.startswith("in a batch")
         yield Notice(
             "examples-left-out",

@@ -486,8 +486,8 @@ def _recipe_of(run: Path) -> dict[str, Any]:
 
 
 def _method_of(recipe: dict[str, Any]) -> str:
-    kept = {key: value for key, value in recipe.items() if key not in ("seed", "name")}
-    return canonical_json(kept)
+    settings = {key: value for key, value in recipe.items() if key not in ("seed", "name")}
+    return canonical_json(settings)
 
 
 def _results_of(run: Path) -> Path | None:

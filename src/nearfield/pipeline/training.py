@@ -377,8 +377,8 @@ class TrainStage(Stage):
         from nearfield.encoders.load import shipped_files
 
         recipe = self.recipe
-        kept, during = int(result.checkpoint.name.removeprefix("step-")), recipe.training.evaluation
-        best = f", the model of step {kept} scored best ({during.metric})" if during and during.keep_best else ""
+        step, during = int(result.checkpoint.name.removeprefix("step-")), recipe.training.evaluation
+        best = f", the model of step {step} scored best ({during.metric})" if during and during.keep_best else ""
         facts = {
             "data": f"{self.job.run.checked.data.name} ({', '.join(self.job.contract.sources)}; split {recipe.split})",
             "objective": recipe.objective.summary,
@@ -505,14 +505,14 @@ def hold_similarity(loaded: LoadedEncoder, objective: ObjectiveSettings) -> Load
     return replace(loaded, notices=(*loaded.notices, *notices)) if notices else loaded
 
 
-def _differs(comparisons: Collection[str], stated: str, kept: str) -> list[Notice]:
+def _differs(comparisons: Collection[str], stated: str, saved: str) -> list[Notice]:
     if not comparisons or set(comparisons) == {stated}:
         return []
     trained = " and ".join(sorted(comparisons))
     return [
         Notice(
             "similarity",
-            f"the base compares its vectors by {stated}, and the objective by {trained}: the trained model says {kept}",
+            f"the base compares its vectors by {stated}, and the objective by {trained}: the trained model says {saved}",
             "Set objective.similarity (of triplets objective.distance), or name an objective that knows the base's.",
         )
     ]

@@ -135,7 +135,7 @@ def _maps(section: AnalysisSection, models: Sequence[str], drawing: Json) -> Non
 
 
 def _curves(section: AnalysisSection, models: Sequence[str], shapes: Sequence[Json]) -> None:
-    kept: dict[tuple[int, ...], list[Series]] = {}
+    charts: dict[tuple[int, ...], list[Series]] = {}
     for number, (model, shape) in enumerate(zip(models, shapes, strict=True)):
         curves = {
             name: [_numbers(point) for point in listing(of)] for name, of in mapping(shape.get("truncation")).items()
@@ -145,13 +145,13 @@ def _curves(section: AnalysisSection, models: Sequence[str], shapes: Sequence[Js
             style = {"first": 1, "principal": 2, "random": 4}.get(name, 3) if len(models) == 1 else number % 4 + 1
             if len(models) == 1 or (name == "first" and number < MOST_MODELS):
                 label = f"{name} dimensions" if len(models) == 1 else model
-                kept.setdefault(xs, []).append(Series(label, [point[1] for point in points], f"s{style}"))
+                charts.setdefault(xs, []).append(Series(label, [point[1] for point in points], f"s{style}"))
         if len(models) > 1 and number < MOST_MODELS and curves:
             xs = tuple(int(point[0]) for point in next(iter(curves.values())))
             styles = {"first": "s1", "principal": "s2", "random": "s4"}
             series = [Series(n, [p[1] for p in pts], styles.get(n, "s3")) for n, pts in curves.items()]
             _line(section, f"truncation-{number}", f"{model}: ten nearest texts kept by fewer dimensions", xs, series)
-    for number, (xs, series) in enumerate(kept.items()):
+    for number, (xs, series) in enumerate(charts.items()):
         _line(section, f"truncations-{number}", "Ten nearest texts kept by the first dimensions", xs, series)
     series = []
     for number, (model, shape) in enumerate(zip(models, shapes, strict=True)):

@@ -303,8 +303,8 @@ def _outcome(run: Path) -> list[str]:
     if trained.get("stopped_early") is True:
         notes.append("The training ended early: as many evaluations in a row as its patience brought no gain.")
     if step is not None and score is not None:
-        kept = string(trained.get("checkpoint")) == f"step-{round(step):08d}"
-        model = "; the model is made of it" if kept else ""
+        is_best = string(trained.get("checkpoint")) == f"step-{round(step):08d}"
+        model = "; the model is made of it" if is_best else ""
         notes.append(f"The best evaluation was that after step {text.count(step)}: {text.score(score)}{model}.")
     return notes
 

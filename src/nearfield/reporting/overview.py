@@ -250,8 +250,8 @@ def _parts(values: Json) -> list[tuple[str, list[tuple[str, str]]]]:
 def _without_nulls(value: object) -> object:
     """A setting without what is null or empty in it; the whole recipe stands below."""
     if isinstance(value, dict):
-        kept = {key: _without_nulls(item) for key, item in value.items()}
-        return {key: item for key, item in kept.items() if item not in (None, {}, [])}
+        values = {key: _without_nulls(item) for key, item in value.items()}
+        return {key: item for key, item in values.items() if item not in (None, {}, [])}
     return value
 
 

@@ -266,10 +266,10 @@ def clipped(words: str, most: float) -> str:
     if len(words) <= longest and _ems(words) <= most:
         return words
     path = "/" in words
-    kept = words[-longest:] if path else words[:longest]
-    while _ems(kept) > most - 1.05:
-        kept = kept[1:] if path else kept[:-1]
-    return f"…{kept}" if path else f"{kept}…"
+    shown = words[-longest:] if path else words[:longest]
+    while _ems(shown) > most - 1.05:
+        shown = shown[1:] if path else shown[:-1]
+    return f"…{shown}" if path else f"{shown}…"
 
 
 def describe(chart: LineChart) -> str:

@@ -250,10 +250,10 @@ def delete_tokens(row: Tokens, share: float, prompt_length: int) -> Tokens:
 
     The draw comes from torch's global generator, which a step seeds for each chunk: a second encoding draws the same.
     """
-    kept = torch.rand(len(row)).numpy() >= share
-    kept[: max(1, prompt_length)] = True
-    kept[-1:] = True
-    return row[kept]
+    stays = torch.rand(len(row)).numpy() >= share
+    stays[: max(1, prompt_length)] = True
+    stays[-1:] = True
+    return row[stays]
 
 
 logger = logging.getLogger("nearfield.training")

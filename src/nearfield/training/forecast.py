@@ -358,11 +358,11 @@ def predict(
 
 def _memory(engine: Engine, profile: Profile, costs: Sequence[StepCost], held: int, steps: int) -> Memory:
     state, device = profile.state, engine.backend.device
-    kept = max((cost.kept for cost in costs if cost.keeps), default=0.0)
+    graph = max((cost.kept for cost in costs if cost.keeps), default=0.0)
     chunk = max(cost.chunk for cost in costs)
     # The graphs of chunks each bring the gradient of the largest parameter, which are added up as they come.
-    passing = 3.0 * state.largest if kept else 0.0
-    activations = max(kept, chunk)
+    passing = 3.0 * state.largest if graph else 0.0
+    activations = max(graph, chunk)
     weights = min(state.weights, held)
     loss = max(cost.loss for cost in costs)
     parts = Memory(
@@ -376,7 +376,7 @@ def _memory(engine: Engine, profile: Profile, costs: Sequence[StepCost], held: i
         workspace=int(_LIBRARIES[device.type] + passing + (HEAP[device.type] - 1) * (activations + loss)),
     )
     # The memory that chunks freed piece by piece is too fragmented to hold the copies.
-    left = parts.activations + parts.loss + parts.workspace if kept else 0
+    left = parts.activations + parts.loss + parts.workspace if graph else 0
     return dataclasses.replace(parts, checkpoint=_checkpoint_room(engine, profile, left, steps))
 
 
@@ -566,8 +566,8 @@ class Machine:
     @classmethod
     def of(cls, forecast: Forecast, config: TrainingConfig, run: Path) -> Machine:
         """This machine, for a run in the folder ``run``."""
-        kept = config.checkpoints.keep_last + 1 + int(config.evaluation is not None)
-        count = min(kept, -(-forecast.steps // config.checkpoints.every_steps) + 1)
+        copies = config.checkpoints.keep_last + 1 + int(config.evaluation is not None)
+        count = min(copies, -(-forecast.steps // config.checkpoints.every_steps) + 1)
         needed = forecast.checkpoint_bytes * count + forecast.parameters * 4
         return cls(count, needed, free_disk(run), count_gpus(), local_processes())
 
@@ -728,12 +728,12 @@ def _through(points: Sequence[tuple[float, float, float]]) -> LinearCost:
 
 def _checkpoint(engine: Engine) -> list[Tensor]:
     """The copies that a checkpoint makes, on rank 0; *collective*."""
-    kept = []
+    copies = []
     for tensors in (engine.backend.model_tensors(), engine.backend.optimizer_tensors()):
         for _, tensor in tensors:
             if engine.launch.is_main:
-                kept.append(tensor.to("cpu", copy=True))
-    return kept
+                copies.append(tensor.to("cpu", copy=True))
+    return copies
 
 
 def _measured(parts: Memory, growth: float, checkpoint: int) -> Memory:

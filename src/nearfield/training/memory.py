@@ -243,8 +243,8 @@ def run_chunk(engine: Engine, pool: TextPool, chunk: Rows, on_forward: Callable[
 def measure_chunk(engine: Engine, pool: TextPool, chunk: Rows, *, timed: bool = False) -> ChunkCost:
     """Memory, and if asked for time, of one chunk; inside :func:`no_trace`, after a chunk that warmed up."""
     tokens, squares = chunk_size(engine.lengths(pool)[chunk], padded=engine.padded)
-    kept, peak = bytes_of(engine.backend.device, lambda look: run_chunk(engine, pool, chunk, look))
-    cost = ChunkCost(tokens, squares, kept, peak)
+    graph, peak = bytes_of(engine.backend.device, lambda look: run_chunk(engine, pool, chunk, look))
+    cost = ChunkCost(tokens, squares, graph, peak)
     if not timed:
         return cost
     times = [0.0]
@@ -263,7 +263,7 @@ def measure_chunk(engine: Engine, pool: TextPool, chunk: Rows, *, timed: bool = 
 
 def bytes_of(device: torch.device, run: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
     """Bytes alive when ``run`` calls what it is given, and the most at a time while it runs."""
-    kept = 0
+    alive = 0
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -272,19 +272,19 @@ def bytes_of(device: torch.device, run: Callable[[Callable[[], None]], None]) ->
         def look() -> None:
             nonlocal kept
             torch.cuda.synchronize(device)
-            kept = torch.cuda.memory_allocated(device) - before
+            alive = torch.cuda.memory_allocated(device) - before
 
         run(look)
         torch.cuda.synchronize(device)
-        return kept, torch.cuda.max_memory_allocated(device) - before
+        return alive, torch.cuda.max_memory_allocated(device) - before
     with AllocationTracker() as tracker:
 
         def look_at_tensors() -> None:
             nonlocal kept
-            kept = tracker.live
+            alive = tracker.live
 
         run(look_at_tensors)
-    return kept, tracker.peak
+    return alive, tracker.peak
 
 
 @dataclass(frozen=True)
@@ -603,8 +603,8 @@ def _graph_tokens(engine: Engine, batches: Sequence[Batch], profile: Profile, cu
     heaviest, density = 1, 0.0
     for batch in batches:
         work, lengths = engine.work(batch, cut)
-        for tokens, kept in share_costs(work, lengths, profile.kept, padded=engine.padded):
-            heaviest, density = max(heaviest, tokens), max(density, kept / max(1, tokens))
+        for tokens, graph in share_costs(work, lengths, profile.kept, padded=engine.padded):
+            heaviest, density = max(heaviest, tokens), max(density, graph / max(1, tokens))
     micro = cut.tokens
     spare = profile.peak(micro, micro * profile.longest) - profile.kept(micro, micro * profile.longest)
     room = profile.room - max(spare, 3.0 * profile.state.largest)

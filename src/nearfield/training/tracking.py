@@ -148,10 +148,10 @@ class JsonLines:
 
     def __init__(self, path: Path, last_step: int) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= last_step]
-        if kept or path.is_file():
+        lines = [line for line in read_metrics(path) if line["step"] <= last_step]
+        if lines or path.is_file():
             with self._writing(), atomic_path(path) as aside:
-                aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+                aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         self._file: IO[str] | None = None
 
     @contextlib.contextmanager

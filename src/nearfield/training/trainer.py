@@ -165,9 +165,9 @@ class Trainer:
         self.examples, self.loss = int(state.get("examples", 0)), state.get("loss")
         self._seconds_before = float(state.get("seconds", 0.0))
         self._began: float | None = None
-        kept = self.config.checkpoints
+        checkpoints = self.config.checkpoints
         self.writer = CheckpointWriter(
-            run / "checkpoints", kept.keep_last, background=kept.background, writes=self.launch.is_main
+            run / "checkpoints", checkpoints.keep_last, background=checkpoints.background, writes=self.launch.is_main
         )
         self.writer.newest = None if saved is None else self.first
         self.wanted = False

@@ -160,9 +160,9 @@ class Fsdp2Backend:
 
     def verify(self) -> None:
         """The parameters are really sharded."""
-        kept = {id(parameter) for parameter in self._whole}
+        whole = {id(parameter) for parameter in self._whole}
         for name, parameter in self.parameters.items():
-            if id(parameter) not in kept and not isinstance(parameter, DTensor):
+            if id(parameter) not in whole and not isinstance(parameter, DTensor):
                 raise NearfieldError(f"FSDP2 was asked for, but the parameter {name!r} is not sharded")
 
 

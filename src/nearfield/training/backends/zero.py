@@ -298,8 +298,8 @@ class ZeroBackend:
         for flat, names in partitions:
             for name in names:
                 for key, tensor in state.get(name, {}).items():
-                    kept = self.optimizer.state[flat][key]
-                    if kept.shape == flat.shape:
+                    current = self.optimizer.state[flat][key]
+                    if current.shape == flat.shape:
                         self._set(self.parameters[name], tensor, key)
 
     def _set(self, parameter: nn.Parameter, tensor: Tensor, key: str | None) -> None:
