@@ -112,8 +112,8 @@ def _aside(path: Path) -> Iterator[Path]:
 def scratch_folder(folder: Path, name: str) -> Iterator[Path]:
     """A folder in ``folder`` that no other process uses, removed afterwards; a killed process's is removed first."""
     remove_leftovers(folder)
-    with _aside(folder / name) as own:
-        yield own
+    with _aside(folder / name) as scratch:
+        yield scratch
 
 
 def _lock(file: IO[str]) -> bool:

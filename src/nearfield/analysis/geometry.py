@@ -106,9 +106,9 @@ def two_nn(vectors: Floats) -> float:
     if len(distinct) < 3:
         raise ValueError("TwoNN needs three distinct points")
     distance, _ = nearest(distinct, distinct, 2, itself=True)
-    kept = distance[:, 0] > 0
-    logs = np.log(distance[kept, 1] / distance[kept, 0])
-    return float((kept.sum() - 1) / logs.sum())
+    apart = distance[:, 0] > 0
+    logs = np.log(distance[apart, 1] / distance[apart, 0])
+    return float((apart.sum() - 1) / logs.sum())
 
 
 def abid(vectors: Floats, k: int = 50) -> float:

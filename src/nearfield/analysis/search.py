@@ -69,12 +69,12 @@ def similarities(of: Questions, rng: np.random.Generator) -> tuple[Floats, Float
     random, ranks = np.empty(len(questions)), np.empty(len(questions), dtype=np.int64)
     for i, rows in enumerate(of.right):
         cosines = documents @ questions[i]
-        own = cosines[list(rows)]
-        right[i] = own.mean()
+        right_cosines = cosines[list(rows)]
+        right[i] = right_cosines.mean()
         near[i] = -np.sort(np.partition(-cosines, top - 1)[:top])
         wrong = np.delete(cosines, list(rows))
         random[i] = wrong[rng.integers(len(wrong))] if len(wrong) else np.nan
-        ranks[i] = 1 + int((wrong >= own.max()).sum())
+        ranks[i] = 1 + int((wrong >= right_cosines.max()).sum())
     return right, near, random[~np.isnan(random)], ranks
 
 

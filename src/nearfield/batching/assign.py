@@ -75,8 +75,8 @@ def _forbidden(rows: PlannedRows, known: Ragged, items: Ragged | None) -> Ragged
     if other.any():
         span = max(int(items.values.max(initial=0)), int(lists.values.max())) + 1
         concerned = np.unique(owners[other])
-        own = items.take(concerned)
-        brought = concerned[own.owners()] * span + own.values
+        own_items = items.take(concerned)
+        brought = concerned[own_items.owners()] * span + own_items.values
         other[other] = ~np.isin(owners[other] * span + lists.values[other], brought)
     return lists.keep(other)
 
@@ -112,8 +112,8 @@ def count_conflicts(conflicts: Conflicts, batch: Rows) -> tuple[int, int]:
     # Of (batch, item): the rows that forbid it, less the row's own.
     others = Index(key[~brings], rising=True).counts(key[brought])
     rank = np.unique(key, return_inverse=True)[1] * len(batch) + row
-    own = np.isin(rank[brought], rank[~brings])
-    return repeated, int((others > own).sum())
+    by_itself = np.isin(rank[brought], rank[~brings])
+    return repeated, int((others > by_itself).sum())
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,9 @@ def assign(order: Rows, size: int, conflicts: Conflicts, *, keep_small: bool = F
     fitter.dissolve()
     if keep_small:
         fitter.open_for(stuck)
-    kept = fitter.result(2 if keep_small else size)
-    places = np.concatenate([np.empty(0, dtype=np.int64), *kept])
-    sizes = np.asarray([len(part) for part in kept], dtype=np.int64)
+    parts = fitter.result(2 if keep_small else size)
+    places = np.concatenate([np.empty(0, dtype=np.int64), *parts])
+    sizes = np.asarray([len(part) for part in parts], dtype=np.int64)
     unplaced = np.ones(count, dtype=np.bool_)
     unplaced[places] = False
     moved = int((conflicting & ~unplaced).sum())

@@ -434,16 +434,16 @@ class SingleSourcePlanner(StreamPlanner):
     ) -> tuple[dict[str, Rows], dict[str, Rows]]:
         """The rows for this kind's batches, and those for batches that mix the streams."""
         share = self.config.homogeneous
-        own: dict[str, Rows] = dict(among)
+        single: dict[str, Rows] = dict(among)
         others: dict[str, Rows] = {}
         if share == 1:
-            return own, others
+            return single, others
         for stream in streams:
             available = among.get(stream.name, np.arange(len(stream), dtype=np.int64))
             random = request.random("homogeneous", stream.name)
-            own[stream.name] = self.portion(stream, available, round(share * len(available)), request, random)
-            others[stream.name] = np.setdiff1d(available, own[stream.name], assume_unique=True)
-        return own, others
+            single[stream.name] = self.portion(stream, available, round(share * len(available)), request, random)
+            others[stream.name] = np.setdiff1d(available, single[stream.name], assume_unique=True)
+        return single, others
 
 
 def join_batches(parts: Sequence[EpochBatches], dropped: Counter[str], details: dict[str, Any]) -> EpochBatches:

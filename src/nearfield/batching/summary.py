@@ -75,9 +75,9 @@ def positives_as_negatives(epoch: EpochBatches, known: Ragged) -> int:
     """Explicit negatives that are known positives of their own query."""
     negatives, query = epoch.rows.negatives, epoch.rows.query
     queries = np.unique(query)
-    own = known_of(known, queries)
+    known_positives = known_of(known, queries)
     span = int(max(known.values.max(initial=0), negatives.values.max(initial=0))) + 1
-    positives = queries[own.owners()] * span + own.values
+    positives = queries[known_positives.owners()] * span + known_positives.values
     return int(np.isin(query[negatives.owners()] * span + negatives.values, positives).sum())
 
 
@@ -129,12 +129,12 @@ def _pairs(queries: Rows, documents: Rows, vectors: VectorsOf) -> tuple[float, f
     """
     left, right = vectors("query", queries).astype(np.float64), vectors("document", documents).astype(np.float64)
     scores = left @ right.T
-    own = np.diagonal(scores)
+    positive_scores = np.diagonal(scores)
     other: Mask = (documents[None, :] != documents[:, None]) & (documents[None, :] != queries[:, None])
     count = int(other.sum())
     if not count:
         return 0.0, 0.0, 0
-    return float(scores[other].mean()), float((scores > own[:, None])[other].mean()), count
+    return float(scores[other].mean()), float((scores > positive_scores[:, None])[other].mean()), count
 
 
 def _mean(values: list[float], weights: list[int]) -> tuple[float, float | None]:

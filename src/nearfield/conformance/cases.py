@@ -268,8 +268,8 @@ class Case:
 
     def encoder(self) -> SentenceTransformer:
         """The encoder, new: a copy of one that is read once, as hundreds of engines are made from a few models."""
-        own = self.towers and not self.clip
-        tower = ImageTowerConfig(architecture="vit", settings=TINY_VISION, size=16) if own else None
+        image_tower = self.towers and not self.clip
+        tower = ImageTowerConfig(architecture="vit", settings=TINY_VISION, size=16) if image_tower else None
         last = "last" if self.together else None
         adapter = LoRAConfig(r=4, alpha=8) if self.adapter else None
         config = EncoderConfig(model=str(self.model_folder), image_tower=tower, pooling=last, adapter=adapter)

@@ -151,10 +151,10 @@ def _config(architecture: str, vocabulary: dict[str, int]) -> Any:
     from transformers import CONFIG_MAPPING
 
     text: dict[str, Any] = {**_TEXT, "vocab_size": len(vocabulary)}
-    own: dict[str, Any] = {"image_token_id": vocabulary["<image>"]}
+    settings: dict[str, Any] = {"image_token_id": vocabulary["<image>"]}
     vision: dict[str, Any] = dict(_VISION)
     if architecture.startswith("qwen"):
-        own = {
+        settings = {
             "image_token_id": vocabulary["<|image_pad|>"],
             "video_token_id": vocabulary["<|video_pad|>"],
             "vision_start_token_id": vocabulary["<|vision_start|>"],
@@ -172,19 +172,19 @@ def _config(architecture: str, vocabulary: dict[str, int]) -> Any:
             vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
     elif architecture in ("smolvlm", "idefics3"):
         vision |= {"image_size": 16, "patch_size": 4}
-        own |= {"scale_factor": 2, "pad_token_id": 0}
+        settings |= {"scale_factor": 2, "pad_token_id": 0}
         text["model_type"] = "llama"
     elif architecture == "llava_onevision":
         vision |= {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 4, "vision_use_head": False}
         text["model_type"] = "llama"
-        own |= {"video_token_id": vocabulary["<video>"], "image_grid_pinpoints": _GRIDS}
+        settings |= {"video_token_id": vocabulary["<video>"], "image_grid_pinpoints": _GRIDS}
     else:
         vision |= {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, "projection_dim": 16}
         text["model_type"] = "llama"
-        own |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+        settings |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
         if architecture == "llava_next":
-            own["image_grid_pinpoints"] = _GRIDS
-    return CONFIG_MAPPING[architecture](text_config=text, vision_config=vision, **own)
+            settings["image_grid_pinpoints"] = _GRIDS
+    return CONFIG_MAPPING[architecture](text_config=text, vision_config=vision, **settings)
 
 
 def _save_processor(folder: Path, architecture: str) -> None:
@@ -195,36 +195,36 @@ def _save_processor(folder: Path, architecture: str) -> None:
     from nearfield.encoders.vision_language import FAMILIES
 
     square = {"height": 16, "width": 16}
-    own: dict[str, Any]
+    settings: dict[str, Any]
     if architecture.startswith("qwen"):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Qwen
 
         pixels = {"shortest_edge": 64, "longest_edge": 1024}
         images: Any = Qwen(patch_size=4, merge_size=2, temporal_patch_size=2, size=pixels)
-        own = {}
+        settings = {}
     elif architecture in ("smolvlm", "idefics3"):
         from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
         from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
         kind = SmolVLMImageProcessorPil if architecture == "smolvlm" else Idefics3ImageProcessorPil
         images = kind(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
-        own = {"image_seq_len": 4}
+        settings = {"image_seq_len": 4}
     elif architecture == "llava_onevision":
         from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
             LlavaOnevisionImageProcessorPil,
         )
 
         images = LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=_GRIDS)
-        own = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
+        settings = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
     else:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-        own = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        settings = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
         shape = {"size": {"shortest_edge": 16}, "crop_size": square}
         if architecture == "llava_next":
             images = LlavaNextImageProcessorPil(image_grid_pinpoints=_GRIDS, **shape)
         else:
             images = CLIPImageProcessorPil(**shape)
     kind_of = FAMILIES[architecture].processor(transformers)
-    kind_of(images, AutoTokenizer.from_pretrained(folder), **own).save_pretrained(folder)
+    kind_of(images, AutoTokenizer.from_pretrained(folder), **settings).save_pretrained(folder)

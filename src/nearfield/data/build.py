@@ -133,7 +133,7 @@ def _build(
             "this exists already and is not a store; it will not be replaced", where=str(out), hint=hint
         )
     remove_leftovers(out.parent)
-    kept = out.with_name(out.name + ".quarantine.jsonl")
+    report = out.with_name(out.name + ".quarantine.jsonl")
     with atomic_path(out) as aside:
         aside.mkdir()
         raw, quarantine = aside / "raw.arrow", aside / "quarantine.jsonl"
@@ -142,9 +142,9 @@ def _build(
         except BadInputError as error:
             if error.where is not None or not quarantine.stat().st_size:
                 raise
-            shutil.copyfile(quarantine, kept)
+            shutil.copyfile(quarantine, report)
             hint = f"Look at the rows in that file; mend them, or raise max_bad_rows (now {config.max_bad_rows:g})."
-            raise BadInputError(error.what, where=str(kept), hint=hint) from error
+            raise BadInputError(error.what, where=str(report), hint=hint) from error
         resolved = resolve(config, collected, raw, aside / "examples.arrow")
         raw.unlink()
         sources = tuple(SourceInfo(s.name, s.examples.kind, s.task_type, s.prompts) for s in config.sources)
@@ -168,7 +168,7 @@ def _build(
         }
         write_json(aside / "store.json", meta)
         seal(aside)
-    kept.unlink(missing_ok=True)
+    report.unlink(missing_ok=True)
     return summary
 
 

@@ -228,7 +228,7 @@ class _Tally:
             # A pair that a stronger kind found says nothing new; neither does a distractor.
             if roles[second] == distractor or self.best[roles[second], first] < kind:
                 continue
-            own = np.flatnonzero(self.training.roles[:, first])[0]
+            role = np.flatnonzero(self.training.roles[:, first])[0]
             text = texts[second]
             training = self.training.store.texts([self.training.items[first]])[0]
             shown.append(
@@ -236,7 +236,7 @@ class _Tally:
                     KINDS[kind],
                     round(float(similarity), 4),
                     excerpt(training),
-                    TRAINING_ROLES[own],
+                    TRAINING_ROLES[role],
                     excerpt(text.text),
                     text.role,
                     text.id[:200],

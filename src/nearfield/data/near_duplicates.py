@@ -253,10 +253,10 @@ def first_of_each(count: int, index: Callable[[Rows], Find], block: int = 4096) 
             if len(firsts):
                 earliest[place] = mine[firsts[0]]
         first[mine] = earliest
-        kept = mine[earliest == mine]
-        while parts and len(parts[-1][0]) <= 2 * len(kept):
-            kept = np.concatenate([parts.pop()[0], kept])
-        parts.append((kept, index(kept)))
+        new = mine[earliest == mine]
+        while parts and len(parts[-1][0]) <= 2 * len(new):
+            new = np.concatenate([parts.pop()[0], new])
+        parts.append((new, index(new)))
     return first
 
 

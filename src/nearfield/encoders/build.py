@@ -59,8 +59,8 @@ def set_heads(model: SentenceTransformer, config: EncoderConfig, seed: int) -> N
 def _pooling_at(model: SentenceTransformer, config: EncoderConfig, key: str) -> int:
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    own = tuple(own_modules().values())
-    position = next((i for i, module in enumerate(model) if isinstance(module, (Pooling, *own))), None)
+    poolings = tuple(own_modules().values())
+    position = next((i for i, module in enumerate(model) if isinstance(module, (Pooling, *poolings))), None)
     if position is None:
         raise BadInputError(f"this model has no pooling module, so 'encoder.{key}' cannot be set", where=config.model)
     return position

@@ -518,7 +518,7 @@ class Ranks(Protocol):
     def world_size(self) -> int: ...
     @property
     def is_main(self) -> bool: ...
-    def divide(self, task: str, own: Callable[[], None]) -> None:
+    def divide(self, task: str, local_part: Callable[[], None]) -> None:
         """Do the own part of a task while the others do theirs."""
 
 
@@ -556,12 +556,12 @@ class Workers:
             self._number += 1
             task = self.folder / f"{self._number}.json"
             write_json(task, {"texts": block, "prompt": prompt, "role": role})
-            own: list[tuple[str, npt.NDArray[np.float32]]] = []
+            mine: list[tuple[str, npt.NDArray[np.float32]]] = []
             self.ranks.divide(
                 f"encode {self._number} {self.folder.name}",
-                lambda: own.extend(encoder.pairs(block[::world], prompt, role, says=says)),  # noqa: B023
+                lambda: mine.extend(encoder.pairs(block[::world], prompt, role, says=says)),  # noqa: B023
             )
-            yield from own
+            yield from mine
             for rank in range(1, world):
                 folder, share = self.folder / f"{self._number}-{rank}", block[rank::world]
                 if folder.is_dir():

@@ -146,9 +146,9 @@ class _Telling:
         """The class, settings and hooks of a module, without its tensors and the modules in it."""
         from torch import nn
 
-        own = type(module)
+        module_class = type(module)
         inner = set(vars(nn.Module()))
-        private = _library_of(own.__module__) is None
+        private = _library_of(module_class.__module__) is None
         settings = {
             key: self.value(value)
             for key, value in vars(module).items()
@@ -156,7 +156,7 @@ class _Telling:
         }
         hooks = [self.value(list(getattr(module, place).values())) for place in _HOOKS]
         tensors = sorted([*module._parameters, *module._buffers])
-        return [self.value(own), settings, hooks, tensors, list(module._modules), self._tools(module)]
+        return [self.value(module_class), settings, hooks, tensors, list(module._modules), self._tools(module)]
 
     def _tools(self, module: Any) -> Any:
         """Values that sentence-transformers reaches through properties, where it is not among a module's attributes."""

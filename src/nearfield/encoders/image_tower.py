@@ -168,11 +168,13 @@ def _module(path: str, config: ImageTowerConfig, *, revision: str | None = None,
     kwargs: dict[str, Any] = {"model_kwargs": {"dtype": dtype}}
     if revision is not None:
         kwargs = {key: {**kwargs.get(key, {}), "revision": revision} for key in _KWARGS}
-    own = {"image": {"method": "forward", "method_output_name": "pooler_output"}}
+    modality = {"image": {"method": "forward", "method_output_name": "pooler_output"}}
     module = Transformer(
         path,
         **kwargs,
-        **({"modality_config": own, "module_output_name": "sentence_embedding"} if config.pooling == "own" else {}),
+        **(
+            {"modality_config": modality, "module_output_name": "sentence_embedding"} if config.pooling == "own" else {}
+        ),
     )
     if set(module.modality_config) != {"image"}:
         raise BadInputError(

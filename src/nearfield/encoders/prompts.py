@@ -276,17 +276,17 @@ class PromptContract:
         return {role: self._fallback(role) for role in ROLES}
 
     def _fallback(self, role: str) -> str:
-        stated, own = getattr(self.config.fallback, role), self.base.side(role)
+        stated, of_base = getattr(self.config.fallback, role), self.base.side(role)
         if stated is not None:
             return str(stated)
         asked = [prompts for task_type, prompts in self.by_type.items() if has_roles(task_type)]
         if not asked and any(map(self.base.side, ROLES)):
-            return own  # which the base was trained with, and this training did not touch
+            return of_base  # which the base was trained with, and this training did not touch
         texts = {prompts[role] for prompts in asked} or {prompts[TEXT] for prompts in self.by_type.values()}
         if len(texts) == 1:
             return texts.pop()
-        if own in texts or not asked:
-            return own
+        if of_base in texts or not asked:
+            return of_base
         raise BadInputError(
             f"the {role} prompts of the task types differ ({sorted(texts)}), and the model's {role!r} prompt can be one alone",
             where="prompts",
@@ -313,9 +313,9 @@ class PromptContract:
                 )
             if task_type is None or name in self.by_type:
                 continue
-            own = {} if task_type in self.by_type else self._of_base(name, task_type)
+            of_base = {} if task_type in self.by_type else self._of_base(name, task_type)
             stated = {role: self._stated(name, task_type, role) for role in _roles_of(task_type)}
-            prompts = {**own, **{role: text for role, text in stated.items() if text is not None}}
+            prompts = {**of_base, **{role: text for role, text in stated.items() if text is not None}}
             if prompts:
                 of_types[name] = prompts
         return of_types
@@ -461,21 +461,21 @@ def make_contract(sources: Sequence[PromptedSource], config: PromptConfig, base:
 
 def _statements(source: PromptedSource, config: PromptConfig, base: BasePrompts) -> dict[str, Statement]:
     """Role -> what is put before the items of a source."""
-    own: dict[str, Statement | None] = {role: getattr(source.prompts, role) for role in ROLES}
+    of_source: dict[str, Statement | None] = {role: getattr(source.prompts, role) for role in ROLES}
     if has_roles(source.task_type):
         stated = {"query": config.fallback.query, "document": config.fallback.document}
-        return {role: _first(own[role], stated[role], base.of(source.task_type, role), "") for role in ROLES}
+        return {role: _first(of_source[role], stated[role], base.of(source.task_type, role), "") for role in ROLES}
     if not getattr(source.prompts, "states_document", True):
-        own["document"] = None
+        of_source["document"] = None
     text = _first(
-        own["query"],
-        own["document"],
+        of_source["query"],
+        of_source["document"],
         config.fallback.text,
         config.fallback.query,
         base.of(source.task_type, None),
         "",
     )
-    return {role: _first(own[role], text) for role in ROLES}
+    return {role: _first(of_source[role], text) for role in ROLES}
 
 
 def add_examples(contract: PromptContract, sets: Mapping[str, Sequence[str]], evaluated: bool) -> PromptContract:

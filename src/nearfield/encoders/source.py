@@ -200,8 +200,8 @@ def _is_read(file: Path) -> bool:
 def _gguf_content(file: Path) -> str:
     """The hash of a GGUF file, and of the settings beside it that loading would read."""
     beside = [each for each in sorted(file.parent.iterdir()) if each.suffix in _TOLD_BESIDE and each.is_file()]
-    own = hash_file(file)
-    return fingerprint([own, *([each.name, hash_file(each)] for each in beside)]) if beside else own
+    content = hash_file(file)
+    return fingerprint([content, *([each.name, hash_file(each)] for each in beside)]) if beside else content
 
 
 def _with_base(folder: Path, content: str) -> str:

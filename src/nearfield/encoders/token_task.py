@@ -79,14 +79,14 @@ def language_head(model: SentenceTransformer, path: str, seed: int) -> tuple[Lan
     trained = embeddings.requires_grad
     whole = whole.to_empty(device="cpu").to(embeddings.dtype)
     ties = tied_weights(whole)
-    own = dict(whole.named_parameters())
+    named = dict(whole.named_parameters())
     tied = bool(getattr(config, "tie_word_embeddings", True))
-    needed = {name for name in own if name not in ties or (ties[name].startswith(f"{prefix}.") and not tied)}
+    needed = {name for name in named if name not in ties or (ties[name].startswith(f"{prefix}.") and not tied)}
     read = _read(kind, (str(getattr(transformer, "name_or_path", "")), path), needed) if needed else {}
     fresh: list[str] = []
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        for name, parameter in own.items():
+        for name, parameter in named.items():
             if name in read:
                 parameter.copy_(read[name])
             else:
@@ -95,7 +95,7 @@ def language_head(model: SentenceTransformer, path: str, seed: int) -> tuple[Lan
     for target, source in ties.items():
         below = source.startswith(f"{prefix}.")
         # A head of its own that the base's weights lack would know nothing: the table of embeddings knows more.
-        if target not in own or (below and target in read):
+        if target not in named or (below and target in read):
             continue
         owner, _, name = target.rpartition(".")
         setattr(whole.get_submodule(owner), name, embeddings if below else whole.get_parameter(source))

@@ -174,10 +174,10 @@ def pad_as_processor(model: SentenceTransformer) -> None:
     settings = getattr(module, "processing_kwargs", None)
     if settings is None or not hasattr(module, "config") or "padding" in settings.get("text", {}):
         return
-    own = dict(getattr(type(module.processor), "text_kwargs", None) or {})
-    if own.get("padding") != "max_length" and module.config.model_type not in FIXED_WIDTH:
+    text_settings = dict(getattr(type(module.processor), "text_kwargs", None) or {})
+    if text_settings.get("padding") != "max_length" and module.config.model_type not in FIXED_WIDTH:
         return
-    width = own.get("max_length")
+    width = text_settings.get("max_length")
     limit = longest_input(model)
     if width is None and limit is None:
         return

@@ -75,12 +75,12 @@ def _without_videos(name: str, videos: str) -> Callable[[Any], Any]:
             vision_aspect_ratio: str | None = None,
         ) -> None:
             # The last three are LLaVA-OneVision's.
-            own = {
+            settings = {
                 "num_image_tokens": num_image_tokens,
                 "vision_feature_select_strategy": vision_feature_select_strategy,
                 "vision_aspect_ratio": vision_aspect_ratio,
             }
-            given = {key: value for key, value in own.items() if value is not None}
+            given = {key: value for key, value in settings.items() if value is not None}
             whole.__init__(self, image_processor, tokenizer, None, chat_template=chat_template, **given)
             self.video_processor = video_processor or {"video_processor_type": videos}
 

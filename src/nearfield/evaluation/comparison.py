@@ -306,8 +306,8 @@ def _difference(
     if reason is not None:
         return row
     values, numbers = of.values - reference.values, of.numbers
-    own = of.estimator.rescaled(replicates[name] - replicates[base], difference, values, numbers)
-    interval = statistics.percentile_interval(own, options.level, of.estimator.freedom(values, numbers))
+    differences = of.estimator.rescaled(replicates[name] - replicates[base], difference, values, numbers)
+    interval = statistics.percentile_interval(differences, options.level, of.estimator.freedom(values, numbers))
     rng = generator(options.seed, "permutation", *key)
     effect = Effect.of(of, reference)
     units, clusters = of.sizes
@@ -322,7 +322,7 @@ def _difference(
         won=effect.won,
         even=effect.even,
         lost=effect.lost,
-        p_equivalent=None if options.margin is None else statistics.equivalence_p(own, options.margin),
+        p_equivalent=None if options.margin is None else statistics.equivalence_p(differences, options.margin),
     )
 
 

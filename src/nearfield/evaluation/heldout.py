@@ -102,8 +102,8 @@ def _select(config: HeldOutTask, store: Any) -> _Rows:
 def _task_type(rows: _Rows, allowed: str) -> str:
     """The source's own type where it is a form of the allowed one, because prompts are resolved by type."""
     base = TYPES[allowed].base
-    own = TYPES.get(rows.task_type)
-    return rows.task_type if own is not None and own.base is base else allowed
+    source_type = TYPES.get(rows.task_type)
+    return rows.task_type if source_type is not None and source_type.base is base else allowed
 
 
 def _sample(config: HeldOutTask, rows: Ints, limit: int | None, purpose: str) -> Ints:

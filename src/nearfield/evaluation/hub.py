@@ -196,8 +196,8 @@ def push(
 
     placed = {path.relative_to(model).as_posix(): path for path in files}
     if results is not None:
-        kept = [*results.glob("*.json"), results / MANIFEST]
-        placed |= {f"{RESULTS}/{path.name}": path for path in sorted(kept) if path.is_file()}
+        result_files = [*results.glob("*.json"), results / MANIFEST]
+        placed |= {f"{RESULTS}/{path.name}": path for path in sorted(result_files) if path.is_file()}
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in placed.items()]
     hub: Api = api or HfApi()
     try:

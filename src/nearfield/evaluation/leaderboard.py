@@ -149,7 +149,7 @@ def _rows(
         borda, mean_task, mean_type, mean_rank = (
             _value(one[i], many[:, i], level) for one, many in zip(estimates, drawn, strict=True)
         )
-        own = {task.name: float(scores[i, j]) for j, task in enumerate(tasks) if not np.isnan(scores[i, j])}
+        task_scores = {task.name: float(scores[i, j]) for j, task in enumerate(tasks) if not np.isnan(scores[i, j])}
         rows.append(
             BoardRow(
                 model.label,
@@ -163,7 +163,7 @@ def _rows(
                 low,
                 high,
                 above,
-                own,
+                task_scores,
             )
         )
     return rows
@@ -184,12 +184,12 @@ def _columns(read: Mapping[str, Mapping[Key, TaskScores]], tasks: Sequence[str] 
     columns: Columns = {}
     notes = []
     for task in dict.fromkeys(task for task, _, _ in keys):
-        own = [key for key in keys if key[0] == task]
-        of_task = [scores[key] for scores in read.values() for key in own if key in scores]
+        task_keys = [key for key in keys if key[0] == task]
+        of_task = [scores[key] for scores in read.values() for key in task_keys if key in scores]
         if len({of.data_revision for of in of_task}) > 1 or len({of.metric for of in of_task}) > 1:
             notes.append(f"{task} is left out: the models were scored on different data or by different metrics")
             continue
-        columns[task] = (own, of_task[0])
+        columns[task] = (task_keys, of_task[0])
     if not columns:
         raise BadInputError("the models have no task in common", hint="Score them on the same suite.")
     return columns, notes
@@ -210,10 +210,11 @@ def _matrix(
         uncertain.append(all(drawn[key] for key in keys))
         for row, name in enumerate(names):
             if all(key in read[name] for key in keys):
-                own = [read[name][key].score for key in keys]
-                scores[row, column] = np.mean(own)
+                task_scores = [read[name][key].score for key in keys]
+                scores[row, column] = np.mean(task_scores)
                 parts = [
-                    np.asarray(drawn[key].get(name, np.full(samples, s))) for key, s in zip(keys, own, strict=True)
+                    np.asarray(drawn[key].get(name, np.full(samples, s)))
+                    for key, s in zip(keys, task_scores, strict=True)
                 ]
                 replicates[:, row, column] = np.mean(parts, axis=0)
     return scores, replicates, uncertain

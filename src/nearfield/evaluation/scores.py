@@ -85,7 +85,9 @@ def joint_replicates(
 
 def score_interval(key: Key, of: TaskScores, samples: int, level: float, seed: int) -> Interval | None:
     """The interval of a single model's score; None where it has no units."""
-    return next((of.interval(own, level) for _, own in joint_replicates(key, {"": of}, samples, seed)), None)
+    return next(
+        (of.interval(replicates, level) for _, replicates in joint_replicates(key, {"": of}, samples, seed)), None
+    )
 
 
 def not_paired(first: TaskScores, second: TaskScores) -> str | None:
@@ -167,12 +169,12 @@ def score_notices(read: Mapping[str, Mapping[Key, TaskScores]], keys: Iterable[K
     shown = list(keys)
     made = []
     for model, scores in read.items():
-        own = [key for key in shown if key in scores]
+        model_keys = [key for key in shown if key in scores]
         tasks: dict[Notice, dict[str, None]] = {}
-        for key in own:
+        for key in model_keys:
             for notice in scores[key].notices:
                 tasks.setdefault(notice, {})[key[0]] = None
-        scored = {key[0] for key in own}
+        scored = {key[0] for key in model_keys}
         made += [
             ScoreNotice(model, notice.code, notice.what, notice.hint, tuple(of), set(of) == scored)
             for notice, of in tasks.items()

@@ -342,12 +342,12 @@ class Recorder:
         task = self.task
         task._save_task_predictions = self._keep
         if isinstance(task, AbsTaskRetrieval):
-            own = task.task_specific_scores
+            score_task = task.task_specific_scores
 
             def task_specific_scores(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> Any:
                 self._at(hf_subset, hf_split)
                 self._keep_retrieval(scores, qrels, results)
-                return own(scores, qrels, results, hf_split=hf_split, hf_subset=hf_subset)
+                return score_task(scores, qrels, results, hf_split=hf_split, hf_subset=hf_subset)
 
             task.task_specific_scores = task_specific_scores
         try:

@@ -153,11 +153,11 @@ def _base_of(model: Path, given: str | None) -> _Base | None:
 
 def _counted(model: Path, base: _Base | None) -> int | None:
     """The parameters of a model's folder, with those of the base that it needs; None where not all are at hand."""
-    own = parameters(model)
-    if base is None or own is None:
-        return own
+    count = parameters(model)
+    if base is None or count is None:
+        return count
     below = None if base.folder is None else parameters(base.folder)
-    return None if below is None else own + below
+    return None if below is None else count + below
 
 
 def _base(base: _Base) -> Check:
@@ -321,9 +321,9 @@ def _known_prompts(folder: Path, tasks: Sequence[str]) -> tuple[dict[str, tuple[
     }
     made = {}
     for task in tasks:
-        own = [known[part] for part in parts.get(task, [task]) if part in known]
-        if own:
-            made[task] = tuple(sorted({text for of in own for text in (of or {}).values() if text}))
+        of_parts = [known[part] for part in parts.get(task, [task]) if part in known]
+        if of_parts:
+            made[task] = tuple(sorted({text for of in of_parts for text in (of or {}).values() if text}))
     return made, [task for task in tasks if task not in made]
 
 

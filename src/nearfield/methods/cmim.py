@@ -69,11 +69,11 @@ class CMIM(Objective):
         rows = batch.local_rows()
         with torch.autocast(batch.queries.device.type, enabled=False):
             latents, noise = self.draw(batch)
-            own, tokens = latents[rows], query_tokens(batch)[1]
-            constant = own.shape[1] * math.log(2 * math.pi)
-            prior = -(own.square().sum(dim=1) + constant) / 2
+            texts, tokens = latents[rows], query_tokens(batch)[1]
+            constant = texts.shape[1] * math.log(2 * math.pi)
+            prior = -(texts.square().sum(dim=1) + constant) / 2
             posterior = -(noise[rows].square().sum(dim=1) + constant) / 2 - self.log_deviation.sum()
-            losses = -(self.decoder.log_probability(own, tokens) + prior + posterior) / 2
+            losses = -(self.decoder.log_probability(texts, tokens) + prior + posterior) / 2
             if self.config.weight:
                 losses = losses + self.config.weight * belonging(latents, rows, self.config.temperature)
             losses = batch.weighed(losses)
@@ -109,8 +109,10 @@ def belonging(latents: Tensor, rows: Tensor, temperature: float) -> Tensor:
 
     def part(some: Tensor) -> Tensor:
         logits = unit[some] @ unit.T / temperature
-        own = some[:, None] == numbers[None, :]
-        others = logits.masked_fill(own, torch.finfo(logits.dtype).min / 2).logsumexp(dim=1) - math.log(len(unit) - 1)
+        itself = some[:, None] == numbers[None, :]
+        others = logits.masked_fill(itself, torch.finfo(logits.dtype).min / 2).logsumexp(dim=1) - math.log(
+            len(unit) - 1
+        )
         # A latent's cosine with itself is 1, whatever it is.
         return functional.softplus(others - 1 / temperature)
 

@@ -122,8 +122,8 @@ def description_rows(
     for source, stanza in sorted(chosen.items()):
         name = stanza["Package"]
         short = described[name][0]
-        kept = [" ".join(s for s in paragraph if repeats[s] <= max_repeats) for paragraph in sentences[name]]
-        long = "\n".join(paragraph for paragraph in kept if paragraph)
+        telling = [" ".join(s for s in paragraph if repeats[s] <= max_repeats) for paragraph in sentences[name]]
+        long = "\n".join(paragraph for paragraph in telling if paragraph)
         if short and len(long.split()) >= MIN_WORDS and long != short:
             section = stanza.get("Section", "unknown").rpartition("/")[2]
             rows.append({"short": short, "long": long, "source": source, "package": name, "section": section})

@@ -117,10 +117,10 @@ class HiPrBERT(LabelledTextLoss):
         def part(some: Tensor) -> Tensor:
             cosine = unit[some] @ unit.T
             distance = self.tree.distance(labels[some], labels)
-            own = some[:, None] == numbers[None, :]
+            itself = some[:, None] == numbers[None, :]
             total = cosine.new_zeros(len(some))
             for level, (threshold, weight) in enumerate(zip(config.thresholds, weights, strict=True)):
-                positive = (distance <= level) & ~own
+                positive = (distance <= level) & ~itself
                 total = total + weight * _soft(-config.alpha * (cosine - threshold), positive) / config.alpha
                 total = total + weight * _soft(config.beta * (cosine - threshold), distance > level) / config.beta
             return total

@@ -105,9 +105,9 @@ def make_limit(config: LimitTask) -> Limit:
         for person in pair:
             likes[person].append(thing)
     size = max(LIKES, max(map(len, likes)))
-    for own in likes:
-        own += [rest[i] for i in rng.choice(len(rest), size=size - len(own), replace=False)]
-        rng.shuffle(own)
+    for liked in likes:
+        liked += [rest[i] for i in rng.choice(len(rest), size=size - len(liked), replace=False)]
+        rng.shuffle(liked)
     initials = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     chosen = rng.choice(len(_FIRST) * len(initials) * len(_LAST), size=len(likes), replace=False)
     people = []
@@ -115,8 +115,8 @@ def make_limit(config: LimitTask) -> Limit:
         first, number = number % len(_FIRST), number // len(_FIRST)
         people.append(f"{_FIRST[first]} {initials[number % 26]}. {_LAST[number // 26]}")
     corpus = {
-        person: f"{person} likes {', '.join(own[:-1])} and {own[-1]}."
-        for person, own in zip(people, likes, strict=True)
+        person: f"{person} likes {', '.join(liked[:-1])} and {liked[-1]}."
+        for person, liked in zip(people, likes, strict=True)
     }
     queries = {f"q{i}": f"Who likes {thing}?" for i, thing in enumerate(asked)}
     return Limit(corpus, queries, {f"q{i}": (people[a], people[b]) for i, (a, b) in enumerate(pairs)})

@@ -38,9 +38,9 @@ class NTXent(Objective):
         """The mean of both directions, for this process's rows."""
         rows, count = batch.local_rows(), len(batch.queries)
         texts = functional.normalize(torch.cat([batch.queries, averaged_positives(batch)]), dim=1)
-        own = torch.cat([rows, rows + count])
-        logits = texts[own] @ texts.T / self.temperature
-        logits = logits.masked_fill(own[:, None] == torch.arange(2 * count, device=own.device), float("-inf"))
+        places = torch.cat([rows, rows + count])
+        logits = texts[places] @ texts.T / self.temperature
+        logits = logits.masked_fill(places[:, None] == torch.arange(2 * count, device=places.device), float("-inf"))
         both = functional.cross_entropy(logits, torch.cat([rows + count, rows]), reduction="none")
         losses = (both[: len(rows)] + both[len(rows) :]) / 2
         total = batch.weighed(losses).sum() + batch.documents.sum() * 0

@@ -91,10 +91,10 @@ class SBCL(LabelledTextLoss):
 
         def part(some: Tensor) -> Tensor:
             cosine = unit[some] @ unit.T
-            own = some[:, None] == numbers[None, :]
+            itself = some[:, None] == numbers[None, :]
             view = ((some + count // 2) % count)[:, None] == numbers[None, :]
             same = labels[some][:, None] == labels[None, :]
-            fine = _mean_log(cosine / config.temperature, same & ~own, ~own)
+            fine = _mean_log(cosine / config.temperature, same & ~itself, ~itself)
             positive = ((classes[some][:, None] == classes[None, :]) & ~same) | view
             coarse = _mean_log(cosine / temperatures[some][:, None], positive, ~same | view)
             return config.temperature / config.base_temperature * fine + config.gamma * coarse

@@ -132,9 +132,9 @@ class SimLAP(LabelledTextLoss):
 def gated_cosine(rows: Tensor, columns: Tensor, squared: Tensor) -> Tensor:
     """(a, w), (n, w) vectors and (a, w) squared gates of the rows -> (a, n) cosines of gated vectors, by two products."""
     left = rows * squared
-    own = (left * rows).sum(dim=1).clamp_min(1e-24)
+    row_norm = (left * rows).sum(dim=1).clamp_min(1e-24)
     other = (squared @ columns.square().T).clamp_min(1e-24)
-    return left @ columns.T / (own[:, None] * other).sqrt()
+    return left @ columns.T / (row_norm[:, None] * other).sqrt()
 
 
 def _normal(values: Tensor) -> Tensor:

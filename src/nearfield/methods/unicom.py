@@ -82,8 +82,8 @@ class Unicom(LabelledTextLoss):
         unit = functional.normalize(vectors[:, features], dim=1)
         prototypes = functional.normalize(self.prototypes[taken][:, features].to(vectors.dtype), dim=1)
         cosine = unit @ prototypes.T
-        own = cosine.gather(1, target[:, None]).squeeze(1)
-        logits = cosine.scatter(1, target[:, None], self._widened(own)[:, None]) * self.config.scale
+        right = cosine.gather(1, target[:, None]).squeeze(1)
+        logits = cosine.scatter(1, target[:, None], self._widened(right)[:, None]) * self.config.scale
         losses: Tensor = functional.cross_entropy(logits, target, reduction="none")
         return losses
 

@@ -118,9 +118,9 @@ class SentenceTransformerTeacher(DenseTeacher):
     def prompt_texts(self, base: EncoderConfig) -> dict[str, str]:
         """Role -> the text before an item: as stated, else the model's own for retrieval."""
         model, revision, *_ = self.loaded(base)
-        own = base_prompts(locate(model, revision).path, revision)
+        of_model = base_prompts(locate(model, revision).path, revision)
         stated = {"query": self.prompts.query, "document": self.prompts.document}
-        return {role: own.of("Retrieval", role) or "" if text is None else text for role, text in stated.items()}
+        return {role: of_model.of("Retrieval", role) or "" if text is None else text for role, text in stated.items()}
 
     def made_of(self, base: EncoderConfig) -> Any:
         """The model's content, and how it reads a text."""

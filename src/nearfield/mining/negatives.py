@@ -308,12 +308,12 @@ def _show(store: Store, negatives: Negatives, judge: Judge, places: Rows) -> Ite
         scores = iter(judge(source, queries, np.concatenate(items)).tolist())
         for row, part in zip(mine, items, strict=True):
             positives = store.examples.take([row["example"]])["positives"].to_pylist()[0]
-            texts, own = store.shown(part), store.shown(positives)
+            texts, positive_texts = store.shown(part), store.shown(positives)
             yield ShownExample(
                 store.sources[source].name,
                 row["example"],
                 store.shown([row["query"]])[0],
-                tuple(zip(own, row["positive_scores"], strict=True)),
+                tuple(zip(positive_texts, row["positive_scores"], strict=True)),
                 tuple(
                     ShownNegative(text, score, rank, next(scores))
                     for text, score, rank in zip(texts, row["scores"], row["ranks"], strict=True)

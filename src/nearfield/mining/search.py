@@ -199,8 +199,8 @@ def plan_search(
 ) -> SearchPlan:
     """How to search for ``count`` queries within ``memory`` bytes; raise :class:`BadInputError` where that is too little."""
     query_block, document_block = _BLOCK["cpu" if device == "cpu" else "cuda"]
-    kept = depth + _SLACK
-    buffer = kept + max(depth, RUN)
+    width = depth + _SLACK
+    buffer = width + max(depth, RUN)
     results = count * depth * 12
     row = buffer * 12 + 48
 
@@ -208,9 +208,9 @@ def plan_search(
         cells = block_rows * block_columns
         scores = cells * 4 + cells // RUN * 24 + cells // _LISTED * (4 + 1 + 32)
         # Sorting a block whole: scores and rows beside the buffer's, and what topk returns.
-        whole = block_rows * (block_columns + buffer) * 13 + block_rows * kept * 12
+        whole = block_rows * (block_columns + buffer) * 13 + block_rows * width * 12
         vectors = (block_columns + block_rows) * dimension * 8
-        finish = 0 if streamed else block_rows * kept * _PAIR_BYTES * 2
+        finish = 0 if streamed else block_rows * width * _PAIR_BYTES * 2
         return scores + whole + vectors + finish + 4_096 * dimension * 4 + 512 * dimension * 24
 
     while True:
@@ -229,7 +229,7 @@ def plan_search(
         )
     query_block = max(1, min(query_block, held))
     passes = math.ceil(count / held) if held else 0
-    return SearchPlan(held, query_block, document_block, kept, buffer, passes, base + held * row_bytes)
+    return SearchPlan(held, query_block, document_block, width, buffer, passes, base + held * row_bytes)
 
 
 def search(

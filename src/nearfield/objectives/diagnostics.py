@@ -198,7 +198,7 @@ def watch_softmax(objective: InfoNCE, batch: ContrastiveBatch) -> dict[str, floa
     vectors = {name: _unit(side) if problem.cosine else side.to(scale.dtype) for name, side in sides.items()}
     pairs = (vectors["query"][problem.pair_queries] * vectors["document"][problem.pair_documents]).sum(dim=1)
     lowest = floor(scale.dtype)
-    own = objective.negative_logits(pairs[layout.positives :], scale[own_row]).masked_fill(
+    own_logits = objective.negative_logits(pairs[layout.positives :], scale[own_row]).masked_fill(
         ~layout.negative_kept[0], lowest
     )
     logits = scale.new_zeros(count, 0)
@@ -213,7 +213,7 @@ def watch_softmax(objective: InfoNCE, batch: ContrastiveBatch) -> dict[str, floa
 
     def log_sum(power: float) -> Tensor:
         """(R,) of the powers of exp(logit) of each row's negatives."""
-        listed = segment_log_sum((own * power)[None].clamp_min(lowest), own_row, count)[0]
+        listed = segment_log_sum((own_logits * power)[None].clamp_min(lowest), own_row, count)[0]
         if not logits.shape[1]:
             return listed
         return torch.logaddexp(listed, (logits * power).clamp_min(lowest).logsumexp(dim=1)).clamp_min(lowest)
@@ -234,9 +234,9 @@ def watch_softmax(objective: InfoNCE, batch: ContrastiveBatch) -> dict[str, floa
     factor = (
         weight.log() + segment_log_sum((focal.log() - normal)[None].clamp_min(lowest), row, count)[0] - number.log()
     )
-    gradient = torch.cat([(logits + factor[:, None]).flatten(), own + factor[own_row]]).exp()
+    gradient = torch.cat([(logits + factor[:, None]).flatten(), own_logits + factor[own_row]]).exp()
     total = gradient.sum()
-    size = int((logits > lowest / 2).sum() + (own > lowest / 2).sum())
+    size = int((logits > lowest / 2).sum() + (own_logits > lowest / 2).sum())
     if size and total > 0:
         hardest = gradient.topk(math.ceil(size * HARDEST)).values.sum()
         figures["hardest_gradient_share"] = float(hardest / total)

@@ -243,10 +243,10 @@ class InfoNCE(Objective):
     ) -> Tensor:
         """(M, R) the loss of each row for each prefix."""
         groups = {name: CandidateSums.of(block_statistics) for name, block_statistics in statistics.blocks.items()}
-        own = self._own_negatives(layout, batch, statistics, scale, prefixes)
+        own_sums = self._own_negatives(layout, batch, statistics, scale, prefixes)
         if "query_document" in self.config.all_directions:
             others = [groups.pop(name) for name in ("query_document", "query_queue") if name in groups]
-            groups["query_document"] = join([*own, *others])
+            groups["query_document"] = join([*own_sums, *others])
         positive = statistics.pairs[:, : layout.positives] * scale[layout.positive_row]
         if self.config.joint:
             return self._softmax(layout, positive, groups)

@@ -60,9 +60,9 @@ class SupCon(LabelledTextLoss):
 
     def _anchors(self, unit: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
         logits = unit[anchors] @ unit.T / self.temperature
-        own = anchors[:, None] == torch.arange(len(unit), device=anchors.device)
-        log = logits.masked_fill(own, torch.finfo(logits.dtype).min / 2).log_softmax(dim=1)
-        positive = (labels[anchors][:, None] == labels[None, :]) & ~own
+        itself = anchors[:, None] == torch.arange(len(unit), device=anchors.device)
+        log = logits.masked_fill(itself, torch.finfo(logits.dtype).min / 2).log_softmax(dim=1)
+        positive = (labels[anchors][:, None] == labels[None, :]) & ~itself
         count = positive.sum(dim=1)
         losses: Tensor = -torch.where(positive, log, 0).sum(dim=1) / count.clamp_min(1)
         return losses

@@ -146,13 +146,13 @@ class SigLIP(Objective):
     def _rows(self, batch: ContrastiveBatch, documents: Tensor, rows: Tensor) -> Tensor:
         unit = functional.normalize(batch.queries[rows].to(documents.dtype), dim=1)
         logits = unit @ documents.T * (-self.log_temperature).exp() + self.bias
-        own = (batch.owner[None, :] == rows[:, None]) & batch.is_positive[None, :]
-        losses = -functional.logsigmoid(torch.where(own, logits, -logits))
+        is_own = (batch.owner[None, :] == rows[:, None]) & batch.is_positive[None, :]
+        losses = -functional.logsigmoid(torch.where(is_own, logits, -logits))
         if self.config.mask_known_positives:
             known = Join(batch.known_positives[rows], batch.document_ids[:, None], tile=max(1, len(documents)))
-            out = torch.zeros_like(own)
+            out = torch.zeros_like(is_own)
             out[known.cells(0, len(rows), 0)] = True
-            losses = losses.masked_fill(out & ~own, 0)
+            losses = losses.masked_fill(out & ~is_own, 0)
         return losses.sum(dim=1)
 
     def watch(self, batch: ContrastiveBatch) -> dict[str, float]:

@@ -66,7 +66,7 @@ class MemoryQueue:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`tensors` gave."""
-        own = {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
-        pushed = own.pop("pushed", None)
+        queue_tensors = {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
+        pushed = queue_tensors.pop("pushed", None)
         self.pushed = 0 if pushed is None else int(pushed)
-        self._held = {name: tensor.clone() for name, tensor in own.items()}
+        self._held = {name: tensor.clone() for name, tensor in queue_tensors.items()}

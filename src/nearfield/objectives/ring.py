@@ -83,8 +83,8 @@ class _RingRound(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, documents: Tensor, work: _Work, *scales: Tensor) -> tuple[Tensor, ...]:
-        own, ring = work.own, work.ring
-        sums = _statistics(own, scales)
+        local_problem, ring = work.own, work.ring
+        sums = _statistics(local_problem, scales)
         moving = torch.cat([queries.detach(), documents.detach()])
         for process in ring.visits():
             moving = ring.rotate(moving, ring.size(process))
@@ -95,15 +95,15 @@ class _RingRound(torch.autograd.Function):
             ctx.mark_non_differentiable(count)
         ctx.save_for_backward(queries, documents, *scales, *(log_sum for log_sum, _, _ in sums))
         ctx.work = work
-        pairs = own.vectors.pair_scores(own.pair_queries, own.pair_documents)
+        pairs = local_problem.vectors.pair_scores(local_problem.pair_queries, local_problem.pair_documents)
         return pairs, *(part for parts in sums for part in parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         work: _Work = ctx.work
-        own, ring = work.own, work.ring
+        local_problem, ring = work.own, work.ring
         queries, documents, *saved = ctx.saved_tensors
-        count = len(own.blocks)
+        count = len(local_problem.blocks)
         scales, log_sums = saved[:count], saved[count:]
         scale_sums = [torch.zeros_like(scale) for scale in scales]
 
@@ -116,12 +116,12 @@ class _RingRound(torch.autograd.Function):
                 scale_sums[number] += backward_block(
                     problem, block, scale, log_sum, (upstream, total), sink, space, wanted
                 )
-            dtype = torch.empty(0, dtype=own.vectors.dtype)
+            dtype = torch.empty(0, dtype=local_problem.vectors.dtype)
             return torch.cat([sink.result("query", dtype), sink.result("document", dtype)])
 
-        sink = Gradients(own.vectors)
-        sink.add_pairs(own.pair_queries, own.pair_documents, gradients[0])
-        mine = push(own, sink)
+        sink = Gradients(local_problem.vectors)
+        sink.add_pairs(local_problem.pair_queries, local_problem.pair_documents, gradients[0])
+        mine = push(local_problem, sink)
         here = len(queries)
         moving = torch.cat([queries, documents]).to(mine.dtype)
         brought = torch.zeros_like(moving)

@@ -55,8 +55,8 @@ class DryRun:
     @property
     def would_start(self) -> bool:
         """Whether nothing blocks the run."""
-        own = not any(notice.blocks for notice in self.notices)
-        return own and all(earlier.would_start for earlier in self.before)
+        unblocked = not any(notice.blocks for notice in self.notices)
+        return unblocked and all(earlier.would_start for earlier in self.before)
 
 
 def dry_run(

@@ -340,7 +340,7 @@ def on_ray(job: VectorJob) -> Callable[[Callable[[int], None]], None]:
     """The function that has a Ray cluster make all shards of vectors."""
     from nearfield.mining.ray_engine import spread_encoding
 
-    return lambda own: spread_encoding(job)
+    return lambda local_part: spread_encoding(job)
 
 
 def items_by_role(store: Store, sources: list[str], split: str) -> dict[str, Rows]:
@@ -359,8 +359,8 @@ def items_by_role(store: Store, sources: list[str], split: str) -> dict[str, Row
 
 def mining_teacher(recipe: Recipe) -> TeacherSettings:
     """The teacher that scores candidates: that of ``mining``, else the recipe's, else the base model."""
-    own = recipe.mining.teacher if recipe.mining else None
-    return own or recipe.teacher or SentenceTransformerTeacher()
+    stated = recipe.mining.teacher if recipe.mining else None
+    return stated or recipe.teacher or SentenceTransformerTeacher()
 
 
 def planning_teacher(recipe: Recipe) -> DenseTeacher | None:

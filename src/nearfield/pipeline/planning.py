@@ -153,10 +153,10 @@ def source_negatives(
     places = mined.positions(examples)
     items, scores = mined.lists.take(places), mined.scores[mined.lists.places(places)].astype(np.float64)
     if explicit == "keep":
-        own = arrow_lists(store.examples.take(examples)["negatives"])
-        owners = np.concatenate([own.owners(), items.owners()])
-        rows = np.concatenate([own.values, items.values])
-        both = np.concatenate([np.full(len(own.values), np.nan), scores])
+        data_negatives = arrow_lists(store.examples.take(examples)["negatives"])
+        owners = np.concatenate([data_negatives.owners(), items.owners()])
+        rows = np.concatenate([data_negatives.values, items.values])
+        both = np.concatenate([np.full(len(data_negatives.values), np.nan), scores])
         # Of an item that is both, the first place stays and the score of the mined one.
         order = np.lexsort((np.arange(len(rows)), rows, owners))
         first = np.ones(len(rows), dtype=bool)

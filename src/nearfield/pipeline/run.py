@@ -376,7 +376,9 @@ class Stage:
         """A function that has all ranks do their shares of a task; None where there is one rank."""
         launch = self.job.launch
         ranks = launch.world_size
-        return None if ranks == 1 else lambda own: launch.divide(f"{self.name} {number}", lambda: own(ranks))
+        return (
+            None if ranks == 1 else lambda local_part: launch.divide(f"{self.name} {number}", lambda: local_part(ranks))
+        )
 
     def versions(self) -> dict[str, str]:
         """The versions of the packages that change what the stage would put into the shared cache now."""

@@ -124,17 +124,17 @@ def fit(
             taken.update(known_positives(query).tolist())
     chosen, clashes = [], 0
     for query, order in zip(batch.query.tolist(), orders, strict=True):
-        own: list[int] = []
+        fitting: list[int] = []
         for item in order.tolist():
-            if len(own) == wanted:
+            if len(fitting) == wanted:
                 break
-            if item in taken or item in own or item == query:
+            if item in taken or item in fitting or item == query:
                 clashes += 1
                 continue
-            own.append(item)
+            fitting.append(item)
         if inputs.distinct:
-            taken.update(own)
-        chosen.append(np.asarray(own, dtype=np.int64))
+            taken.update(fitting)
+        chosen.append(np.asarray(fitting, dtype=np.int64))
     return chosen, clashes
 
 
@@ -378,9 +378,10 @@ def mine_by_weights(
     searching = Searching(memory=mining.memory_mib << 20, device=str(device))
     scorer = DenseScorer(queries, ArrayDocuments(documents), searching)
     shares = Shares([split_rows(len(queries), launch.world_size, r) for r in range(launch.world_size)], launch.rank)
-    own = search_share(pool, scorer, mining, (launch.rank, launch.world_size))
+    share_of_rank = search_share(pool, scorer, mining, (launch.rank, launch.world_size))
     rows, scores = (
-        gather_embeddings(torch.from_numpy(part).to(device), shares).cpu().numpy() for part in (own.rows, own.scores)
+        gather_embeddings(torch.from_numpy(part).to(device), shares).cpu().numpy()
+        for part in (share_of_rank.rows, share_of_rank.scores)
     )
     neighbours = Neighbours(rows, scores)
     return mine_pool(pool, scorer, mining, seed=seed, generation=generation, found=neighbours)

@@ -97,14 +97,14 @@ def _encode(
         shares = deal_chunks([chunk_tokens(lengths, c, padded=engine.padded) for c in part], launch.world_size, kinds)
         # Where forwards are collective every rank runs as many; what the missing ones give is thrown away.
         turns = turns_of(shares, launch.rank, kinds, level=engine.level)
-        own = torch.zeros((0, engine.dimension), device=backend.device)
+        mine = torch.zeros((0, engine.dimension), device=backend.device)
         with torch.no_grad():
             parts = [encode_chunk(backend, features(part[turn.chunk])) for turn in turns]
         if shares[launch.rank]:
-            own = torch.cat([part for turn, part in zip(turns, parts, strict=True) if turn.own])
+            mine = torch.cat([part for turn, part in zip(turns, parts, strict=True) if turn.own])
         places = np.cumsum([0, *map(len, part)])
         rows = [np.concatenate([np.arange(0), *(np.arange(places[n], places[n + 1]) for n in s)]) for s in shares]
-        everyone = gather_embeddings(own.float(), Shares(rows, launch.rank))
+        everyone = gather_embeddings(mine.float(), Shares(rows, launch.rank))
         vectors[np.concatenate(part)] = everyone.cpu().numpy()
     return vectors
 

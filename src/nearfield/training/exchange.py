@@ -56,14 +56,14 @@ class Shares:
         return slots
 
 
-def gather_embeddings(own: Tensor, shares: Shares) -> Tensor:
+def gather_embeddings(embeddings: Tensor, shares: Shares) -> Tensor:
     """(own, d) embeddings of this rank -> (n, d) of the whole pool in its order, detached. One collective."""
-    slots = torch.from_numpy(shares.slots()).to(own.device)
+    slots = torch.from_numpy(shares.slots()).to(embeddings.device)
     if len(shares.rows) == 1:
-        return own.detach()[slots]
-    padded = own.new_zeros((shares.longest, own.shape[1]))
-    padded[: len(own)] = own.detach()
-    everyone = own.new_empty((len(shares.rows) * shares.longest, own.shape[1]))
+        return embeddings.detach()[slots]
+    padded = embeddings.new_zeros((shares.longest, embeddings.shape[1]))
+    padded[: len(embeddings)] = embeddings.detach()
+    everyone = embeddings.new_empty((len(shares.rows) * shares.longest, embeddings.shape[1]))
     dist.all_gather_into_tensor(everyone, padded)
     return everyone[slots]
 
@@ -78,19 +78,21 @@ def reduce_gradient(gradient: Tensor, shares: Shares) -> Tensor:
     slots = torch.from_numpy(shares.slots()).to(gradient.device)
     laid_out = gradient.new_zeros((len(shares.rows) * shares.longest, gradient.shape[1]))
     laid_out[slots] = gradient
-    own = gradient.new_empty((shares.longest, gradient.shape[1]))
-    dist.reduce_scatter_tensor(own, laid_out)
-    return own[: len(shares.own)]
+    reduced = gradient.new_empty((shares.longest, gradient.shape[1]))
+    dist.reduce_scatter_tensor(reduced, laid_out)
+    return reduced[: len(shares.own)]
 
 
-def send_rows(own: Tensor, shares: Shares, wanted: Sequence[Rows]) -> Tensor:
+def send_rows(embeddings: Tensor, shares: Shares, wanted: Sequence[Rows]) -> Tensor:
     """(own, d) embeddings of this rank -> (n, d), detached, of the pool rows that it wants; *collective*.
 
     ``wanted`` says for each rank which pool rows it wants, each once; a row goes to every rank that does.
     """
-    sent, got = _ways(shares, wanted, own.device)
-    received = own.new_empty((sum(map(len, got)), own.shape[1]))
-    dist.all_to_all_single(received, own.detach()[torch.cat(sent)], [len(g) for g in got], [len(s) for s in sent])
+    sent, got = _ways(shares, wanted, embeddings.device)
+    received = embeddings.new_empty((sum(map(len, got)), embeddings.shape[1]))
+    dist.all_to_all_single(
+        received, embeddings.detach()[torch.cat(sent)], [len(g) for g in got], [len(s) for s in sent]
+    )
     result = torch.empty_like(received)
     result[torch.cat(got)] = received
     return result
@@ -275,7 +277,7 @@ def contrastive_batch(
 class Exchange(Protocol):
     """The way of a batch's embeddings to the objective and of their gradient back."""
 
-    def bring(self, own: Tensor) -> Tensor:
+    def bring(self, embeddings: Tensor) -> Tensor:
         """(own, d) embeddings of this rank's chunks -> (n, d), detached, those that its part of the loss sees; *collective*."""
         ...
 
@@ -307,9 +309,9 @@ class Gathered:
             queue,
         )
 
-    def bring(self, own: Tensor) -> Tensor:
+    def bring(self, embeddings: Tensor) -> Tensor:
         """One collective."""
-        return gather_embeddings(own, self.shares)
+        return gather_embeddings(embeddings, self.shares)
 
     def batch(self, embeddings: Tensor, draw: int) -> ContrastiveBatch:
         """The whole batch, and the rows of this rank."""
@@ -337,9 +339,9 @@ class Passed:
         self.known_positives = [[known_positives[int(row)] for row in part] for part in rows]
         self.weight = (float(len(pool.queries)) if pool.weights is None else float(pool.weights.sum())) or 1.0
 
-    def bring(self, own: Tensor) -> Tensor:
+    def bring(self, embeddings: Tensor) -> Tensor:
         """One collective, in which each embedding goes where it is needed."""
-        return send_rows(own, self.shares, self.wanted)
+        return send_rows(embeddings, self.shares, self.wanted)
 
     def batch(self, embeddings: Tensor, draw: int) -> ContrastiveBatch:
         """This rank's part, and the ring that the others come by on."""
@@ -363,8 +365,8 @@ class Passed:
             part,
             lambda tensor, rows: rotate(tensor, rows, rank, len(self.pools)),
         )
-        own = contrastive_batch(self.pools[rank], embeddings, self.known_positives[rank], draw=draw, guide=self.guide)
-        return replace(own, ring=ring)
+        here = contrastive_batch(self.pools[rank], embeddings, self.known_positives[rank], draw=draw, guide=self.guide)
+        return replace(here, ring=ring)
 
     def back(self, gradient: Tensor) -> Tensor:
         """One collective."""

@@ -313,14 +313,14 @@ class Launch:
             self._tell_failure(error)
             raise
 
-    def divide(self, task: str, own: Callable[[], None]) -> None:
-        """Within the work of :meth:`prepare`: rank 0 does its ``own`` part of a task while the others do theirs."""
+    def divide(self, task: str, local_part: Callable[[], None]) -> None:
+        """Within the work of :meth:`prepare`: rank 0 does its ``local_part`` of a task while the others do theirs."""
         if self.world_size == 1:
-            own()
+            local_part()
             return
         number = self.store.add("tasks", 1)
         self.store.set(f"task/{number}", task)
-        own()
+        local_part()
         for rank in range(1, self.world_size):
             self._wait(f"task/{number}/{rank}", rank)
 

@@ -270,7 +270,7 @@ def bytes_of(device: torch.device, run: Callable[[Callable[[], None]], None]) ->
         before = torch.cuda.memory_allocated(device)
 
         def look() -> None:
-            nonlocal kept
+            nonlocal alive
             torch.cuda.synchronize(device)
             alive = torch.cuda.memory_allocated(device) - before
 
@@ -280,7 +280,7 @@ def bytes_of(device: torch.device, run: Callable[[Callable[[], None]], None]) ->
     with AllocationTracker() as tracker:
 
         def look_at_tensors() -> None:
-            nonlocal kept
+            nonlocal alive
             alive = tracker.live
 
         run(look_at_tensors)

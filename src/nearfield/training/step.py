@@ -346,15 +346,15 @@ def _push_by_chunk(
     work: Work,
     turns: Sequence[ChunkTurn],
     parts: Iterable[Tensor],
-    own: Tensor,
+    gradient: Tensor,
     extra: Sequence[Tensor],
 ) -> None:
-    """A backward for each chunk; ``parts`` gives its embeddings when its turn comes, ``own`` is their gradient."""
+    """A backward for each chunk; ``parts`` gives its embeddings when its turn comes, ``gradient`` is theirs."""
     position = 0
     for index, (turn, part) in enumerate(zip(turns, parts, strict=True)):
         piece = part.sum() * 0
         if turn.own:
-            piece = (part * own[position : position + len(part)]).sum()
+            piece = (part * gradient[position : position + len(part)]).sum()
             position += len(part)
         ends = index == len(turns) - 1
         settle = work.kinds is not None and (ends or work.kinds[turn.chunk] != work.kinds[turns[index + 1].chunk])

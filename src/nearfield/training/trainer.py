@@ -355,7 +355,7 @@ class Trainer:
 
     def result(self, seconds: float) -> TrainingResult:
         """How the run went."""
-        scores, kept = self.evaluations.standing, self.evaluations.kept_step
+        scores, best_step = self.evaluations.standing, self.evaluations.kept_step
         best = None
         if scores.best_step is not None and scores.best_score is not None:
             best = scores.best_step, scores.best_score
@@ -369,7 +369,7 @@ class Trainer:
             pick_precision(self.config, self.device),
             self.engine.backend.name,
             self.launch.world_size,
-            self.writer.path(self.done if kept is None else kept),
+            self.writer.path(self.done if best_step is None else best_step),
             stopped_early=self.evaluations.exhausted and self.done < self.steps,
             best=best,
         )

@@ -192,8 +192,8 @@ class Taken:
 
 def steps_of(config: DataConfig) -> list[tuple[StepBase, int | None]]:
     """The steps in the order in which they run, each with the number of its source: sources' own first, then the common."""
-    own = [(step, number) for number, source in enumerate(config.sources) for step in source.steps]
-    return [*own, *((step, None) for step in config.steps)]
+    of_sources = [(step, number) for number, source in enumerate(config.sources) for step in source.steps]
+    return [*of_sources, *((step, None) for step in config.steps)]
 
 
 def clean(config: DataConfig, store: Store, removed: Path, encoders: Encoders | None = None) -> tuple[StepSummary, ...]:
@@ -241,16 +241,16 @@ def _write(table: ExampleTable) -> None:
     store, count = table.store, len(table)
     for members in (table.positives, table.negatives):
         members.alive &= table.alive[members.owners]
-    kept = np.flatnonzero(table.alive).astype(np.int64)
-    used = table.items(kept, ("query", "positives", "negatives"))
+    remaining = np.flatnonzero(table.alive).astype(np.int64)
+    used = table.items(remaining, ("query", "positives", "negatives"))
     new = np.full(store.items.num_rows, -1, dtype=np.int64)
     new[used] = np.arange(len(used))
     positives, negatives = (members.kept(count) for members in (table.positives, table.negatives))
     folder = store.path
     schema = EXAMPLES_SCHEMA.append(WEIGHT) if store.weights() is not None else EXAMPLES_SCHEMA
     with pa.ipc.new_stream(str(folder / "examples.new"), schema) as writer:
-        for start in range(0, len(kept), _WRITTEN):
-            rows = kept[start : start + _WRITTEN]
+        for start in range(0, len(remaining), _WRITTEN):
+            rows = remaining[start : start + _WRITTEN]
             examples = store.examples.take(rows)
             columns = {name: examples[name] for name in schema.names}
             columns["query"] = pa.array(new[table.query[rows]])

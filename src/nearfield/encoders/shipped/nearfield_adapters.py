@@ -189,8 +189,8 @@ class AdaptedTransformer(Transformer):  # type: ignore[misc]
             given.pop(name, None)
         if "position_ids" in inspect.signature(self.model.forward).parameters:
             # Texts have the positions that they have without a prefix, so that none is too long with it.
-            own = (mask.long().cumsum(1) - 1).clamp(min=0)
-            given["position_ids"] = torch.zeros_like(longer).scatter(1, text, own) + _first_position(self.model)
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+            given["position_ids"] = torch.zeros_like(longer).scatter(1, text, positions) + _first_position(self.model)
         if "token_type_ids" in features:
             types = features["token_type_ids"]
             given["token_type_ids"] = types.new_zeros((n, length + count)).scatter(1, text, types)
@@ -236,8 +236,8 @@ class AdaptedTransformer(Transformer):  # type: ignore[misc]
                 self.add_prefix(called, each["layers"], each["length"])
             else:
                 self.add_adapter(called, each["places"], each["width"], each["activation"])
-            own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-            self.adapters[called].load_state_dict(own)
+            of_adapter = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+            self.adapters[called].load_state_dict(of_adapter)
 
     @classmethod
     def load(cls, model_name_or_path: str, **kwargs: Any) -> AdaptedTransformer:
