@@ -144,7 +144,7 @@ def give_negatives(rows: list[dict[str, Any]], false: float, rng: np.random.Gene
 def draw_set(study: Study, name: str, seed: int, work: Path) -> Path:
     """The data of a set for a seed: a data recipe, a suite, and a JSONL file for each source."""
     from nearfield.api import build_data
-    from nearfield.randomness import generator
+    from nearfield.provenance import generator
 
     folder = work / "data" / f"{name}-{seed}"
     if folder.is_dir():

@@ -159,7 +159,7 @@ def plan_communities(options: argparse.Namespace, folder: Path) -> Work:
 
 
 def kmeans(options: argparse.Namespace, folder: Path, *, sample: int | None = 256) -> Work:
-    from nearfield.mining.kmeans import spherical_kmeans
+    from nearfield.mining.approximate import spherical_kmeans
 
     queries, _ = open_vectors(folder)
     clusters = min(options.clusters, options.size // 50)
@@ -185,7 +185,7 @@ def kmeans_all(options: argparse.Namespace, folder: Path) -> Work:
 
 
 def communities(options: argparse.Namespace, folder: Path) -> Work:
-    from nearfield.batching.communities import find_communities
+    from nearfield.batching.groups import find_communities
 
     queries, documents = open_vectors(folder)
 
@@ -219,7 +219,7 @@ def communities(options: argparse.Namespace, folder: Path) -> Work:
 
 
 def graph(options: argparse.Namespace, folder: Path) -> Work:
-    from nearfield.batching.communities import mutual_edges
+    from nearfield.batching.groups import mutual_edges
 
     neighbours = np.load(folder / "neighbours.npy")
 
@@ -237,7 +237,7 @@ def cut(options: argparse.Namespace, folder: Path) -> Work:
     import pymetis  # noqa: F401
     from scipy.sparse import csr_array
 
-    from nearfield.batching.communities import cut_edges, partition
+    from nearfield.batching.groups import cut_edges, partition
 
     ends, indices = (np.load(folder / f"graph-{name}.npy") for name in ("indptr", "indices"))
     made = csr_array((np.ones(len(indices), np.int8), indices, ends), shape=(options.size, options.size))

@@ -78,7 +78,8 @@ class Recorder:
 def nearfield_side(batches: Sequence[Sequence[tuple[str, str]]], options: argparse.Namespace) -> Side:
     """Nearfield's step through its own ``run_step``."""
     from nearfield.encoders.kernels import sparse_embedding_gradients, use_fast_dropout
-    from nearfield.encoders.packing import Features, embed, packed_features, packed_tokens, packing_kind
+    from nearfield.encoders.packing import Features, embed, packed_features, packed_tokens
+    from nearfield.encoders.trials import packing_kind
     from nearfield.objectives.config import InfoNCEConfig
     from nearfield.objectives.infonce import InfoNCE
     from nearfield.training.backends.replicated import ReplicatedBackend

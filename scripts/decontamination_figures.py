@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from nearfield.data.contamination import KINDS, DecontaminationConfig
-from nearfield.data.decontaminate import TrainingIndex
+from nearfield.data.decontaminate import KINDS, DecontaminationConfig, TrainingIndex
 from nearfield.methods.wordnet import glosses_by_split
 
 Edit = Callable[[str, random.Random], str]

@@ -25,8 +25,7 @@ RECIPE = Path(__file__).parents[1] / "training" / "recipes" / "wordnet.yaml"
 
 def built(folder: Path, config: EncoderConfig) -> Path:
     """A model of these settings, saved untrained."""
-    from nearfield.encoders.build import build_encoder
-    from nearfield.encoders.load import save_encoder
+    from nearfield.encoders.load import build_encoder, save_encoder
 
     if not folder.is_dir():
         with atomic_path(folder) as aside:

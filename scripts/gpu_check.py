@@ -40,11 +40,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from nearfield.conformance.cases import OBJECTIVES, Case, decoupled_adam, difference, one_step, whole
 from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
-from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
 from nearfield.encoders.encode import Encoder
-from nearfield.encoders.load import load_encoder
-from nearfield.encoders.packing import embed, evaluating, packed_features, packing_kind, padded_features
+from nearfield.encoders.load import build_encoder, load_encoder
+from nearfield.encoders.packing import embed, evaluating, packed_features, padded_features
+from nearfield.encoders.trials import packing_kind
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.training.config import TrainingConfig

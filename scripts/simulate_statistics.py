@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from nearfield.evaluation import statistics
 from nearfield.evaluation.estimators import AVERAGE_PRECISION, CROSSED_MEAN, MATCH_F1, SPEARMAN, CrossedError, Estimator
 from nearfield.files import write_json, write_text
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 ROOT = Path(__file__).parents[1]
 SIZES = (50, 200, 1000)

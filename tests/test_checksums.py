@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nearfield import checksums
-from nearfield.checksums import BLOCK, SUMS, CheckedFile, DamagedError, Sealed, damage, seal
+from nearfield import files
+from nearfield.files import BLOCK, SUMS, CheckedFile, DamagedError, Sealed, damage, seal
 
 
 @pytest.fixture()
@@ -34,11 +34,11 @@ def flip(file: Path, place: int, bit: int = 1) -> None:
 
 
 def reads() -> list[int]:
-    return [int(done.sum()) for done in checksums._checked.values()]
+    return [int(done.sum()) for done in files._checked.values()]
 
 
 def test_blocks_are_checked_when_they_are_read_and_once(folder: Path) -> None:
-    checksums._checked.clear()
+    files._checked.clear()
     file = Sealed(folder, "").file("big")
     assert reads() == [0]
     file.check(BLOCK - 1, BLOCK)
@@ -62,11 +62,11 @@ def test_a_bit_anywhere_is_found(folder: Path, name: str) -> None:
     size = (folder / name).stat().st_size
     for place in sorted({0, size // 3, size // 2, size - 2, size - 1}):
         for bit in (1, 128):
-            checksums._checked.clear()
+            files._checked.clear()
             flip(folder / name, place, bit)
             assert damage(folder) is not None, (place, bit)
             flip(folder / name, place, bit)
-    checksums._checked.clear()
+    files._checked.clear()
     assert damage(folder) is None
 
 

@@ -26,7 +26,7 @@ from nearfield.files import (
     write_json,
     write_text,
 )
-from nearfield.randomness import derive_seed, generator
+from nearfield.provenance import derive_seed, generator
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

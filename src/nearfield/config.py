@@ -3,12 +3,16 @@
 A config is a frozen pydantic model. Unknown keys, wrong types and impossible combinations are errors that name the
 file, the line, the key, the allowed values and the nearest spelling. A key ``kind:`` picks a class from a union that
 is discriminated by ``kind``. Relative paths are resolved against the file that names them.
+
+YAML is read as people write it: numbers of YAML 1.2 (``2e-5`` is one), truth values of YAML 1.1; safe loading only. PyYAML follows
+YAML 1.1, which reads ``2e-5`` as a string, ``010`` as eight and ``1:30`` as ninety.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -19,7 +23,6 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 from pydantic_core import ErrorDetails
 
-from nearfield import yaml12
 from nearfield.errors import BadInputError
 from nearfield.kinds import Kinds, outside_sources
 
@@ -98,11 +101,68 @@ def dotted(key: KeyPath) -> str:
     return ".".join(str(part) for part in key)
 
 
+# YAML
+
+_FLOAT = re.compile(
+    r"""^(?:[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?
+    |[-+]?\.(?:inf|Inf|INF)
+    |\.(?:nan|NaN|NAN))$""",
+    re.VERBOSE,
+)
+_INT = re.compile(r"^(?:[-+]?[0-9][0-9_]*|0o[0-7]+|[-+]?0x[0-9a-fA-F_]+|[-+]?0b[01_]+)$")
+_TAGS = {"tag:yaml.org,2002:int": _INT, "tag:yaml.org,2002:float": _FLOAT}
+_FIRST = list("-+0123456789.")
+
+
+class YamlLoader(yaml.SafeLoader):
+    """Reads numbers as YAML 1.2 does."""
+
+
+class YamlDumper(yaml.SafeDumper):
+    """Writes what both readers, of YAML 1.1 and 1.2, read as it is."""
+
+
+def _construct_int(loader: YamlLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node).replace("_", "")
+    based = re.match(r"[-+]?0[obx]", text)
+    return int(text, 0) if based else int(text)
+
+
+def _construct_float(loader: YamlLoader, node: yaml.ScalarNode) -> float:
+    text = loader.construct_scalar(node).replace("_", "").lower()
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+# Integers first: a float's pattern matches them too.
+YamlLoader.yaml_implicit_resolvers = {
+    first: [*[(tag, _TAGS[tag]) for tag in _TAGS if first in _FIRST], *[r for r in known if r[0] not in _TAGS]]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+YamlLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+YamlLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+for _tag, _pattern in _TAGS.items():
+    YamlDumper.add_implicit_resolver(_tag, _pattern, _FIRST)
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text; raises ``yaml.YAMLError``."""
+    loader = YamlLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def dump_yaml(value: Any, **options: Any) -> str:
+    """A YAML text of a value, its keys in their order."""
+    return str(yaml.dump(value, Dumper=YamlDumper, sort_keys=False, allow_unicode=True, **options))
+
+
 _COLLECTION_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
-def _construct(node: yaml.Node, key: KeyPath, path: Path, origins: dict[KeyPath, str], loader: yaml12.Loader) -> Any:
+def _construct(node: yaml.Node, key: KeyPath, path: Path, origins: dict[KeyPath, str], loader: YamlLoader) -> Any:
     where = f"{path}:{node.start_mark.line + 1}"
     if key:
         origins[key] = where
@@ -147,7 +207,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
             f"this file is not UTF-8 text ({error.reason} at byte {error.start})", where=str(path)
         ) from error
     origins: dict[KeyPath, str] = {}
-    loader = yaml12.Loader(text) if _printable(text, path) else None
+    loader = YamlLoader(text) if _printable(text, path) else None
     assert loader is not None
     try:
         node = loader.get_single_node()
@@ -181,7 +241,7 @@ def apply_override(data: dict[str, Any], override: str, origins: dict[KeyPath, s
     if not separator or not name:
         raise BadInputError(f"the override {override!r} is not of the form key.path=value", where="command line")
     try:
-        value = yaml12.load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise BadInputError(
             f"the value of the override {override!r} is not valid YAML", where="command line"

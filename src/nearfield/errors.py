@@ -1,9 +1,19 @@
-"""Errors that speak to the user, and the exit codes of the command line.
+"""Words to the user: errors, with the exit codes of the command line, and notices, which do not stop a run.
 
-Nothing here imports anything: every part of the package may raise these.
+Nothing here imports another part: every part of the package may raise these.
+
+Notices are facts that a user must know of a run or a score. A notice is said where the user looks: in the log, the manifest, the
+report, the model card and beside the scores. With ``--strict`` a notice is an error, unless it is minor. The part that finds it
+returns it, or calls :func:`say` where nobody takes what it returns; the pipeline, the evaluation and the command line tell it.
 """
 
 from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 EXIT_OK = 0
 EXIT_FAULT = 1
@@ -58,3 +68,141 @@ class OutOfMemoryStopError(NearfieldError):
     """Memory ran out on a backend that cannot repeat a step; the last checkpoint holds a smaller budget to go on with."""
 
     exit_code = EXIT_OUT_OF_MEMORY
+
+
+# Notices
+
+logger = logging.getLogger("nearfield.notices")
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One fact: ``code`` names its kind (``texts-cut``), ``what`` is one sentence, ``hint`` says what to do about it."""
+
+    code: str
+    what: str
+    hint: str | None = None
+    blocks: bool = False
+    """Whether the run would not start, or would surely fail."""
+    minor: bool = False
+    """Whether ``--strict`` lets it pass: a matter of course, such as a last batch that is not full."""
+
+    @property
+    def sentence(self) -> str:
+        """The fact and what to do about it, for a log."""
+        return f"{self.what} ({self.hint})" if self.hint else self.what
+
+    @classmethod
+    def of(cls, error: BadInputError) -> Notice:
+        """An error that the run would end with."""
+        return cls("error", f"{error.where}: {error.what}" if error.where else error.what, error.hint, blocks=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """The notice as manifests and results keep it."""
+        return {
+            "code": self.code,
+            "what": self.what,
+            "hint": self.hint,
+            **({"blocks": True} if self.blocks else {}),
+            **({"minor": True} if self.minor else {}),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Notice:
+        """A notice that :meth:`to_json` wrote."""
+        marks = {name: bool(data.get(name, False)) for name in ("blocks", "minor")}
+        return cls(str(data["code"]), str(data["what"]), data.get("hint"), **marks)
+
+
+def stop_on_blocking(notices: Iterable[Notice], where: str | None = None) -> None:
+    """Raise :class:`BadInputError` that lists the notices of what would surely fail, if there are any."""
+    blocking = [notice for notice in dict.fromkeys(notices) if notice.blocks]
+    if blocking:
+        hints = [notice.hint for notice in blocking if notice.hint]
+        raise BadInputError("; ".join(notice.what for notice in blocking), where=where, hint=" ".join(hints) or None)
+
+
+def refuse(notices: Iterable[Notice], where: str | None = None) -> None:
+    """Raise :class:`BadInputError` that lists the notices, if any is not minor: what ``--strict`` does."""
+    serious = [notice for notice in dict.fromkeys(notices) if not notice.minor]
+    if serious:
+        hints = [notice.hint for notice in serious if notice.hint]
+        raise BadInputError(
+            "; ".join(notice.what for notice in serious),
+            where=where,
+            hint=" ".join([*hints, "Without --strict this is a warning."]),
+        )
+
+
+class Said:
+    """Notices by what they are of: the name of a task, or ``""`` for the model and all else. Each is logged when it is new."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[Notice, None]] = {}
+        self._logged: set[Notice] = set()
+        self._now = ""
+
+    def say(self, notice: Notice, of: str | None = None) -> None:
+        """Keep a notice of ``of``, by default of what :meth:`about` names now."""
+        name = self._now if of is None else of
+        self._found.setdefault(name, {})[notice] = None
+        if notice not in self._logged:
+            self._logged.add(notice)
+            _log(notice, name)
+
+    def of(self, name: str = "") -> tuple[Notice, ...]:
+        """The notices of this, in order."""
+        return tuple(self._found.get(name, {}))
+
+    def all(self) -> dict[str, tuple[Notice, ...]]:
+        """Everything that was said, by what it is of."""
+        return {name: tuple(notices) for name, notices in self._found.items() if notices}
+
+    @contextlib.contextmanager
+    def about(self, name: str) -> Iterator[None]:
+        """Notices said inside without a name belong to ``name``."""
+        before, self._now = self._now, name
+        try:
+            yield
+        finally:
+            self._now = before
+
+
+_LISTENING: list[Said] = []
+
+
+@contextlib.contextmanager
+def listening(said: Said | None = None) -> Iterator[Said]:
+    """Hear what :func:`say` is called with inside; what a listener around it has logged is not logged again."""
+    heard = said or Said()
+    if _LISTENING:
+        heard._logged = _LISTENING[-1]._logged
+    _LISTENING.append(heard)
+    try:
+        yield heard
+    finally:
+        _LISTENING.pop()
+
+
+def say(notice: Notice, of: str | None = None) -> None:
+    """Tell a notice to whoever listens (the evaluation, of the task that it scores, or of the one named ``of``); else log it."""
+    if _LISTENING:
+        _LISTENING[-1].say(notice, of)
+    else:
+        _log(notice, of or "")
+
+
+def _log(notice: Notice, of: str) -> None:
+    level = logging.INFO if notice.minor else logging.WARNING
+    logger.log(level, "%s", f"{of}: {notice.sentence}" if of else notice.sentence)
+
+
+def in_file(notices: Iterable[Notice]) -> list[dict[str, Any]]:
+    """Notices as manifests and results keep them, each once."""
+    return [notice.to_json() for notice in dict.fromkeys(notices)]
+
+
+def from_file(value: Any) -> tuple[Notice, ...]:
+    """Notices that :func:`in_file` wrote; none where the file is older than notices."""
+    entries: Sequence[Any] = value if isinstance(value, list) else []
+    return tuple(Notice.from_json(one) for one in entries if isinstance(one, dict) and {"code", "what"} <= set(one))

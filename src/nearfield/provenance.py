@@ -1,17 +1,28 @@
-"""Where results came from: the time, the versions of packages, the machine."""
+"""The origin of results: the time, the seed, the versions of packages, the machine.
+
+All randomness comes from one seed through named generators, never from global state.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from nearfield.errors import BadInputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
 
 _PACKAGES = (
     "nearfield",
@@ -83,3 +94,31 @@ def device() -> dict[str, Any]:
     if torch.cuda.is_available():
         about["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return about
+
+
+def require_bitsandbytes(what: str, device_type: str, where: str, otherwise: str) -> None:
+    """Raise :class:`BadInputError` unless bitsandbytes is installed and the device is a CUDA one.
+
+    ``what`` needs it, ``where`` names the setting and ``otherwise`` says what to do without it.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BadInputError(
+            f"{what} needs bitsandbytes, which is not installed",
+            where=where,
+            hint=f"Install it with: pip install bitsandbytes. {otherwise}",
+        )
+    if device_type != "cuda":
+        raise BadInputError(f"{what} needs a CUDA device; this is {device_type}", where=where, hint=otherwise)
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """A 63-bit seed that depends on the run's seed and on the names, e.g. ``derive_seed(0, "plan", epoch)``."""
+    text = "\0".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def generator(seed: int, *names: str | int) -> np.random.Generator:
+    """A NumPy generator for one named use of the run's seed."""
+    import numpy as np
+
+    return np.random.Generator(np.random.PCG64(derive_seed(seed, *names)))

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
 from nearfield.arrays import Ragged
-from nearfield.batching import communities as module
-from nearfield.batching.communities import (
+from nearfield.batching import groups as module
+from nearfield.batching.groups import (
     Communities,
     add_cluster_negatives,
     cut_edges,

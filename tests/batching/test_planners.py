@@ -21,12 +21,11 @@ from nearfield.batching import (
     ShuffledConfig,
     SingleSourceConfig,
 )
-from nearfield.batching.clusters import KMeansStrataPlanner, merge_small
-from nearfield.batching.communities import CommunityPlanner
 from nearfield.batching.config import CommunitiesConfig
+from nearfield.batching.groups import CommunityPlanner, KMeansStrataPlanner, merge_small
+from nearfield.batching.plan import count_exceptions
 from nearfield.batching.planner import EpochBatches, MixedPlanner, StreamPlanner
 from nearfield.batching.streams import SourceExamples
-from nearfield.batching.summary import count_exceptions
 from nearfield.errors import BadInputError
 from tests.batching.making import batches_of, items_of, known_of, make_apart, make_source, make_vectors
 

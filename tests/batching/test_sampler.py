@@ -22,7 +22,7 @@ from nearfield.batching.plan import write_plan
 from nearfield.batching.sampler import read_tables
 from nearfield.batching.streams import SourceExamples
 from nearfield.errors import BadInputError
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 
 def make_dataset(count: int, seed: int = 0, distinct: int | None = None) -> Dataset:

@@ -9,7 +9,7 @@ from nearfield.arrays import Ragged
 from nearfield.batching import SingleSourceConfig
 from nearfield.batching.config import RoundRobinSampling
 from nearfield.batching.streams import SourceExamples
-from nearfield.randomness import derive_seed, generator
+from nearfield.provenance import derive_seed, generator
 from tests.batching.making import make_apart, make_source
 
 

@@ -11,8 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from nearfield.batching import SingleSourceConfig
-from nearfield.batching.plan import write_plan
-from nearfield.batching.summary import count_exceptions, measure_hardness
+from nearfield.batching.plan import count_exceptions, measure_hardness, write_plan
 from nearfield.cli.app import app
 from nearfield.errors import BadInputError
 from tests.batching.making import known_of, make_apart, make_vectors

@@ -225,8 +225,7 @@ def test_questions_associations_and_values_are_analysed(call: Callable[..., tupl
 def test_an_adapter_alone_is_evaluated_with_its_base_moved_and_submitted(work: Path, tmp_path: Path) -> None:
     """Its folder names the base on the way from there; --base says where it lies now, in eval, card and submit."""
     from nearfield.encoders import EncoderConfig, LoRAConfig
-    from nearfield.encoders.build import build_encoder
-    from nearfield.encoders.load import save_encoder
+    from nearfield.encoders.load import build_encoder, save_encoder
     from nearfield.evaluation.runner import evaluate
     from tests.cli.command import run
 

@@ -17,7 +17,7 @@ from nearfield.data import DataConfig, Store, build_data, ensure_store, prepare_
 from nearfield.data import build as build_module
 from nearfield.data.build import data_fingerprint, ensure_store_at
 from nearfield.data.items import text_id
-from nearfield.data.summary import read_summary
+from nearfield.data.store import read_summary
 from nearfield.errors import BadInputError
 from tests.data.making import GRADED, LABELLED, build_rows, config, examples_of, source, write_rows
 
@@ -288,7 +288,7 @@ def test_prepare_store_reads_a_recipe_with_overrides(tmp_path: Path) -> None:
 
 
 def test_texts_come_in_the_order_asked_for_across_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nearfield.data.collect._BATCH_ROWS", 7)
+    monkeypatch.setattr("nearfield.data.build._BATCH_ROWS", 7)
     rows = [{"query": f"q{n}", "positives": [f"p{n}", f"r{n}"], "negatives": None} for n in range(40)]
     store = build_rows(tmp_path, rows)
     texts = store.items.column("text").to_pylist()

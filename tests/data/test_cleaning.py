@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from nearfield.data import DataSummary, Store, build_data
 from nearfield.data.build import data_fingerprint
 from nearfield.data.cleaning import NearDuplicateConfig
-from nearfield.data.cleaning.texts import control, letters, printable, urls
-from nearfield.data.summary import read_summary
-from nearfield.data.words import normal_form
+from nearfield.data.cleaning.steps import control, letters, printable, urls
+from nearfield.data.near_duplicates import normal_form
+from nearfield.data.store import read_summary
 from nearfield.errors import BadInputError
 from tests.data.making import GRADED, LABELLED, config, examples_of, source, write_rows
 from tests.data.test_near_duplicates import brute_near, similar_texts

@@ -17,9 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfield.data import Store, build_data
-from nearfield.data.contamination import KINDS, ContaminationReport, DecontaminationConfig, read_report
-from nearfield.data.decontaminate import BenchmarkTask, BenchmarkText, TrainingIndex, decontaminate
-from nearfield.data.words import normal_form, words
+from nearfield.data.decontaminate import (
+    KINDS,
+    BenchmarkTask,
+    BenchmarkText,
+    ContaminationReport,
+    DecontaminationConfig,
+    TrainingIndex,
+    decontaminate,
+    read_report,
+)
+from nearfield.data.near_duplicates import normal_form, words
 from nearfield.errors import BadInputError
 from tests.data.making import GRADED, build_rows, config, source, write_rows
 from tests.data.test_near_duplicates import brute_near

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from nearfield.data import DataSummary, Store, build_data
-from nearfield.data.cleaning.texts import grams
+from nearfield.data.cleaning.steps import PerceptualHashes, grams
+from nearfield.data.config import InContextConfig
 from nearfield.data.decontaminate import BenchmarkTask, BenchmarkText, decontaminate
-from nearfield.data.images import PerceptualHashes
 from nearfield.data.in_context import draw_example_sets
-from nearfield.data.prompts import InContextConfig
-from nearfield.data.summary import read_summary, sample_examples, store_stats
+from nearfield.data.statistics import sample_examples, store_stats
+from nearfield.data.store import read_summary
 from nearfield.errors import BadInputError
 from tests.data.image_making import noise, saved
 from tests.data.making import config, source, write_rows

@@ -14,15 +14,16 @@ import pytest
 
 from nearfield.data import DataConfig, Store, build_data
 from nearfield.data.build import data_fingerprint
-from nearfield.data.image_readers import (
+from nearfield.data.images import (
+    BothRef,
     CaptionTable,
     ImageFolderReader,
+    ImageRef,
     ImageTripletsReader,
     MmebReader,
     WebDatasetReader,
     item_of,
 )
-from nearfield.data.images import BothRef, ImageRef
 from nearfield.data.readers import Row
 from nearfield.errors import BadInputError
 from nearfield.methods import openclipart
@@ -188,7 +189,7 @@ def test_broken_shards(tmp_path: Path) -> None:
 
 def test_a_member_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
-    monkeypatch.setattr("nearfield.data.image_readers.MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr("nearfield.data.images.MAX_IMAGE_BYTES", 10)
     path = shard(tmp_path / "a.tar", [("000.png", PNG), ("001.txt", b"a cat")])
     rows = list(WebDatasetReader(path=path).rows(()))
     assert reasons(rows) == ["the member .png is over 10 bytes"]

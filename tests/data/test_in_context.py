@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nearfield.data import Store, build_data
+from nearfield.data.config import InContextConfig
 from nearfield.data.in_context import (
     ExampleSet,
     PromptDraw,
@@ -19,7 +20,6 @@ from nearfield.data.in_context import (
     fill,
     forbidden_queries,
 )
-from nearfield.data.prompts import InContextConfig
 from nearfield.errors import BadInputError
 from tests.data.making import LABELLED, build_rows, config, source, write_rows
 

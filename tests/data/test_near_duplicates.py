@@ -19,14 +19,20 @@ from nearfield.data.near_duplicates import (
     BandIndex,
     NearIndex,
     TextSets,
+    WordHashes,
     first_near_text,
     first_near_vector,
+    hash64,
+    hash_words,
     near_vectors,
+    normal_form,
     representatives,
+    sequences,
+    shared,
     sketch,
     unit,
+    words,
 )
-from nearfield.data.words import WordHashes, hash64, hash_words, normal_form, sequences, shared, words
 
 RULE = NearDuplicateConfig()
 

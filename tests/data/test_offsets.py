@@ -9,13 +9,11 @@ import pyarrow as pa
 import pytest
 
 from nearfield.arrays import Ragged, starts
-from nearfield.checksums import seal
 from nearfield.data import Store, build_data
-from nearfield.data.build import ensure_store_at
-from nearfield.data.collect import RAW_SCHEMA
+from nearfield.data.build import RAW_SCHEMA, ensure_store_at
 from nearfield.data.store import EXAMPLES_SCHEMA, FORMAT_VERSION, IMAGES_SCHEMA, ITEMS_SCHEMA
 from nearfield.errors import BadInputError
-from nearfield.files import read_json, write_json
+from nearfield.files import read_json, seal, write_json
 from tests.data.making import build_rows, config, source, write_rows
 
 ROWS = [

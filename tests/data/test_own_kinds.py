@@ -14,7 +14,7 @@ from nearfield.kinds import _source, allow_local_code
 from tests.data.making import config, source
 
 CODE = """
-    from nearfield.data.cleaning.texts import TextStep
+    from nearfield.data.cleaning.steps import TextStep
     from nearfield.data.readers import ReaderBase, Row
 
 

@@ -9,8 +9,7 @@ from mteb.models.model_implementations import bge_models, e5_instruct, e5_models
 from mteb.types import PromptType
 from pydantic import ValidationError
 
-from nearfield.data.config import Prompts
-from nearfield.data.prompts import TEMPLATES, render
+from nearfield.data.config import TEMPLATES, Prompts, render
 
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
 

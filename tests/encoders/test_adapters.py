@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from nearfield.config import load_config
 from nearfield.encoders import EncoderConfig, LoRAConfig, load_encoder
 from nearfield.encoders.adapters import has_adapter, lora_targets, merge_adapter, relink
-from nearfield.encoders.build import build_encoder, build_tokenizer
-from nearfield.encoders.load import save_encoder
+from nearfield.encoders.load import build_encoder, build_tokenizer, save_encoder
 from nearfield.encoders.source import folder_revision
 from nearfield.errors import BadInputError
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nearfield import checksums
+from nearfield import files
 from nearfield.conformance.tiny_models import WORDS
 from nearfield.encoders.encode import BLOCK, BLOCK_SECONDS, FIRST_BLOCK, Encoder, KeptVectors, Workers, next_block
 from nearfield.training.launch import Launch
@@ -82,7 +82,7 @@ def test_a_kill_loses_seconds_of_encoding(
 def test_a_damaged_shard_is_left_out_and_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     made = rows(5)
     for place in (0, 70, 130, -1):
-        checksums._checked.clear()
+        files._checked.clear()
         dict(KeptVectors(tmp_path, "m", {}).put(made, "", None))
         (file,) = tmp_path.rglob(name)
         content = bytearray(file.read_bytes())

@@ -327,8 +327,8 @@ def test_vectors_are_not_taken_from_a_model_of_another_configuration(saved: Path
 
 
 def test_a_base_counts_in_what_stands_on_it(tmp_path: Path) -> None:
-    from nearfield.encoders.build import build_encoder
     from nearfield.encoders.config import EncoderConfig
+    from nearfield.encoders.load import build_encoder
 
     base = tmp_path / "base"
     tiny_encoder(base, "llama")

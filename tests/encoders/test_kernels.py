@@ -30,7 +30,8 @@ from nearfield.encoders.kernels import (
     sparse_embedding_gradients,
     use_fast_dropout,
 )
-from nearfield.encoders.packing import embed, packed_features, packing_kind, padded_features
+from nearfield.encoders.packing import embed, packed_features, padded_features
+from nearfield.encoders.trials import packing_kind
 from tests.encoders.tiny import draw_rows, tiny_encoder
 
 CPU = torch.device("cpu")

@@ -28,12 +28,11 @@ from tokenizers import Tokenizer
 
 from nearfield.conformance.tiny_models import WORDS
 from nearfield.encoders import EncoderConfig, load_encoder
-from nearfield.encoders.build import build_encoder
 from nearfield.encoders.encode import Encoder
-from nearfield.encoders.limits import longest_input, usable_positions, vocabulary_size
-from nearfield.encoders.load import save_encoder
-from nearfield.encoders.packing import embed, packing_kind, padded_features
+from nearfield.encoders.load import build_encoder, save_encoder
+from nearfield.encoders.packing import embed, longest_input, padded_features, usable_positions, vocabulary_size
 from nearfield.encoders.tokenize import count_cuts, shorten, token_ids
+from nearfield.encoders.trials import packing_kind
 from nearfield.errors import BadInputError
 from nearfield.evaluation import evaluate
 from nearfield.evaluation.encoder import TaskEncoder

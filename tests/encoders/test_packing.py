@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
-from nearfield.encoders import kernels, packing
+from nearfield.encoders import kernels, packing, trials
 from nearfield.encoders.kernels import ATTENTION, band, set_attention
-from nearfield.encoders.packing import embed, pack_rows, packed_features, packed_tokens, packing_kind, padded_features
+from nearfield.encoders.packing import embed, pack_rows, packed_features, packed_tokens, padded_features
+from nearfield.encoders.trials import packing_kind
 from tests.encoders.tiny import CAUSAL, draw_rows, embeddings_and_gradients, tiny_encoder
 
 CPU = torch.device("cpu")
@@ -173,7 +174,7 @@ def test_the_trial_sees_texts_that_leak(tmp_path: Path, monkeypatch: pytest.Monk
             features["segments"] = type(features["segments"])((sum(len(row) for row in rows),), CPU)
         return features
 
-    monkeypatch.setattr(packing, "packed_features", leaking)
+    monkeypatch.setattr(trials, "packed_features", leaking)
     assert packing_kind(tiny_encoder(tmp_path, "bert"), CPU) is None
 
 

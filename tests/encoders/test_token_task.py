@@ -17,8 +17,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.encoders import EncoderConfig
-from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import DecoderConfig, TokenTaskConfig
+from nearfield.encoders.load import build_encoder
 from nearfield.encoders.packing import packed_features, padded_features
 from nearfield.encoders.token_task import (
     NOTHING,
@@ -30,7 +30,7 @@ from nearfield.encoders.token_task import (
     seen_by_decoder,
 )
 from nearfield.errors import BadInputError
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 from tests.encoders.tiny import draw_rows, save_tiny, tiny_config
 
 SPECIAL = np.array([0, 2, 3], dtype=np.int64)

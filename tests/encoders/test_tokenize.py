@@ -13,9 +13,8 @@ import torch
 
 from nearfield.data.tokens import TokenCache
 from nearfield.encoders import EncoderConfig, load_encoder
-from nearfield.encoders.build import build_encoder
 from nearfield.encoders.encode import Encoder
-from nearfield.encoders.load import save_encoder
+from nearfield.encoders.load import build_encoder, save_encoder
 from nearfield.encoders.source import folder_pools_prompt
 from nearfield.encoders.tokenize import BORDER, fits, prompt_tokens, tokens_before
 from nearfield.pipeline import open_run, run_stages

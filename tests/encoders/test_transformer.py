@@ -14,8 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders import source as sources
-from nearfield.encoders.build import build_encoder, build_tokenizer
-from nearfield.encoders.load import save_encoder
+from nearfield.encoders.load import build_encoder, build_tokenizer, save_encoder
 from nearfield.encoders.source import locate
 from nearfield.errors import BadInputError
 from tests.encoders.tiny import DECODERS, save_tiny

@@ -22,11 +22,11 @@ from transformers.models.llama import modeling_llama
 
 from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.encoders import EncoderConfig, load_encoder
-from nearfield.encoders.build import build_encoder
 from nearfield.encoders.encode import Encoder
-from nearfield.encoders.load import save_encoder
-from nearfield.encoders.packing import Features, Padding, Tokens, embed, packed_features, packing_kind, padded_features
+from nearfield.encoders.load import build_encoder, save_encoder
+from nearfield.encoders.packing import Features, Padding, Tokens, embed, packed_features, padded_features
 from nearfield.encoders.tokenize import token_ids
+from nearfield.encoders.trials import packing_kind
 from nearfield.errors import BadInputError
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.runner import open_model

@@ -17,14 +17,9 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 from nearfield.conformance.cases import Case, difference
 from nearfield.conformance.tiny_models import VISION_LANGUAGE, save_tiny_vlm
-from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import EncoderConfig
 from nearfield.encoders.identity import model_fingerprint
-from nearfield.encoders.load import load_encoder, save_encoder
-from nearfield.encoders.packing import embed, packing_kind
-from nearfield.encoders.tokenize import prompt_tokens, token_ids
-from nearfield.encoders.trials import unused_parameters
-from nearfield.encoders.vision_language import (
+from nearfield.encoders.images import (
     FAMILIES,
     check_one_tower,
     family_of,
@@ -32,6 +27,10 @@ from nearfield.encoders.vision_language import (
     row_features,
     row_ids,
 )
+from nearfield.encoders.load import build_encoder, load_encoder, save_encoder
+from nearfield.encoders.packing import embed
+from nearfield.encoders.tokenize import prompt_tokens, token_ids
+from nearfield.encoders.trials import packing_kind, unused_parameters
 from nearfield.errors import BadInputError
 from nearfield.methods.carol import CAROLConfig
 from nearfield.objectives.config import InfoNCEConfig

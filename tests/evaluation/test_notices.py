@@ -13,7 +13,7 @@ import pytest
 from mteb.results import TaskResult
 
 from nearfield.encoders import LoadedEncoder, load_encoder
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, Notice, from_file, in_file, listening, refuse, say
 from nearfield.evaluation import compare, evaluate, label_results, runner, scoring
 from nearfield.evaluation.comparison import ModelComparison
 from nearfield.evaluation.during import DuringTraining
@@ -21,7 +21,6 @@ from nearfield.evaluation.hub import scores_section
 from nearfield.evaluation.leaderboard import leaderboard
 from nearfield.evaluation.results import read_manifest, read_scores
 from nearfield.evaluation.tasks import SuiteTask
-from nearfield.notices import Notice, from_file, in_file, listening, refuse, say
 from tests.cli.command import run
 from tests.evaluation.made import write_result
 

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from nearfield.checksums import DamagedError
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import MtebTasks, SuiteConfig, evaluate, open_model
@@ -30,6 +29,7 @@ from nearfield.evaluation.results import (
     read_units,
 )
 from nearfield.evaluation.scoring import shared_clusters
+from nearfield.files import DamagedError
 
 
 @pytest.fixture(scope="module")

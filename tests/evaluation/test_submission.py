@@ -13,7 +13,7 @@ import yaml
 from mteb.models.model_meta import ModelMeta
 from mteb.results import TaskResult
 
-from nearfield.data.contamination import ContaminationReport, TaskContamination, read_statement
+from nearfield.data.decontaminate import ContaminationReport, TaskContamination, read_statement
 from nearfield.evaluation.hub import with_index
 from nearfield.evaluation.scores import TaskScores
 from nearfield.evaluation.submission import Submission, submit

@@ -17,13 +17,13 @@ from sentence_transformers import SentenceTransformer
 
 from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders.adapters import activate, load_adapters, lora_targets, merge_adapter, using
-from nearfield.encoders.build import build_encoder
-from nearfield.encoders.load import save_encoder
-from nearfield.encoders.packing import embed, packed_features, packing_kind, padded_features
+from nearfield.encoders.load import build_encoder, save_encoder
+from nearfield.encoders.packing import embed, packed_features, padded_features
 from nearfield.encoders.source import folder_revision, weights_hash
+from nearfield.encoders.trials import packing_kind
 from nearfield.errors import BadInputError
 from nearfield.methods.bottleneck import bottleneck_places
-from nearfield.randomness import derive_seed
+from nearfield.provenance import derive_seed
 from tests.encoders.tiny import DECODERS, draw_rows, save_tiny
 
 TEXTS = ["word1 word2 word3", "word4", "word5 word6 word7 word8 word9 word10"]

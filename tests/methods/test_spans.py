@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from nearfield.methods.spans import SpansReader, draw_spans, least_words
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 from tests.data.making import build_rows, write_rows
 
 NOWHERE = {"kind": "embedded", "name": "wordnet/lemma_gloss"}

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pytest
 
 from nearfield.data import DataConfig, Store, build_data
-from nearfield.data.summary import DataSummary
+from nearfield.data.store import DataSummary
 from nearfield.methods.wordnet import FOLDER, EmbeddedReader, lemma_rows, read_synsets
 from tests.patience import PATIENCE
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfield.errors import BadInputError
-from nearfield.mining import kmeans
-from nearfield.mining.kmeans import assign, cluster_sums, spherical_kmeans
+from nearfield.mining import approximate
+from nearfield.mining.approximate import assign, cluster_sums, spherical_kmeans
 
 Vectors = npt.NDArray[np.float32]
 
@@ -57,7 +57,7 @@ def test_planted_clusters_are_found_from_a_sample_of_a_file(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("block", [1 << 10, 1 << 14, 64 << 20])
 def test_assignment_is_that_of_brute_force(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kmeans, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(approximate, "_BLOCK_BYTES", block)
     vectors, centroids = random_vectors(3000, 16), random_vectors(37, 16, seed=1)
     labels, similarities = assign(vectors, centroids)
     scores = vectors.astype(np.float64) @ centroids.astype(np.float64).T
@@ -66,7 +66,7 @@ def test_assignment_is_that_of_brute_force(block: int, monkeypatch: pytest.Monke
 
 
 def test_equal_centroids_are_told_apart_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kmeans, "_PAIRS", 100)
+    monkeypatch.setattr(approximate, "_PAIRS", 100)
     centroids = np.repeat(random_vectors(5, 24), 3, axis=0)
     labels, _ = assign(random_vectors(500, 24, seed=2), centroids)
     assert set((labels % 3).tolist()) == {0}
@@ -140,7 +140,7 @@ def test_no_cluster_is_empty_where_vectors_differ() -> None:
 def test_an_empty_cluster_takes_the_worst_fitting_vector() -> None:
     labels = np.array([0, 0, 0, 1, 2, 2], dtype=np.int32)
     similarities = np.array([0.9, 0.2, 0.5, 0.1, 0.3, 0.8])
-    kmeans._fill_empty(labels, similarities, 5)
+    approximate._fill_empty(labels, similarities, 5)
     # Row 3 fits worst, but is the last of its cluster.
     assert labels.tolist() == [0, 3, 0, 1, 4, 2]
 
@@ -186,7 +186,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
 
 def test_sums_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, labels = random_vectors(1000, 8), np.random.default_rng(0).integers(0, 5, 1000).astype(np.int32)
-    monkeypatch.setattr(kmeans, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(approximate, "_BLOCK_BYTES", 1)
     expected = np.stack([vectors[labels == c].astype(np.float64).sum(axis=0) for c in range(6)])
     np.testing.assert_allclose(cluster_sums(vectors, labels, 6), expected, atol=1e-12)
 

@@ -11,8 +11,7 @@ import pytest
 from scipy.stats import binomtest
 
 from nearfield.mining import config as kinds
-from nearfield.mining.negatives import Negatives, audit, wilson, write_negatives
-from nearfield.mining.pool import make_pool, mine_pool
+from nearfield.mining.negatives import Negatives, audit, make_pool, mine_pool, wilson, write_negatives
 from nearfield.mining.teachers import encoded
 from nearfield.reporting.mining import edges, write_audit
 from tests.data.making import build_rows

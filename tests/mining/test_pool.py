@@ -13,8 +13,15 @@ from nearfield.arrays import Ragged
 from nearfield.data.store import Store
 from nearfield.errors import BadInputError
 from nearfield.mining import config as kinds
-from nearfield.mining.negatives import SHORT_FILE, Negatives, write_negatives
-from nearfield.mining.pool import Pool, document_items, make_pool, mine_pool
+from nearfield.mining.negatives import (
+    SHORT_FILE,
+    Negatives,
+    Pool,
+    document_items,
+    make_pool,
+    mine_pool,
+    write_negatives,
+)
 from nearfield.mining.teachers import encoded
 from tests.data.making import build_rows
 

@@ -14,15 +14,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from nearfield import checksums
+from nearfield import files
 from nearfield.batching.plan import Plan
-from nearfield.checksums import SUMS, DamagedError
 from nearfield.cli.app import app
 from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.data.store import Store
 from nearfield.data.tokens import TokenCache
 from nearfield.data.vectors import ItemVectors
 from nearfield.errors import BadInputError
+from nearfield.files import SUMS, DamagedError
 from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.stages import Stages
@@ -56,7 +56,7 @@ def flip(file: Path, place: float = 0.5, bit: int = 4) -> None:
     content[min(int(len(content) * place), len(content) - 1)] ^= bit
     file.write_bytes(bytes(content))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    checksums._checked.clear()
+    files._checked.clear()
 
 
 def artifacts(folder: Path) -> dict[str, Path]:
@@ -102,7 +102,7 @@ READ_BY_NOBODY_ELSE = {"summary.json", "quarantine.jsonl", "short.jsonl"}
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_reader_finds_a_flipped_bit_in_every_file(planned: Path, tmp_path: Path, stage: str) -> None:
     path = Path(shutil.copytree(artifacts(planned)[stage], tmp_path / artifacts(planned)[stage].name))
-    checksums._checked.clear()
+    files._checked.clear()
     read_all(stage, path)
     for file in sorted(path.rglob("*")):
         if file.name in READ_BY_NOBODY_ELSE or not file.is_file() or not file.stat().st_size:
@@ -152,7 +152,7 @@ def test_the_hint_for_a_damaged_plan_mends_it(planned: Path, tmp_path: Path) -> 
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert file.read_bytes() == known
-    checksums._checked.clear()
+    files._checked.clear()
     Plan(file)
 
 

@@ -17,8 +17,8 @@ from torch.nn import functional
 from nearfield.batching.plan import Plan
 from nearfield.data.store import Store
 from nearfield.encoders import EncoderConfig, load_encoder
-from nearfield.encoders.build import build_encoder
 from nearfield.encoders.encode import Encoder
+from nearfield.encoders.load import build_encoder
 from nearfield.encoders.prompts import BasePrompts, base_prompts
 from nearfield.encoders.source import stated_similarity, stored_dtype
 from nearfield.evaluation.encoder import TaskEncoder

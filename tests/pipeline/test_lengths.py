@@ -11,7 +11,7 @@ import pytest
 
 import nearfield
 from nearfield.data.tokens import TokenCache
-from nearfield.encoders.limits import longest_input
+from nearfield.encoders.packing import longest_input
 from nearfield.encoders.tokenize import count_cuts, lost_tokens, shorten, whole_lengths
 from nearfield.evaluation.results import read_manifest
 from nearfield.pipeline import open_run, run_stages

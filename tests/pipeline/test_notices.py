@@ -12,10 +12,8 @@ import mteb
 import pytest
 
 import nearfield
-from nearfield.encoders.build import build_encoder
-from nearfield.encoders.load import LoadedEncoder
-from nearfield.errors import BadInputError
-from nearfield.notices import Notice
+from nearfield.encoders.load import LoadedEncoder, build_encoder
+from nearfield.errors import BadInputError, Notice
 from nearfield.pipeline import open_run, status, training
 from tests.cli.command import run
 from tests.conftest import write_toy_recipe
@@ -118,8 +116,8 @@ def test_missing_data_of_the_suite_is_found_before_training(toy_recipe: Path, tm
 def test_notices_of_scores_are_kept_and_end_a_strict_run_once_they_are_filed(
     tiny_model: Path, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from nearfield.errors import say
     from nearfield.evaluation import scoring
-    from nearfield.notices import say
 
     monkeypatch.setattr(scoring, "read_columns_whole", lambda task: say(OF_ENCODER))
     tasks = Tasks(tmp_path / "tasks")

@@ -133,7 +133,7 @@ def test_a_run_from_a_try_to_a_model(recipe: Path, tmp_path: Path) -> None:
 
 def test_the_score_is_that_of_the_strings_it_was_trained_with(recipe: Path, tmp_path: Path) -> None:
     """The tokens of a row of the evaluation are those of the same row of the training."""
-    from nearfield.encoders.vision_language import row_ids
+    from nearfield.encoders.images import row_ids
 
     model = load_encoder(str(recipe.parent / "base"), device="cpu").model
     trained, scored = row_ids(model, ["<image>\nword100 word101", "word100 word101"], [(20, 16)] * 2, "word120 ")

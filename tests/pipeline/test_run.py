@@ -91,7 +91,7 @@ def test_model_loads_in_plain_sentence_transformers(toy_recipe: Path, tmp_path: 
     from sentence_transformers import SentenceTransformer
 
     from nearfield.encoders import EncoderConfig
-    from nearfield.encoders.build import build_encoder
+    from nearfield.encoders.load import build_encoder
 
     folder = tmp_path / "runs" / "toy"
     run_stages(open_run(toy_recipe, (), folder), "train")

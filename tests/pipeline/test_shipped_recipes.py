@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nearfield.conformance.tiny_models import VISION_LANGUAGE, WORDS, save_tiny_vlm
-from nearfield.encoders.build import build_encoder
+from nearfield.encoders.load import build_encoder
 from nearfield.encoders.tokenize import shorten, token_ids
 from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages

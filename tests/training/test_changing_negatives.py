@@ -25,7 +25,7 @@ from nearfield.mining.config import (
     RefreshedNegatives,
     ScheduledNegatives,
 )
-from nearfield.mining.pool import Pool
+from nearfield.mining.negatives import Pool
 from nearfield.objectives import InfoNCEConfig
 from nearfield.training import TrainingConfig, changing_negatives
 from nearfield.training import step as step_module

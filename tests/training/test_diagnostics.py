@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nearfield.notices import Notice
+from nearfield.errors import Notice
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training import trainer

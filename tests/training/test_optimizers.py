@@ -15,7 +15,7 @@ from torch import nn
 
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
-from nearfield.optional import require_bitsandbytes
+from nearfield.provenance import require_bitsandbytes
 from nearfield.training import TrainingConfig
 from nearfield.training.config import check_sharded
 from nearfield.training.optimizers import MuonWithAdamW, layer_factors, make_optimizer

@@ -233,7 +233,7 @@ class KMeansStrataConfig(SeparatedConfig):
 
     def build(self) -> StreamPlanner:
         """The planner."""
-        from nearfield.batching.clusters import KMeansStrataPlanner
+        from nearfield.batching.groups import KMeansStrataPlanner
 
         return KMeansStrataPlanner(self)
 
@@ -271,7 +271,7 @@ class CommunitiesConfig(SeparatedConfig):
 
     def build(self) -> StreamPlanner:
         """The planner."""
-        from nearfield.batching.communities import CommunityPlanner
+        from nearfield.batching.groups import CommunityPlanner
 
         return CommunityPlanner(self)
 

@@ -2,7 +2,7 @@
 
 ``plan`` turns sources into streams (:mod:`.streams`), draws each example's positives and negatives, and cuts an order of
 rows into batches without conflicts (:mod:`.assign`). The kinds differ in the order: shuffled over all sources, one source a
-batch, one cluster a batch (:mod:`.clusters`), or unions of communities (:mod:`.communities`).
+batch, one cluster a batch, or unions of communities (both in :mod:`.groups`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nearfield.arrays import Floats, Ragged, Rows, Vectors, occurrences, ranges,
 from nearfield.batching.assign import Conflicts, assign, find_conflicts, repeats_itself
 from nearfield.batching.streams import PlannedRows, SourceExamples, Stream, draw, join_rows, make_streams
 from nearfield.errors import BadInputError
-from nearfield.randomness import derive_seed, generator
+from nearfield.provenance import derive_seed, generator
 
 if TYPE_CHECKING:
     from nearfield.batching.config import (

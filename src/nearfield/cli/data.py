@@ -13,10 +13,10 @@ from nearfield.cli.app import Overrides, line_of, names, quiet_libraries, table,
 from nearfield.errors import EXIT_FAULT, BadInputError
 
 if TYPE_CHECKING:
-    from nearfield.data.contamination import ContaminationReport, DecontaminationConfig
+    from nearfield.data.decontaminate import ContaminationReport, DecontaminationConfig
     from nearfield.data.items import Example
-    from nearfield.data.store import Store
-    from nearfield.data.summary import CountTokens, DataSummary, LengthStats, SampledExample, StepSummary, StoreStats
+    from nearfield.data.statistics import CountTokens, LengthStats, SampledExample, StoreStats
+    from nearfield.data.store import DataSummary, StepSummary, Store
 
 CACHE = Path("runs/.cache")
 DataRecipe = Annotated[Path, typer.Argument(help="A data recipe, a YAML file.", metavar="RECIPE")]
@@ -60,7 +60,7 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count what is in a store: examples by source and split, lengths, duplicates, shared words."""
-    from nearfield.data.summary import count_words, store_stats
+    from nearfield.data.statistics import count_words, store_stats
 
     opened = open_store(store, overrides)
     count = count_words if tokenizer is None else _token_counter(tokenizer)
@@ -81,7 +81,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other examples.")] = 0,
 ) -> None:
     """Show a few examples."""
-    from nearfield.data.summary import sample_examples
+    from nearfield.data.statistics import sample_examples
 
     for example in sample_examples(open_store(store, overrides), count, source, split, seed):
         print_example(example)
@@ -267,7 +267,7 @@ def decontaminate(
 
 def _settings(texts: list[str]) -> DecontaminationConfig:
     from nearfield.config import KeyPath, apply_override, validate
-    from nearfield.data.contamination import DecontaminationConfig
+    from nearfield.data.decontaminate import DecontaminationConfig
 
     data: dict[str, object] = {}
     origins: dict[KeyPath, str] = {}
@@ -280,7 +280,7 @@ def print_report(report: ContaminationReport, path: Path, remove: Path | None = 
     """A report as tables; texts are printed as they are, without markup."""
     from rich.text import Text
 
-    from nearfield.data.contamination import KINDS
+    from nearfield.data.decontaminate import KINDS
 
     sides = ", ".join(f"{count:,} {role}" for role, count in report.training.items() if count)
     tell(

@@ -15,9 +15,9 @@ from nearfield.errors import EXIT_FAULT, BadInputError
 if TYPE_CHECKING:
     from nearfield.encoders import LoadedEncoder
     from nearfield.encoders.encode import Encoder
+    from nearfield.errors import Notice
     from nearfield.evaluation import EvaluationResult
     from nearfield.evaluation.config import Axes
-    from nearfield.notices import Notice
 
 
 def register(app: typer.Typer) -> None:
@@ -76,10 +76,10 @@ def evaluate_command(
     """
     quiet_libraries()
     from nearfield.encoders.encode import Workers
+    from nearfield.errors import listening
     from nearfield.evaluation import SuiteConfig, evaluate
     from nearfield.evaluation.runner import load_unless_baseline, open_model
     from nearfield.files import write_json
-    from nearfield.notices import listening
     from nearfield.training.launch import Launch
 
     config: SuiteConfig | Path = suite
@@ -223,9 +223,9 @@ def submit_command(
     written all the same.
     """
     quiet_libraries()
+    from nearfield.errors import refuse
     from nearfield.evaluation.results import find_results
     from nearfield.evaluation.submission import submit
-    from nearfield.notices import refuse
 
     folder_of_results = find_results(model, results)
     if hub is not None and folder is None:

@@ -106,8 +106,7 @@ def diff_plans(
     epoch: Annotated[int, typer.Option(min=0, help="Which epoch of runs and plan folders.")] = 0,
 ) -> None:
     """Compare two plans: batches in both, examples that moved, pairs that meet in both, figures side by side."""
-    from nearfield.batching.plan import Plan
-    from nearfield.batching.summary import compare_plans
+    from nearfield.batching.plan import Plan, compare_plans
 
     difference = compare_plans(Plan(_epoch_of(first, epoch)), Plan(_epoch_of(second, epoch)))
     if difference.identical:

@@ -21,10 +21,10 @@ from nearfield.batching.plan import Batch
 from nearfield.batching.planner import VectorsOf
 from nearfield.conformance.tiny_models import WORDS, save_tiny_bert, save_tiny_clip, save_tiny_vlm
 from nearfield.data.tokens import IMAGE, TokenCache, TokenTable
-from nearfield.encoders.build import build_encoder
 from nearfield.encoders.config import DecoderConfig, EncoderConfig, ImageTowerConfig, LoRAConfig
+from nearfield.encoders.images import row_ids
+from nearfield.encoders.load import build_encoder
 from nearfield.encoders.token_task import TokenTask
-from nearfield.encoders.vision_language import row_ids
 from nearfield.methods.carol import CAROLConfig
 from nearfield.methods.cmim import CMIMConfig
 from nearfield.methods.hiprbert import HiPrBERTConfig
@@ -56,7 +56,7 @@ from nearfield.objectives.config import (
     TripletConfig,
 )
 from nearfield.objectives.queue import MemoryQueue
-from nearfield.randomness import derive_seed
+from nearfield.provenance import derive_seed
 from nearfield.training.backends.base import Backend
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.chunks import Cut, LoadImages, TeacherScores, TrainingData

@@ -192,7 +192,7 @@ def _save_processor(folder: Path, architecture: str) -> None:
     import transformers
     from transformers import AutoTokenizer
 
-    from nearfield.encoders.vision_language import FAMILIES
+    from nearfield.encoders.images import FAMILIES
 
     square = {"height": 16, "width": 16}
     settings: dict[str, Any]

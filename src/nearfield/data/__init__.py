@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from nearfield.data.build import build_data, ensure_store, prepare_store
     from nearfield.data.config import DataConfig
     from nearfield.data.readers import ReaderBase, Row
-    from nearfield.data.store import SourceInfo, Store
-    from nearfield.data.summary import DataSummary
+    from nearfield.data.store import DataSummary, SourceInfo, Store
 
 __all__ = [
     "DataConfig",
@@ -29,7 +28,7 @@ __all__ = [
 
 _HOMES = {
     "DataConfig": "config",
-    "DataSummary": "summary",
+    "DataSummary": "store",
     "ReaderBase": "readers",
     "Row": "readers",
     "SourceInfo": "store",

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from nearfield.arrays import Ragged, Rows
-from nearfield.data.prompts import InContextConfig
+from nearfield.data.config import InContextConfig
 from nearfield.data.store import Store
 from nearfield.errors import BadInputError
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 
 @dataclass(frozen=True)

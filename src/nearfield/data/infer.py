@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nearfield import yaml12
+from nearfield.config import dump_yaml
+from nearfield.data.build import components
 from nearfield.data.config import (
     DuplicateGroups,
     ExamplesConfig,
@@ -29,10 +30,16 @@ from nearfield.data.config import (
     SourceConfig,
     TaskType,
 )
-from nearfield.data.items import BadRowError, Example, identity, read_example
-from nearfield.data.readers import ReaderBase
-from nearfield.data.resolve import components
-from nearfield.data.table_readers import TABLE_SUFFIXES, CsvReader, HubReader, JsonlReader, ParquetReader
+from nearfield.data.items import Example, identity, read_example
+from nearfield.data.readers import (
+    TABLE_SUFFIXES,
+    BadRowError,
+    CsvReader,
+    HubReader,
+    JsonlReader,
+    ParquetReader,
+    ReaderBase,
+)
 from nearfield.errors import BadInputError
 from nearfield.files import write_text
 from nearfield.shipped import refuse, target_in
@@ -378,7 +385,7 @@ def write_project(inferred: InferredSource, folder: Path, force: bool = False) -
     files[f"eval/suites/{name}.yaml"] = suite(name)
     recipe = f"training/recipes/{name}.yaml"
     files[recipe] = training_recipe(inferred)
-    texts = {file: _HEAD + yaml12.dump(value, width=110) for file, value in files.items()}
+    texts = {file: _HEAD + dump_yaml(value, width=110) for file, value in files.items()}
     differ = [
         file
         for file, text in texts.items()

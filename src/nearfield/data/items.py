@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nearfield.data.images import BothRef, ImageError, ImageRef, decode, encode, hash_named, reference
-from nearfield.data.readers import excerpt
+from nearfield.data.images import BothRef, ImageError, ImageRef, decode, encode, reference
+from nearfield.data.readers import BadRowError
 
 if TYPE_CHECKING:
     from nearfield.data.config import ImagesConfig, SourceConfig
-    from nearfield.data.readers import ReaderBase
 
 ID_BYTES = 16
 MAX_KEY_CHARACTERS = 1000
@@ -45,15 +44,6 @@ def item_id(modality: str, fields: Iterable[tuple[str, bytes]]) -> bytes:
 def text_id(text: str) -> bytes:
     """The id of a text item. Raises ``UnicodeEncodeError`` for a text with lone surrogates."""
     return item_id("text", (("text", canonical_text(text).encode()),))
-
-
-class BadRowError(Exception):
-    """A row that cannot be used: a reason to count by, and an excerpt of what is wrong."""
-
-    def __init__(self, reason: str, value: object = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.excerpt = excerpt(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,24 +283,6 @@ def join(text: object, image: object, name: str) -> object:
     if not isinstance(text, str):
         raise BadRowError(f"{name!r} joins an image and something that is not a text ({type(text).__name__})", text)
     return BothRef(text, image)
-
-
-def image_inputs(source: SourceConfig, reader: ReaderBase) -> dict[str, str]:
-    """A hash over the paths and contents of the images that the rows of a source name; nothing where they name none."""
-    images = source.images
-    if images is None or not (images.columns or images.join):
-        return {}
-    columns = tuple(dict.fromkeys([*images.columns, *(both.image for both in images.join.values())]))
-    columns = tuple(column for column in columns if column in source.read_columns())
-    paths: set[str] = set()
-    for row in reader.rows(columns):
-        for column in columns if row.values is not None else ():
-            value = (row.values or {}).get(column)
-            for member in value if isinstance(value, list | tuple) else (value,):
-                path = member.get("path") if isinstance(member, Mapping) and not member.get("bytes") else member
-                if isinstance(path, str):
-                    paths.add(path)
-    return {"images": hash_named(sorted(paths), source.image_folder())} if paths else {}
 
 
 def example_digest(

@@ -16,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nearfield.arrays import Index, Ragged, Rows, starts
-from nearfield.checksums import Sealed, seal
 from nearfield.console import track
 from nearfield.errors import BadInputError
-from nearfield.files import atomic_path, read_json, write_json
+from nearfield.files import Sealed, atomic_path, read_json, seal, write_json
 
 if TYPE_CHECKING:
     from nearfield.data.store import Store

@@ -6,7 +6,8 @@
     SHARD/checksums.json  of the two; of a finished set of item vectors it lies in the folder above, for all shards
 
 Shards are written aside and renamed, so several processes may add to a store at once, and one that was killed loses the shard in
-hand alone. The vectors come from callables that are handed in: this module needs no model.
+hand alone. The vectors come from callables that are handed in: this module needs no model. What cannot be used, rows that are not
+finite, is refused here by the name of what it is of.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nearfield.arrays import Index, Rows
-from nearfield.checksums import CheckedFile, DamagedError, Sealed, seal
 from nearfield.console import track
-from nearfield.data.store import Store
 from nearfield.errors import BadInputError
-from nearfield.files import atomic_path, read_json, write_json
+from nearfield.files import CheckedFile, DamagedError, Sealed, atomic_path, read_json, seal, write_json
+
+if TYPE_CHECKING:
+    from nearfield.data.store import Store
 
 logger = logging.getLogger("nearfield.data")
 
@@ -501,3 +503,47 @@ def _id(value: object, path: Path, number: int) -> bytes:
     if not isinstance(value, bytes) or len(value) != 16:
         raise BadInputError("this is no item id (16 bytes, or 32 hex digits)", where=f"{path}:{number}")
     return value
+
+
+# Vectors that cannot be used as they are
+
+_BLOCK = 65_536
+_QUOTED = 60
+
+
+def not_finite(vectors: npt.NDArray[Any]) -> Rows:
+    """The rows of (n, d) vectors that hold a value that is not a finite number."""
+    parts = [
+        start + np.flatnonzero(~np.isfinite(vectors[start : start + _BLOCK]).all(axis=1))
+        for start in range(0, len(vectors), _BLOCK)
+    ]
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64)
+
+
+def zeros(vectors: npt.NDArray[Any]) -> Rows:
+    """The rows of (n, d) vectors that are zero in every dimension: they have no direction and are alike to nothing."""
+    parts = [
+        start + np.flatnonzero(~vectors[start : start + _BLOCK].any(axis=1)) for start in range(0, len(vectors), _BLOCK)
+    ]
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64)
+
+
+def shown(text: object) -> str:
+    """A text as messages quote it: short, on one line; a thing that is no text is said to be an image."""
+    if not isinstance(text, str):
+        return "an image"
+    line = " ".join(text.split())
+    return repr(line if len(line) <= _QUOTED else line[: _QUOTED - 1] + "…")
+
+
+def require_finite(vectors: npt.NDArray[Any], item: Callable[[int], object], where: str, things: str = "texts") -> None:
+    """Raise :class:`BadInputError` with their number where vectors (n, d) are not finite; ``item`` gives what a row is of."""
+    bad = not_finite(vectors)
+    if len(bad):
+        verb = "a vector that is" if len(bad) == 1 else "vectors that are"
+        raise BadInputError(
+            f"{len(bad):,} of {len(vectors):,} {things} have {verb} not finite (NaN or infinity); "
+            f"the first is {shown(item(int(bad[0])))}",
+            where=where,
+            hint="Look for weights that are not finite, or for a precision in which the model overflows.",
+        )

@@ -31,7 +31,7 @@ from nearfield.encoders.source import (
 from nearfield.encoders.transformer import LAYER
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json
-from nearfield.optional import require_bitsandbytes
+from nearfield.provenance import require_bitsandbytes
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from nearfield.config import Config, KindSettings
-from nearfield.data.prompts import InContextConfig
+from nearfield.data.config import InContextConfig
 from nearfield.errors import BadInputError
 from nearfield.kinds import Kinds
 

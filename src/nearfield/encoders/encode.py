@@ -21,16 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from nearfield.arrays import Rows
-from nearfield.checksums import Sealed
 from nearfield.console import track
-from nearfield.data.finite import require_finite, shown, zeros
 from nearfield.data.store import Store
 from nearfield.data.tokens import IMAGE, CutTexts
-from nearfield.data.vectors import Vectors, VectorStore, VectorTable, write_shard
-from nearfield.encoders.limits import check_rows, longest_input, set_longest, table_rows
+from nearfield.data.vectors import Vectors, VectorStore, VectorTable, require_finite, shown, write_shard, zeros
 from nearfield.encoders.load import LoadedEncoder, load_encoder
-from nearfield.files import fingerprint, read_json, remove_leftovers, scratch_folder, write_json
-from nearfield.notices import Notice
+from nearfield.errors import Notice
+from nearfield.files import Sealed, fingerprint, read_json, remove_leftovers, scratch_folder, write_json
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -158,20 +155,22 @@ class Encoder:
         """Of a folder or a hub id."""
         loaded = load_encoder(model, revision, device, trust_remote_code).model
         if max_length is not None:
+            from nearfield.encoders.packing import set_longest
+
             set_longest(loaded, max_length)
         return cls(loaded, name=model)
 
     @cached_property
     def by_tokens(self) -> bool:
         """Whether texts are tokenised here, rather than encoded by the model's own methods."""
-        from nearfield.encoders.image_tower import takes_images
+        from nearfield.encoders.images import takes_images
 
         return takes_images(self.model) or reads_plainly(self.model)
 
     @cached_property
     def packing(self) -> PackingKind | None:
         """How texts are encoded without padding; null where they are padded."""
-        from nearfield.encoders.packing import packing_kind
+        from nearfield.encoders.trials import packing_kind
 
         return packing_kind(self.model, self.model.device) if self.by_tokens else None
 
@@ -294,7 +293,7 @@ class Encoder:
     def _images_by_chunks(
         self, store: Store, items: Rows, prompt: str, where: str, done: Bools | None
     ) -> Iterator[tuple[Rows, Vectors]]:
-        from nearfield.encoders.image_tower import item_features
+        from nearfield.encoders.images import item_features
         from nearfield.encoders.tokenize import item_token_ids, prompt_tokens
 
         rows = item_token_ids(self.model, store, items, prompt, where)
@@ -314,7 +313,7 @@ class Encoder:
 
         Where the model has a tower for each, an item of both is the normalised sum of its two vectors (MIEB, arXiv 2504.10471).
         """
-        from nearfield.encoders.image_tower import reads_together
+        from nearfield.encoders.images import reads_together
 
         def vectors(items: list[Any]) -> Vectors:
             made = self.model.encode(items, prompt=prompt, batch_size=len(items), show_progress_bar=False)
@@ -348,6 +347,8 @@ class Encoder:
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         """About how many tokens each text has, of a model that tokenises them itself."""
+        from nearfield.encoders.packing import check_rows, longest_input, table_rows
+
         tokenizer = self.model.tokenizer
         if not getattr(tokenizer, "is_fast", False):
             return [len(text) // _CHARACTERS_A_TOKEN + 1 for text in texts]

@@ -162,7 +162,7 @@ def use_fast_dropout(model: nn.Module) -> None:
     """Let a model's dropout layers draw their masks the fast way while they train on a CPU.
 
     The dropout inside attention comes with :mod:`nearfield.encoders.kernels`, which
-    :func:`nearfield.encoders.packing.packing_kind` puts in place where it is found right. Only the class of a layer
+    :func:`nearfield.encoders.trials.packing_kind` puts in place where it is found right. Only the class of a layer
     changes: weights, their names and saved files do not. On a GPU the layers are torch's own.
     """
     for module in model.modules():

@@ -1,16 +1,21 @@
-"""Texts as tokens -> what an encoder takes -> one vector a text, padded or without padding.
+"""Texts as tokens -> what an encoder takes -> one vector a text, padded or without padding; and how much a model can read.
 
 Two ways without padding: ``varlen`` lays a chunk's texts end to end in one row and lets each attend to itself alone;
 ``block`` lays them into rows of about one width and masks the attention across texts. A trial
-(:func:`packing_kind`) tells which of them a model supports; a model that gives other numbers than with padding is padded.
+(:func:`nearfield.encoders.trials.packing_kind`) tells which of them a model supports; a model that gives other numbers than with
+padding is padded.
+
+What a model can read has limits: positions of a text and words of its tokenizer. Beyond them it reads past its tables. A static model
+has a table of its tokens' vectors and takes their mean: no transformer, no padding, no mask. Its tokenizer cuts texts, or nothing
+does. sentence-transformers' ``StaticEmbedding`` takes a batch's tokens in one row and where each text begins; :func:`bag` makes that
+of the rows with a mask that are used everywhere else.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
+import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,34 +24,183 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from nearfield.encoders.kernels import Segments, has_flash_attn, set_attention, unmasked
-from nearfield.encoders.limits import (
-    bag,
-    counts_from_padding,
-    is_static,
-    longest_input,
-    stated_positions,
-    usable_positions,
-)
-from nearfield.encoders.private import attention_kernel
+from nearfield.encoders.kernels import Segments, unmasked
+from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-logger = logging.getLogger("nearfield.encoders")
 
+def is_static(model: SentenceTransformer) -> bool:
+    """Whether the model begins with a table of its tokens' vectors."""
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    return isinstance(model[0], StaticEmbedding)
+
+
+def bag(features: dict[str, Any]) -> dict[str, Any]:
+    """The input of a static model for n texts, from padded token ids and a mask, (n, longest) each."""
+    if "attention_mask" not in features:
+        return features
+    mask = features["attention_mask"].bool()
+    lengths = mask.sum(1)
+    rest = {name: value for name, value in features.items() if name not in ("input_ids", "attention_mask")}
+    return {**rest, "input_ids": features["input_ids"][mask], "offsets": lengths.cumsum(0) - lengths}
+
+
+def static_token_ids(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> list[npt.NDArray[np.int32]]:
+    """The token ids of each text with the prompt before it, as the model itself makes them."""
+    if not texts:
+        return []
+    features = model.preprocess(list(texts), prompt=prompt or None)
+    ids = features["input_ids"].numpy().astype(np.int32)
+    return np.split(ids, features["offsets"].numpy()[1:])
+
+
+def longest_static(model: SentenceTransformer) -> int | None:
+    """The most tokens that a static model reads of a text: its tokenizer cuts, or nothing does."""
+    cuts = _tokenizer(model).truncation
+    return None if cuts is None else int(cuts["max_length"])
+
+
+def set_longest(model: SentenceTransformer, length: int) -> None:
+    """Let any model read at most so many tokens of a text; of a static one that is saved with its tokenizer."""
+    if is_static(model):
+        _tokenizer(model).enable_truncation(length)
+    else:
+        model.max_seq_length = length
+
+
+@contextlib.contextmanager
+def uncut(model: SentenceTransformer) -> Iterator[None]:
+    """Let a static model read texts whole for the time of a block."""
+    tokenizer = _tokenizer(model)
+    before = tokenizer.truncation
+    tokenizer.no_truncation()
+    try:
+        yield
+    finally:
+        if before is not None:
+            tokenizer.enable_truncation(**before)
+
+
+def vocabulary_size(model: SentenceTransformer) -> int:
+    """The tokens that a model's tokenizer knows."""
+    tokenizer: Any = model.tokenizer
+    if hasattr(tokenizer, "get_vocab_size"):
+        return int(tokenizer.get_vocab_size())
+    # Of words that are split at white space sentence-transformers has a tokenizer of its own.
+    return len(tokenizer) if hasattr(tokenizer, "__len__") else len(tokenizer.get_vocab())
+
+
+def _tokenizer(model: SentenceTransformer) -> Any:
+    module: Any = model[0]
+    return module.tokenizer
+
+
+NO_LIMIT = 1_000_000_000
+"""Tokenizers that cut nothing say a number above this."""
 Tokens = npt.NDArray[np.int32]
+_POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+"""The names of tables of positions in architectures."""
+
+
+def longest_input(model: SentenceTransformer) -> int | None:
+    """The most tokens that the model reads of a text; None where it reads all."""
+    limit = longest_static(model) if is_static(model) else model.max_seq_length
+    return None if limit is None or limit >= NO_LIMIT else int(limit)
+
+
+def text_part(model: SentenceTransformer) -> Any:
+    """The transformer that reads texts; None where the model has none, or one of images and texts together."""
+    from torch import nn
+
+    transformer = getattr(model[0], "auto_model", None)
+    if isinstance(transformer, nn.Module) and "image" in (getattr(model[0], "modality_config", None) or {}):
+        return getattr(transformer, "text_model", None)
+    return transformer if isinstance(transformer, nn.Module) else None
+
+
+def counts_from_padding(embeddings: Any) -> bool:
+    """Whether a module of embeddings numbers positions from behind the padding token's number, as RoBERTa and models like it do."""
+    from torch import nn
+
+    if not isinstance(getattr(embeddings, "padding_idx", None), int):
+        return False
+    table = getattr(embeddings, "position_embeddings", None)
+    return isinstance(table, nn.Embedding) and table.padding_idx is not None
+
+
+def usable_positions(model: SentenceTransformer) -> int | None:
+    """The longest text that the model has a position for at each token; None where it has no table of positions.
+
+    In RoBERTa and models like it they are fewer than the config says: positions are counted from behind the padding token's number.
+    """
+    from torch import nn
+
+    transformer = text_part(model)
+    if transformer is None:
+        return None
+    lengths = []
+    for name, module in transformer.named_modules():
+        owner, _, last = name.rpartition(".")
+        if last not in _POSITIONS or not isinstance(module, nn.Embedding):
+            continue
+        parent = transformer.get_submodule(owner)
+        before = int(parent.padding_idx) + 1 if counts_from_padding(parent) else int(getattr(module, "offset", 0))
+        lengths.append(module.num_embeddings - before)
+    said = stated_positions(model)
+    # Some tables have rows to spare, which no text reaches.
+    if lengths and said is not None and lengths[0] > said:
+        lengths.append(said)
+    return min(lengths) if lengths else None
+
+
+def stated_positions(model: SentenceTransformer) -> int | None:
+    """The longest text by the config; None where it says nothing, or that there is no end."""
+    config: Any = getattr(model[0], "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    said = getattr(text, "max_position_embeddings", None)
+    return int(said) if isinstance(said, int) and said > 0 else None
+
+
+def table_rows(model: SentenceTransformer) -> int | None:
+    """How many words the model's table has; None where its words are no rows of a table."""
+    transformer = text_part(model)
+    try:
+        table = transformer.get_input_embeddings() if transformer is not None else None
+    except (AttributeError, NotImplementedError):  # as CANINE, which hashes characters
+        return None
+    rows = getattr(table, "num_embeddings", None)
+    return int(rows) if isinstance(rows, int) else None
+
+
+def check_rows(
+    model: SentenceTransformer, texts: Sequence[str], ids: Sequence[Sequence[int] | Tokens], rows: int | None
+) -> None:
+    """Refuse texts with a word that has no row in the model's table of so many ``rows``, naming the first of them."""
+    for text, mine in zip(texts, ids, strict=True):
+        if rows is not None and len(mine) and int(np.max(mine)) >= rows:
+            number = int(np.max(mine))
+            raise BadInputError(
+                f"the word {model.tokenizer.convert_ids_to_tokens(number)!r} of the text {text[:60]!r} has number {number}, and "
+                f"the model's table has {rows} rows",
+                hint="Save the model after resize_token_embeddings(len(tokenizer)).",
+            )
+
+
+def whole_dimension(model: SentenceTransformer) -> int:
+    """The width of what the modules give, also of a model that says that it is truncated."""
+    with model.truncate_embeddings(None):
+        return int(model.get_embedding_dimension() or 0)
+
+
 Features = dict[str, Any]
 """The input of :func:`embed` for n texts."""
 PackingKind = Literal["block", "varlen"]
 
 ROW_TOKENS = {"cpu": 128, "cuda": 512}
 """Width of packed rows: on a CPU attention across texts, which the mask throws away, soon costs more than padding."""
-
-# Sliding windows too long to try out are trusted only where the layers that have one are known to be read rightly.
-_KNOWN_WINDOWS = ("mistral", "modernbert", "qwen2", "qwen3")
-_TRIAL_LENGTHS = (7, 1, 40, 2, 1, 33, 16, 1)
-_LONGEST_TRIAL = 512
 
 
 @dataclass(frozen=True)
@@ -319,90 +473,6 @@ def _made_causal(transformer: nn.Module) -> bool:
     return any(bool(getattr(module, "is_causal", False)) for module in transformer.modules())
 
 
-def packing_kind(
-    model: SentenceTransformer, device: torch.device, *, bf16: bool = False, longest: int | None = None
-) -> PackingKind | None:
-    """How this model can be fed without padding: found by comparing it, on a few texts, with padding; else None.
-
-    Call it with the model on its device, before it is wrapped for several devices; ``bf16`` says that it will run under
-    autocast, ``longest`` that no text has more tokens than so many. A model that supports ``varlen`` is left with :mod:`nearfield.encoders.kernels` in place, which treats
-    padded calls as before and leaves no trace in saved files.
-    """
-    transformer = getattr(model[0], "auto_model", None)
-    modalities = getattr(model[0], "modality_config", None) or {}
-    reads = modalities.get("text", {})
-    plain = reads.get("method") == "forward" and reads.get("method_output_name") in (
-        "last_hidden_state",
-        ("last_hidden_state",),
-        ["last_hidden_state"],
-    )
-    # A prefix stands in padded rows: packed texts would pass it by.
-    prefixed = bool(getattr(model[0], "prefix_length", 0))
-    # Tokens of an image have places of their own, which packed rows do not know.
-    with_image = "image" in modalities
-    # Packed rows say nothing of kinds of tokens.
-    typed = TokenTypes.of(model.tokenizer) is not None
-    if (
-        transformer is None
-        or prefixed
-        or with_image
-        or typed
-        or not plain
-        or not _windows_known(model, transformer, longest)
-    ):
-        return None
-    half = bf16 or next(transformer.parameters()).dtype in (torch.float16, torch.bfloat16)
-    kinds: list[PackingKind] = ["block"]
-    if device.type == "cpu" or (half and (has_flash_attn() or not _attention_dropout(transformer))):
-        kinds.insert(0, "varlen")
-    for kind in kinds:
-        before = attention_kernel(transformer.config)
-        try:
-            if kind == "varlen":
-                set_attention(transformer)
-            agrees = _agrees(model, device, kind, bf16)
-        except Exception as error:  # a model that was not made for this may fail anyhow; it is then padded
-            logger.debug("%s packing failed: %s", kind, error)
-            agrees = False
-        if agrees:
-            return kind
-        if attention_kernel(transformer.config) != before:
-            transformer.set_attn_implementation(before)
-    logger.info("This model's texts are padded: packed they do not give the same embeddings.")
-    return None
-
-
-def _attention_dropout(transformer: nn.Module) -> float:
-    """By the config, or by what modules say where a training has set another."""
-    names = ("attention_probs_dropout_prob", "attention_dropout")
-    rates = [getattr(owner, name, 0.0) for owner in (transformer.config, *transformer.modules()) for name in names]
-    return max(float(rate) for rate in rates if isinstance(rate, (int, float)))
-
-
-def _windows_known(model: SentenceTransformer, transformer: nn.Module, most: int | None) -> bool:
-    """Whether texts are no longer than the window of attention, or a trial can show what packed rows make of it."""
-    config: Any = transformer.config
-    window = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None)
-    reads = longest_input(model) or stated_positions(model) or 0
-    longest = reads if most is None else min(reads or most, most)
-    return window is None or window >= longest or window + 2 <= _LONGEST_TRIAL or config.model_type in _KNOWN_WINDOWS
-
-
-def _trial_texts(model: SentenceTransformer, transformer: nn.Module) -> list[Tokens]:
-    limits = [longest_input(model), usable_positions(model), stated_positions(model), _LONGEST_TRIAL]
-    longest = min(limit for limit in limits if limit)
-    window = getattr(transformer.config, "sliding_window", None) or 0
-    lengths = [min(length, longest) for length in (*_TRIAL_LENGTHS, *([window + 2] if window else []))]
-    bounds = np.cumsum([0, *lengths])
-    tokens = random_tokens(transformer, int(bounds[-1]))
-    pad = getattr(transformer.config, "pad_token_id", None)
-    if pad is not None and 0 <= pad < int(transformer.get_input_embeddings().num_embeddings):  # type: ignore[operator]
-        # A text may have the padding word among its own, and some architectures number positions by it.
-        tokens = tokens.copy()
-        tokens[[*bounds[2:4], *(bounds[2:4] - 3)]] = pad
-    return [tokens[start:end] for start, end in itertools.pairwise(bounds)]
-
-
 def rounding(module: nn.Module) -> float:
     """How far apart, relative to the largest, values may lie that only rounding sets apart: sums in another order, another kernel.
 
@@ -411,42 +481,6 @@ def rounding(module: nn.Module) -> float:
     """
     dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
     return 0.05 if dtype in (torch.float16, torch.bfloat16) else 2e-3
-
-
-def random_tokens(transformer: nn.Module, count: int) -> Tokens:
-    """Words of the model's vocabulary to try it out with, the same ones each time, none of them padding."""
-    size = int(transformer.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-    pad = getattr(transformer.config, "pad_token_id", None)
-    ids = np.array([token for token in range(min(size, 5000)) if token != pad], dtype=np.int32)
-    random = np.random.default_rng(0)
-    return np.concatenate([random.permutation(ids) for _ in range(-(-count // len(ids)))])[:count]
-
-
-def _agrees(model: SentenceTransformer, device: torch.device, kind: PackingKind, bf16: bool) -> bool:
-    """Whether packed embeddings equal those of each text alone, as nearly as padded ones do."""
-    texts = _trial_texts(model, model[0].auto_model)
-    padding, prompt = Padding.of(model), 3
-
-    def padded(rows: Sequence[Tokens]) -> Tensor:
-        return embed(model, padding.features(rows, device, prompt))
-
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
-    with torch.no_grad(), torch.random.fork_rng(), evaluating(model), autocast:
-        alone = torch.cat([padded([text]) for text in texts]).double()
-        together = padded(texts).double()
-        features = packed_features(texts, kind=kind, device=device, prompt_length=prompt, pad_token=padding.pad_token)
-        packed = embed(model, features).double()
-    finite = alone.isfinite() & together.isfinite()
-    if not torch.equal(packed.isfinite(), finite):
-        return False
-    alone, together, packed = (torch.where(finite, tensor, 0.0) for tensor in (alone, together, packed))
-    scale = float(alone.abs().max())
-    noise = float((together - alone).abs().max())
-    half = bf16 or next(model[0].auto_model.parameters()).dtype in (torch.float16, torch.bfloat16)
-    # Stricter than `rounding`: here nothing is refused, texts are only padded.
-    if noise > scale * (0.05 if half else 1e-4):
-        return False
-    return float((packed - alone).abs().max()) <= max(3 * noise, scale * 1e-4)
 
 
 @contextmanager
@@ -469,19 +503,3 @@ def placed(model: nn.Module, features: Features, device: torch.device) -> Featur
         name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
         for name, value in features.items()
     }
-
-
-def leads_to(outputs: Sequence[Tensor]) -> set[int]:
-    """The ids of the tensors with a gradient that the graph of some outputs leads to; no gradient is computed."""
-    ends: list[Any] = [output.grad_fn for output in outputs]
-    seen: set[Any] = set()
-    used: set[int] = set()
-    while ends:
-        node = ends.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            used.add(id(node.variable))
-        ends += [before for before, _ in node.next_functions]
-    return used

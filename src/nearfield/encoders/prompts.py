@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
 
 from nearfield.data.config import TaskType
 from nearfield.encoders.source import CONTRACT_FILE, stated_file, stated_settings
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, Notice
 from nearfield.files import read_json, write_json
-from nearfield.notices import Notice
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nearfield.encoders.limits import longest_input
-from nearfield.encoders.packing import Features, Tokens, pool, rectangle, token_states, truncated
+from nearfield.encoders.packing import Features, Tokens, longest_input, pool, rectangle, token_states, truncated
 from nearfield.encoders.private import tied_weights
 from nearfield.errors import BadInputError
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

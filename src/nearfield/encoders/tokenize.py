@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nearfield.data.tokens import IMAGE, CutTexts
-from nearfield.encoders.image_tower import image_tokens, takes_images
-from nearfield.encoders.limits import (
+from nearfield.encoders.images import family_of, image_tokens, row_ids, takes_images
+from nearfield.encoders.packing import (
     check_rows,
     is_static,
     longest_input,
@@ -29,10 +29,8 @@ from nearfield.encoders.limits import (
     uncut,
 )
 from nearfield.encoders.private import forget_prompt_lengths
-from nearfield.encoders.vision_language import family_of, row_ids
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, Notice
 from nearfield.files import read_json, write_json
-from nearfield.notices import Notice
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -1,4 +1,5 @@
-"""Trials of a model as it is loaded: its weights come from its files, its vectors from their item alone, its tokens look the right way.
+"""Trials of a model as it is loaded: its weights come from its files, its vectors from their item alone, its tokens have rows and
+positions and look the right way; and whether it can be fed without padding.
 
 transformers draws a weight that a file lacks at random and only warns. It knows the layouts that it reads (sharded, tied,
 compressed, of earlier versions, under a prefix of its own), so its report of each loading is kept, and a model that owes a weight
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +27,33 @@ import torch
 from torch import Tensor, nn
 
 from nearfield.data.images import pillow
-from nearfield.encoders.limits import longest_input
-from nearfield.encoders.packing import Padding, evaluating, leads_to, placed, random_tokens, rounding
+from nearfield.encoders.images import blank_image, family_of, trial_embedding
+from nearfield.encoders.kernels import has_flash_attn, set_attention
+from nearfield.encoders.packing import (
+    PackingKind,
+    Padding,
+    Tokens,
+    TokenTypes,
+    embed,
+    evaluating,
+    longest_input,
+    packed_features,
+    placed,
+    rounding,
+    stated_positions,
+    table_rows,
+    text_part,
+    usable_positions,
+)
 from nearfield.encoders.private import attention_kernel, loading_reports
 from nearfield.encoders.transformer import LAYER
-from nearfield.encoders.vision_language import blank_image, family_of, trial_embedding
-from nearfield.errors import BadInputError
-from nearfield.notices import Notice
+from nearfield.errors import BadInputError, Notice
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder, SentenceTransformer
 
+
+logger = logging.getLogger("nearfield.encoders")
 
 _STATISTICS = re.compile(r"(?:^|\.)running_(?:mean|var)$")
 """Buffers that are learnt: all others follow from the config."""
@@ -121,6 +140,22 @@ def _reached(parameters: Sequence[Tensor], outputs: Callable[[], Sequence[Tensor
             each.requires_grad_(required)
 
 
+def leads_to(outputs: Sequence[Tensor]) -> set[int]:
+    """The ids of the tensors with a gradient that the graph of some outputs leads to; no gradient is computed."""
+    ends: list[Any] = [output.grad_fn for output in outputs]
+    seen: set[Any] = set()
+    used: set[int] = set()
+    while ends:
+        node = ends.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            used.add(id(node.variable))
+        ends += [before for before, _ in node.next_functions]
+    return used
+
+
 def trial_embeddings(model: SentenceTransformer) -> list[Tensor]:
     """The embeddings of a text and an image, each where the model takes them, with their graph."""
     with torch.enable_grad(), torch.random.fork_rng(), evaluating(model):
@@ -159,6 +194,83 @@ def freeze_unused(model: SentenceTransformer) -> None:
 
 _TEXTS = ["the vectors of texts", "the vectors of texts that are read together are those of each alone and of no other"]
 _SIDE = 64
+
+
+def fit_positions(model: SentenceTransformer, name: str) -> tuple[Notice, ...]:
+    """Let no text be longer than the positions that the model has: sentence-transformers would read past the table and fail."""
+    usable, limit = usable_positions(model), longest_input(model)
+    if usable is None or (limit is not None and limit <= usable):
+        return ()
+    model.max_seq_length = usable
+    if limit is None:
+        return ()
+    return (
+        Notice(
+            "positions-exceeded",
+            f"{name} says that it reads {limit} tokens and has positions for {usable}: longer texts are cut there, where "
+            "sentence-transformers fails",
+            f"Set its max_seq_length to {usable}.",
+        ),
+    )
+
+
+def check_words(model: SentenceTransformer, name: str) -> tuple[Notice, ...]:
+    """Refuse a tokenizer without a padding token, or whose padding or enclosing tokens have no row in the model's table.
+
+    sentence-transformers cannot run such a model. Words that only stand in some texts and have no row are a notice.
+    """
+    tokenizer: Any = model.tokenizer if hasattr(model[0], "tokenizer") else None
+    if tokenizer is None or not hasattr(tokenizer, "pad_token_id") or text_part(model) is None:
+        return ()
+    notices: tuple[Notice, ...] = ()
+    if tokenizer.pad_token_id is None and getattr(tokenizer, "eos_token_id", None) is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+        notices += (
+            Notice(
+                "padding-token",
+                f"the tokenizer of {name} has no padding token, so sentence-transformers cannot batch texts: its end token "
+                f"{tokenizer.eos_token!r} pads",
+                "Set the tokenizer's pad_token and save it.",
+            ),
+        )
+    if tokenizer.pad_token_id is None:
+        raise BadInputError(
+            "its tokenizer has neither a padding token nor an end token, so sentence-transformers cannot batch texts",
+            where=name,
+            hint="Set the tokenizer's pad_token to one of its words and save it.",
+        )
+    rows = table_rows(model)
+    if rows is None:
+        return notices
+    words: dict[str, int] = tokenizer.get_vocab()
+    beyond = {word: number for word, number in words.items() if number >= rows}
+    if not beyond:
+        return notices
+    hint = (
+        "Save the model after resize_token_embeddings(len(tokenizer)), or with the tokenizer that it was trained with."
+    )
+    always = [("padding token", tokenizer.pad_token_id)]
+    always += [("enclosing token", number) for number in tokenizer("")["input_ids"]]
+    for office, number in always:
+        if number >= rows:
+            word = tokenizer.convert_ids_to_tokens(number)
+            raise BadInputError(
+                f"its tokenizer's {office} {word!r} has number {number}, and the model's table has {rows} rows: "
+                "sentence-transformers cannot run it",
+                where=name,
+                hint=hint,
+            )
+    first = min(beyond, key=lambda word: beyond[word])
+    return (
+        *notices,
+        Notice(
+            "words-without-rows",
+            f"{len(beyond)} words of the tokenizer of {name}, such as {first!r}, have no row in the model's table of {rows}: "
+            "a text with one of them stops the run",
+            hint,
+        ),
+    )
+
 
 FIXED_WIDTH = ("siglip", "siglip_text_model")
 """Architectures that are made for texts of one width, where their processor does not say so by itself."""
@@ -395,3 +507,133 @@ def _other_kernel(transformer: Any) -> Iterator[str | None]:
     finally:
         if attention_kernel(transformer.config) != used:
             transformer.set_attn_implementation(used)
+
+
+# Sliding windows too long to try out are trusted only where the layers that have one are known to be read rightly.
+_KNOWN_WINDOWS = ("mistral", "modernbert", "qwen2", "qwen3")
+
+
+_TRIAL_LENGTHS = (7, 1, 40, 2, 1, 33, 16, 1)
+
+
+_LONGEST_TRIAL = 512
+
+
+def packing_kind(
+    model: SentenceTransformer, device: torch.device, *, bf16: bool = False, longest: int | None = None
+) -> PackingKind | None:
+    """How this model can be fed without padding: found by comparing it, on a few texts, with padding; else None.
+
+    Call it with the model on its device, before it is wrapped for several devices; ``bf16`` says that it will run under
+    autocast, ``longest`` that no text has more tokens than so many. A model that supports ``varlen`` is left with :mod:`nearfield.encoders.kernels` in place, which treats
+    padded calls as before and leaves no trace in saved files.
+    """
+    transformer = getattr(model[0], "auto_model", None)
+    modalities = getattr(model[0], "modality_config", None) or {}
+    reads = modalities.get("text", {})
+    plain = reads.get("method") == "forward" and reads.get("method_output_name") in (
+        "last_hidden_state",
+        ("last_hidden_state",),
+        ["last_hidden_state"],
+    )
+    # A prefix stands in padded rows: packed texts would pass it by.
+    prefixed = bool(getattr(model[0], "prefix_length", 0))
+    # Tokens of an image have places of their own, which packed rows do not know.
+    with_image = "image" in modalities
+    # Packed rows say nothing of kinds of tokens.
+    typed = TokenTypes.of(model.tokenizer) is not None
+    if (
+        transformer is None
+        or prefixed
+        or with_image
+        or typed
+        or not plain
+        or not _windows_known(model, transformer, longest)
+    ):
+        return None
+    half = bf16 or next(transformer.parameters()).dtype in (torch.float16, torch.bfloat16)
+    kinds: list[PackingKind] = ["block"]
+    if device.type == "cpu" or (half and (has_flash_attn() or not _attention_dropout(transformer))):
+        kinds.insert(0, "varlen")
+    for kind in kinds:
+        before = attention_kernel(transformer.config)
+        try:
+            if kind == "varlen":
+                set_attention(transformer)
+            agrees = _agrees(model, device, kind, bf16)
+        except Exception as error:  # a model that was not made for this may fail anyhow; it is then padded
+            logger.debug("%s packing failed: %s", kind, error)
+            agrees = False
+        if agrees:
+            return kind
+        if attention_kernel(transformer.config) != before:
+            transformer.set_attn_implementation(before)
+    logger.info("This model's texts are padded: packed they do not give the same embeddings.")
+    return None
+
+
+def _attention_dropout(transformer: nn.Module) -> float:
+    """By the config, or by what modules say where a training has set another."""
+    names = ("attention_probs_dropout_prob", "attention_dropout")
+    rates = [getattr(owner, name, 0.0) for owner in (transformer.config, *transformer.modules()) for name in names]
+    return max(float(rate) for rate in rates if isinstance(rate, (int, float)))
+
+
+def _windows_known(model: SentenceTransformer, transformer: nn.Module, most: int | None) -> bool:
+    """Whether texts are no longer than the window of attention, or a trial can show what packed rows make of it."""
+    config: Any = transformer.config
+    window = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None)
+    reads = longest_input(model) or stated_positions(model) or 0
+    longest = reads if most is None else min(reads or most, most)
+    return window is None or window >= longest or window + 2 <= _LONGEST_TRIAL or config.model_type in _KNOWN_WINDOWS
+
+
+def _trial_texts(model: SentenceTransformer, transformer: nn.Module) -> list[Tokens]:
+    limits = [longest_input(model), usable_positions(model), stated_positions(model), _LONGEST_TRIAL]
+    longest = min(limit for limit in limits if limit)
+    window = getattr(transformer.config, "sliding_window", None) or 0
+    lengths = [min(length, longest) for length in (*_TRIAL_LENGTHS, *([window + 2] if window else []))]
+    bounds = np.cumsum([0, *lengths])
+    tokens = random_tokens(transformer, int(bounds[-1]))
+    pad = getattr(transformer.config, "pad_token_id", None)
+    if pad is not None and 0 <= pad < int(transformer.get_input_embeddings().num_embeddings):  # type: ignore[operator]
+        # A text may have the padding word among its own, and some architectures number positions by it.
+        tokens = tokens.copy()
+        tokens[[*bounds[2:4], *(bounds[2:4] - 3)]] = pad
+    return [tokens[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def random_tokens(transformer: nn.Module, count: int) -> Tokens:
+    """Words of the model's vocabulary to try it out with, the same ones each time, none of them padding."""
+    size = int(transformer.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    pad = getattr(transformer.config, "pad_token_id", None)
+    ids = np.array([token for token in range(min(size, 5000)) if token != pad], dtype=np.int32)
+    random = np.random.default_rng(0)
+    return np.concatenate([random.permutation(ids) for _ in range(-(-count // len(ids)))])[:count]
+
+
+def _agrees(model: SentenceTransformer, device: torch.device, kind: PackingKind, bf16: bool) -> bool:
+    """Whether packed embeddings equal those of each text alone, as nearly as padded ones do."""
+    texts = _trial_texts(model, model[0].auto_model)
+    padding, prompt = Padding.of(model), 3
+
+    def padded(rows: Sequence[Tokens]) -> Tensor:
+        return embed(model, padding.features(rows, device, prompt))
+
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+    with torch.no_grad(), torch.random.fork_rng(), evaluating(model), autocast:
+        alone = torch.cat([padded([text]) for text in texts]).double()
+        together = padded(texts).double()
+        features = packed_features(texts, kind=kind, device=device, prompt_length=prompt, pad_token=padding.pad_token)
+        packed = embed(model, features).double()
+    finite = alone.isfinite() & together.isfinite()
+    if not torch.equal(packed.isfinite(), finite):
+        return False
+    alone, together, packed = (torch.where(finite, tensor, 0.0) for tensor in (alone, together, packed))
+    scale = float(alone.abs().max())
+    noise = float((together - alone).abs().max())
+    half = bf16 or next(model[0].auto_model.parameters()).dtype in (torch.float16, torch.bfloat16)
+    # Stricter than `rounding`: here nothing is refused, texts are only padded.
+    if noise > scale * (0.05 if half else 1e-4):
+        return False
+    return float((packed - alone).abs().max()) <= max(3 * noise, scale * 1e-4)

@@ -29,7 +29,7 @@ from nearfield.evaluation.scores import (
 )
 from nearfield.evaluation.statistics import Floats, Interval
 from nearfield.files import read_json
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 VERSION = 2
 _WORDS = {"better": "is better than", "worse": "is worse than", "not separable": "is not separable from"}

@@ -13,8 +13,7 @@ from mteb.types import PromptType
 
 from nearfield.encoders.prompts import ROLES, SIDES, TEXT, has_roles, read_contract
 from nearfield.encoders.source import CONTRACT_FILE
-from nearfield.errors import BadInputError
-from nearfield.notices import Notice
+from nearfield.errors import BadInputError, Notice
 
 
 def roles_of(task: Any) -> tuple[PromptType | None, ...]:

@@ -13,13 +13,12 @@ from mteb.results import TaskResult
 from numpy.typing import NDArray
 
 from nearfield.encoders.encode import Bools, Encoder
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, Said, listening, say
 from nearfield.evaluation.config import OpenStore, SuiteConfig, open_suite
 from nearfield.evaluation.contract import TrainedPrompts, check_prompts
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.scoring import mean_over_splits, score_task, scores_by_split
 from nearfield.evaluation.tasks import parts_of
-from nearfield.notices import Said, listening, say
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

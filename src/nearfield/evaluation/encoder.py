@@ -17,7 +17,7 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from nearfield.console import track
-from nearfield.data.finite import require_finite
+from nearfield.data.vectors import require_finite
 from nearfield.encoders.encode import Encoder, ZeroCount
 from nearfield.encoders.load import shipped_files
 from nearfield.evaluation.contract import SavedPrompts

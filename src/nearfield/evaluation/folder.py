@@ -25,7 +25,7 @@ from mteb.abstasks import (
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.types import PromptType
 
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, Notice, say
 from nearfield.evaluation.tasks import (
     TYPES,
     RetrievalSplit,
@@ -36,7 +36,6 @@ from nearfield.evaluation.tasks import (
     official_class,
 )
 from nearfield.files import fingerprint, hash_file, read_json
-from nearfield.notices import Notice, say
 
 META = "meta.json"
 TEXT_COLUMNS = {"text", "sentence1", "sentence2", "sentences", "id", "query-id", "corpus-id"}

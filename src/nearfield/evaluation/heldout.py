@@ -21,7 +21,7 @@ from scipy.cluster.hierarchy import DisjointSet
 from nearfield.errors import BadInputError
 from nearfield.evaluation.tasks import TYPES, SuiteTask, describe_task, make_task
 from nearfield.files import fingerprint
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 if TYPE_CHECKING:
     from nearfield.evaluation.config import HeldOutTask, OpenStore

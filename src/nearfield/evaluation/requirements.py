@@ -19,7 +19,7 @@ from mteb.models.model_meta import ModelMeta
 from mteb.results import TaskResult
 from packaging.version import InvalidVersion, Version
 
-from nearfield.data.contamination import ContaminationStatement
+from nearfield.data.decontaminate import ContaminationStatement
 from nearfield.errors import BadInputError
 
 ASKED = {

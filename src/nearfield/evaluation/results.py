@@ -22,8 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nearfield.checksums import DamagedError
-from nearfield.errors import BadInputError, NearfieldError
+from nearfield.errors import BadInputError, NearfieldError, Notice, from_file, in_file
 from nearfield.evaluation import statistics
 from nearfield.evaluation.estimators import (
     AVERAGE_PRECISION,
@@ -37,6 +36,7 @@ from nearfield.evaluation.estimators import (
 from nearfield.evaluation.scores import NOTHING, Key, TaskScores
 from nearfield.evaluation.statistics import Floats
 from nearfield.files import (
+    DamagedError,
     atomic_path,
     canonical_json,
     fingerprint,
@@ -45,7 +45,6 @@ from nearfield.files import (
     write_json,
     write_text,
 )
-from nearfield.notices import Notice, from_file, in_file
 from nearfield.provenance import device, now, versions
 
 if TYPE_CHECKING:

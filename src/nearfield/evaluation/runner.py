@@ -19,8 +19,8 @@ from nearfield.data.tokens import CutTexts
 from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.encoders.encode import Encoder, KeptVectors, Workers
 from nearfield.encoders.identity import model_fingerprint
-from nearfield.encoders.limits import longest_input
-from nearfield.errors import BadInputError, NearfieldError
+from nearfield.encoders.packing import longest_input
+from nearfield.errors import BadInputError, NearfieldError, Notice, Said, from_file, listening, refuse
 from nearfield.evaluation.config import AXES, Axes, OpenStore, SuiteConfig, open_suite
 from nearfield.evaluation.contract import prompt_notices, roles_of
 from nearfield.evaluation.encoder import QUANTIZATIONS, TaskEncoder
@@ -28,7 +28,6 @@ from nearfield.evaluation.results import BASELINES, ResultFolder
 from nearfield.evaluation.scoring import Recorder, mean_over_splits, score_task, scores_by_split
 from nearfield.evaluation.tasks import SuiteTask, parts_of
 from nearfield.files import fingerprint
-from nearfield.notices import Notice, Said, from_file, listening, refuse
 from nearfield.provenance import versions_of
 
 logger = logging.getLogger("nearfield.evaluation")

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from nearfield.errors import Notice
 from nearfield.evaluation import statistics
 from nearfield.evaluation.estimators import MEAN, CrossedMean, Estimator
 from nearfield.evaluation.statistics import Floats, Interval, Ints
-from nearfield.notices import Notice
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 Key = tuple[str, str, str]
 """Task, subset, split."""

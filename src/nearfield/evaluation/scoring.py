@@ -33,12 +33,11 @@ from mteb.abstasks import (
 from mteb.results import TaskResult
 from scipy.cluster.hierarchy import DisjointSet
 
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, Notice, say
 from nearfield.evaluation.estimators import AVERAGE_PRECISION
 from nearfield.evaluation.results import EXPERIMENT, TOP, TOP_SCHEMA, Record
 from nearfield.evaluation.statistics import Floats
 from nearfield.evaluation.tasks import SuiteTask, embedded_items, fresh_generators, is_local, splits_of
-from nearfield.notices import Notice, say
 
 
 def score_task(encoder: Any, task: Any, prediction_folder: Path | None = None) -> TaskResult:

@@ -18,9 +18,9 @@ from mteb.models.model_meta import ModelMeta
 from mteb.results import TaskResult
 from pydantic import ValidationError
 
-from nearfield import yaml12
-from nearfield.data.contamination import ContaminationStatement, read_statement
-from nearfield.errors import BadInputError
+from nearfield.config import load_yaml
+from nearfield.data.decontaminate import ContaminationStatement, read_statement
+from nearfield.errors import BadInputError, Notice, from_file
 from nearfield.evaluation.requirements import (
     ASKED,
     MAY_BE_NULL,
@@ -36,7 +36,6 @@ from nearfield.evaluation.requirements import (
 from nearfield.evaluation.results import MANIFEST, check_scores, failed_tasks, read_manifest
 from nearfield.evaluation.tasks import LOCAL, parts_of
 from nearfield.files import atomic_path, read_json, write_text
-from nearfield.notices import Notice, from_file
 
 _NO_WEIGHTS = ("I64", "I32", "BOOL")
 """Types of positions and masks that are kept beside the weights."""
@@ -182,7 +181,7 @@ def read_meta(path: Path, facts: Path | None, model: Path | None = None, counted
         value["adapted_from"] = base_of(_card(model))
     if facts is not None:
         try:
-            stated = yaml12.load(facts.read_text(encoding="utf-8"))
+            stated = load_yaml(facts.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             raise BadInputError("these facts cannot be read", where=str(facts)) from error
         if not isinstance(stated, dict):

@@ -12,7 +12,7 @@ from mteb.abstasks import AbsTaskRetrieval
 from nearfield.data.decontaminate import BenchmarkTask, BenchmarkText
 from nearfield.errors import BadInputError
 from nearfield.evaluation.tasks import SuiteTask, parts_of, splits_of
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 _NO_TEXT = {"id", "_id", "idx", "lang", "language", "cluster", "query-id", "corpus-id", "image", "modality"}
 

@@ -12,8 +12,9 @@ from pydantic import Field
 
 from nearfield.encoders.adapters import DEFAULT, adapted_transformer, check_plain, lora_targets
 from nearfield.encoders.config import AdapterSettings
-from nearfield.encoders.packing import evaluating, padded_features, random_tokens
+from nearfield.encoders.packing import evaluating, padded_features
 from nearfield.encoders.transformer import LAYER
+from nearfield.encoders.trials import random_tokens
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from nearfield.objectives.config import (
     Surroundings,
 )
 from nearfield.objectives.diagnostics import watched_rows
-from nearfield.randomness import derive_seed
+from nearfield.provenance import derive_seed
 
 
 class CMIMConfig(ObjectiveSettings):

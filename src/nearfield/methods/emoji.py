@@ -13,8 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from nearfield.data.images import ImageRef
-from nearfield.data.readers import ReaderBase, Row, check_header, hash_files
-from nearfield.data.table_readers import read_jsonl
+from nearfield.data.readers import ReaderBase, Row, check_header, hash_files, read_jsonl
 from nearfield.errors import BadInputError
 
 FOLDER = Path(__file__).parent / "embedded" / "emoji"

@@ -13,7 +13,7 @@ from pydantic import Field
 from nearfield.evaluation.config import OpenStore, TaskName, TaskSettings
 from nearfield.files import fingerprint
 from nearfield.methods.wordnet import FOLDER, read_synsets
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 if TYPE_CHECKING:
     from nearfield.evaluation.tasks import SuiteTask

@@ -18,8 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from nearfield.config import ConfigPath
-from nearfield.data.readers import ReaderBase, Row, hash_files
-from nearfield.data.table_readers import read_jsonl
+from nearfield.data.readers import ReaderBase, Row, hash_files, read_jsonl
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path
 

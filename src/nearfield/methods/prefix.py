@@ -13,10 +13,11 @@ from torch import Tensor
 
 from nearfield.encoders.adapters import DEFAULT, adapted_transformer, check_plain, using
 from nearfield.encoders.config import AdapterSettings
-from nearfield.encoders.packing import Padding, embed, evaluating, random_tokens, rounding
+from nearfield.encoders.packing import Padding, embed, evaluating, rounding
 from nearfield.encoders.transformer import layers_of
+from nearfield.encoders.trials import random_tokens
 from nearfield.errors import BadInputError
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from nearfield.evaluation.config import OpenStore, TaskSettings
 from nearfield.files import fingerprint
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 if TYPE_CHECKING:
     from nearfield.evaluation.tasks import SuiteTask

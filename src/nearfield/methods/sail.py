@@ -21,7 +21,7 @@ from nearfield.batching.config import PlannerSettings
 from nearfield.batching.planner import NOT_FILLED, Drawn, EpochBatches, Request, StreamPlanner
 from nearfield.batching.streams import Stream, join_rows
 from nearfield.errors import BadInputError
-from nearfield.mining.kmeans import spherical_kmeans
+from nearfield.mining.approximate import spherical_kmeans
 
 
 class PatternsConfig(PlannerSettings):

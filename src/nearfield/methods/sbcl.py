@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from nearfield.arrays import Vectors
 from nearfield.methods.hiprbert import SEPARATOR, Tree
-from nearfield.mining.kmeans import spherical_kmeans
+from nearfield.mining.approximate import spherical_kmeans
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.blocks import in_tiles
 from nearfield.objectives.config import Names, NotNegative, ObjectiveSettings, Positive, Reading, Surroundings

@@ -14,7 +14,7 @@ from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.blocks import in_tiles
 from nearfield.objectives.config import Names, NotNegative, ObjectiveSettings, Positive, Surroundings
 from nearfield.objectives.labels import LabelledTextLoss, labelled_texts
-from nearfield.randomness import derive_seed
+from nearfield.provenance import derive_seed
 
 
 class SimLAPConfig(ObjectiveSettings):

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from nearfield.data.readers import Column, ReaderBase, ReaderConfig, Row, excerpt
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 Span = tuple[int, int]
 """The first word and the one behind the last."""

@@ -11,7 +11,7 @@ from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.blocks import accumulation_dtype, tiles
 from nearfield.objectives.config import Surroundings
-from nearfield.randomness import derive_seed
+from nearfield.provenance import derive_seed
 
 CELLS = 2**23
 """Logits of tokens that are held at once."""

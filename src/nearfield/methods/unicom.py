@@ -18,7 +18,7 @@ from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.blocks import in_tiles
 from nearfield.objectives.config import Names, ObjectiveSettings, Part, Positive, Surroundings
 from nearfield.objectives.labels import LabelledTextLoss
-from nearfield.randomness import derive_seed
+from nearfield.provenance import derive_seed
 
 
 class UnicomConfig(ObjectiveSettings):

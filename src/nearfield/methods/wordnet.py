@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from nearfield.data.config import hash_split
-from nearfield.data.readers import ReaderBase, Row, check_header, hash_files
-from nearfield.data.table_readers import read_jsonl
+from nearfield.data.readers import ReaderBase, Row, check_header, hash_files, read_jsonl
 from nearfield.errors import BadInputError
 
 FOLDER = Path(__file__).parent / "embedded" / "wordnet"

@@ -15,7 +15,7 @@ import numpy as np
 from nearfield.arrays import Floats, Mask, Ragged, Rows, Vectors
 from nearfield.errors import BadInputError
 from nearfield.mining.search import DEFAULT_MEMORY, Documents, Neighbours, as_documents, search
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from nearfield.objectives.batch import ContrastiveBatch, Objective
 from nearfield.objectives.blocks import Join, accumulation_dtype, floor, lay_out
 from nearfield.objectives.statistics import block_logits, excluded_matrix, focal_weight, segment_log_sum, segment_sum
-from nearfield.randomness import derive_seed
+from nearfield.provenance import derive_seed
 
 if TYPE_CHECKING:
     from nearfield.objectives.config import InfoNCEConfig

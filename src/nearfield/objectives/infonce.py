@@ -40,7 +40,7 @@ from nearfield.objectives.statistics import (
     segment_log_sum,
     segment_sum,
 )
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 if TYPE_CHECKING:
     from nearfield.objectives.config import InfoNCEConfig, MixingConfig, SpreadConfig

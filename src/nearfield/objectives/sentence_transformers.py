@@ -23,7 +23,7 @@ from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.config import InfoNCEConfig
 from nearfield.objectives.queue import MemoryQueue
-from nearfield.randomness import derive_seed
+from nearfield.provenance import derive_seed
 
 Features = dict[str, Tensor]
 

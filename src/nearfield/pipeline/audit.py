@@ -18,13 +18,12 @@ from nearfield.mining.config import (
     SentenceTransformerTeacher,
     TeacherConfig,
 )
-from nearfield.mining.negatives import Audit, Negatives, audit
-from nearfield.mining.pool import document_items
+from nearfield.mining.negatives import Audit, Negatives, audit, document_items
 from nearfield.mining.ray_engine import require_ray
 from nearfield.pipeline.mining import mining_teacher, planning_teacher
 from nearfield.pipeline.run import Engine, Run
 from nearfield.pipeline.stages import Stages, run_stages
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 from nearfield.recipe import Recipe
 
 

@@ -16,8 +16,7 @@ import numpy as np
 from nearfield.data.tokens import VERSION as TOKENS_VERSION
 from nearfield.encoders.prompts import PromptContract, add_examples
 from nearfield.encoders.source import folder_pools_prompt
-from nearfield.errors import BadInputError
-from nearfield.notices import Notice, say
+from nearfield.errors import BadInputError, Notice, say
 from nearfield.pipeline.run import Job, Stage
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class DataStage(Stage):
     def run(self) -> dict[str, Any]:
         """Build the store."""
         from nearfield.data import prepare_store
-        from nearfield.data.summary import read_summary
+        from nearfield.data.store import read_summary
         from nearfield.encoders.encode import text_encoder
 
         store = prepare_store(self.recipe.data, self.job.run.cache, encoders=text_encoder)
@@ -214,7 +213,7 @@ class TokensStage(Stage):
         """Build the token cache."""
         from nearfield.data.in_context import check_room
         from nearfield.data.tokens import build_tokens
-        from nearfield.encoders.build import build_tokenizer
+        from nearfield.encoders.load import build_tokenizer
 
         store, prompts = self.data.open(), self.prompts
         tokenizer = build_tokenizer(self.recipe.encoder, self.recipe.training.max_length, prompts.all())
@@ -264,7 +263,7 @@ class TokensStage(Stage):
 
 def data_notices(stage: DataStage) -> Iterator[Notice]:
     """Notices of the data build, for the sources that are trained on."""
-    from nearfield.data.summary import read_summary
+    from nearfield.data.store import read_summary
 
     summary = read_summary(stage.output)
     names = {source.name for source in stage.job.run.checked.sources}

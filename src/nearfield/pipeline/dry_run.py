@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, Notice
 from nearfield.files import write_json
-from nearfield.notices import Notice
 from nearfield.pipeline.planning import plan_notices
 from nearfield.pipeline.run import Job, Run
 from nearfield.pipeline.stages import Stages, run_stages, tell_training
@@ -313,7 +312,7 @@ def say_long_model(
     ``tasks`` are those that ``models`` models are scored on; ``token_seconds`` is what a token takes in a text of
     ``typical`` tokens, on this device.
     """
-    from nearfield.encoders.limits import longest_input
+    from nearfield.encoders.packing import longest_input
     from nearfield.training.forecast import say_seconds
 
     limit = longest_input(model)
@@ -339,7 +338,7 @@ def say_long_model(
 
 def _suite_lengths(model: SentenceTransformer, tasks: list[SuiteTask]) -> tuple[list[str], list[int]]:
     """The tasks whose data are on this machine, and the tokens of each of their texts as the model reads it, without prompts."""
-    from nearfield.encoders.limits import longest_input
+    from nearfield.encoders.packing import longest_input
     from nearfield.encoders.tokenize import whole_lengths
     from nearfield.evaluation.texts import benchmark_tasks
 

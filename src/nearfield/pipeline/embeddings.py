@@ -12,9 +12,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from nearfield import yaml12
 from nearfield.analysis.run import Analysis, analyse
 from nearfield.analysis.search import Questions, searched
+from nearfield.config import load_yaml
 from nearfield.errors import BadInputError
 from nearfield.evaluation.statistics import holm
 from nearfield.evaluation.tasks import SuiteTask
@@ -22,7 +22,7 @@ from nearfield.evaluation.texts import labelled_texts, questions_of
 from nearfield.methods import rankability
 from nearfield.methods.association import weat
 from nearfield.methods.likeness import add_likeness, versions
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 MOST_QUESTIONS = 1_000
@@ -113,7 +113,7 @@ SIDES = ("first", "second", "a", "b")
 def read_associations(path: Path) -> list[dict[str, Any]]:
     """Tests of a YAML file: a list of ``name``, ``first``, ``second``, ``a``, ``b`` and, for SEAT, ``templates`` with ``{}``."""
     try:
-        value = yaml12.load(path.read_text(encoding="utf-8"))
+        value = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadInputError(f"these associations cannot be read ({error})", where=str(path)) from error
     if not isinstance(value, list) or not value:

@@ -24,7 +24,7 @@ from nearfield.mining.config import (
     TeacherSettings,
 )
 from nearfield.mining.negatives import VERSION as NEGATIVES_VERSION
-from nearfield.mining.pool import search_share
+from nearfield.mining.negatives import search_share
 from nearfield.mining.search import ArrayDocuments, Documents, IndexedDocuments, Neighbours
 from nearfield.mining.teachers import DenseScorer
 from nearfield.pipeline.run import Job, Stage
@@ -32,8 +32,7 @@ from nearfield.pipeline.run import Job, Stage
 if TYPE_CHECKING:
     from nearfield.batching.planner import VectorsOf
     from nearfield.mining.config import MiningConfig
-    from nearfield.mining.negatives import Negatives
-    from nearfield.mining.pool import Pool
+    from nearfield.mining.negatives import Negatives, Pool
     from nearfield.mining.teachers import PairScorer, Scorer
     from nearfield.pipeline.data import DataStage
     from nearfield.recipe import Recipe
@@ -191,8 +190,7 @@ class MineStage(Stage):
 
     def run(self) -> dict[str, Any]:
         """Search, apply the rules, write what is left."""
-        from nearfield.mining.negatives import write_negatives
-        from nearfield.mining.pool import mine_pool
+        from nearfield.mining.negatives import mine_pool, write_negatives
 
         store = self.data.open()
         self._check_reads(mining_teacher(self.recipe), store)
@@ -272,7 +270,7 @@ class MineStage(Stage):
         return [self._pool(store, name) for name in self.sources(store)]
 
     def _pool(self, store: Store, name: str) -> Pool:
-        from nearfield.mining.pool import make_pool
+        from nearfield.mining.negatives import make_pool
 
         corpus = self.sources(store) if self.mining.corpus == "sources" else [name]
         return make_pool(store, name, self.recipe.split, corpus)

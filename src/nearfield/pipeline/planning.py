@@ -15,17 +15,22 @@ import pyarrow as pa
 from nearfield.arrays import Floats, Ragged, Rows
 from nearfield.batching.config import BatchConfig
 from nearfield.batching.plan import VERSION as PLAN_VERSION
-from nearfield.batching.plan import Lengths, Plan, total_steps, write_plan
+from nearfield.batching.plan import (
+    Lengths,
+    Plan,
+    count_exceptions,
+    measure_hardness,
+    positives_as_negatives,
+    total_steps,
+    write_plan,
+)
 from nearfield.batching.planner import VectorsOf
 from nearfield.batching.streams import PlannedRows, SourceExamples
-from nearfield.batching.summary import count_exceptions, measure_hardness, positives_as_negatives
-from nearfield.checksums import seal
 from nearfield.data.store import Store
-from nearfield.errors import BadInputError
-from nearfield.files import atomic_path, hash_file, read_json, write_json
+from nearfield.errors import BadInputError, Notice
+from nearfield.files import atomic_path, hash_file, read_json, seal, write_json
 from nearfield.kinds import outside_sources
 from nearfield.mining.negatives import Negatives as MinedNegatives
-from nearfield.notices import Notice
 from nearfield.pipeline.data import (
     DataStage,
     TokensStage,

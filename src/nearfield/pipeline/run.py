@@ -24,14 +24,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import yaml
 
-from nearfield import yaml12
-from nearfield.checksums import damage
-from nearfield.config import Loaded
+from nearfield.config import Loaded, dump_yaml, load_yaml
 from nearfield.encoders.prompts import BasePrompts, PromptContract, base_prompts, make_contract
 from nearfield.encoders.source import ModelSource, locate, stated_similarity, trained_similarity
-from nearfield.errors import BadInputError
-from nearfield.files import canonical_json, fingerprint, read_json, remove_leftovers, write_json, write_text
-from nearfield.notices import Notice, Said, from_file, in_file
+from nearfield.errors import BadInputError, Notice, Said, from_file, in_file
+from nearfield.files import canonical_json, damage, fingerprint, read_json, remove_leftovers, write_json, write_text
 from nearfield.provenance import device, now, versions, versions_of
 from nearfield.recipe import CheckedRecipe, Recipe, check_recipe, load_recipe, stage_recipes
 from nearfield.training.launch import Launch
@@ -107,7 +104,7 @@ class Run:
         """Write the resolved recipe and the head of the manifest."""
         manifest = self.manifest()
         recipe = self.recipe.model_dump(mode="json")
-        write_text(self.folder / "recipe.yaml", yaml12.dump(recipe))
+        write_text(self.folder / "recipe.yaml", dump_yaml(recipe))
         head = {
             "name": self.recipe.name,
             "created": manifest.get("created", now()),
@@ -479,7 +476,7 @@ def find_method(argument: str, runs: Path, label: str | None = None) -> Method:
 def _recipe_of(run: Path) -> dict[str, Any]:
     file = run / "recipe.yaml"
     try:
-        value = yaml12.load(file.read_text(encoding="utf-8"))
+        value = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise BadInputError("the recipe of this run cannot be read", where=str(file)) from error
     if not isinstance(value, dict):

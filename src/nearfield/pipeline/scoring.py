@@ -8,12 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearfield.encoders.build import build_encoder
-from nearfield.encoders.load import LoadedEncoder, load_encoder, save_encoder
+from nearfield.encoders.load import LoadedEncoder, build_encoder, load_encoder, save_encoder
 from nearfield.encoders.source import folder_revision
-from nearfield.errors import BadInputError, NearfieldError
+from nearfield.errors import BadInputError, NearfieldError, from_file, in_file, refuse
 from nearfield.files import atomic_path, write_json
-from nearfield.notices import from_file, in_file, refuse
 from nearfield.pipeline.run import Job, Stage, StageStatus
 from nearfield.pipeline.suites import suite_content
 

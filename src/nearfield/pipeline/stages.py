@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from nearfield.checksums import damage
 from nearfield.encoders.source import folder_revision
-from nearfield.errors import BadInputError
-from nearfield.notices import listening, refuse, stop_on_blocking
+from nearfield.errors import BadInputError, listening, refuse, stop_on_blocking
+from nearfield.files import damage
 from nearfield.pipeline.data import DataStage, TokensStage
 from nearfield.pipeline.mining import MineStage, VectorsStage
 from nearfield.pipeline.planning import PlanStage

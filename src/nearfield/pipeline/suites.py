@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 from nearfield.data.decontaminate import VERSION
 from nearfield.encoders.identity import computing_versions
 from nearfield.encoders.source import locate
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, Notice
 from nearfield.evaluation.config import SuiteConfig, content_of, open_suite
 from nearfield.files import fingerprint
-from nearfield.notices import Notice
 from nearfield.provenance import versions_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from nearfield.data.contamination import ContaminationReport, DecontaminationConfig
+    from nearfield.data.decontaminate import ContaminationReport, DecontaminationConfig
     from nearfield.data.store import Store
     from nearfield.encoders.prompts import PromptContract
     from nearfield.pipeline.data import DataStage
@@ -210,7 +209,7 @@ def _made_with(encoder: str | None) -> dict[str, Any]:
 def stored_report(cache: Path, data: str, suite: str, sources: Sequence[str], split: str) -> StoredReport | None:
     """The kept report of a store against a suite, if there is one, it looked at these sources and this split, and it would
     be the same today."""
-    from nearfield.data.contamination import read_report
+    from nearfield.data.decontaminate import read_report
 
     path = report_path(cache, data, suite)
     if not path.is_file():

@@ -13,14 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nearfield.arrays import concatenate
-from nearfield.encoders.build import build_encoder
-from nearfield.encoders.limits import vocabulary_size
-from nearfield.encoders.load import LoadedEncoder, save_encoder
+from nearfield.encoders.load import LoadedEncoder, build_encoder, save_encoder
 from nearfield.encoders.source import folder_revision, stored_dtype, trained_similarity
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, Notice, refuse, stop_on_blocking
 from nearfield.files import atomic_path, hash_folder, read_json, write_text
 from nearfield.mining.config import RefreshedNegatives
-from nearfield.notices import Notice, refuse, stop_on_blocking
 from nearfield.pipeline.mining import guide_teacher
 from nearfield.pipeline.planning import PlanStage, arrow_lists, plan_notices
 from nearfield.pipeline.run import Job, Stage, StageStatus
@@ -234,7 +231,7 @@ class TrainStage(Stage):
 
     def _lengths(self, model: SentenceTransformer) -> dict[str, Any]:
         """How much of a text the training and the model read, and what the training cut off."""
-        from nearfield.encoders.limits import longest_input
+        from nearfield.encoders.packing import longest_input
 
         tokens = self.tokens.open()
         return {"training": tokens.max_length, "model": longest_input(model), **tokens.cut.to_json()}
@@ -307,6 +304,7 @@ class TrainStage(Stage):
 
     def objective(self, model: SentenceTransformer) -> Objective:
         """The objective of the recipe, which may name sources, for this encoder."""
+        from nearfield.encoders.packing import vocabulary_size
         from nearfield.objectives.config import Surroundings
 
         guide = self.vectors.guide()
@@ -400,7 +398,7 @@ class TrainStage(Stage):
         )
 
     def _say_lengths(self, model: SentenceTransformer) -> str:
-        from nearfield.encoders.limits import longest_input
+        from nearfield.encoders.packing import longest_input
 
         tokens, limit = self.tokens.open(), longest_input(model)
         whole = "all tokens" if limit is None else f"at most {limit:,} tokens"

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from nearfield import yaml12
+from nearfield.config import load_yaml
 from nearfield.errors import BadInputError
 from nearfield.pipeline.run import LOCK, MANIFEST
 from nearfield.training.tracking import EVALUATIONS, METRICS, parse_metrics
@@ -168,7 +168,7 @@ class Watcher:
 
     def _recipe(self) -> dict[str, Any]:
         try:
-            return _mapping(yaml12.load((self.folder / "recipe.yaml").read_text(encoding="utf-8")))
+            return _mapping(load_yaml((self.folder / "recipe.yaml").read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             return {}
 

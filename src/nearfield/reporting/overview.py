@@ -77,14 +77,14 @@ def read_recipe(run: Path) -> RecipeText:
     """Parse ``recipe.yaml`` safely."""
     import yaml
 
-    from nearfield import yaml12
+    from nearfield.config import load_yaml
 
     try:
         source = (run / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError as error:
         raise AbsentError("No recipe.yaml: the folder does not say what was run.") from error
     try:
-        values = yaml12.load(source)
+        values = load_yaml(source)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         logger.warning("report: recipe.yaml is not valid YAML: %s", error)
         return RecipeText({}, source)

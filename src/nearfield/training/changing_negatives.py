@@ -23,11 +23,11 @@ from nearfield.data.vectors import unit
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_file, read_json, write_json
 from nearfield.mining.config import DynamicNegatives, MiningConfig, RefreshedNegatives, ScheduledNegatives
-from nearfield.mining.pool import Pool, mine_pool, search_share
+from nearfield.mining.negatives import Pool, mine_pool, search_share
 from nearfield.mining.rules import MinedNegatives
 from nearfield.mining.search import ArrayDocuments, Neighbours
 from nearfield.mining.teachers import DenseScorer, Searching
-from nearfield.randomness import generator
+from nearfield.provenance import generator
 from nearfield.training.checkpoint import checkpoint_paths
 from nearfield.training.chunks import split_rows
 from nearfield.training.engine import Engine

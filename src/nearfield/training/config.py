@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from nearfield.config import Config, ConfigPath, KindSettings
 from nearfield.errors import BadInputError
 from nearfield.kinds import Kinds
-from nearfield.optional import require_bitsandbytes
+from nearfield.provenance import require_bitsandbytes
 
 if TYPE_CHECKING:
     import torch

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from nearfield.arrays import Rows
 from nearfield.batching.plan import Batch, Plan
-from nearfield.errors import BadInputError, NonFiniteError
+from nearfield.errors import BadInputError, NonFiniteError, Notice
 from nearfield.files import write_json
-from nearfield.notices import Notice
 from nearfield.objectives.batch import ContrastiveBatch, Objective
 from nearfield.objectives.diagnostics import watched_rows
-from nearfield.randomness import derive_seed
+from nearfield.provenance import derive_seed
 from nearfield.training.chunks import TextPool, TrainingData, cut_batch
 from nearfield.training.exchange import broadcast_notices, contrastive_batch
 from nearfield.training.parts import Part, StepMade

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from nearfield.arrays import Rows
 from nearfield.batching.plan import Batch
 from nearfield.data.tokens import IMAGE
-from nearfield.encoders.image_tower import item_features
+from nearfield.encoders.images import family_of, image_token_id, item_features
 from nearfield.encoders.kernels import add_tables_in_float32, sparse_embedding_gradients, use_fast_dropout
-from nearfield.encoders.packing import Features, PackingKind, Padding, embed, packed_features, packing_kind
+from nearfield.encoders.packing import Features, PackingKind, Padding, embed, packed_features
 from nearfield.encoders.token_task import TARGETS, TokenTask
 from nearfield.encoders.tokenize import leaves_prompt_out
-from nearfield.encoders.vision_language import family_of, image_token_id
+from nearfield.encoders.trials import packing_kind
 from nearfield.errors import BadInputError
 from nearfield.objectives.batch import Objective
 from nearfield.objectives.infonce import InfoNCE, can_ring

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nearfield.arrays import Rows
 from nearfield.batching.planner import VectorsOf
-from nearfield.notices import Notice
+from nearfield.errors import Notice
 from nearfield.objectives.batch import ContrastiveBatch, Queued, Ring
 from nearfield.training.chunks import TextPool, split_rows
 

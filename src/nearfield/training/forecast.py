@@ -20,9 +20,8 @@ from torch import Tensor
 
 from nearfield.batching.plan import total_steps
 from nearfield.console import track
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, Notice
 from nearfield.files import read_json, write_json
-from nearfield.notices import Notice
 from nearfield.objectives.diagnostics import similarities
 from nearfield.training.backends.base import square_sum
 from nearfield.training.chunks import BUSY, Budget, split_batch

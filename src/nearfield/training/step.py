@@ -26,7 +26,7 @@ from nearfield.encoders.packing import Features
 from nearfield.errors import OutOfMemoryStopError
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Queued
 from nearfield.objectives.diagnostics import watch as watch_learning
-from nearfield.randomness import derive_seed
+from nearfield.provenance import derive_seed
 from nearfield.training.backends.base import Backend
 from nearfield.training.chunks import (
     Bools,

@@ -23,8 +23,7 @@ import torch
 
 from nearfield.arrays import Rows
 from nearfield.batching.plan import Batch, Plan, total_steps
-from nearfield.errors import BadInputError, OutOfMemoryStopError, StoppedError
-from nearfield.notices import Notice
+from nearfield.errors import BadInputError, Notice, OutOfMemoryStopError, StoppedError
 from nearfield.objectives.batch import Objective
 from nearfield.objectives.diagnostics import similarities
 from nearfield.training.changing_negatives import NegativeInputs, open_negatives

@@ -1,6 +1,6 @@
 """Cleaning: steps take examples and texts out of a store while it is built, each counted and written down.
 
-Settings and code of a step are one class: one file for texts, one for images, one for duplicates, and one that runs the steps.
+Settings and code of a step are one class (:mod:`.steps`); :mod:`.run` applies those of a recipe to a store.
 """
 
 from __future__ import annotations
@@ -41,35 +41,36 @@ class SidesStep(StepBase):
 
 
 _HERE = "nearfield.data.cleaning"
+_STEPS = f"{_HERE}.steps"
 STEPS = Kinds(
     "cleaning",
     f"{_HERE}:StepBase",
     {
-        "length": (f"{_HERE}.texts:LengthStep", "texts that are too short or too long"),
+        "length": (f"{_STEPS}:LengthStep", "texts that are too short or too long"),
         "characters": (
-            f"{_HERE}.texts:CharactersStep",
+            f"{_STEPS}:CharactersStep",
             "texts with too few letters, or too many URLs or control characters",
         ),
-        "language": (f"{_HERE}.texts:LanguageStep", "texts in other languages"),
+        "language": (f"{_STEPS}:LanguageStep", "texts in other languages"),
         "near_duplicates": (
-            f"{_HERE}.duplicates:NearDuplicatesStep",
+            f"{_STEPS}:NearDuplicatesStep",
             "examples that repeat the words of an earlier one",
         ),
         "near_vectors": (
-            f"{_HERE}.duplicates:NearVectorsStep",
+            f"{_STEPS}:NearVectorsStep",
             "examples that repeat an earlier one by their embeddings",
         ),
-        "removal_list": (f"{_HERE}.texts:RemovalListStep", "texts that a file names"),
-        "picture_size": (f"{_HERE}.images:ImageSizeStep", "images that are too small or too long"),
-        "shared": (f"{_HERE}.images:SharedStep", "images with too many texts, texts of too many images"),
-        "rare_words": (f"{_HERE}.texts:RareWordsStep", "texts with words that the data hardly has"),
-        "near_pictures": (f"{_HERE}.images:NearImagesStep", "examples whose images look like an earlier one's"),
+        "removal_list": (f"{_STEPS}:RemovalListStep", "texts that a file names"),
+        "picture_size": (f"{_STEPS}:ImageSizeStep", "images that are too small or too long"),
+        "shared": (f"{_STEPS}:SharedStep", "images with too many texts, texts of too many images"),
+        "rare_words": (f"{_STEPS}:RareWordsStep", "texts with words that the data hardly has"),
+        "near_pictures": (f"{_STEPS}:NearImagesStep", "examples whose images look like an earlier one's"),
     },
 )
 
 
 class NearDuplicateConfig(Config):
-    """The rule by which two texts are near-duplicates by their words (:func:`nearfield.data.words.words`, each once).
+    """The rule by which two texts are near-duplicates by their words (:func:`nearfield.data.near_duplicates.words`, each once).
 
     They are if the shared words are at least ``jaccard`` of all their words; or if one has all words of the other and
     that has at least ``contained`` of them, so that a text with a few words left out is found but not one in which words

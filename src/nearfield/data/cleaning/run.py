@@ -16,12 +16,10 @@ import pyarrow as pa
 from nearfield.arrays import Mask, Ragged, Rows
 from nearfield.data.near_duplicates import EmbedTexts
 from nearfield.data.readers import excerpt
-from nearfield.data.store import EXAMPLES_SCHEMA, WEIGHT, Store
-from nearfield.data.summary import StepSummary
+from nearfield.data.store import EXAMPLES_SCHEMA, WEIGHT, StepSummary, Store
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
-    from nearfield.data.cleaning import StepBase
     from nearfield.data.config import DataConfig
 
 _BATCH = 4096
@@ -190,12 +188,6 @@ class Taken:
             self.write(owners[~empty], "positive", [bad[row] for row in texts[~empty].tolist()], texts[~empty])
 
 
-def steps_of(config: DataConfig) -> list[tuple[StepBase, int | None]]:
-    """The steps in the order in which they run, each with the number of its source: sources' own first, then the common."""
-    of_sources = [(step, number) for number, source in enumerate(config.sources) for step in source.steps]
-    return [*of_sources, *((step, None) for step in config.steps)]
-
-
 def clean(config: DataConfig, store: Store, removed: Path, encoders: Encoders | None = None) -> tuple[StepSummary, ...]:
     """Apply the steps of a recipe to the store in place: ``items.arrow`` and ``examples.arrow`` are written anew.
 
@@ -205,7 +197,7 @@ def clean(config: DataConfig, store: Store, removed: Path, encoders: Encoders | 
     table = ExampleTable(store)
     summaries = []
     with removed.open("w", encoding="utf-8") as out:
-        for number, (step, source) in enumerate(steps_of(config), start=1):
+        for number, (step, source) in enumerate(config.all_steps(), start=1):
             sources = list(range(len(store.sources))) if source is None else [source]
             names = [store.sources[i].name for i in sources]
             before = table.counts()

@@ -18,7 +18,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nearfield.data.table_readers import HubReader, JsonlReader, read_delimited, read_jsonl, read_parquet
+from nearfield.data.readers import HubReader, JsonlReader, read_delimited, read_jsonl, read_parquet
 from nearfield.errors import BadInputError
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nearfield.data.summary import sample_examples, store_stats, summarise_lengths
+from nearfield.data.statistics import sample_examples, store_stats, summarise_lengths
 from nearfield.errors import BadInputError
 from tests.data.making import GRADED, LABELLED, build_rows
 

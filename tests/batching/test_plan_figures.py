@@ -8,9 +8,9 @@ import pytest
 from nearfield.arrays import Ragged, Rows
 from nearfield.batching import SingleSourceConfig
 from nearfield.batching.config import SharesSampling
+from nearfield.batching.plan import measure_hardness, positives_as_negatives
 from nearfield.batching.planner import EpochBatches
 from nearfield.batching.streams import PlannedRows
-from nearfield.batching.summary import measure_hardness, positives_as_negatives
 from tests.batching.making import known_of, make_apart, make_source, make_vectors
 
 VECTORS = make_vectors()

@@ -21,11 +21,11 @@ from sentence_transformers import SentenceTransformer
 
 from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders import source as sources
-from nearfield.encoders.build import build_encoder, build_tokenizer
-from nearfield.encoders.load import save_encoder, shipped_files
-from nearfield.encoders.packing import embed, packed_features, packing_kind, padded_features
+from nearfield.encoders.load import build_encoder, build_tokenizer, save_encoder, shipped_files
+from nearfield.encoders.packing import embed, packed_features, padded_features
 from nearfield.encoders.shipped.nearfield_pooling import AttentionPooling, LatentAttentionPooling
 from nearfield.encoders.source import folder_revision, locate
+from nearfield.encoders.trials import packing_kind
 from nearfield.errors import BadInputError
 from tests.encoders.tiny import draw_rows, save_tiny
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from nearfield.batching import SingleSourceConfig
-from nearfield.batching.plan import Plan, write_plan
-from nearfield.batching.summary import compare_plans
+from nearfield.batching.plan import Plan, compare_plans, write_plan
 from tests.batching.making import make_apart, make_source
 
 

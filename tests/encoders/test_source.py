@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nearfield.encoders import EncoderConfig, load_encoder
-from nearfield.encoders.build import build_encoder
 from nearfield.encoders.encode import Encoder
+from nearfield.encoders.load import build_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation.runner import open_model
 

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nearfield import yaml12
+from nearfield.config import dump_yaml, load_yaml
 
 
 @pytest.mark.parametrize(
@@ -41,15 +41,15 @@ from nearfield import yaml12
     ],
 )
 def test_numbers(text: str, value: Any) -> None:
-    found = yaml12.load(f"a: {text}")["a"]
+    found = load_yaml(f"a: {text}")["a"]
     assert found == value
     assert type(found) is type(value)
 
 
 def test_not_a_number_and_no_tags_of_python() -> None:
-    assert math.isnan(yaml12.load(".nan"))
+    assert math.isnan(load_yaml(".nan"))
     with pytest.raises(yaml.YAMLError):
-        yaml12.load("!!python/object/apply:os.getcwd []")
+        load_yaml("!!python/object/apply:os.getcwd []")
 
 
 values = st.recursive(
@@ -61,11 +61,11 @@ values = st.recursive(
 
 @given(values)
 def test_what_is_written_is_read(value: Any) -> None:
-    assert yaml12.load(yaml12.dump(value)) == value
+    assert load_yaml(dump_yaml(value)) == value
 
 
 @given(st.from_regex(r"[-+]?[0-9]{0,3}(\.[0-9]{0,2})?([eE][-+]?[0-9]{1,2})?", fullmatch=True))
 def test_texts_like_numbers_stay_texts_for_both_readers(text: str) -> None:
-    written = yaml12.dump({"a": text})
-    assert yaml12.load(written) == {"a": text}
+    written = dump_yaml({"a": text})
+    assert load_yaml(written) == {"a": text}
     assert yaml.safe_load(written) == {"a": text}
