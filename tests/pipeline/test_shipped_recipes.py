@@ -192,7 +192,7 @@ def test_features_want_pictures(
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(script, run_name="__main__")
-    assert (ended.value.code, "this data has no pictures" in capsys.readouterr().err) == (2, True)
+    assert (ended.value.code, "this data has no images" in capsys.readouterr().err) == (2, True)
 
 
 @pytest.mark.slow

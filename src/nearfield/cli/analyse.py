@@ -44,7 +44,7 @@ def analyse_command(
     ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Write a page with pictures here; it needs no network.")
+        Path | None, typer.Option("--html", help="Write a page with charts here; it needs no network.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="E.g. cpu or cuda:0.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the drawing.")] = 0,

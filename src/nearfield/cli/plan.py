@@ -45,7 +45,7 @@ def show_plan(
         Path | None, typer.Option("--out", metavar="FILE", help="Where to write the page; plan.html beside the plan.")
     ] = None,
 ) -> None:
-    """Print what a plan holds, how hard its batches are and what was left out; write a page with the pictures."""
+    """Print what a plan holds, how hard its batches are and what was left out; write a page with the charts."""
     from nearfield.batching.plan import Plan, plan_files
     from nearfield.reporting.batches import write_plan_page
 
@@ -59,7 +59,7 @@ def show_plan(
     _print_strata(epochs[0].get("planner", {}))
     folder = path if path.is_dir() else path.parent
     page = write_plan_page(plans, out or (folder / "plan.html" if path.is_dir() else path.with_suffix(".html")))
-    tell(f"pictures: {page}")
+    tell(f"charts: {page}")
 
 
 @plan_app.command("shares")

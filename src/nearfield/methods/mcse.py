@@ -29,7 +29,7 @@ from nearfield.provenance import derive_seed
 
 
 class MCSEConfig(ObjectiveSettings):
-    """SimCSE with captions that are grounded in the given features of their pictures (MCSE, arXiv 2204.10931)."""
+    """SimCSE with captions that are grounded in the given features of their images (MCSE, arXiv 2204.10931)."""
 
     example_kinds: ClassVar[tuple[str, ...]] = ANY_EXAMPLES
 
@@ -41,7 +41,7 @@ class MCSEConfig(ObjectiveSettings):
     weight: NotNegative = 0.01
     """The weight of grounding."""
     projection: Annotated[int, Field(gt=0)] = 256
-    """Width of the heads of texts, captions and pictures; none is part of the saved model."""
+    """Width of the heads of texts, captions and images; none is part of the saved model."""
     captions: tuple[str, ...] | None = None
     """Sources whose queries are captions; null takes every text with features that are not all 0."""
 
@@ -60,16 +60,16 @@ class MCSEConfig(ObjectiveSettings):
     def build(self, sources: Names = (), around: Surroundings | None = None) -> MCSE:
         around = around or Surroundings()
         if around.width is None or around.guide_width is None:
-            raise BadInputError("grounding wants the widths of embeddings and of pictures' features", where="objective")
+            raise BadInputError("grounding wants the widths of embeddings and of images' features", where="objective")
         named = dict(sources) if isinstance(sources, Mapping) else dict(enumerate(sources))
         return MCSE(self, named, around.width, around.guide_width)
 
 
 class MCSE(Objective):
-    """SimCSE of tanh(W embedding), plus weight x grounding: -log softmax of a caption's picture among the batch's pictures,
-    the mean over both passes of the text, captions and pictures each with a head of their own.
+    """SimCSE of tanh(W embedding), plus weight x grounding: -log softmax of a caption's image among the batch's images,
+    the mean over both passes of the text, captions and images each with a head of their own.
 
-    Pictures with the same features are one picture, and no negative of its captions. No gradient reaches the features. The heads
+    Images with the same features are one image, and no negative of its captions. No gradient reaches the features. The heads
     are no part of the saved model.
     """
 
@@ -101,13 +101,13 @@ class MCSE(Objective):
         return LossSum(between.total + losses.sum() + self.zero(), between.denominator, between.rows + losses.detach())
 
     def grounding(self, batch: ContrastiveBatch) -> Tensor:
-        """(R,) of this process's rows; 0 for a row without a picture."""
+        """(R,) of this process's rows; 0 for a row without an image."""
         rows = batch.local_rows()
         if batch.guide_queries is None:
             raise BadInputError(
-                "grounding wants the features of each caption's picture, and there are none",
+                "grounding wants the features of each caption's image, and there are none",
                 where="objective",
-                hint="Name a 'guide' of kind vectors whose vectors of queries are those of their pictures.",
+                hint="Name a 'guide' of kind vectors whose vectors of queries are those of their images.",
             )
         images = batch.guide_queries.detach().to(accumulation_dtype(batch.queries.dtype))
         has = images.isfinite().all(dim=1) & (images != 0).any(dim=1)
@@ -119,10 +119,10 @@ class MCSE(Objective):
         losses = images.new_zeros(len(rows))
         if not len(captions):
             return losses
-        pictures, which = torch.unique(images[captions], dim=0, return_inverse=True)
+        distinct, which = torch.unique(images[captions], dim=0, return_inverse=True)
         number = torch.full((len(has),), -1, dtype=torch.int64, device=has.device)
         number[captions] = which
-        points = functional.normalize(self.image.forward(pictures).tanh(), dim=1)
+        points = functional.normalize(self.image.forward(distinct).tanh(), dim=1)
         place = batch.row_places()
         mine = captions[place[captions] >= 0]
         seconds = (batch.is_positive & (place[batch.owner] >= 0) & has[batch.owner]).nonzero().squeeze(1)
@@ -147,7 +147,7 @@ class MCSE(Objective):
 
     @torch.no_grad()
     def watch(self, batch: ContrastiveBatch) -> dict[str, float]:
-        """Those of the softmax between texts, and ``grounding``, the mean loss of captions against pictures."""
+        """Those of the softmax between texts, and ``grounding``, the mean loss of captions against images."""
         some = replace(batch, rows=watched_rows(batch))
         queries, documents = (self.text.forward(_sums(side)).tanh() for side in (batch.queries, batch.documents))
         figures = self.between_texts.watch(replace(batch, queries=queries, documents=documents))

@@ -93,7 +93,7 @@ def document_items(store: Store, sources: Sequence[str], split: str) -> Rows:
 
 
 def _same_text(store: Store, documents: Rows, items: Ragged) -> Ragged:
-    """For each list, the documents that have the text and picture of one of its items, but for case and white space."""
+    """For each list, the documents that have the text and image of one of its items, but for case and white space."""
     all_items, where = np.unique(np.concatenate([documents, items.values]), return_inverse=True)
     _, keys = np.unique(_text_keys(store, all_items), return_inverse=True)
     document_keys, item_keys = keys[where[: len(documents)]], keys[where[len(documents) :]]

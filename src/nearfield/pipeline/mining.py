@@ -255,7 +255,7 @@ class MineStage(Stage):
     def _check_reads(self, teacher: TeacherSettings, store: Store) -> None:
         if teacher.reads_texts_alone and store.has_images and store.image_table.num_rows:
             raise BadInputError(
-                f"{teacher.kind} goes by words alone, and this data has pictures",
+                f"{teacher.kind} goes by words alone, and this data has images",
                 where=self.job.run.loaded.where(("mining",)),
                 hint="Name an embedding model that takes both.",
             )

@@ -78,7 +78,7 @@ def content_hash(source: str) -> str:
 
 
 def content_policy(script: str, style: str) -> str:
-    """A policy that allows this script, this style, pictures inside the page and nothing else: no network, no frames, no forms, no base."""
+    """A policy that allows this script, this style, images inside the page and nothing else: no network, no frames, no forms, no base."""
     sources = f"script-src {content_hash(script)}; style-src {content_hash(style)}; img-src data:"
     return f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'"
 
