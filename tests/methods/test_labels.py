@@ -25,7 +25,7 @@ from nearfield.objectives.batch import ContrastiveBatch
 from nearfield.objectives.config import Surroundings
 from nearfield.objectives.diagnostics import class_scatter, effective_rank, probe_accuracy
 from nearfield.training.engine import delete_tokens
-from tests.objectives.test_family import DIM, GUIDE, assert_same, gradients, make, mean, supcon
+from tests.objectives.test_losses import DIM, GUIDE, assert_same, gradients, make, mean, supcon
 
 NAMES = [("s", path) for path in ("a/x", "a/y", "b/x", "b/y", "c")]
 

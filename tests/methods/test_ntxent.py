@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from nearfield.methods.ntxent import NTXent
 from nearfield.objectives.batch import ContrastiveBatch
-from tests.objectives.test_family import make
+from tests.objectives.test_losses import make
 
 
 def plain(batch: ContrastiveBatch, temperature: float) -> list[Tensor]:

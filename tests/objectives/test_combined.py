@@ -12,7 +12,7 @@ from nearfield.errors import BadInputError
 from nearfield.objectives import CombinedConfig
 from nearfield.objectives.combined import Combined
 from nearfield.objectives.config import PartConfig, Reading, Surroundings
-from tests.objectives.test_family import assert_same, build, gradients, make, mean
+from tests.objectives.test_losses import assert_same, build, gradients, make, mean
 
 SOURCES = {0: "search", 1: "pairs"}
 KINDS = {"search": "retrieval", "pairs": "graded"}

@@ -13,7 +13,7 @@ from nearfield.objectives.batch import ContrastiveBatch, Objective
 from nearfield.objectives.config import Surroundings
 from nearfield.objectives.diagnostics import similarities, watch
 from nearfield.training.chunks import split_rows
-from tests.objectives.test_family import DIM, GUIDE, NAMES, SETTINGS, build, make
+from tests.objectives.test_losses import DIM, GUIDE, NAMES, SETTINGS, build, make
 
 WIDTHS = Surroundings(width=2 * DIM, guide_width=GUIDE, labels=9, label_names=NAMES, vocabulary=7)
 

@@ -171,7 +171,7 @@ def test_every_objective_says_how_it_compares() -> None:
     from pydantic import TypeAdapter
 
     from nearfield.objectives.config import ObjectiveConfig
-    from tests.objectives.test_family import SETTINGS
+    from tests.objectives.test_losses import SETTINGS
 
     for name, values in SETTINGS.items():
         settings: Any = TypeAdapter(ObjectiveConfig).validate_python(values)
