@@ -15,16 +15,17 @@ from pydantic import TypeAdapter
 
 from nearfield.batching import (
     BatchConfig,
+    CommunitiesConfig,
     KMeansStrataConfig,
     MixedConfig,
     MixedPart,
     ShuffledConfig,
     SingleSourceConfig,
+    StreamPlanner,
 )
-from nearfield.batching.config import CommunitiesConfig
 from nearfield.batching.groups import CommunityPlanner, KMeansStrataPlanner, merge_small
 from nearfield.batching.plan import count_exceptions
-from nearfield.batching.planner import EpochBatches, MixedPlanner, StreamPlanner
+from nearfield.batching.planner import EpochBatches, MixedPlanner
 from nearfield.batching.streams import SourceExamples
 from nearfield.errors import BadInputError
 from tests.batching.making import batches_of, items_of, known_of, make_apart, make_source, make_vectors

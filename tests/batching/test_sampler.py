@@ -16,8 +16,7 @@ from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, concatenate_datasets
 
 from nearfield.arrays import Ragged
-from nearfield.batching import KMeansStrataConfig, SingleSourceConfig, batch_sampler, follow_plans
-from nearfield.batching.config import CommunitiesConfig
+from nearfield.batching import CommunitiesConfig, KMeansStrataConfig, SingleSourceConfig, batch_sampler, follow_plans
 from nearfield.batching.plan import write_plan
 from nearfield.batching.sampler import read_tables
 from nearfield.batching.streams import SourceExamples

@@ -9,7 +9,7 @@ import pytest
 
 from nearfield.cli import main
 from nearfield.data import DataConfig
-from nearfield.evaluation.config import HeldOutTask, SuiteConfig
+from nearfield.evaluation import HeldOutTask, SuiteConfig
 from nearfield.recipe import Recipe
 from nearfield.shipped import shipped_files, shipped_root
 

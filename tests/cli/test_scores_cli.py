@@ -226,7 +226,7 @@ def test_an_adapter_alone_is_evaluated_with_its_base_moved_and_submitted(work: P
     """Its folder names the base on the way from there; --base says where it lies now, in eval, card and submit."""
     from nearfield.encoders import EncoderConfig, LoRAConfig
     from nearfield.encoders.load import build_encoder, save_encoder
-    from nearfield.evaluation.runner import evaluate
+    from nearfield.evaluation import evaluate
     from tests.cli.command import run
 
     adapter = LoRAConfig(r=2, save="adapter")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nearfield.data import DataConfig, Store, build_data
+from nearfield.data import DataConfig, Row, Store, build_data
 from nearfield.data.build import data_fingerprint
 from nearfield.data.images import (
     BothRef,
@@ -24,7 +24,6 @@ from nearfield.data.images import (
     WebDatasetReader,
     item_of,
 )
-from nearfield.data.readers import Row
 from nearfield.errors import BadInputError
 from nearfield.methods import openclipart
 from nearfield.methods.openclipart import OpenClipartReader, title_and_tags

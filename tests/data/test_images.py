@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from nearfield.data import Store, build_data
+from nearfield.data import DataSummary, Store, build_data
 from nearfield.data.build import data_fingerprint
 from nearfield.data.config import ImagesConfig
 from nearfield.data.images import ImageError, ImageRef, decode, encode, open_kept
 from nearfield.data.items import item_id
-from nearfield.data.store import DataSummary
 from nearfield.errors import BadInputError
 from tests.data.image_making import chunk, noise, png_header, saved
 from tests.data.making import config, source, write_rows

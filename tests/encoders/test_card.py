@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from nearfield.encoders import EncoderConfig, PromptConfig
 from nearfield.encoders.card import model_card, origin_of, usage
-from nearfield.encoders.config import EncoderConfig, PromptConfig, RolePrompts
+from nearfield.encoders.config import RolePrompts
 from nearfield.encoders.prompts import BasePrompts, PromptContract, make_contract
 
 BASE = ("org/base", "abc")

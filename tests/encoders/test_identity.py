@@ -18,7 +18,7 @@ from nearfield.encoders import LoadedEncoder, identity, load_encoder
 from nearfield.encoders.identity import model_fingerprint
 from nearfield.encoders.load import save_encoder
 from nearfield.encoders.source import locate
-from nearfield.evaluation.runner import open_model
+from nearfield.evaluation import open_model
 
 from .tiny import tiny_encoder
 
@@ -327,7 +327,7 @@ def test_vectors_are_not_taken_from_a_model_of_another_configuration(saved: Path
 
 
 def test_a_base_counts_in_what_stands_on_it(tmp_path: Path) -> None:
-    from nearfield.encoders.config import EncoderConfig
+    from nearfield.encoders import EncoderConfig
     from nearfield.encoders.load import build_encoder
 
     base = tmp_path / "base"

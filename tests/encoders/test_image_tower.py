@@ -17,9 +17,10 @@ from transformers import AutoModel, CLIPModel, SiglipVisionConfig
 from nearfield.conformance.cases import TINY_VISION
 from nearfield.conformance.tiny_models import save_tiny_bert, save_tiny_clip
 from nearfield.data.tokens import IMAGE
-from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
+from nearfield.encoders import EncoderConfig, load_encoder
+from nearfield.encoders.config import ImageTowerConfig
 from nearfield.encoders.images import image_features, image_tokens, takes_images
-from nearfield.encoders.load import build_encoder, build_tokenizer, load_encoder, save_encoder
+from nearfield.encoders.load import build_encoder, build_tokenizer, save_encoder
 from nearfield.errors import BadInputError
 
 TEXTS = ["word1 word2", "word3", "word5 word6 word7"]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from nearfield.data.config import Prompts
-from nearfield.encoders.config import PromptConfig, RolePrompts
+from nearfield.encoders import PromptConfig
+from nearfield.encoders.config import RolePrompts
 from nearfield.encoders.prompts import BasePrompts, PromptContract, add_examples, base_prompts, make_contract
 from nearfield.errors import BadInputError
 from nearfield.files import read_json, write_json

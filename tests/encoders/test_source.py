@@ -13,7 +13,7 @@ from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders.encode import Encoder
 from nearfield.encoders.load import build_encoder
 from nearfield.errors import BadInputError
-from nearfield.evaluation.runner import open_model
+from nearfield.evaluation import open_model
 
 FAMILIES = {
     "splade": "sparse",

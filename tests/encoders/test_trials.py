@@ -28,8 +28,8 @@ from nearfield.encoders.packing import Features, Padding, Tokens, embed, packed_
 from nearfield.encoders.tokenize import token_ids
 from nearfield.encoders.trials import packing_kind
 from nearfield.errors import BadInputError
+from nearfield.evaluation import open_model
 from nearfield.evaluation.encoder import TaskEncoder
-from nearfield.evaluation.runner import open_model
 from nearfield.mining.config import BM25Teacher, CrossEncoderTeacher
 from nearfield.mining.teachers import CrossEncoderScorer
 from tests.encoders.tiny import DECODERS, draw_rows, save_tiny

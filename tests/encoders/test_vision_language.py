@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 from nearfield.conformance.cases import Case, difference
 from nearfield.conformance.tiny_models import VISION_LANGUAGE, save_tiny_vlm
-from nearfield.encoders.config import EncoderConfig
+from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders.identity import model_fingerprint
 from nearfield.encoders.images import (
     FAMILIES,
@@ -27,13 +27,13 @@ from nearfield.encoders.images import (
     row_features,
     row_ids,
 )
-from nearfield.encoders.load import build_encoder, load_encoder, save_encoder
+from nearfield.encoders.load import build_encoder, save_encoder
 from nearfield.encoders.packing import embed
 from nearfield.encoders.tokenize import prompt_tokens, token_ids
 from nearfield.encoders.trials import packing_kind, unused_parameters
 from nearfield.errors import BadInputError
 from nearfield.methods.carol import CAROLConfig
-from nearfield.objectives.config import InfoNCEConfig
+from nearfield.objectives import InfoNCEConfig
 from nearfield.training.chunks import Cut
 from nearfield.training.launch import Launch
 

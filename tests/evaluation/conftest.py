@@ -227,7 +227,8 @@ def picture_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A loaded model with a tower of texts (whole words) and one of pictures."""
     from nearfield.conformance.cases import TINY_VISION
     from nearfield.conformance.tiny_models import save_tiny_bert
-    from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
+    from nearfield.encoders import EncoderConfig
+    from nearfield.encoders.config import ImageTowerConfig
     from nearfield.encoders.load import build_encoder
 
     text = save_tiny_bert(tmp_path_factory.mktemp("text") / "model", hidden=16)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation import compare, evaluate, label_results
-from nearfield.evaluation.comparison import ModelComparison
+from nearfield.evaluation import ModelComparison, compare, evaluate, label_results
 from nearfield.evaluation.results import find_results, read_units
 from tests.evaluation.made import write_result
 

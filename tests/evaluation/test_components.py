@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nearfield.evaluation import evaluate
-from nearfield.evaluation.comparison import compare, compare_published
+from nearfield.evaluation import compare, evaluate
+from nearfield.evaluation.comparison import compare_published
 from nearfield.evaluation.hub import scores_section
 from nearfield.evaluation.leaderboard import leaderboard
 from nearfield.evaluation.results import read_scores

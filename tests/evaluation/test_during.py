@@ -11,10 +11,9 @@ import pytest
 
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
-from nearfield.evaluation.config import FolderTasks, SuiteConfig
+from nearfield.evaluation import FolderTasks, SuiteConfig, evaluate
 from nearfield.evaluation.contract import TrainedPrompts
 from nearfield.evaluation.during import DuringTraining
-from nearfield.evaluation.runner import evaluate
 
 PROMPTS = {"query": "q: ", "document": "d: ", "STS": "same: "}
 LISTED = {"query": ["q: ", "same: ", ""], "document": ["d: "]}

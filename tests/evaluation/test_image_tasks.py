@@ -13,11 +13,11 @@ from sentence_transformers import SentenceTransformer
 from nearfield.conformance.cases import TINY_VISION
 from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.data import Store, build_data
-from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
-from nearfield.encoders.load import LoadedEncoder, build_encoder
+from nearfield.encoders import EncoderConfig, LoadedEncoder
+from nearfield.encoders.config import ImageTowerConfig
+from nearfield.encoders.load import build_encoder
 from nearfield.errors import BadInputError
-from nearfield.evaluation import EvaluationResult, HeldOutTask, SuiteConfig, evaluate
-from nearfield.evaluation.config import FolderTasks
+from nearfield.evaluation import EvaluationResult, FolderTasks, HeldOutTask, SuiteConfig, evaluate
 from nearfield.evaluation.encoder import TaskEncoder
 from nearfield.evaluation.heldout import heldout_task
 from nearfield.evaluation.results import read_units

@@ -13,8 +13,9 @@ from sentence_transformers import SentenceTransformer
 
 from nearfield.conformance.cases import TINY_VISION
 from nearfield.conformance.tiny_models import save_tiny_bert
-from nearfield.encoders.config import EncoderConfig, ImageTowerConfig
-from nearfield.encoders.load import LoadedEncoder, build_encoder
+from nearfield.encoders import EncoderConfig, LoadedEncoder
+from nearfield.encoders.config import ImageTowerConfig
+from nearfield.encoders.load import build_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import SuiteConfig, evaluate
 from nearfield.evaluation.config import MmebTask

@@ -13,9 +13,7 @@ from mteb.mocks import MOCK_MIEB_TASK_GRID, MOCK_TASK_TEST_GRID
 from mteb.models import SentenceTransformerEncoderWrapper
 
 from nearfield.encoders import LoadedEncoder, load_encoder
-from nearfield.evaluation import SuiteConfig, runner
-from nearfield.evaluation.comparison import compare, label_results
-from nearfield.evaluation.config import FolderTasks
+from nearfield.evaluation import FolderTasks, SuiteConfig, compare, label_results, runner
 from nearfield.evaluation.scoring import mean_over_splits, scores_by_split
 from nearfield.evaluation.tasks import SuiteTask
 

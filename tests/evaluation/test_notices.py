@@ -14,8 +14,7 @@ from mteb.results import TaskResult
 
 from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.errors import BadInputError, Notice, from_file, in_file, listening, refuse, say
-from nearfield.evaluation import compare, evaluate, label_results, runner, scoring
-from nearfield.evaluation.comparison import ModelComparison
+from nearfield.evaluation import ModelComparison, compare, evaluate, label_results, runner, scoring
 from nearfield.evaluation.during import DuringTraining
 from nearfield.evaluation.hub import scores_section
 from nearfield.evaluation.leaderboard import leaderboard

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation import SuiteConfig
-from nearfield.evaluation.config import MtebTasks, open_suite
+from nearfield.evaluation import MtebTasks, SuiteConfig
+from nearfield.evaluation.config import open_suite
 
 SUITES = Path(__file__).parents[2] / "eval" / "suites"
 

@@ -8,7 +8,8 @@ import pytest
 
 from nearfield.data.decontaminate import BenchmarkText
 from nearfield.errors import BadInputError
-from nearfield.evaluation.config import FolderTasks, SuiteConfig, open_suite
+from nearfield.evaluation import FolderTasks, SuiteConfig
+from nearfield.evaluation.config import open_suite
 from nearfield.evaluation.tasks import TYPES, describe_task, make_task
 from nearfield.evaluation.texts import benchmark_tasks, task_texts
 

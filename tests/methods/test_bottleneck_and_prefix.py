@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 
-from nearfield.encoders import EncoderConfig, load_encoder
-from nearfield.encoders.adapters import activate, load_adapters, lora_targets, merge_adapter, using
+from nearfield.encoders import EncoderConfig, activate, load_adapters, load_encoder, using
+from nearfield.encoders.adapters import lora_targets, merge_adapter
 from nearfield.encoders.load import build_encoder, save_encoder
 from nearfield.encoders.packing import embed, packed_features, padded_features
 from nearfield.encoders.source import folder_revision, weights_hash

@@ -20,8 +20,7 @@ from nearfield.methods.hiprbert import HiPrBERT, HiPrBERTConfig, Tree
 from nearfield.methods.mcse import MCSE, MCSEConfig
 from nearfield.methods.sbcl import SBCL, SBCLConfig, split_classes, subclass_counts
 from nearfield.methods.simlap import SimLAP, SimLAPConfig, gated_cosine
-from nearfield.objectives import InfoNCEConfig
-from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.objectives import ContrastiveBatch, InfoNCEConfig
 from nearfield.objectives.config import Surroundings
 from nearfield.objectives.diagnostics import class_scatter, effective_rank, probe_accuracy
 from nearfield.training.engine import delete_tokens

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from nearfield.errors import BadInputError
 from nearfield.methods.masked_tokens import MaskedTokensConfig, TokenLosses
-from nearfield.objectives import ObjectiveConfig
-from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.config import CombinedConfig, Reading, SimCSEConfig
+from nearfield.objectives import CombinedConfig, ContrastiveBatch, ObjectiveConfig
+from nearfield.objectives.config import Reading, SimCSEConfig
 
 PARSE = TypeAdapter(ObjectiveConfig).validate_python
 

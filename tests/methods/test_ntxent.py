@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from nearfield.methods.ntxent import NTXent
-from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.objectives import ContrastiveBatch
 from tests.objectives.test_losses import make
 
 

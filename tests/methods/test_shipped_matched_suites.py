@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from nearfield.data import DataConfig
-from nearfield.evaluation import SuiteConfig
-from nearfield.evaluation.config import HeldOutTask
+from nearfield.evaluation import HeldOutTask, SuiteConfig
 from tests.cli.command import run
 
 ROOT = Path(__file__).parents[2]

@@ -15,8 +15,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from nearfield.data import DataConfig, Store, build_data
-from nearfield.data.store import DataSummary
+from nearfield.data import DataConfig, DataSummary, Store, build_data
 from nearfield.methods.wordnet import FOLDER, EmbeddedReader, lemma_rows, read_synsets
 from tests.patience import PATIENCE
 

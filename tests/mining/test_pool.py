@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nearfield.arrays import Ragged
-from nearfield.data.store import Store
+from nearfield.data import Store
 from nearfield.errors import BadInputError
 from nearfield.mining import config as kinds
 from nearfield.mining.negatives import (

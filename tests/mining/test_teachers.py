@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Router, St
 
 from nearfield.arrays import Ragged
 from nearfield.conformance.tiny_models import WORDS
-from nearfield.data.store import Store
+from nearfield.data import Store
 from nearfield.data.vectors import VectorFile, read_vectors
 from nearfield.encoders.encode import Encoder
 from nearfield.errors import BadInputError

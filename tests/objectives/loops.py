@@ -6,9 +6,8 @@ import math
 
 import numpy as np
 
-from nearfield.objectives import InfoNCEConfig
+from nearfield.objectives import ContrastiveBatch, InfoNCEConfig
 from nearfield.objectives.config import ScoreMaskConfig
-from nearfield.objectives.infonce import ContrastiveBatch
 from tests.objectives.options import SOURCES
 
 Vector = np.ndarray[tuple[int, ...], np.dtype[np.float64]]

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from nearfield.objectives import InfoNCEConfig
-from nearfield.objectives.batch import ContrastiveBatch, Queued
+from nearfield.objectives import ContrastiveBatch, InfoNCEConfig
+from nearfield.objectives.batch import Queued
 
 DIM = 12
 SOURCES = {0: "a", 1: "b", 3: "c"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nearfield.conformance.cases import OBJECTIVES
-from nearfield.objectives.batch import ContrastiveBatch, Objective
+from nearfield.objectives import ContrastiveBatch, Objective
 from nearfield.objectives.config import Surroundings
 from nearfield.objectives.diagnostics import similarities, watch
 from nearfield.training.chunks import split_rows

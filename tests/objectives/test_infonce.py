@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nearfield.objectives import InfoNCEConfig
-from nearfield.objectives.infonce import ContrastiveBatch, InfoNCE
+from nearfield.objectives import ContrastiveBatch, InfoNCEConfig
+from nearfield.objectives.infonce import InfoNCE
 
 
 def make_batch(

@@ -15,8 +15,7 @@ from torch.nn.functional import normalize
 
 from nearfield.errors import BadInputError
 from nearfield.methods.unicom import Unicom
-from nearfield.objectives import ObjectiveConfig, blocks
-from nearfield.objectives.batch import ContrastiveBatch, Objective
+from nearfield.objectives import ContrastiveBatch, Objective, ObjectiveConfig, blocks
 from nearfield.objectives.config import Surroundings
 
 DIM, GUIDE = 8, 5

@@ -14,10 +14,10 @@ from sentence_transformers.sentence_transformer.losses import GlobalOrthogonalRe
 from torch import Tensor
 
 from nearfield.errors import BadInputError
-from nearfield.objectives import InfoNCEConfig
+from nearfield.objectives import ContrastiveBatch, InfoNCEConfig
 from nearfield.objectives.blocks import limits
 from nearfield.objectives.config import FocalConfig, ScoreMaskConfig, SpreadConfig
-from nearfield.objectives.infonce import ContrastiveBatch, InfoNCE, spread
+from nearfield.objectives.infonce import InfoNCE, spread
 from nearfield.objectives.statistics import focal_weight
 from tests.objectives.loops import row_losses
 from tests.objectives.options import DIM, SOURCES, configs, random_batch

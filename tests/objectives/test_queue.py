@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nearfield.objectives import InfoNCEConfig
-from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.objectives import ContrastiveBatch, InfoNCEConfig
 from nearfield.objectives.queue import MemoryQueue
 from tests.objectives.options import random_batch
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nearfield.errors import BadInputError
-from nearfield.objectives import InfoNCEConfig
-from nearfield.objectives.batch import ContrastiveBatch, LossSum, Ring
+from nearfield.objectives import ContrastiveBatch, InfoNCEConfig, LossSum
+from nearfield.objectives.batch import Ring
 from nearfield.objectives.config import SpreadConfig
 from tests.objectives.options import configs, random_batch
 from tests.objectives.test_statistics import build

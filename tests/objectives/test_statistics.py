@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nearfield.objectives import InfoNCEConfig
-from nearfield.objectives.infonce import ContrastiveBatch, InfoNCE
+from nearfield.objectives import ContrastiveBatch, InfoNCEConfig
+from nearfield.objectives.infonce import InfoNCE
 from tests.objectives.options import SOURCES, configs, random_batch
 
 

@@ -15,14 +15,14 @@ from mteb.types import PromptType
 from torch.nn import functional
 
 from nearfield.batching.plan import Plan
-from nearfield.data.store import Store
+from nearfield.data import Store
 from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders.encode import Encoder
 from nearfield.encoders.load import build_encoder
 from nearfield.encoders.prompts import BasePrompts, base_prompts
 from nearfield.encoders.source import stated_similarity, stored_dtype
 from nearfield.evaluation.encoder import TaskEncoder
-from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.objectives import ContrastiveBatch
 from nearfield.objectives.config import SIMILARITIES, CoSENTConfig, TripletConfig
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.stages import Stages
@@ -170,7 +170,7 @@ def test_stages_take_what_the_first_base_says(tmp_path: Path, tiny_model: Path, 
 def test_every_objective_says_how_it_compares() -> None:
     from pydantic import TypeAdapter
 
-    from nearfield.objectives.config import ObjectiveConfig
+    from nearfield.objectives import ObjectiveConfig
     from tests.objectives.test_losses import SETTINGS
 
     for name, values in SETTINGS.items():

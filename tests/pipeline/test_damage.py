@@ -18,7 +18,7 @@ from nearfield import files
 from nearfield.batching.plan import Plan
 from nearfield.cli.app import app
 from nearfield.conformance.tiny_models import save_tiny_bert
-from nearfield.data.store import Store
+from nearfield.data import Store
 from nearfield.data.tokens import TokenCache
 from nearfield.data.vectors import ItemVectors
 from nearfield.errors import BadInputError

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nearfield.data import prepare_store
-from nearfield.data.store import Store
-from nearfield.objectives.infonce import ContrastiveBatch, InfoNCE
+from nearfield.data import Store, prepare_store
+from nearfield.objectives import ContrastiveBatch
+from nearfield.objectives.infonce import InfoNCE
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.dry_run import dry_run
 from tests.pipeline.fingerprints import fingerprints

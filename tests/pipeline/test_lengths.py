@@ -88,7 +88,7 @@ def test_cuts_are_counted_as_the_tokenizer_counts(short_run: Path, tiny_model: P
     from transformers import AutoTokenizer
 
     stages = Stages.of(open_run(short_run / "toy.yaml", (), short_run / "run"))
-    from nearfield.data.store import Store
+    from nearfield.data import Store
 
     store, cache = Store.open(stages.data.output), TokenCache(stages.tokens.output)
     texts = [text for table in cache.tables for text in store.texts(table.rows)]
@@ -147,8 +147,7 @@ def test_fingerprints_follow_what_is_read(toy_recipe: Path, tmp_path: Path) -> N
 def test_an_evaluation_counts_what_the_model_does_not_read(tiny_model: Path, toy_data: Path, tmp_path: Path) -> None:
     """The same with all vectors from the cache."""
     from nearfield.encoders import load_encoder
-    from nearfield.evaluation import evaluate, open_model
-    from nearfield.evaluation.config import SuiteConfig
+    from nearfield.evaluation import SuiteConfig, evaluate, open_model
 
     tasks = [{"kind": "heldout", "name": "Toy", "data": str(toy_data), "source": "pairs", "split": "test"}]
     suite = SuiteConfig.model_validate({"name": "s", "tasks": tasks})
@@ -187,7 +186,8 @@ def test_lengths_equal_a_loop(tiny_model: Path, prompt: str) -> None:
 
 def test_a_long_base_is_said_with_what_its_evaluation_takes(tiny_model: Path, toy_data: Path) -> None:
     from nearfield.encoders import load_encoder
-    from nearfield.evaluation.config import SuiteConfig, open_suite
+    from nearfield.evaluation import SuiteConfig
+    from nearfield.evaluation.config import open_suite
 
     tasks = [{"kind": "heldout", "name": "Toy", "data": str(toy_data), "source": "pairs", "split": "test"}]
     suite = open_suite(SuiteConfig.model_validate({"name": "s", "tasks": tasks}))

@@ -12,7 +12,8 @@ import mteb
 import pytest
 
 import nearfield
-from nearfield.encoders.load import LoadedEncoder, build_encoder
+from nearfield.encoders import LoadedEncoder
+from nearfield.encoders.load import build_encoder
 from nearfield.errors import BadInputError, Notice
 from nearfield.pipeline import open_run, status, training
 from tests.cli.command import run

@@ -10,11 +10,10 @@ import pytest
 import yaml
 
 from nearfield.batching.plan import Plan
-from nearfield.data.store import Store
+from nearfield.data import Store
 from nearfield.data.tokens import TokenCache
 from nearfield.errors import BadInputError
-from nearfield.pipeline import open_run, run_stages
-from nearfield.pipeline.run import Run
+from nearfield.pipeline import Run, open_run, run_stages
 
 
 def recipe(folder: Path, model: Path, prompts: dict[str, object], run_prompts: dict[str, object] | None = None) -> Run:

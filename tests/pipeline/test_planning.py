@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nearfield.batching import SingleSourceConfig
-from nearfield.batching.config import KMeansStrataConfig
+from nearfield.batching import KMeansStrataConfig, SingleSourceConfig
 from nearfield.batching.plan import Plan
-from nearfield.data import prepare_store
-from nearfield.data.store import Store
+from nearfield.data import Store, prepare_store
 from nearfield.files import hash_file, read_json
 from nearfield.pipeline.mining import items_by_role
 from nearfield.pipeline.planning import PlanInputs, read_examples, write_plans

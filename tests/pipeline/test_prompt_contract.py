@@ -25,17 +25,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from nearfield.batching.plan import Plan
-from nearfield.data.store import Store
+from nearfield.data import Store
 from nearfield.data.tokens import TokenCache
 from nearfield.encoders.prompts import TYPES_WITH_ROLES, has_roles
 from nearfield.errors import BadInputError
-from nearfield.evaluation import evaluate, runner
+from nearfield.evaluation import evaluate, open_model, runner
 from nearfield.evaluation.contract import roles_of
-from nearfield.evaluation.runner import open_model
 from nearfield.evaluation.tasks import SuiteTask
-from nearfield.pipeline import open_run, run_stages
+from nearfield.pipeline import Run, open_run, run_stages
 from nearfield.pipeline.dry_run import dry_run
-from nearfield.pipeline.run import Run
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "pairs": {"kind": "retrieval", "query": "first", "positives": "second"},

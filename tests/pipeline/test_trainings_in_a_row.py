@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from nearfield.errors import BadInputError, StoppedError
-from nearfield.objectives.batch import LossSum
+from nearfield.objectives import LossSum
 from nearfield.pipeline import open_run, run_stages, status
 from nearfield.pipeline.dry_run import dry_run
 from nearfield.recipe import load_recipe, stage_recipes

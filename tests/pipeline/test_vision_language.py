@@ -15,8 +15,8 @@ from sentence_transformers import SentenceTransformer
 
 from nearfield.conformance.tiny_models import save_tiny_vlm
 from nearfield.data import Store
+from nearfield.encoders import load_encoder
 from nearfield.encoders.encode import Encoder
-from nearfield.encoders.load import load_encoder
 from nearfield.errors import BadInputError
 from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages

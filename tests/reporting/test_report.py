@@ -331,7 +331,7 @@ def test_bad_arguments(tmp_path: Path, run: Path) -> None:
 
 def test_write_run_is_whole(tmp_path: Path) -> None:
     """The store of the fixture opens as the data part opens it, and knows its positives."""
-    from nearfield.data.store import Store
+    from nearfield.data import Store
 
     run = write_run(tmp_path)
     store = Store.open(store_of(run))

@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from nearfield.arrays import Rows
 from nearfield.conformance.cases import OBJECTIVES
-from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings, Surroundings
+from nearfield.objectives import InfoNCEConfig, ObjectiveSettings
+from nearfield.objectives.config import Surroundings
 from nearfield.objectives.diagnostics import watch
 from nearfield.objectives.infonce import can_ring
 from nearfield.training.chunks import TextPool

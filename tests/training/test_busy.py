@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from nearfield.conformance.cases import Case
-from nearfield.objectives.config import InfoNCEConfig
+from nearfield.objectives import InfoNCEConfig
+from nearfield.training import TrainingConfig
 from nearfield.training.chunks import Cut, TextPool
-from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import Engine
 from nearfield.training.forecast import Load, busy_share, measure_loads, say_busy, tell_busy
 from nearfield.training.launch import Launch

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nearfield.errors import Notice
-from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.objectives import ContrastiveBatch
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training import trainer
 from nearfield.training.diagnostics import ZeroVectors

@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nearfield.errors import BadInputError
-from nearfield.objectives import InfoNCEConfig
-from nearfield.objectives.batch import Objective
+from nearfield.objectives import InfoNCEConfig, Objective
+from nearfield.training import TrainingConfig
 from nearfield.training.chunks import TextPool, split_rows
-from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import check_ring, open_queue
 from nearfield.training.exchange import Passed, Shares, contrastive_batch, part_of
 

@@ -15,12 +15,11 @@ import torch
 import nearfield
 from nearfield.conformance.cases import Case
 from nearfield.files import read_json
-from nearfield.objectives.config import InfoNCEConfig
+from nearfield.objectives import InfoNCEConfig
 from nearfield.pipeline import open_run, run_stages
+from nearfield.training import TrainingConfig, trainer
 from nearfield.training import forecast as forecasting
-from nearfield.training import trainer
 from nearfield.training.chunks import Cut
-from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import Engine
 from nearfield.training.forecast import (
     FILE,

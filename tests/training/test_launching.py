@@ -310,7 +310,7 @@ def test_adapters_are_in_float32(told: Told, folder: Path, backend: str, precisi
 def test_an_adapter_in_another_type_than_its_base_cannot_be_sharded(folder: Path) -> None:
     """Refused before anything is built, by one process too: it need not be tried on many."""
     from nearfield.errors import BadInputError
-    from nearfield.training.config import TrainingConfig
+    from nearfield.training import TrainingConfig
     from nearfield.training.engine import check_can_train
     from nearfield.training.launch import Launch
 

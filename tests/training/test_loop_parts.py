@@ -13,9 +13,8 @@ import torch
 from nearfield.arrays import Rows
 from nearfield.batching.plan import Batch
 from nearfield.errors import BadInputError, NonFiniteError
-from nearfield.objectives import diagnostics
+from nearfield.objectives import ContrastiveBatch, LossSum, diagnostics
 from nearfield.objectives.diagnostics import similarities
-from nearfield.objectives.infonce import ContrastiveBatch, LossSum
 from nearfield.training import TrainingConfig
 from nearfield.training.chunks import TextPool, TrainingData
 from nearfield.training.config import AdamWConfig

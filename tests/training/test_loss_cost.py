@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from nearfield.batching.plan import Batch
-from nearfield.objectives import InfoNCEConfig
-from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
+from nearfield.objectives import ContrastiveBatch, InfoNCEConfig, LossSum, Objective
 from nearfield.training import memory
 from nearfield.training.chunks import TrainingData
 from nearfield.training.engine import Engine

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from nearfield.conformance.cases import Case
-from nearfield.objectives.config import InfoNCEConfig
-from nearfield.training import memory
+from nearfield.objectives import InfoNCEConfig
+from nearfield.training import TrainingConfig, memory
 from nearfield.training.chunks import Cut
-from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import Engine
 from nearfield.training.launch import Launch
 from nearfield.training.memory import (

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from nearfield.arrays import Ragged, Rows
 from nearfield.data.tokens import TokenCache, TokenTable
 from nearfield.encoders.packing import Features
-from nearfield.objectives import InfoNCEConfig
-from nearfield.objectives.batch import Objective
-from nearfield.objectives.infonce import ContrastiveBatch, LossSum
+from nearfield.objectives import ContrastiveBatch, InfoNCEConfig, LossSum, Objective
 from nearfield.training import step as module
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.chunks import Cut, TextPool, TrainingData

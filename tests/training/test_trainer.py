@@ -16,8 +16,8 @@ import torch
 
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, NonFiniteError
+from nearfield.objectives import ContrastiveBatch
 from nearfield.objectives.diagnostics import similarities
-from nearfield.objectives.infonce import ContrastiveBatch
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training import TrainingConfig
 from nearfield.training import step as step_module
@@ -45,7 +45,7 @@ def test_the_loop_is_adamw_on_the_mean_loss(toy_recipe: Path, tmp_path: Path, ti
     from safetensors.torch import load_file
 
     from nearfield.batching.plan import Plan
-    from nearfield.data.store import Store
+    from nearfield.data import Store
     from nearfield.objectives import InfoNCEConfig
 
     run = tmp_path / "runs" / "toy"
