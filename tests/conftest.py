@@ -62,7 +62,7 @@ def _restore_process() -> Iterator[None]:
 
 
 PROFILES: dict[str, Any] = {}
-"""What the trainings of a process measured of memory and time before their first step, by what they train."""
+"""The memory and time that the trainings of a process measured before their first step, by what they train."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Which files of the library a piece of work enters: those of which a function is called."""
+"""The files of the library that a piece of work enters: those of which a function is called."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 def entered() -> Iterator[list[str]]:
     """The files below ``nearfield`` that are entered inside, in the order of their first call.
 
-    What runs while a module is imported (a decorator, a table that is made) is no entry: nobody has to read it to follow
+    Code that runs while a module is imported (a decorator, a table that is made) is no entry: nobody has to read it to follow
     the work.
     """
     found: list[str] = []

@@ -106,7 +106,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 def call(python: str, *arguments: str | Path) -> str:
-    """What a command says, standard error too."""
+    """The output of a command, standard error too."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [python, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(python).parent)

@@ -1,4 +1,4 @@
-"""What two plans have in common, against plain loops over sets."""
+"""The common part of two plans, against plain loops over sets."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ def refusal(path: Path) -> BadInputError:
 
 
 def test_words_of_the_refusals(tmp_path: Path, path: Path) -> None:
-    """What is wrong and what to do, each kind in its own words."""
+    """Each kind of damage is named in its own words, with what to do."""
     missing = refusal(tmp_path / "none.parquet")
     assert missing.what == "this plan does not exist"
     assert missing.hint == "Run `nearfield plan RECIPE`."

@@ -61,7 +61,7 @@ def test_no_name_of_a_source_makes_two_random_streams_alike(monkeypatch: pytest.
     for epoch in (0, 1):
         for generation in (0, 1):
             config.build().plan(sources, 0, epoch, generation=generation)
-    # What mixes the streams draws the same rows' items by the same names: of these each is used twice.
+    # Batches that mix the streams draw the same rows' items by the same names: of these each is used twice.
     assert len(used) > 50
     assert max(used.count(one) for one in set(used)) <= 2
     pure = used.copy()

@@ -1,4 +1,4 @@
-"""Which positives and negatives are used in an epoch."""
+"""The positives and negatives that an epoch uses."""
 
 from __future__ import annotations
 

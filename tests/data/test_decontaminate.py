@@ -95,7 +95,7 @@ def test_intervals_are_those_of_wilson() -> None:
     assert FIGURES.wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
 
 
-# What is reported.
+# The report.
 
 
 def test_sides_kinds_and_removals(tmp_path: Path) -> None:

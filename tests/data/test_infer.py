@@ -1,4 +1,4 @@
-"""What columns mean, by name and by content."""
+"""The meaning of columns, guessed by name and by content."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ class InChunks:
                 raise KeyboardInterrupt
             self.now += 8
             self.made.append([role, *rows[places].tolist()])
-            # What an item becomes depends on its chunk.
+            # An item's vector depends on its chunk.
             yield places, encode(role, rows[places]) + rows[places].sum() / 1e3
 
 
@@ -148,7 +148,7 @@ class InChunks:
 def test_a_kill_loses_seconds_of_a_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: int, killed: bool
 ) -> None:
-    """What goes on is encoded to the bit as at once, wherever the build ends; a kill lets no last words be written."""
+    """A build that goes on makes the same bits as one in a single go, wherever it ended; a killed one writes nothing more."""
     whole = InChunks(monkeypatch)
     once = VectorJob(WANTED, whole, tmp_path / "once", "p", shard=30).run()
     stopped = InChunks(monkeypatch, stops)

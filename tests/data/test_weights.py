@@ -1,4 +1,4 @@
-"""What examples count: a column of the data."""
+"""Weights of examples: a column of the data."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_a_local_base_is_named_in_the_text_alone() -> None:
 def test_the_snippet_names_a_prompt_where_plain_methods_would_put_another() -> None:
     one = {"a": ("Retrieval", {"query": "q: ", "document": "d: "})}
     assert "\n".join(usage(contract_of(one))) == USED
-    # What the recipe states for other tasks is what plain methods put.
+    # Plain methods use what the recipe states for other tasks.
     other = usage(contract_of(one, fallback=RolePrompts(query="")))
     assert other[0] == 'queries = model.encode_query(["a query"], prompt_name="Retrieval-query")'
     assert other[1] == 'documents = model.encode_document(["a document"])'

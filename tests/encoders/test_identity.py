@@ -37,7 +37,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def key(folder: Path | LoadedEncoder) -> str:
-    """What vectors are kept under."""
+    """The key under which vectors are kept."""
     model = folder if isinstance(folder, LoadedEncoder) else str(folder)
     return open_model(model).computes
 

@@ -206,7 +206,7 @@ def plain_varlen(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """What torch documents of its kernel: (tokens, heads, d), a window of so many keys to the left and right, -1 for all."""
+    """The kernel as torch documents it: (tokens, heads, d), a window of so many keys to the left and right, -1 for all."""
     assert query.dtype == torch.bfloat16
     assert torch.equal(bounds, key_bounds)
     assert longest == longest_key == int(bounds.diff().max())

@@ -1,4 +1,4 @@
-"""Which tokens are hidden: shares, what is never hidden, and a function of the text's numbers alone.
+"""Hidden tokens: their shares, the tokens that are never hidden, and that they depend on the text's numbers alone.
 
 Losses on tokens: against transformers' own language models, and against plain loops.
 """

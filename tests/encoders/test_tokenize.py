@@ -154,7 +154,7 @@ def test_no_word_is_left_out_of_pooling(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", JOIN)
 def test_the_space_of_a_prompt_was_counted(family: str, tmp_path: Path) -> None:
-    """What sentence-transformers does by itself: a loaded model says so, and keeps its numbers."""
+    """sentence-transformers counts it by itself; a loaded model says so, and keeps its numbers."""
     from sentence_transformers import SentenceTransformer
 
     model = build_encoder(EncoderConfig(model=str(save_model(tmp_path / "base", family)), pooling="mean"), "cpu").model

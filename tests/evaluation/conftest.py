@@ -172,7 +172,7 @@ def _offline() -> None:
 
 
 FEWER = {"AbsTaskClustering": ("max_documents_per_cluster", 512), "AbsTaskClassification": ("n_experiments", 3)}
-"""What mteb's classes draw, and how much of it is enough to compare a score with another: 10 times 16,384 take seconds."""
+"""The draws of mteb's classes, and how many are enough to compare a score with another: 10 times 16,384 take seconds."""
 
 
 @pytest.fixture(scope="session", autouse=True)

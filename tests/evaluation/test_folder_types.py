@@ -136,7 +136,7 @@ DATA: dict[str, tuple[dict[str, Columns], dict[str, Any]]] = {
     ),
 }
 META = {"ZeroShotClassification": {"candidate_labels": LABELS}, "Summarization": {"min_score": 0, "max_score": 5}}
-"""What the folder's description states beside task, type, split and subsets."""
+"""The statements of the folder's description beside task, type, split and subsets."""
 
 
 def write(folder: Path, task_type: str, **more: Any) -> Path:

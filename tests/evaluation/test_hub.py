@@ -15,7 +15,7 @@ from tests.evaluation.made import write_result
 
 
 class Remembers:
-    """What was asked for."""
+    """The requests that were made."""
 
     def __init__(self) -> None:
         self.made: list[tuple[str, bool]] = []

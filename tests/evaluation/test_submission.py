@@ -58,7 +58,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def report(tasks: tuple[TaskContamination, ...]) -> list[str]:
-    """What a model card says of the comparison with these tasks."""
+    """A model card's sentences on the comparison with these tasks."""
     made = ContaminationReport(
         "d",
         "a suite (all)",

@@ -28,7 +28,7 @@ def objective(**settings: Any) -> InfoNCE:
 
 
 class Cells:
-    """What a mask of a batch leaves out, cell by cell."""
+    """The cells of a batch that a mask leaves out, one by one."""
 
     def __init__(self, batch: Any, config: InfoNCEConfig) -> None:
         self.batch, self.config = batch, config

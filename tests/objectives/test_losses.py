@@ -115,7 +115,7 @@ WIDTHS = Surroundings(width=DIM, guide_width=GUIDE, labels=9, label_names=NAMES,
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_shares_of_the_rows_add_up_to_the_whole(name: str) -> None:
-    """What ranks do: each its rows against all columns; the sums of losses and gradients are those of one process."""
+    """Ranks each take their rows against all columns; the sums of losses and gradients are those of one process."""
     objective, batch = build(WIDTHS, **SETTINGS[name]), make(7)
     whole = mean(objective, batch)
     parts = [mean(objective, replace(batch, rows=torch.arange(*ends))) for ends in ((0, 3), (3, 3), (3, 7))]

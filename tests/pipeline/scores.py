@@ -1,4 +1,4 @@
-"""What a run's evaluation found."""
+"""The scores that a run's evaluation wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a base folder says of its vectors and files holds in training: truncation, similarity, norm, prompts, stored type."""
+"""A base folder's statements about its vectors and files hold in training: truncation, similarity, norm, prompts, stored type."""
 
 from __future__ import annotations
 

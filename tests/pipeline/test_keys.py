@@ -1,4 +1,4 @@
-"""What the artifacts of the shared cache and results that are taken up again are known by: all that changes their bytes."""
+"""The keys of artifacts in the shared cache, and of results that are taken up again: all that changes their bytes is in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training reads of a text and what the model reads are two settings, and every cut is said."""
+"""The length that training reads of a text and the length that the model reads are two settings, and every cut is said."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user must know of a training is said in the log, the manifest, the report and the card, or ends a strict run."""
+"""Notices that a user of a training must see are in the log, the manifest, the report and the card, or end a strict run."""
 
 from __future__ import annotations
 

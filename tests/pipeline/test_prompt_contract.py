@@ -1,4 +1,4 @@
-"""What training puts before texts is what mteb puts there, with the saved model and nothing else: for every task of the benchmarks."""
+"""Training puts before texts what mteb puts there, with the saved model and nothing else: for every task of the benchmarks."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def test_types_with_roles_are_those_that_mteb_asks_for_queries_and_documents() -
 
 
 def snippet(folder: Path) -> dict[str, Any]:
-    """What the lines of Python in a model's card leave behind, run as they stand there."""
+    """The variables that the lines of Python in a model's card leave behind, run as they stand there."""
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert code is not None
     found: dict[str, Any] = {}
@@ -326,7 +326,7 @@ def test_what_cannot_be_is_refused_before_training(tmp_path: Path, tiny_model: P
         write(tmp_path, tiny_model, sources)
     run = write(tmp_path, tiny_model, sources, {"fallback": {"query": "word1 "}})
     run_stages(run, "plan")
-    # What the base brings is known where it is opened.
+    # The base's own prompts are known where it is opened.
     base = prompted(tiny_model, tmp_path / "base", {"Retrieval-query": "word3 "})
     with pytest.raises(BadInputError, match=r"'word2 ', 'word3 '"):
         write(tmp_path, base, {"a": ("Retrieval", "pairs", {}), "b": sources["b"]})

@@ -12,7 +12,7 @@ from tests.pipeline.scores import score
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "training" / "recipes" / "emoji.yaml"
-# What is chosen by the memory that is free would differ on a busy machine.
+# Settings that are chosen by the memory that is free would differ on a busy machine.
 SETTINGS = ("training.trackers=[]", "seed=0", "training.micro_batch_tokens=512", "training.graph_tokens=65536")
 
 

@@ -167,7 +167,7 @@ def test_udever_trains_biases_alone_and_texts_end_with_the_end_token(tmp_path: P
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a tiny ResNet gives for the pictures of the emoji, by the script that MCSE's recipe names."""
+    """The features of a tiny ResNet for the images of the emoji, by the script that MCSE's recipe names."""
     from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetModel
 
     folder = tmp_path_factory.mktemp("features")

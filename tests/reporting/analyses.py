@@ -1,4 +1,4 @@
-"""What ``nearfield analyse --json`` writes, of made vectors, with any texts put in."""
+"""The JSON of ``nearfield analyse --json``, of made vectors, with any texts put in."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def write_items(folder: Path, say: Say, count: int) -> tuple[list[str], list[str
 
 
 def write_summaries(folder: Path, say: Say) -> None:
-    """What a store says of itself: sources, counts, quarantine, conflicts."""
+    """The summary of a store: sources, counts, quarantine, conflicts."""
     names = [say("gloss"), say("gloss-similarity")]
     sources = [
         {"name": name, "kind": "retrieval", "task_type": "Retrieval", "prompts": {"query": None, "document": None}}

@@ -103,7 +103,7 @@ def test_short_names() -> None:
 
 
 def test_the_samples_come_through(tmp_path: Path) -> None:
-    """What search and versions return has the keys that the section reads."""
+    """The results of search and versions have the keys that the section reads."""
     rng = np.random.default_rng(1)
     documents = rng.normal(size=(80, 6))
     of = Questions(documents[:40] + 0.2, documents, tuple((i,) for i in range(40)))

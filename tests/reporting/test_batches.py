@@ -1,4 +1,4 @@
-"""What the section on batches says of a teacher's measurements."""
+"""The section on batches: a teacher's measurements in words."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check.py"
-# What needs CUDA or a package that is not among this project's own is skipped by name.
+# Parts that need CUDA or a package that is not among this project's own are skipped by name.
 MAY_SKIP = {"flash", "qlora", "eight_bits"}
 CALLS = {
     "whole": ["--tiny", "--patience", "20"],

@@ -1,4 +1,4 @@
-"""What the tests of the loop train on."""
+"""The data and models of the tests of the loop."""
 
 from __future__ import annotations
 

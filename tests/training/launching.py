@@ -1,4 +1,4 @@
-"""What tests of launched runs share: the environment, the ranks' processes, and waiting for a moment."""
+"""Common parts of the tests of launched runs: the environment, the ranks' processes, and waiting for a moment."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def launch(command: list[str], cwd: Path | None = None, **more: str) -> subproce
 
 
 def train_record(run: Path) -> dict[str, Any]:
-    """What the manifest says of the training."""
+    """The training's entry in the manifest."""
     record: dict[str, Any] = json.loads((run / "manifest.json").read_text())["stages"]["train"]
     return record
 

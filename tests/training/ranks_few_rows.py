@@ -78,7 +78,7 @@ def gradients(settings: ObjectiveSettings, exchange: Exchange, own: torch.Tensor
 
 
 def compare(settings: ObjectiveSettings, ring: bool, rows: int, rank: int, ranks: int) -> str:
-    """What differs between all ranks and one process, or fails; empty if nothing."""
+    """The differences between all ranks and one process, and failures; empty if there are none."""
     random = np.random.default_rng(rows)
     columns = TOKENS if settings.token_task is not None else 0
     pool = make_pool(rows, random, columns)

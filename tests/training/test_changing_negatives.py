@@ -156,7 +156,7 @@ def test_a_schedule_makes_do_with_short_lists() -> None:
 
 
 def seen(negatives: list[list[int]], scores: list[list[float]]) -> Any:
-    """What a step shows whose explicit negatives have these cosines with their queries."""
+    """The result of a step whose explicit negatives have these cosines with their queries."""
     queries, documents, owner, positive = [], [], [], []
     for number, (_, own) in enumerate(zip(negatives, scores, strict=True)):
         queries.append([1.0, 0.0])

@@ -165,7 +165,7 @@ class Gate:
 
 
 def test_training_goes_on_while_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is what the tensors were at the call, whatever became of them in the meantime."""
+    """The file has the tensors as they were at the call, whatever became of them in the meantime."""
     gate = Gate()
     monkeypatch.setattr(module, "save_file", gate)
     backend = make()

@@ -1,4 +1,4 @@
-"""What is in a checkpoint's folder, and the words for each checkpoint that cannot be used."""
+"""The content of a checkpoint's folder, and the message for each checkpoint that cannot be used."""
 
 from __future__ import annotations
 

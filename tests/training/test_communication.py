@@ -1,4 +1,4 @@
-"""What ranks send each other, as seen from one process."""
+"""The messages of ranks to each other, as seen from one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is expected to take: counted as the loop will cut it, kept beside what came, and never in its way."""
+"""The forecast of a run: counted as the loop will cut it, kept beside what came, and never in its way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a launcher's environment says, and what is refused of it; all in one process."""
+"""A launcher's environment as it is read, and what is refused of it; all in one process."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_the_stage_is_that_of_deepspeeds_own_file(tmp_path: Path, monkeypatch: p
     assert error.value.where == str(file)
 
 
-# What is handed to DeepSpeed.
+# The configuration that is handed to DeepSpeed.
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -315,7 +315,7 @@ def test_a_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 class SharedStore:
-    """What the ranks' store is asked for here, in one process."""
+    """The calls of the ranks' store that are needed here, in one process."""
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
@@ -341,7 +341,7 @@ class SharedStore:
 def in_ranks(
     monkeypatch: pytest.MonkeyPatch, world_size: int, run: Callable[[Launch], Any]
 ) -> list[tuple[Any, BaseException | None]]:
-    """What ``run`` gives or raises on each rank; the ranks are threads that share a store."""
+    """The result or error of ``run`` on each rank; the ranks are threads that share a store."""
     monkeypatch.setattr(Launch, "store", SharedStore())
     monkeypatch.setattr("nearfield.training.launch._SPEAK_SECONDS", 0.0)
     outcomes: list[tuple[Any, BaseException | None]] = [(None, None)] * world_size

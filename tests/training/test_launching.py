@@ -77,7 +77,7 @@ def single(folder: Path) -> Path:
 
 
 def scenarios(folder: Path, model: Path) -> Iterator[dict[str, Any]]:
-    """What the ranks of one launch go through, one after the other."""
+    """The scenarios of the ranks of one launch, one after the other."""
     score = ["eval", str(model), "--suite", str(folder / "tasks"), "--no-cache", "--out"]
     yield {"name": "scored", "arguments": [*score, str(folder / "scored"), "--json", str(folder / "scored.json")]}
     yield {"name": "unscored", "arguments": [*score, str(folder / "unscored"), "--tasks", "Nothing"]}
@@ -181,7 +181,7 @@ REFUSED: dict[str, tuple[str, dict[str, str], str]] = {
 
 @pytest.fixture(scope="module")
 def told(folder: Path, short: object, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
-    """What both ranks said of each scenario."""
+    """The reports of both ranks on each scenario."""
     out = tmp_path_factory.mktemp("told")
     Tasks(folder / "tasks").sts(count=200)
     cases = list(scenarios(folder, tiny_model))
@@ -212,7 +212,7 @@ def check_model(model: Path, single: Path, tiny_model: Path, tolerance: float = 
 
 
 def fine(told: Told, name: str) -> dict[str, Any]:
-    """What rank 0 said of a scenario that both ranks ended well."""
+    """Rank 0's report on a scenario that both ranks ended well."""
     codes = [rank["code"] for rank in told[name]]
     assert codes == [0, 0], told[name][0]["stderr"] + told[name][1]["stderr"]
     return told[name][0]

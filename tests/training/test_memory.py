@@ -92,7 +92,7 @@ def test_measuring_leaves_no_trace(engine: Engine, inputs: TrainingInputs) -> No
 
 
 def test_kept_graphs_are_the_sum_of_their_chunks(engine: Engine, inputs: TrainingInputs) -> None:
-    """What the line says of a batch's chunks is what their graphs hold together, as counted on all of them."""
+    """The line's figure for a batch's chunks is what their graphs hold together, as counted on all of them."""
     config = TrainingConfig(device="cpu", precision="fp32", micro_batch_tokens=48)
     profile = measure_profile(replace(engine, config=config), inputs.plans)
     batch = inputs.plans[0].batch(1)

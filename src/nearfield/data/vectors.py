@@ -6,8 +6,8 @@
     SHARD/checksums.json  of the two; of a finished set of item vectors it lies in the folder above, for all shards
 
 Shards are written aside and renamed, so several processes may add to a store at once, and one that was killed loses the shard in
-hand alone. The vectors come from callables that are handed in: this module needs no model. What cannot be used, rows that are not
-finite, is refused here by the name of what it is of.
+hand alone. The vectors come from callables that are handed in: this module needs no model. Vectors that cannot be used, with rows that are not
+finite, are refused here, by the name of their source.
 """
 
 from __future__ import annotations

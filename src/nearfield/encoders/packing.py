@@ -5,7 +5,7 @@ Two ways without padding: ``varlen`` lays a chunk's texts end to end in one row 
 (:func:`nearfield.encoders.trials.packing_kind`) tells which of them a model supports; a model that gives other numbers than with
 padding is padded.
 
-What a model can read has limits: positions of a text and words of its tokenizer. Beyond them it reads past its tables. A static model
+A model has limits: positions of a text and words of its tokenizer. Beyond them it reads past its tables. A static model
 has a table of its tokens' vectors and takes their mean: no transformer, no padding, no mask. Its tokenizer cuts texts, or nothing
 does. sentence-transformers' ``StaticEmbedding`` takes a batch's tokens in one row and where each text begins; :func:`bag` makes that
 of the rows with a mask that are used everywhere else.
