@@ -18,13 +18,7 @@ from nearfield.arrays import Ragged, Rows
 from nearfield.batching.plan import Batch
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, StoppedError
-from nearfield.mining.config import (
-    DynamicNegatives,
-    MiningConfig,
-    NaiveRule,
-    RefreshedNegatives,
-    ScheduledNegatives,
-)
+from nearfield.mining.config import MiningConfig, NaiveRule
 from nearfield.mining.negatives import Pool
 from nearfield.objectives import InfoNCEConfig
 from nearfield.training import TrainingConfig, changing_negatives
@@ -40,6 +34,7 @@ from nearfield.training.changing_negatives import (
     negative_scores,
 )
 from nearfield.training.checkpoint import newest_checkpoint, read_tensors
+from nearfield.training.config import DynamicNegatives, RefreshedNegatives, ScheduledNegatives
 from nearfield.training.parts import StepMade
 from nearfield.training.tracking import read_metrics
 from nearfield.training.trainer import TrainingInputs, TrainingResult, train

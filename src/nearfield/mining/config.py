@@ -552,6 +552,38 @@ RULES = Kinds(
 )
 
 
+class NegativesSettings(KindSettings):
+    """The base of the ways in which mined negatives change while the model trains."""
+
+    mines_anew: ClassVar[bool] = False
+    """Whether negatives are mined again during the training, from all documents of the sources."""
+    whole_batches: ClassVar[bool] = False
+    """Whether the embeddings of whole batches must be in one place."""
+
+    def least(self, wanted: int) -> int:
+        """Candidates that an example needs, where batches take ``wanted``: with fewer nothing would change, or some lack."""
+        raise NotImplementedError
+
+    def build(self, inputs: Any, trainer: Any) -> Any:
+        """The part of the trainer that changes the negatives of each batch.
+
+        ``inputs`` is a :class:`nearfield.training.changing_negatives.NegativeInputs`, the result its ``ChangingNegatives``.
+        """
+        raise NotImplementedError
+
+
+_TRAINED = "nearfield.training.config"
+NEGATIVES = Kinds(
+    "negatives",
+    f"{_HERE}:NegativesSettings",
+    {
+        "scheduled": (f"{_TRAINED}:ScheduledNegatives", "from easy to hard, by the steps"),
+        "dynamic": (f"{_TRAINED}:DynamicNegatives", "those that are no longer hard give way to the next (Conan)"),
+        "refresh": (f"{_TRAINED}:RefreshedNegatives", "mined anew from the weights in training (ANCE)"),
+    },
+)
+
+
 class MiningConfig(Config):
     """Hard negatives for the examples of the training split."""
 
@@ -571,7 +603,7 @@ class MiningConfig(Config):
     """How the corpus is searched: all documents, or approximately, where an exact search takes too long."""
     memory_mib: Annotated[int, Field(ge=16)] = 1_024
     """Memory that an exact search may hold beside the vectors."""
-    during: DuringConfig | None = None
+    during: Annotated[NegativesSettings, NEGATIVES] | None = None
     """How negatives change while the model trains; null leaves those of the plan."""
 
     @property
@@ -594,81 +626,3 @@ class MiningConfig(Config):
         if self.depth is not None and self.depth < self.least:
             raise ValueError(f"depth {self.depth} is less than the {self.least} candidates that the rules need")
         return self
-
-
-class ScheduledNegatives(Config):
-    """From easy to hard: a window over each example's mined candidates moves along their ranks, with the steps.
-
-    At the first step negatives are taken from rank ``start`` on, at the share ``over`` of all steps and after it from rank
-    ``end`` on; between them the rank goes in a straight line. Ranks count from 0, the hardest; lists that are too short give
-    their last ones.
-    """
-
-    kind: Literal["scheduled"] = "scheduled"
-    start: Annotated[int, Field(ge=0)] = 20
-    """The rank that negatives are taken from at the first step; a high one begins with easy negatives."""
-    end: Annotated[int, Field(ge=0)] = 0
-    """The rank that negatives are taken from at the end; 0 ends with the hardest."""
-    over: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """The share of all steps over which the rank moves."""
-
-    def least(self, wanted: int) -> int:
-        """Candidates without which nothing would change, where batches take ``wanted``."""
-        return wanted + 1
-
-
-class DynamicNegatives(Config):
-    """Negatives that the model no longer finds hard give way to the next of the mined candidates.
-
-    ``conan_v1`` (Conan-embedding, arXiv 2408.15710): an example has a block of n candidates, at first those of ranks 0 to
-    n - 1. Every ``check_every`` steps it is replaced if ``ratio`` x its mean score now is below its mean score when it was
-    first used, and the size of its mean score now is below ``ceiling``; the i-th block after the first is of the n candidates
-    from rank ``skip`` + (i - 1) n on. ``conan_v2`` (Conan-embedding-v2): a single negative that scores below ``below`` gives
-    way to the next unused candidate when its example comes next. Scores are cosines of the model in training. An example
-    whose candidates are used up keeps the negatives that it has.
-    """
-
-    kind: Literal["dynamic"] = "dynamic"
-    rule: Literal["conan_v1", "conan_v2"] = "conan_v1"
-    """``conan_v1`` replaces whole blocks of negatives, ``conan_v2`` single ones."""
-    check_every: Positive = 100
-    """Steps between two checks of ``conan_v1``."""
-    ratio: Annotated[float, Field(ge=1)] = 1.15
-    """A block is replaced once its mean score times this is below its first mean score; a lower ratio replaces sooner."""
-    ceiling: Annotated[float, Field(gt=0)] = 0.8
-    """A block whose mean score is larger than this in size is never replaced: it is still hard."""
-    skip: Annotated[int, Field(ge=0)] = 10
-    """The rank that the second block begins at."""
-    below: Annotated[float, Field(ge=-1, le=1)] = 0.4
-    """``conan_v2`` replaces a negative whose cosine with its query is lower than this."""
-
-    def least(self, wanted: int) -> int:
-        """Candidates without which nothing would change, where batches take ``wanted``."""
-        return self.skip + wanted if self.rule == "conan_v1" else wanted + 1
-
-
-class RefreshedNegatives(Config):
-    """Negatives mined anew from the weights in training (as ANCE does, arXiv 2007.00808; there beside the training).
-
-    Every ``every_steps`` steps, or ``every_epochs`` epochs, training stops while all ranks encode queries and documents, search
-    exactly and apply the mining rules. A pool has a generation number; the negatives of a step are all of one generation.
-    """
-
-    kind: Literal["refresh"] = "refresh"
-    every_steps: Positive | None = None
-    """Steps between two minings; null leaves the rhythm to ``every_epochs``."""
-    every_epochs: Positive | None = None
-    """Epochs between two minings; null leaves the rhythm to ``every_steps``."""
-
-    def least(self, wanted: int) -> int:
-        """Candidates without which batches would lack some."""
-        return wanted
-
-    @model_validator(mode="after")
-    def _one_rhythm(self) -> Self:
-        if (self.every_steps is None) == (self.every_epochs is None):
-            raise ValueError("give every_steps or every_epochs, one of the two")
-        return self
-
-
-DuringConfig = Annotated[ScheduledNegatives | DynamicNegatives | RefreshedNegatives, Field(discriminator="kind")]

@@ -195,7 +195,7 @@ class TokensStage(Stage):
         if recipe.prompts.in_context is not None:
             tokens["in_context"] = [recipe.prompts.in_context.model_dump(mode="json"), recipe.seed]
         if recipe.mining is not None and recipe.mining.corpus == "sources":
-            refreshes = recipe.mining.during is not None and recipe.mining.during.kind == "refresh"
+            refreshes = recipe.mining.during is not None and recipe.mining.during.mines_anew
             tokens["mined"] = "all" if refreshes else self.mine.fingerprint
         return tokens
 

@@ -19,7 +19,6 @@ from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, fingerprint
 from nearfield.mining.config import (
     DenseTeacher,
-    RefreshedNegatives,
     SentenceTransformerTeacher,
     TeacherSettings,
 )
@@ -326,7 +325,7 @@ class MineStage(Stage):
         """Source -> the items that are its mined negatives, to be tokenised with its document prompt; empty without mining."""
         if self.recipe.mining is None:
             return {}
-        if self.mining.corpus == "sources" and isinstance(self.mining.during, RefreshedNegatives):
+        if self.mining.corpus == "sources" and self.mining.during is not None and self.mining.during.mines_anew:
             return {pool.name: pool.documents for pool in self.pools(store)}
         negatives = self.open()
         names = {number: source.name for number, source in enumerate(store.sources)}

@@ -17,7 +17,6 @@ from nearfield.encoders.load import LoadedEncoder, build_encoder, save_encoder
 from nearfield.encoders.source import folder_revision, stored_dtype, trained_similarity
 from nearfield.errors import BadInputError, Notice, refuse, stop_on_blocking
 from nearfield.files import atomic_path, hash_folder, read_json, write_text
-from nearfield.mining.config import RefreshedNegatives
 from nearfield.pipeline.mining import guide_teacher
 from nearfield.pipeline.planning import PlanStage, arrow_lists, plan_notices
 from nearfield.pipeline.run import Job, Stage, StageStatus
@@ -267,7 +266,7 @@ class TrainStage(Stage):
         lists = concatenate([negatives.items for negatives in by_source.values()])
         order = np.argsort(examples, kind="stable")
         remine = None
-        if isinstance(recipe.mining.during, RefreshedNegatives):
+        if recipe.mining.during.mines_anew:
             prompts = {}
             for name in by_source:
                 texts = self.job.contract.sources[name]
@@ -422,8 +421,8 @@ class TrainStage(Stage):
     def check_ring(self) -> None:
         """Refuse negatives that look at whole batches where parts of a batch are passed round."""
         mining = self.recipe.mining
-        dynamic = mining is not None and mining.during is not None and mining.during.kind == "dynamic"
-        if dynamic and self.job.launch.world_size > 1 and self.recipe.training.exchange == "ring":
+        whole = mining is not None and mining.during is not None and mining.during.whole_batches
+        if whole and self.job.launch.world_size > 1 and self.recipe.training.exchange == "ring":
             raise BadInputError(
                 "dynamic negatives look at the embeddings of whole batches, which a ring never brings together",
                 where="training.exchange",

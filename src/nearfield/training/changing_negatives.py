@@ -22,7 +22,6 @@ from nearfield.batching.plan import Batch
 from nearfield.data.vectors import unit
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, hash_file, read_json, write_json
-from nearfield.mining.config import DynamicNegatives, MiningConfig, RefreshedNegatives, ScheduledNegatives
 from nearfield.mining.negatives import Pool, mine_pool, search_share
 from nearfield.mining.rules import MinedNegatives
 from nearfield.mining.search import ArrayDocuments, Neighbours
@@ -37,8 +36,8 @@ from nearfield.training.parts import Part, StepMade
 from nearfield.training.step import StepResult
 
 if TYPE_CHECKING:
-    from nearfield.mining.config import DuringConfig
-    from nearfield.training.engine import Engine
+    from nearfield.mining.config import MiningConfig, NegativesSettings
+    from nearfield.training.config import DynamicNegatives, RefreshedNegatives, ScheduledNegatives
     from nearfield.training.trainer import Trainer
 
 
@@ -67,7 +66,7 @@ class MinedCandidates:
 class NegativeInputs:
     """The inputs of changing negatives."""
 
-    config: DuringConfig
+    config: NegativesSettings
     candidates: MinedCandidates
     """Those mined before the training."""
     wanted: int
@@ -136,29 +135,6 @@ def fit(
             taken.update(fitting)
         chosen.append(np.asarray(fitting, dtype=np.int64))
     return chosen, clashes
-
-
-def open_negatives(inputs: NegativeInputs, trainer: Trainer) -> ChangingNegatives:
-    """The changing negatives of a training."""
-    known = trainer.inputs.data.known_positives
-    if isinstance(inputs.config, ScheduledNegatives):
-        return Scheduled(inputs, inputs.config, known, trainer.seed, trainer.steps)
-    if isinstance(inputs.config, DynamicNegatives):
-        if trainer.config.averaged_batches > 1:
-            raise BadInputError(
-                "dynamic negatives need the scores of the whole batch, which training.averaged_batches cuts",
-                where="training.averaged_batches",
-                hint="Leave it at 1: a large batch fits by gradient caching.",
-            )
-        if trainer.engine.ring:
-            raise BadInputError(
-                "dynamic negatives look at the embeddings of whole batches, which a ring never brings together",
-                where="training.exchange",
-                hint="Use training.exchange=gather.",
-            )
-        kind = BlockAtATime if inputs.config.rule == "conan_v1" else OneAtATime
-        return kind(inputs, inputs.config, known, trainer.seed)
-    return Refreshed(inputs, inputs.config, trainer)
 
 
 class Scheduled(ChangingNegatives):

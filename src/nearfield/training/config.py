@@ -10,20 +10,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from nearfield.config import Config, ConfigPath, KindSettings
 from nearfield.errors import BadInputError
 from nearfield.kinds import Kinds
+from nearfield.mining.config import NegativesSettings
 from nearfield.provenance import require_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
 
+    from nearfield.training.changing_negatives import ChangingNegatives, NegativeInputs
     from nearfield.training.optimizers import ParameterGroup
     from nearfield.training.tracking import Tracker
+    from nearfield.training.trainer import Trainer
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -463,4 +466,115 @@ class TrainingConfig(Config):
             raise ValueError(
                 f"a warm-up of {self.schedule.warmup:g} steps leaves nothing of max_steps {self.max_steps}"
             )
+        return self
+
+
+# Mined negatives that change while the model trains (``mining.during``)
+
+
+class ScheduledNegatives(NegativesSettings):
+    """From easy to hard: a window over each example's mined candidates moves along their ranks, with the steps.
+
+    At the first step negatives are taken from rank ``start`` on, at the share ``over`` of all steps and after it from rank
+    ``end`` on; between them the rank goes in a straight line. Ranks count from 0, the hardest; lists that are too short give
+    their last ones.
+    """
+
+    kind: Literal["scheduled"] = "scheduled"
+    start: Annotated[int, Field(ge=0)] = 20
+    """The rank that negatives are taken from at the first step; a high one begins with easy negatives."""
+    end: Annotated[int, Field(ge=0)] = 0
+    """The rank that negatives are taken from at the end; 0 ends with the hardest."""
+    over: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of all steps over which the rank moves."""
+
+    def least(self, wanted: int) -> int:
+        """One more than batches take: with fewer nothing would change."""
+        return wanted + 1
+
+    def build(self, inputs: NegativeInputs, trainer: Trainer) -> ChangingNegatives:
+        """The window over the candidates."""
+        from nearfield.training.changing_negatives import Scheduled
+
+        return Scheduled(inputs, self, trainer.inputs.data.known_positives, trainer.seed, trainer.steps)
+
+
+class DynamicNegatives(NegativesSettings):
+    """Negatives that the model no longer finds hard give way to the next of the mined candidates.
+
+    ``conan_v1`` (Conan-embedding, arXiv 2408.15710): an example has a block of n candidates, at first those of ranks 0 to
+    n - 1. Every ``check_every`` steps it is replaced if ``ratio`` x its mean score now is below its mean score when it was
+    first used, and the size of its mean score now is below ``ceiling``; the i-th block after the first is of the n candidates
+    from rank ``skip`` + (i - 1) n on. ``conan_v2`` (Conan-embedding-v2): a single negative that scores below ``below`` gives
+    way to the next unused candidate when its example comes next. Scores are cosines of the model in training. An example
+    whose candidates are used up keeps the negatives that it has.
+    """
+
+    whole_batches: ClassVar[bool] = True
+    kind: Literal["dynamic"] = "dynamic"
+    rule: Literal["conan_v1", "conan_v2"] = "conan_v1"
+    """``conan_v1`` replaces whole blocks of negatives, ``conan_v2`` single ones."""
+    check_every: Annotated[int, Field(ge=1)] = 100
+    """Steps between two checks of ``conan_v1``."""
+    ratio: Annotated[float, Field(ge=1)] = 1.15
+    """A block is replaced once its mean score times this is below its first mean score; a lower ratio replaces sooner."""
+    ceiling: Annotated[float, Field(gt=0)] = 0.8
+    """A block whose mean score is larger than this in size is never replaced: it is still hard."""
+    skip: Annotated[int, Field(ge=0)] = 10
+    """The rank that the second block begins at."""
+    below: Annotated[float, Field(ge=-1, le=1)] = 0.4
+    """``conan_v2`` replaces a negative whose cosine with its query is lower than this."""
+
+    def least(self, wanted: int) -> int:
+        """The first candidate that a negative may give way to, and those before it."""
+        return self.skip + wanted if self.rule == "conan_v1" else wanted + 1
+
+    def build(self, inputs: NegativeInputs, trainer: Trainer) -> ChangingNegatives:
+        """The rule's part. Raises :class:`BadInputError` where no rank has the scores of a whole batch."""
+        from nearfield.training.changing_negatives import BlockAtATime, OneAtATime
+
+        if trainer.config.averaged_batches > 1:
+            raise BadInputError(
+                "dynamic negatives need the scores of the whole batch, which training.averaged_batches cuts",
+                where="training.averaged_batches",
+                hint="Leave it at 1: a large batch fits by gradient caching.",
+            )
+        if trainer.engine.ring:
+            raise BadInputError(
+                "dynamic negatives look at the embeddings of whole batches, which a ring never brings together",
+                where="training.exchange",
+                hint="Use training.exchange=gather.",
+            )
+        kind = BlockAtATime if self.rule == "conan_v1" else OneAtATime
+        return kind(inputs, self, trainer.inputs.data.known_positives, trainer.seed)
+
+
+class RefreshedNegatives(NegativesSettings):
+    """Negatives mined anew from the weights in training (as ANCE does, arXiv 2007.00808; there beside the training).
+
+    Every ``every_steps`` steps, or ``every_epochs`` epochs, training stops while all ranks encode queries and documents, search
+    exactly and apply the mining rules. A pool has a generation number; the negatives of a step are all of one generation.
+    """
+
+    mines_anew: ClassVar[bool] = True
+    kind: Literal["refresh"] = "refresh"
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two minings; null leaves the rhythm to ``every_epochs``."""
+    every_epochs: Annotated[int, Field(ge=1)] | None = None
+    """Epochs between two minings; null leaves the rhythm to ``every_steps``."""
+
+    def least(self, wanted: int) -> int:
+        """As many as batches take."""
+        return wanted
+
+    def build(self, inputs: NegativeInputs, trainer: Trainer) -> ChangingNegatives:
+        """Negatives drawn from the pool of the newest generation."""
+        from nearfield.training.changing_negatives import Refreshed
+
+        return Refreshed(inputs, self, trainer)
+
+    @model_validator(mode="after")
+    def _one_rhythm(self) -> Self:
+        if (self.every_steps is None) == (self.every_epochs is None):
+            raise ValueError("give every_steps or every_epochs, one of the two")
         return self

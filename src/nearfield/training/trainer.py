@@ -26,7 +26,6 @@ from nearfield.batching.plan import Batch, Plan, total_steps
 from nearfield.errors import BadInputError, Notice, OutOfMemoryStopError, StoppedError
 from nearfield.objectives.batch import Objective
 from nearfield.objectives.diagnostics import similarities
-from nearfield.training.changing_negatives import NegativeInputs, open_negatives
 from nearfield.training.checkpoint import CheckpointWriter, amend_state, checkpoint_paths, newest_checkpoint, resume
 from nearfield.training.chunks import CUT_RULE, Budget, TrainingData
 from nearfield.training.config import TrainingConfig
@@ -43,6 +42,8 @@ from nearfield.training.tracking import Trackers, TrainingProgress, used_memory
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+    from nearfield.training.changing_negatives import NegativeInputs
 
 logger = logging.getLogger("nearfield.training")
 
@@ -186,7 +187,7 @@ class Trainer:
             GradientWatch(self.first, self.steps),
             ChanceWatch(self.steps),
             self.evaluations,
-            *([] if inputs.negatives is None else [open_negatives(inputs.negatives, self)]),
+            *([] if inputs.negatives is None else [inputs.negatives.config.build(inputs.negatives, self)]),
             *([] if engine.queue is None else [QueuedPositives(engine.queue)]),
             ZeroVectors(self.device, inputs.tell),
         ]
