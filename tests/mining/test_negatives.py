@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from nearfield.mining import config as kinds
 from nearfield.mining.negatives import Negatives, audit, make_pool, mine_pool, wilson, write_negatives
 from nearfield.mining.teachers import encoded
-from nearfield.reporting.mining import edges, write_audit
+from nearfield.reporting.batches import edges, write_audit
 from tests.data.making import build_rows
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nearfield.analysis.run import Analysis, analyse
+from nearfield.analysis.geometry import Analysis, analyse
 from nearfield.analysis.search import Questions, searched
 from nearfield.methods.likeness import add_likeness, versions
 

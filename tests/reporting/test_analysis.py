@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nearfield.analysis.run import analyse
+from nearfield.analysis.geometry import analyse
 from nearfield.analysis.search import Questions, searched
 from nearfield.errors import BadInputError
 from nearfield.methods.likeness import versions
 from nearfield.reporting import build_report
 from nearfield.reporting.analysis import analysis_section, build_analysis, short_names, write_analysis_page
-from nearfield.reporting.reading import AbsentError, part
 from nearfield.reporting.svg import clustered, heat_map, scatter
+from nearfield.reporting.text import AbsentError, part
 from tests.reporting.analyses import made_analysis
 from tests.reporting.runs import write_run
 

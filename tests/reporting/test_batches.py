@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nearfield.reporting.batches import build_batches
+from nearfield.reporting.page import Facts
 
 
 def facts(folder: Path, hardness: Any) -> dict[str, str]:
@@ -16,7 +17,9 @@ def facts(folder: Path, hardness: Any) -> dict[str, str]:
     epoch = {"epoch": 0, "batches": 3, "rows": 6, "tokens": 30, "batches_by_source": {"several sources": 3}}
     whole = {"kind": "shuffled", "batch_size": 2, "steps": 3, "epochs": [epoch | {"hardness": hardness}]}
     (folder / "plan" / "summary.json").write_text(json.dumps(whole))
-    return dict(build_batches(folder, ["a"]).facts)
+    (stated, *_) = build_batches(folder, ["a"])
+    assert isinstance(stated, Facts)
+    return dict(stated.pairs)
 
 
 def test_hardness_beside_chance(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def run_mining(
     """Mine the negatives of a recipe (its key `mining`) and print what each rule did. `run` may be left out."""
     from nearfield.pipeline import open_run
     from nearfield.pipeline.audit import mine_run
-    from nearfield.reporting.mining import rule_rows
+    from nearfield.reporting.batches import rule_rows
 
     negatives = mine_run(open_run(recipe, overrides or (), run), on_stage=announce_stage, engine=engine)
     summary = negatives.summary
@@ -80,7 +80,7 @@ def audit_mining(
     """Show mined negatives with scores, the score gaps, and the false negatives that a second teacher sees."""
     from nearfield.pipeline import open_run
     from nearfield.pipeline.audit import audit_run, choose_judge
-    from nearfield.reporting.mining import write_audit
+    from nearfield.reporting.batches import write_audit
 
     opened = open_run(run)
     audit = audit_run(opened, choose_judge(opened.recipe, judge, cross_encoder), shown=shown, judged=judged)
@@ -92,7 +92,7 @@ def print_audit(audit: Audit, page: Path) -> None:
     """The audit in words."""
     import numpy as np
 
-    from nearfield.reporting.mining import rate_words, rule_rows
+    from nearfield.reporting.batches import rate_words, rule_rows
     from nearfield.reporting.text import clip
 
     for example in audit.sample:

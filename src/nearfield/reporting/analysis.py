@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nearfield.reporting import text
-from nearfield.reporting.reading import AbsentError, Json, listing, load_object, mapping, real, string
+from nearfield.reporting.page import Charts, Element, Notes, Page, Prose, Section, WordTable, write_page
 from nearfield.reporting.svg import (
     Figure,
     Histogram,
@@ -22,8 +22,9 @@ from nearfield.reporting.svg import (
     line_figure,
     scatter,
 )
-from nearfield.reporting.text import WordTable
+from nearfield.reporting.text import AbsentError, Json, listing, load_object, mapping, real, string
 
+TITLE = "Shape of the embeddings"
 MOST_MODELS = 4
 """Models that have a curve of their own; styles for more are not told apart."""
 FIGURES = (
@@ -43,13 +44,19 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class AnalysisSection:
-    """All that the template shows, and the texts of ``maps``, which go to the page's script."""
+    """The parts of the section, and the texts of ``maps``, which go to the page's script."""
 
     texts: str
     tables: list[WordTable]
     figures: list[Figure]
     sentences: list[str]
     maps: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def elements(self) -> list[Element]:
+        """The section."""
+        lead = f"{self.texts} texts, encoded without prompts. What each figure means and what it does not stands below the figures."
+        return [Prose([lead], "lead"), Charts(self.figures), *self.tables, Notes(self.sentences)]
 
 
 def build_analysis(run: Path) -> AnalysisSection:
@@ -72,7 +79,7 @@ def analysis_section(made: Json) -> AnalysisSection:
     if asked:
         alignments = [_figure(mapping(asked.get(model)).get("alignment"), 3) for model in models]
         rows.append(["alignment of questions with right documents", *alignments])
-    section.tables.append(WordTable("Shape of the embeddings", ["figure", *models], rows))
+    section.tables.append(WordTable(TITLE, ["figure", *models], rows))
     _maps(section, models, mapping(made.get("drawing")))
     _curves(section, models, shapes)
     _scores(section, mapping(made.get("scores_by_type")))
@@ -313,11 +320,10 @@ def _rankability(section: AnalysisSection, values: Json) -> None:
 
 
 def write_analysis_page(made: Mapping[str, object], out: Path) -> Path:
-    """Write a page of its own on an analysis; it loads nothing from a network."""
-    from nearfield.reporting.page import write_page
-
-    part = analysis_section(made)
+    """Write a page of its own on an analysis."""
+    section = analysis_section(made)
     name = ", ".join(string(model) or "?" for model in listing(made.get("models")))
-    charts = {figure.key: figure.values for figure in part.figures if figure.values is not None}
-    write_page("analysis.html.j2", out, {"format": 1, "charts": charts, "maps": part.maps}, part=part, name=name)
+    charts = {figure.key: figure.values for figure in section.figures if figure.values is not None}
+    page = Page(name, "nearfield analysis", [Section("geometry", "Embeddings", TITLE, section.elements)])
+    write_page(out, page, {"format": 1, "charts": charts, "maps": section.maps})
     return out

@@ -1,25 +1,29 @@
-"""The batches of a plan: the section of a report, and a page of its own."""
+"""The batches of a plan, in a report and on a page of their own, and the audit of mined negatives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup
+
 from nearfield.reporting import text
-from nearfield.reporting.reading import (
-    AbsentError,
-    Json,
-    Missing,
-    first,
-    listing,
-    load_object,
-    mapping,
-    part,
-    real,
-    string,
-    total,
+from nearfield.reporting.page import (
+    Charts,
+    Columns,
+    Element,
+    Facts,
+    Heading,
+    Notes,
+    Page,
+    Prose,
+    Section,
+    WordTable,
+    write_page,
 )
 from nearfield.reporting.svg import (
     Figure,
@@ -34,34 +38,26 @@ from nearfield.reporting.svg import (
     interval_figure,
     line_figure,
 )
-from nearfield.reporting.text import WordTable
+from nearfield.reporting.text import (
+    AbsentError,
+    Json,
+    Missing,
+    first,
+    listing,
+    load_object,
+    mapping,
+    part,
+    real,
+    string,
+    total,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from nearfield.batching.plan import Plan
+    from nearfield.mining.negatives import Audit, Proportion, ShownExample
 
 
-@dataclass(frozen=True)
-class Batches:
-    """The section: facts, sources and epochs, and the histogram of lengths (or why there is none)."""
-
-    facts: list[tuple[str, str]]
-    tables: list[WordTable]
-    lengths: ItemLengths | Missing
-
-
-@dataclass(frozen=True)
-class ItemLengths:
-    """Tokens an item in the first epoch: the chart, a table row for each side, the mean of each source."""
-
-    figures: list[Figure]
-    notes: list[str]
-    tables: list[WordTable]
-
-
-def build_batches(run: Path, names: Sequence[str], max_steps: float | None = None) -> Batches:
+def build_batches(run: Path, names: Sequence[str], max_steps: float | None = None) -> list[Element]:
     """The section of a run folder; ``names`` are the store's sources in order, for plans that give numbers.
 
     ``max_steps`` is where the recipe ends the training, perhaps before the plan does.
@@ -98,7 +94,13 @@ def build_batches(run: Path, names: Sequence[str], max_steps: float | None = Non
         WordTable("Batches a source", ["source", "batches", "share"], sources),
         WordTable("Epochs, and what was left out of each and why", heads, rows),
     ]
-    return Batches(facts, [one for one in tables if one.rows], part("the plan", lambda: _lengths(run, names)))
+    lengths = part("the plan", lambda: _lengths(run, names))
+    return [Facts(facts), beside(tables), *([lengths] if isinstance(lengths, Missing) else lengths)]
+
+
+def beside(tables: Sequence[WordTable]) -> Columns:
+    """Those of the tables that have rows, beside each other."""
+    return Columns([("", [table]) for table in tables if table.rows])
 
 
 def _hardness(hardness: Json) -> list[tuple[str, str]]:
@@ -133,8 +135,8 @@ def _epoch(one: Json, number: int) -> list[str]:
     return [string(first(one, "epoch")) or str(number), *counts, "; ".join(reasons) or "nothing"]
 
 
-def _lengths(run: Path, names: Sequence[str]) -> ItemLengths:
-    import numpy as np
+def _lengths(run: Path, names: Sequence[str]) -> list[Element]:
+    """Tokens an item in the first epoch: the chart, a table row for each side, the mean of each source."""
     import pyarrow.parquet as pq
 
     files = sorted((run / "plan").glob("epoch-*.parquet"))
@@ -186,13 +188,12 @@ def _lengths(run: Path, names: Sequence[str]) -> ItemLengths:
             "Mean tokens a source", ["source", "query", "documents"], _by_source(table, queries, documents, names)
         ),
     ]
-    return ItemLengths([histogram_figure(chart)], notes, [one for one in tables if one.rows])
+    return [Charts([histogram_figure(chart)]), Notes(notes), beside(tables)]
 
 
 def _by_source(
     table: object, queries: npt.NDArray[np.float64], documents: npt.NDArray[np.float64], names: Sequence[str]
 ) -> list[tuple[str, str, str]]:
-    import numpy as np
     import pyarrow as pa
 
     assert isinstance(table, pa.Table)
@@ -213,8 +214,6 @@ def _by_source(
 
 
 def _row(label: str, values: npt.NDArray[np.float64]) -> tuple[str, str, str, str, str]:
-    import numpy as np
-
     return (
         label,
         text.count(float(np.median(values))),
@@ -229,27 +228,13 @@ MOST_SOURCES = 4
 WINDOWS = 40
 
 
-@dataclass(frozen=True)
-class PlanPage:
-    """All that the template shows."""
-
-    name: str
-    facts: list[tuple[str, str]]
-    tables: list[WordTable]
-    figures: list[Figure]
-    notes: list[str]
-
-
 def write_plan_page(plans: Sequence[Plan], out: Path) -> Path:
-    """Write an HTML page on the plans of a run's epochs; it loads nothing from a network."""
-    from nearfield.reporting.page import write_page
-
-    page = build_plan_page(plans)
-    write_page("plan.html.j2", out, name=page.name, page=page)
+    """Write an HTML page on the plans of a run's epochs."""
+    write_page(out, plan_page(plans))
     return out
 
 
-def build_plan_page(plans: Sequence[Plan]) -> PlanPage:
+def plan_page(plans: Sequence[Plan]) -> Page:
     """The page of plans; the figures are of the first epoch, but for hardness, which is of all."""
     first = plans[0]
     summaries = [plan.metadata["summary"] for plan in plans]
@@ -289,13 +274,13 @@ def build_plan_page(plans: Sequence[Plan]) -> PlanPage:
         *_strata_figures(first, one["planner"]),
     ]
     name = first.path.parent.parent.resolve().name if first.path.parent.name == "plan" else first.path.name
-    shown = [figure for figure in figures if figure.svg]
     heads = ["why", *(f"epoch {number}" for number in range(min(6, len(summaries))))]
     tables = [
         WordTable("Sources of the first epoch", ["source", "batches", "examples", "share", "tokens"], sources),
         WordTable("Examples left out, by epoch", heads, dropped),
     ]
-    return PlanPage(name, facts, [table for table in tables if table.rows], shown, _notes(one))
+    shown: list[Element] = [Facts(facts), Notes(_notes(one)), Charts(figures), *tables]
+    return Page(name, "nearfield plan", [Section("plan", "Plan", "Which examples meet", shown)])
 
 
 def _notes(summary: dict[str, Any]) -> list[str]:
@@ -341,8 +326,6 @@ def _hardness_figures(summaries: Sequence[dict[str, Any]]) -> list[Figure]:
 
 
 def _token_figures(plan: Plan) -> list[Figure]:
-    import numpy as np
-
     tokens = plan.tokens().astype(np.float64)
     if not len(tokens):
         return []
@@ -355,8 +338,6 @@ def _token_figures(plan: Plan) -> list[Figure]:
 
 def _source_figures(plan: Plan) -> list[Figure]:
     """The share of the examples that each source has, over the steps."""
-    import numpy as np
-
     names = {int(number): name for number, name in plan.metadata.get("sources", {}).items()}
     steps, source = plan.column("step"), plan.column("source")
     numbers, counts = np.unique(source, return_counts=True)
@@ -374,8 +355,6 @@ def _source_figures(plan: Plan) -> list[Figure]:
 
 
 def _strata_figures(plan: Plan, planner: dict[str, Any]) -> list[Figure]:
-    import numpy as np
-
     figures: list[Figure] = []
     for one in [planner, *planner.get("parts", [])]:
         for name, about in one.get("strata", {}).items():
@@ -391,3 +370,119 @@ def _strata_figures(plan: Plan, planner: dict[str, Any]) -> list[Figure]:
         title, described = "Clusters or communities a batch", f"Median {np.median(met):.0f}, at most {met.max():.0f}."
         figures.append(counts_figure("met", title, met.tolist(), "batches", "clusters or communities", described))
     return figures
+
+
+BINS = 40
+RULES = ("source", "rule", "candidates removed", "examples dropped", "candidates left", "examples left short")
+
+
+def write_audit(audit: Audit, name: str, out: Path) -> Path:
+    """Write the page of an audit of mined negatives."""
+    write_page(out, audit_page(audit, name))
+    return out
+
+
+def audit_page(audit: Audit, name: str) -> Page:
+    """The page of an audit: what was found, two figures, a sample with scores."""
+    summary = audit.summary
+    facts = [
+        ("examples", text.count(summary["examples"])),
+        ("negatives", text.count(len(audit.negative_scores))),
+        ("with fewer than wanted", text.count(summary["short"])),
+        ("dropped by a filter", text.count(sum(source["dropped"] for source in summary["sources"].values()))),
+        ("generation", str(summary["generation"])),
+        ("miner", str(summary["fingerprint"])[:12]),
+        *(
+            (f"recall of the search, {source}", f"{one['recall']:.1%} of the best {one['depth']}")
+            for source, one in summary.get("recall", {}).items()
+        ),
+    ]
+    rates = [(source, *rate_words(rate)) for source, rate in audit.false_negatives.items()]
+    rules = WordTable("What each rule did", RULES, rule_rows(summary), words=2)
+    judged = (
+        f"A negative counts as false where {audit.judge} scores it higher than the example's lowest positive. This is an estimate by "
+        "that judge, with Wilson's interval at 95 %."
+    )
+    heads = ["source", "share", "interval", "judged"]
+    table = WordTable("Estimated share of false negatives", heads, rates)
+    return Page(
+        name,
+        "nearfield audit of mined negatives",
+        [
+            Section(
+                "audit",
+                "Mined",
+                "What was mined",
+                [Facts(facts), rules, Charts([gap_figure(audit), score_figure(audit)])],
+            ),
+            Section("judged", "False negatives", "False negatives, by a second teacher", [Prose([judged]), table]),
+            Section("sample", "Sample", "A sample", [each for one in audit.sample for each in _example(one)]),
+        ],
+    )
+
+
+def _example(one: ShownExample) -> list[Element]:
+    rows = [(words, "positive", text.number(score), "", "") for words, score in one.positives]
+    rows += [
+        (of.text, "negative", text.number(of.score), text.count(of.rank), text.number(of.judged))
+        for of in one.negatives
+    ]
+    heads = ["text", "role", "teacher", "rank", "judge"]
+    return [Heading(one.query), WordTable(f"{one.source}, example {one.example}", heads, rows, words=2)]
+
+
+def rule_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row a rule: source, rule, candidates removed, examples dropped, candidates left, examples left short."""
+    rows: list[tuple[str, ...]] = []
+    for name, source in summary["sources"].items():
+        rows.append((name, "(found)", "", "", text.count(source["candidates"]), ""))
+        for rule in source["rules"]:
+            numbers = [text.count(rule[key]) for key in ("removed", "dropped", "left", "short")]
+            rows.append((name, rule["kind"], *numbers))
+    return rows
+
+
+def rate_words(rate: Proportion) -> tuple[str, str, str]:
+    """The share, its interval and its counts."""
+    return f"{rate.value:.1%}", f"{rate.low:.1%} to {rate.high:.1%}", f"{rate.hits} of {rate.n}"
+
+
+def gap_figure(audit: Audit) -> Figure:
+    """How far below the positive the negatives score."""
+    title = "Score of the positive less that of the negative"
+    if not len(audit.gaps):
+        return Figure(title, Markup(""))
+    low, median, high = np.percentile(audit.gaps, [5, 50, 95])
+    limits, label = edges(audit.gaps), "score gap; below 0 the negative scores higher"
+    described = (
+        f"Of {len(audit.gaps):,} negatives, the median gap is {median:.3f}; 90 % lie from {low:.3f} to "
+        f"{high:.3f}; {float((audit.gaps <= 0).mean()):.1%} are 0 or less."
+    )
+    return histogram_figure(
+        Histogram("gaps", title, limits, [binned(audit.gaps.tolist(), limits, "negatives", "s1")], label, described)
+    )
+
+
+def score_figure(audit: Audit) -> Figure:
+    """The teacher's scores of positives and negatives."""
+    title = "The teacher's scores"
+    parts = {"positives": (audit.positive_scores, "s2"), "negatives": (audit.negative_scores, "s1")}
+    both = np.concatenate([values for values, _ in parts.values()])
+    if not len(both):
+        return Figure(title, Markup(""))
+    limits, sides = edges(both), []
+    for label, (values, style) in parts.items():
+        side = binned(values.tolist(), limits, f"{label} (share)", style)
+        sides.append(replace(side, y=[count / max(1, len(values)) for count in side.y]))
+    described = "; ".join(
+        f"{label}: median {float(np.median(values)):.3f}" for label, (values, _) in parts.items() if len(values)
+    )
+    return histogram_figure(Histogram("scores", title, limits, sides, "teacher's score", f"{described}."))
+
+
+def edges(values: npt.NDArray[np.float64]) -> list[float]:
+    """Edges of equal bins over the values."""
+    low, high = float(values.min()), float(values.max())
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    return [float(edge) for edge in np.linspace(low, high, BINS + 1)]

@@ -8,14 +8,15 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from markupsafe import Markup
 
 from nearfield.evaluation.scores import MARK, tasks_in_words
 from nearfield.reporting import text
-from nearfield.reporting.reading import AbsentError, Json, listing, load_object, mapping, real, string
+from nearfield.reporting.page import Finding, WordTable
 from nearfield.reporting.svg import Figure, LineChart, Series, Whisker, interval_plot, line_figure
-from nearfield.reporting.text import WordTable
+from nearfield.reporting.text import AbsentError, Json, listing, load_object, mapping, real, string
 
 STYLES = {"before": "s2", "after": "s1"}
 FOREST = 60
@@ -24,14 +25,6 @@ VERDICTS = 3
 """Sentences below the page's heading, at most."""
 PLOTS = 12
 """Tasks that get an interval plot of their own; a suite with more shows the tables only."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A sentence, with ``better``, ``worse`` or ``even`` for its colour."""
-
-    sentence: str
-    tone: str
 
 
 @dataclass(frozen=True)
@@ -64,6 +57,7 @@ class ComparisonSection:
     suite: list[SuiteTable]
     truncation: list[Figure]
     """Scores by the dimensions that are kept, where some were cut."""
+    kind: ClassVar[str] = "comparison"
 
 
 def metric_words(metric: str) -> str:
@@ -293,21 +287,18 @@ def suite_tables(
     ``marked`` holds model and task of each score that a notice speaks of.
     """
 
-    def place(row: Json) -> tuple[str, str, str]:
-        return string(row.get("task")) or "?", string(row.get("subset")) or "", string(row.get("split")) or ""
-
     models = list(dict.fromkeys(string(row.get("model")) or "?" for row in scores))
-    verdicts = {(place(row), string(row.get("model"))): string(row.get("verdict")) for row in differences}
+    verdicts = {(_key(row), string(row.get("model"))): string(row.get("verdict")) for row in differences}
     types: dict[str, dict[tuple[str, str, str], dict[str, Cell]]] = defaultdict(lambda: defaultdict(dict))
     for row in scores:
         model, value = string(row.get("model")) or "?", real(row.get("score"))
         low, high = real(row.get("low")), real(row.get("high"))
-        verdict = verdicts.get((place(row), model))
+        verdict = verdicts.get((_key(row), model))
         tone = "even" if verdict == "not separable" else "apart" if verdict in ("better", "worse") else ""
         interval = "" if low is None or high is None else f"{text.score(low)} to {text.score(high)}"
-        mark = MARK if (model, place(row)[0]) in marked else ""
+        mark = MARK if (model, _key(row)[0]) in marked else ""
         cell = Cell(("–" if value is None else text.score(value)) + mark, interval, tone)
-        types[string(row.get("type")) or "Tasks"][place(row)][model] = cell
+        types[string(row.get("type")) or "Tasks"][_key(row)][model] = cell
     if sum(len(tasks) for tasks in types.values()) < 2:
         return []
     tables = []

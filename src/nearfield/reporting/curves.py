@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nearfield.reporting import text
-from nearfield.reporting.reading import AbsentError, Json, listing, load_object, mapping, real, string
+from nearfield.reporting.page import Charts, Element, Folded, Notes, WordTable
 from nearfield.reporting.svg import Figure, LineChart, Series, line_figure
-from nearfield.reporting.text import WordTable
+from nearfield.reporting.text import AbsentError, Json, listing, load_object, mapping, real, string
 from nearfield.training.tracking import parse_metrics
 
 POINTS = 400
@@ -64,6 +64,11 @@ class Curves:
     """Mean of the first tenth of the steps."""
     last_loss: float
     """Mean of the last tenth."""
+
+    @property
+    def elements(self) -> list[Element]:
+        """The section."""
+        return [Charts(self.figures), Notes(self.notes), Folded("Some steps as a table", [self.table])]
 
 
 def read_columns(path: Path) -> Metrics:
@@ -384,10 +389,10 @@ def judge(column: Callable[[str], Sequence[float]], recipe: Json) -> list[str]:
     return [sentence for rule in _RULES for sentence in rule(start, end, mapping(recipe.get("objective")))]
 
 
-Figures = Mapping[str, float]
+Ends = Mapping[str, float]
 
 
-def _similarity(start: Figures, end: Figures, objective: Json) -> list[str]:
+def _similarity(start: Ends, end: Ends, objective: Json) -> list[str]:
     positive, hardest = end["positive_similarity"], end["hardest_negative_similarity"]
     if not hardest > positive:
         return []
@@ -398,7 +403,7 @@ def _similarity(start: Figures, end: Figures, objective: Json) -> list[str]:
     ]
 
 
-def _masked(start: Figures, end: Figures, objective: Json) -> list[str]:
+def _masked(start: Ends, end: Ends, objective: Json) -> list[str]:
     share = end["masked_share"]
     if not share > MASKED:
         return []
@@ -416,7 +421,7 @@ def _masked(start: Figures, end: Figures, objective: Json) -> list[str]:
     ]
 
 
-def _negatives(start: Figures, end: Figures, objective: Json) -> list[str]:
+def _negatives(start: Ends, end: Ends, objective: Json) -> list[str]:
     effective, every = end["effective_negatives"], end["negatives"]
     if every > FEW_NEGATIVES and effective < FEW_NEGATIVES:
         return [
@@ -431,7 +436,7 @@ def _negatives(start: Figures, end: Figures, objective: Json) -> list[str]:
     return []
 
 
-def _hardest(start: Figures, end: Figures, objective: Json) -> list[str]:
+def _hardest(start: Ends, end: Ends, objective: Json) -> list[str]:
     share = end["hardest_gradient_share"]
     # Of so few negatives the hardest 1 % are not a small share.
     if not share > HARDEST or end["negatives"] < 20:
@@ -442,7 +447,7 @@ def _hardest(start: Figures, end: Figures, objective: Json) -> list[str]:
     ]
 
 
-def _examples(start: Figures, end: Figures, objective: Json) -> list[str]:
+def _examples(start: Ends, end: Ends, objective: Json) -> list[str]:
     share = end["effective_examples"]
     if not share < FEW_EXAMPLES:
         return []
@@ -452,7 +457,7 @@ def _examples(start: Figures, end: Figures, objective: Json) -> list[str]:
     ]
 
 
-def _temperature(start: Figures, end: Figures, objective: Json) -> list[str]:
+def _temperature(start: Ends, end: Ends, objective: Json) -> list[str]:
     value, bounds = end["temperature"], [real(bound) for bound in listing(objective.get("temperature_bounds"))]
     if objective.get("learn_temperature") is not True or len(bounds) != 2 or not math.isfinite(value):
         return []
@@ -465,7 +470,7 @@ def _temperature(start: Figures, end: Figures, objective: Json) -> list[str]:
     return []
 
 
-def _uniformity(start: Figures, end: Figures, objective: Json) -> list[str]:
+def _uniformity(start: Ends, end: Ends, objective: Json) -> list[str]:
     value = end["uniformity"]
     if not value > CROWDED:
         return []
@@ -475,7 +480,7 @@ def _uniformity(start: Figures, end: Figures, objective: Json) -> list[str]:
     ]
 
 
-def _rank(start: Figures, end: Figures, objective: Json) -> list[str]:
+def _rank(start: Ends, end: Ends, objective: Json) -> list[str]:
     rank, limit, before = end["effective_rank"], end["rank_limit"], start["effective_rank"]
     if rank < LOST_RANK * before:
         return [

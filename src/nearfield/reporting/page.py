@@ -1,4 +1,8 @@
-"""The page builder: a template with its style, its script, a security policy that allows these alone, and figures as JSON."""
+"""A page: sections made of elements, one template with its style and script, and a security policy that allows these alone.
+
+An element is a small class with a ``kind``, by which the template knows how to show it. All values are escaped and made
+visible (:func:`nearfield.reporting.text.visible`) by the template.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,10 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import jinja2
 from markupsafe import Markup
@@ -17,8 +23,158 @@ from markupsafe import Markup
 from nearfield.errors import BadInputError
 from nearfield.files import write_text
 from nearfield.reporting import text
+from nearfield.reporting.text import Missing
+
+if TYPE_CHECKING:
+    from nearfield.reporting.svg import Figure
 
 TEMPLATES = Path(__file__).parent / "templates"
+
+
+class Element(Protocol):
+    """A part of a section."""
+
+    @property
+    def kind(self) -> str: ...
+
+
+Pairs = Sequence[tuple[str, str]]
+"""Names with their values, in words."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names with their values; ``code`` sets the values as code."""
+
+    pairs: Pairs
+    code: bool = False
+    kind: ClassVar[str] = "facts"
+
+
+@dataclass(frozen=True)
+class WordTable:
+    """A table of words under a caption; a row's first cell is its heading."""
+
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: int = 1
+    """Columns that hold words; those behind them hold numbers, which stand to the right."""
+    tones: Sequence[str] = ()
+    """A style for each row: better, worse, even, untested."""
+    paths: Sequence[int] = ()
+    """Columns that hold paths or hashes."""
+    kind: ClassVar[str] = "table"
+
+
+@dataclass(frozen=True)
+class Charts:
+    """Charts beside each other."""
+
+    figures: Sequence[Figure]
+    kind: ClassVar[str] = "charts"
+
+
+@dataclass(frozen=True)
+class Prose:
+    """Paragraphs; ``style`` is a class of the style sheet."""
+
+    lines: Sequence[str]
+    style: str = ""
+    kind: ClassVar[str] = "prose"
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Small remarks, one a line."""
+
+    lines: Sequence[str]
+    kind: ClassVar[str] = "notes"
+
+
+@dataclass(frozen=True)
+class Notices:
+    """Facts that a reader must know, each with what to do about it."""
+
+    pairs: Pairs
+    kind: ClassVar[str] = "notices"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Large figures: label, figure, and a word about it."""
+
+    tiles: Sequence[tuple[str, str, str]]
+    kind: ClassVar[str] = "tiles"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text of a file as it is."""
+
+    text: str
+    kind: ClassVar[str] = "source"
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading inside a section."""
+
+    words: str
+    kind: ClassVar[str] = "heading"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Elements that are shown when their summary is opened."""
+
+    summary: str
+    elements: Sequence[Element]
+    kind: ClassVar[str] = "folded"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Groups of elements beside each other, each under its title (or none)."""
+
+    groups: Sequence[tuple[str, Sequence[Element]]]
+    kind: ClassVar[str] = "columns"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section: its anchor, its name in the navigation, its title, and its elements (or why there are none)."""
+
+    key: str
+    short: str
+    title: str
+    elements: Sequence[Element] | Missing
+
+    @property
+    def reason(self) -> str | None:
+        """Why the run lacks this part, if it does."""
+        return self.elements.reason if isinstance(self.elements, Missing) else None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence, with ``better``, ``worse`` or ``even`` for its colour."""
+
+    sentence: str
+    tone: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page: ``name`` is what it is of, ``title`` says what it is (``nearfield report``)."""
+
+    name: str
+    title: str
+    sections: Sequence[Section]
+    verdict: Sequence[Finding] = ()
+    """Sentences below the heading."""
+    written: tuple[str, str] | None = None
+    """The run folder that it was made from, and when."""
 
 
 def check_place(out: Path) -> None:
@@ -29,8 +185,8 @@ def check_place(out: Path) -> None:
         )
 
 
-def write_page(template: str, out: Path, data: object = None, **content: object) -> int:
-    """Render a template and write it aside and renamed; returns the bytes of the page.
+def write_page(out: Path, page: Page, data: object = None) -> int:
+    """Write a page aside and rename it; returns its bytes. It loads nothing from a network.
 
     ``data`` is what the page's script reads; without it the page has no script.
     """
@@ -39,14 +195,14 @@ def write_page(template: str, out: Path, data: object = None, **content: object)
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     html = (
         environment()
-        .get_template(template)
+        .get_template("page.html.j2")
         .render(
+            page=page,
             policy=content_policy(script, style),
             style=Markup(style),
             script=Markup(script),
             data=embedded_json(data),
             version=importlib.metadata.version("nearfield"),
-            **content,
         )
     )
     try:

@@ -15,12 +15,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from nearfield.data.images import pillow, smaller
+from nearfield.evaluation.results import TOP_SUFFIX, UNITS_SUFFIX, read_checked
 from nearfield.reporting import text
 from nearfield.reporting.comparison import metric_words
-from nearfield.reporting.reading import AbsentError, Json, Missing, logger, mapping, string
+from nearfield.reporting.text import AbsentError, Json, Missing, logger, mapping, string
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 EACH = 5
 """Gains shown, and losses shown, at most."""
 SIDES = ("before", "after")
-UNITS_SUFFIX, TOP_SUFFIX = ".units.parquet", ".top10.parquet"
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Queries:
     groups: list[QueryGroup]
     notes: list[str]
     raw: list[dict[str, object]]
+    kind: ClassVar[str] = "queries"
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,6 @@ def _changes(task: str, folders: dict[str, Path]) -> tuple[list[Change], str | N
     """The scores of a task's queries that both models have, and the fingerprint of the store that the task is from."""
     import pyarrow.compute as pc
 
-    from nearfield.evaluation.results import read_checked
-
     values: dict[str, dict[tuple[str, str, str], float]] = {}
     metric, fingerprint = "", None
     for side in SIDES:
@@ -269,8 +268,6 @@ def _top(folder: Path, task: str, changes: Sequence[Change]) -> Top:
     """The kept results of the chosen queries: (rank, document, score), by rank."""
     import pyarrow as pa
     import pyarrow.compute as pc
-
-    from nearfield.evaluation.results import read_checked
 
     wanted = {change.key for change in changes}
     if not wanted:
