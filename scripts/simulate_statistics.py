@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nearfield.evaluation import statistics
-from nearfield.evaluation.estimators import AVERAGE_PRECISION, CROSSED_MEAN, MATCH_F1, SPEARMAN, CrossedError, Estimator
+from nearfield.evaluation.scores import AVERAGE_PRECISION, CROSSED_MEAN, MATCH_F1, SPEARMAN, CrossedError, Estimator
 from nearfield.files import write_json, write_text
 from nearfield.provenance import generator
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 EXIT_OK = 0
@@ -206,3 +206,32 @@ def from_file(value: Any) -> tuple[Notice, ...]:
     """Notices that :func:`in_file` wrote; none where the file is older than notices."""
     entries: Sequence[Any] = value if isinstance(value, list) else []
     return tuple(Notice.from_json(one) for one in entries if isinstance(one, dict) and {"code", "what"} <= set(one))
+
+
+@dataclass(frozen=True)
+class CutTexts:
+    """Counts of texts and tokens that a longest input cuts off, for a notice (``texts-cut``)."""
+
+    texts: int = 0
+    cut: int = 0
+    """Texts that lost tokens."""
+    tokens: int = 0
+    """Of all texts, uncut."""
+    lost: int = 0
+    """Tokens that are not read."""
+
+    def __add__(self, other: CutTexts) -> CutTexts:
+        return CutTexts(
+            self.texts + other.texts, self.cut + other.cut, self.tokens + other.tokens, self.lost + other.lost
+        )
+
+    def say(self, length: int) -> str:
+        """The share of texts and of tokens, in words."""
+        return (
+            f"{self.cut:,} of {self.texts:,} texts ({self.cut / max(1, self.texts):.1%}) are cut at {length:,} tokens and lose "
+            f"{self.lost:,} of all {self.tokens:,} tokens ({self.lost / max(1, self.tokens):.1%})"
+        )
+
+    def to_json(self) -> dict[str, int]:
+        """The entry of a file."""
+        return asdict(self)

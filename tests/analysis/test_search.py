@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nearfield.analysis.geometry import plane
-from nearfield.analysis.run import length_bias, near_duplicates
+from nearfield.analysis.geometry import length_bias, near_duplicates, plane
 from nearfield.analysis.search import (
     Questions,
     best_f1_cut,

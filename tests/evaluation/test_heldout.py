@@ -12,8 +12,8 @@ import pytest
 from nearfield.data import DataConfig, Store, prepare_store
 from nearfield.errors import BadInputError
 from nearfield.evaluation import HeldOutTask, SuiteConfig, evaluate
-from nearfield.evaluation.heldout import heldout_task, query_clusters
 from nearfield.evaluation.results import read_units
+from nearfield.evaluation.tasks import heldout_task, query_clusters
 
 # bank and shore share a gloss; bank has a second sense in the train split; mole has two senses in the test split.
 RETRIEVAL = [

@@ -19,8 +19,8 @@ from nearfield.encoders.load import build_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import EvaluationResult, FolderTasks, HeldOutTask, SuiteConfig, evaluate
 from nearfield.evaluation.encoder import TaskEncoder
-from nearfield.evaluation.heldout import heldout_task
 from nearfield.evaluation.results import read_units
+from nearfield.evaluation.tasks import heldout_task
 from tests.data.image_making import noise, saved
 from tests.data.making import LABELLED, config, source, write_rows
 

@@ -19,7 +19,7 @@ from nearfield.encoders.load import build_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import SuiteConfig, evaluate
 from nearfield.evaluation.config import MmebTask
-from nearfield.evaluation.mmeb import mmeb_task
+from nearfield.evaluation.folder import mmeb_task
 from tests.data.image_making import noise, saved
 from tests.data.making import write_rows
 

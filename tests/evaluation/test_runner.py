@@ -16,7 +16,6 @@ from scipy import stats
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import MtebTasks, SuiteConfig, evaluate, open_model
-from nearfield.evaluation.estimators import AVERAGE_PRECISION, CROSSED_MEAN, MATCH_F1, MEAN_OF_EXPERIMENTS, SPEARMAN
 from nearfield.evaluation.folder import folder_task, task_folders
 from nearfield.evaluation.results import (
     TOP_SCHEMA,
@@ -28,7 +27,8 @@ from nearfield.evaluation.results import (
     read_scores,
     read_units,
 )
-from nearfield.evaluation.scoring import shared_clusters
+from nearfield.evaluation.scores import AVERAGE_PRECISION, CROSSED_MEAN, MATCH_F1, MEAN_OF_EXPERIMENTS, SPEARMAN
+from nearfield.evaluation.tasks import shared_clusters
 from nearfield.files import DamagedError
 
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from nearfield.evaluation import statistics as st
-from nearfield.evaluation.estimators import SPEARMAN
+from nearfield.evaluation.scores import SPEARMAN
 
 
 def test_bootstrap_means_equal_a_plain_loop_over_resampled_clusters() -> None:

@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 GROUND = {"arrays.py", "config.py", "console.py", "errors.py", "files.py", "kinds.py", "provenance.py"}
 """The ground floor, which every part stands on: the walks of the page leave it out."""
 STAGES = {"tokens": 50, "plan": 42, "train": 78}
-WALKS = {"batch": 4, "vector": 6, "gradient": 13, "score": 10}
+WALKS = {"batch": 4, "vector": 6, "gradient": 13, "score": 6}
 """The files that a reader enters at most. Gradients and scores are made of vectors, whose walk is told once."""
 
 
@@ -71,9 +71,13 @@ def traced(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, toy_data:
     sources, _ = read_examples(store, ["pairs"], "train")
     found.once("batch", run.recipe.batches.build().plan)(sources, 0, 0, known=store.known_positives())
     suite = folder / "suite.yaml"
-    suite.write_text(f"name: toy\ntasks: [{{kind: heldout, name: Toy, data: {toy_data}, source: pairs}}]\n")
+    tasks = ", ".join(
+        f"{{kind: heldout, name: {name}, data: {toy_data}, source: pairs}}" for name in ("First", "Second")
+    )
+    suite.write_text(f"name: toy\ntasks: [{tasks}]\n")
     with patch.context() as patched:
-        patched.setattr(runner._Run, "task", found.once("score", runner._Run.task))
+        # The second task: the first has found out how the model takes texts.
+        patched.setattr(runner._Run, "task", found.once("score", runner._Run.task, after=1))
         model = str(folder / "run" / "model")
         made = evaluate(model, SuiteConfig.load(suite), folder / "results", prompts="as-is")
     assert not made.failures

@@ -30,7 +30,7 @@ from nearfield.data.tokens import TokenCache
 from nearfield.encoders.prompts import TYPES_WITH_ROLES, has_roles
 from nearfield.errors import BadInputError
 from nearfield.evaluation import evaluate, open_model, runner
-from nearfield.evaluation.contract import roles_of
+from nearfield.evaluation.encoder import roles_of
 from nearfield.evaluation.tasks import SuiteTask
 from nearfield.pipeline import Run, open_run, run_stages
 from nearfield.pipeline.dry_run import dry_run

@@ -147,15 +147,21 @@ def recall_threshold(
     return Threshold(cut, float(low), float(high), *_rates(right, wrong, cut))
 
 
-def precision_cut(right: Floats, wrong: Floats, precision: float) -> float | None:
-    """The lowest cut above which ``precision`` of the pairs are right; None where no cut reaches that."""
+def _cuts(right: Floats, wrong: Floats) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """Each cut that differs from the next, falling, with how many right and how many pairs reach it."""
     scores = np.concatenate([right, wrong])
     labels = np.concatenate([np.ones(len(right)), np.zeros(len(wrong))])
     order = np.argsort(-scores, kind="stable")
-    ordered, correct = scores[order], np.cumsum(labels[order])
+    ordered = scores[order]
     last = np.concatenate([ordered[1:] != ordered[:-1], [True]])
-    reached = last & (correct >= precision * np.arange(1, len(scores) + 1) - 1e-9)
-    return float(ordered[np.flatnonzero(reached)[-1]]) if reached.any() else None
+    return ordered[last], np.cumsum(labels[order])[last], np.flatnonzero(last) + 1
+
+
+def precision_cut(right: Floats, wrong: Floats, precision: float) -> float | None:
+    """The lowest cut above which ``precision`` of the pairs are right; None where no cut reaches that."""
+    cuts, correct, count = _cuts(right, wrong)
+    reached = correct >= precision * count - 1e-9
+    return float(cuts[reached][-1]) if reached.any() else None
 
 
 def precision_threshold(
@@ -184,15 +190,9 @@ def precision_threshold(
 
 def best_f1_cut(right: Floats, wrong: Floats) -> float:
     """The cut between right and wrong similarities with the largest F1 (the lowest of equals)."""
-    scores = np.concatenate([right, wrong])
-    labels = np.concatenate([np.ones(len(right)), np.zeros(len(wrong))])
-    order = np.argsort(-scores, kind="stable")
-    ordered, correct = scores[order], np.cumsum(labels[order])
-    last = np.concatenate([ordered[1:] != ordered[:-1], [True]])
-    f1 = 2 * correct / (np.arange(1, len(scores) + 1) + len(right))
-    f1 = np.where(last, f1, -1.0)
-    best = np.flatnonzero(f1 >= f1.max() - 1e-12)[-1]
-    return float(ordered[best])
+    cuts, correct, count = _cuts(right, wrong)
+    f1 = 2 * correct / (count + len(right))
+    return float(cuts[f1 >= f1.max() - 1e-12][-1])
 
 
 def f1_threshold(

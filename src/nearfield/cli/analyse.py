@@ -12,7 +12,7 @@ from nearfield.cli.app import RESULTS, ResultsFolder, quiet_libraries, table, te
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
-    from nearfield.analysis.run import Analysis
+    from nearfield.analysis.geometry import Analysis
     from nearfield.methods.matched_suites import Twins
     from nearfield.pipeline.embeddings import Sample
 
@@ -52,7 +52,7 @@ def analyse_command(
     """Isotropy, spectrum, intrinsic dimension, truncation, hubs, near-duplicates and length of each model; CKA and shared
     neighbours of each pair; with a suite's questions thresholds and whether one model reads another's index."""
     quiet_libraries()
-    from nearfield.analysis.run import NEIGHBOURS
+    from nearfield.analysis.geometry import NEIGHBOURS
     from nearfield.encoders.encode import text_encoder
     from nearfield.files import write_json
     from nearfield.pipeline.embeddings import analyse_models, sample_of

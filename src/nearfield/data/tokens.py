@@ -7,7 +7,7 @@ tokenizer is handed in, so that this module needs no model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from nearfield.arrays import Index, Ragged, Rows, starts
 from nearfield.console import track
-from nearfield.errors import BadInputError
+from nearfield.errors import BadInputError, CutTexts
 from nearfield.files import Sealed, atomic_path, read_json, seal, write_json
 
 if TYPE_CHECKING:
@@ -31,35 +31,6 @@ IMAGE = -1
 VERSION = 3
 """Raised when the same items give another cache."""
 _BATCH = 1024
-
-
-@dataclass(frozen=True)
-class CutTexts:
-    """Counts of texts and tokens that a longest input cuts off."""
-
-    texts: int = 0
-    cut: int = 0
-    """Texts that lost tokens."""
-    tokens: int = 0
-    """Of all texts, uncut."""
-    lost: int = 0
-    """Tokens that are not read."""
-
-    def __add__(self, other: CutTexts) -> CutTexts:
-        return CutTexts(
-            self.texts + other.texts, self.cut + other.cut, self.tokens + other.tokens, self.lost + other.lost
-        )
-
-    def say(self, length: int) -> str:
-        """The share of texts and of tokens, in words."""
-        return (
-            f"{self.cut:,} of {self.texts:,} texts ({self.cut / max(1, self.texts):.1%}) are cut at {length:,} tokens and lose "
-            f"{self.lost:,} of all {self.tokens:,} tokens ({self.lost / max(1, self.tokens):.1%})"
-        )
-
-    def to_json(self) -> dict[str, int]:
-        """The entry of a file."""
-        return asdict(self)
 
 
 class ItemTokenizer(Protocol):

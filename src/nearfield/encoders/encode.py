@@ -23,10 +23,10 @@ import numpy.typing as npt
 from nearfield.arrays import Rows
 from nearfield.console import track
 from nearfield.data.store import Store
-from nearfield.data.tokens import IMAGE, CutTexts
+from nearfield.data.tokens import IMAGE
 from nearfield.data.vectors import Vectors, VectorStore, VectorTable, require_finite, shown, write_shard, zeros
 from nearfield.encoders.load import LoadedEncoder, load_encoder
-from nearfield.errors import Notice
+from nearfield.errors import CutTexts, Notice
 from nearfield.files import Sealed, fingerprint, read_json, remove_leftovers, scratch_folder, write_json
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from nearfield.data.tokens import IMAGE, CutTexts
+from nearfield.data.tokens import IMAGE
 from nearfield.encoders.images import family_of, image_tokens, row_ids, takes_images
 from nearfield.encoders.packing import (
     check_rows,
@@ -29,7 +29,7 @@ from nearfield.encoders.packing import (
     uncut,
 )
 from nearfield.encoders.private import forget_prompt_lengths
-from nearfield.errors import BadInputError, Notice
+from nearfield.errors import BadInputError, CutTexts, Notice
 from nearfield.files import read_json, write_json
 
 if TYPE_CHECKING:

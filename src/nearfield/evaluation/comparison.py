@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,21 @@ from nearfield.provenance import generator
 
 VERSION = 2
 _WORDS = {"better": "is better than", "worse": "is worse than", "not separable": "is not separable from"}
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """The head of a row: a subset and split of a task, and its main score."""
+
+    task: str
+    subset: str
+    split: str
+    metric: str
+
+    @property
+    def title(self) -> str:
+        """The task in words."""
+        return title_of((self.task, self.subset, self.split))
 
 
 def verdict(difference: float, low: float, high: float, p_adjusted: float, level: float) -> str:
@@ -79,13 +94,9 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
-class ScoreRow:
+class ScoreRow(TaskRow):
     """A model's score on a subset and split of a task; ``low`` and ``high`` are null where ``reason`` says why."""
 
-    task: str
-    subset: str
-    split: str
-    metric: str
     model: str
     score: float
     low: float | None
@@ -100,17 +111,13 @@ class ScoreRow:
 
 
 @dataclass(frozen=True)
-class DifferenceRow:
+class DifferenceRow(TaskRow):
     """A model against the baseline on the same units. ``verdict``: better, worse, not separable, or not tested.
 
     ``effect`` is the difference in standard deviations of the units' differences; ``won``, ``even`` and ``lost`` count
     units. ``p_equivalent`` (adjusted by Holm) and ``equivalent`` are of the test for equivalence within the margin.
     """
 
-    task: str
-    subset: str
-    split: str
-    metric: str
     model: str
     baseline: str
     difference: float
@@ -223,7 +230,7 @@ def compare(
             rows.append(_score_row(key, name, of, of.interval(replicates[name], level) if name in replicates else None))
             if base in of_key and name != base:
                 differences.append(_difference(key, name, of, base, of_key[base], replicates, options))
-    judged = tuple(_judged(differences, options))
+    judged = tuple(_said(_judged(differences, level), options))
     return ModelComparison(
         tuple(opened), base, tuple(rows), judged, tuple(notes), asdict(options), score_notices(read, keys)
     )
@@ -326,15 +333,26 @@ def _difference(
     )
 
 
-def _judged(rows: Sequence[DifferenceRow], options: _Options) -> Iterator[DifferenceRow]:
-    """The rows with p-values adjusted over all of them, verdicts and sentences."""
+Tested = TypeVar("Tested", "DifferenceRow", "MethodRow")
+
+
+def _judged(rows: Sequence[Tested], level: float) -> list[Tested]:
+    """The rows with p-values adjusted over all of them, and verdicts where there was a test."""
     adjusted = iter(statistics.holm([row.p for row in rows if row.p is not None]))
-    equal = iter(statistics.holm([row.p_equivalent for row in rows if row.p_equivalent is not None]))
-    tests = sum(row.p is not None for row in rows)
+    judged = []
     for row in rows:
         if row.p is not None and row.low is not None and row.high is not None:
             p = next(adjusted)
-            row = replace(row, p_adjusted=p, verdict=verdict(row.difference, row.low, row.high, p, options.level))
+            row = replace(row, p_adjusted=p, verdict=verdict(row.difference, row.low, row.high, p, level))
+        judged.append(row)
+    return judged
+
+
+def _said(rows: Sequence[DifferenceRow], options: _Options) -> Iterator[DifferenceRow]:
+    """Judged rows with the verdict on equivalence, and sentences."""
+    equal = iter(statistics.holm([row.p_equivalent for row in rows if row.p_equivalent is not None]))
+    tests = sum(row.p is not None for row in rows)
+    for row in rows:
         if row.p_equivalent is not None:
             p = next(equal)
             row = replace(row, p_equivalent=p, equivalent=p <= 1 - options.level)
@@ -342,14 +360,13 @@ def _judged(rows: Sequence[DifferenceRow], options: _Options) -> Iterator[Differ
 
 
 def _sentence(row: DifferenceRow, tests: int, margin: float | None) -> str:
-    title = title_of((row.task, row.subset, row.split))
     if row.p is None or row.p_adjusted is None:
-        return f"{row.model} and {row.baseline} on {title}: {row.difference:+.4f}, not tested ({row.reason})."
+        return f"{row.model} and {row.baseline} on {row.title}: {row.difference:+.4f}, not tested ({row.reason})."
     p_text = f"p = {_p(row.p)}"
     if tests > 1:
         p_text += f", {_p(row.p_adjusted)} after Holm's adjustment for {tests} tests"
     numbers = f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}], {p_text}"
-    said = f"{row.model} {_WORDS[row.verdict]} {row.baseline} on {title}: {numbers}."
+    said = f"{row.model} {_WORDS[row.verdict]} {row.baseline} on {row.title}: {numbers}."
     if margin is None or row.p_equivalent is None:
         return said
     points = f"{100 * margin:g} points"
@@ -378,17 +395,13 @@ class Method:
 
 
 @dataclass(frozen=True)
-class MethodRow:
+class MethodRow(TaskRow):
     """A method against the baseline on a task, seed by seed.
 
     ``verdict`` is better, worse, not separable, or too few seeds; then the interval and p are null. ``detects`` is the true
     difference that is found in 80 % of such comparisons.
     """
 
-    task: str
-    subset: str
-    split: str
-    metric: str
     method: str
     baseline: str
     seeds: tuple[int, ...]
@@ -450,12 +463,13 @@ def compare_methods(
         left = sorted(set(read[label]) ^ set(read[base]))
         if left:
             notes.append(f"seeds without a partner are left out: {', '.join(map(str, left))} ({label}, {base})")
-        rows += _method_rows(label, base, seeds, read, tasks)
+        rows += _method_rows(label, base, seeds, read, tasks, level)
     shown = {(row.task, row.subset, row.split) for row in rows}
     for label, runs in read.items():
         said = [notice for seed, of in runs.items() for notice in score_notices({label: of}, sorted(shown & set(of)))]
         notes += dict.fromkeys(notice.sentence for notice in said)
-    return MethodComparison(base, tuple(labels), tuple(_judged_methods(rows, level)), tuple(notes), {"level": level})
+    judged = tuple(replace(row, sentence=_method_sentence(row)) for row in _judged(rows, level))
+    return MethodComparison(base, tuple(labels), judged, tuple(notes), {"level": level})
 
 
 def _method_rows(
@@ -464,7 +478,8 @@ def _method_rows(
     seeds: Sequence[int],
     read: Mapping[str, Mapping[int, Mapping[Key, TaskScores]]],
     tasks: Sequence[str] | None,
-) -> list[MethodRow]:
+    level: float,
+) -> Iterator[MethodRow]:
     """A row for each task that all runs have on the same data, and one of the mean over several tasks."""
     ours, theirs = ([read[name][seed] for seed in seeds] for name in (label, base))
     keys = sorted(set.intersection(*(set(run) for run in (*ours, *theirs))))
@@ -477,10 +492,14 @@ def _method_rows(
     if len({key[0] for key in keys}) > 1:
         means = [[_mean_over_tasks(run, keys) for run in side] for side in (ours, theirs)]
         compared.append((MEAN_OVER_TASKS, "main scores", means[0], means[1]))
-    return [
-        MethodRow(*key, metric, label, base, tuple(seeds), tuple(us), tuple(them), float(np.mean(us) - np.mean(them)))
-        for key, metric, us, them in compared
-    ]
+    for key, metric, us, them in compared:
+        difference = float(np.mean(us) - np.mean(them))
+        row = MethodRow(*key, metric, label, base, tuple(seeds), tuple(us), tuple(them), difference)
+        if len(seeds) >= SEEDS:
+            low, high, p = statistics.paired_interval(row.differences, level)
+            detects = statistics.detectable(row.differences, level)
+            row = replace(row, low=low, high=high, p=p, detects=detects)
+        yield row
 
 
 def _scores(runs: Sequence[Mapping[Key, TaskScores]], key: Key) -> list[float]:
@@ -494,38 +513,15 @@ def _mean_over_tasks(scores: Mapping[Key, TaskScores], keys: Sequence[Key]) -> f
     return float(np.mean([np.mean(values) for values in by_task.values()]))
 
 
-def _judged_methods(rows: Sequence[MethodRow], level: float) -> Iterator[MethodRow]:
-    """The rows with tests where there are seeds enough, p-values adjusted over all of them, verdicts and sentences."""
-    tests = {
-        i: statistics.paired_interval(row.differences, level) for i, row in enumerate(rows) if len(row.seeds) >= SEEDS
-    }
-    adjusted = dict(zip(tests, statistics.holm([p for _, _, p in tests.values()]), strict=True))
-    for i, row in enumerate(rows):
-        if i in tests:
-            low, high, p = tests[i]
-            row = replace(
-                row,
-                low=low,
-                high=high,
-                p=p,
-                p_adjusted=adjusted[i],
-                detects=statistics.detectable(row.differences, level),
-                verdict=verdict(row.difference, low, high, adjusted[i], level),
-            )
-        yield replace(row, sentence=_method_sentence(row))
-
-
 def _method_sentence(row: MethodRow) -> str:
-    key = (row.task, row.subset, row.split)
-    title = row.task if key == MEAN_OVER_TASKS else title_of(key)
     if row.p_adjusted is None:
         points = ", ".join(f"{d:+.4f} (seed {seed})" for d, seed in zip(row.differences, row.seeds, strict=True))
         return (
-            f"The method {row.method} minus {row.baseline} on {title}: {points}. "
+            f"The method {row.method} minus {row.baseline} on {row.title}: {points}. "
             f"No verdict: {len(row.seeds)} seeds, and {SEEDS} are needed."
         )
     return (
-        f"The method {row.method} {_WORDS[row.verdict]} {row.baseline} on {title}, over {len(row.seeds)} trainings each: "
+        f"The method {row.method} {_WORDS[row.verdict]} {row.baseline} on {row.title}, over {len(row.seeds)} trainings each: "
         f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}], p = {row.p_adjusted:.4f} after Holm's adjustment. "
         f"It speaks of other seeds on these queries; a true difference of {row.detects:.4f} is found in 80 % of such comparisons."
     )
@@ -541,13 +537,9 @@ REPOSITORY = "mteb"
 
 
 @dataclass(frozen=True)
-class PublishedRow:
+class PublishedRow(TaskRow):
     """A score of ours beside a published one. ``position`` is above, below, inside (our interval) or no interval."""
 
-    task: str
-    subset: str
-    split: str
-    metric: str
     model: str
     score: float
     low: float | None

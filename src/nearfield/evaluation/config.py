@@ -168,7 +168,7 @@ class HeldOutTask(TaskSettings):
 
     def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
         """The task; the store is opened now."""
-        from nearfield.evaluation.heldout import heldout_task
+        from nearfield.evaluation.tasks import heldout_task
 
         return [heldout_task(self, open_store)]
 
@@ -214,7 +214,7 @@ class MmebTask(TaskSettings):
 
     def build(self, where: str, open_store: OpenStore) -> list[SuiteTask]:
         """The task; rows are read now, images when it runs."""
-        from nearfield.evaluation.mmeb import mmeb_task
+        from nearfield.evaluation.folder import mmeb_task
 
         return [mmeb_task(self)]
 

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from nearfield.encoders.encode import Bools, Encoder
 from nearfield.errors import BadInputError, Said, listening, say
 from nearfield.evaluation.config import OpenStore, SuiteConfig, open_suite
-from nearfield.evaluation.contract import TrainedPrompts, check_prompts
-from nearfield.evaluation.encoder import TaskEncoder
+from nearfield.evaluation.encoder import TaskEncoder, TrainedPrompts, prompt_notices
 from nearfield.evaluation.scoring import mean_over_splits, score_task, scores_by_split
 from nearfield.evaluation.tasks import parts_of
 
@@ -84,14 +83,8 @@ class DuringTraining:
                     where="training.evaluation.suite",
                     hint="Score it after the training, under 'evaluation'.",
                 )
-        if contract is not None:
-            check_prompts(
-                self.encoder,
-                contract,
-                parts,
-                where="training.evaluation.suite",
-                hint="State the prompt under prompts.types, or set training.evaluation.prompts=as-is.",
-            )
+        hint = "State the prompt under prompts.types, or set training.evaluation.prompts=as-is."
+        prompt_notices(self.encoder, contract, parts, where="training.evaluation.suite", hint=hint)
         self.extra = self._find(metric)
         self.said = Said()
         """The notices of the scores so far: logged once, however often the model is scored."""

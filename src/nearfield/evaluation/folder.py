@@ -1,12 +1,14 @@
-"""Local tasks: a folder with ``meta.json`` and one Parquet file (or several) a subset and split."""
+"""Tasks over files: a folder with ``meta.json`` and one Parquet file (or several) a subset and split, or a file of MMEB's."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +27,8 @@ from mteb.abstasks import (
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.types import PromptType
 
+from nearfield.data.config import ImagesConfig
+from nearfield.data.images import ImageError, ImageRef, decode
 from nearfield.errors import BadInputError, Notice, say
 from nearfield.evaluation.tasks import (
     TYPES,
@@ -32,10 +36,16 @@ from nearfield.evaluation.tasks import (
     SuiteTask,
     columns_of,
     describe_task,
+    items_table,
     make_task,
     official_class,
+    retrieval_split,
 )
 from nearfield.files import fingerprint, hash_file, read_json
+
+if TYPE_CHECKING:
+    from nearfield.evaluation.config import MmebTask
+
 
 META = "meta.json"
 TEXT_COLUMNS = {"text", "sentence1", "sentence2", "sentences", "id", "query-id", "corpus-id"}
@@ -74,7 +84,7 @@ def folder_task(folder: Path) -> SuiteTask:
     base = TYPES[task_type].base if official is None else official
     retrieval = issubclass(base, AbsTaskRetrieval)
     files = _files(folder, meta, retrieval)
-    shape = official_shape(base) if official is not None else own_shape(base, task_type, meta, _schemas(files), folder)
+    shape = _shape(base, task_type, meta, _schemas(files), folder) if official is None else _official_shape(base)
     result = SuiteTask(None, details={"folder": folder.name})
 
     def load() -> dict[str, Any]:
@@ -192,25 +202,22 @@ class Shape:
     category: str | None = None
 
 
-def holds_text(kind: pa.DataType) -> bool:
+def _holds_text(kind: pa.DataType) -> bool:
     """Whether a column of this type holds a text in each row."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def holds_images(kind: pa.DataType) -> bool:
+def _holds_images(kind: pa.DataType) -> bool:
     """Whether a column of this type holds images as ``datasets`` writes them."""
     return bool(pa.types.is_struct(kind)) and {"bytes", "path"} == {kind.field(i).name for i in range(kind.num_fields)}
 
 
-def official_shape(base: type[Any]) -> Shape:
+def _official_shape(base: type[Any]) -> Shape:
     """An official class with the data of a folder: its own settings, but for those that are about how its data lie."""
-    attributes: dict[str, Any] = {}
-    if issubclass(base, AbsTaskBitextMining):
-        attributes["parallel_subsets"] = False
-    return Shape(base, attributes)
+    return Shape(base, {"parallel_subsets": False} if issubclass(base, AbsTaskBitextMining) else {})
 
 
-def own_shape(
+def _shape(
     base: type[Any], task_type: str, meta: Mapping[str, Any], schemas: Mapping[str, pa.Schema], folder: Path
 ) -> Shape:
     """A task of no official class, by its type and the columns of its files."""
@@ -219,8 +226,8 @@ def own_shape(
         return Shape(base, category="2".join(_letters(schemas[part], folder) for part in ("queries", "corpus")))
     schema = schemas[""]
     if issubclass(base, AbsTaskImageTextPairClassification):
-        images = [name for name in schema.names if holds_images(schema.field(name).type)]
-        texts = [name for name in schema.names if holds_text(schema.field(name).type) and name != "cluster"]
+        images = [name for name in schema.names if _holds_images(schema.field(name).type)]
+        texts = [name for name in schema.names if _holds_text(schema.field(name).type) and name != "cluster"]
         return Shape(base, {"images_column_names": _one(images), "texts_column_names": _one(texts)})
     attributes: dict[str, Any] = {}
     if issubclass(base, AbsTaskSTS | AbsTaskSummarization):
@@ -228,7 +235,7 @@ def own_shape(
     elif hasattr(base, "input_column_name"):
         column = next((n for n in (base.input_column_name, *_INPUTS) if n in schema.names), base.input_column_name)
         attributes = {"input_column_name": column}
-        has_images = column in schema.names and holds_images(schema.field(column).type)
+        has_images = column in schema.names and _holds_images(schema.field(column).type)
         category = ("i" if has_images else "t") + category[1:]
         if issubclass(base, AbsTaskClustering):
             listed = column in schema.names and pa.types.is_list(schema.field(column).type)
@@ -303,7 +310,7 @@ def _read(file: Path, columns: Sequence[str], texts: Sequence[str]) -> pa.Table:
                 hint=f"Columns here: {', '.join(table.column_names)}.",
             )
         column = table.column(name)
-        if name in texts and not holds_text(column.type):
+        if name in texts and not _holds_text(column.type):
             raise BadInputError(f"the column {name!r} must hold text; it holds {column.type}", where=str(file))
         if column.null_count:
             row = pc.index(pc.is_null(column), True).as_py()
@@ -321,9 +328,18 @@ def _dataset(table: pa.Table) -> Any:
 
     data = datasets.Dataset(InMemoryTable(table))
     for name in table.column_names:
-        if holds_images(table.schema.field(name).type):
+        if _holds_images(table.schema.field(name).type):
             data = data.cast_column(name, datasets.Image())
     return data
+
+
+def _without_clusters(table: pa.Table, ids: Iterable[str], place: tuple[str, str], result: SuiteTask) -> pa.Table:
+    """The table without the column of clusters, which become those of the task's units at the place."""
+    if "cluster" not in table.column_names:
+        return table
+    pairs = zip(ids, table.column("cluster").to_pylist(), strict=True)
+    result.clusters[place] = {unit: str(key) for unit, key in pairs if key is not None}
+    return table.drop_columns(["cluster"])
 
 
 def _columns_split(folder: Path, subset: str, split: str, result: SuiteTask) -> Any:
@@ -333,10 +349,7 @@ def _columns_split(folder: Path, subset: str, split: str, result: SuiteTask) -> 
     if isinstance(result.task, AbsTaskClusteringLegacy):
         texts = []
     table = _read(file, columns, texts)
-    if "cluster" in table.column_names:
-        keys = table.column("cluster").to_pylist()
-        result.clusters[subset, split] = {str(i): str(key) for i, key in enumerate(keys) if key is not None}
-        table = table.drop_columns(["cluster"])
+    table = _without_clusters(table, map(str, range(table.num_rows)), (subset, split), result)
     if isinstance(result.task, AbsTaskPairClassification) and table.num_rows == 1:
         # One row is to mteb all pairs in lists.
         table = pa.table({name: [table.column(name).to_pylist()] for name in columns})
@@ -385,10 +398,7 @@ def _retrieval_split(folder: Path, subset: str, split: str, result: SuiteTask) -
                 f"row {row} has the score {score!r}; a judgement is a whole number", where=str(files["qrels"])
             )
         relevant.setdefault(query, {})[document] = int(score)
-    if "cluster" in queries.column_names:
-        pairs = zip(queries.column("id").to_pylist(), queries.column("cluster").to_pylist(), strict=True)
-        result.clusters[subset, split] = {query: str(key) for query, key in pairs if key is not None}
-        queries = queries.drop_columns(["cluster"])
+    queries = _without_clusters(queries, queries.column("id").to_pylist(), (subset, split), result)
     ranked = None
     if files["top_ranked"].is_file():
         table = _read(files["top_ranked"], ("query-id", "corpus-ids"), ("query-id",))
@@ -404,9 +414,120 @@ def _retrieval_split(folder: Path, subset: str, split: str, result: SuiteTask) -
         titles = pc.fill_null(corpus.column("title").cast(pa.large_string()), "")
         corpus = corpus.set_column(corpus.column_names.index("title"), "title", titles)
         keep.append("title")
-    return {
-        "corpus": _dataset(corpus.select(keep)),
-        "queries": _dataset(queries),
-        "relevant_docs": relevant,
-        "top_ranked": ranked,
-    }
+    return retrieval_split(_dataset(queries), _dataset(corpus.select(keep)), relevant, ranked)
+
+
+# Files of MMEB
+
+Item = tuple[str, str]
+"""(text, path of an image); one of them may be empty."""
+_MARK = re.compile(r"<\|?image(_\d+)?\|?>|<image>")
+
+
+def mmeb_task(config: MmebTask) -> SuiteTask:
+    """The task of one of MMEB's evaluation files (arXiv 2410.05160). Rows are read now, images when the task runs.
+
+    Each query has candidates of its own, of which the first is the right one; the score is hit@1 among them. Candidates go
+    by the hash of their content, so that a tie is decided by that and never by the place of the right one, and a candidate
+    that is named twice is one.
+    """
+    queries: dict[str, Item] = {}
+    corpus: dict[str, Item] = {}
+    relevant: dict[str, dict[str, int]] = {}
+    ranked: dict[str, list[str]] = {}
+    for number, row in enumerate(_rows(config.file)):
+        query, candidates = _row(row, number, config)
+        ids = [fingerprint(list(item)) for item in candidates]
+        corpus.update(zip(ids, candidates, strict=True))
+        queries[f"q{number}"] = query
+        relevant[f"q{number}"] = {ids[0]: 1}
+        ranked[f"q{number}"] = sorted(set(ids))
+    if not queries:
+        raise BadInputError("this file has no rows", where=str(config.file))
+    sides = _side(config, queries, "queries"), _side(config, corpus, "candidates")
+    counts = [len(ids) for ids in ranked.values()]
+    chance = sum(1 / count for count in counts) / len(counts)
+
+    def table(items: Mapping[str, Item], letters: str) -> Any:
+        texts, paths = zip(*items.values(), strict=True)
+        return items_table(list(items), letters, lambda: list(texts), lambda: [_image(config, path) for path in paths])
+
+    def load() -> dict[str, Any]:
+        split = retrieval_split(table(queries, sides[0]), table(corpus, sides[1]), relevant, ranked)
+        return {"default": {"test": split}}
+
+    metadata = describe_task(
+        config.name,
+        "Any2AnyRetrieval",
+        "Hit@1 among the candidates of each row, as MMEB scores it",
+        fingerprint([hash_file(config.file), *sides]),
+        languages={"default": [config.language]},
+        main_score="hit_rate_at_1",
+        category="2".join(sides),
+    )
+    task = make_task(TYPES["Any2AnyRetrieval"].base, metadata, load, {"k_values": (1, 3, 5, 10)})
+    return SuiteTask(task, details={"queries": len(queries), "corpus": len(corpus), "chance": round(chance, 6)})
+
+
+def _rows(file: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        if file.suffix == ".parquet":
+            yield from pq.read_table(file).to_pylist()
+            return
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise BadInputError("a row is a mapping", where=f"{file}:{number}")
+                yield row
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInputError(f"this file of rows cannot be read ({reason})", where=str(file)) from error
+
+
+def _row(row: Mapping[str, Any], number: int, config: MmebTask) -> tuple[Item, list[Item]]:
+    """A row's query and its candidates; texts without the marks of where an image stands."""
+    where = f"{config.file}, row {number + 1}"
+    text = " ".join(str(row.get(key) or "") for key in ("qry_inst", "qry_text"))
+    query = (_words(text), str(row.get("qry_img_path") or ""))
+    texts, paths = _list(row.get("tgt_text")), _list(row.get("tgt_img_path"))
+    count = max(len(texts), len(paths))
+    if count == 0 or {len(texts), len(paths)} - {0, count}:
+        raise BadInputError("a row needs candidates: tgt_text, tgt_img_path, or both of one length", where=where)
+    if not any(query):
+        raise BadInputError("a row needs a query: qry_text, qry_img_path, or both", where=where)
+    candidates = [
+        (_words(str(texts[i] or "")) if texts else "", str(paths[i] or "") if paths else "") for i in range(count)
+    ]
+    if not all(any(item) for item in candidates):
+        raise BadInputError("a candidate has neither text nor image", where=where)
+    return query, candidates
+
+
+def _list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _words(text: str) -> str:
+    return " ".join(_MARK.sub(" ", text).split())
+
+
+def _side(config: MmebTask, items: Mapping[str, Item], name: str) -> str:
+    """``t``, ``i`` or ``it``: what all items of a side are."""
+    kinds = {("i" if path else "") + ("t" if text else "") for text, path in items.values()}
+    if len(kinds) > 1:
+        raise BadInputError(
+            f"some {name} have a text or an image and others have not, which no task of mteb's can hold",
+            where=str(config.file),
+            hint="Make a file of each kind.",
+        )
+    return kinds.pop()
+
+
+def _image(config: MmebTask, path: str) -> Any:
+    rules = ImagesConfig()
+    try:
+        raw = ImageRef(path, path=path, folder=config.images or config.file.parent).read(rules.max_bytes)
+        return decode(raw, rules).image
+    except ImageError as error:
+        raise BadInputError(f"the image {path!r} cannot be used: {error}", where=str(config.file)) from error

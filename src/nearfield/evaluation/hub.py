@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation.results import MANIFEST, read_manifest, read_scores
 from nearfield.evaluation.scores import MARK, Key, TaskScores, score_interval, score_notices, tasks_in_words, title_of
-from nearfield.evaluation.tasks import LOCAL
+from nearfield.evaluation.tasks import LOCAL, official_class
 from nearfield.files import write_text
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 START, END = "<!-- nearfield: scores -->", "<!-- nearfield: end of scores -->"
 
@@ -53,6 +56,8 @@ def with_index(text: str, name: str, scores: Mapping[Key, TaskScores]) -> str:
     Only scores on official data stand there: those on local data, and of tasks that mteb does not have, are in the table
     alone.
     """
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
     entries = [
         entry
         for key, of in sorted(scores.items())
@@ -67,28 +72,30 @@ def with_index(text: str, name: str, scores: Mapping[Key, TaskScores]) -> str:
         return text
     head.pop("model-index", None)
     if entries:
-        head["model-index"] = [{"name": name, "results": entries}]
+        head["model-index"] = eval_results_to_model_index(name, entries)
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n{rest}"
 
 
-def _entry(key: Key, of: TaskScores) -> dict[str, Any] | None:
+def _entry(key: Key, of: TaskScores) -> EvalResult | None:
     """A score as the hub keeps it, with the task's own data set, as mteb writes it; None for a task that mteb does not have."""
-    from nearfield.evaluation.requirements import official_task
+    from huggingface_hub import EvalResult
 
     name, subset, split = key
-    task = official_task(name)
+    task = official_class(name)
     if task is None:
         return None
-    data = {
-        "type": task.metadata.dataset["path"],
-        "name": f"{name} ({subset})",
-        "config": subset,
-        "split": split,
-        "revision": of.data_revision,
-    }
-    metric = {"type": of.metric, "name": of.metric, "value": round(100 * of.score, 4)}
-    kind = {"type": task.metadata._hf_task_type()[0], "name": task.metadata.type}
-    return {"task": kind, "dataset": data, "metrics": [metric]}
+    return EvalResult(
+        task_type=task.metadata._hf_task_type()[0],
+        task_name=task.metadata.type,
+        dataset_type=task.metadata.dataset["path"],
+        dataset_name=f"{name} ({subset})",
+        dataset_config=subset,
+        dataset_split=split,
+        dataset_revision=of.data_revision,
+        metric_type=of.metric,
+        metric_name=of.metric,
+        metric_value=round(100 * of.score, 4),
+    )
 
 
 def scores_section(results: Path, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> str:

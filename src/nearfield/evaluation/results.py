@@ -24,16 +24,18 @@ import pyarrow.parquet as pq
 
 from nearfield.errors import BadInputError, NearfieldError, Notice, from_file, in_file
 from nearfield.evaluation import statistics
-from nearfield.evaluation.estimators import (
+from nearfield.evaluation.scores import (
     AVERAGE_PRECISION,
     CROSSED_MEAN,
     MATCH_F1,
     MEAN,
     MEAN_OF_EXPERIMENTS,
+    NOTHING,
     SPEARMAN,
     Estimator,
+    Key,
+    TaskScores,
 )
-from nearfield.evaluation.scores import NOTHING, Key, TaskScores
 from nearfield.evaluation.statistics import Floats
 from nearfield.files import (
     DamagedError,

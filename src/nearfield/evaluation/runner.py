@@ -15,15 +15,13 @@ from typing import Any
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
-from nearfield.data.tokens import CutTexts
 from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.encoders.encode import Encoder, KeptVectors, Workers
 from nearfield.encoders.identity import model_fingerprint
 from nearfield.encoders.packing import longest_input
-from nearfield.errors import BadInputError, NearfieldError, Notice, Said, from_file, listening, refuse
+from nearfield.errors import BadInputError, CutTexts, NearfieldError, Notice, Said, from_file, listening, refuse
 from nearfield.evaluation.config import AXES, Axes, OpenStore, SuiteConfig, open_suite
-from nearfield.evaluation.contract import prompt_notices, roles_of
-from nearfield.evaluation.encoder import QUANTIZATIONS, TaskEncoder
+from nearfield.evaluation.encoder import QUANTIZATIONS, TaskEncoder, folder_notices, roles_of
 from nearfield.evaluation.results import BASELINES, ResultFolder
 from nearfield.evaluation.scoring import Recorder, mean_over_splits, score_task, scores_by_split
 from nearfield.evaluation.tasks import SuiteTask, parts_of
@@ -118,7 +116,7 @@ def _score_tasks(
     notes = [scored.note] if scored.note else []
     if scored.encoder is not None and scored.folder is not None:
         parts = [part for t in applicable for part in parts_of(t.task)]
-        by_task = prompt_notices(scored.encoder, scored.folder, parts, check=prompts == "contract")
+        by_task = folder_notices(scored.encoder, scored.folder, parts, check=prompts == "contract")
         for name, notices in by_task.items():
             for notice in notices:
                 said.say(notice, name)

@@ -31,13 +31,19 @@ from mteb.abstasks import (
     AbsTaskZeroShotClassification,
 )
 from mteb.results import TaskResult
-from scipy.cluster.hierarchy import DisjointSet
 
 from nearfield.errors import BadInputError, Notice, say
-from nearfield.evaluation.estimators import AVERAGE_PRECISION
 from nearfield.evaluation.results import EXPERIMENT, TOP, TOP_SCHEMA, Record
+from nearfield.evaluation.scores import AVERAGE_PRECISION
 from nearfield.evaluation.statistics import Floats
-from nearfield.evaluation.tasks import SuiteTask, embedded_items, fresh_generators, is_local, splits_of
+from nearfield.evaluation.tasks import (
+    SuiteTask,
+    embedded_items,
+    fresh_generators,
+    is_local,
+    shared_clusters,
+    splits_of,
+)
 
 
 def score_task(encoder: Any, task: Any, prediction_folder: Path | None = None) -> TaskResult:
@@ -508,19 +514,6 @@ class Recorder:
                     self._no_interval("the score is not a mean over several clusterings of the task")
                 else:
                     self._rows(unit, "v_measure", values)
-
-
-def shared_clusters(contents: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """Unit -> the first unit that it is connected with by shared content; nothing where none shares any."""
-    sets = DisjointSet(contents)
-    holder: dict[str, str] = {}
-    for key, shared in contents.items():
-        for content in shared:
-            sets.merge(key, holder.setdefault(content, key))
-    if sets.n_subsets == len(contents):
-        return {}
-    first: dict[str, str] = {}
-    return {key: first.setdefault(sets[key], key) for key in contents}
 
 
 def _pair_scores(main: str, predictions: Any, labels: Floats) -> tuple[Floats, bool]:

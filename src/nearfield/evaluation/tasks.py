@@ -1,4 +1,4 @@
-"""The tasks of a suite: mteb's official ones, and tasks over data at hand.
+"""The tasks of a suite: mteb's official ones, and those over data at hand, such as a held-out split of a data recipe.
 
 The latter are instances of new subclasses of mteb's own classes, so that the scores are mteb's own.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import functools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import datasets
 import mteb
 import numpy as np
 from mteb.abstasks import (
@@ -29,11 +31,16 @@ from mteb.abstasks import (
 )
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.task_metadata import TaskMetadata
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import DisjointSet
 
 from nearfield.errors import BadInputError
+from nearfield.files import fingerprint
+from nearfield.provenance import generator
 
 if TYPE_CHECKING:
-    from nearfield.evaluation.config import MtebTasks
+    from nearfield.evaluation.config import HeldOutTask, MtebTasks, OpenStore
+
 
 LOCAL = "local-"
 
@@ -41,6 +48,9 @@ Clusters = dict[tuple[str, str], dict[str, str]]
 """(subset, split) -> unit id -> cluster."""
 RetrievalSplit = dict[str, Any]
 """The parts of a split of a retrieval task, as mteb wants them: corpus, queries, relevant_docs, top_ranked."""
+Loader = Callable[[], dict[str, Any]]
+"""Gives the data of a task: subset -> split -> data."""
+Unit = TypeVar("Unit", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -194,7 +204,7 @@ def describe_task(
 def make_task(
     base: type[Any],
     metadata: TaskMetadata,
-    load: Callable[[], dict[str, Any]],
+    load: Loader,
     attributes: Mapping[str, Any] | None = None,
 ) -> Any:
     """An instance of a new subclass of one of mteb's task classes; ``load`` returns subset -> split -> data."""
@@ -221,6 +231,41 @@ def make_task(
     if issubclass(base, AbsTaskClustering | AbsTaskMultilabelClassification):
         body["_evaluate_subset"] = evaluate_subset
     return type("Local" + "".join(c if c.isalnum() else "_" for c in metadata.name), (base,), body)()
+
+
+def retrieval_split(
+    queries: Any, corpus: Any, relevant: Mapping[str, Mapping[str, int]], ranked: Any = None
+) -> RetrievalSplit:
+    """A split of a retrieval task as mteb wants it; what it changes of the judgements is changed of this split alone."""
+    return {
+        "corpus": corpus,
+        "queries": queries,
+        "relevant_docs": {query: dict(documents) for query, documents in relevant.items()},
+        "top_ranked": None if ranked is None else {query: list(documents) for query, documents in ranked.items()},
+    }
+
+
+def items_table(ids: Sequence[str], letters: str, texts: Callable[[], Any], images: Callable[[], Any]) -> Any:
+    """Queries or documents with their ids; ``letters`` say what they are (``t``, ``i``, ``it``), and so what is read."""
+    columns = {
+        "id": ids,
+        **({"text": texts()} if "t" in letters else {}),
+        **({"image": images()} if "i" in letters else {}),
+    }
+    return datasets.Dataset.from_dict(columns)
+
+
+def shared_clusters(contents: Mapping[Unit, Iterable[Hashable]]) -> dict[Unit, Unit]:
+    """Unit -> the first unit that it is connected with by shared content; nothing where none shares any."""
+    sets = DisjointSet(contents)
+    holder: dict[Hashable, Unit] = {}
+    for key, shared in contents.items():
+        for content in shared:
+            sets.merge(key, holder.setdefault(content, key))
+    if sets.n_subsets == len(contents):
+        return {}
+    first: dict[Unit, Unit] = {}
+    return {key: first.setdefault(sets[key], key) for key in contents}
 
 
 def embedded_items(task: Any, data: Any) -> int:
@@ -303,3 +348,273 @@ def _in_languages(tasks: list[Any], languages: Sequence[str] | None) -> list[Any
         except ValueError:  # mteb's way to say that no subset is left
             continue
     return chosen
+
+
+# The held-out split of a data recipe's source
+
+K_VALUES = (1, 3, 5, 10, 20, 100)
+"""mteb's cut-offs without 1,000, which would cost most of the time of a task with thousands of queries."""
+LETTERS = {"text": "t", "image": "i", "text+image": "it"}
+"""The modality of an item of a store -> the letters of a task's category."""
+
+Ints = NDArray[np.int64]
+
+
+def heldout_task(config: HeldOutTask, open_store: OpenStore) -> SuiteTask:
+    """The task of a held-out split. The store is opened now; texts are read when the task runs.
+
+    Raises :class:`BadInputError` if the source or split is not there, or does not allow the task that is asked for.
+    """
+    held = _HeldOut(config, open_store(config.data))
+    builders = {"retrieval": _retrieval, "graded": _graded, "labelled": _labelled}
+    if held.kind not in builders:
+        raise held.error(f"the source {config.source!r} has examples of kind {held.kind!r}, which cannot be scored")
+    has = f"the source {config.source!r} has {held.kind} ones"
+    if config.as_ != "auto" and held.kind != "labelled":
+        raise held.error(f"'as: {config.as_}' needs labelled examples; {has}")
+    if (config.reverse or config.metric is not None) and held.kind != "retrieval":
+        raise held.error(f"'reverse' and 'metric' are for retrieval examples; {has}")
+    return builders[held.kind](held)
+
+
+class _HeldOut:
+    """The examples of one source: the rows of ``all`` of them, and of those of the split that is scored."""
+
+    def __init__(self, config: HeldOutTask, store: Any) -> None:
+        self.config, self.store, self._ids = config, store, store.items.column("id")
+        names = [source.name for source in store.sources]
+        if config.source not in names:
+            raise self.error(f"there is no source {config.source!r}", f"Sources: {', '.join(names)}.")
+        number = names.index(config.source)
+        self.kind, self.task_type = store.sources[number].kind, store.sources[number].task_type
+        self.all: Ints = np.flatnonzero(store.examples.column("source").to_numpy() == number).astype(np.int64)
+        self.held_out = self.split(config.split)
+        if self.held_out.size == 0:
+            splits = ", ".join(sorted(set(self.column("split", self.all))))
+            raise self.error(
+                f"the source {config.source!r} has no examples in the split {config.split!r}", f"Splits: {splits}."
+            )
+
+    def error(self, what: str, hint: str | None = None) -> BadInputError:
+        """An error about the data recipe or store."""
+        return BadInputError(what, where=str(self.config.data), hint=hint)
+
+    def split(self, name: str) -> Ints:
+        """The rows of a split's examples."""
+        return np.sort(np.asarray(self.store.select(self.config.source, name), dtype=np.int64))
+
+    def sample(self, rows: Ints, limit: int | None, purpose: str) -> Ints:
+        """So many of the rows, drawn by the task's seed and name."""
+        if limit is None or limit >= len(rows):
+            return rows
+        rng = generator(self.config.seed, "heldout", self.config.name, purpose)
+        return np.sort(rng.choice(rows, size=limit, replace=False))
+
+    def column(self, name: str, rows: Ints) -> list[Any]:
+        """The values of a column of some examples."""
+        values: list[Any] = self.store.examples.column(name).take(rows).to_pylist()
+        return values
+
+    def items(self, name: str, rows: Ints) -> Ints:
+        """The items in a column of some examples, in order."""
+        values = self.column(name, rows)
+        return np.array([i for of in values for i in of] if name == "positives" else values, dtype=np.int64)
+
+    def id(self, item: int) -> str:
+        """The id of an item."""
+        return str(self._ids[int(item)].as_py().hex())
+
+    def modality(self, items: Ints) -> str:
+        """The modality of all of these items; raise :class:`BadInputError` where some are texts and some images."""
+        modalities = set(self.store.modalities(items)) if self.store.has_images else {"text"}
+        if len(modalities) > 1:
+            raise self.error(
+                f"the source {self.config.source!r} has items of several kinds on one side ({', '.join(sorted(modalities))}), which no "
+                "task of mteb's can hold"
+            )
+        return str(modalities.pop()) if modalities else "text"
+
+    def type_of(self, allowed: str) -> str:
+        """The source's own type where it is a form of the allowed one, because prompts are resolved by type."""
+        source_type = TYPES.get(self.task_type)
+        return self.task_type if source_type is not None and source_type.base is TYPES[allowed].base else allowed
+
+    def task(self, task_type: str, content: Any, data: Loader, attributes: Mapping[str, Any], **about: Any) -> Any:
+        """The task of a type over ``data``, which is loaded when it runs; ``about`` is what differs from the type's."""
+        metadata = describe_task(
+            self.config.name,
+            task_type,
+            f"The split {self.config.split} of the source {self.config.source}, held out from training",
+            fingerprint(content),
+            languages={"default": [self.config.language]},
+            splits=[self.config.split],
+            **about,
+        )
+        return make_task(TYPES[task_type].base, metadata, data, attributes)
+
+    def suite_task(self, task: Any, clusters: Mapping[str, str], details: Mapping[str, Any]) -> SuiteTask:
+        """The task with the clusters of its units."""
+        about = {"store": self.store.fingerprint, "source": self.config.source, "split": self.config.split}
+        return SuiteTask(task, {("default", self.config.split): dict(clusters)}, {**about, **details})
+
+    def clusters(self, rows: Ints) -> dict[str, str]:
+        """The clusters that the data name of units that are these examples."""
+        return {str(i): key for i, key in enumerate(self.column("cluster", rows)) if key is not None}
+
+
+def _retrieval(held: _HeldOut) -> SuiteTask:
+    """Each distinct query of the split against the split's documents and a sample of the source's others.
+
+    A document is relevant if *any* example of the store, of whatever split, names it as a positive of the query, so that a
+    second sense that was sampled as a distractor never counts as a mistake. Queries that share documents (synonyms with one
+    gloss) are one cluster, the unit that the statistics resample.
+    """
+    config, store, ids = held.config, held.store, held.id
+    asking, answering = ("positives", "query") if config.reverse else ("query", "positives")
+    queries = held.sample(np.unique(held.items(asking, held.held_out)), config.max_queries, "queries")
+    gold = np.unique(held.items(answering, held.held_out))
+    pool = np.setdiff1d(held.items(answering, np.setdiff1d(held.all, held.held_out)), gold)
+    distractors = held.sample(pool, config.distractors, "distractors")
+    corpus = np.union1d(gold, distractors)
+    relevant = _relevant(store, queries, corpus, config.reverse)
+    clusters = query_clusters(relevant, _document_keys(held, answering))
+    sizes = Counter(clusters.values())
+    qrels = {ids(query): {ids(document): 1 for document in documents} for query, documents in relevant.items()}
+    asked = np.array(sorted(relevant), dtype=np.int64)
+    modalities = held.modality(queries), held.modality(corpus)
+
+    def table(rows: Ints, modality: str) -> Any:
+        return items_table(
+            list(map(ids, rows)), LETTERS[modality], lambda: store.texts(rows), lambda: store.images(rows)
+        )
+
+    def load() -> dict[str, Any]:
+        split = retrieval_split(table(asked, modalities[0]), table(corpus, modalities[1]), qrels)
+        return {"default": {config.split: split}}
+
+    plain = modalities == ("text", "text")
+    task_type = held.type_of("Retrieval" if plain else "Any2AnyRetrieval")
+    attributes = {"k_values": K_VALUES} if TYPES[task_type].main_score == "ndcg_at_10" else {}
+    category = None if plain else "2".join(LETTERS[modality] for modality in modalities)
+    content = {"qrels": qrels, "corpus": [ids(document) for document in corpus]}
+    task = held.task(task_type, content, load, attributes, main_score=config.metric, category=category)
+    details = {
+        "queries": len(relevant),
+        "corpus": len(corpus),
+        "relevant_pairs": sum(map(len, relevant.values())),
+        "distractors": len(distractors),
+        "distractors_asked": config.distractors,
+        "clusters": len(sizes),
+        "largest_cluster": max(sizes.values()),
+    }
+    return held.suite_task(task, {ids(query): ids(cluster) for query, cluster in clusters.items()}, details)
+
+
+def _relevant(store: Any, queries: Ints, corpus: Ints, reverse: bool) -> dict[int, list[int]]:
+    """Query -> its relevant documents in the corpus, for queries that have one; ``reverse``: which are positives' queries."""
+    known = store.known_positives()
+    wanted = np.zeros(store.items.num_rows, dtype=bool)
+    if not reverse:
+        wanted[corpus] = True
+        relevant = {int(query): [int(d) for d in known[int(query)] if wanted[d]] for query in queries}
+        return {query: documents for query, documents in relevant.items() if documents}
+    wanted[queries] = True
+    turned: dict[int, list[int]] = {}
+    for document in corpus.tolist():
+        for query in known[document].tolist():
+            if wanted[query]:
+                turned.setdefault(query, []).append(document)
+    return dict(sorted(turned.items()))
+
+
+def query_clusters(relevant: Mapping[int, Sequence[int]], document_keys: Mapping[int, set[str]]) -> dict[int, int]:
+    """Query -> the smallest query that it is connected with by relevant documents and those documents' cluster keys.
+
+    ``document_keys`` gives the cluster keys of the examples that a document is a positive of; where there are none, queries
+    are joined by shared documents alone.
+    """
+    contents: dict[int, list[int | str]] = {
+        query: [*documents, *(key for document in documents for key in document_keys.get(document, ()))]
+        for query, documents in sorted(relevant.items())
+    }
+    return shared_clusters(contents) or {query: query for query in contents}
+
+
+def _document_keys(held: _HeldOut, answering: str) -> dict[int, set[str]]:
+    keys: dict[int, set[str]] = {}
+    for documents, cluster in zip(*(held.column(name, held.all) for name in (answering, "cluster")), strict=True):
+        if cluster is not None:
+            for document in documents if isinstance(documents, list) else [documents]:
+                keys.setdefault(document, set()).add(cluster)
+    return keys
+
+
+def _graded(held: _HeldOut) -> SuiteTask:
+    """Pairs with their gold scores."""
+    config, store = held.config, held.store
+    chosen = held.sample(held.held_out, config.max_queries, "pairs")
+    first, second = (held.items(name, chosen) for name in ("query", "positives"))
+    scores = [float(score) for score in held.column("score", chosen)]
+    clusters = held.clusters(chosen)
+    sizes = Counter(clusters.get(str(i), f"pair {i}") for i in range(len(chosen)))
+
+    def load() -> dict[str, Any]:
+        columns = {"sentence1": store.texts(first), "sentence2": store.texts(second), "score": scores}
+        return {config.split: datasets.Dataset.from_dict(columns)}
+
+    content = [[held.id(a), held.id(b), score] for a, b, score in zip(first, second, scores, strict=True)]
+    low, high = min(scores), max(scores)
+    attributes = {"min_score": low, "max_score": high if high > low else low + 1}
+    task = held.task(held.type_of("STS"), content, load, attributes)
+    details = {"pairs": len(chosen), "clusters": len(sizes), "largest_cluster": max(sizes.values())}
+    return held.suite_task(task, clusters, details)
+
+
+def _labelled(held: _HeldOut) -> SuiteTask:
+    """Labelled items: a classifier fitted on items of the train split, a clustering, or images against the names of labels."""
+    config, store = held.config, held.store
+    chosen = held.sample(held.held_out, config.max_queries, "items")
+    splits = {config.split: chosen}
+    attributes: dict[str, Any] = {}
+    if config.as_ == "clustering":
+        attributes["max_fraction_of_documents_to_embed"] = None
+    elif config.as_ == "auto":
+        train = held.split(config.train_split)
+        if train.size == 0 or config.train_split == config.split:
+            raise held.error(
+                f"the source {config.source!r} has no separate train split {config.train_split!r} to fit a classifier on",
+                "Name it under 'train_split', or use 'as: clustering'.",
+            )
+        splits[config.train_split] = train
+        attributes["train_split"] = config.train_split
+    items = {split: held.items("query", rows) for split, rows in splits.items()}
+    labels = {split: held.column("label", rows) for split, rows in splits.items()}
+    names = sorted({label for column in labels.values() for label in column})
+    images = held.modality(np.concatenate(list(items.values()))) == "image"
+    content: Any = {split: [[held.id(item) for item in items[split]], labels[split]] for split in splits}
+    if config.as_ == "zero_shot":
+        if not images:
+            raise held.error("'as: zero_shot' is for images")
+        texts = [config.template.replace("{label}", name) for name in names]
+        attributes["get_candidate_labels"] = lambda self: list(texts)
+        content = [*content[config.split], texts]
+    kinds = {"zero_shot": "ZeroShotClassification", "clustering": f"{'Image' if images else ''}Clustering"}
+    task_type = kinds.get(config.as_) or held.type_of(f"{'Image' if images else ''}Classification")
+    base = TYPES[task_type].base
+    column = "image" if images else base.input_column_name
+    if images:
+        attributes["input_column_name"] = column
+    numbers = {name: i for i, name in enumerate(names)}
+
+    def load() -> dict[str, Any]:
+        read = store.images if images else store.texts
+        data = {
+            split: datasets.Dataset.from_dict(
+                {column: read(of), base.label_column_name: [numbers[label] for label in labels[split]]}
+            )
+            for split, of in items.items()
+        }
+        return {"default": datasets.DatasetDict(data)} if config.as_ == "auto" else dict(data)
+
+    task = held.task(task_type, content, load, attributes)
+    return held.suite_task(task, held.clusters(chosen), {"items": len(chosen), "labels": len(names)})

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfield.analysis.geometry import Floats, nearest, normalised
-from nearfield.analysis.run import NEIGHBOURS, Analysis
+from nearfield.analysis.geometry import NEIGHBOURS, Analysis, Floats, nearest, normalised
 from nearfield.analysis.search import Questions
 
 SWEEP = (1, 2, 5, 10, 20, 50)

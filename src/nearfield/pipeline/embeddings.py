@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from nearfield.analysis.run import Analysis, analyse
+from nearfield.analysis.geometry import Analysis, analyse
 from nearfield.analysis.search import Questions, searched
 from nearfield.config import load_yaml
 from nearfield.errors import BadInputError

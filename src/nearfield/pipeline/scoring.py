@@ -253,7 +253,7 @@ class ReportStage(Stage):
 
     def _look(self) -> None:
         """Write ``analysis.json``: the shape of the suite's texts before and after, and how alike both are."""
-        from nearfield.analysis.run import NEIGHBOURS
+        from nearfield.analysis.geometry import NEIGHBOURS
         from nearfield.encoders.encode import text_encoder
         from nearfield.evaluation.config import open_suite
         from nearfield.pipeline.embeddings import Encode, analyse_models, sample_of

@@ -91,25 +91,15 @@ def training_suite_prompts(job: Job, contract: PromptContract) -> list[Notice]:
 def _prompts_of(
     job: Job, contract: PromptContract, suite: SuiteConfig | Path, mode: str, where: str, key: str
 ) -> list[Notice]:
-    from nearfield.evaluation.contract import (
-        SavedPrompts,
-        TrainedPrompts,
-        as_is_notice,
-        check_prompts,
-        untrained_types,
-    )
+    from nearfield.evaluation.encoder import SavedPrompts, TrainedPrompts, prompt_notices
     from nearfield.evaluation.tasks import parts_of
 
     parts = [part for task in open_suite(suite, open_store=job.open_store) for part in parts_of(task.task)]
     saved = SavedPrompts(contract.model_prompts, contract.default_prompt_name)
     allowed = TrainedPrompts.of(contract.to_json())
-    sentences = [notice for notices in untrained_types(saved, allowed, parts).values() for notice in notices]
-    if mode == "contract":
-        hint = f"State the prompt under prompts.types, or set {key}.prompts=as-is."
-        check_prompts(saved, allowed, parts, where=where, hint=hint)
-    else:
-        sentences.append(as_is_notice(saved, allowed, parts))
-    return sentences
+    hint = f"State the prompt under prompts.types, or set {key}.prompts=as-is."
+    by_task = prompt_notices(saved, allowed, parts, where=where, hint=hint, check=mode == "contract")
+    return [notice for of_task in by_task.values() for notice in of_task]
 
 
 def evaluation_during_training(job: Job, model: SentenceTransformer, contract: PromptContract) -> Evaluate | None:
@@ -120,8 +110,8 @@ def evaluation_during_training(job: Job, model: SentenceTransformer, contract: P
     during = job.recipe.training.evaluation
     if during is None:
         return None
-    from nearfield.evaluation.contract import TrainedPrompts
     from nearfield.evaluation.during import DuringTraining
+    from nearfield.evaluation.encoder import TrainedPrompts
 
     contract.apply(model)
     return DuringTraining(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nearfield.analysis.run import analyse, truncation_curves
+from nearfield.analysis.geometry import analyse, truncation_curves
 from nearfield.methods.likeness import add_likeness
 
 
