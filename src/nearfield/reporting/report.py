@@ -221,8 +221,8 @@ def build_manifest(manifest: Json, run: Path) -> list[Element]:
             seconds, path = real(stage.get("seconds")), _relative(string(stage.get("path")) or "–", run.resolve())
             time = text.duration(seconds) if seconds is not None else "–"
             rows.append([name, string(stage.get("fingerprint")) or "–", path, time])
-            rest = [(key, one) for key, one in stage.items() if key not in ("fingerprint", "path", "seconds")]
-            details.append((name, [pair for key, one in rest for pair in flatten(one, key)]))
+            others = [(key, one) for key, one in stage.items() if key not in ("fingerprint", "path", "seconds")]
+            details.append((name, [pair for key, one in others for pair in flatten(one, key)]))
         caption = "Stages; a fingerprint names all that a stage was made from"
         heads = ["stage", "fingerprint", "written to", "time"]
         said = Columns([(name, [Facts(pairs, code=True)]) for name, pairs in details if pairs])
