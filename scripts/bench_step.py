@@ -83,9 +83,9 @@ def nearfield_side(batches: Sequence[Sequence[tuple[str, str]]], options: argpar
     from nearfield.objectives.config import InfoNCEConfig
     from nearfield.objectives.infonce import InfoNCE
     from nearfield.training.backends.replicated import ReplicatedBackend
-    from nearfield.training.chunks import Cut, TextPool
+    from nearfield.training.chunks import Cut, TextPool, cut_work
     from nearfield.training.launch import Launch
-    from nearfield.training.step import cut_work, run_step
+    from nearfield.training.step import run_step
 
     class Encoder(nn.Module):
         def __init__(self, encoder: Any, objective: nn.Module) -> None:

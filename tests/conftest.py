@@ -76,7 +76,8 @@ def _measured_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     def once(engine: Any, plans: Any, **named: Any) -> Any:
         sizes = [(tuple(p.shape), p.requires_grad) for p in engine.backend.module.parameters()]
         settings = engine.config.model_dump_json(include={"micro_batch_tokens", "graph_tokens", "gradient_cache"})
-        key = repr((sizes, settings, type(engine.objective), type(engine.backend), [len(plan) for plan in plans]))
+        about = type(engine.objective), type(engine.backend), sys.modules[measure.__module__].available_memory
+        key = repr((sizes, settings, about, [len(plan) for plan in plans], named))
         if key not in PROFILES:
             PROFILES[key] = measure(engine, plans, **named)
         return PROFILES[key]

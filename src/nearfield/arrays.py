@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -252,3 +253,38 @@ class Index:
             # NumPy would compare signed and unsigned numbers as floats, which takes different ones for equal.
             raise TypeError(f"keys are {self._keys.dtype}, and {keys.dtype} are looked up")
         return keys
+
+
+@dataclass(frozen=True)
+class ListsByKey:
+    """Lists found by a key, on disk or in memory."""
+
+    rows: Rows
+    """The keys, rising."""
+    lists: Ragged
+    """One for each key."""
+    absent: str = "keys that no row has"
+    """Said of a key that is not there."""
+    check: Callable[[int, int], None] = lambda start, stop: None
+    """Called with the bytes of the values that are about to be read."""
+
+    @cached_property
+    def _index(self) -> Index:
+        return Index(self.rows, rising=True)
+
+    def positions(self, rows: Rows) -> Rows:
+        """The place of each key, which must be there; :class:`KeyError` otherwise."""
+        return self._index.rows(rows, self.absent)
+
+    def lengths(self, rows: Rows) -> Rows:
+        """The length of each key's list, int64 of the shape of ``rows``."""
+        positions, offsets = self.positions(rows), self.lists.offsets
+        return np.asarray(offsets[positions + 1] - offsets[positions])
+
+    def of(self, row: int) -> npt.NDArray[Any]:
+        """The list of a key."""
+        position = int(self.positions(np.asarray([row], dtype=np.int64))[0])
+        start, stop = self.lists.offsets[position : position + 2].tolist()
+        size = self.lists.values.itemsize
+        self.check(start * size, stop * size)
+        return np.asarray(self.lists[position])

@@ -10,8 +10,8 @@ import torch
 
 from nearfield.errors import BadInputError
 from nearfield.objectives import CombinedConfig
-from nearfield.objectives.combined import Combined
 from nearfield.objectives.config import PartConfig, Reading, Surroundings
+from nearfield.objectives.losses import Combined
 from tests.objectives.test_losses import assert_same, build, gradients, make, mean
 
 SOURCES = {0: "search", 1: "pairs"}

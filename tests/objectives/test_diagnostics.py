@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nearfield.objectives import InfoNCEConfig, diagnostics
+from nearfield.objectives import InfoNCEConfig, diagnostics, infonce
 from nearfield.objectives.diagnostics import effective_rank, geometry, similarities, watch, watched_rows
 from nearfield.objectives.infonce import InfoNCE
 from tests.objectives.options import SOURCES, random_batch
@@ -62,7 +62,7 @@ class Cells:
         return bool(scores[row][c] > best + margin + 1e-9)
 
     def reasons(self) -> list[str]:
-        return [why for why, name in diagnostics.REASONS.items() if getattr(self.config, name)]
+        return [why for why, name in infonce.REASONS.items() if getattr(self.config, name)]
 
     def kept(self, row: int) -> list[int]:
         return [c for c in self.candidates(row) if not any(self.masked(why, row, c) for why in self.reasons())]

@@ -15,7 +15,8 @@ from torch.nn.functional import normalize
 
 from nearfield.errors import BadInputError
 from nearfield.methods.unicom import Unicom
-from nearfield.objectives import ContrastiveBatch, Objective, ObjectiveConfig, blocks
+from nearfield.objectives import ContrastiveBatch, Objective, ObjectiveConfig
+from nearfield.objectives import batch as batch_module
 from nearfield.objectives.config import Surroundings
 
 DIM, GUIDE = 8, 5
@@ -316,7 +317,7 @@ def test_kl_in_batch_is_over_all_documents(monkeypatch: pytest.MonkeyPatch) -> N
     expected = (teacher * (teacher.log() - student)).sum(dim=1).mean()
     ours = build(**SETTINGS["kl in batch"])
     assert_same(mean(ours, batch), expected, batch)
-    monkeypatch.setattr(blocks, "LOGITS_AT_ONCE", 2 * len(batch.documents))
+    monkeypatch.setattr(batch_module, "LOGITS_AT_ONCE", 2 * len(batch.documents))
     assert_same(mean(ours, batch), expected, batch)
 
 
@@ -363,7 +364,7 @@ def test_supcon_is_that_of_plain_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = [0, 1, 0, 2, 1, 0, 1, 0, 2, 1]
     expected = torch.stack(supcon(texts, labels, 0.1)).mean()
     assert_same(mean(build(kind="supcon"), batch), expected, batch)
-    monkeypatch.setattr(blocks, "LOGITS_AT_ONCE", 30)
+    monkeypatch.setattr(batch_module, "LOGITS_AT_ONCE", 30)
     assert_same(mean(build(kind="supcon"), batch), expected, batch)
     counts = [labels.count(label) for label in labels]
     weights = [len(labels) / n / sum(1 / m for m in counts) for n in counts]
@@ -464,7 +465,7 @@ def test_siglip_is_that_of_plain_loops(monkeypatch: pytest.MonkeyPatch) -> None:
                 terms.append(-torch.nn.functional.logsigmoid(sign * (cosine[row, c] / 0.5 - 1.0)))
     expected = torch.stack(terms).sum() / 5
     assert_same(mean(objective, batch), expected, batch, 1e-7)  # parameters begin in float32
-    monkeypatch.setattr(blocks, "LOGITS_AT_ONCE", 20)
+    monkeypatch.setattr(batch_module, "LOGITS_AT_ONCE", 20)
     assert_same(mean(objective, batch), expected, batch, 1e-7)
     assert objective.watch(batch) == pytest.approx({"temperature": 0.5, "bias": -1.0})
 

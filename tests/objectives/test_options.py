@@ -15,9 +15,8 @@ from torch import Tensor
 
 from nearfield.errors import BadInputError
 from nearfield.objectives import ContrastiveBatch, InfoNCEConfig
-from nearfield.objectives.blocks import limits
 from nearfield.objectives.config import FocalConfig, ScoreMaskConfig, SpreadConfig
-from nearfield.objectives.infonce import InfoNCE, spread
+from nearfield.objectives.infonce import InfoNCE, limits, spread
 from nearfield.objectives.statistics import focal_weight
 from tests.objectives.loops import row_losses
 from tests.objectives.options import DIM, SOURCES, configs, random_batch

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nearfield.objectives import ContrastiveBatch, InfoNCEConfig
-from nearfield.objectives.queue import MemoryQueue
+from nearfield.objectives.batch import MemoryQueue
 from tests.objectives.options import random_batch
 
 

@@ -89,7 +89,7 @@ def read_all(stage: str, path: Path) -> None:
     elif stage == "tokens":
         for table in TokenCache(path).tables:
             for row in table.rows:
-                table.tokens(int(row))
+                table.of(int(row))
     else:
         for file in sorted(path.glob("*.parquet")):
             Plan(file).batch(0)
@@ -184,7 +184,7 @@ def test_verification_on_request_reads_everything_and_says_what_mends_it(planned
 def test_every_process_checks_for_itself(planned: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(artifacts(planned)["tokens"], tmp_path / "tokens"))
     code = "import sys; from pathlib import Path; from nearfield.data.tokens import TokenCache\n"
-    code += "for table in TokenCache(Path(sys.argv[1])).tables: [table.tokens(int(row)) for row in table.rows]"
+    code += "for table in TokenCache(Path(sys.argv[1])).tables: [table.of(int(row)) for row in table.rows]"
     assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 0
     flip(next(path.glob("*.ids.bin")))
     result = subprocess.run([sys.executable, "-c", code, str(path)], check=False, capture_output=True, text=True)

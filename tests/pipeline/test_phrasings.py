@@ -62,7 +62,7 @@ def test_each_row_draws_its_phrasing(tmp_path: Path, tiny_model: Path) -> None:
     assert {numbers[n] for plan in plans for n in plan.column("document_prompt").tolist()} == {""}
     for plan in plans:
         triples = zip(*(plan.column(name).tolist() for name in ("query", "query_prompt", "query_tokens")), strict=True)
-        assert all(len(tokens.tables[prompt].tokens(query)) == count for query, prompt, count in triples)
+        assert all(len(tokens.tables[prompt].of(query)) == count for query, prompt, count in triples)
     model = run_stages(run, "train").model
     assert model is not None
     contract = json.loads((model / "prompt_contract.json").read_text())
@@ -92,8 +92,8 @@ def test_examples_before_queries(tmp_path: Path, tiny_model: Path) -> None:
     plain = tokens.tables[tokens.number("ask ")]
     for number in set(texts) - {tokens.number(""), tokens.number("ask ")}:
         for query in plain.rows.tolist():
-            end = plain.tokens(query)[1:]
-            assert tokens.tables[number].tokens(query)[-len(end) :].tolist() == end.tolist()
+            end = plain.of(query)[1:]
+            assert tokens.tables[number].of(query)[-len(end) :].tolist() == end.tolist()
     model = run_stages(run, "train").model
     assert model is not None
     kept = json.loads((model / "config_sentence_transformers.json").read_text())["prompts"]["Retrieval-query"]

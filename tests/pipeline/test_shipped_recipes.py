@@ -20,7 +20,7 @@ from nearfield.errors import BadInputError
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.dry_run import dry_run
 from nearfield.recipe import check_recipe, load_recipe, stage_recipes
-from nearfield.training.model_options import freeze_parameters
+from nearfield.training.engine import freeze_parameters
 from nearfield.training.tracking import read_metrics
 from tests.encoders.tiny import save_tiny
 from tests.patience import PATIENCE

@@ -24,7 +24,7 @@ def make_tokens() -> TokenCache:
     for prompt in (0, 1):
         ids = [np.r_[2, [7] * prompt, random.integers(5, 200, size=size - 2), 3].astype(np.int32) for size in SIZES]
         lists = Ragged.from_lists(ids, np.int32)
-        cache.tables.append(TokenTable("p " * prompt, 1 + prompt, np.arange(ITEMS), lists))
+        cache.tables.append(TokenTable(np.arange(ITEMS), lists, prompt="p " * prompt, prompt_length=1 + prompt))
     return cache
 
 

@@ -25,8 +25,8 @@ from nearfield.objectives import InfoNCEConfig, ObjectiveSettings
 from nearfield.objectives.config import Surroundings
 from nearfield.objectives.diagnostics import watch
 from nearfield.objectives.infonce import can_ring
-from nearfield.training.chunks import TextPool
-from nearfield.training.exchange import Exchange, Gathered, Passed, Shares
+from nearfield.training.chunks import Shares, TextPool
+from nearfield.training.step import Gathered, Passed
 
 WIDTH, GUIDE, TOKENS = 16, 5, 4
 AROUND = Surroundings(
@@ -62,7 +62,7 @@ def cases() -> Iterator[tuple[str, ObjectiveSettings, bool]]:
             yield f"{name}, ring", settings, True
 
 
-def gradients(settings: ObjectiveSettings, exchange: Exchange, own: torch.Tensor) -> list[torch.Tensor]:
+def gradients(settings: ObjectiveSettings, exchange: Gathered | Passed, own: torch.Tensor) -> list[torch.Tensor]:
     """The loss and the gradient of this rank's texts, and of what is learnt."""
     torch.manual_seed(0)
     objective = settings.build({0: "a", 1: "b"}, AROUND).double()
@@ -92,7 +92,7 @@ def compare(settings: ObjectiveSettings, ring: bool, rows: int, rank: int, ranks
 
     dealt = [np.arange(other, len(pool.items), ranks) for other in range(ranks)]
     shares = Shares(dealt, rank)
-    exchange: Exchange = Gathered(pool, shares, known, guide, None)
+    exchange: Gathered | Passed = Gathered(pool, shares, known, guide, None)
     if ring:
         exchange = Passed(pool, shares, known, guide)
     try:

@@ -29,7 +29,7 @@ from nearfield.errors import BadInputError
 from nearfield.pipeline.data import TokensStage
 from nearfield.pipeline.planning import PlanStage
 from nearfield.pipeline.training import TrainStage
-from nearfield.training import exchange, launch, trainer
+from nearfield.training import launch, trainer
 from nearfield.training import step as step_module
 from tests.training.faulty_rank import short_of_memory
 
@@ -90,7 +90,7 @@ def types_seen() -> Iterator[dict[str, list[str]]]:
     """The types of gathered embeddings and the loss, of parameters in training, and the class that forwards go through."""
     seen: dict[str, set[str]] = {"embeddings": set(), "loss": set(), "parameters": set(), "module": set()}
     found: dict[str, list[str]] = {}
-    gather, build = exchange.gather_embeddings, trainer.build_engine
+    gather, build = step_module.gather_embeddings, trainer.build_engine
 
     def gathered(own: torch.Tensor, shares: Any) -> torch.Tensor:
         everyone = gather(own, shares)
@@ -116,7 +116,7 @@ def types_seen() -> Iterator[dict[str, list[str]]]:
         return engine
 
     with (
-        mock.patch.object(exchange, "gather_embeddings", gathered),
+        mock.patch.object(step_module, "gather_embeddings", gathered),
         mock.patch.object(trainer, "build_engine", built),
     ):
         yield found

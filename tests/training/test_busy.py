@@ -13,12 +13,10 @@ import torch
 from nearfield.conformance.cases import Case
 from nearfield.objectives import InfoNCEConfig
 from nearfield.training import TrainingConfig
-from nearfield.training.chunks import Cut, TextPool
+from nearfield.training.chunks import Budget, Cut, Load, TextPool, Work, busy_share, cut_work, say_busy
 from nearfield.training.engine import Engine
-from nearfield.training.forecast import Load, busy_share, measure_loads, say_busy, tell_busy
+from nearfield.training.forecast import measure_loads, tell_busy
 from nearfield.training.launch import Launch
-from nearfield.training.memory import Budget
-from nearfield.training.step import Work, cut_work
 from nearfield.training.trainer import TrainingInputs
 
 

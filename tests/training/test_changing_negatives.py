@@ -35,7 +35,7 @@ from nearfield.training.changing_negatives import (
 )
 from nearfield.training.checkpoint import newest_checkpoint, read_tensors
 from nearfield.training.config import DynamicNegatives, RefreshedNegatives, ScheduledNegatives
-from nearfield.training.parts import StepMade
+from nearfield.training.step import StepMade
 from nearfield.training.tracking import read_metrics
 from nearfield.training.trainer import TrainingInputs, TrainingResult, train
 
@@ -387,7 +387,7 @@ def test_a_refreshed_pool_is_the_nearest_by_the_weights_in_training(
         def embed(prompt: int, items: Rows, tables: Any = tables) -> np.ndarray[Any, Any]:
             out = []
             for item in items.tolist():
-                ids = torch.tensor(np.asarray(tables[prompt].tokens(item)).astype(np.int64))[None]
+                ids = torch.tensor(np.asarray(tables[prompt].of(item)).astype(np.int64))[None]
                 with torch.no_grad():
                     made = model({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
                 out.append(torch.nn.functional.normalize(made["sentence_embedding"].double(), dim=-1)[0].numpy())

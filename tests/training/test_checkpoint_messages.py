@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from nearfield.errors import BadInputError
 from nearfield.files import hash_file
 from nearfield.training import checkpoint as module
-from nearfield.training.backends.base import named_state
+from nearfield.training.backends.replicated import named_state
 from nearfield.training.checkpoint import (
     Checkpoint,
     checkpoint_paths,

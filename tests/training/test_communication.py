@@ -12,14 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nearfield.training import exchange
-from nearfield.training.chunks import deal_chunks
-from nearfield.training.exchange import (
+from nearfield.training import step
+from nearfield.training.chunks import Shares, deal_chunks
+from nearfield.training.launch import any_rank, broadcast_json, broadcast_tensors
+from nearfield.training.step import (
     ControlWord,
-    Shares,
-    any_rank,
-    broadcast_json,
-    broadcast_tensors,
     exchange_control,
     gather_embeddings,
     reduce_gradient,
@@ -90,8 +87,8 @@ def test_gathering_and_summing_are_inverse_to_each_other(sizes: list[int], ranks
     shares, wire = shares_of(sizes, ranks), Wire()
     pool = torch.randn(sum(sizes), 3, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange.dist, "all_gather_into_tensor", wire.all_gather_into_tensor)
-        patch.setattr(exchange.dist, "reduce_scatter_tensor", wire.reduce_scatter_tensor)
+        patch.setattr(step.dist, "all_gather_into_tensor", wire.all_gather_into_tensor)
+        patch.setattr(step.dist, "reduce_scatter_tensor", wire.reduce_scatter_tensor)
         for everyone in wire.ask(gather_embeddings, [pool[share.own] for share in shares], shares):
             assert torch.equal(everyone, pool), "the pool in its own order, on every rank"
         gradients = [torch.randn(sum(sizes), 3, dtype=torch.float64) for _ in range(ranks)]
@@ -129,7 +126,7 @@ def test_rows_go_where_they_are_wanted_and_gradients_come_back(sizes: list[int],
         return answers
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange.dist, "all_to_all_single", all_to_all)
+        patch.setattr(step.dist, "all_to_all_single", all_to_all)
         for rows, got in zip(wanted, ask(send_rows, [pool[share.own] for share in shares]), strict=True):
             assert torch.equal(got, pool[rows])
         gradients = [torch.randn(len(rows), 3, dtype=torch.float64) for rows in wanted]
@@ -145,7 +142,7 @@ def test_one_rank_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a collective")
 
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast"):
-        monkeypatch.setattr(exchange.dist, name, never)
+        monkeypatch.setattr(step.dist, name, never)
     shares = Shares([np.array([2, 0, 1])], 0)
     own = torch.tensor([[2.0], [0.0], [1.0]], requires_grad=True)
     everyone = gather_embeddings(own, shares)
@@ -155,7 +152,7 @@ def test_one_rank_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     word = exchange_control(1.5, True, False, [True, False], ranks=1, device=CPU)
     assert word == ControlWord(1.5, True, False, (True, False))
     assert math.isnan(exchange_control(math.nan, False, True, [], ranks=1, device=CPU).loss)
-    assert any_rank(True, CPU, 1) and not any_rank(False, CPU, 1)
+    assert any_rank(True, CPU) and not any_rank(False, CPU)
     assert broadcast_json({"a": [1, "é"]}, CPU) == {"a": [1, "é"]}
     tensors = dict(broadcast_tensors({"x": torch.ones(2)}, CPU))
     assert list(tensors) == ["x"] and tensors["x"].tolist() == [1.0, 1.0]
@@ -171,7 +168,7 @@ def test_the_word_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         sent.append(word.clone())
         word += others
 
-    monkeypatch.setattr(exchange.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(step.dist, "all_reduce", all_reduce)
     word = exchange_control(0.1, True, False, [True, False, False], ranks=2, device=CPU)
     assert word == ControlWord(2.1, True, True, (True, True, False))
     assert [part.dtype for part in sent] == [torch.float64]

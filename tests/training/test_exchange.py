@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from nearfield.errors import BadInputError
 from nearfield.objectives import InfoNCEConfig, Objective
 from nearfield.training import TrainingConfig
-from nearfield.training.chunks import TextPool, split_rows
+from nearfield.training.chunks import Shares, TextPool, contrastive_batch, part_of, split_rows
 from nearfield.training.engine import check_ring, open_queue
-from nearfield.training.exchange import Passed, Shares, contrastive_batch, part_of
+from nearfield.training.step import Passed
 
 
 def make_pool(queries: int, seed: int) -> TextPool:

@@ -17,14 +17,15 @@ from nearfield.conformance.cases import Case
 from nearfield.files import read_json
 from nearfield.objectives import InfoNCEConfig
 from nearfield.pipeline import open_run, run_stages
-from nearfield.training import TrainingConfig, trainer
+from nearfield.training import TrainingConfig, memory, trainer
 from nearfield.training import forecast as forecasting
-from nearfield.training.chunks import Cut
+from nearfield.training.chunks import Budget, Cut
 from nearfield.training.engine import Engine
 from nearfield.training.forecast import (
     FILE,
     Forecast,
     Memory,
+    foresee,
     plan_costs,
     predict,
     run_trial,
@@ -33,7 +34,7 @@ from nearfield.training.forecast import (
     say_seconds,
 )
 from nearfield.training.launch import Launch
-from nearfield.training.memory import Budget, choose_budget, measure_profile
+from nearfield.training.memory import held_bytes, measure_profile, peak_resident_bytes, resident_bytes
 from nearfield.training.trainer import TrainingInputs
 
 CONFIG = TrainingConfig(device="cpu", precision="fp32", averaged_batches=1)
@@ -48,10 +49,7 @@ def engine(tiny_model: Path, inputs: TrainingInputs) -> Engine:
 
 
 def expect(engine: Engine, inputs: TrainingInputs, config: TrainingConfig = CONFIG, held: int = 10**9) -> Forecast:
-    profile = measure_profile(replace(engine, config=config), inputs.plans, timed=True)
-    budget = choose_budget(replace(engine, config=config), inputs.plans, profile)
-    costs = plan_costs(replace(engine, config=config), budget, profile, inputs.plans)
-    return predict(replace(engine, config=config), inputs.plans, costs, budget, profile, fingerprint="f", held=held)
+    return foresee(replace(engine, config=config), inputs.plans, fingerprint="f", held=held).forecast
 
 
 def test_counts_are_those_of_the_plan(engine: Engine, inputs: TrainingInputs) -> None:
@@ -113,16 +111,11 @@ def test_checkpoints_in_the_background_take_memory(engine: Engine, inputs: Train
 
 
 def test_trial_steps_change_no_weight(engine: Engine, inputs: TrainingInputs) -> None:
-    config = CONFIG
-    profile = measure_profile(replace(engine, config=config), inputs.plans, timed=True)
-    budget = Budget(64, 10_000)
-    costs = plan_costs(replace(engine, config=config), budget, profile, inputs.plans)
-    first = predict(replace(engine, config=config), inputs.plans, costs, budget, profile, fingerprint="f", held=0)
+    trained = replace(engine, config=CONFIG.model_copy(update={"micro_batch_tokens": 64, "graph_tokens": 10_000}))
+    outlook = foresee(trained, inputs.plans, fingerprint="f", held=0)
     before = {name: tensor.clone() for name, tensor in engine.backend.module.state_dict().items()}
-    held = forecasting.held_bytes(engine.backend.device)
-    trial = run_trial(
-        replace(engine, config=config), costs, budget, profile, first, held=held, seed=0, limit_seconds=100
-    )
+    held = held_bytes(engine.backend.device)
+    trial = run_trial(trained, outlook, held=held, seed=0, limit_seconds=100)
     assert trial.forecast.measured == "steps"
     assert trial.finite
     assert not trial.out_of_memory
@@ -131,10 +124,8 @@ def test_trial_steps_change_no_weight(engine: Engine, inputs: TrainingInputs) ->
     assert trial.forecast.cpu_seconds > 0
     after = engine.backend.module.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    short = run_trial(
-        replace(engine, config=config), costs, budget, profile, first, held=held, seed=0, limit_seconds=-1
-    )
-    assert short.forecast == first
+    short = run_trial(trained, outlook, held=held, seed=0, limit_seconds=-1)
+    assert short.forecast == outlook.forecast
     assert short.steps == 1
 
 
@@ -158,7 +149,7 @@ def test_measuring_at_the_start_changes_no_bit(
 
     settings = ["training.max_steps=3", "training.micro_batch_tokens=64", "training.graph_tokens=64"]
     measured = run_stages(open_run(toy_recipe, settings, tmp_path / "a"), "train").folder
-    unmeasured = (Budget(64, 64), forecasting.Outlook(None, None, 0.0))
+    unmeasured = (Budget(64, 64), forecasting.Expected(None, None, 0.0))
     monkeypatch.setattr(trainer, "begin_forecast", lambda *args, **kwargs: unmeasured)
     plain = run_stages(open_run(toy_recipe, settings, tmp_path / "b"), "train").folder
     assert not (plain / FILE).exists()
@@ -173,9 +164,9 @@ def test_a_run_says_what_was_predicted_and_what_came(
     run, asked = tmp_path / "run", []
 
     def told(name: str, value: int) -> None:
-        monkeypatch.setattr(forecasting, name, lambda: asked.append(name) or value)
+        monkeypatch.setattr(memory, name, lambda: asked.append(name) or value)
 
-    assert forecasting.resident_bytes() > 50_000_000 and forecasting.peak_resident_bytes() > 50_000_000
+    assert resident_bytes() > 50_000_000 and peak_resident_bytes() > 50_000_000
     told("reset_peak_resident", 0)
     told("resident_bytes", 300_000_000)
     told("peak_resident_bytes", 360_000_000)

@@ -20,11 +20,10 @@ from nearfield.training.chunks import TextPool, TrainingData
 from nearfield.training.config import AdamWConfig
 from nearfield.training.diagnostics import non_finite_error
 from nearfield.training.engine import Engine, open_backend, pick_device, pick_precision
-from nearfield.training.exchange import ControlWord
 from nearfield.training.launch import Launch
 from nearfield.training.memory import FAST_MICRO_BATCH_TOKENS, Budget
 from nearfield.training.optimizers import make_optimizer
-from nearfield.training.step import StepResult
+from nearfield.training.step import ControlWord, StepResult
 from nearfield.training.trainer import TrainingInputs, halve_budget
 from tests.training.making import SIZES, make_tokens
 

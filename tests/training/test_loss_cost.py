@@ -16,7 +16,7 @@ from nearfield.training import memory
 from nearfield.training.chunks import TrainingData
 from nearfield.training.engine import Engine
 from nearfield.training.launch import Launch
-from nearfield.training.memory import LossCost, implementation, measure_loss
+from nearfield.training.memory import LossCost, measure_loss
 from tests.training.making import make_tokens
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_a_part_foretells_the_whole(name: str, settings: dict[str, Any], monkeyp
     engine, batch = make_engine(objective), make_batch(800)
     cost = measure_loss(engine, [batch])
     assert set(cost.lines) == {name} and (objective.tile, objective.implementation) == (384, name)
-    true = memory._measure(engine, batch)
+    true = memory._loss_bytes(engine, batch)
     assert true <= cost(batch) * 1.05
     assert cost(batch) <= true * 1.3
 
@@ -92,8 +92,8 @@ def test_a_ring_takes_two_parts_of_the_batch() -> None:
 def test_auto_holds_the_matrix_while_it_is_small(settings: dict[str, Any]) -> None:
     objective = InfoNCEConfig.model_validate(settings).build()
     small, large = make_batch(100), make_batch(20_000)
-    assert [implementation([objective], b, CPU, 1) for b in (small, large)] == ["dense", "blockwise"]
-    assert implementation([], large, CPU, 1) == "dense"
+    assert [LossCost({}, [objective], CPU, 1).implementation(b) for b in (small, large)] == ["dense", "blockwise"]
+    assert LossCost({}, [], CPU, 1).implementation(large) == "dense"
     cost = measure_loss(make_engine(objective), [small])
     assert set(cost.lines) == {"dense"}
     assert cost(small) > 0
@@ -102,7 +102,7 @@ def test_auto_holds_the_matrix_while_it_is_small(settings: dict[str, Any]) -> No
 @pytest.mark.parametrize("settings", [{}, RICH, {"shared_negatives": False}, {"in_batch_negatives": False}], ids=str)
 def test_counted_logits_are_those_of_the_blocks(settings: dict[str, Any]) -> None:
     from nearfield.objectives import infonce
-    from nearfield.training.exchange import contrastive_batch
+    from nearfield.training.chunks import contrastive_batch
 
     objective = InfoNCEConfig.model_validate({"implementation": "dense", **settings}).build()
     engine, batch = make_engine(objective), make_batch(30)

@@ -13,13 +13,12 @@ from torch import nn
 from nearfield.conformance.cases import Case
 from nearfield.objectives import InfoNCEConfig
 from nearfield.training import TrainingConfig, memory
-from nearfield.training.chunks import Cut
+from nearfield.training.chunks import Budget, Cut
 from nearfield.training.engine import Engine
 from nearfield.training.launch import Launch
 from nearfield.training.memory import (
     FAST_MICRO_BATCH_TOKENS,
     AllocationTracker,
-    Budget,
     LinearCost,
     available_main_memory,
     choose_budget,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nearfield.encoders import load_encoder
 from nearfield.encoders.load import save_encoder
 from nearfield.errors import BadInputError
-from nearfield.training.model_options import (
+from nearfield.training.engine import (
     compile_transformer,
     enable_checkpointing,
     freeze_parameters,

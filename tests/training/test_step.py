@@ -19,14 +19,12 @@ from nearfield.encoders.packing import Features
 from nearfield.objectives import ContrastiveBatch, InfoNCEConfig, LossSum, Objective
 from nearfield.training import step as module
 from nearfield.training.backends.replicated import ReplicatedBackend
-from nearfield.training.chunks import Cut, TextPool, TrainingData
+from nearfield.training.chunks import Cut, TextPool, TrainingData, Work, contrastive_batch, cut_work
 from nearfield.training.engine import Engine
-from nearfield.training.exchange import ControlWord, contrastive_batch
 from nearfield.training.launch import Launch
 from nearfield.training.step import (
+    ControlWord,
     StepResult,
-    Work,
-    cut_work,
     is_out_of_memory,
     mean_result,
     run_step,
@@ -42,8 +40,8 @@ def tokens() -> TokenCache:
     cache = object.__new__(TokenCache)
     ids = np.array([10, 20, 21, 30, 31, 32, 8, 9, 20, 8, 9, 30, 31], dtype=np.int32)
     cache.tables = [
-        TokenTable("", 0, np.array([0, 1, 2]), Ragged(np.array([0, 1, 3, 6]), ids[:6])),
-        TokenTable("p: ", 2, np.array([1, 2]), Ragged(np.array([0, 3, 7]), ids[6:])),
+        TokenTable(np.array([0, 1, 2]), Ragged(np.array([0, 1, 3, 6]), ids[:6]), prompt="", prompt_length=0),
+        TokenTable(np.array([1, 2]), Ragged(np.array([0, 3, 7]), ids[6:]), prompt="p: ", prompt_length=2),
     ]
     return cache
 

@@ -34,7 +34,7 @@ from nearfield.methods.ntxent import NTXentConfig
 from nearfield.methods.sbcl import SBCLConfig
 from nearfield.methods.simlap import SimLAPConfig
 from nearfield.methods.unicom import UnicomConfig
-from nearfield.objectives.batch import ContrastiveBatch, Objective
+from nearfield.objectives.batch import ContrastiveBatch, MemoryQueue, Objective
 from nearfield.objectives.config import (
     CombinedConfig,
     CoSENTConfig,
@@ -55,16 +55,13 @@ from nearfield.objectives.config import (
     Surroundings,
     TripletConfig,
 )
-from nearfield.objectives.queue import MemoryQueue
 from nearfield.provenance import derive_seed
-from nearfield.training.backends.base import Backend
-from nearfield.training.backends.replicated import ReplicatedBackend
-from nearfield.training.chunks import Cut, LoadImages, TeacherScores, TrainingData
+from nearfield.training.backends.replicated import Backend, ReplicatedBackend
+from nearfield.training.chunks import Cut, LoadImages, TeacherScores, TrainingData, Work, contrastive_batch
 from nearfield.training.config import TrainingConfig
 from nearfield.training.engine import EmbeddingModule, Engine, build_engine
-from nearfield.training.exchange import contrastive_batch
 from nearfield.training.launch import Launch
-from nearfield.training.step import StepResult, Work, run_step
+from nearfield.training.step import StepResult, run_step
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -154,7 +151,7 @@ GUIDE_WIDTH = 8
 def memory_tokens(ids: list[np.ndarray[tuple[int], np.dtype[np.int32]]]) -> TokenCache:
     """A token cache of one prompt that lives in memory."""
     cache = object.__new__(TokenCache)
-    cache.tables = [TokenTable("", 0, np.arange(len(ids)), Ragged.from_lists(ids, np.int32))]
+    cache.tables = [TokenTable(np.arange(len(ids)), Ragged.from_lists(ids, np.int32), prompt="", prompt_length=0)]
     return cache
 
 
@@ -282,7 +279,7 @@ class Case:
     def with_images(self) -> Case:
         """The same with images for every other item: as queries, positives and negatives."""
         table = self.tokens.tables[0]
-        rows = [table.tokens(item) for item in range(TEXTS)]
+        rows = [table.of(item) for item in range(TEXTS)]
         image = np.full(16, IMAGE, dtype=np.int32)
         return replace(self, tokens=memory_tokens([image if n % 2 else row for n, row in enumerate(rows)]), towers=True)
 
@@ -296,7 +293,7 @@ class Case:
         folder = save_tiny_vlm(Path(tempfile.mkdtemp(prefix="nearfield-conformance-")) / "model", architecture)
         case = replace(self, model_folder=folder, together=True)
         table, items = self.tokens.tables[0], np.arange(TEXTS)
-        texts = [" ".join(WORDS[token] for token in table.tokens(item)[1:-1]) for item in items.tolist()]
+        texts = [" ".join(WORDS[token] for token in table.of(item)[1:-1]) for item in items.tolist()]
         shown = mixed_images(items)
         sizes = [None if image is None else image.size for image in shown]
         rows = row_ids(case.encoder(), ["" if n % 3 == 1 else text for n, text in enumerate(texts)], sizes, "")

@@ -37,12 +37,12 @@ from nearfield.methods.carol import CAROLConfig
 from nearfield.objectives.config import InfoNCEConfig, ObjectiveSettings
 from nearfield.objectives.infonce import can_ring
 from nearfield.training import step as step_module
-from nearfield.training.backends.base import Backend
+from nearfield.training.backends.replicated import Backend
 from nearfield.training.checkpoint import CheckpointWriter, open_checkpoint, read_tensors
-from nearfield.training.chunks import split_batch
+from nearfield.training.chunks import Work, split_batch
 from nearfield.training.engine import Engine
 from nearfield.training.launch import Launch
-from nearfield.training.step import Work, run_step
+from nearfield.training.step import run_step
 
 _REDUCTIONS = ("allreduce", "reduce_scatter", "reduce_")
 

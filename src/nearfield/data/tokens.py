@@ -6,16 +6,15 @@ tokenizer is handed in, so that this module needs no model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from nearfield.arrays import Index, Ragged, Rows, starts
+from nearfield.arrays import ListsByKey, Ragged, Rows, starts
 from nearfield.console import track
 from nearfield.errors import BadInputError, CutTexts
 from nearfield.files import Sealed, atomic_path, read_json, seal, write_json
@@ -61,42 +60,15 @@ class ItemTokenizer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class TokenTable:
-    """The tokens of the items that one prompt was put before."""
+@dataclass(frozen=True, kw_only=True)
+class TokenTable(ListsByKey):
+    """The token ids of the items that one prompt was put before."""
 
     prompt: str
     prompt_length: int
     """Tokens that the prompt and the special tokens before it take."""
-    rows: Rows
-    """The items, sorted."""
-    lists: Ragged
-    """The token ids of each item."""
     cut: CutTexts = field(default_factory=CutTexts)
     """Counts of what the longest input cut off its texts."""
-    check: Callable[[int, int], None] = lambda start, stop: None
-    """Called with the bytes of the ids that are about to be read."""
-
-    @cached_property
-    def _index(self) -> Index:
-        return Index(self.rows, rising=True)
-
-    def positions(self, rows: Rows) -> Rows:
-        """The places of items in this table; an item that is not there is an error of the caller."""
-        return self._index.rows(rows, f"items that were not tokenised with the prompt {self.prompt!r}")
-
-    def lengths(self, rows: Rows) -> Rows:
-        """The number of tokens of each item, int64 of the shape of ``rows``."""
-        positions, offsets = self.positions(rows), self.lists.offsets
-        return np.asarray(offsets[positions + 1] - offsets[positions])
-
-    def tokens(self, row: int) -> Ids:
-        """The token ids of one item."""
-        position = int(self.positions(np.asarray([row], dtype=np.int64))[0])
-        start, stop = self.lists.offsets[position : position + 2].tolist()
-        size = self.lists.values.itemsize
-        self.check(start * size, stop * size)
-        return np.asarray(self.lists[position])
 
 
 class TokenCache:
@@ -134,7 +106,10 @@ class TokenCache:
         )
         cut = CutTexts(**entry["cut"])
         check = self._sealed.file(f"{stem.name}.ids.bin").check
-        return TokenTable(str(entry["prompt"]), int(entry["prompt_length"]), rows, Ragged(offsets, ids), cut, check)
+        prompt = str(entry["prompt"])
+        absent = f"items that were not tokenised with the prompt {prompt!r}"
+        length = int(entry["prompt_length"])
+        return TokenTable(rows, Ragged(offsets, ids), absent, check, prompt=prompt, prompt_length=length, cut=cut)
 
     def without_tokens(self, table: TokenTable) -> Rows:
         """The item rows with this prompt that have not one token that is pooled: their vectors are zero."""

@@ -14,7 +14,7 @@ from pydantic import Field
 from nearfield.methods.token_decoder import TokenDecoder, query_tokens, sizes_for_decoder
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
 from nearfield.objectives.config import Names, ObjectiveSettings, Positive, Reading, Share, Surroundings
-from nearfield.objectives.labels import SupCon
+from nearfield.objectives.losses import SupCon
 
 
 class CAROLConfig(ObjectiveSettings):

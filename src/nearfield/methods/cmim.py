@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nearfield.methods.token_decoder import TokenDecoder, query_tokens, sizes_for_decoder
-from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
-from nearfield.objectives.blocks import accumulation_dtype, in_tiles
+from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective, accumulation_dtype, in_tiles
 from nearfield.objectives.config import (
     ANY_EXAMPLES,
     Names,
     NotNegative,
     ObjectiveSettings,
     Positive,
-    Reading,
     Surroundings,
 )
 from nearfield.objectives.diagnostics import watched_rows
@@ -31,6 +29,7 @@ class CMIMConfig(ObjectiveSettings):
 
     example_kinds: ClassVar[tuple[str, ...]] = ANY_EXAMPLES
 
+    views: ClassVar[int] = 1
     kind: Literal["cmim"] = "cmim"
     temperature: Positive = 0.1
     """Cosines of latents are divided by it."""
@@ -40,10 +39,6 @@ class CMIMConfig(ObjectiveSettings):
     """Of the latents around their embedding at the start, the same in each dimension; it is learnt."""
     inner: Annotated[int, Field(gt=0)] = 256
     """Width of the decoder, which is no part of the saved model."""
-
-    @property
-    def reading(self) -> Reading:
-        return Reading(views=1)
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> CMIM:
         return CMIM(self, *sizes_for_decoder(around))

@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from nearfield.errors import BadInputError
-from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.blocks import in_tiles
+from nearfield.objectives.batch import ContrastiveBatch, in_tiles
 from nearfield.objectives.config import Names, NotNegative, ObjectiveSettings, Positive, Surroundings
-from nearfield.objectives.labels import LabelledTextLoss
+from nearfield.objectives.losses import LabelledTextLoss
 
 
 class HiPrBERTConfig(ObjectiveSettings):

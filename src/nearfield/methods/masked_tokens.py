@@ -11,7 +11,7 @@ from torch import Tensor
 from nearfield.encoders.config import TokenTaskConfig
 from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
-from nearfield.objectives.config import ANY_EXAMPLES, Names, ObjectiveSettings, Reading, Surroundings
+from nearfield.objectives.config import ANY_EXAMPLES, Names, ObjectiveSettings, Surroundings
 
 
 class MaskedTokensConfig(TokenTaskConfig, ObjectiveSettings):
@@ -22,15 +22,12 @@ class MaskedTokensConfig(TokenTaskConfig, ObjectiveSettings):
 
     example_kinds: ClassVar[tuple[str, ...]] = ANY_EXAMPLES
 
+    views: ClassVar[int] = 1
     kind: Literal["masked_tokens"] = "masked_tokens"
 
     @property
     def comparisons(self) -> frozenset[str]:
         return frozenset()
-
-    @property
-    def reading(self) -> Reading:
-        return Reading(views=1)
 
     @property
     def token_task(self) -> TokenTaskConfig:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nearfield.errors import BadInputError
-from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
-from nearfield.objectives.blocks import accumulation_dtype, in_tiles
+from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective, accumulation_dtype, in_tiles
 from nearfield.objectives.config import (
     ANY_EXAMPLES,
     InfoNCEConfig,
@@ -21,8 +20,8 @@ from nearfield.objectives.config import (
     NotNegative,
     ObjectiveSettings,
     Positive,
-    Reading,
     Surroundings,
+    by_number,
 )
 from nearfield.objectives.diagnostics import watched_rows
 from nearfield.provenance import derive_seed
@@ -33,6 +32,7 @@ class MCSEConfig(ObjectiveSettings):
 
     example_kinds: ClassVar[tuple[str, ...]] = ANY_EXAMPLES
 
+    views: ClassVar[int] = 2
     kind: Literal["mcse"] = "mcse"
     temperature: Positive = 0.05
     """Cosines between texts are divided by it."""
@@ -46,10 +46,6 @@ class MCSEConfig(ObjectiveSettings):
     """Sources whose queries are captions; null takes every text with features that are not all 0."""
 
     @property
-    def reading(self) -> Reading:
-        return Reading(views=2)
-
-    @property
     def needs_guide(self) -> bool:
         return True
 
@@ -61,8 +57,7 @@ class MCSEConfig(ObjectiveSettings):
         around = around or Surroundings()
         if around.width is None or around.guide_width is None:
             raise BadInputError("grounding wants the widths of embeddings and of images' features", where="objective")
-        named = dict(sources) if isinstance(sources, Mapping) else dict(enumerate(sources))
-        return MCSE(self, named, around.width, around.guide_width)
+        return MCSE(self, by_number(sources), around.width, around.guide_width)
 
 
 class MCSE(Objective):

@@ -17,11 +17,10 @@ from torch.nn import functional
 from nearfield.arrays import Vectors
 from nearfield.methods.hiprbert import SEPARATOR, Tree
 from nearfield.mining.approximate import spherical_kmeans
-from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.blocks import in_tiles
-from nearfield.objectives.config import Names, NotNegative, ObjectiveSettings, Positive, Reading, Surroundings
+from nearfield.objectives.batch import ContrastiveBatch, in_tiles
+from nearfield.objectives.config import Names, NotNegative, ObjectiveSettings, Positive, Surroundings
 from nearfield.objectives.diagnostics import probe_accuracy
-from nearfield.objectives.labels import LabelledTextLoss, labelled_views
+from nearfield.objectives.losses import LabelledTextLoss, labelled_views
 
 
 class SBCLConfig(ObjectiveSettings):
@@ -30,6 +29,7 @@ class SBCLConfig(ObjectiveSettings):
 
     example_kinds: ClassVar[tuple[str, ...]] = ("labelled",)
 
+    views: ClassVar[int] = 2
     kind: Literal["sbcl"] = "sbcl"
     temperature: Positive = 0.1
     """Cosines of the fine part are divided by it, and those of the coarse part on average."""
@@ -39,10 +39,6 @@ class SBCLConfig(ObjectiveSettings):
     """The weight of the coarse part."""
     class_temperatures: bool = True
     """Whether the coarse part has a temperature for each class, by how wide it lies."""
-
-    @property
-    def reading(self) -> Reading:
-        return Reading(views=2)
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> SBCL:
         return SBCL(self, Tree.around(around))

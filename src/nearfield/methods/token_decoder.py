@@ -8,8 +8,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from nearfield.errors import BadInputError
-from nearfield.objectives.batch import ContrastiveBatch
-from nearfield.objectives.blocks import accumulation_dtype, tiles
+from nearfield.objectives.batch import ContrastiveBatch, accumulation_dtype, tiles
 from nearfield.objectives.config import Surroundings
 from nearfield.provenance import derive_seed
 

@@ -1,12 +1,13 @@
-"""An objective's input, its output, and its base."""
+"""An objective's input, its output, and its base; and the sums over rows that losses are made with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _OF_DOCUMENTS = {"documents", "is_positive", "document_ids", "document_labels", "guide_documents", "teacher_scores"}
 """Fields that have a line a document; all other tensors have one a query."""
@@ -188,6 +189,71 @@ class Objective(nn.Module):
         return {}
 
 
+class MemoryQueue:
+    """The positives of earlier steps as further candidates (MoCo, arXiv 1911.05722; XBM, arXiv 1912.06798): the newest ``size``,
+    each in a place of its own, of which the oldest gives its place to the next.
+
+    An objective remembers nothing: whoever takes the steps hands it what is queued, and queues what a step has seen. Every
+    process queues the positives of the whole batch, so that the number of processes does not matter.
+    """
+
+    prefix = "queue."
+    """Of its tensors' names in a checkpoint."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.pushed = 0
+        """How many ever were."""
+        self._held: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return min(self.pushed, self.size)
+
+    def queued(self) -> Queued | None:
+        """The documents in the queue; none before the first step."""
+        if not len(self):
+            return None
+        held = {name: tensor[: len(self)] for name, tensor in self._held.items()}
+        return Queued(held["vectors"], held["ids"], held["labels"], held["sources"], held.get("guide"))
+
+    def push(self, batch: ContrastiveBatch) -> None:
+        """Remember the positives of a batch that a step was taken on."""
+        positive = batch.is_positive.nonzero().squeeze(1)[-self.size :] if self.size else batch.is_positive[:0]
+        if not len(positive):
+            return
+        owner = batch.owner[positive]
+        nothing = torch.full_like(owner, -1)
+        new = {
+            "vectors": batch.documents.detach()[positive],
+            "ids": batch.document_ids[positive],
+            "labels": nothing if batch.labels is None else batch.labels[owner],
+            "sources": nothing if batch.sources is None else batch.sources[owner],
+        }
+        if batch.guide_documents is not None:
+            new["guide"] = batch.guide_documents[positive]
+        places = (self.pushed + torch.arange(len(positive), device=owner.device)) % self.size
+        for name, rows in new.items():
+            if name not in self._held:
+                self._held[name] = rows.new_zeros((self.size, *rows.shape[1:]))
+            self._held[name][places] = rows
+        self.pushed += len(positive)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The state for a checkpoint."""
+        if len(self):
+            yield f"{self.prefix}pushed", torch.tensor([self.pushed])
+            yield from ((f"{self.prefix}{name}", tensor) for name, tensor in self._held.items())
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`tensors` gave."""
+        queue_tensors = {
+            name.removeprefix(self.prefix): t for name, t in tensors.items() if name.startswith(self.prefix)
+        }
+        pushed = queue_tensors.pop("pushed", None)
+        self.pushed = 0 if pushed is None else int(pushed)
+        self._held = {name: tensor.clone() for name, tensor in queue_tensors.items()}
+
+
 def own_documents(batch: ContrastiveBatch) -> tuple[Tensor, Tensor]:
     """(n,) documents of this process's rows, and (n,) the row of each by its place."""
     place = batch.row_places()[batch.owner]
@@ -215,3 +281,45 @@ def row_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
     """(n,) values and the row of each -> (rows,) their means; 0 for a row of none."""
     total = values.new_zeros(rows).index_add(0, row, values)
     return total / torch.bincount(row, minlength=rows).clamp_min(1)
+
+
+def segment_sum(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """(M, n) -> (M, rows)."""
+    return values.new_zeros(len(values), rows).index_add(1, row, values)
+
+
+def segment_log_sum(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """(M, n) -> (M, rows) logarithm of the sum of exponentials; ``floor`` for a row of none."""
+    lowest = floor(values.dtype)
+    peak = values.new_full((len(values), rows), lowest)
+    peak = peak.scatter_reduce_(1, row.expand_as(values), values.detach(), "amax")
+    total = segment_sum((values - peak[:, row]).exp(), row, rows)
+    empty = total == 0
+    return torch.where(empty, lowest, peak + total.masked_fill(empty, 1).log())
+
+
+def floor(dtype: torch.dtype) -> float:
+    """The logit of what is no candidate: minus infinity would make a gradient of a row that keeps nothing not a number."""
+    return torch.finfo(dtype).min / 2
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums are kept in: never half precision."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tiles(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """The edges of tiles of ``size``, the last one ragged."""
+    return ((low, min(low + size, count)) for low in range(0, count, size))
+
+
+LOGITS_AT_ONCE = 2**22
+"""Logits that a loss holds at once where it makes them again in the backward."""
+
+
+def in_tiles(part: Callable[[Tensor], Tensor], rows: Tensor, columns: int, like: Tensor) -> Tensor:
+    """``part`` of some rows at a time; nothing of the size of the logits is kept, the backward makes them again."""
+    done = [like.new_zeros(0)]
+    for low, high in tiles(len(rows), max(1, LOGITS_AT_ONCE // max(1, columns))):
+        done.append(checkpoint(part, rows[low:high], use_reentrant=False))
+    return torch.cat(done)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -16,11 +16,17 @@ from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
     from nearfield.objectives.batch import Objective
-    from nearfield.objectives.combined import Combined
-    from nearfield.objectives.distillation import EmbeddingDistillation, ScoreDistillation
     from nearfield.objectives.infonce import InfoNCE
-    from nearfield.objectives.labels import SupCon
-    from nearfield.objectives.pairwise import CosineRegression, Ranking, SigLIP, Triplet
+    from nearfield.objectives.losses import (
+        Combined,
+        CosineRegression,
+        EmbeddingDistillation,
+        Ranking,
+        ScoreDistillation,
+        SigLIP,
+        SupCon,
+        Triplet,
+    )
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -29,6 +35,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 Names = Mapping[int, str] | Sequence[str]
 """The name of each source by its number."""
+
+
+def by_number(sources: Names) -> dict[int, str]:
+    """The name of each source by its number, as a dictionary."""
+    return dict(sources) if isinstance(sources, Mapping) else dict(enumerate(sources))
+
+
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 SIMILARITIES: tuple[Similarity, ...] = ("cosine", "dot", "euclidean", "manhattan")
 ANY_EXAMPLES = ("retrieval", "graded", "labelled", "text")
@@ -145,6 +158,10 @@ class ObjectiveSettings(KindSettings):
 
     example_kinds: ClassVar[tuple[str, ...]] = ("retrieval",)
     """The kinds of examples that it learns from."""
+    views: ClassVar[int | None] = None
+    """How often each query is encoded where it learns from queries alone."""
+    compared_by: ClassVar[str | None] = None
+    """The setting that says how embeddings are compared, for which it lists what it knows; None where it is always the cosine."""
 
     @abstractmethod
     def build(self, sources: Names = (), around: Surroundings | None = None) -> Objective:
@@ -153,12 +170,16 @@ class ObjectiveSettings(KindSettings):
     def for_model(self, similarity: str) -> Self:
         """These settings for a model that compares vectors by ``similarity``: where they can and do not say it themselves, by
         that too."""
-        return self
+        key = self.compared_by
+        if key is None or key in self.model_fields_set:
+            return self
+        known = get_args(type(self).model_fields[key].annotation)
+        return self.model_copy(update={key: similarity}) if similarity in known else self
 
     @property
     def comparisons(self) -> frozenset[str]:
         """The similarities that embeddings are compared by; empty where they are not compared with each other."""
-        return frozenset({"cosine"})
+        return frozenset({"cosine" if self.compared_by is None else getattr(self, self.compared_by)})
 
     @property
     def learns_from(self) -> tuple[str, ...]:
@@ -192,7 +213,7 @@ class ObjectiveSettings(KindSettings):
     @property
     def reading(self) -> Reading:
         """How the texts that it learns from are read."""
-        return Reading()
+        return Reading(views=self.views)
 
     def readings(self, kinds: Mapping[str, str]) -> dict[str, Reading]:
         """Source -> the kind of its examples, of all that are trained on -> source -> how its texts are read."""
@@ -250,19 +271,10 @@ ObjectiveConfig = Annotated[ObjectiveSettings, OBJECTIVES]
 """The settings of any objective."""
 
 
-Settings = TypeVar("Settings", bound=ObjectiveSettings)
-
-
-def compared_as(settings: Settings, key: str, similarity: str, known: Sequence[str]) -> Settings:
-    """Settings with what a model says under ``key``, where they do not say it and it is known to them."""
-    if key in settings.model_fields_set or similarity not in known:
-        return settings
-    return settings.model_copy(update={key: similarity})
-
-
 class InfoNCEConfig(ObjectiveSettings):
     """InfoNCE with in-batch and explicit negatives, masks and weights."""
 
+    compared_by: ClassVar[str] = "similarity"
     kind: Literal["infonce"] = "infonce"
     temperature: Positive = 0.05
     """Similarities are divided by it."""
@@ -343,13 +355,6 @@ class InfoNCEConfig(ObjectiveSettings):
             raise ValueError("queue brings documents of other queries, which in_batch_negatives: false leaves out")
         return self
 
-    def for_model(self, similarity: str) -> Self:
-        return compared_as(self, "similarity", similarity, ("cosine", "dot"))
-
-    @property
-    def comparisons(self) -> frozenset[str]:
-        return frozenset({self.similarity})
-
     @property
     def all_directions(self) -> tuple[Direction, ...]:
         """The directions, with what ``both_directions`` is short for."""
@@ -374,8 +379,7 @@ class InfoNCEConfig(ObjectiveSettings):
         """The objective; ``sources`` gives the name of each source's number where settings name sources."""
         from nearfield.objectives.infonce import InfoNCE
 
-        named = dict(sources) if isinstance(sources, Mapping) else dict(enumerate(sources))
-        return InfoNCE(self, named)
+        return InfoNCE(self, by_number(sources))
 
 
 class CoSENTConfig(ObjectiveSettings):
@@ -383,21 +387,15 @@ class CoSENTConfig(ObjectiveSettings):
 
     example_kinds: ClassVar[tuple[str, ...]] = ("graded",)
 
+    compared_by: ClassVar[str] = "similarity"
     kind: Literal["cosent"] = "cosent"
     temperature: Positive = 0.05
     """Differences of similarities are divided by it."""
     similarity: Similarity = "cosine"
     """Where it is not said, as the base compares its vectors."""
 
-    def for_model(self, similarity: str) -> Self:
-        return compared_as(self, "similarity", similarity, SIMILARITIES)
-
-    @property
-    def comparisons(self) -> frozenset[str]:
-        return frozenset({self.similarity})
-
     def build(self, sources: Names = (), around: Surroundings | None = None) -> Ranking:
-        from nearfield.objectives.pairwise import Ranking
+        from nearfield.objectives.losses import Ranking
 
         return Ranking(self.similarity, self.temperature)
 
@@ -412,7 +410,7 @@ class AngleConfig(ObjectiveSettings):
     """Differences of angles are divided by it."""
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> Ranking:
-        from nearfield.objectives.pairwise import Ranking
+        from nearfield.objectives.losses import Ranking
 
         return Ranking("angle", self.temperature)
 
@@ -429,7 +427,7 @@ class CosineRegressionConfig(ObjectiveSettings):
         return -1.0, 1.0
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> CosineRegression:
-        from nearfield.objectives.pairwise import CosineRegression
+        from nearfield.objectives.losses import CosineRegression
 
         return CosineRegression()
 
@@ -437,21 +435,15 @@ class CosineRegressionConfig(ObjectiveSettings):
 class TripletConfig(ObjectiveSettings):
     """A query is to be nearer to its positive than to its own explicit negative, by a margin."""
 
+    compared_by: ClassVar[str] = "distance"
     kind: Literal["triplet"] = "triplet"
     distance: Similarity = "cosine"
     """Where it is not said, as the base compares its vectors; ``dot`` is the dot product with its sign turned."""
     margin: NotNegative = 0.2
     """Of euclidean distances of vectors that are not of unit length, 5 is common."""
 
-    def for_model(self, similarity: str) -> Self:
-        return compared_as(self, "distance", similarity, SIMILARITIES)
-
-    @property
-    def comparisons(self) -> frozenset[str]:
-        return frozenset({self.distance})
-
     def build(self, sources: Names = (), around: Surroundings | None = None) -> Triplet:
-        from nearfield.objectives.pairwise import Triplet
+        from nearfield.objectives.losses import Triplet
 
         return Triplet(self.distance, self.margin)
 
@@ -459,6 +451,7 @@ class TripletConfig(ObjectiveSettings):
 class ScoreDistillationConfig(ObjectiveSettings):
     """The student learns the teacher's scores of documents."""
 
+    compared_by: ClassVar[str] = "similarity"
     kind: Literal["distil_scores"] = "distil_scores"
     loss: Literal["kl", "margin_mse"] = "kl"
     """``kl``: of the softmaxes over a query's candidates. ``margin_mse``: the squared difference of score(positive) -
@@ -482,13 +475,6 @@ class ScoreDistillationConfig(ObjectiveSettings):
             raise ValueError("candidates in_batch are scored by vectors (teacher: vectors), with the loss kl")
         return self
 
-    def for_model(self, similarity: str) -> Self:
-        return compared_as(self, "similarity", similarity, ("cosine", "dot"))
-
-    @property
-    def comparisons(self) -> frozenset[str]:
-        return frozenset({self.similarity})
-
     @property
     def needs_guide(self) -> bool:
         return self.teacher == "vectors"
@@ -498,7 +484,7 @@ class ScoreDistillationConfig(ObjectiveSettings):
         return self.teacher == "scores"
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> ScoreDistillation:
-        from nearfield.objectives.distillation import ScoreDistillation
+        from nearfield.objectives.losses import ScoreDistillation
 
         return ScoreDistillation(self)
 
@@ -524,7 +510,7 @@ class EmbeddingDistillationConfig(ObjectiveSettings):
         return True
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> EmbeddingDistillation:
-        from nearfield.objectives.distillation import EmbeddingDistillation
+        from nearfield.objectives.losses import EmbeddingDistillation
 
         around = around or Surroundings()
         return EmbeddingDistillation(self.distance, self.projection == "always", around.width, around.guide_width)
@@ -543,7 +529,7 @@ class SupConConfig(ObjectiveSettings):
     alike (the contrastive part of CAROL, arXiv 2410.22197, in a working form of ours)."""
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> SupCon:
-        from nearfield.objectives.labels import SupCon
+        from nearfield.objectives.losses import SupCon
 
         return SupCon(self.temperature, self.class_weights == "inverse")
 
@@ -560,7 +546,7 @@ class SigLIPConfig(ObjectiveSettings):
     """Leave out pairs that are known to belong together, beside the batch's own."""
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> SigLIP:
-        from nearfield.objectives.pairwise import SigLIP
+        from nearfield.objectives.losses import SigLIP
 
         return SigLIP(self)
 
@@ -573,22 +559,13 @@ class SimCSEConfig(ObjectiveSettings):
 
     example_kinds: ClassVar[tuple[str, ...]] = ANY_EXAMPLES
 
+    compared_by: ClassVar[str] = "similarity"
+    views: ClassVar[int] = 2
     kind: Literal["simcse"] = "simcse"
     temperature: Positive = 0.05
     """Similarities are divided by it; lower puts more weight on the hardest texts."""
     similarity: Literal["cosine", "dot"] = "cosine"
     """Where it is not said, ``dot`` for a base that compares its vectors so."""
-
-    def for_model(self, similarity: str) -> Self:
-        return compared_as(self, "similarity", similarity, ("cosine", "dot"))
-
-    @property
-    def comparisons(self) -> frozenset[str]:
-        return frozenset({self.similarity})
-
-    @property
-    def reading(self) -> Reading:
-        return Reading(views=2)
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> InfoNCE:
         return InfoNCEConfig(temperature=self.temperature, similarity=self.similarity).build()
@@ -700,6 +677,6 @@ class CombinedConfig(ObjectiveSettings):
         return "; ".join(part.objective.summary for part in self.parts)
 
     def build(self, sources: Names = (), around: Surroundings | None = None) -> Combined:
-        from nearfield.objectives.combined import Combined
+        from nearfield.objectives.losses import Combined
 
-        return Combined(self, dict(sources) if isinstance(sources, Mapping) else dict(enumerate(sources)), around)
+        return Combined(self, by_number(sources), around)

@@ -7,31 +7,20 @@ of these all documents: at most ``CELLS`` similarities, never a whole matrix.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nearfield.objectives.batch import ContrastiveBatch, Objective
-from nearfield.objectives.blocks import Join, accumulation_dtype, floor, lay_out
-from nearfield.objectives.statistics import block_logits, excluded_matrix, focal_weight, segment_log_sum, segment_sum
+from nearfield.objectives.batch import ContrastiveBatch, Objective, accumulation_dtype
+from nearfield.objectives.statistics import Join
 from nearfield.provenance import derive_seed
-
-if TYPE_CHECKING:
-    from nearfield.objectives.config import InfoNCEConfig
-    from nearfield.objectives.infonce import InfoNCE
-
-if TYPE_CHECKING:
-    from nearfield.objectives.config import InfoNCEConfig
 
 ROWS = 512
 """Queries, and texts of each side, that are looked at, at most."""
+
 CELLS = 2**22
 """Similarities of queries with documents that are looked at, at most; but those of 16 queries always."""
-HARDEST = 0.01
-"""The share of negatives whose share of the gradient is told."""
 
 
 def sample(count: int, most: int, seed: int | None, use: str) -> Tensor:
@@ -107,7 +96,7 @@ def geometry(batch: ContrastiveBatch) -> dict[str, float]:
     mine = torch.zeros(len(batch.queries), dtype=torch.bool, device=rows.device)
     mine[rows] = True
     pairs = (mine[batch.owner] & batch.is_positive).nonzero().squeeze(1)
-    between = _unit(batch.queries[batch.owner[pairs]]) - _unit(batch.documents[pairs])
+    between = unit_vectors(batch.queries[batch.owner[pairs]]) - unit_vectors(batch.documents[pairs])
     figures = {"alignment": between.square().sum(dim=1).mean()}
     query_ids = batch.query_ids
     if query_ids is None:
@@ -137,7 +126,7 @@ def effective_rank(vectors: Tensor) -> Tensor:
     return rank
 
 
-def _unit(vectors: Tensor) -> Tensor:
+def unit_vectors(vectors: Tensor) -> Tensor:
     return functional.normalize(vectors.to(accumulation_dtype(vectors.dtype)), dim=1)
 
 
@@ -147,7 +136,7 @@ def _distinct(vectors: Tensor, ids: Tensor, seed: int | None) -> Tensor:
     first = torch.ones_like(order, dtype=torch.bool)
     first[1:] = ids[order][1:] != ids[order][:-1]
     places = order[first].sort().values
-    return _unit(vectors[places[sample(len(places), ROWS, seed, "texts").to(places.device)]])
+    return unit_vectors(vectors[places[sample(len(places), ROWS, seed, "texts").to(places.device)]])
 
 
 def _uniformity(vectors: Tensor) -> Tensor:
@@ -161,133 +150,6 @@ def _floats(figures: dict[str, Tensor]) -> dict[str, float]:
     """One transfer from the device."""
     values = torch.stack([value.double() for value in figures.values()]).tolist()
     return dict(zip(figures, values, strict=True))
-
-
-REASONS = {
-    "known_positive": "mask_known_positives",
-    "same_label": "mask_same_label",
-    "score": "score_mask",
-    "guide": "guide_mask",
-}
-"""Why a candidate is left out, and the setting that does it."""
-
-
-@torch.no_grad()
-def watch_softmax(objective: InfoNCE, batch: ContrastiveBatch) -> dict[str, float]:
-    """Figures of the softmax of queries over documents (full vectors, no mixtures) for the watched rows.
-
-    - ``negatives``: candidates of a row that count, in the mean. ``masked_share`` of the candidates are left out; ``masked_<why>`` by each mask alone, so these may overlap.
-    - ``effective_negatives``: the number of equally probable negatives with the same concentration, (sum p)^2 / sum p^2
-      over a row's negatives; the mean over rows that have one.
-    - ``hardest_gradient_share``: of the gradient of all negatives' logits, the share of the 1 % that have most of it.
-    - ``effective_examples``: (sum w)^2 / (n sum w^2) over the rows' weights (example, source, focal): 1 if all are equal.
-    - ``temperature``, and ``temperature/<task>`` where there are several.
-    """
-    config, rows = objective.config, watched_rows(batch)
-    figures = _temperatures(objective)
-    if "query_document" not in config.all_directions:
-        return figures
-    some = replace(batch, rows=rows)
-    full = [batch.queries.shape[1]]
-    layout = lay_out(config, some, full, objective.tile)
-    figures |= _masked(objective, some, len(rows))
-    scale = objective.row_scale(some, rows)
-    problem, count = layout.problem, len(rows)
-    own_row = layout.negative_row
-    sides = {"query": batch.queries, "document": batch.documents}
-    vectors = {name: _unit(side) if problem.cosine else side.to(scale.dtype) for name, side in sides.items()}
-    pairs = (vectors["query"][problem.pair_queries] * vectors["document"][problem.pair_documents]).sum(dim=1)
-    lowest = floor(scale.dtype)
-    own_logits = objective.negative_logits(pairs[layout.positives :], scale[own_row]).masked_fill(
-        ~layout.negative_kept[0], lowest
-    )
-    logits = scale.new_zeros(count, 0)
-    block = problem.blocks.get("query_document")
-    if block is not None:
-        columns = vectors["document"][block.columns.index]
-        logits = block_logits(vectors["query"][rows], columns, scale, block)
-        cells, over = excluded_matrix(problem, block)
-        cells.fill(logits, lowest)
-        for mask in over:
-            logits.masked_fill_(mask, lowest)
-
-    def log_sum(power: float) -> Tensor:
-        """(R,) of the powers of exp(logit) of each row's negatives."""
-        listed = segment_log_sum((own_logits * power)[None].clamp_min(lowest), own_row, count)[0]
-        if not logits.shape[1]:
-            return listed
-        return torch.logaddexp(listed, (logits * power).clamp_min(lowest).logsumexp(dim=1)).clamp_min(lowest)
-
-    negatives = log_sum(1)
-    has = negatives > lowest / 2
-    if has.any():
-        figures["effective_negatives"] = float((2 * negatives - log_sum(2))[has].exp().mean())
-    # The gradient of a negative's logit is the row's factor times exp(logit).
-    row = layout.positive_row
-    positive = pairs[: layout.positives] * scale[row]
-    number = torch.bincount(row, minlength=count)
-    if config.several_positives == "log_sum":
-        positive = segment_log_sum(positive[None], row, count)[0][row]
-    normal = torch.logaddexp(positive, negatives[row])
-    focal = torch.ones_like(normal) if config.focal is None else focal_weight(normal - positive, config.focal)
-    weight = objective.row_weights(some, rows).to(scale.dtype)
-    factor = (
-        weight.log() + segment_log_sum((focal.log() - normal)[None].clamp_min(lowest), row, count)[0] - number.log()
-    )
-    gradient = torch.cat([(logits + factor[:, None]).flatten(), own_logits + factor[own_row]]).exp()
-    total = gradient.sum()
-    size = int((logits > lowest / 2).sum() + (own_logits > lowest / 2).sum())
-    if size and total > 0:
-        hardest = gradient.topk(math.ceil(size * HARDEST)).values.sum()
-        figures["hardest_gradient_share"] = float(hardest / total)
-    each = weight * segment_sum(focal[None], row, count)[0] / number
-    if each.any():
-        figures["effective_examples"] = float(each.sum().square() / each.square().sum() / count)
-    return figures
-
-
-def _masked(objective: InfoNCE, batch: ContrastiveBatch, rows: int) -> dict[str, float]:
-    """Candidates a row, and the shares of them that all masks and each mask alone leave out."""
-    config = objective.config
-    without = {name: None if name.endswith(("score_mask", "guide_mask")) else False for name in REASONS.values()}
-    open_config = config.model_copy(update=without)
-    remaining, every = _candidates(objective, batch, config), _candidates(objective, batch, open_config)
-    figures = {"negatives": remaining / rows}
-    if every:
-        figures["masked_share"] = 1 - remaining / every
-        for why, name in REASONS.items():
-            if getattr(config, name):
-                alone = open_config.model_copy(update={name: getattr(config, name)})
-                figures[f"masked_{why}"] = 1 - _candidates(objective, batch, alone) / every
-    return figures
-
-
-def _temperatures(objective: InfoNCE) -> dict[str, float]:
-    temperature = objective.temperature
-    if not isinstance(temperature, Tensor):
-        return {"temperature": temperature}
-    values = temperature.tolist()
-    figures = {"temperature": sum(values) / len(values)}
-    if len(values) > 1:
-        figures |= {
-            f"temperature/{name or 'other'}": value for name, value in zip(objective.tasks, values, strict=True)
-        }
-    return figures
-
-
-def _candidates(objective: InfoNCE, batch: ContrastiveBatch, config: InfoNCEConfig) -> int:
-    """How many documents are candidates of this process's rows under these masks."""
-    layout = lay_out(config, batch, [batch.queries.shape[1]], objective.tile)
-    count = int(layout.negative_kept.sum())
-    block = layout.problem.blocks.get("query_document")
-    if block is not None:
-        cells, over = excluded_matrix(layout.problem, block)
-        out = torch.zeros(len(block.rows), len(block.columns), dtype=torch.bool, device=batch.queries.device)
-        cells.fill(out, True)
-        for mask in over:
-            out |= mask
-        count += out.numel() - int(out.sum())
-    return count
 
 
 RIDGE = 1e-2

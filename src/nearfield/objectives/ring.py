@@ -17,8 +17,15 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from nearfield.objectives.batch import ContrastiveBatch, Ring
-from nearfield.objectives.blocks import RowStatistics, SoftmaxInputs, Statistics
-from nearfield.objectives.statistics import Gradients, Workspace, backward_block, forward_block
+from nearfield.objectives.statistics import (
+    Gradients,
+    RowStatistics,
+    SoftmaxInputs,
+    Statistics,
+    Workspace,
+    backward_block,
+    forward_block,
+)
 
 LayOut = Callable[[ContrastiveBatch, tuple[int, int]], SoftmaxInputs]
 """(batch, the first query and document that are candidates) -> what is to be computed."""

@@ -20,9 +20,8 @@ from sentence_transformers.util import all_gather, all_gather_with_grad, get_ran
 from torch import Tensor, nn
 
 from nearfield.errors import BadInputError
-from nearfield.objectives.batch import ContrastiveBatch
+from nearfield.objectives.batch import ContrastiveBatch, MemoryQueue
 from nearfield.objectives.config import InfoNCEConfig
-from nearfield.objectives.queue import MemoryQueue
 from nearfield.provenance import derive_seed
 
 Features = dict[str, Tensor]

@@ -174,8 +174,8 @@ def _try_out(
     stages: Stages, model: SentenceTransformer, inputs: TrainingInputs, device: Any, trial_seconds: float
 ) -> tuple[Forecast, int, list[Notice]]:
     from nearfield.training.engine import build_engine
-    from nearfield.training.forecast import FILE, held_bytes, load_trackers, plan_costs, predict, run_trial
-    from nearfield.training.memory import choose_budget, measure_profile
+    from nearfield.training.forecast import FILE, foresee, load_trackers, run_trial
+    from nearfield.training.memory import held_bytes
     from nearfield.training.optimizers import optimizer_of
 
     recipe, launch = stages.job.recipe, stages.job.launch
@@ -185,25 +185,13 @@ def _try_out(
     if launch.is_main:
         load_trackers(config)
     held = held_bytes(device)
-    profile = measure_profile(engine, plans, timed=True)
-    budget = choose_budget(engine, plans, profile)
-    planned = plan_costs(engine, budget, profile, plans)
-    fingerprint = stages.train.fingerprint
-    forecast = predict(engine, plans, planned, budget, profile, fingerprint=fingerprint, held=held)
+    outlook = foresee(engine, plans, fingerprint=stages.train.fingerprint, held=held)
+    forecast = outlook.forecast
     growth = forecast.memory.peak - held
-    notices: list[Notice] = _long_model(stages, model, profile.forward_seconds) if launch.is_main else []
+    notices: list[Notice] = _long_model(stages, model, outlook.profile.forward_seconds) if launch.is_main else []
     if forecast.available and growth > forecast.available:
         return forecast, 0, notices  # trying it would end this process, perhaps others too
-    trial = run_trial(
-        engine,
-        planned,
-        budget,
-        profile,
-        forecast,
-        held=held,
-        seed=recipe.seed,
-        limit_seconds=trial_seconds,
-    )
+    trial = run_trial(engine, outlook, held=held, seed=recipe.seed, limit_seconds=trial_seconds)
     if trial.out_of_memory:
         notices.append(
             Notice("trial-out-of-memory", "a step ran out of memory; the run would go on with fewer tokens at a time")
@@ -257,7 +245,7 @@ def _result(
     import torch
 
     from nearfield.training.checkpoint import checkpoint_paths
-    from nearfield.training.forecast import Machine, count_gpus, forecast_notices
+    from nearfield.training.forecast import Machine, forecast_notices
 
     job = stages.job
     training, folder = job.recipe.training, job.run.folder
@@ -288,7 +276,7 @@ def _result(
     if strict:
         lasting = [replace(notice, blocks=notice.blocks or not notice.minor) for notice in lasting]
     notices = sorted(dict.fromkeys([*passing, *lasting]), key=lambda notice: not notice.blocks)
-    names = [torch.cuda.get_device_name(i) for i in range(count_gpus())]
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return DryRun(
         folder,
         tuple(built),

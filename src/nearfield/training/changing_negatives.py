@@ -28,12 +28,11 @@ from nearfield.mining.search import ArrayDocuments, Neighbours
 from nearfield.mining.teachers import DenseScorer, Searching
 from nearfield.provenance import generator
 from nearfield.training.checkpoint import checkpoint_paths
-from nearfield.training.chunks import split_rows
+from nearfield.training.chunks import Shares, split_rows
 from nearfield.training.engine import Engine
 from nearfield.training.evaluation import encode_items, undisturbed
-from nearfield.training.exchange import Shares, broadcast_json, broadcast_tensors, gather_embeddings
-from nearfield.training.parts import Part, StepMade
-from nearfield.training.step import StepResult
+from nearfield.training.launch import broadcast_json, broadcast_tensors
+from nearfield.training.step import Part, StepMade, StepResult, gather_embeddings
 
 if TYPE_CHECKING:
     from nearfield.mining.config import MiningConfig, NegativesSettings

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, hash_file, read_json, write_json
 from nearfield.training.engine import Engine
-from nearfield.training.exchange import broadcast_json, broadcast_tensors
+from nearfield.training.launch import broadcast_json, broadcast_tensors
 
 logger = logging.getLogger("nearfield.training")
 

@@ -1,4 +1,6 @@
-"""Rows of a plan -> the distinct texts of a global batch -> length-sorted chunks of nearly equal cost, dealt to ranks."""
+"""Rows of a plan -> the distinct texts of a global batch -> length-sorted chunks of nearly equal cost, dealt to ranks; and the
+texts' embeddings as the objective sees them.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from nearfield.arrays import Floats, Ragged, Rows
 from nearfield.batching.plan import SEVERAL_SOURCES, Batch
 from nearfield.batching.planner import VectorsOf
 from nearfield.data.tokens import Ids, TokenCache
 from nearfield.encoders.token_task import TokenTask
+from nearfield.objectives.batch import ContrastiveBatch, Queued
 from nearfield.objectives.config import Reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from nearfield.training.launch import Launch
 
 Bools = npt.NDArray[np.bool_]
 
@@ -104,6 +110,82 @@ def pool_batch(batch: Batch, readings: Sequence[Reading] | None = None) -> TextP
     )
 
 
+def part_of(pool: TextPool, rows: Rows) -> tuple[TextPool, Rows]:
+    """Some queries of a pool with their documents as a pool of their own, and which texts of the pool that has."""
+    mine = np.isin(pool.owner, rows)
+    queries, documents = pool.queries[rows], pool.documents[mine]
+    wanted, where = np.unique(np.concatenate([queries, documents]), return_inverse=True)
+    part = TextPool(
+        pool.items[wanted],
+        pool.prompts[wanted],
+        where[: len(rows)],
+        where[len(rows) :],
+        np.searchsorted(rows, pool.owner[mine]),
+        pool.is_positive[mine],
+        None if pool.labels is None else pool.labels[rows],
+        pool.source,
+        None if pool.sources is None else pool.sources[rows],
+        None if pool.weights is None else pool.weights[rows],
+    )
+    return part, wanted
+
+
+def contrastive_batch(
+    pool: TextPool,
+    embeddings: Tensor,
+    known_positives: Sequence[Rows],
+    rows: Rows | None = None,
+    draw: int | None = None,
+    guide: VectorsOf | None = None,
+    queue: Queued | None = None,
+    device: torch.device | None = None,
+) -> ContrastiveBatch:
+    """The objective's view of a pool's (n, d) embeddings; ``known_positives`` are item rows, one array a query.
+
+    ``draw`` is the seed of what the objective draws, ``guide`` gives a guide's vectors of items, ``queue`` is what was seen
+    before. ``device`` is where all but the embeddings are; by default where these are.
+    """
+    place, device = embeddings.device, device or embeddings.device
+    token_losses = None
+    if pool.token_columns:
+        width = embeddings.shape[1] - pool.token_columns
+        token_losses = embeddings[torch.from_numpy(pool.queries).to(place), width:]
+        embeddings = embeddings[:, :width]
+
+    def guided(role: str, places: Rows) -> Tensor | None:
+        # A copy: torch takes no memory that is mapped for reading only.
+        return None if guide is None else torch.from_numpy(np.array(guide(role, pool.items[places]))).to(device)
+
+    sources = pool.sources
+    if sources is None and pool.source is not None:
+        sources = np.full(len(pool.queries), pool.source, dtype=np.int64)
+    most = max((len(known) for known in known_positives), default=0)
+    known = np.full((len(known_positives), max(1, most)), -1, dtype=np.int64)
+    for line, items in enumerate(known_positives):
+        known[line, : len(items)] = items
+    return ContrastiveBatch(
+        queries=embeddings[torch.from_numpy(pool.queries).to(place)],
+        documents=embeddings[torch.from_numpy(pool.documents).to(place)],
+        owner=torch.from_numpy(pool.owner).to(device),
+        is_positive=torch.from_numpy(pool.is_positive).to(device),
+        document_ids=torch.from_numpy(pool.items[pool.documents]).to(device),
+        known_positives=torch.from_numpy(known).to(device),
+        rows=None if rows is None else torch.from_numpy(rows).to(device),
+        query_ids=torch.from_numpy(pool.items[pool.queries]).to(device),
+        labels=None if pool.labels is None else torch.from_numpy(pool.labels).to(device),
+        weights=None if pool.weights is None else torch.from_numpy(pool.weights).to(device),
+        sources=None if sources is None else torch.from_numpy(sources).to(device),
+        guide_queries=guided("query", pool.queries),
+        guide_documents=guided("document", pool.documents),
+        queue=queue,
+        scores=None if pool.scores is None else torch.from_numpy(pool.scores).to(device),
+        teacher_scores=None if pool.teacher_scores is None else torch.from_numpy(pool.teacher_scores).to(device),
+        token_losses=token_losses,
+        query_tokens=None if pool.query_tokens is None else torch.from_numpy(pool.query_tokens).to(device),
+        draw=draw,
+    )
+
+
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
     """Cut a batch into ``parts`` smaller ones (fewer where it has fewer examples) of nearly equal size, in its order."""
     size = len(batch.query)
@@ -132,8 +214,10 @@ def cut_batch(batch: Batch, start: int, stop: int) -> Batch:
 
 CUT_RULE = 1
 """The rule of :func:`cut_chunks`: a run that was cut by another one cannot keep its dropout masks."""
+
 BUSY = 0.95
 """The busy share that a cut is to reach: the mean cost of a rank over that of the rank with the most."""
+
 _TRIES = 16
 
 
@@ -366,6 +450,159 @@ def split_rows(count: int, ranks: int, rank: int) -> Rows:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """The rows of a pool that each rank encodes; every rank knows all of it, so that nothing of it is sent."""
+
+    rows: Sequence[Rows]
+    """For each rank, the pool rows that it encodes, in the order of its chunks."""
+    rank: int
+
+    @property
+    def own(self) -> Rows:
+        """The pool rows of this rank."""
+        return self.rows[self.rank]
+
+    @property
+    def size(self) -> int:
+        """Rows of the pool."""
+        return sum(len(rows) for rows in self.rows)
+
+    @property
+    def longest(self) -> int:
+        """The most rows that a rank has: shorter shares are padded to it on the wire."""
+        return max(len(rows) for rows in self.rows)
+
+    def slots(self) -> Rows:
+        """(n,) for each pool row, where it stands in the ranks' padded shares laid end to end."""
+        slots = np.empty(self.size, dtype=np.int64)
+        for rank, rows in enumerate(self.rows):
+            slots[rows] = rank * self.longest + np.arange(len(rows))
+        return slots
+
+
+@dataclass(frozen=True)
+class Work:
+    """A global batch cut into chunks and dealt to ranks: the same on every rank but for ``rank``."""
+
+    pool: TextPool
+    chunks: list[Rows]
+    """TextPool rows of each chunk of the global batch, in the order that numbers them."""
+    tokens: list[int]
+    """Tokens that each chunk takes."""
+    shares: list[list[int]]
+    """For each rank, the numbers of its chunks."""
+    rank: int
+    known_positives: Sequence[Rows] = ()
+    """Item rows of all known positives of each query."""
+    first_number: int = 0
+    """The number of the first chunk, where a step averages several batches."""
+    weight: float = 1.0
+    """The weight of the batch, where a step averages several."""
+    final: bool = True
+    """Whether it is the last of its step."""
+    guide: VectorsOf | None = None
+    """A guide's vectors of the items of the data, where the objective asks for them."""
+    queue: Queued | None = None
+    """Positives of earlier steps, where the objective asks for them."""
+    ring: bool = False
+    """Whether the parts of ranks are passed round instead of gathered."""
+    kinds: list[int] | None = None
+    """Of each chunk, which layers it goes through, where all ranks must go through the same at once and not all are the same."""
+
+    @property
+    def own(self) -> list[int]:
+        """The numbers of this rank's chunks."""
+        return self.shares[self.rank]
+
+    @property
+    def rounds(self) -> int:
+        """The chunks that a rank goes through where all go through as many."""
+        return len(self.turns(level=True))
+
+    def turns(self, *, level: bool) -> list[ChunkTurn]:
+        """The chunks that this rank goes through; ``level``, as many chunks as all others, in each turn of the same kind."""
+        return turns_of(self.shares, self.rank, self.kinds, level=level)
+
+    @property
+    def heaviest(self) -> int:
+        """The most tokens that a rank has."""
+        return max(sum(self.tokens[number] for number in share) for share in self.shares)
+
+    def pool_shares(self) -> Shares:
+        """The pool rows of each rank."""
+        none = np.zeros(0, dtype=np.int64)
+        return Shares([np.concatenate([none, *(self.chunks[n] for n in share)]) for share in self.shares], self.rank)
+
+
+def cut_work(
+    pool: TextPool,
+    lengths: Rows,
+    cut: Cut,
+    launch: Launch,
+    *,
+    padded: bool,
+    by_prompt: bool,
+    images: Bools | None = None,
+    level: bool = False,
+) -> Work:
+    """Cut a batch whose items have ``lengths`` (n,) into chunks and deal these to ranks.
+
+    ``by_prompt``: texts with different prompts share no chunk. ``images`` (n,) tells the items that go through other layers:
+    they share no chunk with the rest, and their chunks are a multiple of the cut's ranks as well. ``level`` says that all
+    ranks must go through the same layers at once.
+    """
+    groups = pool.prompts if by_prompt else np.zeros(len(lengths), dtype=np.int64)
+    apart = None if images is None else images.astype(np.int64)
+    chunks = cut_chunks(lengths, cut.tokens, groups, padded=padded, ranks=cut.ranks, kinds=apart)
+    tokens = [chunk_tokens(lengths, chunk, padded=padded) for chunk in chunks]
+    kinds = [int(images[chunk[0]]) for chunk in chunks] if level and images is not None else None
+    shares = deal_chunks(tokens, launch.world_size, kinds)
+    return Work(pool, chunks, tokens, shares, launch.rank, kinds=kinds)
+
+
+@dataclass(frozen=True)
+class Load:
+    """The tokens of a batch on the ranks; chunks that only fill up turns do not count."""
+
+    mean: float
+    heaviest: int
+    long_text: bool
+    """Whether one text alone takes more than all others would leave its rank."""
+    few_texts: bool
+    """Whether there are fewer texts than ranks."""
+
+    @classmethod
+    def of(cls, work: Work, lengths: Rows) -> Load:
+        """The load of a batch whose texts have ``lengths`` (n,)."""
+        ranks = len(work.shares)
+        long = BUSY * ranks * int(lengths.max(initial=0)) > int(lengths.sum())
+        return cls(sum(work.tokens) / ranks, work.heaviest, long, len(lengths) < ranks)
+
+
+def busy_share(loads: Sequence[Load]) -> float:
+    """The share of the time that a rank is at work on average, where tokens are time."""
+    return sum(load.mean for load in loads) / max(1, sum(load.heaviest for load in loads))
+
+
+def say_busy(loads: Sequence[Load], budget: Budget, ranks: int) -> str:
+    """A sentence on the busy share of a run of ``ranks``, with the reasons where it is below :data:`BUSY`."""
+    share = busy_share(loads)
+    said = f"Ranks are busy {share:.1%} of the time by their tokens"
+    if share >= BUSY:
+        return said
+    idle = [load for load in loads if load.mean < BUSY * load.heaviest]
+    reasons = []
+    if any(load.long_text for load in idle):
+        count = sum(load.long_text for load in idle)
+        reasons.append(f"one long text forbids more in {count} of {len(loads)} batches looked at")
+    if any(load.few_texts for load in idle):
+        reasons.append("there are fewer texts in a batch than ranks")
+    if budget.ranks != ranks:
+        reasons.append(f"batches stay cut for the {budget.ranks} ranks that the run began with, and there are {ranks}")
+    return f"{said}: {'; '.join(reasons) or 'texts cannot be dealt more evenly'}"
+
+
+@dataclass(frozen=True)
 class TeacherScores:
     """Of examples: the teacher's score of each known positive and of each mined negative."""
 
@@ -436,7 +673,7 @@ class TrainingData:
     def tokens_of(self, pool: TextPool, places: Rows) -> list[Ids]:
         """The tokens of some texts of a pool."""
         where = zip(pool.prompts[places].tolist(), pool.items[places].tolist(), strict=True)
-        return [self.tokens.tables[prompt].tokens(item) for prompt, item in where]
+        return [self.tokens.tables[prompt].of(item) for prompt, item in where]
 
     def with_query_tokens(self, pool: TextPool) -> TextPool:
         """The pool with the (Q, T) tokens of its queries' whole texts, padded with -1."""

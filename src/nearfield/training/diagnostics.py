@@ -21,10 +21,9 @@ from nearfield.files import write_json
 from nearfield.objectives.batch import ContrastiveBatch, Objective
 from nearfield.objectives.diagnostics import watched_rows
 from nearfield.provenance import derive_seed
-from nearfield.training.chunks import TextPool, TrainingData, cut_batch
-from nearfield.training.exchange import broadcast_notices, contrastive_batch
-from nearfield.training.parts import Part, StepMade
-from nearfield.training.step import StepResult
+from nearfield.training.chunks import TextPool, TrainingData, contrastive_batch, cut_batch
+from nearfield.training.launch import broadcast_notices
+from nearfield.training.step import Part, StepMade, StepResult
 
 if TYPE_CHECKING:
     from nearfield.training.engine import Engine
@@ -263,8 +262,8 @@ def _same_texts(data: TrainingData) -> Iterator[Notice]:
     for table in data.tokens.tables:
         if data.images is not None or len(table.rows) < 2:
             continue
-        first = table.tokens(int(table.rows[0]))
-        if all(np.array_equal(table.tokens(int(row)), first) for row in table.rows):
+        first = table.of(int(table.rows[0]))
+        if all(np.array_equal(table.of(int(row)), first) for row in table.rows):
             yield Notice(
                 "texts-all-the-same",
                 f"all {len(table.rows):,} texts with the prompt {table.prompt[:80]!r} are the same {len(first)} tokens: the "

@@ -24,12 +24,11 @@ from nearfield.arrays import Rows
 from nearfield.encoders.packing import Features
 from nearfield.encoders.tokenize import prompt_tokens, token_ids
 from nearfield.errors import BadInputError
-from nearfield.training.chunks import chunk_tokens, cut_chunks, deal_chunks, turns_of
+from nearfield.training.chunks import Shares, chunk_tokens, cut_chunks, deal_chunks, turns_of
 from nearfield.training.config import TrainingEvaluationConfig
 from nearfield.training.engine import Engine
-from nearfield.training.exchange import Shares, any_rank, broadcast_json, gather_embeddings
-from nearfield.training.parts import Part
-from nearfield.training.step import encode_chunk
+from nearfield.training.launch import any_rank, broadcast_json
+from nearfield.training.step import Part, encode_chunk, gather_embeddings
 from nearfield.training.tracking import Trackers
 
 logger = logging.getLogger("nearfield.training")
@@ -63,7 +62,7 @@ def encode_texts(
 def encode_items(engine: Engine, prompt: int, items: Rows, budget: int, stop: Callable[[], bool]) -> Embeddings:
     """(n, d) embeddings of items of the token cache with the prompt of this number; else as :func:`encode_texts`."""
     table = engine.data.tokens.tables[prompt]
-    tokens = [table.tokens(int(item)) for item in items]
+    tokens = [table.of(int(item)) for item in items]
     return _encode(engine, tokens, table.prompt_length, budget, stop, items)
 
 
@@ -90,7 +89,7 @@ def _encode(
     chunks = cut_chunks(lengths, budget, padded=engine.padded, ranks=launch.world_size, kinds=apart)
     vectors = np.empty((len(tokens), engine.dimension), dtype=np.float32)
     for start in range(0, len(chunks), _CHUNKS_AT_A_TIME * launch.world_size):
-        if any_rank(stop(), backend.device, launch.world_size):
+        if any_rank(stop(), backend.device):
             raise InterruptedEvaluationError
         part = chunks[start : start + _CHUNKS_AT_A_TIME * launch.world_size]
         kinds = [int(apart[chunk[0]]) for chunk in part] if engine.level else None

@@ -1,6 +1,7 @@
-"""The forecast of a run: its steps, tokens, memory and time, said before it is paid for; how it came out, and how evenly ranks work.
+"""The forecast of a run: its steps, tokens, memory and time, said before it is paid for, and how it came out.
 
-A few real steps that change nothing: how long they take, and how much memory they leave in use.
+Lines through what a few chunks take (:mod:`.memory`) give the cost of each step of the plan. A dry run then makes whole steps that
+change nothing: how long they take, and how much memory they leave in use.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +26,9 @@ from nearfield.console import track
 from nearfield.errors import BadInputError, Notice
 from nearfield.files import read_json, write_json
 from nearfield.objectives.diagnostics import similarities
-from nearfield.training.backends.base import square_sum
-from nearfield.training.chunks import BUSY, Budget, split_batch
-from nearfield.training.exchange import broadcast_json, min_over_ranks
+from nearfield.training.backends.replicated import square_sum
+from nearfield.training.chunks import BUSY, Budget, Load, busy_share, say_busy, split_batch
+from nearfield.training.launch import broadcast_json, min_over_ranks
 from nearfield.training.memory import (
     HEAP,
     LinearCost,
@@ -33,57 +36,38 @@ from nearfield.training.memory import (
     choose_budget,
     chunk_size,
     fit_line,
-    free_disk,
     heavy_batches,
+    held_bytes,
     local_processes,
     measure_profile,
-    peak_resident_bytes,
-    reset_peak_resident,
-    resident_bytes,
+    peak_bytes,
+    reset_peak,
     share_costs,
 )
 from nearfield.training.step import batch_gradient
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from nearfield.arrays import Rows
     from nearfield.batching.plan import Batch, Plan
     from nearfield.training.config import TrainingConfig
     from nearfield.training.engine import Engine
-    from nearfield.training.step import Work
-
 
 logger = logging.getLogger("nearfield.training")
 
+FILE = "forecast.json"
+
+VERSION = 2
+
+DRIFT = 1.03
+"""A long run finds the allocator's memory more torn than a few steps do."""
+
+_LIBRARIES = {"cpu": 24 << 20, "cuda": 0}
+"""Memory of a process for its libraries' own buffers, files read and threads once it trains."""
+
 _LOOKED_AT = 16
 """Steps whose loads are looked at."""
+
 _SAMPLED_STEPS = 200
 """Steps that are cut for a forecast."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """The tokens of a batch on the ranks; chunks that only fill up turns do not count."""
-
-    mean: float
-    heaviest: int
-    long_text: bool
-    """Whether one text alone takes more than all others would leave its rank."""
-    few_texts: bool
-    """Whether there are fewer texts than ranks."""
-
-    @classmethod
-    def of(cls, work: Work, lengths: Rows) -> Load:
-        """The load of a batch whose texts have ``lengths`` (n,)."""
-        ranks = len(work.shares)
-        long = BUSY * ranks * int(lengths.max(initial=0)) > int(lengths.sum())
-        return cls(sum(work.tokens) / ranks, work.heaviest, long, len(lengths) < ranks)
-
-
-def busy_share(loads: Sequence[Load]) -> float:
-    """The share of the time that a rank is at work on average, where tokens are time."""
-    return sum(load.mean for load in loads) / max(1, sum(load.heaviest for load in loads))
 
 
 def sampled_steps(plans: Sequence[Plan], max_steps: int | None, most: int) -> list[tuple[Plan, int]]:
@@ -102,24 +86,6 @@ def measure_loads(engine: Engine, budget: Budget, plans: Sequence[Plan]) -> list
         for plan, step in sampled_steps(plans, engine.config.max_steps, _LOOKED_AT)
         for part in split_batch(plan.batch(step), engine.config.averaged_batches)
     ]
-
-
-def say_busy(loads: Sequence[Load], budget: Budget, ranks: int) -> str:
-    """A sentence on the busy share of a run of ``ranks``, with the reasons where it is below :data:`BUSY`."""
-    share = busy_share(loads)
-    said = f"Ranks are busy {share:.1%} of the time by their tokens"
-    if share >= BUSY:
-        return said
-    idle = [load for load in loads if load.mean < BUSY * load.heaviest]
-    reasons = []
-    if any(load.long_text for load in idle):
-        count = sum(load.long_text for load in idle)
-        reasons.append(f"one long text forbids more in {count} of {len(loads)} batches looked at")
-    if any(load.few_texts for load in idle):
-        reasons.append("there are fewer texts in a batch than ranks")
-    if budget.ranks != ranks:
-        reasons.append(f"batches stay cut for the {budget.ranks} ranks that the run began with, and there are {ranks}")
-    return f"{said}: {'; '.join(reasons) or 'texts cannot be dealt more evenly'}"
 
 
 def tell_busy(engine: Engine, budget: Budget, plans: Sequence[Plan]) -> None:
@@ -156,41 +122,25 @@ class StepCost:
 
 def step_cost(engine: Engine, budget: Budget, profile: Profile, batch: Batch) -> StepCost:
     """Cut a batch as the loop will, and add up its chunks."""
-    parts = [_part_cost(engine, budget, profile, part) for part in split_batch(batch, engine.config.averaged_batches)]
-    if len(parts) == 1:
-        return parts[0]
+    parts = split_batch(batch, engine.config.averaged_batches)
+    works = [engine.work(part, budget.cut) for part in parts]
+    keeps = [engine.keeps_graph(work, budget) for work, _ in works]
+    ranks = engine.launch.world_size if engine.ring else 1
+    costs = [share_costs(work, lengths, profile.kept, padded=engine.padded) for work, lengths in works]
+    chunks = [chunk_size(lengths[c], padded=engine.padded) for work, lengths in works for c in work.chunks]
+    embeddings = [16.0 * len(work.pool.items) / ranks * engine.dimension for work, _ in works]
+    each = [profile.seconds + (0.0 if kept else profile.forward_seconds) for kept in keeps]
     return StepCost(
-        tokens=sum(part.tokens for part in parts),
-        real=sum(part.real for part in parts),
-        examples=sum(part.examples for part in parts),
-        keeps=all(part.keeps for part in parts),
-        kept=max(part.kept for part in parts),
-        chunk=max(part.chunk for part in parts),
-        chunks=sum(part.chunks for part in parts),
-        loss=max(part.loss for part in parts),
-        seconds=sum(part.seconds for part in parts),
-        loads=tuple(load for part in parts for load in part.loads),
-    )
-
-
-def _part_cost(engine: Engine, budget: Budget, profile: Profile, batch: Batch) -> StepCost:
-    work, lengths = engine.work(batch, budget.cut)
-    keeps = engine.keeps_graph(work, budget)
-    shares = share_costs(work, lengths, profile.kept, padded=engine.padded)
-    sizes = [chunk_size(lengths[chunk], padded=engine.padded) for chunk in work.chunks]
-    held = len(work.pool.items) / (engine.launch.world_size if engine.ring else 1)
-    each = profile.seconds + (0.0 if keeps else profile.forward_seconds)
-    return StepCost(
-        tokens=sum(work.tokens),
-        real=int(lengths.sum()),
+        tokens=sum(sum(work.tokens) for work, _ in works),
+        real=sum(int(lengths.sum()) for _, lengths in works),
         examples=len(batch.query),
-        keeps=keeps,
-        kept=max(kept for _, kept in shares),
-        chunk=max(profile.peak(*size) for size in sizes),
-        chunks=work.rounds,
-        loss=profile.loss(batch) + 4.0 * 4 * held * engine.dimension,
-        seconds=work.heaviest * each,
-        loads=(Load.of(work, lengths),),
+        keeps=all(keeps),
+        kept=max(kept for shares in costs for _, kept in shares),
+        chunk=max(profile.peak(*size) for size in chunks),
+        chunks=sum(work.rounds for work, _ in works),
+        loss=max(profile.loss(part) + held for part, held in zip(parts, embeddings, strict=True)),
+        seconds=sum(work.heaviest * seconds for (work, _), seconds in zip(works, each, strict=True)),
+        loads=tuple(Load.of(work, lengths) for work, lengths in works),
     )
 
 
@@ -202,23 +152,17 @@ class PlanCosts:
     """All of them, or a sample that is spread evenly."""
     costs: list[StepCost]
     """Of each of ``steps``."""
-    heavy_batches: list[Batch]
-    heavy: list[StepCost]
-    """Of each of ``heavy_batches``."""
+    heavy: list[tuple[Batch, StepCost]]
+    """The heaviest batches."""
 
 
 def plan_costs(engine: Engine, budget: Budget, profile: Profile, plans: Sequence[Plan]) -> PlanCosts:
     """Cut the batches of a run, or a sample of them and the heaviest."""
     most = engine.config.max_steps
-    steps, heavy = sampled_steps(plans, most, _SAMPLED_STEPS), heavy_batches(plans, most)
+    steps = sampled_steps(plans, most, _SAMPLED_STEPS)
     costs = [step_cost(engine, budget, profile, plan.batch(step)) for plan, step in steps]
-    return PlanCosts(steps, costs, heavy, [step_cost(engine, budget, profile, b) for b in heavy])
-
-
-FILE = "forecast.json"
-VERSION = 2
-_LIBRARIES = {"cpu": 24 << 20, "cuda": 0}
-"""Memory of a process for its libraries' own buffers, files read and threads once it trains."""
+    heavy = [(batch, step_cost(engine, budget, profile, batch)) for batch in heavy_batches(plans, most)]
+    return PlanCosts(steps, costs, heavy)
 
 
 @dataclass(frozen=True)
@@ -302,6 +246,25 @@ class Forecast:
         return cls(**{**{key: value for key, value in values.items() if key in names}, "memory": memory})
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """All that is known of a run before its first step."""
+
+    budget: Budget
+    profile: Profile
+    planned: PlanCosts
+    forecast: Forecast
+
+
+def foresee(engine: Engine, plans: Sequence[Plan], *, fingerprint: str, held: int) -> Outlook:
+    """Measure a few chunks, choose the budget and forecast the run; ``held`` bytes are in use now. *Collective*."""
+    profile = measure_profile(engine, plans, timed=True)
+    budget = choose_budget(engine, plans, profile)
+    planned = plan_costs(engine, budget, profile, plans)
+    forecast = predict(engine, plans, planned, budget, profile, fingerprint=fingerprint, held=held)
+    return Outlook(budget, profile, planned, forecast)
+
+
 def predict(
     engine: Engine,
     plans: Sequence[Plan],
@@ -313,13 +276,11 @@ def predict(
     held: int,
 ) -> Forecast:
     """The forecast from the cost of chunks; ``held`` bytes are in use now, weights included. *Collective*."""
-    total = total_steps(plans, engine.config.max_steps)
-    costs = planned.costs
+    total, costs, state = total_steps(plans, engine.config.max_steps), planned.costs, profile.state
     scale = total / max(1, len(costs))
     real = np.concatenate([plan.tokens() for plan in plans])[:total]
-    state, device = profile.state, engine.backend.device
-    memory = _memory(engine, profile, [*costs, *planned.heavy], held, total)
-    update = update_seconds(engine)
+    memory = _memory(engine, profile, [*costs, *(cost for _, cost in planned.heavy)], held, total)
+    seconds = sum(cost.seconds for cost in costs) * scale + _update_seconds(engine) * total
     by_chunk = engine.backend.name in ("zero2", "zero3")
     # A graph that is kept is gone through once, unless that would add gradients in half precision.
     apart = engine.backend.kept_graphs != "joined"
@@ -337,7 +298,7 @@ def predict(
         memory=memory,
         chunk_activations=memory.activations,
         available=profile.available,
-        seconds=slowest([(sum(cost.seconds for cost in costs) * scale + update * total)], device)[0],
+        seconds=slowest([seconds], engine.backend.device)[0],
         cpu_seconds=0.0,
         measured="chunks",
         parameters=state.parameters,
@@ -348,7 +309,7 @@ def predict(
         reduced_a_step=round(state.trained_bytes * float(np.mean(passes))) if several else 0,
         reductions=max(passes) if several else 0,
         busy=busy_share([load for cost in costs for load in cost.loads]),
-        device=str(device),
+        device=str(engine.backend.device),
         backend=engine.backend.name,
         world_size=engine.launch.world_size,
         threads=torch.get_num_threads(),
@@ -356,27 +317,32 @@ def predict(
 
 
 def _memory(engine: Engine, profile: Profile, costs: Sequence[StepCost], held: int, steps: int) -> Memory:
-    state, device = profile.state, engine.backend.device
+    state, kind = profile.state, engine.backend.device.type
     graph = max((cost.kept for cost in costs if cost.keeps), default=0.0)
-    chunk = max(cost.chunk for cost in costs)
     # The graphs of chunks each bring the gradient of the largest parameter, which are added up as they come.
     passing = 3.0 * state.largest if graph else 0.0
-    activations = max(graph, chunk)
-    weights = min(state.weights, held)
-    loss = max(cost.loss for cost in costs)
-    parts = Memory(
-        base=held - weights if device.type == "cpu" else 0,
+    activations = max(graph, *(cost.chunk for cost in costs))
+    weights, loss = min(state.weights, held), max(cost.loss for cost in costs)
+    workspace = int(_LIBRARIES[kind] + passing + (HEAP[kind] - 1) * (activations + loss))
+    checkpoint = 0
+    if kind == "cpu" and overlaps(engine.config, steps):
+        # Copies that are written while the next steps run come on top of all.
+        checkpoint = state.checkpoint
+    elif kind == "cpu":
+        # Those of the last step, or of one that waits for the writing, take the bytes that are left from activations, but
+        # for the large ones; the memory that chunks freed piece by piece is too fragmented to hold copies.
+        left = int(activations) + int(loss) + workspace if graph else 0
+        checkpoint = max(state.checkpoint_large, state.checkpoint - left)
+    return Memory(
+        base=held - weights if kind == "cpu" else 0,
         weights=weights,
         gradients=state.gradients,
         optimizer=state.optimizer,
         activations=int(activations),
         loss=int(loss),
-        checkpoint=0,
-        workspace=int(_LIBRARIES[device.type] + passing + (HEAP[device.type] - 1) * (activations + loss)),
+        checkpoint=checkpoint,
+        workspace=workspace,
     )
-    # The memory that chunks freed piece by piece is too fragmented to hold the copies.
-    left = parts.activations + parts.loss + parts.workspace if graph else 0
-    return dataclasses.replace(parts, checkpoint=_checkpoint_room(engine, profile, left, steps))
 
 
 def overlaps(config: TrainingConfig, steps: int) -> bool:
@@ -384,29 +350,16 @@ def overlaps(config: TrainingConfig, steps: int) -> bool:
     return config.checkpoints.background and steps > config.checkpoints.every_steps
 
 
-def _checkpoint_room(engine: Engine, profile: Profile, left: int, steps: int) -> int:
-    """Main memory that checkpoints add to the peak of rank 0, if that is where training happens.
-
-    Copies that are written while the next steps run come on top of all; those of the last step, or of one that waits
-    for the writing, take the bytes that are ``left`` from activations, but for the large ones.
-    """
-    if engine.backend.device.type != "cpu":
-        return 0
-    if overlaps(engine.config, steps):
-        return profile.state.checkpoint
-    return max(profile.state.checkpoint_large, profile.state.checkpoint - left)
-
-
 def slowest(numbers: Sequence[float], device: torch.device) -> list[float]:
     """The most of each number over all ranks; *collective*."""
     return [-number for number in min_over_ranks([-number for number in numbers], device)]
 
 
-def update_seconds(engine: Engine) -> float:
+def _update_seconds(engine: Engine) -> float:
     """About how long clipping and the optimiser take: eight times as long as reading all trained parameters once."""
-    parameters = [p.detach() for p in engine.backend.module.parameters() if p.requires_grad]
     if engine.backend.name not in ("single", "ddp"):
         return 0.0
+    parameters = [p.detach() for p in engine.backend_parameters()]
     times = []
     for _ in range(3):
         began = time.perf_counter()
@@ -415,13 +368,121 @@ def update_seconds(engine: Engine) -> float:
     return 8 * min(times)
 
 
-def held_bytes(device: torch.device) -> int:
-    """Memory in use on the device that trains: of this process on a CPU, of tensors on a GPU."""
-    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident_bytes()
+@dataclass(frozen=True)
+class Trial:
+    """Steps that were run for a forecast."""
+
+    forecast: Forecast
+    """With the time, and on a CPU the memory, that the steps took."""
+    steps: int
+    out_of_memory: bool
+    finite: bool
+    """Whether all losses and gradients were finite numbers."""
+    still: bool = False
+    """Whether all gradients were exactly 0."""
+
+
+def run_trial(engine: Engine, outlook: Outlook, *, held: int, seed: int, limit_seconds: float) -> Trial:
+    """Run the heaviest, the lightest and a few steps between with a learning rate of zero; *collective*.
+
+    The weights stay as they are; the optimiser's state does not, so the engine is of no further use. No step begins
+    that by the forecast would pass ``limit_seconds`` in all. ``held`` is what was in use when the engine was built.
+    """
+    device, planned, forecast = engine.backend.device, outlook.planned, outlook.forecast
+    rates = [0.0] * len(engine.backend.optimizer.param_groups)
+    reset_peak(device)
+    began = time.monotonic()
+    done: list[tuple[StepCost, float, float]] = []
+    finite, still, whole, ran = True, True, False, 0
+    early = overlaps(engine.config, forecast.steps)
+    copies: list[Tensor] | None = None
+    for batch, cost in track(_chosen(planned), "Trial steps"):
+        # The first one finds nothing warm; then the heaviest, which memory is about.
+        spent = slowest([time.monotonic() - began], device)[0]
+        if ran and spent + slowest([cost.seconds], device)[0] > limit_seconds:
+            break
+        start, cpu_start = time.perf_counter(), time.process_time()
+        result, _, _ = batch_gradient(engine, outlook.budget, batch, seed=seed, step=0, watch=ran % 2 == 0)
+        if result.word.out_of_memory:
+            return Trial(forecast, ran, out_of_memory=True, finite=finite)
+        norm = engine.backend.update(rates, engine.config.max_gradient_norm, result.word.used)
+        if result.batch is not None:
+            similarities(result.batch)
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+        finite, still = finite and math.isfinite(result.loss) and math.isfinite(norm), still and norm == 0
+        if ran:
+            done.append((cost, seconds, cpu))
+        ran += 1
+        whole = whole or batch is planned.heavy[0][0]
+        if early and ran == 4:
+            copies = _checkpoint(engine)
+    if copies is None:
+        copies = _checkpoint(engine)
+    del copies
+    if len(done) < 3:
+        return Trial(forecast, ran, out_of_memory=False, finite=finite, still=still)
+    # Seconds by the chunks' profile -> seconds as measured.
+    scale = forecast.steps / len(planned.costs)
+
+    def total(points: list[tuple[float, float, float]]) -> float:
+        line = _through(points)
+        return slowest([sum(line(cost.seconds, 0.0) for cost in planned.costs) * scale], device)[0]
+
+    seconds = total([(cost.seconds, 0.0, slowest([each], device)[0]) for cost, each, _ in done])
+    cpu = total([(cost.seconds, 0.0, each) for cost, _, each in done])
+    measured_forecast = replace(forecast, seconds=seconds, cpu_seconds=cpu, measured="steps")
+    if whole:
+        growth = slowest([float(peak_bytes(device) - held)], device)[0]
+        beside = outlook.profile.state.checkpoint if early and device.type == "cpu" else 0
+        measured_forecast = replace(measured_forecast, memory=_measured(forecast.memory, growth, beside))
+    return Trial(measured_forecast, ran, out_of_memory=False, finite=finite, still=still)
+
+
+def _chosen(planned: PlanCosts) -> list[tuple[Batch, StepCost]]:
+    """The median step, the heaviest, the lightest, the one with the longest examples, and a few between."""
+    order = sorted(range(len(planned.steps)), key=lambda i: planned.costs[i].tokens)
+
+    def at(share: float) -> tuple[Batch, StepCost]:
+        index = order[round(share * (len(order) - 1))]
+        plan, step = planned.steps[index]
+        return plan.batch(step), planned.costs[index]
+
+    heavy = planned.heavy
+    return [at(0.5), heavy[0], at(0.0), heavy[-1], at(0.5), at(0.75), at(0.25), heavy[0]]
+
+
+def _through(points: Sequence[tuple[float, float, float]]) -> LinearCost:
+    """The line through the measured seconds, in the middle of them: what is fixed, and what grows with the work."""
+    raised = fit_line(points)
+    middle = float(np.median([value / max(raised(*point), 1e-12) for *point, value in points]))
+    return LinearCost(raised.fixed * middle, raised.per_token * middle, 0.0)
+
+
+def _checkpoint(engine: Engine) -> list[Tensor]:
+    """The copies that a checkpoint makes, on rank 0; *collective*."""
+    copies = []
+    for tensors in (engine.backend.model_tensors(), engine.backend.optimizer_tensors()):
+        for _, tensor in tensors:
+            if engine.launch.is_main:
+                copies.append(tensor.to("cpu", copy=True))
+    return copies
+
+
+def _measured(parts: Memory, growth: float, checkpoint: int) -> Memory:
+    """The parts of memory so that they add up to what was measured above what was held."""
+    known = parts.gradients + parts.optimizer + parts.activations + parts.loss
+    rest = int(growth * DRIFT) - known
+    copies = min(checkpoint, max(0, rest))
+    return replace(
+        parts,
+        checkpoint=copies,
+        workspace=max(0, rest - copies),
+        activations=max(0, parts.activations + min(0, rest)),
+    )
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Expected:
     """The forecast of a run when it begins."""
 
     forecast: Forecast | None
@@ -437,13 +498,8 @@ def load_trackers(config: TrainingConfig) -> None:
 
 
 def begin_forecast(
-    engine: Engine,
-    plans: Sequence[Plan],
-    run: Path,
-    *,
-    fingerprint: str,
-    budget: Budget | None,
-) -> tuple[Budget, Outlook]:
+    engine: Engine, plans: Sequence[Plan], run: Path, *, fingerprint: str, budget: Budget | None
+) -> tuple[Budget, Expected]:
     """The budget and the forecast of a run; ``budget`` is that of the checkpoint it goes on from. *Collective*.
 
     A few chunks are measured where the run begins; their time gives way to that of a dry run of the same training.
@@ -455,46 +511,42 @@ def begin_forecast(
     held = held_bytes(device)
     if budget is not None:
         tell_busy(engine, budget, plans)
-        return budget, Outlook(read_forecast(run, engine), None, time.process_time())
-    profile = measure_profile(engine, plans, timed=True)
-    budget = choose_budget(engine, plans, profile)
-    tell_busy(engine, budget, plans)
-    costs = plan_costs(engine, budget, profile, plans)
-    forecast = predict(engine, plans, costs, budget, profile, fingerprint=fingerprint, held=held)
-    earlier, at_start = read_forecast(run, engine), forecast
+        return budget, Expected(read_forecast(run, engine), None, time.process_time())
+    outlook = foresee(engine, plans, fingerprint=fingerprint, held=held)
+    tell_busy(engine, outlook.budget, plans)
+    earlier, forecast = read_forecast(run, engine), outlook.forecast
     if earlier is not None and _comparable(earlier, forecast):
-        base = forecast.memory.base
-        forecast = dataclasses.replace(earlier, memory=dataclasses.replace(earlier.memory, base=base))
+        forecast = replace(earlier, memory=replace(earlier.memory, base=forecast.memory.base))
     if engine.launch.is_main:
         write_json(run / FILE, forecast.to_json())
-    return budget, Outlook(forecast, at_start, time.process_time())
+    return outlook.budget, Expected(forecast, outlook.forecast, time.process_time())
+
+
+_SAME = (
+    "fingerprint",
+    "device",
+    "backend",
+    "world_size",
+    "threads",
+    "packing",
+    "kept_graphs",
+    "micro_batch_tokens",
+    "graph_tokens",
+)
 
 
 def _comparable(earlier: Forecast, now: Forecast) -> bool:
-    names = (
-        "fingerprint",
-        "device",
-        "backend",
-        "world_size",
-        "threads",
-        "packing",
-        "kept_graphs",
-        "micro_batch_tokens",
-        "graph_tokens",
-    )
     # Settings that the fingerprint leaves out (gradient checkpointing, precision) show in the activations.
     alike = abs(earlier.chunk_activations - now.chunk_activations) <= 0.1 * now.chunk_activations
-    return alike and earlier.measured == "steps" and all(getattr(earlier, n) == getattr(now, n) for n in names)
+    return alike and earlier.measured == "steps" and all(getattr(earlier, n) == getattr(now, n) for n in _SAME)
 
 
 def read_forecast(run: Path, engine: Engine) -> Forecast | None:
     """The forecast in a run's folder, if there is one that can be read; *collective*: rank 0 reads."""
     values: Any = None
     if engine.launch.is_main and (run / FILE).is_file():
-        try:
+        with suppress(BadInputError):
             values = read_json(run / FILE, "forecast")
-        except BadInputError:
-            values = None
     values = broadcast_json(values, engine.backend.device)
     try:
         return Forecast.from_json(values) if isinstance(values, dict) and values.get("version") == VERSION else None
@@ -502,37 +554,25 @@ def read_forecast(run: Path, engine: Engine) -> Forecast | None:
         return None
 
 
-def reset_peak(device: torch.device) -> None:
-    """Let the peak of memory begin anew."""
-    reset_peak_resident()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory since :func:`reset_peak`."""
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident_bytes()
-
-
-def end_forecast(outlook: Outlook, engine: Engine, run: Path, *, first: int, steps: int, seconds: float) -> None:
+def end_forecast(expected: Expected, engine: Engine, run: Path, *, first: int, steps: int, seconds: float) -> None:
     """Log and note how the steps from ``first`` on came out; *collective*."""
-    device, forecast = engine.backend.device, outlook.forecast
-    cpu = time.process_time() - outlook.cpu_began
+    device, forecast = engine.backend.device, expected.forecast
+    cpu = time.process_time() - expected.cpu_began
     peak = int(slowest([float(peak_bytes(device))], device)[0])
     if forecast is None or not engine.launch.is_main or steps <= first:
         return
-    share = (steps - first) / max(1, forecast.steps)
+    predicted = forecast.seconds * (steps - first) / max(1, forecast.steps)
     logger.info(
         "Predicted %s, %s; actual %s, %s%s",
         say_bytes(forecast.memory.peak),
-        say_seconds(forecast.seconds * share),
+        say_seconds(predicted),
         say_bytes(peak),
         say_seconds(seconds),
         f" (steps {first + 1} to {steps})" if first else "",
     )
     actual = {"first": first, "steps": steps, "peak": peak, "seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
-    actual["predicted_seconds"] = round(forecast.seconds * share, 3)
-    start = outlook.at_start
+    actual["predicted_seconds"] = round(predicted, 3)
+    start = expected.at_start
     early = None if start is None else {"peak": start.memory.peak, "seconds": round(start.seconds, 3)}
     write_json(run / FILE, {**forecast.to_json(), "at_start": early, "actual": actual})
 
@@ -568,12 +608,13 @@ class Machine:
         copies = config.checkpoints.keep_last + 1 + int(config.evaluation is not None)
         count = min(copies, -(-forecast.steps // config.checkpoints.every_steps) + 1)
         needed = forecast.checkpoint_bytes * count + forecast.parameters * 4
-        return cls(count, needed, free_disk(run), count_gpus(), local_processes())
+        return cls(count, needed, free_disk(run), torch.cuda.device_count(), local_processes())
 
 
-def count_gpus() -> int:
-    """GPUs of this machine."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+def free_disk(folder: Path) -> int:
+    """Free bytes where a folder is, or will be."""
+    there = next(one for one in (folder.resolve(), *folder.resolve().parents) if one.exists())
+    return shutil.disk_usage(there).free
 
 
 def forecast_notices(forecast: Forecast, machine: Machine) -> Iterator[Notice]:
@@ -616,133 +657,3 @@ def forecast_notices(forecast: Forecast, machine: Machine) -> Iterator[Notice]:
 def notices_of_start(forecast: Forecast, config: TrainingConfig, run: Path) -> list[Notice]:
     """The same for a run that begins whatever its forecast says: a budget that is too large is halved as it goes."""
     return [replace(notice, blocks=False) for notice in forecast_notices(forecast, Machine.of(forecast, config, run))]
-
-
-logger = logging.getLogger("nearfield.training")
-
-DRIFT = 1.03
-"""A long run finds the allocator's memory more torn than a few steps do."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Steps that were run for a forecast."""
-
-    forecast: Forecast
-    """With the time, and on a CPU the memory, that the steps took."""
-    steps: int
-    out_of_memory: bool
-    finite: bool
-    """Whether all losses and gradients were finite numbers."""
-    still: bool = False
-    """Whether all gradients were exactly 0."""
-
-
-def run_trial(
-    engine: Engine,
-    planned: PlanCosts,
-    budget: Budget,
-    profile: Profile,
-    forecast: Forecast,
-    *,
-    held: int,
-    seed: int,
-    limit_seconds: float,
-) -> Trial:
-    """Run the heaviest, the lightest and a few steps between with a learning rate of zero; *collective*.
-
-    The weights stay as they are; the optimiser's state does not, so the engine is of no further use. No step begins
-    that by the forecast would pass ``limit_seconds`` in all. ``held`` is what was in use when the engine was built.
-    """
-    device, factors = engine.backend.device, engine.backend.optimizer.param_groups
-    reset_peak(device)
-    began = time.monotonic()
-    done: list[tuple[StepCost, float, float]] = []
-    finite, still, ran = True, True, 0
-    whole = False
-    early = overlaps(engine.config, forecast.steps)
-    copies: list[Tensor] | None = None
-    for batch, cost in track(_chosen(planned), "Trial steps"):
-        # The first one finds nothing warm; then the heaviest, which memory is about.
-        spent = slowest([time.monotonic() - began], device)[0]
-        if ran and spent + slowest([cost.seconds], device)[0] > limit_seconds:
-            break
-        start, cpu_start = time.perf_counter(), time.process_time()
-        result, _, _ = batch_gradient(engine, budget, batch, seed=seed, step=0, watch=ran % 2 == 0)
-        if result.word.out_of_memory:
-            return Trial(forecast, ran, out_of_memory=True, finite=finite)
-        norm = engine.backend.update([0.0] * len(factors), engine.config.max_gradient_norm, result.word.used)
-        if result.batch is not None:
-            similarities(result.batch)
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-        finite, still = finite and math.isfinite(result.loss) and math.isfinite(norm), still and norm == 0
-        if ran:
-            done.append((cost, seconds, cpu))
-        ran += 1
-        whole = whole or batch is planned.heavy_batches[0]
-        if early and ran == 4:
-            copies = _checkpoint(engine)
-    if copies is None:
-        copies = _checkpoint(engine)
-    del copies
-    if len(done) < 3:
-        return Trial(forecast, ran, out_of_memory=False, finite=finite, still=still)
-    # Seconds by the chunks' profile -> seconds as measured.
-    scale = forecast.steps / len(planned.costs)
-
-    def total(points: list[tuple[float, float, float]]) -> float:
-        line = _through(points)
-        return slowest([sum(line(cost.seconds, 0.0) for cost in planned.costs) * scale], device)[0]
-
-    seconds = total([(cost.seconds, 0.0, slowest([each], device)[0]) for cost, each, _ in done])
-    cpu = total([(cost.seconds, 0.0, each) for cost, _, each in done])
-    measured_forecast = dataclasses.replace(forecast, seconds=seconds, cpu_seconds=cpu, measured="steps")
-    if whole:
-        growth = slowest([float(peak_bytes(device) - held)], device)[0]
-        beside = profile.state.checkpoint if early and device.type == "cpu" else 0
-        measured_forecast = dataclasses.replace(measured_forecast, memory=_measured(forecast.memory, growth, beside))
-    return Trial(measured_forecast, ran, out_of_memory=False, finite=finite, still=still)
-
-
-def _chosen(planned: PlanCosts) -> list[tuple[Batch, StepCost]]:
-    """The median step, the heaviest, the lightest, the one with the longest examples, and a few between."""
-    order = sorted(range(len(planned.steps)), key=lambda i: planned.costs[i].tokens)
-
-    def at(share: float) -> tuple[Batch, StepCost]:
-        index = order[round(share * (len(order) - 1))]
-        plan, step = planned.steps[index]
-        return plan.batch(step), planned.costs[index]
-
-    heavy = list(zip(planned.heavy_batches, planned.heavy, strict=True))
-    return [at(0.5), heavy[0], at(0.0), heavy[-1], at(0.5), at(0.75), at(0.25), heavy[0]]
-
-
-def _through(points: Sequence[tuple[float, float, float]]) -> LinearCost:
-    """The line through the measured seconds, in the middle of them: what is fixed, and what grows with the work."""
-    raised = fit_line(points)
-    factors = [value / max(raised(*point[:2]), 1e-12) for *point, value in points]
-    middle = float(np.median(factors))
-    return LinearCost(raised.fixed * middle, raised.per_token * middle, 0.0)
-
-
-def _checkpoint(engine: Engine) -> list[Tensor]:
-    """The copies that a checkpoint makes, on rank 0; *collective*."""
-    copies = []
-    for tensors in (engine.backend.model_tensors(), engine.backend.optimizer_tensors()):
-        for _, tensor in tensors:
-            if engine.launch.is_main:
-                copies.append(tensor.to("cpu", copy=True))
-    return copies
-
-
-def _measured(parts: Memory, growth: float, checkpoint: int) -> Memory:
-    """The parts of memory so that they add up to what was measured above what was held."""
-    known = parts.gradients + parts.optimizer + parts.activations + parts.loss
-    rest = int(growth * DRIFT) - known
-    copies = min(checkpoint, max(0, rest))
-    return dataclasses.replace(
-        parts,
-        checkpoint=copies,
-        workspace=max(0, rest - copies),
-        activations=max(0, parts.activations + min(0, rest)),
-    )

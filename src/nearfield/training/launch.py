@@ -1,4 +1,5 @@
-"""The processes that a launcher started: their ranks, the store they share, the process group, signals, and who is still alive.
+"""The processes that a launcher started: their ranks, the store they share, the process group and small messages in it, signals,
+and who is still alive.
 
 ``torchrun``, ``accelerate launch`` and ``deepspeed`` all say in the environment which rank a process is and where the
 ranks meet. The store that they meet at exists before any process group does, so that one rank can prepare data for
@@ -17,18 +18,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-from nearfield.errors import EXIT_FAULT, BadInputError, NearfieldError
+from nearfield.errors import EXIT_FAULT, BadInputError, NearfieldError, Notice
+from nearfield.files import read_json
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 
@@ -195,10 +198,6 @@ def _process_space() -> str:
     except OSError:
         return ""
 
-
-__all__ = ["BackendName", "DeadRank", "Heartbeat", "Launch", "RankDiedError", "asked_backend", "check_launch"]
-
-logger = logging.getLogger("nearfield.training")
 
 BackendName = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
@@ -514,25 +513,13 @@ def asked_backend(configured: str, world_size: int) -> BackendName:
         raise BadInputError(
             f"training.backend is single, and the launcher started {world_size} processes", where="training.backend"
         )
-    names: dict[str, BackendName] = {
-        "single": "single",
-        "ddp": "ddp",
-        "fsdp2": "fsdp2",
-        "zero1": "zero1",
-        "zero2": "zero2",
-        "zero3": "zero3",
-    }
-    return names[configured]
+    return cast(BackendName, configured)
 
 
 def _deepspeed_stage() -> BackendName:
-    from nearfield.files import read_json
-
     stage: object = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if file and file != "none":
-        from pathlib import Path
-
         if not Path(file).is_file():
             raise BadInputError(
                 "this DeepSpeed configuration does not exist",
@@ -588,3 +575,78 @@ class StopRequest:
         for number, previous in self._previous.items():
             ending = self.launched and error is not None and number == signal.SIGTERM
             signal.signal(number, signal.SIG_IGN if ending else previous)
+
+
+def _in_group() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def min_over_ranks(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The least of each number over all ranks; *collective*."""
+    import torch
+    import torch.distributed as dist
+
+    if not _in_group():
+        return list(numbers)
+    least = torch.tensor(list(numbers), dtype=torch.float64, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return [float(number) for number in least.tolist()]
+
+
+def any_rank(here: bool, device: torch.device) -> bool:
+    """Whether something is so on any rank; *collective*."""
+    return min_over_ranks([-float(here)], device)[0] < 0
+
+
+def all_equal(number: float, device: torch.device) -> bool:
+    """Whether all ranks hold the same number; *collective*."""
+    least, greatest = min_over_ranks([number, -number], device)
+    return least == -greatest
+
+
+def broadcast_json(value: Any, device: torch.device) -> Any:
+    """A value of rank 0 -> the same on all ranks; *collective*."""
+    import torch
+    import torch.distributed as dist
+
+    if not _in_group():
+        return value
+    main = dist.get_rank() == 0
+    text = json.dumps(value).encode() if main else b""
+    size = torch.tensor([len(text)], device=device)
+    dist.broadcast(size, 0)
+    data = torch.empty(int(size), dtype=torch.uint8, device=device)
+    if main:
+        data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(data, 0)
+    return json.loads(bytes(data.cpu().tolist()))
+
+
+def broadcast_notices(make: Callable[[], Iterable[Notice]], device: torch.device) -> list[Notice]:
+    """The notices that rank 0 found, on all ranks; the others do not look. *Collective*."""
+    import torch.distributed as dist
+
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    return [Notice.from_json(one) for one in broadcast_json([n.to_json() for n in make()] if main else None, device)]
+
+
+def broadcast_tensors(tensors: Mapping[str, Tensor] | None, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Named tensors of rank 0, which alone brings them -> the same on all ranks, one at a time, on ``device``; *collective*."""
+    import torch
+    import torch.distributed as dist
+
+    if not _in_group():
+        for name, tensor in (tensors or {}).items():
+            yield name, tensor.to(device)
+        return
+    main = dist.get_rank() == 0
+    entries = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in (tensors or {}).items()]
+    for name, shape, dtype in broadcast_json(entries, device):
+        if main and tensors is not None:
+            tensor = tensors[name].to(device).contiguous()
+        else:
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        dist.broadcast(tensor, 0)
+        yield name, tensor

@@ -5,14 +5,12 @@ A budget says how many tokens a step encodes at a time, and up to how many it ke
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,45 +20,70 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nearfield.batching.plan import total_steps
 from nearfield.objectives.infonce import InfoNCE
-from nearfield.training.backends.base import saved_buffers, trainable
-from nearfield.training.chunks import SMALLEST_MICRO_BATCH_TOKENS, Budget, Cut, TextPool, cut_batch
-from nearfield.training.exchange import contrastive_batch, min_over_ranks
+from nearfield.training.backends.replicated import saved_buffers, trainable
+from nearfield.training.chunks import (
+    SMALLEST_MICRO_BATCH_TOKENS,
+    Budget,
+    Cut,
+    TextPool,
+    contrastive_batch,
+    cut_batch,
+)
+from nearfield.training.launch import min_over_ranks
 from nearfield.training.optimizers import make_optimizer
 from nearfield.training.step import encode_chunk, is_out_of_memory, seed_chunk
 
 if TYPE_CHECKING:
     from nearfield.arrays import Rows
     from nearfield.batching.plan import Batch, Plan
+    from nearfield.training.chunks import Work
     from nearfield.training.config import TrainingConfig
     from nearfield.training.engine import Engine
-    from nearfield.training.step import Work
+
+_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+
+FAST_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}
+"""Where encoding is at its fastest: more tokens at a time only take memory."""
+
+MARGIN = 0.1
+"""The share of the memory available that is left alone."""
+
+HEAP = {"cpu": 1.12, "cuda": 1.05}
+"""Memory taken for each byte of tensors: the allocator's holes, and what kernels need inside themselves."""
+
+_LARGE = 32 << 20
+"""Larger blocks are given memory of their own by glibc, not what was freed before."""
+
+_CELLS, _TILE = 1 << 20, 256
+"""Cells of the largest part of a loss that is measured, and rows of its tiles."""
 
 
-_PROC = Path("/proc")
-_CGROUP = Path("/sys/fs/cgroup")
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _kilobytes(lines: Sequence[str], key: str) -> list[int]:
+    """The bytes that lines such as ``VmRSS:  20 kB`` say."""
+    return [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")]
 
 
 def resident_bytes(status: str | None = None) -> int:
     """Main memory that this process holds now; 0 where the system does not say."""
-    return _status_bytes("VmRSS", status)
+    return next(iter(_kilobytes(_status(status), "VmRSS")), 0)
 
 
 def peak_resident_bytes(status: str | None = None) -> int:
-    """The most main memory that this process has held since :func:`reset_peak_resident` or its start."""
-    return _status_bytes("VmHWM", status)
+    """The most main memory that this process has held since :func:`reset_peak` or its start."""
+    return next(iter(_kilobytes(_status(status), "VmHWM")), 0)
 
 
-def _status_bytes(key: str, status: str | None) -> int:
-    if status is None:
-        try:
-            status = (_PROC / "self" / "status").read_text()
-        except OSError:
-            return 0
-    for line in status.splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
+def _status(status: str | None) -> list[str]:
+    return _lines(_PROC / "self" / "status") if status is None else status.splitlines()
 
 
 def reset_peak_resident() -> None:
@@ -69,48 +92,56 @@ def reset_peak_resident() -> None:
         (_PROC / "self" / "clear_refs").write_text("5")
 
 
+def held_bytes(device: torch.device) -> int:
+    """Memory in use on the device that trains: of this process on a CPU, of tensors on a GPU."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident_bytes()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let the peak of memory begin anew."""
+    reset_peak_resident()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory since :func:`reset_peak`."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident_bytes()
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that this rank can still have on its device; ranks of one machine share its main memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    available = available_main_memory()
+    return None if available is None else available // local_processes()
+
+
 def available_main_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int | None:
     """Bytes of main memory that can still be had: what the system has left, or less where a container limits it.
 
     None where the system does not say.
     """
-    try:
-        lines = (proc / "meminfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    limits = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    limits += _cgroup_rooms(proc, cgroup)
-    return min(limits) if limits else None
-
-
-def _cgroup_rooms(proc: Path, cgroup: Path) -> list[int]:
-    """The memory left to each control group that this process is in, from its own up to the root (cgroup 2 and 1)."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    rooms = []
-    for line in lines:
+    limits = _kilobytes(_lines(proc / "meminfo"), "MemAvailable")
+    # The control groups that this process is in, from its own up to the root (cgroup 2 and 1).
+    for line in _lines(proc / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, limit, used, cached = cgroup, "memory.max", "memory.current", "inactive_file"
+            root, names = cgroup, ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
             root = cgroup / "memory"
-            limit, used, cached = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         folder = root / path.lstrip("/")
-        while True:
-            room = _room(folder, limit, used, cached)
-            if room is not None:
-                rooms.append(room)
-            if folder == root:
-                break
-            folder = folder.parent
-    return rooms
+        rooms = [_room(one, *names) for one in (folder, *folder.parents) if one.is_relative_to(root)]
+        limits += [room for room in rooms if room is not None]
+    return min(limits) if limits else None
 
 
 def _room(folder: Path, limit: str, used: str, cached: str) -> int | None:
+    """The memory left to a control group."""
     try:
         most = (folder / limit).read_text().strip()
         held = int((folder / used).read_text())
@@ -129,14 +160,6 @@ def local_processes() -> int:
         return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except ValueError:
         return 1
-
-
-def free_disk(folder: Path) -> int:
-    """Free bytes where a folder is, or will be."""
-    folder = folder.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -189,6 +212,24 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
             yield from _storages(part)
 
 
+def bytes_of(device: torch.device, run: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
+    """Bytes alive when ``run`` calls what it is given, and the most at a time while it runs."""
+    alive = before = 0
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with nullcontext() if cuda else AllocationTracker() as tracker:
+
+        def look() -> None:
+            nonlocal alive
+            alive = torch.cuda.memory_allocated(device) - before if tracker is None else tracker.live
+
+        run(look)
+        return alive, torch.cuda.max_memory_allocated(device) - before if tracker is None else tracker.peak
+
+
 @dataclass(frozen=True)
 class ChunkCost:
     """Memory and time of the forward and the backward of one chunk."""
@@ -209,8 +250,7 @@ class ChunkCost:
 def chunk_size(lengths: Rows, *, padded: bool) -> tuple[int, int]:
     """(tokens, squares) of a chunk of texts of ``lengths`` (n,)."""
     if padded:
-        longest = int(lengths.max())
-        return longest * len(lengths), longest * longest * len(lengths)
+        lengths = np.full(len(lengths), int(lengths.max()))
     return int(lengths.sum()), int((lengths.astype(np.int64) ** 2).sum())
 
 
@@ -247,7 +287,7 @@ def measure_chunk(engine: Engine, pool: TextPool, chunk: Rows, *, timed: bool = 
     cost = ChunkCost(tokens, squares, graph, peak)
     if not timed:
         return cost
-    times = [0.0]
+    times: list[float] = []
 
     def note() -> None:
         if engine.backend.device.type == "cuda":
@@ -257,34 +297,8 @@ def measure_chunk(engine: Engine, pool: TextPool, chunk: Rows, *, timed: bool = 
     note()
     run_chunk(engine, pool, chunk, note)
     note()
-    _, began, between, ended = times
+    began, between, ended = times
     return replace(cost, forward_seconds=between - began, seconds=ended - began)
-
-
-def bytes_of(device: torch.device, run: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
-    """Bytes alive when ``run`` calls what it is given, and the most at a time while it runs."""
-    alive = 0
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-
-        def look() -> None:
-            nonlocal alive
-            torch.cuda.synchronize(device)
-            alive = torch.cuda.memory_allocated(device) - before
-
-        run(look)
-        torch.cuda.synchronize(device)
-        return alive, torch.cuda.max_memory_allocated(device) - before
-    with AllocationTracker() as tracker:
-
-        def look_at_tensors() -> None:
-            nonlocal alive
-            alive = tracker.live
-
-        run(look_at_tensors)
-    return alive, tracker.peak
 
 
 @dataclass(frozen=True)
@@ -298,6 +312,10 @@ class LinearCost:
     def __call__(self, tokens: float, squares: float) -> float:
         """The value at a number of tokens and of squares."""
         return self.fixed + self.per_token * tokens + self.per_square * squares
+
+    def times(self, factor: float) -> LinearCost:
+        """All of it so many times."""
+        return LinearCost(self.fixed * factor, self.per_token * factor, self.per_square * factor)
 
     def tokens_within(self, limit: float, longest: float) -> int:
         """How many tokens of texts of ``longest`` tokens stay within a limit."""
@@ -320,12 +338,7 @@ def fit_line(points: Sequence[tuple[float, float, float]]) -> LinearCost:
     design = np.stack([column / scale for column, scale in zip(columns, scales, strict=True)], axis=1)
     coefficients, _ = nnls(design / values[:, None], np.ones_like(values))
     line = LinearCost(*(float(part / scale) for part, scale in zip(coefficients, scales, strict=True)))
-    worst = max(value / max(line(t, s), 1e-12) for t, s, value in known)
-    factor = max(1.0, worst)
-    return LinearCost(line.fixed * factor, line.per_token * factor, line.per_square * factor)
-
-
-_LARGE = 32 << 20
+    return line.times(max(1.0, *(value / max(line(t, s), 1e-12) for t, s, value in known)))
 
 
 @dataclass(frozen=True)
@@ -351,19 +364,18 @@ class StateSize:
 
 def state_size(engine: Engine) -> StateSize:
     """Count it for the backend in effect; nothing is allocated."""
-    backend = engine.backend
-    world = engine.launch.world_size
-    module = backend.module
+    backend, world, module = engine.backend, engine.launch.world_size, engine.backend.module
     everything = {id(p): p for p in module.parameters()}
     trained = trainable(module)
     by_row = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding) and part.sparse}
     buffers = sum(buffer.nbytes for buffer in module.buffers())
-    whole = sum(_count(p) * p.element_size() for p in trained.values())
+    sizes = {id(p): _count(p) * p.element_size() for p in everything.values()}
+    each = [sizes[id(p)] for p in trained.values()]
+    whole, count = sum(each), sum(_count(p) for p in trained.values())
     # ZeRO keeps its optimiser's state, and what gradients are added in, in float32.
     zero = backend.name.startswith("zero")
     state = optimizer_bytes(trained, engine.config, torch.float32 if zero else None)
-    sharded = backend.name in ("fsdp2", "zero3")
-    weights = sum(_count(p) * p.element_size() for p in everything.values()) // (world if sharded else 1) + buffers
+    shards = world if backend.name in ("fsdp2", "zero3") else 1
     gradients, optimizer = whole, state
     if backend.name == "ddp":
         gradients += min(whole, 64 << 20)  # the buffer that is sent
@@ -371,21 +383,20 @@ def state_size(engine: Engine) -> StateSize:
         gradients += whole // world  # whole until the last chunk, then the shard beside it
         optimizer //= world
     elif zero:
-        masters = sum(_count(p) * 4 for p in trained.values())
-        half = any(p.element_size() < 4 for p in trained.values())
+        masters, half = 4 * count, any(p.element_size() < 4 for p in trained.values())
         gradients = masters // world if backend.name != "zero1" else masters + (whole if half else 0)
         optimizer = (state + masters) // world
-    files = sum(_count(p) * (4 if zero else p.element_size()) for p in trained.values())
-    large = sum(_count(p) * p.element_size() for p in trained.values() if _count(p) * p.element_size() >= _LARGE)
+    files = 4 * count if zero else whole
+    large = sum(size for size in each if size >= _LARGE)
     return StateSize(
-        parameters=sum(_count(p) for p in everything.values()),
-        trained=sum(_count(p) for p in trained.values()),
-        weights=weights,
+        parameters=sum(map(_count, everything.values())),
+        trained=count,
+        weights=sum(sizes.values()) // shards + buffers,
         gradients=gradients,
         optimizer=optimizer,
         checkpoint=files + sum(buffer.nbytes for buffer in saved_buffers(module).values()) + state,
         checkpoint_large=large + int(large / max(1, whole) * state),
-        largest=max((_count(p) * p.element_size() for p in trained.values() if id(p) not in by_row), default=0),
+        largest=max((sizes[id(p)] for p in trained.values() if id(p) not in by_row), default=0),
         trained_bytes=whole,
     )
 
@@ -422,10 +433,6 @@ def optimizer_bytes(
     return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
-_CELLS = 1 << 20
-_TILE = 256
-
-
 @dataclass(frozen=True)
 class LossCost:
     """Bytes of the loss on each rank, above those of the embeddings."""
@@ -445,37 +452,37 @@ class LossCost:
 
     def __call__(self, batch: Batch) -> float:
         """Of a batch."""
-        name = "blockwise" if self.ring else implementation(self.parts, batch, self.device, self.ranks, self.queued)
+        name = self.implementation(batch)
         if name not in self.lines:  # a batch that is smaller than the heavy ones
             name = next(iter(self.lines))
         return self.held + self.lines[name](*self.size(batch, name))
 
+    def implementation(self, batch: Batch) -> str:
+        """How the logits of a batch are computed: ``blockwise`` only if no part of the objective holds the matrix."""
+        found = {part.choose(self.logits(batch, [part]), self.device) for part in self.parts}
+        return "blockwise" if self.ring or found == {"blockwise"} else "dense"
+
+    def logits(self, batch: Batch, parts: Sequence[InfoNCE]) -> int:
+        """The cells of a rank in some parts; of an objective without parts those of queries and documents."""
+        queries, documents = len(batch.query), _documents(batch)
+        found = sum(part.logits(queries, *documents, self.ranks, self.queued) for part in parts)
+        return found or queries * sum(documents) // self.ranks
+
     def size(self, batch: Batch, name: str) -> tuple[int, int]:
         """Embeddings, and cells held at a time."""
-        embeddings = len(batch.query) + sum(_documents(batch))
-        if name == "dense":
-            return embeddings, _logits(self.parts, batch, self.ranks, self.queued)
-        tile = max(part.tile for part in self.parts)
         columns = sum(_documents(batch))
+        embeddings = len(batch.query) + columns
+        if name == "dense":
+            return embeddings, self.logits(batch, self.parts)
+        tile = max(part.tile for part in self.parts)
         if self.ring:
             embeddings, columns = 2 * -(-embeddings // self.ranks), -(-columns // self.ranks)
         return embeddings, min(-(-len(batch.query) // self.ranks), tile) * min(columns, tile)
 
 
-def implementation(parts: Sequence[InfoNCE], batch: Batch, device: torch.device, ranks: int, queued: int = 0) -> str:
-    """How the logits of a batch are computed: ``blockwise`` only if no part of the objective holds the matrix."""
-    choices = {part.choose(_logits([part], batch, ranks, queued), device) for part in parts}
-    return "blockwise" if choices == {"blockwise"} else "dense"
-
-
 def _documents(batch: Batch) -> tuple[int, int]:
     """Positives and negatives."""
     return sum(map(len, batch.positives)), sum(map(len, batch.negatives))
-
-
-def _logits(parts: Sequence[InfoNCE], batch: Batch, ranks: int, queued: int) -> int:
-    queries, documents = len(batch.query), _documents(batch)
-    return sum(part.logits(queries, *documents, ranks, queued) for part in parts) or queries * sum(documents) // ranks
 
 
 def measure_loss(engine: Engine, batches: Sequence[Batch]) -> LossCost:
@@ -484,23 +491,23 @@ def measure_loss(engine: Engine, batches: Sequence[Batch]) -> LossCost:
     A part is at most some million cells. Where the whole batch is computed in tiles the part is too, in smaller ones.
     """
     parts = [part for part in engine.objective.modules() if isinstance(part, InfoNCE)]
-    device, ranks = engine.backend.device, engine.launch.world_size
+    device, queued = engine.backend.device, 0 if engine.queue is None else engine.queue.size
+    lines: dict[str, LinearCost] = {}
+    held = 4.0 * queued * engine.dimension
+    cost = LossCost(lines, parts, device, engine.launch.world_size, queued, held, engine.ring)
+    # A part is measured on one rank's account, whatever the number of ranks, and before anything is queued.
+    alone = LossCost(lines, parts, device, 1)
     widest = max(batches, key=lambda batch: len(batch.query) * sum(_documents(batch)))
     size = min(len(widest.query), int(math.sqrt(_CELLS * len(widest.query) / max(1, sum(_documents(widest))))))
-    lines: dict[str, LinearCost] = {}
-    queued = 0 if engine.queue is None else engine.queue.size
-    # A part is measured on one rank's account, whatever the number of ranks, and before anything is queued.
-    one = LossCost(lines, parts, device, 1)
-    names = ["blockwise" if engine.ring else implementation(parts, batch, device, ranks, queued) for batch in batches]
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(map(cost.implementation, batches)):
         points = []
         # Of three sizes or tiles: what is fixed, what each text takes, and each cell.
         for queries, tile in ((size, _TILE), (size, _TILE // 2), (size // 2, _TILE), (size // 4, _TILE)):
             part = cut_batch(widest, 0, max(2, queries))
             with _computed(parts, name, tile):
-                points.append((*one.size(part, name), _measure(engine, part)))
+                points.append((*alone.size(part, name), _loss_bytes(engine, part)))
         lines[name] = fit_line(points)
-    return LossCost(lines, parts, device, ranks, queued, 4.0 * queued * engine.dimension, engine.ring)
+    return cost
 
 
 @contextmanager
@@ -516,32 +523,18 @@ def _computed(parts: Sequence[InfoNCE], implementation: str, tile: int) -> Itera
             part.implementation, part.tile = name, size
 
 
-def _measure(engine: Engine, batch: Batch) -> int:
+def _loss_bytes(engine: Engine, batch: Batch) -> int:
     """The most bytes at a time that the loss of a batch takes."""
-    pool = engine.pool(batch)
-    known = engine.data.known(batch)
-    device = engine.backend.device
+    pool, known, device = engine.pool(batch), engine.data.known(batch), engine.backend.device
     leaf = torch.randn(len(pool.items), engine.columns, device=device).requires_grad_()
     learnt = [p for p in engine.objective.parameters() if p.requires_grad]
 
     def run(look: Callable[[], None]) -> None:
         contrastive = contrastive_batch(pool, leaf, known, draw=0, guide=engine.data.guide)
-        loss = engine.objective.forward(contrastive)
-        loss.gradients([leaf, *learnt])
+        engine.objective.forward(contrastive).gradients([leaf, *learnt])
 
     with engine.backend.whole(learnt):
-        _, peak = bytes_of(device, run)
-    return peak
-
-
-logger = logging.getLogger("nearfield.training")
-
-FAST_MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}
-"""Where encoding is at its fastest: more tokens at a time only take memory."""
-MARGIN = 0.1
-"""The share of the memory available that is left alone."""
-HEAP = {"cpu": 1.12, "cuda": 1.05}
-"""Memory taken for each byte of tensors: the allocator's holes, and what kernels need inside themselves."""
+        return bytes_of(device, run)[1]
 
 
 @dataclass(frozen=True)
@@ -567,63 +560,11 @@ class Profile:
     """Bytes of memory that this rank could have when it was measured; 0 where the system does not say."""
 
 
-def choose_budget(engine: Engine, plans: Sequence[Plan], profile: Profile | None = None) -> Budget:
-    """The budget to begin with, the same on all ranks; *collective*. Numbers of the recipe are used as they are."""
-    config = engine.config
-    micro, graph = config.micro_batch_tokens, config.graph_tokens
-    ranks, apart = engine.launch.world_size, engine.level
-    if micro != "auto" and graph != "auto":
-        return Budget(micro, graph, ranks, apart)
-    profile = profile or measure_profile(engine, plans)
-    device = engine.backend.device
-    if micro == "auto":
-        fast = FAST_MICRO_BATCH_TOKENS[device.type]
-        fits = profile.peak.tokens_within(profile.room, profile.longest)
-        micro = fast if fits >= fast else max(SMALLEST_MICRO_BATCH_TOKENS, fits // 16 * 16)
-        # Ranks may have measured differently, and must cut alike.
-        micro = int(min_over_ranks([float(micro)], device)[0])
-    if graph == "auto":
-        batches = heavy_batches(plans, config.max_steps)
-        cut = Cut(micro, ranks, apart)
-        graph = int(min_over_ranks([_graph_tokens(engine, batches, profile, cut)], device)[0])
-    return Budget(micro, graph, ranks, apart)
-
-
-def share_costs(work: Work, lengths: Rows, line: LinearCost, *, padded: bool) -> list[tuple[int, float]]:
-    """For each rank, (tokens, bytes by ``line``) of its chunks; ``lengths`` are of the pool's texts."""
-    sizes = [chunk_size(lengths[chunk], padded=padded) for chunk in work.chunks]
-    return [(sum(sizes[n][0] for n in share), sum(line(*sizes[n]) for n in share)) for share in work.shares]
-
-
-def _graph_tokens(engine: Engine, batches: Sequence[Batch], profile: Profile, cut: Cut) -> int:
-    """Tokens of a rank's share whose graph fits, by the densest of the plan's heaviest batches.
-
-    Where all of them fit it is a round number above the heaviest, so that it does not depend on how much memory is free.
-    """
-    heaviest, density = 1, 0.0
-    for batch in batches:
-        work, lengths = engine.work(batch, cut)
-        for tokens, graph in share_costs(work, lengths, profile.kept, padded=engine.padded):
-            heaviest, density = max(heaviest, tokens), max(density, graph / max(1, tokens))
-    micro = cut.tokens
-    spare = profile.peak(micro, micro * profile.longest) - profile.kept(micro, micro * profile.longest)
-    room = profile.room - max(spare, 3.0 * profile.state.largest)
-    fits = int(max(0.0, room) / density) if density > 0 else 2**60
-    wanted = _round(heaviest, up=True)
-    return max(SMALLEST_MICRO_BATCH_TOKENS, wanted if fits >= wanted else _round(max(1, fits), up=False))
-
-
-def _round(value: int, *, up: bool) -> int:
-    """To three leading bits."""
-    unit = 1 << max(0, value.bit_length() - 3)
-    return -(-value // unit) * unit if up else value // unit * unit
-
-
 def heavy_batches(plans: Sequence[Plan], max_steps: int | None = None, count: int = 4) -> list[Batch]:
     """The batches of a run with the most tokens, the heaviest first, then those that hold the examples with the most."""
     heavy: list[tuple[int, int, int]] = []
     wide: list[tuple[int, int, int]] = []
-    left = sum(len(plan) for plan in plans) if max_steps is None else max_steps
+    left = total_steps(plans, max_steps)
     for number, plan in enumerate(plans):
         length = min(len(plan), left)
         left -= length
@@ -645,10 +586,10 @@ def measure_profile(engine: Engine, plans: Sequence[Plan], *, timed: bool = Fals
     config, device = engine.config, engine.backend.device
     state = state_size(engine)
     batches = heavy_batches(plans, config.max_steps)
-    pools = [(engine.pool(batch), batch) for batch in batches]
-    longest = [int(engine.lengths(pool).max()) for pool, _ in pools]
-    pool, batch = pools[int(np.argmax(longest))]
-    lengths = engine.lengths(pool)
+    lengths = [engine.lengths(engine.pool(batch)) for batch in batches]
+    longest = [int(each.max()) for each in lengths]
+    worst = int(np.argmax(longest))
+    batch, pool, one = batches[worst], engine.pool(batches[worst]), np.asarray([int(np.argmax(lengths[worst]))])
     wanted = config.micro_batch_tokens
     target = FAST_MICRO_BATCH_TOKENS[device.type] if wanted == "auto" else wanted
     with no_trace(engine):
@@ -656,8 +597,7 @@ def measure_profile(engine: Engine, plans: Sequence[Plan], *, timed: bool = Fals
         available = available_memory(device)
         room = (available or 2**60) * (1 - MARGIN) - (state.gradients + state.optimizer) * 1.0
         room -= state.checkpoint if device.type == "cpu" else 0
-        room = (room - max(loss(batch) for batch in batches)) / HEAP[device.type]
-        one = np.asarray([int(np.argmax(lengths))])
+        room = (room - max(loss(each) for each in batches)) / HEAP[device.type]
         run_chunk(engine, pool, one)
         first = measure_chunk(engine, pool, one)
         fits = min_over_ranks([room / max(1.0, first.peak / first.tokens)], device)[0]
@@ -700,10 +640,50 @@ def _measure_chunks(engine: Engine, batch: Batch, budget: int, timed: bool) -> l
     return [measure_chunk(engine, work.pool, chunk, timed=timed) for chunk in chunks]
 
 
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that this rank can still have on its device; ranks of one machine share its main memory."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    available = available_main_memory()
-    return None if available is None else available // local_processes()
+def choose_budget(engine: Engine, plans: Sequence[Plan], profile: Profile | None = None) -> Budget:
+    """The budget to begin with, the same on all ranks; *collective*. Numbers of the recipe are used as they are."""
+    config, device = engine.config, engine.backend.device
+    micro, graph = config.micro_batch_tokens, config.graph_tokens
+    ranks, apart = engine.launch.world_size, engine.level
+    if micro != "auto" and graph != "auto":
+        return Budget(micro, graph, ranks, apart)
+    profile = profile or measure_profile(engine, plans)
+    if micro == "auto":
+        fast = FAST_MICRO_BATCH_TOKENS[device.type]
+        fits = profile.peak.tokens_within(profile.room, profile.longest)
+        micro = fast if fits >= fast else max(SMALLEST_MICRO_BATCH_TOKENS, fits // 16 * 16)
+        # Ranks may have measured differently, and must cut alike.
+        micro = int(min_over_ranks([float(micro)], device)[0])
+    if graph == "auto":
+        wanted = _graph_tokens(engine, heavy_batches(plans, config.max_steps), profile, Cut(micro, ranks, apart))
+        graph = int(min_over_ranks([wanted], device)[0])
+    return Budget(micro, graph, ranks, apart)
+
+
+def share_costs(work: Work, lengths: Rows, line: LinearCost, *, padded: bool) -> list[tuple[int, float]]:
+    """For each rank, (tokens, bytes by ``line``) of its chunks; ``lengths`` are of the pool's texts."""
+    sizes = [chunk_size(lengths[chunk], padded=padded) for chunk in work.chunks]
+    return [(sum(sizes[n][0] for n in share), sum(line(*sizes[n]) for n in share)) for share in work.shares]
+
+
+def _graph_tokens(engine: Engine, batches: Sequence[Batch], profile: Profile, cut: Cut) -> int:
+    """Tokens of a rank's share whose graph fits, by the densest of the plan's heaviest batches.
+
+    Where all of them fit it is a round number above the heaviest, so that it does not depend on how much memory is free.
+    """
+    heaviest, density = 1, 0.0
+    for batch in batches:
+        work, lengths = engine.work(batch, cut)
+        for tokens, graph in share_costs(work, lengths, profile.kept, padded=engine.padded):
+            heaviest, density = max(heaviest, tokens), max(density, graph / max(1, tokens))
+    chunk = cut.tokens, cut.tokens * profile.longest
+    room = profile.room - max(profile.peak(*chunk) - profile.kept(*chunk), 3.0 * profile.state.largest)
+    fits = int(max(0.0, room) / density) if density > 0 else 2**60
+    wanted = _round(heaviest, up=True)
+    return max(SMALLEST_MICRO_BATCH_TOKENS, wanted if fits >= wanted else _round(max(1, fits), up=False))
+
+
+def _round(value: int, *, up: bool) -> int:
+    """To three leading bits."""
+    unit = 1 << max(0, value.bit_length() - 3)
+    return -(-value // unit) * unit if up else value // unit * unit

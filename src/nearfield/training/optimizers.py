@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from nearfield.encoders.transformer import EMBEDDING, LAYER
 from nearfield.errors import BadInputError
-from nearfield.training.backends.base import MakeOptimizer
-from nearfield.training.config import ScheduleConfig, TrainingConfig
+from nearfield.training.backends.replicated import MakeOptimizer
+
+if TYPE_CHECKING:
+    from nearfield.training.config import ScheduleConfig, TrainingConfig
 
 
 def warmup_steps(config: ScheduleConfig, total_steps: int) -> int:

@@ -5,6 +5,12 @@ embeddings that are cut from their graph, and its gradient with respect to them 
 arXiv 2101.06983), either through graphs that were kept or by encoding each chunk a second time. Each chunk draws its
 dropout from a generator seeded by (seed, step, chunk), where chunks are numbered over all ranks, so that the second time
 needs no saved random state and the masks do not depend on the number of ranks.
+
+Ranks send each other embeddings once a step, their gradient once, and one small control word. A rank encodes the chunks that it
+was dealt. What the loss then needs is one of two things. *Gathered*: all embeddings, for the rows of an even share. *Passed*: the
+queries of such a share with their own documents, sent there by the ranks that encoded them; the parts of other ranks come by in
+a ring while the loss is computed, so that no rank ever holds the whole batch. Either way the gradient goes back to the ranks that
+encoded.
 """
 
 from __future__ import annotations
@@ -13,10 +19,11 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nearfield.arrays import Rows
@@ -24,116 +31,37 @@ from nearfield.batching.plan import Batch
 from nearfield.batching.planner import VectorsOf
 from nearfield.encoders.packing import Features
 from nearfield.errors import OutOfMemoryStopError
-from nearfield.objectives.batch import ContrastiveBatch, LossSum, Queued
+from nearfield.objectives.batch import ContrastiveBatch, LossSum, Queued, Ring
 from nearfield.objectives.diagnostics import watch as watch_learning
 from nearfield.provenance import derive_seed
-from nearfield.training.backends.base import Backend
+from nearfield.training.backends.replicated import Backend
 from nearfield.training.chunks import (
-    Bools,
     Budget,
     ChunkTurn,
-    Cut,
+    Shares,
     TextPool,
-    chunk_tokens,
-    cut_chunks,
-    deal_chunks,
+    Work,
+    contrastive_batch,
+    part_of,
     split_batch,
-    turns_of,
+    split_rows,
 )
-from nearfield.training.exchange import ControlWord, Exchange, Gathered, Passed, Shares, exchange_control
 
 if TYPE_CHECKING:
     from nearfield.training.engine import Engine
-    from nearfield.training.launch import Launch
-
-MakeFeatures = Callable[[Rows], Features]
-"""TextPool rows of a chunk of n texts -> what the encoder takes."""
+    from nearfield.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Work:
-    """A global batch cut into chunks and dealt to ranks: the same on every rank but for ``rank``."""
+class ControlWord:
+    """The state that all ranks must agree on before parameters change."""
 
-    pool: TextPool
-    chunks: list[Rows]
-    """TextPool rows of each chunk of the global batch, in the order that numbers them."""
-    tokens: list[int]
-    """Tokens that each chunk takes."""
-    shares: list[list[int]]
-    """For each rank, the numbers of its chunks."""
-    rank: int
-    known_positives: Sequence[Rows] = ()
-    """Item rows of all known positives of each query."""
-    first_number: int = 0
-    """The number of the first chunk, where a step averages several batches."""
-    weight: float = 1.0
-    """The weight of the batch, where a step averages several."""
-    final: bool = True
-    """Whether it is the last of its step."""
-    guide: VectorsOf | None = None
-    """A guide's vectors of the items of the data, where the objective asks for them."""
-    queue: Queued | None = None
-    """Positives of earlier steps, where the objective asks for them."""
-    ring: bool = False
-    """Whether the parts of ranks are passed round instead of gathered."""
-    kinds: list[int] | None = None
-    """Of each chunk, which layers it goes through, where all ranks must go through the same at once and not all are the same."""
-
-    @property
-    def own(self) -> list[int]:
-        """The numbers of this rank's chunks."""
-        return self.shares[self.rank]
-
-    @property
-    def rounds(self) -> int:
-        """The chunks that a rank goes through where all go through as many."""
-        return len(self.turns(level=True))
-
-    def turns(self, *, level: bool) -> list[ChunkTurn]:
-        """The chunks that this rank goes through; ``level``, as many chunks as all others, in each turn of the same kind."""
-        return turns_of(self.shares, self.rank, self.kinds, level=level)
-
-    @property
-    def heaviest(self) -> int:
-        """The most tokens that a rank has."""
-        return max(sum(self.tokens[number] for number in share) for share in self.shares)
-
-    def pool_shares(self) -> Shares:
-        """The pool rows of each rank."""
-        none = np.zeros(0, dtype=np.int64)
-        return Shares([np.concatenate([none, *(self.chunks[n] for n in share)]) for share in self.shares], self.rank)
-
-    def exchange(self, shares: Shares) -> Exchange:
-        """How embeddings get from the ranks that encode them to the loss."""
-        if self.ring and len(self.shares) > 1:
-            return Passed(self.pool, shares, self.known_positives, self.guide)
-        return Gathered(self.pool, shares, self.known_positives, self.guide, self.queue)
-
-
-def cut_work(
-    pool: TextPool,
-    lengths: Rows,
-    cut: Cut,
-    launch: Launch,
-    *,
-    padded: bool,
-    by_prompt: bool,
-    images: Bools | None = None,
-    level: bool = False,
-) -> Work:
-    """Cut a batch whose items have ``lengths`` (n,) into chunks and deal these to ranks.
-
-    ``by_prompt``: texts with different prompts share no chunk. ``images`` (n,) tells the items that go through other layers:
-    they share no chunk with the rest, and their chunks are a multiple of the cut's ranks as well. ``level`` says that all
-    ranks must go through the same layers at once.
-    """
-    groups = pool.prompts if by_prompt else np.zeros(len(lengths), dtype=np.int64)
-    apart = None if images is None else images.astype(np.int64)
-    chunks = cut_chunks(lengths, cut.tokens, groups, padded=padded, ranks=cut.ranks, kinds=apart)
-    tokens = [chunk_tokens(lengths, chunk, padded=padded) for chunk in chunks]
-    kinds = [int(images[chunk[0]]) for chunk in chunks] if level and images is not None else None
-    shares = deal_chunks(tokens, launch.world_size, kinds)
-    return Work(pool, chunks, tokens, shares, launch.rank, kinds=kinds)
+    loss: float
+    """The sum of the local losses: not finite if one is not."""
+    out_of_memory: bool
+    stop: bool
+    used: tuple[bool, ...]
+    """For each trainable parameter, whether any rank has a gradient for it."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +82,56 @@ class StepResult:
     def loss(self) -> float:
         """The mean loss of the global batch."""
         return self.word.loss / self.denominator
+
+
+@dataclass(frozen=True)
+class StepMade:
+    """A step that has changed the weights."""
+
+    done: int
+    """Steps done, this one counted."""
+    batch: Batch
+    result: StepResult
+    norm: float
+    """Of the gradient, before clipping."""
+    line: Mapping[str, Any] | None
+    """Its line of metrics, where it gets one."""
+
+
+class Part:
+    """A part of a training. Every rank calls the methods of all parts in one order; by default they do nothing."""
+
+    trainer: Trainer
+    seconds: float = 0.0
+    """Seconds spent between steps, which do not count as training."""
+
+    def begin(self, trainer: Trainer) -> None:
+        """Get to know the trainer, before the first step."""
+        self.trainer = trainer
+
+    def batch(self, batch: Batch, step: int) -> tuple[Batch, dict[str, int]]:
+        """The batch that the step is made on, and figures for its line of metrics."""
+        return batch, {}
+
+    def after_step(self, made: StepMade) -> None:
+        """Look at a step; *collective*."""
+
+    def pause(self, done: int) -> None:
+        """Work that takes its time after ``done`` steps, also before the first; *collective*."""
+
+    def end(self) -> None:
+        """Say what is to be said once all steps are done; *collective*."""
+
+    def state(self) -> dict[str, Any]:
+        """Entries of a checkpoint's state."""
+        return {}
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Tensors of a checkpoint."""
+        return ()
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Put back what a checkpoint's state and tensors hold."""
 
 
 def mean_result(results: Sequence[StepResult]) -> StepResult:
@@ -306,7 +284,7 @@ def run_step(
                 parts.append(encode(turn))
         if work.own:
             joined = torch.cat([part for turn, part in zip(turns, parts, strict=True) if turn.own])
-    exchange = work.exchange(shares)
+    exchange = exchange_of(work, shares)
     leaf = exchange.bring(joined).requires_grad_()
     batch = replace(exchange.batch(leaf, derive_seed(seed, "objective", step, work.first_number)), progress=progress)
     learnt = [p for p in objective.parameters() if p.requires_grad]
@@ -391,3 +369,174 @@ def stops_for_memory(doing: str, budget: Budget) -> Iterator[None]:
             f"memory ran out in {doing} with {budget.micro_batch_tokens} tokens at a time",
             hint="`nearfield train --resume` with the same launcher goes on from the last checkpoint with half as many.",
         ) from error
+
+
+def exchange_of(work: Work, shares: Shares) -> Gathered | Passed:
+    """The way of a batch's embeddings from the ranks that encode them to the loss, and of their gradient back."""
+    if work.ring and len(work.shares) > 1:
+        return Passed(work.pool, shares, work.known_positives, work.guide)
+    return Gathered(work.pool, shares, work.known_positives, work.guide, work.queue)
+
+
+class Gathered:
+    """Every rank gets all embeddings."""
+
+    def __init__(
+        self,
+        pool: TextPool,
+        shares: Shares,
+        known_positives: Sequence[Rows],
+        guide: VectorsOf | None,
+        queue: Queued | None,
+    ) -> None:
+        self.pool, self.shares, self.known_positives = pool, shares, known_positives
+        self.guide, self.queue = guide, queue
+
+    def bring(self, embeddings: Tensor) -> Tensor:
+        """(own, d) embeddings of this rank's chunks -> (n, d), detached, those that its part of the loss sees; one collective."""
+        return gather_embeddings(embeddings, self.shares)
+
+    def batch(self, embeddings: Tensor, draw: int) -> ContrastiveBatch:
+        """The whole batch, and the rows of this rank."""
+        ranks = len(self.shares.rows)
+        rows = split_rows(len(self.pool.queries), ranks, self.shares.rank) if ranks > 1 else None
+        return contrastive_batch(self.pool, embeddings, self.known_positives, rows, draw, self.guide, self.queue)
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """(n, d) gradient of what was brought -> (own, d), summed over ranks; one collective."""
+        return reduce_gradient(gradient, self.shares)
+
+
+class Passed:
+    """Every rank gets the queries of its share with their documents; the rest comes by in a ring."""
+
+    def __init__(
+        self, pool: TextPool, shares: Shares, known_positives: Sequence[Rows], guide: VectorsOf | None
+    ) -> None:
+        self.shares, self.guide = shares, guide
+        ranks = range(len(shares.rows))
+        rows = [split_rows(len(pool.queries), len(ranks), rank) for rank in ranks]
+        parts = [part_of(pool, part) for part in rows]
+        self.pools = [part for part, _ in parts]
+        self.wanted = [wanted for _, wanted in parts]
+        self.known_positives = [[known_positives[int(row)] for row in part] for part in rows]
+        self.weight = (float(len(pool.queries)) if pool.weights is None else float(pool.weights.sum())) or 1.0
+
+    def bring(self, embeddings: Tensor) -> Tensor:
+        """As :meth:`Gathered.bring`; each embedding goes where it is needed."""
+        return send_rows(embeddings, self.shares, self.wanted)
+
+    def batch(self, embeddings: Tensor, draw: int) -> ContrastiveBatch:
+        """This rank's part, and the ring that the others come by on."""
+        rank = self.shares.rank
+
+        def part(other: int) -> ContrastiveBatch:
+            nothing = torch.empty((len(self.wanted[other]), embeddings.shape[1]), device="meta")
+            return contrastive_batch(
+                self.pools[other],
+                nothing,
+                self.known_positives[other],
+                guide=self.guide,
+                device=embeddings.device,
+            )
+
+        ring = Ring(
+            rank,
+            [len(pool.queries) for pool in self.pools],
+            [len(pool.documents) for pool in self.pools],
+            self.weight,
+            part,
+            lambda tensor, rows: rotate(tensor, rows, rank, len(self.pools)),
+        )
+        here = contrastive_batch(self.pools[rank], embeddings, self.known_positives[rank], draw=draw, guide=self.guide)
+        return replace(here, ring=ring)
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """(n, d) gradient of what was brought -> (own, d), summed over ranks; one collective."""
+        return return_rows(gradient, self.shares, self.wanted)
+
+
+def gather_embeddings(embeddings: Tensor, shares: Shares) -> Tensor:
+    """(own, d) embeddings of this rank -> (n, d) of the whole pool in its order, detached. One collective."""
+    slots = torch.from_numpy(shares.slots()).to(embeddings.device)
+    if len(shares.rows) == 1:
+        return embeddings.detach()[slots]
+    padded = embeddings.new_zeros((shares.longest, embeddings.shape[1]))
+    padded[: len(embeddings)] = embeddings.detach()
+    everyone = embeddings.new_empty((len(shares.rows) * shares.longest, embeddings.shape[1]))
+    dist.all_gather_into_tensor(everyone, padded)
+    return everyone[slots]
+
+
+def reduce_gradient(gradient: Tensor, shares: Shares) -> Tensor:
+    """(n, d) gradient that this rank's rows of the loss give to all embeddings -> (own, d) summed over ranks.
+
+    One collective: each rank receives the gradient of the rows that it encodes.
+    """
+    if len(shares.rows) == 1:
+        return gradient[torch.from_numpy(shares.own).to(gradient.device)]
+    slots = torch.from_numpy(shares.slots()).to(gradient.device)
+    laid_out = gradient.new_zeros((len(shares.rows) * shares.longest, gradient.shape[1]))
+    laid_out[slots] = gradient
+    reduced = gradient.new_empty((shares.longest, gradient.shape[1]))
+    dist.reduce_scatter_tensor(reduced, laid_out)
+    return reduced[: len(shares.own)]
+
+
+def send_rows(embeddings: Tensor, shares: Shares, wanted: Sequence[Rows]) -> Tensor:
+    """(own, d) embeddings of this rank -> (n, d), detached, of the pool rows that it wants; *collective*.
+
+    ``wanted`` says for each rank which pool rows it wants, each once; a row goes to every rank that does.
+    """
+    sent, got = _ways(shares, wanted, embeddings.device)
+    received = embeddings.new_empty((sum(map(len, got)), embeddings.shape[1]))
+    dist.all_to_all_single(
+        received, embeddings.detach()[torch.cat(sent)], [len(g) for g in got], [len(s) for s in sent]
+    )
+    result = torch.empty_like(received)
+    result[torch.cat(got)] = received
+    return result
+
+
+def return_rows(gradient: Tensor, shares: Shares, wanted: Sequence[Rows]) -> Tensor:
+    """(n, d) gradient of what :func:`send_rows` gave this rank -> (own, d) summed over ranks; *collective*."""
+    sent, got = _ways(shares, wanted, gradient.device)
+    received = gradient.new_empty((sum(map(len, sent)), gradient.shape[1]))
+    dist.all_to_all_single(received, gradient[torch.cat(got)], [len(s) for s in sent], [len(g) for g in got])
+    return gradient.new_zeros((len(shares.own), gradient.shape[1])).index_add_(0, torch.cat(sent), received)
+
+
+def _ways(shares: Shares, wanted: Sequence[Rows], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """The rows of its own that this rank sends to each rank, and the places of those that come from each."""
+    home, place = np.empty((2, shares.size), dtype=np.int64)
+    for rank, rows in enumerate(shares.rows):
+        home[rows], place[rows] = rank, np.arange(len(rows))
+    here = shares.rank
+    sent = [place[rows[home[rows] == here]] for rows in wanted]
+    got = [np.flatnonzero(home[wanted[here]] == rank) for rank in range(len(wanted))]
+    return [torch.from_numpy(s).to(device) for s in sent], [torch.from_numpy(g).to(device) for g in got]
+
+
+def rotate(tensor: Tensor, rows: int, rank: int, ranks: int) -> Tensor:
+    """A tensor for the next rank -> the one of ``rows`` rows of the rank before; *collective*."""
+    received = tensor.new_empty((rows, *tensor.shape[1:]))
+    ways = [
+        dist.P2POp(dist.isend, tensor.contiguous(), (rank + 1) % ranks),
+        dist.P2POp(dist.irecv, received, (rank - 1) % ranks),
+    ]
+    for request in dist.batch_isend_irecv(ways):
+        request.wait()
+    return received
+
+
+def exchange_control(
+    loss: float, out_of_memory: bool, stop: bool, used: Sequence[bool], *, ranks: int, device: torch.device
+) -> ControlWord:
+    """Sum the words of all ranks. One collective of a few numbers."""
+    if ranks == 1:
+        return ControlWord(loss, out_of_memory, stop, tuple(used))
+    word = torch.tensor([loss, float(out_of_memory), float(stop), *map(float, used)], dtype=torch.float64)
+    word = word.to(device)
+    dist.all_reduce(word)
+    values = word.tolist()
+    return ControlWord(values[0], values[1] > 0, values[2] > 0, tuple(value > 0 for value in values[3:]))

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from nearfield.console import stderr_console
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import atomic_path, read_json, write_json
-from nearfield.training.parts import Part, StepMade
+from nearfield.training.step import Part, StepMade
 
 if TYPE_CHECKING:
     import torch

@@ -2,7 +2,7 @@
 
 :func:`train` opens the process group and a :class:`Trainer`. A step takes a batch of the plan, leaves the gradient of its loss
 in the backend, and updates the weights. Evaluation, changing negatives, tracking and diagnostics are parts
-(:mod:`nearfield.training.parts`) that are called before, after and between steps. A checkpoint holds the state of the model,
+(:class:`nearfield.training.step.Part`) that are called before, after and between steps. A checkpoint holds the state of the model,
 of the optimiser, of the trainer and of its parts.
 """
 
@@ -13,18 +13,19 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from nearfield.arrays import Rows
 from nearfield.batching.plan import Batch, Plan, total_steps
 from nearfield.errors import BadInputError, Notice, OutOfMemoryStopError, StoppedError
-from nearfield.objectives.batch import Objective
+from nearfield.objectives.batch import MemoryQueue, Objective
 from nearfield.objectives.diagnostics import similarities
 from nearfield.training.checkpoint import CheckpointWriter, amend_state, checkpoint_paths, newest_checkpoint, resume
 from nearfield.training.chunks import CUT_RULE, Budget, TrainingData
@@ -32,12 +33,10 @@ from nearfield.training.config import TrainingConfig
 from nearfield.training.diagnostics import ChanceWatch, GradientWatch, ZeroVectors, non_finite_error
 from nearfield.training.engine import Engine, build_engine, pick_device, pick_precision
 from nearfield.training.evaluation import Evaluate, Evaluations, InterruptedEvaluationError
-from nearfield.training.exchange import any_rank, broadcast_notices
 from nearfield.training.forecast import begin_forecast, end_forecast, notices_of_start
-from nearfield.training.launch import Launch, RankDiedError, StopRequest
+from nearfield.training.launch import Launch, RankDiedError, StopRequest, any_rank, broadcast_notices
 from nearfield.training.optimizers import optimizer_of, rate_factor
-from nearfield.training.parts import Part, QueuedPositives, StepMade
-from nearfield.training.step import StepResult, batch_gradient, stops_for_memory
+from nearfield.training.step import Part, StepMade, StepResult, batch_gradient, stops_for_memory
 from nearfield.training.tracking import Trackers, TrainingProgress, used_memory
 
 if TYPE_CHECKING:
@@ -344,7 +343,7 @@ class Trainer:
         # The checkpoint that the run came from, or just wrote, is this state already.
         path = self.writer.path(self.done) if self.done == self.writer.newest else self.save()
         self.writer.wait()
-        any_rank(False, self.device, self.launch.world_size)
+        any_rank(False, self.device)
         return path
 
     def seconds(self) -> float:
@@ -373,6 +372,23 @@ class Trainer:
             stopped_early=self.evaluations.exhausted and self.done < self.steps,
             best=best,
         )
+
+
+class QueuedPositives(Part):
+    """Positives of earlier steps, for objectives that ask for them."""
+
+    def __init__(self, queue: MemoryQueue) -> None:
+        self.queue = queue
+
+    def after_step(self, made: StepMade) -> None:
+        if made.result.batch is not None:
+            self.queue.push(made.result.batch)
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        return self.queue.tensors()
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.queue.load(tensors)
 
 
 def halve_budget(budget: Budget, step: int) -> Budget:

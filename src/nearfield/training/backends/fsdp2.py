@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nearfield.errors import BadInputError, NearfieldError
-from nearfield.training.backends.base import (
+from nearfield.training.backends.replicated import (
     KeptGraphs,
     MakeOptimizer,
     check_fit,
@@ -30,8 +30,7 @@ from nearfield.training.backends.base import (
     square_sum,
     trainable,
 )
-from nearfield.training.exchange import broadcast_tensors
-from nearfield.training.launch import BackendName
+from nearfield.training.launch import BackendName, broadcast_tensors
 
 
 class Fsdp2Backend:

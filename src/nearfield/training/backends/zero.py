@@ -29,9 +29,15 @@ from torch import Tensor, nn
 from nearfield.errors import BadInputError, NearfieldError
 from nearfield.files import read_json
 from nearfield.shipped import shipped_root
-from nearfield.training.backends.base import KeptGraphs, MakeOptimizer, check_fit, saved_buffers, set_rates, trainable
-from nearfield.training.exchange import broadcast_tensors
-from nearfield.training.launch import BackendName
+from nearfield.training.backends.replicated import (
+    KeptGraphs,
+    MakeOptimizer,
+    check_fit,
+    saved_buffers,
+    set_rates,
+    trainable,
+)
+from nearfield.training.launch import BackendName, broadcast_tensors
 
 _STAGES: dict[str, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
 logger = logging.getLogger("nearfield.training")
