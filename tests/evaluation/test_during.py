@@ -12,8 +12,8 @@ import pytest
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import FolderTasks, SuiteConfig, evaluate
-from nearfield.evaluation.during import DuringTraining
 from nearfield.evaluation.encoder import TrainedPrompts
+from nearfield.evaluation.runner import DuringTraining
 
 PROMPTS = {"query": "q: ", "document": "d: ", "STS": "same: "}
 LISTED = {"query": ["q: ", "same: ", ""], "document": ["d: "]}

@@ -15,10 +15,10 @@ from mteb.results import TaskResult
 from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.errors import BadInputError, Notice, from_file, in_file, listening, refuse, say
 from nearfield.evaluation import ModelComparison, compare, evaluate, label_results, runner, scoring
-from nearfield.evaluation.during import DuringTraining
 from nearfield.evaluation.hub import scores_section
 from nearfield.evaluation.leaderboard import leaderboard
 from nearfield.evaluation.results import read_manifest, read_scores
+from nearfield.evaluation.runner import DuringTraining
 from nearfield.evaluation.tasks import SuiteTask
 from tests.cli.command import run
 from tests.evaluation.made import write_result

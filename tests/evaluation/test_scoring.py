@@ -20,8 +20,8 @@ from nearfield.encoders import LoadedEncoder, load_encoder
 from nearfield.errors import BadInputError
 from nearfield.evaluation import EvaluationResult, MtebTasks, SuiteConfig, evaluate, open_model
 from nearfield.evaluation.config import open_suite
-from nearfield.evaluation.during import DuringTraining
 from nearfield.evaluation.folder import folder_task
+from nearfield.evaluation.runner import DuringTraining
 from nearfield.evaluation.scoring import read_columns_whole
 from nearfield.evaluation.tasks import fresh_generators
 from tests.evaluation.conftest import sentences

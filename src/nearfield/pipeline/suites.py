@@ -110,8 +110,8 @@ def evaluation_during_training(job: Job, model: SentenceTransformer, contract: P
     during = job.recipe.training.evaluation
     if during is None:
         return None
-    from nearfield.evaluation.during import DuringTraining
     from nearfield.evaluation.encoder import TrainedPrompts
+    from nearfield.evaluation.runner import DuringTraining
 
     contract.apply(model)
     return DuringTraining(
