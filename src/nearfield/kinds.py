@@ -89,12 +89,12 @@ class Kinds:
         if not self.left_out:
             PARTS[self.part] = self
 
-    def without(self, *names: str) -> Kinds:
-        """The same kinds without some of ours, for settings that cannot hold them."""
-        return replace(self, left_out=self.left_out | set(names))
+    def without(self, *names: str, base: str | None = None) -> Kinds:
+        """The same kinds without some of ours, for settings that cannot hold them; ``base`` is a narrower class that is wanted."""
+        return replace(self, left_out=self.left_out | set(names), base=base or self.base)
 
     def __hash__(self) -> int:
-        return hash((self.part, self.left_out))
+        return hash((self.part, self.base, self.left_out))
 
     def names(self) -> list[str]:
         """Our names, then those that installed packages register."""

@@ -19,16 +19,19 @@ from nearfield.errors import BadInputError
 from nearfield.evaluation.config import SuiteConfig
 from nearfield.kinds import only_our_kinds
 from nearfield.mining.config import (
+    TEACHERS,
+    DenseTeacher,
     MiningConfig,
-    SentenceTransformerTeacher,
     TeacherConfig,
-    VectorsTeacher,
 )
 from nearfield.objectives.config import CombinedConfig, InfoNCEConfig, ObjectiveConfig
 from nearfield.training.config import TrainingConfig, TrainingEvaluationConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-GuideConfig = Annotated[SentenceTransformerTeacher | VectorsTeacher, Field(discriminator="kind")]
+GuideConfig = Annotated[
+    DenseTeacher,
+    TEACHERS.without("bm25", "cross_encoder", "ensemble", base="nearfield.mining.config:DenseTeacher"),
+]
 
 
 class EvaluationConfig(Config):
@@ -273,7 +276,7 @@ def _check_samples(loaded: Loaded[Recipe], sources: Sequence[SourceConfig]) -> N
 def _check_scores(loaded: Loaded[Recipe], sources: Sequence[SourceConfig]) -> None:
     objective = loaded.config.objective
     try:
-        readings = objective.readings({source.name: source.examples.kind for source in sources})
+        readings = objective.readings({source.name: source.examples.form for source in sources})
     except BadInputError as error:
         raise BadInputError(error.what, where=loaded.where(("objective", "parts")), hint=error.hint) from error
     if any(reading.views == 2 for reading in readings.values()) and not loaded.config.training.dropout:
@@ -286,7 +289,7 @@ def _check_scores(loaded: Loaded[Recipe], sources: Sequence[SourceConfig]) -> No
     if mining is None or mining.explicit == "replace" or not loaded.config.objective.needs_teacher_scores:
         return
     for source in sources:
-        if source.examples.kind == "retrieval" and source.examples.negatives is not None:
+        if source.examples.brings_negatives:
             raise BadInputError(
                 f"the miner's teacher has no scores of the data's own negatives, and {source.name!r} has some",
                 where=loaded.where(("mining",)),
@@ -300,13 +303,13 @@ def _chosen_sources(loaded: Loaded[Recipe], data: DataConfig) -> tuple[SourceCon
     words = " and ".join(kinds)
     by_name = {source.name: source for source in data.sources}
     if recipe.sources is None:
-        sources = tuple(source for source in data.sources if source.examples.kind in kinds)
+        sources = tuple(source for source in data.sources if source.examples.form in kinds)
         if not sources:
             raise BadInputError(
                 f"the objective {recipe.objective.kind!r} learns from {words} examples, and no source has any",
                 where=loaded.where(("objective",)),
                 hint=f"Sources of {recipe.data}: "
-                + ", ".join(f"{s.name} ({s.examples.kind})" for s in data.sources)
+                + ", ".join(f"{s.name} ({s.examples.form})" for s in data.sources)
                 + ".",
             )
         return sources
@@ -314,9 +317,9 @@ def _chosen_sources(loaded: Loaded[Recipe], data: DataConfig) -> tuple[SourceCon
         where = loaded.where(("sources", position))
         if name not in by_name:
             raise BadInputError(f"there is no source {name!r}", where=where, hint=f"Sources: {', '.join(by_name)}.")
-        if by_name[name].examples.kind not in kinds:
+        if by_name[name].examples.form not in kinds:
             raise BadInputError(
-                f"the source {name!r} has {by_name[name].examples.kind} examples; the objective {recipe.objective.kind!r} learns from {words} examples",
+                f"the source {name!r} has {by_name[name].examples.form} examples; the objective {recipe.objective.kind!r} learns from {words} examples",
                 where=where,
             )
     if len(set(recipe.sources)) < len(recipe.sources):

@@ -14,8 +14,8 @@ from nearfield.batching import ShuffledConfig, SingleSourceConfig
 from nearfield.batching.config import (
     ProportionalSampling,
     RoundRobinSampling,
-    SamplingConfig,
     SharesSampling,
+    SourceSampling,
     TemperatureSampling,
 )
 from nearfield.batching.planner import EpochBatches, order_batches, targets
@@ -79,7 +79,7 @@ def sources_of(epoch: EpochBatches) -> list[int]:
     return [int(source) for source in epoch.rows.source[epoch.offsets[:-1]]]
 
 
-SAMPLINGS: list[SamplingConfig] = [
+SAMPLINGS: list[SourceSampling] = [
     TemperatureSampling(alpha=0.5),
     RoundRobinSampling(),
     SharesSampling(shares={"source0": 1, "source1": 3}),
@@ -89,7 +89,7 @@ SAMPLINGS: list[SamplingConfig] = [
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: f"{s.kind}-{s.exhausted}")
-def test_batches_come_as_asked_and_the_rest_is_counted(sampling: SamplingConfig) -> None:
+def test_batches_come_as_asked_and_the_rest_is_counted(sampling: SourceSampling) -> None:
     sources = [make_apart(0, 162), make_apart(1, 18)]
     epoch = SingleSourceConfig(batch_size=2, sampling=sampling).build().plan(sources, 0, 0)
     assert Counter(sources_of(epoch)) == Counter(dict(enumerate(targets(sampling, ["source0", "source1"], [81, 9]))))
@@ -147,3 +147,25 @@ def test_runs_of_one_source_make_a_batch() -> None:
     assert other.rows.example.tolist() != epoch.rows.example.tolist(), "anew each epoch"
     with pytest.raises(ValidationError, match="no multiple of run 5"):
         ShuffledConfig(batch_size=16, run=5)
+
+
+class LastTwice(SourceSampling):
+    """A sampling of another package: the last source counts twice."""
+
+    last: str
+
+    @property
+    def exponent(self) -> float | None:
+        return 0.0
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {"source0": 1.0, "source1": 1.0, self.last: 2.0}
+
+
+def test_a_sampling_of_another_package() -> None:
+    sources = [make_apart(number, 60) for number in range(3)]
+    config = SingleSourceConfig.model_validate({"batch_size": 4, "sampling": LastTwice(last="source2")})
+    epoch = config.build().plan(sources, 0, 0)
+    # Of 15 batches each: the last source's are all there, and half as many of the others.
+    assert np.bincount(epoch.rows.source[epoch.offsets[:-1]]).tolist() == [7, 7, 15]

@@ -1,4 +1,4 @@
-"""IVF and HNSW: what they find is scored and ordered as the exact search does; the recall is the true one."""
+"""IVF, HNSW and searches from outside: what they find is scored and ordered as the exact search does; the recall is the true one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from nearfield.arrays import Ragged
 from nearfield.errors import BadInputError
 from nearfield.mining.approximate import approximate_search, measure_recall
-from nearfield.mining.config import HNSWSearch, IVFSearch
-from nearfield.mining.search import Neighbours, search
+from nearfield.mining.config import ApproximateSearch, HNSWSearch, IVFSearch, MiningConfig
+from nearfield.mining.search import ArrayDocuments, Neighbours, search
+from nearfield.mining.teachers import DenseScorer, Searching
 from tests.mining import reference
 
 
@@ -47,6 +48,36 @@ def test_the_recall_is_that_of_the_sample(config: Any, caplog: pytest.LogCapture
     np.testing.assert_array_equal(found.scores[owner, place], scores)
     again, _ = approximate_search(queries, documents, 10, config)
     np.testing.assert_array_equal(again.rows, found.rows)
+
+
+class FirstHalf(ApproximateSearch):
+    """A search of another package: the first half of the documents is compared, the others are never found."""
+
+    def build(self, documents: Any, seed: int) -> Any:
+        return Half(documents[: len(documents) // 2])
+
+
+class Half:
+    def __init__(self, documents: Any) -> None:
+        self.documents = documents
+
+    def search(self, queries: Any, k: int) -> tuple[Any, Any]:
+        order = np.argsort(-(queries @ self.documents.T), axis=1)[:, :k]
+        return None, np.pad(order, ((0, 0), (0, k - order.shape[1])), constant_values=-1)
+
+
+def test_a_search_of_another_package() -> None:
+    """It finds documents of its own; their scores, their order and the recall are ours."""
+    queries, documents = vectors(6, 30), vectors(7, 200)
+    settings = MiningConfig.model_validate({"search": FirstHalf(sample=30)})
+    assert settings.search.kind == f"{__name__}:FirstHalf" and not settings.search.exact
+    scorer = DenseScorer(queries, ArrayDocuments(documents), Searching(settings.search))
+    nearest = scorer.search(10, Ragged.empty(30))
+    expected = search(queries, documents[:100], 10)
+    np.testing.assert_array_equal(nearest.rows, expected.rows)
+    np.testing.assert_array_equal(nearest.scores, expected.scores)
+    true = search(queries, documents, 10)
+    assert scorer.recall is not None and scorer.recall.value == pytest.approx((true.rows < 100).mean())
 
 
 def test_recall_counts_only_what_there_is() -> None:

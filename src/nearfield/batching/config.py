@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 Share = Annotated[float, Field(gt=0)]
 
 
-class SourceSampling(Config):
-    """How often each source comes in an epoch."""
+class SourceSampling(KindSettings):
+    """The base of every sampling's settings: how often each source comes in an epoch."""
 
     turns: ClassVar[bool] = False
     """Whether sources take turns."""
@@ -96,9 +96,17 @@ class SharesSampling(UnequalSampling):
         return self.shares
 
 
-SamplingConfig = Annotated[
-    ProportionalSampling | TemperatureSampling | RoundRobinSampling | SharesSampling, Field(discriminator="kind")
-]
+_HERE = "nearfield.batching.config"
+SAMPLINGS = Kinds(
+    "samplings",
+    f"{_HERE}:SourceSampling",
+    {
+        "proportional": (f"{_HERE}:ProportionalSampling", "all batches of all sources"),
+        "temperature": (f"{_HERE}:TemperatureSampling", "in proportion to a power of a source's size"),
+        "round_robin": (f"{_HERE}:RoundRobinSampling", "sources take turns"),
+        "shares": (f"{_HERE}:SharesSampling", "in proportion to given weights"),
+    },
+)
 
 
 class PlannerSettings(KindSettings):
@@ -131,7 +139,7 @@ class PlannerSettings(KindSettings):
     """Whether two labelled examples of one label may be in a batch."""
     drop_last: bool = True
     """Leave out batches that stay smaller than ``batch_size``; the summary counts what is left out."""
-    sampling: SamplingConfig = ProportionalSampling()
+    sampling: Annotated[SourceSampling, SAMPLINGS] = ProportionalSampling()
     """How often each source comes."""
     pools: dict[str, tuple[str, ...]] = {}
     """Sources to be treated as one, under a name for them."""
@@ -276,7 +284,6 @@ class CommunitiesConfig(SeparatedConfig):
         return CommunityPlanner(self)
 
 
-_HERE = "nearfield.batching.config"
 PLANNERS = Kinds(
     "planners",
     f"{_HERE}:PlannerSettings",

@@ -82,7 +82,7 @@ def _own_data(folder: Path, data: Path, name: str | None, force: bool) -> None:
 
 def print_inferred(inferred: InferredSource) -> None:
     """Print the roles that the columns were given, and the first examples."""
-    kind = inferred.source.examples.kind
+    kind = inferred.source.examples.form
     tell(f"{inferred.path.name}: {inferred.rows:,} rows, read as {kind} examples in {inferred.groups:,} groups", "bold")
     for role, column in inferred.columns.items():
         tell(f"  {role}: {column if isinstance(column, str) else ', '.join(column)}")

@@ -207,7 +207,7 @@ def _build(
             raise BadInputError(error.what, where=str(report), hint=hint) from error
         resolved = resolve(config, collected, raw, aside / "examples.arrow")
         raw.unlink()
-        sources = tuple(SourceInfo(s.name, s.examples.kind, s.task_type, s.prompts) for s in config.sources)
+        sources = tuple(SourceInfo(s.name, s.examples.form, s.task_type, s.prompts) for s in config.sources)
         store = Store(aside, config.name, mark, sources)
         conflicts = _conflicts(resolved, store)
         steps: tuple[StepSummary, ...] = ()
@@ -261,7 +261,7 @@ def _summarise(
         summaries.append(
             SourceSummary(
                 name=source.name,
-                kind=source.examples.kind,
+                kind=source.examples.form,
                 task_type=source.task_type,
                 rows=collected.rows[number],
                 examples=mine.num_rows,

@@ -11,13 +11,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from nearfield.config import Config, ConfigPath
+from nearfield.config import Config, ConfigPath, KindSettings
 from nearfield.data.cleaning import STEPS, StepBase
 from nearfield.data.readers import Column, ReaderConfig
+from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
     from nearfield.data.items import RowValues
@@ -108,8 +109,22 @@ class ImagesConfig(Config):
         return tuple(dict.fromkeys(needed))
 
 
-class ExamplesBase(Config):
+class ExamplesBase(KindSettings):
     """The base of the settings of examples."""
+
+    form: ClassVar[Literal["retrieval", "graded", "labelled", "text"]]
+    """The form of the examples: a query with positives, two items with a score, an item with a label, or a text alone."""
+
+    @model_validator(mode="after")
+    def _has_a_form(self) -> Self:
+        if getattr(self, "form", None) not in ("retrieval", "graded", "labelled", "text"):
+            raise ValueError("a kind of examples must say its 'form': retrieval, graded, labelled or text")
+        return self
+
+    @property
+    def brings_negatives(self) -> bool:
+        """Whether examples may come with negatives of their own."""
+        return False
 
     def columns(self) -> tuple[str, ...]:
         """The columns that are read, in a fixed order."""
@@ -123,6 +138,7 @@ class ExamplesBase(Config):
 class RetrievalExamples(ExamplesBase):
     """A query with any number of positives and negatives. A column holds a string or a list of strings."""
 
+    form = "retrieval"
     kind: Literal["retrieval"] = "retrieval"
     query: Column
     """The column of the query."""
@@ -130,6 +146,10 @@ class RetrievalExamples(ExamplesBase):
     """One or several columns of texts that answer the query."""
     negatives: Columns | None = None
     """One or several columns of texts that do not; null for none."""
+
+    @property
+    def brings_negatives(self) -> bool:
+        return self.negatives is not None
 
     def columns(self) -> tuple[str, ...]:
         return (self.query, *_as_tuple(self.positives), *_as_tuple(self.negatives))
@@ -145,6 +165,7 @@ class RetrievalExamples(ExamplesBase):
 class GradedExamples(ExamplesBase):
     """Two items and a score. With ``scale: [lowest, highest]`` the score is stored as a share from 0 to 1."""
 
+    form = "graded"
     kind: Literal["graded"] = "graded"
     first: Column
     """The column of one item."""
@@ -173,6 +194,7 @@ class GradedExamples(ExamplesBase):
 class LabelledExamples(ExamplesBase):
     """An item and its label."""
 
+    form = "labelled"
     kind: Literal["labelled"] = "labelled"
     item: Column
     """The column of the item."""
@@ -189,6 +211,7 @@ class LabelledExamples(ExamplesBase):
 class TextExamples(ExamplesBase):
     """A text alone, for objectives that need nothing else (``simcse``, ``masked_tokens``)."""
 
+    form = "text"
     kind: Literal["text"] = "text"
     text: Column
     """The column of the text."""
@@ -200,9 +223,17 @@ class TextExamples(ExamplesBase):
         return {"query": row.item(self.text)}
 
 
-ExamplesConfig = Annotated[
-    RetrievalExamples | GradedExamples | LabelledExamples | TextExamples, Field(discriminator="kind")
-]
+_HERE = "nearfield.data.config"
+EXAMPLES = Kinds(
+    "examples",
+    f"{_HERE}:ExamplesBase",
+    {
+        "retrieval": (f"{_HERE}:RetrievalExamples", "a query with positives and negatives"),
+        "graded": (f"{_HERE}:GradedExamples", "two items and a score"),
+        "labelled": (f"{_HERE}:LabelledExamples", "an item and its label"),
+        "text": (f"{_HERE}:TextExamples", "a text alone"),
+    },
+)
 
 
 def _as_tuple(columns: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -220,7 +251,7 @@ class DuplicateGroups(Config):
     """Whether sharing a negative binds, too. Turn it off where all rows draw from a few common negatives."""
 
 
-class SplitBase(Config):
+class SplitBase(KindSettings):
     """The base of the settings of splits."""
 
     @property
@@ -298,7 +329,15 @@ class WholeSplit(SplitBase):
         return self.name
 
 
-SplitConfig = Annotated[HashSplit | ColumnSplit | WholeSplit, Field(discriminator="kind")]
+SPLITS = Kinds(
+    "splits",
+    f"{_HERE}:SplitBase",
+    {
+        "hash": (f"{_HERE}:HashSplit", "by the hash of a group"),
+        "column": (f"{_HERE}:ColumnSplit", "a column names it"),
+        "all": (f"{_HERE}:WholeSplit", "all examples in one"),
+    },
+)
 
 
 def hash_split(key: str, fractions: Mapping[str, float], seed: int) -> str:
@@ -503,7 +542,7 @@ class SourceConfig(Config):
     """Strings before the texts of this source."""
     reader: ReaderConfig
     """The files, and how they are read."""
-    examples: ExamplesConfig
+    examples: Annotated[ExamplesBase, EXAMPLES]
     """The meaning of the columns."""
     group: Column | DuplicateGroups | None = None
     """Examples of a group stay on one side of a split. Without it, the query is the group."""
@@ -511,7 +550,7 @@ class SourceConfig(Config):
     """The unit that statistics resample. Without it, the group."""
     weight: Column | None = None
     """The weight of an example in the loss: a finite number of at least 0. Without it, each counts 1."""
-    split: SplitConfig
+    split: Annotated[SplitBase, SPLITS]
     """The examples that are trained on, and those that are held out."""
     images: ImagesConfig | None = None
     """The place of the images, and how they are checked and kept. Readers of images have these settings without stating them."""

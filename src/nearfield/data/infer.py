@@ -22,7 +22,7 @@ from nearfield.config import dump_yaml
 from nearfield.data.build import components
 from nearfield.data.config import (
     DuplicateGroups,
-    ExamplesConfig,
+    ExamplesBase,
     GradedExamples,
     HashSplit,
     LabelledExamples,
@@ -191,7 +191,7 @@ def _named(columns: Sequence[ColumnSummary], role: str) -> list[str]:
     return [c.name for c in sorted((c for c in columns if key(c) in known), key=lambda c: known.index(key(c)))]
 
 
-def _decide(columns: list[ColumnSummary], path: Path) -> tuple[ExamplesConfig, TaskType]:
+def _decide(columns: list[ColumnSummary], path: Path) -> tuple[ExamplesBase, TaskType]:
     texts = [c for c in columns if c.texts and not c.numbers]
     numbers = [c for c in columns if c.numbers]
     negatives = _named(texts, "negative")
@@ -455,7 +455,7 @@ def training_recipe(inferred: InferredSource) -> dict[str, object]:
         "seed": 0,
         "data": f"../../data_recipes/{inferred.source.name}.yaml",
         "encoder": {"model": "sentence-transformers/all-MiniLM-L6-v2"},
-        "objective": OBJECTIVES[inferred.source.examples.kind],
+        "objective": OBJECTIVES[inferred.source.examples.form],
         "batches": batches,
         "training": {"epochs": 1, "max_length": 128, "learning_rate": 2.0e-5},
         "evaluation": {"suite": f"../../eval/suites/{inferred.source.name}.yaml"},

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from nearfield.mining.search import DEFAULT_MEMORY, ArrayDocuments, Neighbours, 
 from nearfield.provenance import derive_seed, generator
 
 if TYPE_CHECKING:
-    from nearfield.mining.config import HNSWSearch, IVFSearch
+    from nearfield.mining.config import ApproximateSearch
 
 
 Labels = npt.NDArray[np.int32]
@@ -217,6 +217,14 @@ _QUERIES = 4_096
 _TRAIN_A_LIST = 64
 
 
+class VectorIndex(Protocol):
+    """Documents that are ready to be searched."""
+
+    def search(self, queries: Vectors, k: int) -> tuple[Any, Rows]:
+        """Scores, which nothing here reads, and rows [n, k] of the best documents of queries [n, d] that are found; -1 for none."""
+        ...
+
+
 @dataclass(frozen=True)
 class Recall:
     """Of the true best documents of a sample of queries, the share that an approximate search found."""
@@ -230,7 +238,7 @@ def approximate_search(
     queries: Vectors,
     documents: Vectors,
     depth: int,
-    config: IVFSearch | HNSWSearch,
+    config: ApproximateSearch,
     *,
     excluded: Ragged | None = None,
     seed: int = 0,
@@ -246,14 +254,14 @@ def approximate_search(
     check_vectors(documents, "the documents")
     if queries.shape[1] != documents.shape[1]:
         raise BadInputError(f"the documents have {documents.shape[1]} dimensions and the queries {queries.shape[1]}")
-    index = _build(documents, config, seed)
+    index = config.build(np.ascontiguousarray(documents), seed)
     rows = np.full((len(queries), depth), -1, dtype=np.int64)
     scores = np.full((len(queries), depth), -np.inf, dtype=np.float32)
     source = ArrayDocuments(documents)
     for start in range(0, len(queries), _QUERIES):
         stop = min(start + _QUERIES, len(queries))
         hidden = None if excluded is None else excluded.slice(start, stop)
-        # FAISS knows no list of exclusions a query: as many more are asked for as are hidden from any of these.
+        # Indexes know no list of exclusions a query: as many more are asked for as are hidden from any of these.
         more = 0 if hidden is None else int(hidden.lengths.max(initial=0))
         _, nearest_rows = index.search(np.ascontiguousarray(queries[start:stop]), min(depth + more, len(documents)))
         nearest_rows = np.where(_listed(nearest_rows, hidden), -1, nearest_rows)
@@ -290,29 +298,37 @@ def measure_recall(
     return Recall(recall(found.rows[chosen], true.rows), len(chosen), depth)
 
 
-def _build(documents: Vectors, config: IVFSearch | HNSWSearch, seed: int) -> Any:
+def inverted_lists(documents: Vectors, lists: int | None, probes: int, seed: int) -> VectorIndex:
+    """FAISS inverted lists: of documents by their nearest centre; ``probes`` lists are looked at for a query."""
     import faiss
 
     dimension = documents.shape[1]
-    documents = np.ascontiguousarray(documents)
-    if config.kind == "hnsw":
-        index: Any = faiss.IndexHNSWFlat(dimension, config.links, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = config.build_width
-        index.hnsw.efSearch = config.width
-    else:
-        lists = config.lists or max(1, round(4 * np.sqrt(len(documents))))
-        lists = min(lists, max(1, len(documents)))
-        quantizer = faiss.IndexFlatIP(dimension)
-        index = faiss.IndexIVFFlat(quantizer, dimension, lists, faiss.METRIC_INNER_PRODUCT)
-        index.cp.seed = derive_seed(seed, "mine", "ivf") % (1 << 31)
-        index.cp.min_points_per_centroid = 1
-        index.cp.max_points_per_centroid = _TRAIN_A_LIST
-        index.nprobe = min(config.probes, lists)
-        if len(documents):
-            index.train(documents)
+    lists = min(lists or max(1, round(4 * np.sqrt(len(documents)))), max(1, len(documents)))
+    index: Any = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimension), dimension, lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = derive_seed(seed, "mine", "ivf") % (1 << 31)
+    index.cp.min_points_per_centroid = 1
+    index.cp.max_points_per_centroid = _TRAIN_A_LIST
+    index.nprobe = min(probes, lists)
+    if len(documents):
+        index.train(documents)
+    return _filled(index, documents)
+
+
+def small_world(documents: Vectors, links: int, build_width: int, width: int) -> VectorIndex:
+    """A graph in which FAISS links each document to others near it and finds the best of a query by walking along them."""
+    import faiss
+
+    index: Any = faiss.IndexHNSWFlat(documents.shape[1], links, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = build_width
+    index.hnsw.efSearch = width
+    return _filled(index, documents)
+
+
+def _filled(index: Any, documents: Vectors) -> VectorIndex:
     if len(documents):
         index.add(documents)
-    return index
+    filled: VectorIndex = index
+    return filled
 
 
 def _listed(rows: Rows, hidden: Ragged | None) -> Mask:

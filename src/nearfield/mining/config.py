@@ -17,9 +17,11 @@ from nearfield.files import hash_file
 from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
+    from nearfield.arrays import Vectors
     from nearfield.data.store import Store
     from nearfield.data.vectors import EncodeItems
     from nearfield.encoders.config import EncoderConfig
+    from nearfield.mining.approximate import VectorIndex
     from nearfield.mining.rules import Rule
     from nearfield.mining.teachers import PairScorer, Scorer, TeacherPool
 
@@ -315,13 +317,33 @@ class EnsembleTeacher(TeacherSettings):
 # Search
 
 
-class ExactSearch(Config):
+class SearchSettings(KindSettings):
+    """The base of every search's settings."""
+
+    exact: ClassVar[bool] = False
+    """Whether all documents are compared, so that the queries can be searched for in parts, on any machine."""
+
+
+class ExactSearch(SearchSettings):
     """All documents are compared: the true best."""
+
+    exact: ClassVar[bool] = True
 
     kind: Literal["exact"] = "exact"
 
 
-class IVFSearch(Config):
+class ApproximateSearch(SearchSettings):
+    """The base of the searches that do not compare all documents; how much of the true best they find is measured."""
+
+    sample: Positive = 1_000
+    """Queries that the recall is measured on."""
+
+    @abstractmethod
+    def build(self, documents: Vectors, seed: int) -> VectorIndex:
+        """An index of documents [m, d] for inner products; the documents that it finds are scored exactly afterwards."""
+
+
+class IVFSearch(ApproximateSearch):
     """FAISS inverted lists: only the lists nearest to the query are compared."""
 
     kind: Literal["ivf"] = "ivf"
@@ -329,11 +351,15 @@ class IVFSearch(Config):
     """Null takes 4 times the square root of the number of documents."""
     probes: Positive = 32
     """Lists looked at for a query."""
-    sample: Positive = 1_000
-    """Queries that the recall is measured on."""
+
+    def build(self, documents: Vectors, seed: int) -> VectorIndex:
+        """The lists, whose centres are found from ``seed``."""
+        from nearfield.mining.approximate import inverted_lists
+
+        return inverted_lists(documents, self.lists, self.probes, seed)
 
 
-class HNSWSearch(Config):
+class HNSWSearch(ApproximateSearch):
     """FAISS navigable small-world graph."""
 
     kind: Literal["hnsw"] = "hnsw"
@@ -343,11 +369,23 @@ class HNSWSearch(Config):
     """Candidates held while a document is linked; more make a better graph and take longer to build."""
     width: Positive = 256
     """Candidates held while a query is searched; more finds more."""
-    sample: Positive = 1_000
-    """Queries that the recall is measured on."""
+
+    def build(self, documents: Vectors, seed: int) -> VectorIndex:
+        """The graph."""
+        from nearfield.mining.approximate import small_world
+
+        return small_world(documents, self.links, self.build_width, self.width)
 
 
-SearchConfig = Annotated[ExactSearch | IVFSearch | HNSWSearch, Field(discriminator="kind")]
+SEARCHES = Kinds(
+    "searches",
+    f"{_HERE}:SearchSettings",
+    {
+        "exact": (f"{_HERE}:ExactSearch", "all documents are compared"),
+        "ivf": (f"{_HERE}:IVFSearch", "lists of near documents, the nearest of which are compared (FAISS)"),
+        "hnsw": (f"{_HERE}:HNSWSearch", "a graph of neighbours that is walked (FAISS)"),
+    },
+)
 
 # Rules
 
@@ -599,7 +637,7 @@ class MiningConfig(Config):
     """Where negatives come from: the documents of the example's own source, or of all sources that are trained on."""
     explicit: Literal["keep", "replace"] = "keep"
     """Whether negatives that the data brings stay beside the mined ones."""
-    search: SearchConfig = ExactSearch()
+    search: Annotated[SearchSettings, SEARCHES] = ExactSearch()
     """How the corpus is searched: all documents, or approximately, where an exact search takes too long."""
     memory_mib: Annotated[int, Field(ge=16)] = 1_024
     """Memory that an exact search may hold beside the vectors."""

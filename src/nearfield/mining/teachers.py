@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -22,7 +22,13 @@ Encode = Callable[[Sequence[str], str], Any]
 """(texts, role) -> vectors [n, d]."""
 
 if TYPE_CHECKING:
-    from nearfield.mining.config import BM25Teacher, CrossEncoderTeacher, DenseTeacher, SearchConfig
+    from nearfield.mining.config import (
+        ApproximateSearch,
+        BM25Teacher,
+        CrossEncoderTeacher,
+        DenseTeacher,
+        SearchSettings,
+    )
 
 _RANK_OFFSET = 60
 
@@ -31,7 +37,7 @@ _RANK_OFFSET = 60
 class Searching:
     """How vectors are searched."""
 
-    method: SearchConfig | None = None
+    method: SearchSettings | None = None
     """None compares all documents."""
     memory: int = DEFAULT_MEMORY
     """Bytes beside the vectors."""
@@ -99,7 +105,7 @@ class DenseScorer(PairScorer):
     def search(self, depth: int, excluded: Ragged) -> Neighbours:
         """By the method of the settings."""
         how = self.searching
-        if how.method is None or how.method.kind == "exact":
+        if how.method is None or how.method.exact:
             device = how.device or "cpu"
             if how.spread:
                 from nearfield.mining.ray_engine import spread_search
@@ -111,8 +117,9 @@ class DenseScorer(PairScorer):
         if not isinstance(self.documents, ArrayDocuments):
             raise BadInputError(f"the search {how.method.kind} needs the documents' vectors as one array")
         vectors = self.documents.vectors
+        method = cast("ApproximateSearch", how.method)
         nearest, self.recall = approximate_search(
-            self.queries, vectors, depth, how.method, excluded=excluded, seed=how.seed, memory=how.memory
+            self.queries, vectors, depth, method, excluded=excluded, seed=how.seed, memory=how.memory
         )
         return nearest
 

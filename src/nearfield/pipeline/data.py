@@ -251,7 +251,7 @@ class TokensStage(Stage):
                 wanted.setdefault(prompt, []).append(part["query"].to_numpy())
             for column, prompt in itertools.product(("positives", "negatives"), prompts.document):
                 wanted.setdefault(prompt, []).append(part[column].combine_chunks().flatten().to_numpy())
-            if source.examples.kind == "labelled":
+            if source.examples.form == "labelled":
                 # The planner takes other items of a label as its positives.
                 for prompt in prompts.document:
                     wanted[prompt].append(part["query"].to_numpy())
@@ -301,7 +301,7 @@ def score_notices(stage: DataStage) -> Iterator[Notice]:
     """Scores of graded pairs that the objective cannot give, or that are all the same; labels that are."""
     store, recipe = stage.open(), stage.recipe
     for source in stage.job.run.checked.sources:
-        if source.examples.kind == "labelled":
+        if source.examples.form == "labelled":
             labels = store.examples.take(store.select(source.name, recipe.split))["label"].drop_null()
             if len(labels) and len(labels.unique()) == 1:
                 yield Notice(
@@ -309,7 +309,7 @@ def score_notices(stage: DataStage) -> Iterator[Notice]:
                     f"{source.name}: all {len(labels):,} items have the label {labels[0].as_py()!r}: there are none to tell apart",
                     "Check the column of labels in the data recipe.",
                 )
-        if source.examples.kind != "graded":
+        if source.examples.form != "graded":
             continue
         scores = store.examples.take(store.select(source.name, recipe.split))["score"].drop_null().to_numpy()
         if not len(scores):
@@ -317,7 +317,7 @@ def score_notices(stage: DataStage) -> Iterator[Notice]:
         low, high = float(scores.min()), float(scores.max())
         if low == high:
             yield Notice("scores-all-equal", f"{source.name}: all {len(scores):,} pairs have the score {low:g}")
-        for objective in recipe.objective.of_source(source.name, source.examples.kind):
+        for objective in recipe.objective.of_source(source.name, source.examples.form):
             bounds = objective.score_bounds
             if bounds is not None and not (bounds[0] <= low and high <= bounds[1]):
                 outside = int(((scores < bounds[0]) | (scores > bounds[1])).sum())

@@ -226,7 +226,7 @@ class MineStage(Stage):
     def _found(self, number: int, store: Store, pool: Pool) -> Neighbours | None:
         """The neighbours that all ranks find for a pool, where the search can be divided: exact search of vectors."""
         divide = self.divider(number)
-        if divide is None or self.mining.search.kind != "exact":
+        if divide is None or not self.mining.search.exact:
             return None
         if mining_teacher(self.recipe) not in self.vectors.teachers:
             return None
@@ -278,7 +278,13 @@ class MineStage(Stage):
         from nearfield.mining.teachers import Searching, TeacherPool
 
         mining = self.mining
-        searching = Searching(mining.search, mining.memory_mib << 20, self.job.launch.device, self.recipe.seed)
+        searching = Searching(
+            mining.search,
+            mining.memory_mib << 20,
+            self.job.launch.device,
+            self.recipe.seed,
+            spread=self.job.engine == "ray",
+        )
         before = TeacherPool(
             (len(pool.queries), len(pool.documents)),
             lambda role, rows: store.texts(pool.items(role, rows)),
@@ -297,7 +303,7 @@ class MineStage(Stage):
         table = vectors.table("document")
         rows = table.positions(pool.documents)
         is_range = bool(len(rows)) and rows[-1] - rows[0] + 1 == len(rows)
-        if is_range or self.mining.search.kind != "exact":
+        if is_range or not self.mining.search.exact:
             documents: Documents = ArrayDocuments(table.take(rows))
         else:
             table.check(rows, rows + 1)

@@ -343,7 +343,7 @@ def negative_notices(stage: PlanStage, plans: list[Plan]) -> Iterator[Notice]:
     for one in stage.job.run.checked.sources:
         mine = counts[source == numbers[one.name]] if one.name in numbers else counts[:0]
         few = int((mine < batches.negatives).sum())
-        if one.examples.kind == "retrieval" and few:
+        if one.examples.form == "retrieval" and few:
             has = "none has any" if not mine.any() else f"{few:,} have fewer"
             yield Notice(
                 "negatives-missing",

@@ -299,7 +299,7 @@ class TrainStage(Stage):
 
     def _kinds(self) -> dict[str, str]:
         """Source -> the kind of its examples, of the sources that are trained on."""
-        return {source.name: source.examples.kind for source in self.job.run.checked.sources}
+        return {source.name: source.examples.form for source in self.job.run.checked.sources}
 
     def objective(self, model: SentenceTransformer) -> Objective:
         """The objective of the recipe, which may name sources, for this encoder."""
