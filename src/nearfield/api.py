@@ -36,7 +36,7 @@ def build_data(
     data: DataConfig | str | Path, cache: str | Path = "runs/.cache", overrides: Sequence[str] = ()
 ) -> Store:
     """The store of a data recipe, built if it is missing."""
-    from nearfield.data import prepare_store
+    from nearfield.data.build import prepare_store
     from nearfield.encoders.encode import text_encoder
 
     return prepare_store(data, Path(cache), overrides, encoders=text_encoder)

@@ -9,17 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nearfield.batching.streams import PromptDraw, draw_numbers
 from nearfield.data import Store, build_data
 from nearfield.data.config import InContextConfig
-from nearfield.data.in_context import (
-    ExampleSet,
-    PromptDraw,
-    check_room,
-    draw_example_sets,
-    draw_numbers,
-    fill,
-    forbidden_queries,
-)
+from nearfield.data.in_context import ExampleSet, check_room, draw_example_sets, fill, forbidden_queries
 from nearfield.errors import BadInputError
 from tests.data.making import LABELLED, build_rows, config, source, write_rows
 

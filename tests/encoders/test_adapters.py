@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from nearfield.config import load_config
 from nearfield.encoders import EncoderConfig, LoRAConfig, load_encoder
-from nearfield.encoders.adapters import has_adapter, lora_targets, merge_adapter, relink
+from nearfield.encoders.adapters import lora_targets, merge_adapter, relink
 from nearfield.encoders.load import build_encoder, build_tokenizer, save_encoder
+from nearfield.encoders.private import has_adapter
 from nearfield.encoders.source import folder_revision
 from nearfield.errors import BadInputError
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from nearfield.arrays import Floats, Mask, Ragged, Rows, beside, concatenate, occurrences, ranges, starts
 from nearfield.errors import BadInputError
+from nearfield.provenance import generator
 
 if TYPE_CHECKING:
     from nearfield.batching.config import PlannerSettings
@@ -322,3 +323,48 @@ def margin_weights(lists: Ragged, margins: Floats, bins: int) -> Floats:
     _, which, counts = np.unique(owners * (bins + 1) + number, return_inverse=True, return_counts=True)
     weights: Floats = 1.0 / counts[which]
     return weights
+
+
+def draw_numbers(count: int, examples: Rows, seed: int, *names: str | int) -> Rows:
+    """A number from 0 to ``count`` - 1 for each example: of the seed, the names and the example's row alone."""
+    if count == 1 or not len(examples):
+        return np.zeros(len(examples), dtype=np.int64)
+    # One number for each row up to the last, so that the order and choice of the examples do not matter.
+    return generator(seed, *names).integers(0, count, int(examples.max()) + 1)[examples]
+
+
+@dataclass(frozen=True)
+class PromptDraw:
+    """The prompt numbers that the rows of a source may have, and how one is drawn for a row."""
+
+    source: str
+    query: Sequence[Sequence[int]]
+    """[phrasings][1 + sets]: the number of each phrasing without examples, then with each set before it."""
+    document: Sequence[int]
+    """The number of each phrasing."""
+    forbidden: Sequence[Rows] = ()
+    """For each set the query items that must not get it."""
+    none: float = 0.0
+    """Share of the rows without examples."""
+
+    def draw(self, examples: Rows, queries: Rows, seed: int, epoch: int) -> tuple[Rows, Rows]:
+        """The (query, document) prompt numbers of rows, each [n]: a function of these arguments, row by row."""
+        names = ("prompts", self.source, epoch)
+        phrasing = draw_numbers(len(self.query), examples, seed, *names, "query")
+        chosen = np.zeros(len(examples), dtype=np.int64)
+        if self.forbidden and len(examples):
+            chosen = self._sets(examples, queries, seed, *names)
+        query = np.asarray(self.query, dtype=np.int64)[phrasing, chosen]
+        document = np.asarray(self.document, dtype=np.int64)
+        return query, document[draw_numbers(len(self.document), examples, seed, *names, "document")]
+
+    def _sets(self, examples: Rows, queries: Rows, seed: int, *names: str | int) -> Rows:
+        """0 for no examples, otherwise 1 + the set: drawn evenly from those that are allowed."""
+        allowed = np.stack([~np.isin(queries, items) for items in self.forbidden], axis=1)
+        order = np.cumsum(allowed, axis=1)
+        count = order[:, -1]
+        draws = generator(seed, *names, "sets").random((int(examples.max()) + 1, 2))[examples]
+        wanted = np.minimum((draws[:, 0] * count).astype(np.int64), np.maximum(count - 1, 0)) + 1
+        picked = 1 + np.argmax(order == wanted[:, None], axis=1)
+        without = (draws[:, 1] < self.none) | (count == 0)
+        return np.where(without, 0, picked)

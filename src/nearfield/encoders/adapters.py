@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearfield.encoders.private import without_adapter
+from nearfield.encoders.private import has_adapter, without_adapter
 from nearfield.encoders.source import (
     ADAPTER_CONFIG,
     BASE_FILE,
@@ -162,11 +162,6 @@ def record_base(transformer: Any, base: AdapterBase) -> None:
         settings.base_model_name_or_path = base.name
         settings.revision = base.revision
         settings.base_weights, settings.base_path = base.weights, base.path  # none of peft's own, so not saved by it
-
-
-def has_adapter(model: SentenceTransformer) -> bool:
-    """Whether the transformer carries an adapter that is not merged."""
-    return bool(getattr(getattr(model[0], "auto_model", None), "peft_config", None))
 
 
 def merge_adapter(model: SentenceTransformer) -> None:

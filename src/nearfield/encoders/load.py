@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nearfield.encoders.adapters import (
     base_of,
-    has_adapter,
     has_bottlenecks,
     joined_with_base,
     merge_adapter,
@@ -30,7 +29,7 @@ from nearfield.encoders.adapters import (
     save_adapter,
     saved_alone,
 )
-from nearfield.encoders.private import load_with_modules
+from nearfield.encoders.private import has_adapter, load_with_modules
 from nearfield.encoders.source import (
     AdapterBase,
     adapter_base,
@@ -42,7 +41,7 @@ from nearfield.encoders.source import (
     read_stated,
     weights_hash,
 )
-from nearfield.encoders.transformer import append_eos, draw_anew, keep_layers, read_plain_texts, transformer_of
+from nearfield.encoders.transformer import append_eos, draw_anew, keep_layers, transformer_of
 from nearfield.errors import BadInputError, Notice
 from nearfield.files import fingerprint, read_json, write_json
 
@@ -207,6 +206,21 @@ def _knows_its_inputs(folder: Path, revision: str | None) -> bool:
     from sentence_transformers.util import is_sentence_transformer_model
 
     return bool(is_sentence_transformer_model(str(folder), revision=revision, local_files_only=True))
+
+
+def read_plain_texts(model: SentenceTransformer) -> None:
+    """Read texts as they are: sentence-transformers would put them into a chat where the tokenizer has a template for one.
+
+    Also gives a decoder's tokenizer a padding token, which the attention mask hides.
+    """
+    tokenizer: Any = model.tokenizer
+    reads = getattr(model[0], "modality_config", None)
+    if reads and "text" in reads and set(reads) <= {"text", "message"}:
+        model[0].modality_config = {"text": reads["text"]}
+        model[0].input_formatter.supported_modalities = ["text"]
+        tokenizer.chat_template = None
+    if getattr(tokenizer, "pad_token", "") is None and getattr(tokenizer, "eos_token", None) is not None:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _device_type(device: str | None) -> str:

@@ -87,6 +87,11 @@ def attention_kernel(config: Any) -> str | None:
     return kernel
 
 
+def has_adapter(model: SentenceTransformer) -> bool:
+    """Whether the transformer carries an adapter that is not merged."""
+    return bool(getattr(getattr(model[0], "auto_model", None), "peft_config", None))
+
+
 def without_adapter(transformer: Any) -> None:
     """Let a transformer whose adapter was merged be saved as one that never had any."""
     transformer._hf_peft_config_loaded = False

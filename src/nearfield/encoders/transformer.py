@@ -1,4 +1,4 @@
-"""The transformer itself and its tokenizer: its layers by name, fewer layers, new weights, an end token, plain texts."""
+"""The transformer itself and its tokenizer: its layers by name, fewer layers, new weights, an end token."""
 
 from __future__ import annotations
 
@@ -142,18 +142,3 @@ def append_eos(model: SentenceTransformer) -> None:
             f"the tokenizer {type(tokenizer).__name__} cannot be made to end texts with {end}",
             where="encoder.append_eos",
         )
-
-
-def read_plain_texts(model: SentenceTransformer) -> None:
-    """Read texts as they are: sentence-transformers would put them into a chat where the tokenizer has a template for one.
-
-    Also gives a decoder's tokenizer a padding token, which the attention mask hides.
-    """
-    tokenizer: Any = model.tokenizer
-    reads = getattr(model[0], "modality_config", None)
-    if reads and "text" in reads and set(reads) <= {"text", "message"}:
-        model[0].modality_config = {"text": reads["text"]}
-        model[0].input_formatter.supported_modalities = ["text"]
-        tokenizer.chat_template = None
-    if getattr(tokenizer, "pad_token", "") is None and getattr(tokenizer, "eos_token", None) is not None:
-        tokenizer.pad_token = tokenizer.eos_token

@@ -161,11 +161,11 @@ def trial_embeddings(model: SentenceTransformer) -> list[Tensor]:
     with torch.enable_grad(), torch.random.fork_rng(), evaluating(model):
         if family_of(model) is not None:
             return [trial_embedding(model)]
-        takes = {"text": "a text of some words", "image": blank_image()}
+        takes: dict[str, Callable[[], Any]] = {"text": lambda: "a text of some words", "image": blank_image}
         unknown = [each for each in model.modalities if isinstance(each, str) and each not in (*takes, "message")]
         if unknown:
             raise ValueError(f"no trial of {unknown[0]}")
-        items = [item for modality, item in takes.items() if modality in model.modalities]
+        items = [item() for modality, item in takes.items() if modality in model.modalities]
         return [model(placed(model, model.preprocess([item]), model.device))["sentence_embedding"] for item in items]
 
 

@@ -49,7 +49,7 @@ class DataStage(Stage):
 
     def run(self) -> dict[str, Any]:
         """Build the store."""
-        from nearfield.data import prepare_store
+        from nearfield.data.build import prepare_store
         from nearfield.data.store import read_summary
         from nearfield.encoders.encode import text_encoder
 
@@ -133,7 +133,8 @@ class ItemPrompts:
         ``number`` gives the number of a prompt. A row's prompt depends on the seed, the epoch, its source and its example
         alone, not on its batch.
         """
-        from nearfield.data.in_context import PromptDraw, forbidden_queries
+        from nearfield.batching.streams import PromptDraw
+        from nearfield.data.in_context import forbidden_queries
 
         store, seed, draws = self.data.open(), self.job.recipe.seed, {}
         for name in self.job.contract.sources:

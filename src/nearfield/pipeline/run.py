@@ -314,7 +314,7 @@ class Job:
 
     def open_store(self, path: Path) -> Store:
         """A built store, or that of a data recipe, built in the shared cache if it is missing."""
-        from nearfield.data import prepare_store
+        from nearfield.data.build import prepare_store
         from nearfield.data.store import Store
         from nearfield.encoders.encode import text_encoder
 

@@ -156,7 +156,7 @@ def decontaminate_store(
 
     ``encoder`` names a model whose embeddings find near-duplicates, too; it encodes all texts of both sides.
     """
-    from nearfield.data import prepare_store
+    from nearfield.data.build import prepare_store
     from nearfield.data.decontaminate import decontaminate
     from nearfield.data.store import Store
     from nearfield.encoders.encode import text_encoder
