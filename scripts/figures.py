@@ -64,9 +64,9 @@ def ratio(made: Mapping[str, Any], form: str = ".2f", bold: bool = False) -> str
 # Studies: name -> text, one function a folder of results/.
 
 
-def _comparison(folder: str) -> dict[str, Any]:
+def _comparison(folder: str, name: str = "comparison") -> dict[str, Any]:
     """Scores and differences to the baseline, by task and model."""
-    made = read(f"{folder}/comparison.json")
+    made = read(f"{folder}/{name}.json")
     scores = {(line["task"], line["model"]): line for line in made["scores"]}
     differences = {(line["task"], line["model"]): line for line in made["differences"]}
     return {"scores": scores, "differences": differences}
@@ -133,11 +133,14 @@ def debian() -> Texts:
         text = "" if difference is None else _difference(difference, p=model != "random")
         rows.append([label, f"{score['score']:.4f}", f"{score['low']:.4f} to {score['high']:.4f}", text])
     after = made["scores"][task, "after"]
+    over = _comparison("debian", "after-bm25")["differences"][task, "after"]
     return {
         "table": table(["model", "nDCG@10", "95 % interval", "difference to before"], rows),
         "before": f"{made['scores'][task, 'before']['score']:.3f}",
         "bm25": f"{made['scores'][task, 'bm25']['score']:.3f}",
         "after": f"{after['score']:.3f} {interval(after['low'], after['high'], '.3f')}",
+        "over bm25": _difference(over, p=False, digits=3),
+        "over bm25 exactly": _difference(over),
         "queries": f"{after['units']:,}",
     }
 
