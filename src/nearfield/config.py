@@ -285,7 +285,7 @@ def _mark(value: Any, key: KeyPath, origin: str, origins: dict[KeyPath, str]) ->
 
 
 def load_config(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -> Loaded[T]:
-    """Read a config of class ``cls`` from a YAML file and overrides; raise :class:`BadInputError` with all complaints."""
+    """Read a config of class ``cls`` from a YAML file and overrides; raise :class:`BadInputError` with all faults."""
     path = Path(path)
     data, origins = read_yaml(path)
     for override in overrides:
@@ -300,17 +300,17 @@ def validate(cls: type[T], data: dict[str, Any], path: Path, origins: dict[KeyPa
         text = json.dumps(data, default=str)
         return cls.model_validate_json(text, strict=True, context={"base": base})
     except ValidationError as error:
-        complaints = [_complaint(cls, details, data, path, origins) for details in error.errors(include_url=False)]
-        raise _join(complaints) from error
+        faults = [_fault(cls, details, data, path, origins) for details in error.errors(include_url=False)]
+        raise _join(faults) from error
 
 
-def _join(complaints: list[BadInputError]) -> BadInputError:
-    if len(complaints) == 1:
-        return complaints[0]
-    return BadInputError("\n".join([f"{len(complaints)} things are wrong", *map(str, complaints)]))
+def _join(faults: list[BadInputError]) -> BadInputError:
+    if len(faults) == 1:
+        return faults[0]
+    return BadInputError("\n".join([f"{len(faults)} things are wrong", *map(str, faults)]))
 
 
-def _complaint(
+def _fault(
     cls: type[Config], details: ErrorDetails, data: Any, path: Path, origins: dict[KeyPath, str]
 ) -> BadInputError:
     key = _data_path(details["loc"], data)

@@ -1,4 +1,4 @@
-"""The looks of embeddings, and what they say: geometry, likeness of models, thresholds, associations.
+"""The shape of embeddings, and what it says: geometry, likeness of models, thresholds, associations.
 
 Functions over arrays; importing this package imports nothing heavy.
 """

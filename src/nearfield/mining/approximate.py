@@ -525,7 +525,7 @@ def _search(
     width = max(memory // (8 * queries.shape[1]), 1)
     for first in range(0, len(candidates), width):
         block = candidates[first : first + width]
-        # Whole tiles of the product: in a torn one equal documents can get scores that differ in the last bit.
+        # Whole tiles of the product: in a partial one equal documents can get scores that differ in the last bit.
         among = np.zeros((-(-len(block) // _TILE) * _TILE, documents.shape[1]), dtype=np.float32)
         among[: len(block)] = documents[block]
         # Scores, their partitioned copy and the mask are 9 bytes a pair; the rest is for what is found and the queries.

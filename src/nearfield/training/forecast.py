@@ -58,7 +58,7 @@ FILE = "forecast.json"
 VERSION = 2
 
 DRIFT = 1.03
-"""A long run finds the allocator's memory more torn than a few steps do."""
+"""A long run finds the allocator's memory more fragmented than a few steps do."""
 
 _LIBRARIES = {"cpu": 24 << 20, "cuda": 0}
 """Memory of a process for its libraries' own buffers, files read and threads once it trains."""

@@ -543,7 +543,7 @@ _SIDE = 8
 
 @dataclass(frozen=True)
 class PerceptualHashes:
-    """The looks of n images in few bytes: enough to find copies."""
+    """Perceptual hashes of n images: a few bytes each, enough to find copies."""
 
     bits: npt.NDArray[np.uint64]
     """[n]: where brightness rises from left to right, on a grid of 8 x 8 (a difference hash)."""
