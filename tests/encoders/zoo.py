@@ -39,7 +39,7 @@ class Style:
     special: tuple[str, ...]
     """The first words of the vocabulary, in the order of their numbers."""
     names: dict[str, str]
-    """Which of them has which office."""
+    """The role of each."""
     template: str = "$A"
     side: str = "right"
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")

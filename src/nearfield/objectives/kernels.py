@@ -1,7 +1,7 @@
 """Triton kernels for tiles on CUDA: masks, logits and row statistics in one pass over a tile, masks and probabilities in another.
 
 The products stay with torch: they are the same bits that every other implementation compares with limits, and the vendor's
-matrix product is the faster one in float32. What torch does with a tile in a dozen passes, of which some wait for the CPU, is one
+matrix product is the faster one in float32. The dozen passes that torch makes over a tile, some of which wait for the CPU, are one
 kernel here. Ids are compared in the kernel: a row has few known positives.
 
 A module of its own, since Triton reads ``TRITON_INTERPRET`` when kernels are declared.

@@ -8,7 +8,7 @@ cells: the forward keeps the logarithm of each row's sum (Rabe and Staats 2021, 
 arXiv 2410.17243); the backward makes each tile of logits once more. So four products are made where the whole matrix would take
 three. Sums are kept in float32 at least, whatever the precision of the embeddings. A tile of one prefix is made of vectors of
 unit length; tiles of several prefixes are made in one pass over the vectors, the product of a shorter prefix being the beginning
-of the product of the next. What is done with a tile beside making it is done by torch, or on CUDA by :mod:`.kernels`. The
+of the product of the next. All else that is done with a tile is done by torch, or on CUDA by :mod:`.kernels`. The
 algebra from statistics to losses is the same for all, differentiated by autograd.
 """
 

@@ -7,7 +7,7 @@ dropout from a generator seeded by (seed, step, chunk), where chunks are numbere
 needs no saved random state and the masks do not depend on the number of ranks.
 
 Ranks send each other embeddings once a step, their gradient once, and one small control word. A rank encodes the chunks that it
-was dealt. What the loss then needs is one of two things. *Gathered*: all embeddings, for the rows of an even share. *Passed*: the
+was dealt. The loss then needs one of two things. *Gathered*: all embeddings, for the rows of an even share. *Passed*: the
 queries of such a share with their own documents, sent there by the ranks that encoded them; the parts of other ranks come by in
 a ring while the loss is computed, so that no rank ever holds the whole batch. Either way the gradient goes back to the ranks that
 encoded.
