@@ -93,11 +93,11 @@ class Notes:
 
 
 @dataclass(frozen=True)
-class Notices:
+class Advice:
     """Facts that a reader must know, each with what to do about it."""
 
     pairs: Pairs
-    kind: ClassVar[str] = "notices"
+    kind: ClassVar[str] = "advice"
 
 
 @dataclass(frozen=True)

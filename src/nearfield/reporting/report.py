@@ -16,13 +16,13 @@ from nearfield.reporting.batches import build_batches
 from nearfield.reporting.comparison import ComparisonSection, build_comparison
 from nearfield.reporting.curves import Curves, build_curves
 from nearfield.reporting.page import (
+    Advice,
     Columns,
     Element,
     Facts,
     Folded,
     Heading,
     Notes,
-    Notices,
     Page,
     Prose,
     Section,
@@ -317,7 +317,7 @@ def build_overview(
     shown: list[Element] = [Prose([sentence], "lead"), Tiles(tiles), Notes(notes)]
     notices = _notices(made)
     if notices:
-        shown += [Heading("Notices"), Notices(notices)]
+        shown += [Heading("Notices"), Advice(notices)]
     shown.append(Columns([(name, [Facts(pairs)]) for name, pairs in _parts(values)]))
     if not isinstance(recipe, Missing):
         shown.append(Folded("The whole recipe, as it was resolved", [Source(_source(recipe.source))]))
