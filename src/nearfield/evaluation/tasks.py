@@ -439,8 +439,16 @@ class _HeldOut:
         source_type = TYPES.get(self.task_type)
         return self.task_type if source_type is not None and source_type.base is TYPES[allowed].base else allowed
 
-    def task(self, task_type: str, content: Any, data: Loader, attributes: Mapping[str, Any], **about: Any) -> Any:
-        """The task of a type over ``data``, which is loaded when it runs; ``about`` is what differs from the type's."""
+    def task(
+        self,
+        task_type: str,
+        content: Any,
+        load: Loader,
+        attributes: Mapping[str, Any],
+        main_score: str | None = None,
+        category: str | None = None,
+    ) -> Any:
+        """The task of a type over data that are loaded when it runs; main score and category are the type's where null."""
         metadata = describe_task(
             self.config.name,
             task_type,
@@ -448,9 +456,10 @@ class _HeldOut:
             fingerprint(content),
             languages={"default": [self.config.language]},
             splits=[self.config.split],
-            **about,
+            main_score=main_score,
+            category=category,
         )
-        return make_task(TYPES[task_type].base, metadata, data, attributes)
+        return make_task(TYPES[task_type].base, metadata, load, attributes)
 
     def suite_task(self, task: Any, clusters: Mapping[str, str], details: Mapping[str, Any]) -> SuiteTask:
         """The task with the clusters of its units."""
@@ -497,7 +506,7 @@ def _retrieval(held: _HeldOut) -> SuiteTask:
     attributes = {"k_values": K_VALUES} if TYPES[task_type].main_score == "ndcg_at_10" else {}
     category = None if plain else "2".join(LETTERS[modality] for modality in modalities)
     content = {"qrels": qrels, "corpus": [ids(document) for document in corpus]}
-    task = held.task(task_type, content, load, attributes, main_score=config.metric, category=category)
+    task = held.task(task_type, content, load, attributes, config.metric, category)
     details = {
         "queries": len(relevant),
         "corpus": len(corpus),
