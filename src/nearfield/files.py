@@ -272,6 +272,28 @@ def read_json(path: Path, what: str = "file") -> Any:
         raise BadInputError(f"this {what} is not valid JSON ({error})", where=str(path)) from error
 
 
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+"""Files in a run's folder: a line a step, and a line an evaluation."""
+
+
+def parse_metrics(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The lines in the bytes of such a file, and the number of those that cannot be read."""
+    lines, unread = [], 0
+    for text in data.split(b"\n"):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
+        else:
+            unread += 1
+    return lines, unread
+
+
 def inside(folder: Path, relative: str) -> Path:
     """The path of ``relative`` below ``folder``; a path that leaves the folder is refused."""
     path = (folder / relative).resolve()

@@ -17,8 +17,8 @@ import yaml
 
 from nearfield.config import load_yaml
 from nearfield.errors import BadInputError
+from nearfield.files import EVALUATIONS, METRICS, parse_metrics
 from nearfield.pipeline.run import LOCK, MANIFEST
-from nearfield.training.tracking import EVALUATIONS, METRICS, parse_metrics
 
 _RECENT_STEPS = 50
 _BARS = "▁▂▃▄▅▆▇█"

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nearfield.files import parse_metrics
 from nearfield.reporting import text
 from nearfield.reporting.page import Charts, Element, Folded, Notes, WordTable
 from nearfield.reporting.svg import Figure, LineChart, Series, line_figure
 from nearfield.reporting.text import AbsentError, Json, listing, load_object, mapping, real, string
-from nearfield.training.tracking import parse_metrics
 
 POINTS = 400
 """Points of a curve at most; longer runs are cut into so many stretches of steps, each drawn by its mean."""

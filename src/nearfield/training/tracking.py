@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from nearfield.console import stderr_console
 from nearfield.errors import BadInputError, NearfieldError
-from nearfield.files import atomic_path, read_json, write_json
+from nearfield.files import EVALUATIONS, METRICS, atomic_path, parse_metrics, read_json, write_json
 from nearfield.training.step import Part, StepMade
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nearfield.training")
 
-METRICS = "metrics.jsonl"
-EVALUATIONS = "evaluations.jsonl"
-"""Files in a run's folder: a line a step, and a line an evaluation."""
-
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of either file, empty where there is none; those that cannot be read are left out and their number is said.
@@ -46,23 +42,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if unread:
         logger.warning("%d lines of %s cannot be read and are left out", unread, path)
     return lines
-
-
-def parse_metrics(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines in the bytes of either file, and the number of those that cannot be read."""
-    lines, unread = [], 0
-    for text in data.split(b"\n"):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict) and type(line.get("step")) is int:
-            lines.append(line)
-        else:
-            unread += 1
-    return lines, unread
 
 
 def used_memory(device: torch.device) -> dict[str, int]:
