@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nearfield.errors import BadInputError, NearfieldError
-from nearfield.training.config import TensorBoardConfig, TrackerSettings, WandbConfig
+from nearfield.training.config import AccelerateConfig, TensorBoardConfig, TrackerSettings, WandbConfig
 from nearfield.training.tracking import JsonLines, Trackers, read_metrics
 
 FIGURES = ("loss", "learning_rate", "gradient_norm", "positive_similarity", "hardest_negative_similarity")
@@ -92,6 +92,48 @@ def test_tensorboard_shows_the_figures_and_forgets_what_a_resumed_run_replays(tm
         assert shown[f"train/{name}"] == [(step, pytest.approx(step + number / 10)) for step in (1, 2, 3, 4)]
     assert shown["evaluation/mean"] == [(1, 0.125), (2, 0.25), (3, 0.375)], "a score that is no number is not drawn"
     assert shown["evaluation/Task"] == [(step, 0.25) for step in (1, 2, 3, 4)]
+
+
+def test_other_trackers_are_those_of_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import tracking
+
+    told: list[Any] = []
+
+    class Recorder(tracking.GeneralTracker):  # type: ignore[misc]
+        name = "mlflow"
+        requires_logging_directory = True
+
+        def __init__(self, project: str, logging_dir: str, **settings: Any) -> None:
+            super().__init__()
+            told.append((project, logging_dir, settings))
+
+        tracker = None
+
+        def start(self) -> None:
+            if told[0][2] == {"wrong": True}:
+                raise OSError("the server is gone")
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            told.append(values)
+
+        def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
+            told.append((step, values["train/loss"]))
+
+        def finish(self) -> None:
+            told.append("finished")
+
+    with pytest.raises(BadInputError, match="the tracker mlflow is not installed"):
+        AccelerateConfig(name="mlflow").check()
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", Recorder)
+    config = AccelerateConfig(name="mlflow", settings={"run_id": "7"})
+    with open_trackers(tmp_path, config, name="toy", training={"learning_rate": 0.5, "freeze": ["a"]}) as trackers:
+        trackers.step(line(1))
+    assert told[0] == ("toy", str(tmp_path), {"run_id": "7"})
+    assert told[1]["training.learning_rate"] == 0.5 and told[1]["training.freeze"] == '["a"]'
+    assert told[2:] == [(1, line(1)["loss"]), "finished"]
+    told.clear()
+    with pytest.raises(BadInputError, match="the tracker mlflow cannot be used: the server is gone"):
+        open_trackers(tmp_path, AccelerateConfig(name="mlflow", settings={"wrong": True}))
 
 
 def test_wandb_offline_keeps_its_run(tmp_path: Path) -> None:

@@ -260,12 +260,15 @@ class TensorBoardConfig(TrackerSettings):
             )
 
     def preload(self) -> None:
-        importlib.import_module("torch.utils.tensorboard")
+        for module in ("torch.utils.tensorboard", "accelerate.tracking"):
+            importlib.import_module(module)
 
     def build(self, run: Path, first_step: int, about: Mapping[str, Any]) -> Tracker:
-        from nearfield.training.tracking import TensorBoardTracker
+        from nearfield.training.tracking import AccelerateTracker
 
-        return TensorBoardTracker(run, first_step)
+        # What a resumed run replays is purged.
+        purged = {"purge_step": first_step + 1} if first_step else {}
+        return AccelerateTracker("tensorboard", "tensorboard", run, purged)
 
 
 class WandbConfig(TrackerSettings):
@@ -306,12 +309,43 @@ class WandbConfig(TrackerSettings):
         return WandbTracker(self, run, first_step, about)
 
 
+class AccelerateConfig(TrackerSettings):
+    """Any other tracker that accelerate knows, with what its own package asks for. A resumed run tells some steps again."""
+
+    kind: Literal["accelerate"] = "accelerate"
+    name: Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"]
+    """The tracker, as accelerate names it; its package must be installed."""
+    project: Name | None = None
+    """The project or experiment that the run stands in; null takes the recipe's name."""
+    settings: dict[str, Any] = {}
+    """More arguments of accelerate's tracker, such as ``{run_id: ...}`` of MLflow to go on with a run."""
+
+    def check(self) -> None:
+        """Refuse, before any work, what is not installed."""
+        from accelerate.tracking import get_available_trackers
+
+        if self.name not in [one.value for one in get_available_trackers()]:
+            raise BadInputError(
+                f"the tracker {self.name} is not installed", where="training.trackers", hint=f"pip install {self.name}"
+            )
+
+    def build(self, run: Path, first_step: int, about: Mapping[str, Any]) -> Tracker:
+        from nearfield.training.tracking import AccelerateTracker
+
+        project = self.project or str(about.get("name", run.name))
+        return AccelerateTracker(self.name, project, run, self.settings, about)
+
+
 TRACKERS = Kinds(
     "trackers",
     "nearfield.training.config:TrackerSettings",
     {
         "tensorboard": ("nearfield.training.config:TensorBoardConfig", "TensorBoard, in the run's folder"),
         "wandb": ("nearfield.training.config:WandbConfig", "Weights & Biases"),
+        "accelerate": (
+            "nearfield.training.config:AccelerateConfig",
+            "any other that accelerate knows, such as MLflow",
+        ),
     },
 )
 

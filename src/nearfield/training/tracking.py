@@ -25,7 +25,6 @@ from nearfield.training.step import Part, StepMade
 if TYPE_CHECKING:
     import torch
     from rich.progress import Progress
-    from torch.utils.tensorboard import SummaryWriter
 
     from nearfield.training.config import TrackerSettings, WandbConfig
 
@@ -162,22 +161,54 @@ class JsonLines:
             self._file = None
 
 
-class TensorBoardTracker:
-    """Event files; what a resumed run replays is purged."""
+class AccelerateTracker:
+    """A tracker of accelerate's, by its name, on the one process that writes."""
 
-    def __init__(self, run: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self,
+        name: str,
+        project: str,
+        run: Path,
+        settings: Mapping[str, Any],
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``settings`` are arguments of accelerate's class; ``about`` is stored as the run's configuration."""
+        import torch
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        self._board: SummaryWriter = SummaryWriter(
-            str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None
-        )
+        # accelerate's own log asks for it. It takes the process group that is open, and may change the number of threads.
+        threads = torch.get_num_threads()
+        PartialState()
+        torch.set_num_threads(threads)
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        place = {"logging_dir": str(run)} if kind.requires_logging_directory else {}
+        try:
+            self._tracker = kind(project, **place, **settings)
+            self._tracker.start()
+            if about is not None:
+                self._tracker.store_init_configuration(dict(_flat(about)))
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise BadInputError(f"the tracker {name} cannot be used: {reason[0]}", where="training.trackers") from error
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
+        self._tracker.log(dict(figures), step=step)
 
     def close(self, *, failed: bool) -> None:
-        self._board.close()
+        self._tracker.finish()
+
+
+def _flat(about: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str | float | bool]]:
+    """Nested settings as ``key.path`` and a plain value."""
+    for key, value in about.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield (
+                f"{before}{key}",
+                value if isinstance(value, str | int | float | bool) else json.dumps(value, default=str),
+            )
 
 
 def has_wandb_login() -> bool:
