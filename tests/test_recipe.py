@@ -58,6 +58,33 @@ def test_numbers_are_written_as_people_write_them(tmp_path: Path, toy_data: Path
     assert load_recipe(path, ["training.learning_rate=1e-4"]).config.training.learning_rate == 1e-4
 
 
+def test_whole_numbers_are_written_as_people_write_them(tmp_path: Path, toy_data: Path) -> None:
+    """Where a whole number is wanted, in any place of a setting, and nowhere else."""
+    path = tmp_path / "r.yaml"
+    objective = "objective: {kind: infonce, matryoshka: {dimensions: [8, 1.6e1]}}"
+    path.write_text(f"name: r\ndata: {toy_data}\nseed: 1e2\n{objective}\ntraining:\n  max_steps: 1e3\n")
+    settings = ["training.micro_batch_tokens=1.6384e4", "batches={kind: single_source, batch_size: 1E2}"]
+    recipe = load_recipe(path, settings).config
+    found = (recipe.seed, recipe.training.max_steps, recipe.training.micro_batch_tokens, recipe.batches.batch_size)
+    assert found == (100, 1000, 16384, 100) and all(type(number) is int for number in found)
+    assert recipe.objective.matryoshka.dimensions == (8, 16)  # type: ignore[attr-defined]
+    for wrong in ("1e-1", "1.5e0", "1e400", "1e30", ".nan", "'1e3'"):
+        with pytest.raises(BadInputError, match=r"training\.max_steps"):
+            load_recipe(path, [f"training.max_steps={wrong}"])
+    fresh = load_recipe(path, ["encoder.fresh={rope_theta: 1e4}"]).config.encoder.fresh
+    assert fresh is not None and type(fresh["rope_theta"]) is float
+
+
+def test_a_number_where_a_text_is_wanted_says_what_to_do(tmp_path: Path, toy_data: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"name: r\ndata: {toy_data}\nencoder: {{revision: 1234567e8}}\n")
+    with pytest.raises(BadInputError, match="quotes") as error:
+        load_recipe(path)
+    assert "encoder.revision" in error.value.what
+    path.write_text(path.read_text().replace("1234567e8", "2026-01-01"))
+    assert load_recipe(path).config.encoder.revision == "2026-01-01"
+
+
 def test_paths_are_relative_to_the_recipe(tmp_path: Path, toy_data: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "data.yaml").write_text(toy_data.read_text())

@@ -35,6 +35,9 @@ from nearfield.config import dump_yaml, load_yaml
         ("e5", "e5"),
         ("1e", "1e"),
         ("1.2.3", "1.2.3"),
+        ("2026-01-01", "2026-01-01"),
+        ("2026-01-01 10:00:00", "2026-01-01 10:00:00"),
+        ("=", "="),
         ("'2e-5'", "2e-5"),
         ("true", True),
         ("null", None),
@@ -62,6 +65,12 @@ values = st.recursive(
 @given(values)
 def test_what_is_written_is_read(value: Any) -> None:
     assert load_yaml(dump_yaml(value)) == value
+
+
+@pytest.mark.parametrize("text", ["2026-01-01", "2026-01-01T10:00:00Z", "=", "<<", "no", "0x1F", ".inf"])
+def test_texts_with_a_meaning_in_some_version_stay_texts_for_both_readers(text: str) -> None:
+    written = dump_yaml({"a": text})
+    assert load_yaml(written) == yaml.safe_load(written) == {"a": text}
 
 
 @given(st.from_regex(r"[-+]?[0-9]{0,3}(\.[0-9]{0,2})?([eE][-+]?[0-9]{1,2})?", fullmatch=True))

@@ -112,6 +112,8 @@ _FLOAT = re.compile(
 _INT = re.compile(r"^(?:[-+]?[0-9][0-9_]*|0o[0-7]+|[-+]?0x[0-9a-fA-F_]+|[-+]?0b[01_]+)$")
 _TAGS = {"tag:yaml.org,2002:int": _INT, "tag:yaml.org,2002:float": _FLOAT}
 _FIRST = list("-+0123456789.")
+_TEXTS = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value")
+"""What YAML 1.2 reads as texts: dates, and ``=``."""
 
 
 class YamlLoader(yaml.SafeLoader):
@@ -135,7 +137,10 @@ def _construct_float(loader: YamlLoader, node: yaml.ScalarNode) -> float:
 
 # Integers first: a float's pattern matches them too.
 YamlLoader.yaml_implicit_resolvers = {
-    first: [*[(tag, _TAGS[tag]) for tag in _TAGS if first in _FIRST], *[r for r in known if r[0] not in _TAGS]]
+    first: [
+        *[(tag, _TAGS[tag]) for tag in _TAGS if first in _FIRST],
+        *[one for one in known if one[0] not in (*_TAGS, *_TEXTS)],
+    ]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 YamlLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
@@ -300,8 +305,35 @@ def validate(cls: type[T], data: dict[str, Any], path: Path, origins: dict[KeyPa
         text = json.dumps(data, default=str)
         return cls.model_validate_json(text, strict=True, context={"base": base})
     except ValidationError as error:
-        faults = [_fault(cls, details, data, path, origins) for details in error.errors(include_url=False)]
-        raise _join(faults) from error
+        found = error.errors(include_url=False)
+        if _write_whole(found, data):
+            return validate(cls, data, path, origins, base=base)
+        raise _join([_fault(cls, details, data, path, origins) for details in found]) from error
+
+
+_WHOLE = 2**53
+"""Below it a float is the whole number that was written."""
+
+
+def _write_whole(found: typing.Sequence[ErrorDetails], data: Any) -> bool:
+    """Write whole numbers that stand as floats in ``data``, such as ``1e3``, as integers where these are wanted; whether any
+    were."""
+    places = {
+        _data_path(details["loc"], data)
+        for details in found
+        if details["type"] in ("int_type", "int_from_float")
+        and isinstance(details["input"], float)
+        and details["input"].is_integer()
+        and abs(details["input"]) < _WHOLE
+    }
+    changed = False
+    for *above, last in filter(None, places):
+        owner = data
+        for step in above:
+            owner = owner[step]
+        if isinstance(owner[last], float):
+            owner[last], changed = int(owner[last]), True
+    return changed
 
 
 def _join(faults: list[BadInputError]) -> BadInputError:
@@ -347,7 +379,8 @@ def _fault(
         if isinstance(shown, dict | list) or kind == "value_error"
         else f" (it is {json.dumps(shown, default=str)[:80]})"
     )
-    return BadInputError(f"{name}: {message}{value}", where=where)
+    quoted = kind == "string_type" and isinstance(shown, bool | int | float)
+    return BadInputError(f"{name}: {message}{value}", where=where, hint="Put it in quotes." if quoted else None)
 
 
 def _suggest(word: str, allowed: typing.Sequence[str], label: str) -> str:
