@@ -284,7 +284,7 @@ def parse_metrics(data: bytes) -> tuple[list[dict[str, Any]], int]:
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
+            line = json.loads(text, parse_int=_whole)
         except (ValueError, RecursionError):
             line = None
         if isinstance(line, dict) and type(line.get("step")) is int:
@@ -292,6 +292,11 @@ def parse_metrics(data: bytes) -> tuple[list[dict[str, Any]], int]:
         else:
             unread += 1
     return lines, unread
+
+
+def _whole(digits: str) -> float:
+    """A whole number; one that no figure of a run has, of garbage, as a float, which is infinite where it must be."""
+    return int(digits) if len(digits) < 19 else float(digits)
 
 
 def inside(folder: Path, relative: str) -> Path:

@@ -304,6 +304,27 @@ def test_models_with_a_way_for_each_side_load(tmp_path: Path) -> None:
     assert not load_encoder(str(tmp_path / "static"), device="cpu").notices
 
 
+@pytest.mark.parametrize("side", ["query", "document"])
+def test_a_way_that_lacks_a_weight_is_refused(tmp_path: Path, side: str) -> None:
+    """Whichever of the two it is: a text without a task goes one way alone."""
+    from sentence_transformers.base.modules import Router
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    ways = [Transformer(str(save_animal(tmp_path / name, ANIMALS[name]))) for name in ("bert", "mpnet")]
+    router = Router.for_query_document(*([way, Pooling(16, "mean")] for way in ways))
+    SentenceTransformer(modules=[router], device="cpu").save_pretrained(str(tmp_path / "router"))
+    load_encoder(str(tmp_path / "router"), device="cpu")
+    (file,) = tmp_path.glob(f"router/{side}_0_*/model.safetensors")
+    tensors = load_file(file)
+    for name, left_out in (("pooler.dense.weight", False), ("embeddings.word_embeddings.weight", True)):
+        rewrite(file.parent, {key: tensor for key, tensor in tensors.items() if key != name})
+        if left_out:
+            with pytest.raises(BadInputError, match=f"1 tensors .* {name!r}"):
+                load_encoder(str(tmp_path / "router"), device="cpu")
+        else:
+            load_encoder(str(tmp_path / "router"), device="cpu")
+
+
 TOKENS = draw_rows([5, 1, 20])
 CPU = torch.device("cpu")
 

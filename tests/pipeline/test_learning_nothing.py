@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nearfield.conformance.tiny_models import WORDS
 from nearfield.errors import BadInputError
 from nearfield.training import diagnostics
 from nearfield.training.diagnostics import ChanceWatch, GradientWatch
+from nearfield.training.tracking import read_metrics
 from tests.conftest import write_toy_recipe
 
 
@@ -55,6 +57,7 @@ def refused(recipe: Path, settings: list[str], run: Path, match: str) -> None:
         ["objective={kind: infonce, in_batch_negatives: false}", "batches.negatives=0"],
         ["objective={kind: infonce, score_mask: {rule: cut, margin: -1.0}}"],
         ["objective={kind: infonce, source_weights: {pairs: 0.0}}"],
+        ["training.averaged_batches=16", "batches.negatives=0"],
     ],
 )
 def test_settings_that_leave_nothing_to_learn(toy_recipe: Path, tmp_path: Path, settings: list[str]) -> None:
@@ -114,20 +117,33 @@ def test_scores_beyond_a_cosine_and_negatives_that_are_not_there(tiny_model: Pat
 
 
 def test_a_gradient_of_exactly_0_stops_a_run() -> None:
-    watch = GradientWatch(0, 100)
+    watch = GradientWatch(0, [0] * 100)
     for _ in range(diagnostics.STEPS - 1):
         watch.see(0.0)
     with pytest.raises(BadInputError, match="the gradient of the first 10 steps is exactly 0"):
         watch.see(0.0)
-    watch = GradientWatch(0, 100)
+    watch = GradientWatch(0, [0] * 100)
     for norm in [0.0] * 9 + [1e-30] + [0.0] * 50:
         watch.see(norm)
-    watch = GradientWatch(50, 100)
+    watch = GradientWatch(50, [0] * 100)
     for _ in range(50):
         watch.see(0.0)
+    watch = GradientWatch(0, [0, 0])
+    watch.see(0.0)
     with pytest.raises(BadInputError, match="first 2 steps"):
-        for watch in [GradientWatch(0, 2)]:
+        watch.see(0.0)
+
+
+def test_a_run_waits_for_a_batch_of_each_source() -> None:
+    """A source of weight 0 may come first, and often."""
+    watch = GradientWatch(0, [0] * 20 + [1, 0, 0])
+    for norm in [0.0] * 20 + [0.5, 0.0, 0.0]:
+        watch.see(norm)
+    for sources, stops in (([0] * 20 + [1, 0, 0], 21), ([1] + [0] * 30, 10), ([0] * 4, 4)):
+        watch = GradientWatch(0, sources)
+        for _ in range(stops - 1):
             watch.see(0.0)
+        with pytest.raises(BadInputError, match=f"first {stops} steps"):
             watch.see(0.0)
 
 
@@ -164,6 +180,81 @@ def test_a_loss_at_chance_that_never_moves_is_said(toy_recipe: Path, tmp_path: P
     kept = json.loads((tmp_path / "run" / "manifest.json").read_text())["notices"]
     assert "loss-at-chance" in {one["code"] for one in kept}
     assert "the loss was at chance" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_a_source_of_mixed_batches_that_teaches_nothing_is_said(tiny_model: Path, tmp_path: Path) -> None:
+    """Its examples have no negatives, and those of the source beside them are none of theirs."""
+    data = write_rows(tmp_path, rows_of(), PAIRS)
+    text = data.read_text()
+    (tmp_path / "more.jsonl").write_text(
+        "".join(
+            json.dumps({**row, "a": f"{row['a']} word9", "n": f"word{n} word8"}) + "\n"
+            for n, row in enumerate(rows_of())
+        )
+    )
+    second = text[text.index("  - name:") :].replace("name: pairs", "name: more").replace("rows.jsonl", "more.jsonl")
+    data.write_text(text + second.replace(PAIRS, PAIRS[:-1] + ", negatives: n}"))
+    recipe = write_toy_recipe(tmp_path, tiny_model, data)
+    settings = ["objective={kind: infonce, in_batch_negatives: false}", "batches.kind=shuffled"]
+    found = nearfield.dry_run(recipe, settings, tmp_path / "run")
+    assert found is not None and found.would_start
+    said = [notice.what for notice in found.notices if notice.code == "source-teaches-nothing"]
+    assert len(said) == 1 and said[0].startswith("pairs: ")
+
+
+def test_a_source_that_teaches_nothing_and_comes_first_stops_no_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnostics, "STEPS", 2)
+    rows = rows_of(160)
+    for number, row in enumerate(rows):
+        row["a"] = f"{row['a']} word{number}"
+    data = write_rows(tmp_path, rows, PAIRS)
+    text = data.read_text()
+    (tmp_path / "few.jsonl").write_text(
+        (tmp_path / "rows.jsonl").read_text().replace('"a": "', '"a": "word3 ')[:4000].rpartition("\n")[0] + "\n"
+    )
+    few = text[text.index("  - name:") :].replace("name: pairs", "name: few").replace("rows.jsonl", "few.jsonl")
+    data.write_text(text + few)
+    recipe = write_toy_recipe(tmp_path, tiny_model, data)
+    settings = ["objective={kind: infonce, source_weights: {pairs: 0.0}}", "training.max_steps=12"]
+    found = nearfield.dry_run(recipe, settings, tmp_path / "dry")
+    assert found is not None and found.would_start, found.notices
+    nearfield.train(recipe, settings, tmp_path / "run", until="train")
+    norms = [line["gradient_norm"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert norms[:2] == [0.0, 0.0] and any(norms), "else the order of batches makes the test say nothing"
+
+
+def test_two_views_of_a_model_without_dropout_are_said(toy_recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (base / "config.json").write_text(json.dumps({**config, **still}))
+    for model, more, wanted in ((base, (), 1), (base, ("training.attention_dropout=0.3",), 0), (tiny_model, (), 0)):
+        settings = ["objective={kind: simcse}", f"encoder.model={model}", *more]
+        found = nearfield.dry_run(toy_recipe, settings, tmp_path / "run")
+        assert found is not None and found.would_start
+        assert sum(notice.code == "views-alike" for notice in found.notices) == wanted
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["training.learning_rate=1e-30"],
+        ["training.learning_rate=1e-11", "training.precision=bf16-pure"],
+        ["training.max_gradient_norm=1e-30", "training.optimizer={kind: sgd}"],
+    ],
+)
+def test_weights_that_never_moved_are_said(toy_recipe: Path, tmp_path: Path, settings: list[str]) -> None:
+    """The gradient is there, and what is added to each weight is rounded away, or as good as nothing."""
+    nearfield.train(toy_recipe, [*settings, "training.max_steps=2"], tmp_path / "run", until="train")
+    kept = json.loads((tmp_path / "run" / "manifest.json").read_text())["notices"]
+    (said,) = [one["what"] for one in kept if one["code"] == "weights-unchanged"]
+    assert said in (tmp_path / "run" / "model" / "README.md").read_text()
+    with pytest.raises(BadInputError, match="nothing was learnt"):
+        nearfield.train(
+            toy_recipe, [*settings, "training.max_steps=2"], tmp_path / "strict", until="train", strict=True
+        )
 
 
 def test_a_tracker_that_is_not_installed_blocks(

@@ -23,6 +23,7 @@ from nearfield.training.checkpoint import (
     newest_checkpoint,
     open_checkpoint,
     read_tensors,
+    write_checkpoint,
 )
 
 CPU = torch.device("cpu")
@@ -80,6 +81,19 @@ def test_the_weights_alone_go_into_a_whole_module(tmp_path: Path) -> None:
     assert torch.equal(frozen, torch.ones(2)), "what was not trained stays as it is"
     with pytest.raises(BadInputError, match=r"does not fit the model: '0\.bias'"):
         load_into(make(width=5).module, found)
+
+
+def test_how_far_a_checkpoint_moves_the_encoder(tmp_path: Path) -> None:
+    backend = make()
+    path = tmp_path / "step-00000001"
+    tensors = {f"encoder.{name}": tensor.clone() for name, tensor in backend.module.state_dict().items()}
+    module = torch.nn.ModuleDict({"encoder": backend.module, "objective": torch.nn.Linear(2, 2)})
+    learnt = {"objective.bias": torch.ones(2)}
+    write_checkpoint(path, 1, {**tensors, **learnt}, {}, {})
+    assert load_into(module, open_checkpoint(path)) == 0, "what an objective learns is no part of the model"
+    write_checkpoint(path, 1, {**tensors, "encoder.0.bias": tensors["encoder.0.bias"] + 1.0}, {}, {})
+    largest = max(float(parameter.abs().max()) for parameter in [*tensors.values(), tensors["encoder.0.bias"] + 1])
+    assert load_into(module, open_checkpoint(path)) == pytest.approx(1 / largest)
 
 
 def test_keeps_the_last(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from nearfield.pipeline.watch import Watcher
+from nearfield.reporting.curves import read_columns
 from nearfield.training import tracking
 from nearfield.training.tracking import TrainingProgress, read_metrics
 
@@ -21,6 +23,19 @@ def test_a_line_that_cannot_be_read_takes_no_other_with_it(tmp_path: Path, caplo
     path.write_bytes(b'{"step": 1}\n' + b"\n".join(bad) + b'\n\n{"step": 3}\n{"step": 4, "lo')
     assert read_metrics(path) == [{"step": 1}, {"step": 3}]
     assert f"{len(bad) + 1} lines of {path} cannot be read and are left out" in caplog.messages
+
+
+def test_a_number_beyond_all_figures_ends_no_reader(tmp_path: Path) -> None:
+    digits = "9" * 400
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text(
+        f'{{"step": 1, "loss": 2.0}}\n{{"step": {digits}, "loss": 1.0}}\n'
+        f'{{"step": 2, "loss": {digits}, "rows": -{digits}, "seconds": {digits}}}\n{{"step": 3, "loss": 1.0}}\n'
+    )
+    (tmp_path / "evaluations.jsonl").write_text(f'{{"step": 3, "scores": {{"mean": {digits}}}}}\n')
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert Watcher(tmp_path).look().step == 3
+    assert read_columns(tmp_path / "metrics.jsonl").steps == [1, 2, 3]
 
 
 @pytest.fixture()

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +190,7 @@ def test_without_wandb_there_is_one_line_of_help(tmp_path: Path, monkeypatch: py
 def test_wandb_without_a_login_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A login is looked for where W&B looks: environment, its settings, netrc by the host that is meant."""
     pytest.importorskip("wandb")
+    monkeypatch.setattr("nearfield.training.tracking.check_wandb_login", lambda: None)
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_CONFIG_DIR", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -220,6 +225,52 @@ def test_wandb_without_a_login_is_refused_before_any_work(tmp_path: Path, monkey
     assert refused()
     monkeypatch.setenv("WANDB_API_KEY", "0123")
     assert not refused()
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """W&B's server, which takes no key."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(401)
+        self.end_headers()
+
+    def log_message(self, *parts: Any) -> None:
+        """Nothing: the server is one of a test."""
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [("a" * 40, "127.0.0.1"), ("abc", "API key")],
+    ids=["a key that the server does not take", "a key of another shape"],
+)
+def test_a_wrong_wandb_key_is_refused_before_any_work(tmp_path: Path, toy_recipe: Path, key: str, reason: str) -> None:
+    """By the training before its first stage, and by the dry run; in a process of its own, as W&B keeps a key that it has read."""
+    pytest.importorskip("wandb")
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "HOME": str(tmp_path)}
+        code = (
+            "import sys; from nearfield.cli import main; main(sys.argv[1:])",
+            "import sys, nearfield; found = nearfield.dry_run(sys.argv[2], sys.argv[3:4], sys.argv[5])\n"
+            "print([notice.what for notice in found.notices if notice.blocks], found.would_start)",
+        )
+        trackers = "training.trackers=[{kind: wandb, project: p}]"
+        done = [
+            subprocess.run(
+                [sys.executable, "-c", each, "train", str(toy_recipe), trackers, "--run-folder", str(tmp_path / name)],
+                env={**os.environ, **place, "WANDB_API_KEY": key},
+                capture_output=True,
+                text=True,
+            )
+            for name, each in zip(("run", "dry"), code, strict=True)
+        ]
+        server.shutdown()
+    wanted = "Weights & Biases does not take the login of this machine"
+    assert done[0].returncode == 2 and wanted in done[0].stderr and reason in done[0].stderr
+    assert wanted in done[1].stdout and done[1].stdout.strip().endswith("False"), done[1].stderr
+    assert key not in done[0].stderr + done[1].stdout
+    assert not (tmp_path / "run" / "manifest.json").exists()
 
 
 class BrokenTracker:

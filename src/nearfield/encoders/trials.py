@@ -166,13 +166,32 @@ def trial_embeddings(model: SentenceTransformer) -> list[Tensor]:
         if unknown:
             raise ValueError(f"no trial of {unknown[0]}")
         items = [item() for modality, item in takes.items() if modality in model.modalities]
-        return [model(placed(model, model.preprocess([item]), model.device))["sentence_embedding"] for item in items]
+        return [
+            model(placed(model, model.preprocess([item], **task), model.device), **task)["sentence_embedding"]
+            for item in items
+            for task in _tasks(model)
+        ]
 
 
 def trial_scores(model: CrossEncoder) -> list[Tensor]:
     """The scores of a pair of texts by a cross-encoder, with their graph."""
     with torch.enable_grad(), torch.random.fork_rng(), evaluating(model):
         return [model(placed(model, model.preprocess([("a text", "another text")]), model.device))["scores"]]
+
+
+def draws_dropout(model: SentenceTransformer) -> bool:
+    """Whether a text has another embedding each time that it is encoded in training."""
+    was, found = model.training, []
+    model.train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                features = placed(model, model.preprocess(["a text of some words"]), model.device)
+                found.append(model(features)["sentence_embedding"])
+    finally:
+        model.train(was)
+    return not torch.equal(*found)
 
 
 def unused_parameters(model: SentenceTransformer, part: nn.Module | None = None) -> list[nn.Parameter]:
@@ -332,9 +351,7 @@ def try_company(model: SentenceTransformer, name: str) -> tuple[Notice, ...]:
 
 def _tasks(model: SentenceTransformer) -> tuple[dict[str, str], ...]:
     """The arguments of the model about an item: nothing, or each side in turn where these go different ways."""
-    routes = getattr(model[0], "sub_modules", None)
-    if routes is None or getattr(model[0], "default_route", None) is not None:
-        return ({},)
+    routes = getattr(model[0], "sub_modules", None) or {}
     return tuple({"task": task} for task in ("query", "document") if task in routes) or ({},)
 
 

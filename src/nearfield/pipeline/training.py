@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import socket
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,8 +166,24 @@ class TrainStage(Stage):
 
         store = self.data.open()
         names = {number: source.name for number, source in enumerate(store.sources)}
-        width = model.get_embedding_dimension()
-        return [] if width is None else [*teaching_notices(self.objective(model), data, plans, names, width)]
+        width, parts = model.get_embedding_dimension(), self.recipe.training.averaged_batches
+        found = [*self._views_alike(model, data)]
+        if width is not None:
+            found += teaching_notices(self.objective(model), data, plans, names, width, parts)
+        return found
+
+    def _views_alike(self, model: SentenceTransformer, data: TrainingData) -> Iterator[Notice]:
+        """A notice that the two embeddings of each text are the same one, as the model has no dropout."""
+        from nearfield.encoders.trials import draws_dropout
+
+        twice = any(reading.views == 2 and not reading.deleted for reading in data.readings.values())
+        if twice and not self.recipe.training.attention_dropout and not draws_dropout(model):
+            yield Notice(
+                "views-alike",
+                f"{self.recipe.objective.kind} tells a text's two embeddings apart by dropout, and this model has none: a text "
+                "is compared with itself",
+                "Set training.attention_dropout, such as 0.3.",
+            )
 
     def run(self) -> dict[str, Any]:
         """Train and save the model."""
@@ -359,7 +375,9 @@ class TrainStage(Stage):
 
         encoder = self.encoder(device)
         module = EmbeddingModule(encoder.model, self.objective(encoder.model), self._token_task(encoder))
-        load_into(module, open_checkpoint(result.checkpoint))
+        moved = load_into(module, open_checkpoint(result.checkpoint))
+        if moved < UNMOVED and result.steps:
+            self.tell([_unmoved(moved)])
         self.tokens.prompts.trained_contract.apply(encoder.model)
         with atomic_path(self.folder) as aside:
             adapter = self.recipe.encoder.adapter
@@ -547,6 +565,19 @@ def kept_dtype(loaded: LoadedEncoder) -> str | None:
         folder = Path(str(config_file)).parent
     stored = stored_dtype(folder)
     return stored if stored in HALF else None
+
+
+UNMOVED = 1e-7
+"""A training that moves no weight by more than this share of the largest is lost in the rounding of float32."""
+
+
+def _unmoved(moved: float) -> Notice:
+    return Notice(
+        "weights-unchanged",
+        f"no weight moved by more than {moved:.1g} of the largest: nothing was learnt",
+        "Raise the learning rate, or train with training.precision: bf16-mixed or fp32: in bf16-pure small steps are rounded "
+        "away.",
+    )
 
 
 def say_rounding(dtype: str | None) -> list[Notice]:

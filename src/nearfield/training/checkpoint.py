@@ -272,14 +272,24 @@ def read_extra(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return load_file(path) if path.is_file() else {}
 
 
-def load_into(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's parameters and buffers into a whole module; those that were not trained stay as they are."""
+def load_into(module: nn.Module, checkpoint: Checkpoint) -> float:
+    """Put a checkpoint's parameters and buffers into a whole module; those that were not trained stay as they are.
+
+    Returns how far that moves a weight of its ``encoder`` at most, as a share of the largest of them.
+    """
     tensors = read_tensors(checkpoint)[0]
     known = module.state_dict(keep_vars=True)
     unknown = [name for name, tensor in tensors.items() if name not in known or known[name].shape != tensor.shape]
     if unknown:
         raise BadInputError(f"this checkpoint does not fit the model: {unknown[0]!r}", where=str(checkpoint.path))
+    moved = largest = 0.0
+    for name, tensor in tensors.items():
+        if name.startswith("encoder.") and tensor.is_floating_point() and tensor.numel():
+            now = tensor.double()
+            moved = max(moved, float((now - known[name].detach().cpu().double()).abs().max()))
+            largest = max(largest, float(now.abs().max()))
     module.load_state_dict(tensors, strict=False)
+    return moved / largest if largest else moved
 
 
 logger = logging.getLogger("nearfield.training")

@@ -289,19 +289,22 @@ class WandbConfig(TrackerSettings):
     """``offline`` writes to the run's folder, for ``wandb sync`` later."""
 
     def check(self) -> None:
-        """Refuse, before any work, what is not installed, and figures that are sent without a login."""
+        """Refuse, before any work, what is not installed, and figures that are sent without a login that the server takes."""
         if sys.modules.get("wandb", False) is None or ("wandb" not in sys.modules and find_spec("wandb") is None):
             raise BadInputError(
                 "Weights & Biases is not installed", where="training.trackers", hint="pip install 'nearfield[wandb]'"
             )
-        from nearfield.training.tracking import has_wandb_login
+        if self.mode != "online":
+            return
+        from nearfield.training.tracking import check_wandb_login, has_wandb_login
 
-        if self.mode == "online" and not has_wandb_login():
+        if not has_wandb_login():
             raise BadInputError(
                 "Weights & Biases has no login on this machine",
                 where="training.trackers",
                 hint="Run `wandb login`, set WANDB_API_KEY, or set mode: offline.",
             )
+        check_wandb_login()
 
     def build(self, run: Path, first_step: int, about: Mapping[str, Any]) -> Tracker:
         from nearfield.training.tracking import WandbTracker

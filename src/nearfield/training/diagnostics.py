@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from nearfield.arrays import Rows
-from nearfield.batching.plan import Batch, Plan
+from nearfield.batching.plan import SEVERAL_SOURCES, Batch, Plan
 from nearfield.errors import BadInputError, NonFiniteError, Notice
 from nearfield.files import write_json
 from nearfield.objectives.batch import ContrastiveBatch, Objective
 from nearfield.objectives.diagnostics import watched_rows
 from nearfield.provenance import derive_seed
-from nearfield.training.chunks import TextPool, TrainingData, contrastive_batch, cut_batch
+from nearfield.training.chunks import TextPool, TrainingData, contrastive_batch, cut_batch, split_batch
 from nearfield.training.launch import broadcast_notices
 from nearfield.training.step import Part, StepMade, StepResult
 
@@ -41,12 +41,13 @@ NEAR = 0.02
 
 
 class GradientWatch(Part):
-    """Stops a run whose first gradients are all exactly 0."""
+    """Stops a run whose first gradients are all exactly 0, those of batches of every source among them."""
 
-    def __init__(self, first: int, steps: int) -> None:
-        """``first`` steps are done of ``steps``."""
-        self._left = min(STEPS, steps - first) if first < STEPS else 0
-        self._all = self._left
+    def __init__(self, first: int, sources: Sequence[int]) -> None:
+        """``first`` steps are done of those whose batches have these ``sources``."""
+        self._left = list(sources[first:]) if first < STEPS else []
+        self._wanted = set(self._left)
+        self._seen = 0
 
     def after_step(self, made: StepMade) -> None:
         self.see(made.norm)
@@ -57,12 +58,14 @@ class GradientWatch(Part):
         Raises:
             BadInputError: It and all before it are 0, and there were enough.
         """
-        if not self._left:
+        if norm or not self._left:
+            self._left = []
             return
-        self._left = 0 if norm else self._left - 1
-        if not norm and not self._left:
+        self._wanted.discard(self._left.pop(0))
+        self._seen += 1
+        if not self._left or (self._seen >= STEPS and not self._wanted):
             raise BadInputError(
-                f"the gradient of the first {self._all} steps is exactly 0: nothing is learnt",
+                f"the gradient of the first {self._seen} steps is exactly 0: nothing is learnt",
                 where="training",
                 hint="Are all parameters frozen, all weights 0, all negatives masked, or all margins kept already?",
             )
@@ -208,7 +211,8 @@ NOTHING = 1e-9
 
 _WHY = (
     "Explicit-only objectives want negatives, graded ones scores that differ, labelled ones labels that several texts have; "
-    "masks may leave out every negative, and weights may all be 0."
+    "masks may leave out every negative, weights may all be 0, and batches may be cut into single examples "
+    "(training.averaged_batches)."
 )
 
 
@@ -218,21 +222,25 @@ def teaching_notices(
     plans: Sequence[Plan],
     names: Mapping[int, str],
     width: int,
+    parts: int = 1,
 ) -> Iterator[Notice]:
-    """Notices about data that no encoder of ``width`` could learn from; ``names`` are those of the sources by number."""
+    """Notices about data that no encoder of ``width`` could learn from; ``names`` are those of the sources by number.
+
+    Each batch is cut into so many ``parts``, whose losses are averaged.
+    """
     yield from _same_texts(data)
     if data.token_task is not None:
         return  # losses on tokens are the encoder's own
-    objective = objective.double()
-    total = sum(map(len, plans))
-    idle: list[str] = []
-    batches = batches_by_source(plans)
-    for source, steps in batches.items():
-        some = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, BATCHES).round().astype(int)).tolist()]
-        probe = _Probe(objective, data, width, total)
-        if not any(probe.teaches(plans[epoch].batch(step), number) for epoch, step, number in some):
-            idle.append(names.get(source, "batches of several sources"))
-    if len(idle) == len(batches):
+    probe = _Probe(objective.double(), data, width, sum(map(len, plans)), parts)
+    steps = batches_by_source(plans)
+    sources = sorted({source for plan in plans for source in np.unique(plan.column("source")).tolist()})
+    idle: list[int] = []
+    for source in sources:
+        mine = [*steps.get(source, ()), *steps.get(SEVERAL_SOURCES, ())]
+        some = [mine[i] for i in np.unique(np.linspace(0, len(mine) - 1, BATCHES).round().astype(int)).tolist()]
+        if not any(probe.teaches(plans[epoch].batch(step), number, source) for epoch, step, number in some):
+            idle.append(source)
+    if len(idle) == len(sources):
         yield Notice(
             "nothing-to-learn",
             "the gradient of the loss is 0 whatever the encoder gives: nothing can be learnt from these batches",
@@ -240,10 +248,9 @@ def teaching_notices(
             blocks=True,
         )
         return
-    for name in idle:
-        yield Notice(
-            "source-teaches-nothing", f"{name}: the gradient of the loss is 0 whatever the encoder gives", _WHY
-        )
+    for source in idle:
+        what = f"{names[source]}: the gradient of the loss of its examples is 0 whatever the encoder gives"
+        yield Notice("source-teaches-nothing", what, _WHY)
 
 
 def batches_by_source(plans: Sequence[Plan]) -> dict[int, list[tuple[int, int, int]]]:
@@ -276,24 +283,28 @@ def _same_texts(data: TrainingData) -> Iterator[Notice]:
 class _Probe:
     """Batches of the plan with embeddings that nobody encoded."""
 
-    def __init__(self, objective: Objective, data: TrainingData, width: int, steps: int) -> None:
-        self.objective, self.data, self.width, self.steps = objective, data, width, steps
+    def __init__(self, objective: Objective, data: TrainingData, width: int, steps: int, parts: int) -> None:
+        self.objective, self.data, self.width, self.steps, self.parts = objective, data, width, steps, parts
 
-    def teaches(self, batch: Batch, number: int) -> bool:
-        """Whether some embeddings have a gradient."""
-        sizes = sorted({min(EXAMPLES, len(batch.query)), len(batch.query)})
-        return any(self._some(cut_batch(batch, 0, size), number) for size in sizes)
+    def teaches(self, batch: Batch, number: int, source: int) -> bool:
+        """Whether some embeddings have a gradient, from the examples of a source in the batch."""
+        for part in split_batch(batch, self.parts):
+            sizes = sorted({min(EXAMPLES, len(part.query)), len(part.query)})
+            if any(self._some(cut_batch(part, 0, size), number, source) for size in sizes):
+                return True
+        return False
 
-    def _some(self, batch: Batch, number: int) -> bool:
+    def _some(self, batch: Batch, number: int, source: int) -> bool:
         pool = self.data.pool(batch)
         if self.objective.wants_tokens:
             pool = self.data.with_query_tokens(pool)
         known = self.data.known(batch)
         texts = self._texts(pool)
+        rows = None if batch.sources is None else torch.from_numpy(np.flatnonzero(batch.sources == source))
         for vectors in self._embeddings(pool, texts):
             leaf = vectors.requires_grad_()
             seen = contrastive_batch(pool, leaf[torch.from_numpy(texts)], known, draw=number, guide=self.data.guide)
-            loss = self.objective.forward(replace(seen, progress=number / self.steps))
+            loss = self.objective.forward(replace(seen, rows=rows, progress=number / self.steps))
             (gradient,) = loss.gradients([leaf])
             if not bool((gradient.abs() <= NOTHING).all()):
                 return True

@@ -231,6 +231,22 @@ def has_wandb_login() -> bool:
     return False
 
 
+def check_wandb_login() -> None:
+    """Ask W&B's server whether it takes the key of this machine; no figure is sent. Raises :class:`BadInputError` if it does not."""
+    import wandb
+
+    try:
+        wandb.setup(wandb.Settings(silent=True))
+        wandb.login(verify=True)
+    except wandb.Error as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInputError(
+            f"Weights & Biases does not take the login of this machine: {reason}",
+            where="training.trackers",
+            hint="Run `wandb login --relogin`, mend WANDB_API_KEY, or set mode: offline.",
+        ) from error
+
+
 class WandbTracker:
     """A W&B run. Its id is in the run's folder, so that a resumed training goes on with it.
 

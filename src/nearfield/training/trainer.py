@@ -71,6 +71,11 @@ class TrainingInputs:
         """The steps of each epoch."""
         return [len(plan) for plan in self.plans]
 
+    @property
+    def sources(self) -> list[int]:
+        """The source of each step's batch."""
+        return [source for plan in self.plans for source in plan.sources().tolist()]
+
     def batch_of_step(self, step: int) -> tuple[int, Batch]:
         """The epoch and the batch of a step of the whole run."""
         for epoch, plan in enumerate(self.plans):
@@ -183,7 +188,7 @@ class Trainer:
             inputs.tell(broadcast_notices(notices, self.device))
         self.evaluations = Evaluations(self.config.evaluation, inputs.evaluate, engine, inputs.epochs, self.steps)
         self.parts: list[Part] = [
-            GradientWatch(self.first, self.steps),
+            GradientWatch(self.first, inputs.sources[: self.steps]),
             ChanceWatch(self.steps),
             self.evaluations,
             *([] if inputs.negatives is None else [inputs.negatives.config.build(inputs.negatives, self)]),
