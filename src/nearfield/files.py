@@ -268,7 +268,9 @@ def read_json(path: Path, what: str = "file") -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInputError(f"this {what} does not exist", where=str(path)) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise BadInputError(f"this {what} cannot be read ({error.strerror})", where=str(path)) from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BadInputError(f"this {what} is not valid JSON ({error})", where=str(path)) from error
 
 

@@ -53,6 +53,7 @@ POSITIONS = {
     "mpnet": 80 - 2,
     "esm": 80 - 2,
     "longformer": 80 - 2,
+    "ibert": 80 - 1,
     "bart": 80,
     "gpt2": 80,
     "opt": 80,
@@ -161,7 +162,7 @@ def test_an_enclosing_token_without_a_row_is_one_message(tmp_path: Path) -> None
         load_encoder(str(folder), device="cpu")
 
 
-@pytest.mark.parametrize("name", ["qwen3", "bert", "longt5"])
+@pytest.mark.parametrize("name", ["qwen3", "bert", "longt5", "ibert"])
 def test_an_added_word_without_a_row_stops_only_texts_that_have_it(tmp_path: Path, name: str) -> None:
     folder = save_animal(tmp_path, ANIMALS[name])
     from transformers import AutoTokenizer

@@ -19,6 +19,7 @@ for _commands in (project, data, mine, plan, run, eval, compare, analyse):
 _NO_ROOM = {
     errno.ENOSPC: "Make room, then run the same command again: what was whole is kept.",
     errno.EDQUOT: "Make room below the quota, then run the same command again: what was whole is kept.",
+    errno.EFBIG: "Raise the limit of the size of files (ulimit -f), then run the same command again: what was whole is kept.",
     errno.EROFS: "Name a place that can be written to.",
     errno.EACCES: "Name a place that can be read and written, or change its rights.",
 }

@@ -121,14 +121,20 @@ def text_part(model: SentenceTransformer) -> Any:
     return transformer if isinstance(transformer, nn.Module) else None
 
 
+def _rows_of(table: Any) -> int | None:
+    """How many rows a table has; None for what is none. I-BERT has a kind of its own, which does not say it."""
+    rows, weight = getattr(table, "num_embeddings", None), getattr(table, "weight", None)
+    if rows is None and "Embedding" in type(table).__name__ and getattr(weight, "ndim", 0) == 2:
+        rows = weight.shape[0]
+    return rows if isinstance(rows, int) else None
+
+
 def counts_from_padding(embeddings: Any) -> bool:
     """Whether a module of embeddings numbers positions from behind the padding token's number, as RoBERTa and models like it do."""
-    from torch import nn
-
     if not isinstance(getattr(embeddings, "padding_idx", None), int):
         return False
     table = getattr(embeddings, "position_embeddings", None)
-    return isinstance(table, nn.Embedding) and table.padding_idx is not None
+    return _rows_of(table) is not None and getattr(table, "padding_idx", None) is not None
 
 
 def usable_positions(model: SentenceTransformer) -> int | None:
@@ -136,19 +142,18 @@ def usable_positions(model: SentenceTransformer) -> int | None:
 
     In RoBERTa and models like it they are fewer than the config says: positions are counted from behind the padding token's number.
     """
-    from torch import nn
-
     transformer = text_part(model)
     if transformer is None:
         return None
     lengths = []
     for name, module in transformer.named_modules():
         owner, _, last = name.rpartition(".")
-        if last not in _POSITIONS or not isinstance(module, nn.Embedding):
+        rows = _rows_of(module) if last in _POSITIONS else None
+        if rows is None:
             continue
         parent = transformer.get_submodule(owner)
         before = int(parent.padding_idx) + 1 if counts_from_padding(parent) else int(getattr(module, "offset", 0))
-        lengths.append(module.num_embeddings - before)
+        lengths.append(rows - before)
     said = stated_positions(model)
     # Some tables have rows to spare, which no text reaches.
     if lengths and said is not None and lengths[0] > said:
@@ -171,8 +176,7 @@ def table_rows(model: SentenceTransformer) -> int | None:
         table = transformer.get_input_embeddings() if transformer is not None else None
     except (AttributeError, NotImplementedError):  # as CANINE, which hashes characters
         return None
-    rows = getattr(table, "num_embeddings", None)
-    return int(rows) if isinstance(rows, int) else None
+    return _rows_of(table)
 
 
 def check_rows(
