@@ -85,6 +85,10 @@ def test_a_prompt_that_leaves_no_room_for_the_text(tiny_model: Path, tmp_path: P
     recipe = write_toy_recipe(tmp_path, tiny_model, data)
     settings = ["training.max_length=16"]
     refused(recipe, settings, tmp_path / "run", "the prompt takes all that is read of a text")
+    rows = [{"a": f"zzz{n}", "b": f"yyy{n}"} for n in range(40)]
+    (tmp_path / "unknown").mkdir()
+    recipe = write_toy_recipe(tmp_path / "unknown", tiny_model, write_rows(tmp_path / "unknown", rows, PAIRS))
+    refused(recipe, [], tmp_path / "unknown" / "run", "the tokenizer knows none of their words")
 
 
 def test_scores_beyond_a_cosine_and_negatives_that_are_not_there(tiny_model: Path, tmp_path: Path) -> None:
@@ -223,6 +227,19 @@ def test_a_source_that_teaches_nothing_and_comes_first_stops_no_run(
     nearfield.train(recipe, settings, tmp_path / "run", until="train")
     norms = [line["gradient_norm"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert norms[:2] == [0.0, 0.0] and any(norms), "else the order of batches makes the test say nothing"
+
+
+def test_scores_that_the_model_cannot_get_are_found_before_the_training(
+    toy_recipe: Path, tmp_path: Path, toy_data: Path
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(f"name: toy\ntasks: [{{kind: heldout, name: Toy, data: {toy_data}, source: pairs}}]\n")
+    settings = [f"evaluation={{suite: {suite}, dimensions: [8, 64]}}"]
+    found = nearfield.dry_run(toy_recipe, settings, tmp_path / "run")
+    assert found is not None and not found.would_start
+    with pytest.raises(BadInputError, match="asks for 64 dimensions, and the model has 32"):
+        nearfield.train(toy_recipe, settings, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_two_views_of_a_model_without_dropout_are_said(toy_recipe: Path, tmp_path: Path, tiny_model: Path) -> None:

@@ -161,16 +161,27 @@ class TrainStage(Stage):
         self.tell([*encoder.notices, *plan_notices(self.plan, plans), *suite, *teaches])
 
     def teaching_notices(self, model: SentenceTransformer, data: TrainingData, plans: list[Plan]) -> list[Notice]:
-        """Notices of data and objectives from which no encoder could learn."""
+        """Notices of data and objectives from which no encoder could learn, and of scores that this one cannot get."""
         from nearfield.training.diagnostics import teaching_notices
 
         store = self.data.open()
         names = {number: source.name for number, source in enumerate(store.sources)}
         width, parts = model.get_embedding_dimension(), self.recipe.training.averaged_batches
-        found = [*self._views_alike(model, data)]
+        found = [*self._views_alike(model, data), *self._too_narrow(width)]
         if width is not None:
             found += teaching_notices(self.objective(model), data, plans, names, width, parts)
         return found
+
+    def _too_narrow(self, width: int | None) -> Iterator[Notice]:
+        """A notice that the trained model is to be scored on more dimensions than it has, which would end the run behind it."""
+        wanted = () if self.recipe.evaluation is None or not self.is_scored else self.recipe.evaluation.dimensions
+        if width is not None and max(wanted, default=0) > width:
+            yield Notice(
+                "dimensions-missing",
+                f"evaluation.dimensions asks for {max(wanted):,} dimensions, and the model has {width:,}",
+                "Leave out what is more than the model has.",
+                blocks=True,
+            )
 
     def _views_alike(self, model: SentenceTransformer, data: TrainingData) -> Iterator[Notice]:
         """A notice that the two embeddings of each text are the same one, as the model has no dropout."""

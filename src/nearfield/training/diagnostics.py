@@ -271,11 +271,18 @@ def _same_texts(data: TrainingData) -> Iterator[Notice]:
             continue
         first = table.of(int(table.rows[0]))
         if all(np.array_equal(table.of(int(row)), first) for row in table.rows):
+            of = f" with the prompt {table.prompt[:80]!r}" if table.prompt else ""
+            why = (
+                "the prompt takes all that is read of a text"
+                if table.prompt
+                else "the tokenizer knows none of their words, or no more of them is read"
+            )
             yield Notice(
                 "texts-all-the-same",
-                f"all {len(table.rows):,} texts with the prompt {table.prompt[:80]!r} are the same {len(first)} tokens: the "
-                "prompt takes all that is read of a text",
-                "Shorten the prompt, or raise training.max_length.",
+                f"all {len(table.rows):,} texts{of} are the same {len(first)} tokens: {why}",
+                "Shorten the prompt, or raise training.max_length."
+                if table.prompt
+                else "Use the tokenizer of the texts' language, or raise training.max_length.",
                 blocks=True,
             )
 
