@@ -123,7 +123,8 @@ def text_part(model: SentenceTransformer) -> Any:
 
 def _rows_of(table: Any) -> int | None:
     """How many rows a table has; None for what is none. I-BERT has a kind of its own, which does not say it."""
-    rows, weight = getattr(table, "num_embeddings", None), getattr(table, "weight", None)
+    rows: Any = getattr(table, "num_embeddings", None)
+    weight: Any = getattr(table, "weight", None)
     if rows is None and "Embedding" in type(table).__name__ and getattr(weight, "ndim", 0) == 2:
         rows = weight.shape[0]
     return rows if isinstance(rows, int) else None
