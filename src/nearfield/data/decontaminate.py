@@ -1,7 +1,7 @@
 """Decontamination: training texts against the texts of benchmarks, and the report of what they share, task by task.
 
 The training side is indexed once and held in memory, the texts of each task stream by. Held for each training text: its words
-as hashes (8 bytes a word), the word sequences (24 bytes each), 700 bytes of MinHash and, with an encoder, its vector.
+as hashes (24 bytes a word) and in their order (17 bytes a word), the word sequences (24 bytes each), 700 bytes of MinHash and, with an encoder, its vector.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pydantic import Field
 from nearfield.arrays import Floats, Index, Ragged, Rows, Vectors, concatenate
 from nearfield.console import track
 from nearfield.data.cleaning import NearDuplicateConfig
+from nearfield.data.containment import ContainmentIndex
 from nearfield.data.items import canonical_text
 from nearfield.data.near_duplicates import (
     EmbedTexts,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 
 REPORT_VERSION = 2
-KINDS = ("exact", "normalised", "ngram", "minhash", "embedding")
+KINDS = ("exact", "normalised", "ngram", "contained", "minhash", "embedding")
 """The ways in which a training text matches a benchmark text, the strongest first. A text counts once, under the strongest."""
 ROLES = ("query", "document", "distractor", "text")
 """The roles of a benchmark text: a query, a document that is relevant for one, any other document of a corpus, or a text of a
@@ -66,6 +67,10 @@ class DecontaminationConfig(NearDuplicateConfig):
     """Texts match that share at least this much of the sequences of the one that has fewer."""
     common: Annotated[int, Field(ge=1)] = 1000
     """A sequence in more training texts than this is boilerplate and does not count."""
+    inside: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """A text is inside a longer one if words that carry this share of its rarity stand there in order, in one place."""
+    chance: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """And if they would be expected at fewer places of the training texts than this by chance."""
     cosine: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Texts match whose embeddings have at least this cosine, where an encoder is given."""
 
@@ -265,7 +270,7 @@ def read_report(path: Path) -> ContaminationReport:
     return ContaminationReport(**values, tasks=tasks)
 
 
-VERSION = 2
+VERSION = 3
 """Raised when the same texts give another report."""
 
 BLOCK = 8192
@@ -328,9 +333,11 @@ class TrainingIndex:
         self.encode = encode
         self.known = WordHashes()
         sets, grams, exact, normal = [], [], [], []
+        parts = [Ragged.empty(0, np.uint64)]
         vectors: list[Vectors] = []
         for texts in batches:
             split = hash_words(texts, self.known)
+            parts.append(split)
             sets.append(TextSets.of(texts, self.known, split))
             grams.append(sequences(split, config.ngram).distinct())
             exact.append(hash_texts([canonical_text(text) for text in texts]))
@@ -338,6 +345,7 @@ class TrainingIndex:
             if encode is not None:
                 vectors.append(unit(encode(texts)))
         self.near = NearIndex(TextSets.join(sets), config)
+        self.inside = ContainmentIndex(concatenate(parts), config)
         self.exact = Index(np.concatenate([_NONE, *exact]))
         # A text of signs alone has no normal form; equal ones are exact matches.
         self.normal = Index(np.concatenate([_NONE, *normal]))
@@ -362,6 +370,7 @@ class TrainingIndex:
             "normalised": Matches.equal(self.normal, hash_normal_forms(texts)),
         }
         matches["ngram"], some = self._sequences(sequences(split, self.config.ngram).distinct())
+        matches["contained"] = Matches(*self.inside.matches(split))
         matches["minhash"] = Matches(*self.near.matches(sets))
         if self.encode is not None and self.vectors is not None:
             matches["embedding"] = self._vectors(texts, sets)
@@ -514,7 +523,7 @@ def decontaminate(
     """Compare the training texts of a store with the texts of tasks.
 
     Queries, positives and negatives of the ``split`` of the ``sources`` (null takes all) are compared with every text of
-    every task, whatever the sides: equal, equal after normalisation, by shared word sequences, by near-duplicates of words
+    every task, whatever the sides: equal, equal after normalisation, by shared word sequences, one inside the other, by near-duplicates of words
     (MinHash) and, with ``encode``, of vectors. Raises BadInputError where no example is in the split.
     """
     config = config or DecontaminationConfig()

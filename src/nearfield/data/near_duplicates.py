@@ -173,13 +173,14 @@ EmbedTexts = Callable[[Sequence[str]], Any]
 """texts -> vectors [n, d] of any length (they are normalised here)."""
 
 
-def pieces(counts: Rows) -> Iterator[slice]:
-    """Slices of queries with at most eight million candidates (``counts`` a query) together, or of one query."""
+def pieces(counts: Rows, most: int | None = None) -> Iterator[slice]:
+    """Slices of queries with at most ``most`` (eight million) candidates (``counts`` a query) together, or of one query."""
+    most = _PIECE if most is None else most
     total = np.cumsum(counts)
     begin = 0
     while begin < len(counts):
         reached = total[begin - 1] if begin else 0
-        end = max(int(np.searchsorted(total, reached + _PIECE, "right")), begin + 1)
+        end = max(int(np.searchsorted(total, reached + most, "right")), begin + 1)
         yield slice(begin, end)
         begin = end
 
