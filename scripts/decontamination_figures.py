@@ -2,9 +2,14 @@
 
 Real text: the glosses of WordNet that the package ships. The training side has the glosses of the training split, the
 benchmark side those of the test split; no gloss and no sibling of one is in both. Plants are benchmark glosses put into
-training as they are or lightly edited. Intervals are Wilson's, 95 %.
+training as they are, lightly edited, or inside longer text. Intervals are Wilson's, 95 %.
 
-    python scripts/decontamination_figures.py [--embed sentence-transformers/all-MiniLM-L6-v2] [--scale 100000] [--libraries]
+With ``--more`` the training side also is the descriptions of Debian's packages and the docstrings of installed packages; with
+``--tasks FOLDER`` the benchmark side also is the local tasks in it (docs/evaluation.md), and of their graded pairs and translated
+sentences it is measured how many paraphrases and translations are found.
+
+    python scripts/decontamination_figures.py [--more] [--tasks FOLDER] [--json results/decontamination/figures.json]
+        [--embed sentence-transformers/all-MiniLM-L6-v2] [--scale 100000] [--libraries]
 """
 
 from __future__ import annotations
@@ -22,11 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nearfield.data.decontaminate import KINDS, DecontaminationConfig, TrainingIndex
+from nearfield.data.near_duplicates import words
 from nearfield.methods.wordnet import glosses_by_split
 
 Edit = Callable[[str, random.Random], str]
+Plant = Callable[[str, str, random.Random], str]
+"""text, another text of the training side -> the text that is planted there"""
+BLOCK = 8192
 
 
 @functools.cache
@@ -68,6 +78,56 @@ EDITS: dict[str, Edit] = {
 }
 
 
+def in_a_question(text: str, host: str, pick: random.Random) -> str:
+    """The text as a question, with another text as its answer."""
+    return f"Question: {text} Answer: {host}"
+
+
+def amid(text: str, host: str, pick: random.Random) -> str:
+    """The text between any two words of another one."""
+    words = host.split()
+    place = pick.randint(0, len(words))
+    return " ".join([*words[:place], text, *words[place:]])
+
+
+def changed(text: str, host: str, pick: random.Random) -> str:
+    """The text with one of its words replaced by one of the other text's."""
+    words = text.split()
+    words[pick.randrange(len(words))] = pick.choice(host.split())
+    return " ".join(words)
+
+
+def without_one(text: str, host: str, pick: random.Random) -> str:
+    """The text without one of its words."""
+    words = text.split()
+    del words[pick.randrange(len(words))]
+    return " ".join(words)
+
+
+def with_one_more(text: str, host: str, pick: random.Random) -> str:
+    """The text with one of the other text's words put in."""
+    words = text.split()
+    words.insert(pick.randrange(1, max(len(words), 2)), pick.choice(host.split()))
+    return " ".join(words)
+
+
+def both(first: Plant, second: Plant) -> Plant:
+    """One after the other."""
+    return lambda text, host, pick: second(first(text, host, pick), host, pick)
+
+
+PLANTS: dict[str, Plant] = {
+    "in a question": in_a_question,
+    "amid another text": amid,
+    "one word changed": changed,
+    "one word changed, in a question": both(changed, in_a_question),
+    "one word left out, in a question": both(without_one, in_a_question),
+    "one word put in, in a question": both(with_one_more, in_a_question),
+}
+LENGTHS = ((4, 4), (5, 5), (6, 6), (7, 7), (8, 8), (9, 10), (11, 12), (13, 20), (21, 40))
+"""Words of a planted text, from and to."""
+
+
 def wilson(hits: int, count: int) -> tuple[float, float]:
     """95 % interval of a share."""
     z = 1.959964
@@ -100,20 +160,135 @@ def recall(
     return {**share(int(np.count_nonzero(seen)), len(planted)), "by_kind": kinds}
 
 
+def planted_and_found(
+    training: Sequence[str], benchmark: Sequence[str], plant: Plant, seed: int, times: int = 1
+) -> npt.NDArray[np.bool_]:
+    """(n,) whether each benchmark text is found where it was planted, ``times`` times, among all of ``training``."""
+    pick = random.Random(seed)
+    planted = [plant(text, pick.choice(training), pick) for text in benchmark for _ in range(times)]
+    seen = np.zeros(len(benchmark), dtype=np.bool_)
+    for pairs in matched_pairs([*training, *planted], benchmark).values():
+        at = (pairs[:, 0] - len(training)) // times
+        seen[pairs[at == pairs[:, 1], 1]] = True
+    return seen
+
+
+def plants_inside(training: Sequence[str], benchmark: Sequence[str], plant: Plant, seed: int) -> dict[str, Any]:
+    """The share of benchmark texts that are found where they were planted among all of ``training``."""
+    seen = planted_and_found(training, benchmark, plant, seed)
+    return share(int(np.count_nonzero(seen)), len(benchmark))
+
+
+def plants_by_length(
+    training: Sequence[str], benchmark: Sequence[str], seed: int, most: int = 300
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """:func:`plants_inside` of up to ``most`` texts of each length, by what was done to them and by their words."""
+    pick = random.Random(seed)
+    counts = np.asarray([len(words(text)) for text in benchmark])
+    of_length: dict[str, list[str]] = {}
+    for low, high in LENGTHS:
+        places = np.flatnonzero((counts >= low) & (counts <= high)).tolist()
+        name = str(low) if low == high else f"{low}-{high}"
+        of_length[name] = [benchmark[i] for i in pick.sample(places, min(len(places), most))]
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    wanted: list[tuple[str, Plant, int]] = [(name, plant, 1) for name, plant in PLANTS.items()]
+    for name, plant, times in [*wanted, ("in 30 questions", in_a_question, 30)]:
+        found[name] = {}
+        every = [text for texts in of_length.values() for text in texts]
+        seen = planted_and_found(training, every, plant, seed, times)
+        begin = 0
+        for length, texts in of_length.items():
+            part = seen[begin : begin + len(texts)]
+            begin += len(texts)
+            if len(part):
+                found[name][length] = share(int(np.count_nonzero(part)), len(part))
+    return found
+
+
+def matched_pairs(
+    training: Sequence[str], benchmark: Sequence[str], encode: Any = None, config: DecontaminationConfig | None = None
+) -> dict[str, Any]:
+    """The pairs (training text, benchmark text) that match, [p, 2], by kind."""
+    index = TrainingIndex(
+        [training[i : i + BLOCK] for i in range(0, len(training), BLOCK)], config or DecontaminationConfig(), encode
+    )
+    found: dict[str, list[Any]] = {}
+    for start in range(0, len(benchmark), BLOCK):
+        matches, _ = index.matches(benchmark[start : start + BLOCK])
+        for kind, of_kind in matches.items():
+            found.setdefault(kind, []).append(of_kind.pairs + np.asarray([0, start]))
+    return {kind: np.concatenate(parts) for kind, parts in found.items()}
+
+
 def false_alarms(
     training: Sequence[str], benchmark: Sequence[str], encode: Any = None, config: DecontaminationConfig | None = None
 ) -> dict[str, Any]:
     """The share of training texts that match a benchmark text although the two are disjoint, in all and by kind."""
-    index = TrainingIndex([training], config or DecontaminationConfig(), encode)
-    found, _ = index.matches(benchmark)
-    hit = {kind: set(found[kind].pairs[:, 0].tolist()) for kind in KINDS if kind in found}
-    either = set().union(*hit.values())
-    of_benchmark = {place for kind in hit for place in found[kind].pairs[:, 1].tolist()}
+    found = matched_pairs(training, benchmark, encode, config)
+    hit = {kind: set(pairs[:, 0].tolist()) for kind, pairs in found.items()}
+    others = set().union(*(places for kind, places in hit.items() if kind != "contained"))
+    of_benchmark = {place for pairs in found.values() for place in pairs[:, 1].tolist()}
+    lengths: dict[int, int] = {}
+    for first, second in found["contained"].tolist():
+        shorter = min(len(words(training[first])), len(words(benchmark[second])))
+        lengths[shorter] = lengths.get(shorter, 0) + 1
     return {
-        **share(len(either), len(training)),
+        **share(len(others | hit["contained"]), len(training)),
+        "without_contained": share(len(others), len(training)),
         "by_kind": {kind: len(places) for kind, places in hit.items()},
         "of_benchmark": share(len(of_benchmark), len(benchmark)),
+        "contained_by_words": dict(sorted(lengths.items())),
     }
+
+
+HOLDS_GLOSSES = ("STS12", "STS13", "STS14")
+"""Tasks whose OnWN pairs are glosses of WordNet."""
+PARAPHRASES = (("MSRP-pairs", "labels", 1), ("STSBenchmark", "score", 4.5), ("STS16", "score", 4.5))
+TRANSLATIONS = ("NusaXBitextMining", "Tatoeba")
+
+
+def more_training_texts() -> list[str]:
+    """The short and long descriptions of Debian's packages, and the docstrings of the installed packages; different ones."""
+    from nearfield.methods import debian, docstrings
+
+    texts = [text for row in debian.build_rows(50) for text in (row["short"], row["long"])]
+    texts += [str(row["docstring"]) for row in docstrings.build_rows(docstrings.installed(None), 100)]
+    return list(dict.fromkeys(texts))
+
+
+def task_texts(folder: Path) -> dict[str, list[str]]:
+    """The different texts of each local task in a folder."""
+    from nearfield.evaluation.config import open_suite
+    from nearfield.evaluation.texts import benchmark_tasks
+
+    texts: dict[str, list[str]] = {}
+    for task in benchmark_tasks(open_suite(folder)):
+        texts.setdefault(task.name, []).extend(text.text for text in task.texts())
+    return {name: list(dict.fromkeys(of_task)) for name, of_task in texts.items() if of_task}
+
+
+def said_otherwise(folder: Path, training: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The share of sentences that are found where training holds only their paraphrase, or only their translation."""
+    import pyarrow.parquet as pq
+
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for name, column, least in [*PARAPHRASES, *((name, None, 0) for name in TRANSLATIONS)]:
+        kind = "translations" if column is None else "paraphrases"
+        for path in sorted((folder / name).glob("*.parquet")):
+            table = pq.read_table(path).to_pydict()
+            values = [least] * len(table["sentence1"]) if column is None else table[column]
+            rows = zip(table["sentence1"], table["sentence2"], values, strict=True)
+            pairs.setdefault(f"{kind}: {name}", []).extend((a, b) for a, b, value in rows if value >= least)
+    shares = {}
+    for name, both_sides in pairs.items():
+        # One that is the same text but for case and punctuation is no paraphrase.
+        differ = [(a, b) for a, b in both_sides if words(a) != words(b)]
+        benchmark = [a for a, _ in differ]
+        seen = np.zeros(len(benchmark), dtype=np.bool_)
+        for matches in matched_pairs([*training, *(b for _, b in differ)], benchmark).values():
+            seen[matches[matches[:, 0] - len(training) == matches[:, 1], 1]] = True
+        shares[name] = share(int(np.count_nonzero(seen)), len(benchmark))
+    return shares
 
 
 def speed(count: int, seed: int = 0) -> dict[str, Any]:
@@ -159,6 +334,29 @@ def libraries(count: int = 20_000) -> dict[str, float]:
     return times
 
 
+def _of_other_origin(wordnet: list[str], folder: Path | None, seed: int, result: dict[str, Any]) -> dict[str, Any]:
+    """Plants among, and false alarms of, texts that nobody wrote in the style of the benchmark's."""
+    more = more_training_texts()
+    glosses = disjoint_glosses()[1]
+    tasks = {} if folder is None else task_texts(folder)
+    every = list(dict.fromkeys(text for texts in tasks.values() for text in texts))
+    apart = list(dict.fromkeys(text for name, texts in tasks.items() if name not in HOLDS_GLOSSES for text in texts))
+    alarms = {**result["false_alarms"], "debian and docstrings, wordnet": false_alarms(more, glosses)}
+    plants = {**result["plants"]}
+    made: dict[str, Any] = {
+        "debian_and_docstrings": len(more),
+        "task_texts": {name: len(t) for name, t in tasks.items()},
+    }
+    if folder is not None:
+        alarms["debian and docstrings, tasks"] = false_alarms(more, every)
+        alarms[f"wordnet, tasks but {', '.join(HOLDS_GLOSSES)}"] = false_alarms(wordnet, apart)
+        holding = [text for name in HOLDS_GLOSSES for text in tasks.get(name, ())]
+        made["glosses_in_tasks"] = false_alarms(wordnet, list(dict.fromkeys(holding)))
+        plants["tasks among debian and docstrings"] = plants_by_length(more, every, seed)
+        made["said_otherwise"] = said_otherwise(folder, more)
+    return {**made, "plants": plants, "false_alarms": alarms}
+
+
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,6 +364,8 @@ def main() -> None:
     parser.add_argument("--embed-sample", type=int, default=3000, help="texts a side for that")
     parser.add_argument("--cosine", type=float, default=0.95)
     parser.add_argument("--scale", type=int, default=100_000, help="texts a side of the timing; 0 leaves it out")
+    parser.add_argument("--more", action="store_true", help="also train on Debian's descriptions and on docstrings")
+    parser.add_argument("--tasks", type=Path, help="a folder of local tasks, benchmarks for --more")
     parser.add_argument("--libraries", action="store_true", help="time the MinHash libraries that are installed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -179,9 +379,19 @@ def main() -> None:
     for title, key in (("plants found", "recall"), ("plants of 8 words and more found", "recall_8_words")):
         for name, found in result[key].items():
             print(f"{title}, {name}: {_words(found)} {found['by_kind']}")
-    result["false_alarms"] = false_alarms(training, benchmark)
-    print(f"training texts that match: {_words(result['false_alarms'])} {result['false_alarms']['by_kind']}")
-    print(f"benchmark texts that match: {_words(result['false_alarms']['of_benchmark'])}")
+    result["plants"] = {"wordnet among wordnet": plants_by_length(training, benchmark, arguments.seed)}
+    result["false_alarms"] = {"wordnet, wordnet": false_alarms(training, benchmark)}
+    if arguments.more:
+        result |= _of_other_origin(training, arguments.tasks, arguments.seed, result)
+    for where, plants in result["plants"].items():
+        for name, lengths in plants.items():
+            for length, found in lengths.items():
+                print(f"{where}, {name}, {length} words: {_words(found)}")
+    for where, alarms in result["false_alarms"].items():
+        print(f"{where}: training texts that match: {_words(alarms)} {alarms['by_kind']}")
+        print(f"{where}: benchmark texts that match: {_words(alarms['of_benchmark'])}")
+    for name, found in result.get("said_otherwise", {}).items():
+        print(f"{name}: {_words(found)}")
     if arguments.scale:
         result["speed"] = speed(arguments.scale)
         print(f"speed: {json.dumps(result['speed'])}")
@@ -206,7 +416,8 @@ def main() -> None:
         alarms = result["embedding"]["false_alarms"]
         print(f"with embeddings, training texts that match: {_words(alarms)} {alarms['by_kind']}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _words(found: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ import json
 import random
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -86,8 +85,20 @@ def test_disjoint_glosses_raise_few_alarms() -> None:
     """At most 1 in 1,000, at the upper end of the interval."""
     training, benchmark = FIGURES.disjoint_glosses()
     alarms = FIGURES.false_alarms(training[::2], benchmark)
-    assert alarms["interval"][1] <= 0.001
+    assert alarms["without_contained"]["interval"][1] <= 0.001
     assert alarms["by_kind"]["exact"] == alarms["by_kind"]["normalised"] == 0
+    # Glosses of one dictionary do stand in others word for word: "an officer of the law" is a gloss.
+    assert alarms["by_kind"]["contained"] / alarms["n"] <= 0.001
+
+
+@pytest.mark.parametrize(("name", "least"), [("in a question", 0.95), ("one word changed, in a question", 0.6)])
+def test_short_glosses_inside_longer_texts_are_found(name: str, least: float) -> None:
+    """Of 6 to 12 words, with one word changed of 8 to 12: among all other texts, at the lower end of the interval."""
+    training, benchmark = FIGURES.disjoint_glosses()
+    shortest = 8 if "changed" in name else 6
+    sample = [text for text in benchmark if shortest <= len(words(text)) <= 12]
+    found = FIGURES.plants_inside(training, random.Random(1).sample(sample, 600), FIGURES.PLANTS[name], seed=1)
+    assert found["interval"][0] >= least
 
 
 def test_intervals_are_those_of_wilson() -> None:
@@ -157,15 +168,16 @@ def test_sides_kinds_and_removals(tmp_path: Path) -> None:
     assert any(part.startswith("| Search | 5 | 1 | 1 | 1 | 1 | 0 | 1 |") for part in report.lines())
 
 
-def test_short_texts_inside_longer_ones_are_not_seen_and_the_report_says_so(tmp_path: Path) -> None:
-    short = "a small grey cat that catches mice"
-    inside = f"before it stand quite some other words and then {short} as well as many more words behind"
-    texts = (("query", short), ("document", f"one two three four five {short} six seven eight nine ten"))
-    report = compare(build_rows(tmp_path, [row(inside, "another text")]), task("T", *texts))
-    assert report.contaminated == 0
-    said = "does not see a text of 4 to 12 words inside one that is longer by over 33 %"
-    assert any(said in line for line in report.lines())
-    assert "4 to 6 words" in replace(report, settings={**report.settings, "ngram": 7}).unseen
+def test_short_texts_inside_longer_ones_are_seen_on_both_sides(tmp_path: Path) -> None:
+    short, other = "a small grey cat that catches mice", "the slow brown river under seven old bridges"
+    training = f"before it stand quite some other words and then {short} as well as many more words behind"
+    rows = [row(training, other), *(row(f"query{i} a b c", f"x{i} y{i} z{i}, and so on {i}") for i in range(2000))]
+    texts = (("query", short.upper()), ("document", f"one two three, four five: {other}; six seven eight nine ten"))
+    report = compare(build_rows(tmp_path, rows), task("T", *texts))
+    assert report.tasks[0].matched == {"query": {"contained": 1}, "document": {"contained": 1}}
+    assert {removal.text for removal in report.removals} == {training, other}
+    assert any("paraphrases" in line and "translations" in line for line in report.lines())
+    assert compare(Store.open(tmp_path / "store"), task("T", *texts), chance=1e-300).contaminated == 0
 
 
 def test_the_report_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -214,7 +226,7 @@ def test_word_sequences_count_by_their_share(tmp_path: Path) -> None:
     assert (found.training, found.any_ngram) == ({}, 1)
     inside = " ".join(some[5:19])
     assert compare(store, task("T", ("query", inside))).tasks[0].training == {"ngram": 1}
-    assert compare(store, task("T", ("query", " ".join(some[5:17])))).tasks[0].training == {}
+    assert compare(store, task("T", ("query", " ".join(some[5:17]))), chance=1e-300).tasks[0].training == {}
 
 
 def test_boilerplate_is_no_match(tmp_path: Path) -> None:
@@ -306,7 +318,15 @@ def test_a_text_of_several_forms_counts_once(tmp_path: Path) -> None:
 
 
 def test_settings_are_checked() -> None:
-    assert list(KINDS) == ["exact", "normalised", "ngram", "minhash", "embedding"]
-    for bad in ({"jaccard": 0.1}, {"ngram": 1}, {"ngram_share": 0}, {"cosine": 1.1}, {"word": 1}):
+    assert list(KINDS) == ["exact", "normalised", "ngram", "minhash", "contained", "embedding"]
+    for bad in (
+        {"jaccard": 0.1},
+        {"ngram": 1},
+        {"ngram_share": 0},
+        {"cosine": 1.1},
+        {"inside": 0},
+        {"chance": 0},
+        {"word": 1},
+    ):
         with pytest.raises(ValueError):
             DecontaminationConfig.model_validate(bad)

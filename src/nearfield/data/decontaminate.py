@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 REPORT_VERSION = 2
-KINDS = ("exact", "normalised", "ngram", "contained", "minhash", "embedding")
+KINDS = ("exact", "normalised", "ngram", "minhash", "contained", "embedding")
 """The ways in which a training text matches a benchmark text, the strongest first. A text counts once, under the strongest."""
 ROLES = ("query", "document", "distractor", "text")
 """The roles of a benchmark text: a query, a document that is relevant for one, any other document of a corpus, or a text of a
@@ -69,7 +69,7 @@ class DecontaminationConfig(NearDuplicateConfig):
     """A sequence in more training texts than this is boilerplate and does not count."""
     inside: Annotated[float, Field(gt=0, le=1)] = 0.85
     """A text is inside a longer one if words that carry this share of its rarity stand there in order, in one place."""
-    chance: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    chance: Annotated[float, Field(gt=0, le=1)] = 1e-4
     """And if they would be expected at fewer places of the training texts than this by chance."""
     cosine: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Texts match whose embeddings have at least this cosine, where an encoder is given."""
