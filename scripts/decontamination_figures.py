@@ -409,7 +409,7 @@ def main() -> None:
             "model": arguments.embed,
             "cosine": arguments.cosine,
             "recall": {n: recall(sample[1], edit, arguments.seed, encode, config) for n, edit in EDITS.items()},
-            "false_alarms": false_alarms(*sample, encode, config),
+            "false_alarms": false_alarms(sample[0], sample[1], encode, config),
         }
         for name, found in result["embedding"]["recall"].items():
             print(f"with embeddings, plants found, {name}: {_words(found)} {found['by_kind']}")

@@ -53,7 +53,7 @@ class Row:
 
 def stated_scores(data: Path) -> Published:
     """The published scores of all-MiniLM-L6-v2 that the local tasks state."""
-    found = {}
+    found: dict[tuple[str, str], float] = {}
     for path in sorted(data.glob("*/meta.json")):
         meta = json.loads(path.read_text(encoding="utf-8"))
         found |= {(path.parent.name, subset): float(score) for subset, score in (meta.get("official") or {}).items()}

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from nearfield.batching.config import BatchConfig, SingleSourceConfig
 from nearfield.config import Config, ConfigPath, KeyPath, Loaded, dotted, load_config
 from nearfield.data.config import DataConfig, SourceConfig
+from nearfield.data.decontaminate import DecontaminationStageConfig
 from nearfield.encoders.config import EncoderConfig, PromptConfig
 from nearfield.encoders.prompts import BasePrompts, PromptContract, base_prompts, make_contract
 from nearfield.errors import BadInputError
@@ -118,6 +119,8 @@ class Recipe(Config):
     """Length, learning rate, optimiser, precision, backend, checkpoints and trackers."""
     evaluation: EvaluationConfig | None = None
     """The suite that the model is scored on before and after training; null scores nothing."""
+    decontaminate: DecontaminationStageConfig | None = None
+    """Training texts are compared with the texts of a suite before batches are planned; null compares nothing."""
     stages: tuple[StageConfig, ...] = ()
     """Several trainings in a row, such as pretraining, fine-tuning and distillation; none is one training."""
 
@@ -141,6 +144,8 @@ class CheckedRecipe:
     """None where there is no evaluation, or where it is a folder of tasks."""
     training_suite: SuiteConfig | None
     """The same for the evaluation during the training."""
+    compared_suite: SuiteConfig | None
+    """The same for the suite that training texts are compared with."""
     contract: PromptContract
     """The prompts that are trained and saved, as far as they are known without a store and a connection."""
 
@@ -155,6 +160,7 @@ def stage_recipes(loaded: Loaded[Recipe]) -> list[Loaded[Recipe]]:
     recipe, recipes = loaded.config, []
     for number, stage in enumerate(recipe.stages):
         settings = {name: getattr(recipe, name) for name in Recipe.model_fields if name != "stages"}
+        settings["decontaminate"] = _compared_with(recipe)
         if number < len(recipe.stages) - 1:
             settings["evaluation"] = None
         try:
@@ -199,12 +205,27 @@ def check_recipe(loaded: Loaded[Recipe], base: BasePrompts | None = None) -> Che
     sources = _chosen_sources(loaded, data)
     suite = _suite(recipe.evaluation)
     training_suite = _suite(recipe.training.evaluation)
+    compared = _compared_with(recipe)
+    if compared is not None and compared.suite is None:
+        raise BadInputError(
+            "training texts can be compared with the texts of a suite, and there is none",
+            where=loaded.where(("decontaminate",)),
+            hint="Name one under decontaminate.suite, or add 'evaluation'.",
+        )
     base = base_prompts(recipe.encoder.model, recipe.encoder.revision) if base is None else base
     contract = make_contract(sources, recipe.prompts, base)
     _check_teacher(loaded)
     _check_samples(loaded, sources)
     _check_scores(loaded, sources)
-    return CheckedRecipe(recipe, data, sources, suite, training_suite, contract)
+    return CheckedRecipe(recipe, data, sources, suite, training_suite, _suite(compared), contract)
+
+
+def _compared_with(recipe: Recipe) -> DecontaminationStageConfig | None:
+    """The comparison with the suite in it, which is the evaluation's where it names none."""
+    compared = recipe.decontaminate
+    if compared is None or compared.suite is not None or recipe.evaluation is None:
+        return compared
+    return compared.model_copy(update={"suite": recipe.evaluation.suite})
 
 
 def _check_teacher(loaded: Loaded[Recipe]) -> None:
@@ -327,8 +348,10 @@ def _chosen_sources(loaded: Loaded[Recipe], data: DataConfig) -> tuple[SourceCon
     return tuple(by_name[name] for name in recipe.sources)
 
 
-def _suite(evaluation: EvaluationConfig | TrainingEvaluationConfig | None) -> SuiteConfig | None:
-    if evaluation is None or evaluation.suite.is_dir():
+def _suite(
+    evaluation: EvaluationConfig | TrainingEvaluationConfig | DecontaminationStageConfig | None,
+) -> SuiteConfig | None:
+    if evaluation is None or evaluation.suite is None or evaluation.suite.is_dir():
         return None
     suite = SuiteConfig.load(evaluation.suite)
     for position, task in enumerate(suite.tasks):

@@ -24,7 +24,7 @@ Found = set[tuple[int, int]]
 
 
 def index_of(texts: Sequence[str], **changes: float) -> ContainmentIndex:
-    return ContainmentIndex(hash_words(texts, KNOWN), DecontaminationConfig(**changes))  # type: ignore[arg-type]
+    return ContainmentIndex(hash_words(texts, KNOWN), DecontaminationConfig.model_validate(changes))
 
 
 def pairs(index: ContainmentIndex, benchmark: Sequence[str]) -> Found:
@@ -42,7 +42,10 @@ def surprise(text: list[str], training: list[list[str]], copies: int) -> float:
     """Minus the logarithm of the probability of a text by its words, pairs and triples, of each of which ``copies`` are left out."""
     counts = Counter(tuple(t[i : i + n]) for t in training for n in (1, 2, 3) for i in range(len(t) - n + 1))
     total, different = sum(map(len, training)), len({word for t in training for word in t}) + 1
-    left = lambda gram: max(counts[tuple(gram)] - copies, 0)  # noqa: E731
+
+    def left(gram: list[str]) -> int:
+        return max(counts[tuple(gram)] - copies, 0)
+
     prior, result = 20.0, 0.0
     for i in range(len(text)):
         p = (left(text[i : i + 1]) + 0.5) / (total + 0.5 * different)
@@ -163,7 +166,9 @@ def test_disjoint_text_is_not_found(training: list[str]) -> None:
 
 def test_frequent_words_are_chance_and_rare_ones_are_not() -> None:
     pick = random.Random(0)
-    common = [" ".join(pick.choices("it is as a so he was in the no".split(), k=6)) for _ in range(4000)]
+    common = [
+        " ".join(pick.choices(["it", "is", "as", "a", "so", "he", "was", "in", "the", "no"], k=6)) for _ in range(4000)
+    ]
     training = [*common, "and it was as a so there", "then quoll ferret stoat weasel stood there"]
     found = pairs(index_of(training), ["it was as a so", "quoll ferret stoat weasel"])
     assert found == {(len(training) - 1, 1)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ import yaml
 from typer.testing import CliRunner
 
 from nearfield.cli.app import app
-from nearfield.pipeline import open_run, run_stages
-from nearfield.pipeline.suites import stored_report
+from nearfield.data.decontaminate import VERSION, read_statement
+from nearfield.data.store import Store
+from nearfield.errors import BadInputError
+from nearfield.pipeline import Run, open_run, run_stages, status
+from nearfield.pipeline.stages import Stages
+from nearfield.pipeline.suites import report_of, stored_report
 
 ROWS = [("planted query of some length", "a document about rivers"), ("another query", "the planted document")]
 
@@ -87,12 +92,12 @@ def test_training_picks_up_the_report_that_fits(project: Path) -> None:
     call("data.yaml", "--suite", "suite.yaml")
     run_stages(run, "train", restart=True)
     entry = run.record("train")["contamination"]
-    assert "4 to 12 words" in entry["unseen"]
+    assert "translations" in entry["unseen"]
     assert entry["contaminated"] == 1
     assert entry["tasks"]["Planted"]["matched"] == {"text": {"normalised": 1}}
     card = (run.folder / "model" / "README.md").read_text()
     assert "## Benchmark texts in the training data" in card
-    assert "| Planted | 4 | 0 | 1 | 0 | 0 | 0 | 0 |" in card
+    assert "| Planted | 4 | 0 | 1 | 0 | 0 | 0 | 0 | 0 |" in card
 
     # Another text in the data or in the suite: the report no longer fits.
     with (project / "rows.jsonl").open("a") as file:
@@ -111,6 +116,100 @@ def test_a_report_of_other_sources_or_splits_does_not_fit(project: Path) -> None
     assert stored_report(cache, data, suite, ["pairs", "more"], "train") is None
     assert stored_report(cache, data, suite, ["pairs"], "other") is None
     assert stored_report(cache, suite, data, ["pairs"], "train") is None
+
+
+def test_a_report_of_another_version_is_left_out(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call("data.yaml", "--suite", "suite.yaml")
+    (path,) = (project / "runs" / ".cache" / "decontamination").glob("*.json")
+    data, suite = path.stem.split("-")
+    monkeypatch.setattr("nearfield.pipeline.suites.VERSION", VERSION + 1)
+    assert stored_report(project / "runs" / ".cache", data, suite, ["pairs"], "train") is None
+
+
+# The stage of a run.
+
+
+def states(run: Run) -> dict[str, str]:
+    return {stage.name: stage.state for stage in status(run)}
+
+
+def fingerprints(run: Run) -> dict[str, str]:
+    return {stage.name: stage.fingerprint for stage in Stages.of(run).wanted("train")}
+
+
+def test_a_run_compares_and_says_so(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = fingerprints(open_run(project / "recipe.yaml", (), project / "runs" / "plain"))
+    run = open_run(project / "recipe.yaml", ["decontaminate.matches=report"], project / "runs" / "run")
+    assert states(run)["decontaminate"] == "missing"
+    run_stages(run, "decontaminate")
+    assert states(run)["decontaminate"] == "done"
+    assert run.record("decontaminate")["contaminated"] == 1
+    assert json.loads((run.folder / "contamination.removals.jsonl").read_text())["kind"] == "normalised"
+    # A report changes nothing of what is trained.
+    made = fingerprints(run)
+    assert {name: made[name] for name in plain} == plain
+    report = report_of(Stages.of(run).training_data)
+    assert report is not None and report.path == run.folder / "contamination.json"
+    assert report.report.line().endswith("1 training texts match")
+    for change in ("decontaminate.ngram=8", "decontaminate.matches=leave_out", "split=other"):
+        changed = open_run(project / "recipe.yaml", ["decontaminate.matches=report", change], run.folder)
+        assert states(changed)["decontaminate"] != "done", change
+    monkeypatch.setattr("nearfield.pipeline.suites.VERSION", VERSION + 1)
+    assert states(run)["decontaminate"] == "stale"
+
+
+def test_a_run_goes_without_what_matches(project: Path) -> None:
+    overrides = ["decontaminate.matches=leave_out"]
+    run = open_run(project / "recipe.yaml", overrides, project / "runs" / "run")
+    stages = Stages.of(run)
+    run_stages(run, "plan")
+    texts = stages.training_data.open()
+    assert not {"planted query of some length", "a document about rivers"} & set(texts.texts(examples_items(texts)))
+    assert stages.training_data.open().examples.num_rows == stages.data.open().examples.num_rows - 1
+    assert run_stages(run, "plan").ran == ()
+    made = run_stages(run, "train")
+    assert made.model is not None
+    card = (made.model / "README.md").read_text()
+    assert (
+        "none of their texts is in what was trained on: 1 training texts that match texts of Planted were left out"
+        in card
+    )
+    statement = read_statement(card)
+    assert statement is not None and statement.tasks == {"Planted"} and statement.matched == {}
+    # A damaged store and a lost report are made again.
+    shutil.rmtree(stages.decontaminate.output)
+    assert "decontaminate" in run_stages(run, "plan").ran
+    stages.decontaminate.report.unlink()
+    assert states(run)["decontaminate"] == "missing"
+
+
+def examples_items(store: Store) -> list[int]:
+    """The items that examples have."""
+    found: set[int] = set()
+    for example in store.examples.to_pylist():
+        found |= {example["query"], *example["positives"], *example["negatives"]}
+    return sorted(found)
+
+
+def test_trainings_in_a_row_are_compared_with_the_last_suite(project: Path) -> None:
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+    recipe |= {"decontaminate": {}, "stages": [{"name": "first"}, {"name": "second"}]}
+    (project / "rows.yaml").write_text(yaml.safe_dump(recipe))
+    run = open_run(project / "rows.yaml", (), project / "runs" / "rows")
+    first = Stages.of(run.before[0]).decontaminate
+    assert first.is_wanted and first.fingerprint == Stages.of(run).decontaminate.fingerprint
+
+
+def test_a_comparison_needs_a_suite(project: Path) -> None:
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+    del recipe["evaluation"]
+    (project / "none.yaml").write_text(yaml.safe_dump({**recipe, "decontaminate": {}}))
+    with pytest.raises(BadInputError, match="there is none"):
+        open_run(project / "none.yaml")
+    (project / "named.yaml").write_text(yaml.safe_dump({**recipe, "decontaminate": {"suite": "suite.yaml"}}))
+    run = open_run(project / "named.yaml")
+    run_stages(run, "decontaminate")
+    assert run.record("decontaminate")["contaminated"] == 1
 
 
 @pytest.mark.parametrize(

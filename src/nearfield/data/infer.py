@@ -459,4 +459,5 @@ def training_recipe(inferred: InferredSource) -> dict[str, object]:
         "batches": batches,
         "training": {"epochs": 1, "max_length": 128, "learning_rate": 2.0e-5},
         "evaluation": {"suite": f"../../eval/suites/{inferred.source.name}.yaml"},
+        "decontaminate": {"matches": "report"},
     }

@@ -71,7 +71,7 @@ def audit_run(run: Run, judge: TeacherConfig, *, shown: int = 10, judged: int = 
             where=str(run.folder),
             hint=f"nearfield mine {run.loaded.path}",
         )
-    store = stages.data.open()
+    store = stages.training_data.open()
 
     def scores(source: int, queries: Rows, items: Rows) -> Vectors:
         # BM25 weighs words by how rare they are in the whole corpus; others need the documents in question only.

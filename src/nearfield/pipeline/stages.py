@@ -18,11 +18,11 @@ from nearfield.pipeline.mining import MineStage, VectorsStage
 from nearfield.pipeline.planning import PlanStage
 from nearfield.pipeline.run import Engine, Job, Run, Stage, StageStatus
 from nearfield.pipeline.scoring import CompareStage, EvaluateStage, ReportStage
-from nearfield.pipeline.suites import suite_notices, suite_prompts, training_suite_prompts
+from nearfield.pipeline.suites import DecontaminateStage, suite_notices, suite_prompts, training_suite_prompts
 from nearfield.pipeline.training import TrainStage, set_aside
 from nearfield.training.launch import Launch
 
-STAGES = ("data", "vectors", "mine", "tokens", "plan", "train", "evaluate", "compare", "report")
+STAGES = ("data", "decontaminate", "vectors", "mine", "tokens", "plan", "train", "evaluate", "compare", "report")
 OnStage = Callable[[str, str], None]
 """Is told each stage (``training/part`` of trainings before the last one) and ``done`` or ``running``."""
 
@@ -55,24 +55,34 @@ class Stages:
         return DataStage(self.job)
 
     @cached_property
+    def decontaminate(self) -> DecontaminateStage:
+        """The comparison with the suite, and the store without what matches."""
+        return DecontaminateStage(self.job, self.data)
+
+    @property
+    def training_data(self) -> DataStage:
+        """The store that is trained on."""
+        return self.decontaminate if self.decontaminate.leaves_out else self.data
+
+    @cached_property
     def vectors(self) -> VectorsStage:
         """The teachers' vectors."""
-        return VectorsStage(self.job, self.data)
+        return VectorsStage(self.job, self.training_data)
 
     @cached_property
     def mine(self) -> MineStage:
         """The negatives."""
-        return MineStage(self.job, self.data, self.vectors)
+        return MineStage(self.job, self.training_data, self.vectors)
 
     @cached_property
     def tokens(self) -> TokensStage:
         """The token cache."""
-        return TokensStage(self.job, self.data, self.mine)
+        return TokensStage(self.job, self.training_data, self.mine)
 
     @cached_property
     def plan(self) -> PlanStage:
         """The batches."""
-        return PlanStage(self.job, self.data, self.vectors, self.mine, self.tokens)
+        return PlanStage(self.job, self.training_data, self.vectors, self.mine, self.tokens)
 
     @cached_property
     def train(self) -> TrainStage:
