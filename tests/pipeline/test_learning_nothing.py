@@ -12,9 +12,9 @@ import pytest
 import nearfield
 from nearfield.conformance.tiny_models import WORDS
 from nearfield.errors import BadInputError
-from nearfield.files import read_metrics
 from nearfield.training import diagnostics
 from nearfield.training.diagnostics import ChanceWatch, GradientWatch
+from nearfield.training.tracking import read_metrics
 from tests.conftest import write_toy_recipe
 
 

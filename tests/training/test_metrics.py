@@ -10,11 +10,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from nearfield.files import read_metrics
 from nearfield.pipeline.watch import Watcher
 from nearfield.reporting.curves import read_columns
 from nearfield.training import tracking
-from nearfield.training.tracking import TrainingProgress
+from nearfield.training.tracking import TrainingProgress, read_metrics
 
 
 def test_a_line_that_cannot_be_read_takes_no_other_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
