@@ -29,7 +29,7 @@ from nearfield.data.images import MARK, pillow
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.packing import Padding, embed, evaluating, longest_input, placed, rounding, whole_dimension
 from nearfield.encoders.private import processors_by
-from nearfield.encoders.transformer import check_settings
+from nearfield.encoders.transformer import check_settings, check_weights, recorded_loading
 from nearfield.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -555,7 +555,6 @@ def _processor(size: int) -> Any:
 
 def _trained_tower(config: ImageTowerConfig, dtype: str) -> Any:
     from nearfield.encoders.source import locate
-    from nearfield.encoders.trials import check_weights, recorded_loading
 
     assert config.model is not None
     source = locate(config.model, config.revision)

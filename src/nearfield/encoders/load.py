@@ -41,7 +41,15 @@ from nearfield.encoders.source import (
     read_stated,
     weights_hash,
 )
-from nearfield.encoders.transformer import append_eos, draw_anew, keep_layers, transformer_of
+from nearfield.encoders.transformer import (
+    Loading,
+    append_eos,
+    check_weights,
+    draw_anew,
+    keep_layers,
+    recorded_loading,
+    transformer_of,
+)
 from nearfield.errors import BadInputError, Notice
 from nearfield.files import fingerprint, read_json, write_json
 
@@ -51,7 +59,6 @@ if TYPE_CHECKING:
 
     from nearfield.encoders.config import AdapterSettings, EncoderConfig, PoolingSettings
     from nearfield.encoders.tokenize import Tokenizer
-    from nearfield.encoders.trials import Loading
 
 
 logger = logging.getLogger("nearfield.encoders")
@@ -112,7 +119,6 @@ def load_encoder(
         kwargs |= quantization_settings(quantize, _device_type(device))
     from nearfield.encoders.images import own_processors, read_in_a_row
     from nearfield.encoders.source import check_family
-    from nearfield.encoders.trials import recorded_loading
 
     notices: tuple[Notice, ...] = ()
     try:
@@ -158,7 +164,6 @@ def _checked(
     from nearfield.encoders.tokenize import border_notices
     from nearfield.encoders.trials import (
         check_claimed_direction,
-        check_weights,
         check_words,
         fit_positions,
         pad_as_processor,

@@ -194,7 +194,8 @@ class CrossEncoderScorer(PairScorer):
         from torch import nn
 
         from nearfield.encoders.load import quiet_transformers
-        from nearfield.encoders.trials import check_weights, recorded_loading, trial_scores
+        from nearfield.encoders.transformer import check_weights, recorded_loading
+        from nearfield.encoders.trials import trial_scores
 
         self.retriever, self.texts, self.name = retriever, texts, config.model
         try:
