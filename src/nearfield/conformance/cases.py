@@ -21,14 +21,14 @@ from nearfield.batching.plan import Batch
 from nearfield.batching.planner import VectorsOf
 from nearfield.conformance.tiny_models import WORDS, save_tiny_bert, save_tiny_clip, save_tiny_vlm
 from nearfield.data.tokens import IMAGE, TokenCache, TokenTable
-from nearfield.encoders.config import DecoderConfig, EncoderConfig, ImageTowerConfig, LoRAConfig
+from nearfield.encoders.config import EncoderConfig, ImageTowerConfig, LoRAConfig
 from nearfield.encoders.images import row_ids
 from nearfield.encoders.load import build_encoder
-from nearfield.encoders.token_task import TokenTask
+from nearfield.encoders.packing import TokenTask
 from nearfield.methods.carol import CAROLConfig
 from nearfield.methods.cmim import CMIMConfig
 from nearfield.methods.hiprbert import HiPrBERTConfig
-from nearfield.methods.masked_tokens import MaskedTokensConfig
+from nearfield.methods.masked_tokens import DecoderConfig, MaskedTokensConfig
 from nearfield.methods.mcse import MCSEConfig
 from nearfield.methods.ntxent import NTXentConfig
 from nearfield.methods.sbcl import SBCLConfig
@@ -354,8 +354,8 @@ class Case:
 
     def token_task(self, encoder: SentenceTransformer) -> TokenTask | None:
         """The task that hides tokens, where the objective asks for one."""
-        config = self.objective.token_task
-        return None if config is None else TokenTask(encoder, config, str(self.model_folder), SEED).to(self.dtype)
+        make = self.objective.token_task
+        return None if make is None else make(encoder, str(self.model_folder), SEED).to(self.dtype)
 
     def fill(self, queue: MemoryQueue) -> MemoryQueue:
         """Let a queue remember random vectors of some texts, one of which a query has as a positive."""

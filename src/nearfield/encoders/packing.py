@@ -14,7 +14,7 @@ of the rows with a mask that are used everywhere else.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -508,3 +508,30 @@ def placed(model: nn.Module, features: Features, device: torch.device) -> Featur
         name: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
         for name, value in features.items()
     }
+
+
+TARGETS = "token_targets_of_task"
+"""The key under which features hold what a task on tokens is to predict."""
+TextKey = tuple[int, int, int, int]
+"""(seed, step, item, prompt) of a text."""
+HideTokens = Callable[
+    [Sequence[Tokens], Sequence[TextKey], Sequence[bool], int, str, torch.device], tuple[list[Tokens], Any]
+]
+"""(rows of tokens, key of each, whether it is chosen, the prompt's length, side of padding, device) -> the rows that the
+encoder reads, and the targets."""
+
+
+class TokenTask(nn.Module):
+    """A task on the tokens of texts, whose losses go the way of embeddings: behind the embedding of each text."""
+
+    hide: HideTokens
+    columns: int
+    """How many numbers stand behind a text's embedding: a sum and a count for each loss."""
+
+    def forward(self, model: SentenceTransformer, features: Features) -> Tensor:
+        """Features of n texts with their targets -> (n, d + columns)."""
+        raise NotImplementedError
+
+
+MakeTokenTask = Callable[["SentenceTransformer", str, int], TokenTask]
+"""(model, the place of the base's weights, seed) -> the task."""

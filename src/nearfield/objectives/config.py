@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from nearfield.config import Config, KindSettings
-from nearfield.encoders.config import TokenTaskConfig
 from nearfield.errors import BadInputError
 from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
+    from nearfield.encoders.packing import MakeTokenTask
     from nearfield.objectives.batch import Objective
     from nearfield.objectives.infonce import InfoNCE
     from nearfield.objectives.losses import (
@@ -220,8 +220,8 @@ class ObjectiveSettings(KindSettings):
         return dict.fromkeys(kinds, self.reading)
 
     @property
-    def token_task(self) -> TokenTaskConfig | None:
-        """The losses on tokens that the batch must bring, if any."""
+    def token_task(self) -> MakeTokenTask | None:
+        """How the task on tokens is built whose losses the batch must bring, if any."""
         return None
 
     @property
@@ -633,7 +633,7 @@ class CombinedConfig(ObjectiveSettings):
         return frozenset().union(*(part.objective.comparisons for part in self.parts))
 
     @property
-    def token_task(self) -> TokenTaskConfig | None:
+    def token_task(self) -> MakeTokenTask | None:
         return next((part.objective.token_task for part in self.parts if part.objective.token_task is not None), None)
 
     @property

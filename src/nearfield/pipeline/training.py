@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from nearfield.batching.plan import Plan
     from nearfield.data.tokens import TokenCache
-    from nearfield.encoders.token_task import TokenTask
+    from nearfield.encoders.packing import TokenTask
     from nearfield.objectives.batch import Objective
     from nearfield.objectives.config import ObjectiveSettings
     from nearfield.training.changing_negatives import NegativeInputs
@@ -347,10 +347,8 @@ class TrainStage(Stage):
 
     def _token_task(self, encoder: LoadedEncoder) -> TokenTask | None:
         """The task that masks tokens and predicts them, where the recipe's objective has one."""
-        from nearfield.encoders.token_task import TokenTask
-
-        config = self.recipe.objective.token_task
-        return None if config is None else TokenTask(encoder.model, config, encoder.path, self.recipe.seed)
+        make = self.recipe.objective.token_task
+        return None if make is None else make(encoder.model, encoder.path, self.recipe.seed)
 
     def encoder(self, device: torch.device) -> LoadedEncoder:
         """The encoder of the recipe in the precision that weights have in training, the same on all ranks."""

@@ -19,7 +19,7 @@ from nearfield.arrays import Floats, Ragged, Rows
 from nearfield.batching.plan import SEVERAL_SOURCES, Batch
 from nearfield.batching.planner import VectorsOf
 from nearfield.data.tokens import Ids, TokenCache
-from nearfield.encoders.token_task import TokenTask
+from nearfield.encoders.packing import TokenTask
 from nearfield.objectives.batch import ContrastiveBatch, Queued
 from nearfield.objectives.config import Reading
 

@@ -23,8 +23,7 @@ from nearfield.batching.plan import Batch
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.images import family_of, image_token_id, item_features
 from nearfield.encoders.kernels import add_tables_in_float32, sparse_embedding_gradients, use_fast_dropout
-from nearfield.encoders.packing import Features, PackingKind, Padding, embed, packed_features
-from nearfield.encoders.token_task import TARGETS, TokenTask
+from nearfield.encoders.packing import TARGETS, Features, PackingKind, Padding, TokenTask, embed, packed_features
 from nearfield.encoders.tokenize import leaves_prompt_out
 from nearfield.encoders.trials import packing_kind
 from nearfield.errors import BadInputError
@@ -213,7 +212,7 @@ class Engine:
             keys = [(seed, step, int(pool.items[i]), int(pool.prompts[i])) for i in chunk]
             side = self.encoder.tokenizer.padding_side if self.padded else "right"
             device, chosen = self.backend.device, queries[chunk].tolist()
-            read, targets = self.data.token_task.masking.chunk(rows, keys, chosen, prompt_length, side, device)
+            read, targets = self.data.token_task.hide(rows, keys, chosen, prompt_length, side, device)
             return {**self.features(read, prompt_length), TARGETS: targets}
 
         return features
