@@ -11,7 +11,8 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ logger = logging.getLogger("nearfield.mining")
 
 _LEAST_CPUS = 4
 """Ray Data's own read tasks want CPUs beside the workers': with two it was found to hang."""
-_QUERIES_A_TASK = 8_192
 
 
 def require_ray() -> None:
@@ -57,25 +57,37 @@ def connected() -> Iterator[Any]:
             ray.shutdown()
 
 
-def workers(ray: Any) -> int:
-    """Tasks that run at a time: half of the cluster's CPUs, the others being left to Ray Data's reads."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
+class _Worker:
+    """A worker that does numbered parts of a work."""
 
-
-class _Encoding:
-    """A worker that encodes shares of a job's shards."""
-
-    def __init__(self, job: VectorJob, shares: int, threads: int) -> None:
-        import torch
-
-        # Sums over another number of threads may differ in the last digits.
-        torch.set_num_threads(threads)
-        self.job, self.shares = job, shares
+    def __init__(self, work: Callable[[int], dict[str, Any]]) -> None:
+        self.work = work
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for number in batch["number"].tolist():
-            self.job.do_share((number, self.shares))
-        return {"number": batch["number"]}
+        (number,) = batch["number"].tolist()
+        return self.work(number)
+
+
+def _spread(
+    ray: Any, work: Callable[[int], dict[str, Any]], parts: int, what: str, gpu: bool
+) -> Iterator[dict[str, Any]]:
+    """What ``work`` gives of each part, as they are done; each worker is sent it once."""
+    # The other half of the CPUs is left to Ray Data's reads.
+    workers = min(parts, max(1, int(ray.cluster_resources().get("CPU", 1)) // 2))
+    logger.info("%s in %d parts on %d Ray workers", what, parts, workers)
+    numbers = ray.data.from_items([{"number": number} for number in range(parts)], override_num_blocks=parts)
+    settings = {"batch_size": 1, "concurrency": workers, "num_cpus": 1, "num_gpus": int(gpu)}
+    done = numbers.map_batches(_Worker, fn_constructor_args=(work,), **settings)
+    yield from done.iter_batches(batch_size=None, batch_format="numpy")
+
+
+def _encode(number: int, job: VectorJob, shares: int, threads: int) -> dict[str, Any]:
+    import torch
+
+    # Sums over another number of threads may differ in the last digits.
+    torch.set_num_threads(threads)
+    job.do_share((number, shares))
+    return {"number": np.array([number])}
 
 
 def spread_encoding(job: VectorJob) -> None:
@@ -87,47 +99,20 @@ def spread_encoding(job: VectorJob) -> None:
 
     total = sum(len(rows) for rows in job.wanted.values())
     shares = max(1, -(-total // SHARD))
+    work = partial(_encode, job=job, shares=shares, threads=torch.get_num_threads())
     with connected() as ray:
-        tasks = min(workers(ray), shares)
-        logger.info("Encoding %d items in %d shares on %d Ray workers", total, shares, tasks)
-        numbers = ray.data.from_items([{"number": number} for number in range(shares)], override_num_blocks=shares)
-        done = numbers.map_batches(
-            _Encoding,
-            fn_constructor_args=(job, shares, torch.get_num_threads()),
-            batch_size=1,
-            concurrency=tasks,
-            num_cpus=1,
-            num_gpus=int(torch.cuda.is_available()),
-        )
-        done.materialize()
+        for _ in _spread(ray, work, shares, f"Encoding {total} items", torch.cuda.is_available()):
+            pass
 
 
-class _Searching:
-    """A worker that searches for parts of the queries."""
+def _search(number: int, given: Sequence[Any], part: int, depth: int, **settings: Any) -> dict[str, Any]:
+    import ray
 
-    def __init__(
-        self, queries: Any, documents: Any, excluded: Any, depth: int, memory: int, device: str, part: int
-    ) -> None:
-        self.given = (queries, documents, excluded)
-        self.depth, self.memory, self.device, self.part = depth, memory, device, part
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        import ray
-
-        queries, documents, excluded = (ray.get(one) for one in self.given)
-        blocks: list[tuple[Any, Neighbours]] = []
-        for start in batch["start"].tolist():
-            stop = min(start + self.part, len(queries))
-            hidden = None if excluded is None else excluded.slice(start, stop)
-            best = search(
-                queries[start:stop], documents, self.depth, excluded=hidden, memory=self.memory, device=self.device
-            )
-            blocks.append((np.arange(start, stop), best))
-        return {
-            "query": np.concatenate([numbers for numbers, _ in blocks]),
-            "rows": np.concatenate([best.rows for _, best in blocks]),
-            "scores": np.concatenate([best.scores for _, best in blocks]),
-        }
+    queries, documents, excluded = map(ray.get, given)
+    start, stop = number * part, min((number + 1) * part, len(queries))
+    hidden = None if excluded is None else excluded.slice(start, stop)
+    best = search(queries[start:stop], documents, depth, excluded=hidden, **settings)
+    return {"query": np.arange(start, stop), "rows": best.rows, "scores": best.scores}
 
 
 def spread_search(
@@ -138,27 +123,18 @@ def spread_search(
     excluded: Ragged | None = None,
     memory: int = DEFAULT_MEMORY,
     device: str = "cpu",
-    part: int = _QUERIES_A_TASK,
+    part: int = 8_192,
 ) -> Neighbours:
-    """As :func:`~nearfield.mining.search.search`, with ``memory`` for each worker."""
+    """As :func:`~nearfield.mining.search.search`, ``part`` queries at a time and with ``memory`` for each worker."""
     rows = np.full((len(queries), depth), -1, dtype=np.int64)
     scores = np.full((len(queries), depth), -np.inf, dtype=np.float32)
-    starts = [{"start": start} for start in range(0, len(queries), part)]
-    if not starts:
+    if not len(queries):
         return Neighbours(rows, scores)
     with connected() as ray:
-        tasks = min(workers(ray), len(starts))
-        logger.info("Searching for %d queries in %d parts on %d Ray workers", len(queries), len(starts), tasks)
-        given = (ray.put(np.asarray(queries)), ray.put(documents), ray.put(excluded))
-        batches = ray.data.from_items(starts, override_num_blocks=len(starts)).map_batches(
-            _Searching,
-            fn_constructor_args=(*given, depth, memory, device, part),
-            batch_size=1,
-            concurrency=tasks,
-            num_cpus=1,
-            num_gpus=int(device != "cpu"),
-        )
-        for batch in batches.iter_batches(batch_size=None, batch_format="numpy"):
+        given = [ray.put(each) for each in (np.asarray(queries), documents, excluded)]
+        work = partial(_search, given=given, part=part, depth=depth, memory=memory, device=device)
+        searched = f"Searching for {len(queries)} queries"
+        for batch in _spread(ray, work, -(-len(queries) // part), searched, device != "cpu"):
             rows[batch["query"]] = np.stack(batch["rows"])
             scores[batch["query"]] = np.stack(batch["scores"])
     return Neighbours(rows, scores)
