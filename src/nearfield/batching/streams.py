@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from nearfield.batching.config import PlannerSettings
 
 
-@dataclass(frozen=True)
-class SourceExamples:
-    """The examples of one source that an epoch draws from. Item numbers are rows of the store's items."""
+Of = TypeVar("Of")
 
-    source: int
+
+@dataclass(frozen=True)
+class Examples(Generic[Of]):
+    """Examples as columns. Item numbers are rows of the store's items."""
+
+    source: Of
+    """The source of all, or (n,) that of each."""
     name: str
     examples: Rows
     """Row numbers of the examples in the store, shape (n,)."""
@@ -44,25 +48,12 @@ class SourceExamples:
         return len(self.examples)
 
 
-@dataclass(frozen=True)
-class Stream:
-    """The examples that batches are made of together: one source, or several that are pooled. Columns as of a source."""
+class SourceExamples(Examples[int]):
+    """The examples of one source that an epoch draws from."""
 
-    name: str
-    source: Rows
-    """(n,) the source of each example."""
-    examples: Rows
-    queries: Rows
-    positives: Ragged
-    negatives: Ragged
-    scores: Floats | None = None
-    labels: Rows | None = None
-    positive_scores: Floats | None = None
-    negative_scores: Floats | None = None
-    samples: Rows | None = None
 
-    def __len__(self) -> int:
-        return len(self.examples)
+class Stream(Examples[Rows]):
+    """The examples that batches are made of together: of one source, or of several that are pooled."""
 
     def representatives(self) -> Rows:
         """(n,) the item that stands for each example's documents, the same in every epoch: its first positive.
@@ -98,8 +89,8 @@ def _pool(name: str, parts: Sequence[SourceExamples]) -> Stream:
     samples = _column([part.samples for part in parts], sizes, -1)
     positives, negatives = [part.positives for part in parts], [part.negatives for part in parts]
     return Stream(
-        name,
         np.repeat([part.source for part in parts], sizes).astype(np.int64),
+        name,
         np.concatenate([part.examples for part in parts]),
         np.concatenate([part.queries for part in parts]),
         concatenate(positives),
