@@ -13,6 +13,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Tokens = npt.NDArray[np.int32]
+"""Token ids of a text."""
 Rows = npt.NDArray[np.int64]
 """Row numbers, or whole numbers such as counts."""
 Mask = npt.NDArray[np.bool_]

@@ -20,11 +20,12 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
+from nearfield.arrays import Tokens
 from nearfield.conformance.tiny_models import save_tiny_bert
 from nearfield.encoders import EncoderConfig, load_encoder
 from nearfield.encoders.encode import Encoder
 from nearfield.encoders.load import build_encoder, save_encoder
-from nearfield.encoders.packing import Features, Padding, Tokens, embed, packed_features, padded_features
+from nearfield.encoders.packing import Features, Padding, embed, packed_features, padded_features
 from nearfield.encoders.tokenize import token_ids
 from nearfield.encoders.trials import packing_kind
 from nearfield.errors import BadInputError

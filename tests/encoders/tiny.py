@@ -10,8 +10,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
+from nearfield.arrays import Tokens
 from nearfield.conformance.tiny_models import save_tiny_bert
-from nearfield.encoders.packing import Features, Tokens, embed
+from nearfield.encoders.packing import Features, embed
 
 VOCABULARY = 205
 WINDOW = 6

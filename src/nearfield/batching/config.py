@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from nearfield.config import Config, KindSettings
+from nearfield.config import Config, KindSettings, Positive
 from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
     from nearfield.batching.planner import StreamPlanner
-
-Share = Annotated[float, Field(gt=0)]
 
 
 class SourceSampling(KindSettings):
@@ -87,7 +85,7 @@ class SharesSampling(UnequalSampling):
     """Sources (or pools) in proportion to given weights."""
 
     kind: Literal["shares"] = "shares"
-    shares: Annotated[dict[str, Share], Field(min_length=1)]
+    shares: Annotated[dict[str, Positive], Field(min_length=1)]
     """Source or pool -> its weight; every source that is trained on needs one."""
 
     @property
@@ -304,7 +302,7 @@ PLANNERS = Kinds(
 class MixedPart(Config):
     """One kind of a mixture."""
 
-    weight: Share = 1.0
+    weight: Positive = 1.0
     """Its part of the examples, in proportion to the weights of all parts."""
     planner: Annotated[PlannerSettings, PLANNERS.without("patterns", "mixed")]
     """Its settings; those that all planners share are set on the mixture."""

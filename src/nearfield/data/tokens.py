@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from nearfield.arrays import ListsByKey, Ragged, Rows, starts
+from nearfield.arrays import ListsByKey, Ragged, Rows, Tokens, starts
 from nearfield.console import track
 from nearfield.errors import BadInputError, CutTexts
 from nearfield.files import Sealed, atomic_path, read_json, seal, write_json
@@ -22,7 +21,6 @@ from nearfield.files import Sealed, atomic_path, read_json, seal, write_json
 if TYPE_CHECKING:
     from nearfield.data.store import Store
 
-Ids = npt.NDArray[np.int32]
 
 IMAGE = -1
 """Stands in the place of each token that an image counts as, where images have an encoder of their own."""
@@ -43,11 +41,11 @@ class ItemTokenizer(Protocol):
     def pools_prompt(self) -> bool:
         """Whether the tokens of a prompt are pooled with those of the text."""
 
-    def __call__(self, texts: Sequence[str], prompt: str) -> list[Ids]:
+    def __call__(self, texts: Sequence[str], prompt: str) -> list[Tokens]:
         """The token ids of each text with the prompt before it, special tokens included."""
         ...
 
-    def of_items(self, store: Store, rows: Rows, prompt: str) -> list[Ids]:
+    def of_items(self, store: Store, rows: Rows, prompt: str) -> list[Tokens]:
         """The same of items with images: for an image :data:`IMAGE` as often as it counts."""
         ...
 
@@ -55,7 +53,7 @@ class ItemTokenizer(Protocol):
         """Tokens that the prompt and the special tokens before it take."""
         ...
 
-    def lost_tokens(self, store: Store, rows: Rows, prompt: str, kept: Sequence[Ids]) -> Sequence[int]:
+    def lost_tokens(self, store: Store, rows: Rows, prompt: str, kept: Sequence[Tokens]) -> Sequence[int]:
         """The number of tokens that each item lost; ``kept`` is what is left of it."""
         ...
 

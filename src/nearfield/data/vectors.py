@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from nearfield.arrays import Index, Rows
+from nearfield.arrays import Index, Rows, Vectors
 from nearfield.console import track
 from nearfield.errors import BadInputError
 from nearfield.files import CheckedFile, DamagedError, Sealed, atomic_path, read_json, seal, write_json
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nearfield.data")
 
 Keys = npt.NDArray[Any]
-Vectors = npt.NDArray[np.float32]
 EncodeItems = Callable[[str, Rows], npt.NDArray[Any]]
 """(role, item rows) -> vectors [n, d] of any length."""
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nearfield.arrays import Rows
+from nearfield.arrays import Mask, Rows, Vectors
 from nearfield.console import track
 from nearfield.data.store import Store
 from nearfield.data.tokens import IMAGE
-from nearfield.data.vectors import Vectors, VectorStore, VectorTable, require_finite, shown, write_shard, zeros
+from nearfield.data.vectors import VectorStore, VectorTable, require_finite, shown, write_shard, zeros
 from nearfield.encoders.load import LoadedEncoder, load_encoder
 from nearfield.errors import CutTexts, Notice
 from nearfield.files import Sealed, fingerprint, read_json, remove_leftovers, scratch_folder, write_json
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nearfield.encoders")
 
-Bools = npt.NDArray[np.bool_]
 Pairs = Iterable[tuple[str, npt.NDArray[np.float32]]]
 """Each of some texts with its vector, in any order."""
 
@@ -80,7 +79,7 @@ def cut(lengths: Sequence[int], budget: int, *, padded: bool, most: int | None =
     return chunks
 
 
-def _to_do(chunks: Sequence[Sequence[int] | Rows], done: Bools | None, says: str | None) -> Iterable[Rows]:
+def _to_do(chunks: Sequence[Sequence[int] | Rows], done: Mask | None, says: str | None) -> Iterable[Rows]:
     """The chunks that are not wholly done."""
     left = [np.asarray(chunk, dtype=np.int64) for chunk in chunks]
     if done is not None:
@@ -239,7 +238,7 @@ class Encoder:
         role: str | None = None,
         *,
         says: str | None = None,
-        done: Bools | None = None,
+        done: Mask | None = None,
     ) -> Iterator[tuple[Rows, Vectors]]:
         """Chunk by chunk the numbers of some texts, longest first, and their vectors.
 
@@ -278,7 +277,7 @@ class Encoder:
         prompt: str = "",
         role: str | None = None,
         where: str = "encoder",
-        done: Bools | None = None,
+        done: Mask | None = None,
     ) -> Iterator[tuple[Rows, Vectors]]:
         """The same chunk by chunk, with the places of its items; chunks whose items are all ``done`` are left out."""
         if store.has_images and (store.image_rows(items) >= 0).any():
@@ -291,7 +290,7 @@ class Encoder:
             yield chunk, vectors
 
     def _images_by_chunks(
-        self, store: Store, items: Rows, prompt: str, where: str, done: Bools | None
+        self, store: Store, items: Rows, prompt: str, where: str, done: Mask | None
     ) -> Iterator[tuple[Rows, Vectors]]:
         from nearfield.encoders.images import item_features
         from nearfield.encoders.tokenize import item_token_ids, prompt_tokens
@@ -406,7 +405,7 @@ class ItemEncoder:
         store, encoder = self._open()
         return encoder.of_items(store, rows, self.prompts[role], role, self._name)
 
-    def by_chunks(self, role: str, rows: Rows, done: Bools) -> Iterator[tuple[Rows, Vectors]]:
+    def by_chunks(self, role: str, rows: Rows, done: Mask) -> Iterator[tuple[Rows, Vectors]]:
         """The same in chunks: the places of some of the items, and their vectors; what is ``done`` is not encoded again."""
         store, encoder = self._open()
         return encoder.items_by_chunks(store, rows, self.prompts[role], role, self._name, done)

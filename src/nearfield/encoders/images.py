@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from nearfield.arrays import Tokens
 from nearfield.data.images import MARK, pillow
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.packing import Padding, embed, evaluating, longest_input, placed, rounding, whole_dimension
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from nearfield.encoders.packing import Features
 
 
-Ids = npt.NDArray[np.int32]
 Size = tuple[int, int]
 """Width and height in pixels."""
 
@@ -232,7 +232,7 @@ def row_ids(
     prompt: str,
     *,
     cut: bool = True,
-) -> list[Ids]:
+) -> list[Tokens]:
     """The token ids of n items as the model reads them: each a text, an image of a size, or both.
 
     An image's tokens are all there, so a row is as long as what is computed. Words behind the longest input are cut, unless
@@ -251,7 +251,7 @@ def row_ids(
     behind = int(family is not None and not family.mark.endswith(processor.image_token))
     limit = longest_input(model) if cut else None
     lines = tokenizer(rendered, truncation=False, padding=False, add_special_tokens=special, verbose=False)
-    ids_of_rows: list[Ids] = []
+    ids_of_rows: list[Tokens] = []
     for text, size, line in zip(texts, sizes, lines["input_ids"], strict=True):
         ids = np.asarray(line, dtype=np.int32)
         places = np.flatnonzero(ids == image_token_id(model))
@@ -299,10 +299,10 @@ def _ending(tokenizer: Any) -> int:
     return len(whole) - start - len(plain)
 
 
-_RUNS: WeakKeyDictionary[nn.Module, dict[Size, Ids]] = WeakKeyDictionary()
+_RUNS: WeakKeyDictionary[nn.Module, dict[Size, Tokens]] = WeakKeyDictionary()
 
 
-def _run(model: SentenceTransformer, size: Size) -> Ids:
+def _run(model: SentenceTransformer, size: Size) -> Tokens:
     """The tokens that an image of a size takes; they depend on the size alone."""
     runs = _RUNS.setdefault(model[0], {})
     if size not in runs:
@@ -315,7 +315,7 @@ def _run(model: SentenceTransformer, size: Size) -> Ids:
 
 
 def row_features(
-    model: SentenceTransformer, rows: Sequence[Ids], images: Sequence[Image | None], device: torch.device
+    model: SentenceTransformer, rows: Sequence[Tokens], images: Sequence[Image | None], device: torch.device
 ) -> Features:
     """The input of :func:`nearfield.encoders.packing.embed` for n items, by their token ids and images (None for texts).
 

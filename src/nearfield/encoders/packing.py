@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from nearfield.arrays import Tokens
 from nearfield.encoders.kernels import Segments, unmasked
 from nearfield.errors import BadInputError
 
@@ -100,7 +101,6 @@ def _tokenizer(model: SentenceTransformer) -> Any:
 
 NO_LIMIT = 1_000_000_000
 """Tokenizers that cut nothing say a number above this."""
-Tokens = npt.NDArray[np.int32]
 _POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 """The names of tables of positions in architectures."""
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nearfield.arrays import Tokens
 from nearfield.data.images import pillow
 from nearfield.encoders.images import blank_image, family_of, trial_embedding
 from nearfield.encoders.kernels import has_flash_attn, set_attention
 from nearfield.encoders.packing import (
     PackingKind,
     Padding,
-    Tokens,
     TokenTypes,
     embed,
     evaluating,

@@ -21,8 +21,9 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.results import TaskResult
 from numpy.typing import NDArray
 
+from nearfield.arrays import Mask
 from nearfield.encoders import LoadedEncoder, load_encoder
-from nearfield.encoders.encode import Bools, Encoder, KeptVectors, Workers
+from nearfield.encoders.encode import Encoder, KeptVectors, Workers
 from nearfield.encoders.identity import model_fingerprint
 from nearfield.encoders.packing import longest_input
 from nearfield.errors import BadInputError, CutTexts, NearfieldError, Notice, Said, from_file, listening, refuse, say
@@ -518,7 +519,7 @@ class HandedEncoder(Encoder):
         role: str | None = None,
         *,
         says: str | None = None,
-        done: Bools | None = None,
+        done: Mask | None = None,
     ) -> Iterator[tuple[Rows, NDArray[np.float32]]]:
         """All texts in one chunk; the function cuts them as it needs."""
         assert self.encode_texts is not None

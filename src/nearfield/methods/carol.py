@@ -11,9 +11,10 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from nearfield.config import Positive, Share
 from nearfield.methods.token_decoder import TokenDecoder, query_tokens, sizes_for_decoder
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
-from nearfield.objectives.config import Names, ObjectiveSettings, Positive, Reading, Share, Surroundings
+from nearfield.objectives.config import Names, ObjectiveSettings, Reading, Surroundings
 from nearfield.objectives.losses import SupCon
 
 

@@ -10,16 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nearfield.config import NotNegative, Positive
 from nearfield.methods.token_decoder import TokenDecoder, query_tokens, sizes_for_decoder
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective, accumulation_dtype, in_tiles
-from nearfield.objectives.config import (
-    ANY_EXAMPLES,
-    Names,
-    NotNegative,
-    ObjectiveSettings,
-    Positive,
-    Surroundings,
-)
+from nearfield.objectives.config import ANY_EXAMPLES, Names, ObjectiveSettings, Surroundings
 from nearfield.objectives.diagnostics import watched_rows
 from nearfield.provenance import derive_seed
 

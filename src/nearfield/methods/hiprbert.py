@@ -14,9 +14,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
+from nearfield.config import NotNegative, Positive
 from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch, in_tiles
-from nearfield.objectives.config import Names, NotNegative, ObjectiveSettings, Positive, Surroundings
+from nearfield.objectives.config import Names, ObjectiveSettings, Surroundings
 from nearfield.objectives.losses import LabelledTextLoss
 
 

@@ -22,13 +22,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nearfield.config import Config
+from nearfield.arrays import Tokens
+from nearfield.config import Config, Share
 from nearfield.encoders.packing import (
     TARGETS,
     Features,
     MakeTokenTask,
     TextKey,
-    Tokens,
     TokenTask,
     longest_input,
     pool,
@@ -39,7 +39,7 @@ from nearfield.encoders.packing import (
 from nearfield.encoders.private import tied_weights
 from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective, accumulation_dtype
-from nearfield.objectives.config import ANY_EXAMPLES, Names, ObjectiveSettings, Share, Surroundings
+from nearfield.objectives.config import ANY_EXAMPLES, Names, ObjectiveSettings, Surroundings
 from nearfield.provenance import generator
 
 if TYPE_CHECKING:

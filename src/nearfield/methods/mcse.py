@@ -11,18 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nearfield.config import NotNegative, Positive
 from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective, accumulation_dtype, in_tiles
-from nearfield.objectives.config import (
-    ANY_EXAMPLES,
-    InfoNCEConfig,
-    Names,
-    NotNegative,
-    ObjectiveSettings,
-    Positive,
-    Surroundings,
-    by_number,
-)
+from nearfield.objectives.config import ANY_EXAMPLES, InfoNCEConfig, Names, ObjectiveSettings, Surroundings, by_number
 from nearfield.objectives.diagnostics import watched_rows
 from nearfield.provenance import derive_seed
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nearfield.config import Positive
 from nearfield.objectives.batch import ContrastiveBatch, LossSum, Objective
-from nearfield.objectives.config import Names, ObjectiveSettings, Positive, Surroundings
+from nearfield.objectives.config import Names, ObjectiveSettings, Surroundings
 
 
 class NTXentConfig(ObjectiveSettings):

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from nearfield.arrays import Vectors
+from nearfield.config import NotNegative, Positive
 from nearfield.methods.hiprbert import SEPARATOR, Tree
 from nearfield.mining.approximate import spherical_kmeans
 from nearfield.objectives.batch import ContrastiveBatch, in_tiles
-from nearfield.objectives.config import Names, NotNegative, ObjectiveSettings, Positive, Surroundings
+from nearfield.objectives.config import Names, ObjectiveSettings, Surroundings
 from nearfield.objectives.diagnostics import probe_accuracy
 from nearfield.objectives.losses import LabelledTextLoss, labelled_views
 

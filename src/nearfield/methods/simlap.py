@@ -9,9 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nearfield.config import NotNegative, Positive
 from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch, in_tiles
-from nearfield.objectives.config import Names, NotNegative, ObjectiveSettings, Positive, Surroundings
+from nearfield.objectives.config import Names, ObjectiveSettings, Surroundings
 from nearfield.objectives.losses import LabelledTextLoss, labelled_texts
 from nearfield.provenance import derive_seed
 

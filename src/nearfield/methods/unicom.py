@@ -13,9 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nearfield.config import Positive
 from nearfield.errors import BadInputError
 from nearfield.objectives.batch import ContrastiveBatch, in_tiles
-from nearfield.objectives.config import Names, ObjectiveSettings, Part, Positive, Surroundings
+from nearfield.objectives.config import Names, ObjectiveSettings, Part, Surroundings
 from nearfield.objectives.losses import LabelledTextLoss
 from nearfield.provenance import derive_seed
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nearfield.arrays import Index, Mask, Ragged, Rows, Vectors
+from nearfield.arrays import Floats, Index, Mask, Ragged, Rows, Vectors
 from nearfield.errors import BadInputError
 from nearfield.mining.search import DEFAULT_MEMORY, ArrayDocuments, Neighbours, check_vectors, ordered, search
 from nearfield.provenance import derive_seed, generator
@@ -23,9 +23,6 @@ from nearfield.provenance import derive_seed, generator
 if TYPE_CHECKING:
     from nearfield.mining.config import ApproximateSearch
 
-
-Labels = npt.NDArray[np.int32]
-Similarities = npt.NDArray[np.float64]
 
 _BLOCK_BYTES = 64 << 20
 _TIE = 1e-6
@@ -37,7 +34,7 @@ _PAIRS = 1 << 16
 class KMeans:
     """Clusters of unit vectors."""
 
-    labels: Labels
+    labels: Found
     """The cluster of each vector, shape (n,): that of the most similar centroid, the lowest number of equal ones."""
     centroids: Vectors
     """Unit vectors, shape (clusters, d)."""
@@ -68,7 +65,7 @@ def spherical_kmeans(
     points = vectors if whole else vectors[np.sort(random.choice(len(vectors), size=wanted, replace=False))]
     centroids = _first_centroids(points, clusters, random)
     objective: list[float] = []
-    before: Labels | None = None
+    before: Found | None = None
     settled = False
     for _ in range(iterations):
         labels, similarities = assign(points, centroids)
@@ -87,7 +84,7 @@ def spherical_kmeans(
     return KMeans(labels, centroids, sizes, np.asarray(objective))
 
 
-def assign(vectors: Vectors, centroids: Vectors) -> tuple[Labels, Similarities]:
+def assign(vectors: Vectors, centroids: Vectors) -> tuple[Found, Floats]:
     """The most similar centroid of each vector (the lowest number of equal ones) and the similarity, both (n,)."""
     labels = np.empty(len(vectors), dtype=np.int32)
     similarities = np.empty(len(vectors), dtype=np.float64)
@@ -132,7 +129,7 @@ def _blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def _settle_ties(rows: Similarities, close: npt.NDArray[np.bool_], centroids: Similarities) -> npt.NDArray[np.int64]:
+def _settle_ties(rows: Floats, close: npt.NDArray[np.bool_], centroids: Floats) -> npt.NDArray[np.int64]:
     """The best of the columns marked in ``close`` for each row, by float64 products in a fixed order."""
     row, column = np.nonzero(close)
     exact = np.empty(len(row))
@@ -175,7 +172,7 @@ def _first_centroids(points: Vectors, clusters: int, random: np.random.Generator
     return pool[chosen]
 
 
-def _fill_empty(labels: Labels, similarities: Similarities, clusters: int) -> None:
+def _fill_empty(labels: Found, similarities: Floats, clusters: int) -> None:
     """Give each empty cluster the vector that its own centroid fits worst, in place; none loses its last member."""
     sizes = np.bincount(labels, minlength=clusters)
     empty = np.flatnonzero(sizes == 0).tolist()
@@ -189,7 +186,7 @@ def _fill_empty(labels: Labels, similarities: Similarities, clusters: int) -> No
             labels[row] = empty.pop(0)
 
 
-def _means(points: Vectors, labels: Labels, centroids: Vectors) -> Vectors:
+def _means(points: Vectors, labels: Found, centroids: Vectors) -> Vectors:
     """The normalised mean of each cluster; a cluster whose members cancel out keeps its centroid."""
     sums = cluster_sums(points, labels, len(centroids))
     lengths = np.linalg.norm(sums, axis=1)
@@ -199,7 +196,7 @@ def _means(points: Vectors, labels: Labels, centroids: Vectors) -> Vectors:
     return means
 
 
-def cluster_sums(points: Vectors, labels: Labels, clusters: int) -> Similarities:
+def cluster_sums(points: Vectors, labels: Found, clusters: int) -> Floats:
     """The sum of each cluster's vectors, (clusters, d), in float64 and always in the order of rows."""
     from scipy.sparse import csr_array
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from nearfield.config import Config, ConfigPath, KindSettings
+from nearfield.config import Config, ConfigPath, Count, KindSettings
 from nearfield.encoders.config import QueryPrompts, resolve_model
 from nearfield.encoders.prompts import base_prompts
 from nearfield.encoders.source import locate
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 
 ModelName = Annotated[str, AfterValidator(resolve_model)]
-Positive = Annotated[int, Field(ge=1)]
 
 # Teachers
 
@@ -335,7 +334,7 @@ class ExactSearch(SearchSettings):
 class ApproximateSearch(SearchSettings):
     """The base of the searches that do not compare all documents; how much of the true best they find is measured."""
 
-    sample: Positive = 1_000
+    sample: Count = 1_000
     """Queries that the recall is measured on."""
 
     @abstractmethod
@@ -347,9 +346,9 @@ class IVFSearch(ApproximateSearch):
     """FAISS inverted lists: only the lists nearest to the query are compared."""
 
     kind: Literal["ivf"] = "ivf"
-    lists: Positive | None = None
+    lists: Count | None = None
     """Null takes 4 times the square root of the number of documents."""
-    probes: Positive = 32
+    probes: Count = 32
     """Lists looked at for a query."""
 
     def build(self, documents: Vectors, seed: int) -> VectorIndex:
@@ -365,9 +364,9 @@ class HNSWSearch(ApproximateSearch):
     kind: Literal["hnsw"] = "hnsw"
     links: Annotated[int, Field(ge=2, le=512)] = 32
     """Neighbours that each document is linked to in the graph; more find more and take more memory."""
-    build_width: Positive = 200
+    build_width: Count = 200
     """Candidates held while a document is linked; more make a better graph and take longer to build."""
-    width: Positive = 256
+    width: Count = 256
     """Candidates held while a query is searched; more finds more."""
 
     def build(self, documents: Vectors, seed: int) -> VectorIndex:
@@ -421,7 +420,7 @@ class ShiftedRule(RuleConfig):
     """Passes over the first ranks (NV-Retriever, arXiv 2407.15831: top-k shifted by N)."""
 
     kind: Literal["shifted"] = "shifted"
-    skip: Positive = 10
+    skip: Count = 10
     """Ranks that are passed over, where false negatives are likeliest; raise it if the audit shows many."""
 
     def needs(self) -> int:
@@ -508,7 +507,7 @@ class RankWindowRule(RuleConfig):
     kind: Literal["rank_window"] = "rank_window"
     start: Annotated[int, Field(ge=0)] = 50
     """The first rank that is drawn from; the ranks before it are likely to hold false negatives."""
-    stop: Positive = 100
+    stop: Count = 100
     """The rank that the window ends before; a later one brings easier negatives."""
 
     def needs(self) -> int:
@@ -534,7 +533,7 @@ class SampledTopKRule(RuleConfig):
     chooses: ClassVar[bool] = True
 
     kind: Literal["sampled_top_k"] = "sampled_top_k"
-    k: Positive = 10
+    k: Count = 10
     """Candidates that are drawn among, the best ones that the other rules keep."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
     """Scores are divided by it before the softmax that candidates are drawn by; a large one draws evenly."""
@@ -559,7 +558,7 @@ class ConsistencyRule(RuleConfig):
     """
 
     kind: Literal["consistency"] = "consistency"
-    top: Positive = 2
+    top: Count = 2
     """The ranks that the best positive must be among; a small number keeps only pairs that the teacher agrees with."""
 
     def needs(self) -> int:
@@ -629,9 +628,9 @@ class MiningConfig(Config):
     """Null takes the recipe's ``teacher``."""
     rules: tuple[Annotated[RuleConfig, RULES], ...] = (PercentOfPositiveRule(),)
     """Applied one after another."""
-    negatives: Positive = 4
+    negatives: Count = 4
     """Negatives an example; one that is left with fewer has fewer, and is listed."""
-    depth: Positive | None = None
+    depth: Count | None = None
     """Candidates that the rules see; null takes 100, or more where a rule needs it."""
     corpus: Literal["source", "sources"] = "source"
     """Where negatives come from: the documents of the example's own source, or of all sources that are trained on."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from nearfield.config import Config, KindSettings
+from nearfield.config import Config, KindSettings, NotNegative, Positive, Share
 from nearfield.errors import BadInputError
 from nearfield.kinds import Kinds
 
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     )
 
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 Names = Mapping[int, str] | Sequence[str]
 """The name of each source by its number."""

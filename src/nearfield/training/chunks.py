@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nearfield.arrays import Floats, Ragged, Rows
+from nearfield.arrays import Floats, Mask, Ragged, Rows, Tokens
 from nearfield.batching.plan import SEVERAL_SOURCES, Batch
 from nearfield.batching.planner import VectorsOf
-from nearfield.data.tokens import Ids, TokenCache
+from nearfield.data.tokens import TokenCache
 from nearfield.encoders.packing import TokenTask
 from nearfield.objectives.batch import ContrastiveBatch, Queued
 from nearfield.objectives.config import Reading
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from nearfield.training.launch import Launch
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -542,7 +540,7 @@ def cut_work(
     *,
     padded: bool,
     by_prompt: bool,
-    images: Bools | None = None,
+    images: Mask | None = None,
     level: bool = False,
 ) -> Work:
     """Cut a batch whose items have ``lengths`` (n,) into chunks and deal these to ranks.
@@ -670,7 +668,7 @@ class TrainingData:
         """The known positives of each query of a batch."""
         return [self.known_positives(int(query)) for query in batch.query]
 
-    def tokens_of(self, pool: TextPool, places: Rows) -> list[Ids]:
+    def tokens_of(self, pool: TextPool, places: Rows) -> list[Tokens]:
         """The tokens of some texts of a pool."""
         where = zip(pool.prompts[places].tolist(), pool.items[places].tolist(), strict=True)
         return [self.tokens.tables[prompt].of(item) for prompt, item in where]

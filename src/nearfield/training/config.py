@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nearfield.config import Config, ConfigPath, KindSettings
+from nearfield.config import Config, ConfigPath, KindSettings, NotNegative, Positive
 from nearfield.errors import BadInputError
 from nearfield.kinds import Kinds
 from nearfield.mining.config import NegativesSettings
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from nearfield.training.tracking import Tracker
     from nearfield.training.trainer import Trainer
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nearfield.arrays import Rows
+from nearfield.arrays import Mask, Rows, Tokens
 from nearfield.batching.plan import Batch
 from nearfield.data.tokens import IMAGE
 from nearfield.encoders.images import family_of, image_token_id, item_features
@@ -30,7 +30,7 @@ from nearfield.errors import BadInputError
 from nearfield.objectives.batch import MemoryQueue, Objective
 from nearfield.objectives.infonce import InfoNCE, can_ring
 from nearfield.training.backends.replicated import Backend, MakeOptimizer, trainable
-from nearfield.training.chunks import Bools, Budget, Cut, TextPool, TrainingData, Work, cut_work
+from nearfield.training.chunks import Budget, Cut, TextPool, TrainingData, Work, cut_work
 from nearfield.training.config import TrainingConfig, check_sharded
 from nearfield.training.launch import BackendName, Launch, asked_backend, check_launch, wants_several
 from nearfield.training.step import can_keep_graphs
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nearfield.training")
 
-Tokens = np.ndarray[tuple[int], np.dtype[np.int32]]
 MakeFeatures = Callable[[Rows], Features]
 """TextPool rows of a chunk of n texts -> what the encoder takes."""
 
@@ -122,7 +121,7 @@ class Engine:
             lengths = np.where(np.False_ if images is None else images, lengths, np.maximum(lengths, width))
         return lengths
 
-    def images(self, pool: TextPool, *, apart: bool = False) -> Bools | None:
+    def images(self, pool: TextPool, *, apart: bool = False) -> Mask | None:
         """(n,) which items of the pool go through layers that texts do not; none where a chunk may hold both.
 
         ``apart`` keeps them apart where one transformer reads both, too.
@@ -135,7 +134,7 @@ class Engine:
             of_images[mine] = self.go_apart([table.of(int(item)) for item in pool.items[mine]], apart=apart)
         return of_images
 
-    def go_apart(self, rows: Sequence[Tokens], *, apart: bool = False) -> Bools:
+    def go_apart(self, rows: Sequence[Tokens], *, apart: bool = False) -> Mask:
         """(n,) which items, by their tokens, go through layers that others do not and may share no chunk with them."""
         apart = self.data.images is not None and (apart or self.towers or self.level)
         return np.asarray([apart and self._has_image(row) for row in rows], dtype=bool)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 Side = Literal["query", "positives", "negatives"]
 Sides = Annotated[tuple[Side, ...], Field(min_length=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class StepBase(KindSettings):

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from nearfield.arrays import Mask, Rows
-from nearfield.config import ConfigPath
+from nearfield.config import ConfigPath, Share
 from nearfield.console import track
-from nearfield.data.cleaning import Fraction, NearDuplicateConfig, Sides, SidesStep, StepBase
+from nearfield.data.cleaning import NearDuplicateConfig, Sides, SidesStep, StepBase
 from nearfield.data.images import pillow
 from nearfield.data.items import ID_BYTES
 from nearfield.data.near_duplicates import first_near_vector, representatives, unit, words
@@ -103,13 +103,13 @@ class CharactersStep(TextStep):
     """
 
     kind: Literal["characters"] = "characters"
-    min_letters: Fraction = 0
+    min_letters: Share = 0
     """Letters, marks and digits among the characters that are no white space."""
-    min_printable: Fraction = 0
+    min_printable: Share = 0
     """Of all characters; white space is printable here."""
-    max_urls: Fraction = 1
+    max_urls: Share = 1
     """Characters inside URLs, of all."""
-    max_control: Fraction = 1
+    max_control: Share = 1
     """Control and format characters other than tab and line break, unassigned and private ones, and U+FFFD; of all."""
 
     def neutral(self) -> bool:
