@@ -140,28 +140,19 @@ def limit_task(config: LimitTask) -> SuiteTask:
     """The task; its main score is mteb's for LIMIT, recall at 2."""
     import mteb
 
-    from nearfield.evaluation.tasks import SuiteTask, describe_task, make_task
+    from nearfield.evaluation.tasks import SuiteTask, describe_task, items_table, make_task, retrieval_split
 
     official = mteb.get_task("LIMITSmallRetrieval")
     result = SuiteTask(None, details={"pattern": config.pattern, "documents": config.documents})
 
-    def load() -> dict[str, Any]:
-        import datasets
+    def table(texts: dict[str, str]) -> Any:
+        return items_table(list(texts), "t", lambda: list(texts.values()), list)
 
+    def load() -> dict[str, Any]:
         data = make_limit(config)
         result.details |= {"queries": len(data.queries), "corpus": len(data.corpus)}
-        return {
-            "default": {
-                "test": {
-                    "corpus": datasets.Dataset.from_dict({"id": list(data.corpus), "text": list(data.corpus.values())}),
-                    "queries": datasets.Dataset.from_dict(
-                        {"id": list(data.queries), "text": list(data.queries.values())}
-                    ),
-                    "relevant_docs": {query: dict.fromkeys(pair, 1) for query, pair in data.relevant.items()},
-                    "top_ranked": None,
-                }
-            }
-        }
+        relevant = {query: dict.fromkeys(pair, 1) for query, pair in data.relevant.items()}
+        return {"default": {"test": retrieval_split(table(data.queries), table(data.corpus), relevant)}}
 
     about, content = "LIMIT: every pair of a few documents is asked for", fingerprint(config.model_dump(mode="json"))
     metadata = describe_task(config.name, "Retrieval", about, content, main_score=official.metadata.main_score)
