@@ -55,7 +55,7 @@ Unit = TypeVar("Unit", bound=Hashable)
 
 @dataclass(frozen=True)
 class TypeDefaults:
-    """The main score of a task of a type, where no official task says otherwise."""
+    """mteb's class of the tasks of a type; their main score and category, where no official task says otherwise."""
 
     base: type[Any]
     main_score: str
