@@ -25,9 +25,8 @@ import time
 from pathlib import Path
 
 from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
-from nearfield.files import hash_file
+from nearfield.files import hash_file, read_metrics
 from nearfield.training.checkpoint import checkpoint_paths
-from nearfield.training.tracking import read_metrics
 
 BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 KINDS = ("in a checkpoint's writing", "one rank", "all ranks")

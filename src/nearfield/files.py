@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ import numpy as np
 
 from nearfield.arrays import Mask, Rows
 from nearfield.errors import BadInputError
+
+logger = logging.getLogger("nearfield.files")
 
 
 def canonical_json(value: Any) -> str:
@@ -277,6 +280,17 @@ def read_json(path: Path, what: str = "file") -> Any:
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 """Files in a run's folder: a line a step, and a line an evaluation."""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of such a file, empty where there is none; those that cannot be read are left out and their number is said.
+
+    A kill may cut off the last line.
+    """
+    lines, unread = parse_metrics(path.read_bytes()) if path.is_file() else ([], 0)
+    if unread:
+        logger.warning("%d lines of %s cannot be read and are left out", unread, path)
+    return lines
 
 
 def parse_metrics(data: bytes) -> tuple[list[dict[str, Any]], int]:

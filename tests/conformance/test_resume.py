@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from nearfield.errors import StoppedError
+from nearfield.files import read_metrics
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training import step as step_module
-from nearfield.training.tracking import read_metrics
 
 pytestmark = pytest.mark.conformance
 

@@ -22,11 +22,11 @@ from nearfield.encoders.load import build_encoder
 from nearfield.encoders.prompts import BasePrompts, base_prompts
 from nearfield.encoders.source import stated_similarity, stored_dtype
 from nearfield.evaluation.encoder import TaskEncoder
+from nearfield.files import read_metrics
 from nearfield.objectives import ContrastiveBatch
 from nearfield.objectives.config import SIMILARITIES, CoSENTConfig, TripletConfig
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.stages import Stages
-from nearfield.training.tracking import read_metrics
 from tests.conftest import write_toy_recipe
 
 KEPT = 5

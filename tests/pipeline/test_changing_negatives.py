@@ -11,6 +11,7 @@ import pytest
 
 from nearfield.data.vectors import VectorJob
 from nearfield.errors import BadInputError
+from nearfield.files import read_metrics
 from nearfield.mining.negatives import Negatives
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.mining import VectorsStage
@@ -18,7 +19,6 @@ from nearfield.pipeline.run import Job
 from nearfield.pipeline.stages import Stages
 from nearfield.recipe import check_recipe, load_recipe
 from nearfield.training.launch import Launch
-from nearfield.training.tracking import read_metrics
 from tests.pipeline.fingerprints import fingerprints
 
 NAIVE = "mining={rules: [{kind: naive}], negatives: 14, depth: 20, explicit: replace}"

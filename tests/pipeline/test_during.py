@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from nearfield.errors import BadInputError, StoppedError
+from nearfield.files import read_metrics
 from nearfield.pipeline import open_run, run_stages, status
 from nearfield.pipeline.dry_run import dry_run
 from nearfield.training import step as step_module
-from nearfield.training.tracking import read_metrics
 from tests.evaluation.conftest import Tasks
 from tests.pipeline.fingerprints import fingerprints
 

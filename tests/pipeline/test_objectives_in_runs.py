@@ -15,9 +15,9 @@ from nearfield.arrays import Ragged
 from nearfield.batching.plan import Batch, Plan
 from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
 from nearfield.errors import BadInputError
+from nearfield.files import read_metrics
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training.chunks import TeacherScores
-from nearfield.training.tracking import read_metrics
 
 SOURCES = """\
 name: kinds

@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from nearfield.errors import BadInputError
+from nearfield.files import read_metrics
 from nearfield.pipeline import open_run, run_stages, status
-from nearfield.training.tracking import read_metrics
 
 
 def states(recipe: Path, run: Path, *overrides: str) -> dict[str, str]:

@@ -17,11 +17,11 @@ from nearfield.conformance.tiny_models import VISION_LANGUAGE, WORDS, save_tiny_
 from nearfield.encoders.load import build_encoder
 from nearfield.encoders.tokenize import shorten, token_ids
 from nearfield.errors import BadInputError
+from nearfield.files import read_metrics
 from nearfield.pipeline import open_run, run_stages
 from nearfield.pipeline.dry_run import dry_run
 from nearfield.recipe import check_recipe, load_recipe, stage_recipes
 from nearfield.training.engine import freeze_parameters
-from nearfield.training.tracking import read_metrics
 from tests.encoders.tiny import save_tiny
 from tests.patience import PATIENCE
 

@@ -16,8 +16,8 @@ from sentence_transformers import SentenceTransformer
 
 from nearfield.conformance.tiny_models import WORDS, save_tiny_bert
 from nearfield.errors import BadInputError
+from nearfield.files import read_metrics
 from nearfield.pipeline import open_run, run_stages
-from nearfield.training.tracking import read_metrics
 from tests.encoders.tiny import save_tiny
 
 RETROMAE = "{kind: masked_tokens, share: 0.3, decoder: {share: 0.5}}"

@@ -12,12 +12,12 @@ import yaml
 from safetensors.torch import load_file
 
 from nearfield.errors import BadInputError, StoppedError
+from nearfield.files import read_metrics
 from nearfield.objectives import LossSum
 from nearfield.pipeline import open_run, run_stages, status
 from nearfield.pipeline.dry_run import dry_run
 from nearfield.recipe import load_recipe, stage_recipes
 from nearfield.shipped import copy_shipped
-from nearfield.training.tracking import read_metrics
 from tests.training.launching import BIN, PYTHONPATH, TORCHRUN, launch
 
 STAGES = """\

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nearfield.training.tracking import read_metrics
+from nearfield.files import read_metrics
 from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]

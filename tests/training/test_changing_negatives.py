@@ -18,6 +18,7 @@ from nearfield.arrays import Ragged, Rows
 from nearfield.batching.plan import Batch
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, StoppedError
+from nearfield.files import read_metrics
 from nearfield.mining.config import MiningConfig, NaiveRule
 from nearfield.mining.negatives import Pool
 from nearfield.objectives import InfoNCEConfig
@@ -36,7 +37,6 @@ from nearfield.training.changing_negatives import (
 from nearfield.training.checkpoint import newest_checkpoint, read_tensors
 from nearfield.training.config import DynamicNegatives, RefreshedNegatives, ScheduledNegatives
 from nearfield.training.step import StepMade
-from nearfield.training.tracking import read_metrics
 from nearfield.training.trainer import TrainingInputs, TrainingResult, train
 
 SETTINGS = {"trackers": [], "device": "cpu", "packing": "never", "micro_batch_tokens": 512, "graph_tokens": 65_536}

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from nearfield.encoders import load_encoder
+from nearfield.files import read_metrics
 from nearfield.pipeline import open_run, run_stages
-from nearfield.training.tracking import read_metrics
 from tests.patience import PATIENCE
 from tests.training.ranks_evaluating import TEXTS
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, StoppedError
+from nearfield.files import read_metrics
 from nearfield.objectives import InfoNCEConfig
 from nearfield.training import TrainingConfig
 from nearfield.training import step as step_module
@@ -26,7 +27,6 @@ from nearfield.training.engine import Engine, build_engine
 from nearfield.training.evaluation import EncodeTexts, Evaluations, EvaluationState, encode_texts, undisturbed
 from nearfield.training.launch import Launch
 from nearfield.training.optimizers import make_optimizer
-from nearfield.training.tracking import read_metrics
 from nearfield.training.trainer import TrainingInputs, TrainingResult, train
 from tests.training.making import make_tokens
 

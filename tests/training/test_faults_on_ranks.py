@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nearfield.files import read_metrics
 from nearfield.training.checkpoint import checkpoint_paths, open_checkpoint
-from nearfield.training.tracking import read_metrics
 from tests.patience import PATIENCE
 
 FAULTY = Path(__file__).with_name("faulty_rank.py")

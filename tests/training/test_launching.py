@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from nearfield.conformance.tiny_models import save_tiny_clip
 from nearfield.evaluation import evaluate
+from nearfield.files import read_metrics
 from nearfield.pipeline import open_run, run_stages
 from nearfield.shipped import copy_shipped
 from nearfield.training.checkpoint import Checkpoint, checkpoint_paths, open_checkpoint
-from nearfield.training.tracking import read_metrics
 from tests.conftest import write_toy_recipe
 from tests.evaluation.conftest import Tasks
 from tests.patience import PATIENCE

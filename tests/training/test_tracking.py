@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from nearfield.errors import BadInputError, NearfieldError
+from nearfield.files import read_metrics
 from nearfield.training.config import AccelerateConfig, TensorBoardConfig, TrackerSettings, WandbConfig
-from nearfield.training.tracking import JsonLines, Trackers, read_metrics
+from nearfield.training.tracking import JsonLines, Trackers
 
 FIGURES = ("loss", "learning_rate", "gradient_norm", "positive_similarity", "hardest_negative_similarity")
 

@@ -19,13 +19,13 @@ import torch
 
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, NonFiniteError, OutOfMemoryStopError, StoppedError
+from nearfield.files import read_metrics
 from nearfield.objectives import InfoNCEConfig
 from nearfield.training import TrainingConfig, checkpoint, trainer
 from nearfield.training import step as step_module
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.checkpoint import checkpoint_paths, newest_checkpoint, read_tensors
 from nearfield.training.evaluation import Evaluations
-from nearfield.training.tracking import read_metrics
 from nearfield.training.trainer import TrainingInputs, TrainingResult, train
 from tests.training.making import SIZES, make_plan
 

@@ -16,6 +16,7 @@ import torch
 
 from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError, NonFiniteError
+from nearfield.files import read_metrics
 from nearfield.objectives import ContrastiveBatch
 from nearfield.objectives.diagnostics import similarities
 from nearfield.pipeline import open_run, run_stages
@@ -23,7 +24,6 @@ from nearfield.training import TrainingConfig
 from nearfield.training import step as step_module
 from nearfield.training.config import AdamWConfig
 from nearfield.training.optimizers import make_optimizer
-from nearfield.training.tracking import read_metrics
 from tests.cli.command import run as command
 from tests.patience import PATIENCE
 from tests.training.test_train import poison

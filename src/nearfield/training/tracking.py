@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from nearfield.console import stderr_console
 from nearfield.errors import BadInputError, NearfieldError
-from nearfield.files import EVALUATIONS, METRICS, atomic_path, parse_metrics, read_json, write_json
+from nearfield.files import EVALUATIONS, METRICS, atomic_path, read_json, read_metrics, write_json
 from nearfield.training.step import Part, StepMade
 
 if TYPE_CHECKING:
@@ -30,17 +30,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("nearfield.training")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of either file, empty where there is none; those that cannot be read are left out and their number is said.
-
-    A kill may cut off the last line.
-    """
-    lines, unread = parse_metrics(path.read_bytes()) if path.is_file() else ([], 0)
-    if unread:
-        logger.warning("%d lines of %s cannot be read and are left out", unread, path)
-    return lines
 
 
 def used_memory(device: torch.device) -> dict[str, int]:
