@@ -101,6 +101,15 @@ def test_the_snippet_names_a_prompt_where_plain_methods_would_put_another() -> N
         'texts = model.encode(["a text", "another text"], prompt_name="Classification")',
     ]
     assert both[3:5] == ["", "# Retrieval"] and "\n".join(both[5:]) == USED
+    # Types whose queries are alike and whose documents are not have lines of their own.
+    alike = {**one, "b": ("Reranking", {"query": "q: ", "document": "d: "})}
+    assert "\n".join(usage(contract_of(alike))) == f"# Reranking, Retrieval\n{USED}"
+    alike["b"] = ("Reranking", {"query": "q: ", "document": ""})
+    assert usage(contract_of(alike, fallback=RolePrompts(document="d: ")))[:3] == [
+        "# Reranking",
+        'queries = model.encode_query(["a query"])',
+        'documents = model.encode_document(["a document"], prompt_name="Reranking-document")',
+    ]
 
 
 def test_a_card_says_what_types_that_are_not_trained_get() -> None:

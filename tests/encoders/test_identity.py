@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 import types
@@ -285,6 +286,52 @@ def test_each_part_of_a_model_in_memory_changes_the_key(saved: Path) -> None:
         change(model)
         seen[what] = model_fingerprint(model)
     assert len(set(seen.values())) == len(seen), seen
+
+
+def doubled(own: Callable[..., Any], factor: float = 2.0) -> Callable[..., Any]:
+    """A function in the place of another, under its name."""
+
+    @functools.wraps(own)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        found = own(*args, **kwargs)
+        return (found[0] * factor, *found[1:]) if isinstance(found, tuple) else found * factor
+
+    return function
+
+
+REPLACED: dict[str, Callable[[pytest.MonkeyPatch, Any, float], Any]] = {
+    "a method of a library's class": lambda patch, llama, factor: patch.setattr(
+        llama.LlamaMLP, "forward", doubled(llama.LlamaMLP.forward, factor)
+    ),
+    "a function of a library's module": lambda patch, llama, factor: patch.setattr(
+        llama, "apply_rotary_pos_emb", doubled(llama.apply_rotary_pos_emb, factor)
+    ),
+    "an attention function": lambda patch, llama, factor: patch.setitem(
+        llama.ALL_ATTENTION_FUNCTIONS._local_mapping,
+        "sdpa",
+        doubled(llama.ALL_ATTENTION_FUNCTIONS._global_mapping["sdpa"], factor),
+    ),
+    "a hook of all modules": lambda patch, llama, factor: patch.setitem(
+        nn.modules.module._global_forward_hooks,
+        1_000_000,
+        lambda module, given, output: output * factor if isinstance(module, nn.Linear) else None,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_what_is_put_in_the_place_of_a_librarys_code_counts(saved: Path, what: str) -> None:
+    import transformers.models.llama.modeling_llama as llama
+
+    model = load_encoder(str(saved), device="cpu").model
+    seen, vectors = [model_fingerprint(model)], [model.encode(TEXTS)]
+    for factor in (2.0, 3.0):
+        with pytest.MonkeyPatch.context() as patch:
+            REPLACED[what](patch, llama, factor)
+            seen.append(model_fingerprint(model)), vectors.append(model.encode(TEXTS))
+    assert len(set(seen)) == 3
+    assert all(abs(vectors[i] - vectors[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert model_fingerprint(model) == seen[0]
 
 
 def test_own_classes_count_by_their_code_and_settings(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

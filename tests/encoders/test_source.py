@@ -24,6 +24,13 @@ FAMILIES = {
     "stanford": "multi-vector",
     "cross": "cross-encoder",
     "reranker": "cross-encoder",
+    "ranking": "cross-encoder",
+    "pairs-by-key": "cross-encoder",
+    "pairs-of-old": "cross-encoder",
+    "pairs-adapter": "cross-encoder",
+    "adapter-on-pairs": "cross-encoder",
+    "colqwen": "multi-vector",
+    "stanford-untyped": "multi-vector",
 }
 
 
@@ -62,9 +69,47 @@ def zoo(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name / "modules.json").write_text(json.dumps(modules))
         own = {"model_type": "ColBERT"} if name == "pylate" else {"similarity_fn_name": "MaxSim"}
         edit(root / name / "config_sentence_transformers.json", lambda data, own=own: data.update(own))  # type: ignore[misc]
-    shutil.copytree(tiny_model, root / "stanford")
-    edit(root / "stanford" / "config.json", lambda data: data.update(architectures=["HF_ColBERT"]))
+    says: dict[str, dict[str, object]] = {
+        "stanford": {"architectures": ["HF_ColBERT"]},
+        "colqwen": {"architectures": ["ColQwen2"]},
+        "ranking": {"architectures": ["JinaForRanking"]},
+        "pairs-by-key": {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}},
+        "pairs-of-old": {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
+        "stanford-untyped": {},
+    }
+    for name, settings in says.items():
+        shutil.copytree(tiny_model, root / name)
+        edit(root / name / "config.json", lambda data, settings=settings: data.update(settings))  # type: ignore[misc]
+    (root / "stanford-untyped" / "artifact.metadata").write_text(json.dumps({"dim": 128, "similarity": "cosine"}))
+    write_adapter(root / "pairs-adapter", root / "reranker", tiny_model, "SEQ_CLS")
+    write_adapter(root / "adapter-on-pairs", tiny_model, root / "reranker", "FEATURE_EXTRACTION")
     return root
+
+
+def test_an_adapter_as_peft_saves_it_is_read_as_sentence_transformers_does(tmp_path: Path, tiny_model: Path) -> None:
+    """Without a config or a list of modules of its own."""
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+
+    write_adapter(tmp_path / "adapter", tiny_model, tiny_model, "FEATURE_EXTRACTION")
+    texts, folder = ["word1 word2", "word3"], str(tmp_path / "adapter")
+    wanted = SentenceTransformer(folder, device="cpu").encode(texts)
+    assert np.abs(wanted - Encoder.load(str(tiny_model), device="cpu")(texts)).max() > 1e-4
+    np.testing.assert_allclose(Encoder.load(folder, device="cpu")(texts), wanted, rtol=0, atol=1e-6)
+    begun = build_encoder(EncoderConfig(model=folder), "cpu").model
+    np.testing.assert_allclose(begun.encode(texts), wanted, rtol=0, atol=1e-6)
+
+
+def write_adapter(folder: Path, trained_on: Path, base: Path, task: str) -> None:
+    """An adapter as peft saves it, which names ``base``."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+    kind = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModel
+    settings = LoraConfig(task_type=task, r=2, target_modules=["query"], init_lora_weights=False)
+    get_peft_model(kind.from_pretrained(trained_on), settings).save_pretrained(folder)
+    edit(folder / "adapter_config.json", lambda data: data.update(base_model_name_or_path=str(base)))
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(("name", "family"), FAMILIES.items())

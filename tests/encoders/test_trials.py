@@ -278,6 +278,23 @@ def test_pictures_are_tried_out_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "pictures" in notices[0].what
 
 
+def test_images_that_are_padded_to_the_largest_are_tried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one size they would be alike alone and in company."""
+    folder = save_siglip(tmp_path)
+    assert not load_encoder(str(folder), device="cpu").notices
+    preprocess = SentenceTransformer.preprocess
+
+    def padding(self: Any, items: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(items[0], str):
+            width, height = (max(item.size[i] for item in items) for i in (0, 1))
+            items = [item.crop((0, 0, width, height)) for item in items]
+        return preprocess(self, items, *args, **kwargs)
+
+    monkeypatch.setattr(SentenceTransformer, "preprocess", padding)
+    (notice,) = load_encoder(str(folder), device="cpu").notices
+    assert notice.code == "batch-dependent" and "gives images of unlike sizes other vectors" in notice.what
+
+
 def test_what_sentence_transformers_cannot_embed_is_one_message(tmp_path: Path) -> None:
     """XMOD without its language; a transformer without a pooling."""
     from sentence_transformers.sentence_transformer.modules import Transformer

@@ -103,6 +103,28 @@ def test_zero_vectors_are_said_with_the_score(tasks: Any, model_folder: Path, tm
     assert fine.notices == {}
 
 
+@pytest.mark.parametrize(
+    ("value", "code", "words"),
+    [
+        (1e30, "zero-vectors", "80 of 80 vectors are zero, or of a length that float32 cannot hold"),
+        (1e-30, "zero-vectors", "80 of 80 vectors are zero, or of a length that float32 cannot hold"),
+        (0.5, "vectors-all-the-same", "all 80 vectors are the same"),
+    ],
+)
+def test_vectors_that_a_cosine_cannot_tell_apart_are_said(
+    tasks: Any, model_folder: Path, tmp_path: Path, value: float, code: str, words: str
+) -> None:
+    """Finite ones: their cosines are 0, or all 1, whatever the texts say."""
+    folder, loaded = tasks.sts(), load_encoder(str(model_folder), device="cpu")
+    fixed: Any = lambda module, given, features: {  # noqa: E731
+        **features,
+        "sentence_embedding": torch.full_like(features["sentence_embedding"], value),
+    }
+    loaded.model[1].register_forward_hook(fixed)
+    result = evaluate(open_model(loaded), folder, tmp_path / "out")
+    assert words in {notice.code: notice.what for notice in result.notices["TinySTS"]}[code]
+
+
 def test_both_are_seen_while_a_model_is_trained(tasks: Any, model_folder: Path) -> None:
     model: Any = load_encoder(str(model_folder), device="cpu").model
     scorer = DuringTraining(model, tasks.sts(), name="a/b", metric="mean", contract=None)
@@ -218,6 +240,47 @@ def test_queries_that_the_score_leaves_out_are_said(tasks: Any, model_folder: Pa
     assert said["queries-without-relevant"].startswith("1 of 20 queries have no relevant document")
     with pytest.raises(BadInputError, match="have no judgement"):
         evaluate(str(model_folder), folder, tmp_path / "strict", strict=True)
+
+
+@pytest.mark.parametrize("side", ["query-id", "corpus-id"])
+def test_judgements_of_what_is_not_there_are_said_and_scored_as_mteb_does(
+    tasks: Any, model_folder: Path, tmp_path: Path, side: str
+) -> None:
+    folder = tasks.retrieval()
+    whole = evaluate(str(model_folder), folder, tmp_path / "whole").scores["TinyRetrieval"]["default"]
+    qrels = pq.read_table(folder / "default.test.qrels.parquet").to_pydict()
+    more = {"query-id": ["q0", "q1"], "corpus-id": ["d0", "d1"], "score": [1, 1], side: ["gone", "gone too"]}
+    tasks.table(folder / "default.test.qrels.parquet", **{name: qrels[name] + more[name] for name in qrels})
+    result = evaluate(str(model_folder), folder, tmp_path / "out")
+    (notice,) = result.notices["TinyRetrieval"]
+    assert notice.code == "judgements-of-nothing" and notice.what.startswith("2 of 27 judgements (default.test) are of")
+    task = folder_task(folder).task
+    model = load_encoder(str(model_folder), device="cpu").model
+    theirs = mteb.evaluate(model, task, cache=None, show_progress_bar=False, co2_tracker=False)
+    wanted = theirs.task_results[0].scores["test"][0]["main_score"]
+    score = result.scores["TinyRetrieval"]["default"]
+    assert score == pytest.approx(wanted, abs=1e-6)
+    assert (score < whole - 1e-3) if side == "corpus-id" else score == whole
+
+
+def test_a_score_that_is_not_defined_is_said(tasks: Any, model_folder: Path, tmp_path: Path) -> None:
+    """As mteb files it: no correlation with judgements that are all alike."""
+    folder = tasks.sts()
+    assert evaluate(str(model_folder), folder, tmp_path / "fine").notices == {}
+    rewritten(folder / "default.test.parquet", score=[2.0] * 40)
+    result = evaluate(str(model_folder), folder, tmp_path / "out")
+    (notice,) = result.notices["TinySTS"]
+    assert np.isnan(result.scores["TinySTS"]["default"]) and notice.code == "score-undefined"
+    assert "cosine_spearman of default/test is no number" in notice.what
+
+
+def test_all_pairs_in_one_row_are_scored_as_pairs(tasks: Any, model_folder: Path, tmp_path: Path) -> None:
+    folder = tasks.pairs()
+    expected = evaluate(str(model_folder), folder, tmp_path / "rows").scores
+    columns = pq.read_table(folder / "default.test.parquet").to_pydict()
+    tasks.table(folder / "default.test.parquet", **{name: [values] for name, values in columns.items()})
+    result = evaluate(str(model_folder), folder, tmp_path / "row")
+    assert result.failures == {} and result.scores == expected
 
 
 def test_a_clustering_takes_all_texts_and_small_sets_are_scored(tasks: Any, model_folder: Path, tmp_path: Path) -> None:

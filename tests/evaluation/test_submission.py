@@ -14,6 +14,7 @@ from mteb.models.model_meta import ModelMeta
 from mteb.results import TaskResult
 
 from nearfield.data.decontaminate import ContaminationReport, TaskContamination, read_statement
+from nearfield.errors import BadInputError
 from nearfield.evaluation.hub import with_index
 from nearfield.evaluation.scores import TaskScores
 from nearfield.evaluation.submission import Submission, submit
@@ -206,6 +207,11 @@ def test_an_aggregate_is_missing_where_only_its_parts_are(tmp_path: Path) -> Non
         ({"name": "org/other"}, "name and revision", f"the results are filed as org__mine/{COMMIT}"),
         ({"name": "local/mine"}, "name and revision", "a hub name"),
         ({"revision": "main"}, "name and revision", "the commit of its weights"),
+        ({"release_date": "2999-01-01"}, "release_date", "it is in the future"),
+        ({"public_training_code": "https://"}, "public_training_code", "it is no address"),
+        ({"embed_dim": []}, "embed_dim", "not stated"),
+        ({"training_datasets": ["msmarco", "STS12"]}, "training_datasets", "msmarco is MSMARCO"),
+        ({"training_datasets": ["pairs of my own"]}, "training_datasets", "mteb has no task pairs of my own: so the list"),
     ],
 )  # fmt: skip
 def test_facts_that_what_was_scored_contradicts_are_no_ok(
@@ -214,6 +220,28 @@ def test_facts_that_what_was_scored_contradicts_are_no_ok(
     (tmp_path / "facts.yaml").write_text(yaml.safe_dump(facts))
     made = submit(results, tmp_path / "out", facts=tmp_path / "facts.yaml")
     assert words in bad(made)[check] and (check in ADVISED or not made.complete)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("STS12.json", "[]"), ("STS12.json", "3"), ("facts.yaml", "release_date: 2026-06-31")]
+)
+def test_files_of_another_shape_are_one_message(results: Path, tmp_path: Path, file: str, text: str) -> None:
+    facts = tmp_path / "facts.yaml" if file == "facts.yaml" else None
+    (facts or results / file).write_text(text)
+    with pytest.raises(BadInputError, match="cannot") as error:
+        submit(results, tmp_path / "out", facts=facts)
+    assert file in str(error.value.where)
+
+
+def test_run_settings_of_an_old_mteb_are_none(results: Path, tmp_path: Path) -> None:
+    """Its results repository looks at the version there; the last line of a score counts."""
+    file = results / "run_settings.jsonl"
+    lines = file.read_text()
+    old = lines.replace(VERSION["mteb"], "1.38.0")
+    for text, fine in ((old, False), (lines + old, False), (old + lines, True)):
+        file.write_text(text)
+        found = bad(submit(results, tmp_path / "out")).get("run settings", "")
+        assert ("STS12 (default/test)" in found) != fine
 
 
 def test_several_dimensions_hold_the_one_that_was_scored(results: Path, tmp_path: Path) -> None:
@@ -261,6 +289,15 @@ UNREAD = (TaskContamination("STS12", {}, problem="the hub is not reachable"), *C
         (report(HIT), "", ["MSMARCO"], None, "hold texts of STS12: name them"),
         (report(HIT), "", ["STS12"], None, None),
         (report(CLEAN), "base_model: sentence-transformers/all-MiniLM-L6-v2\n", [], None, "its base sentence-transformers/all"),
+        (report(CLEAN), "base_model: nobody/knows-this\n", [], None, "what its base nobody/knows-this was trained on"),
+        (report(CLEAN), "base_model: nobody/knows-this\n", ["MSMARCO"], None, None),
+        ([*report(CLEAN), "", "Fine-tuned from `local/first-stage` (revision `1`) with nearfield."], "", [], None, "its base local/first-stage"),
+        (report(CLEAN), "", ["pairs of my own"], None, None),
+        ([*report(CLEAN), "", *report(CLEAN[:2])], "", [], "does not speak of ArguAna", "ArguAna was not compared"),
+        ([*report(CLEAN), "", *report(HIT)], "", [], None, "hold texts of STS12: name them"),
+        ([*report(CLEAN), "", "The training texts were not compared with the texts of the suite."], "", [], "were not compared", "nothing shows"),
+        ([line.replace("1,234", "0") for line in report(CLEAN)], "", [], "were not compared", "nothing shows"),
+        (["", "## Other", *report(CLEAN)], "", [], "were not compared", "nothing shows"),
     ],
 )  # fmt: skip
 def test_cards_and_training_data_are_read(
@@ -287,7 +324,7 @@ def test_a_statement_is_what_the_report_wrote() -> None:
     statement = read_statement("# M\n\n## Benchmark texts in the training data\n\n" + "\n".join(report(tasks)))
     assert statement is not None
     assert statement.tasks == {*TASKS, "Far.v2"} and statement.matched == {"STS12": 5, "Far.v2": 1_200}
-    clean = read_statement("\n".join(report(CLEAN)))
+    clean = read_statement("## Benchmark texts in the training data\n" + "\n".join(report(CLEAN)))
     assert clean is not None and clean.matched == {}
 
 

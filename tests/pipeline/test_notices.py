@@ -10,12 +10,15 @@ from typing import Any
 
 import mteb
 import pytest
+import torch
 
 import nearfield
 from nearfield.encoders import LoadedEncoder
 from nearfield.encoders.load import build_encoder
 from nearfield.errors import BadInputError, Notice
 from nearfield.pipeline import open_run, status, training
+from nearfield.pipeline.planning import setting_notices
+from nearfield.pipeline.stages import Stages
 from tests.cli.command import run
 from tests.conftest import write_toy_recipe
 from tests.evaluation.conftest import Tasks
@@ -83,6 +86,35 @@ def test_a_strict_training_ends_before_it_begins(
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert run(*command, "--dry-run") == 2
     assert "The run would not start." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("objective", "key"),
+    [
+        ("{kind: infonce, temperature: 1.0e-9}", "objective.temperature is 1e-09"),
+        (
+            "{kind: combined, parts: [{objective: {kind: siglip}}, {objective: {kind: infonce, temperature: 0.0005}}]}",
+            "objective.parts.1.objective.temperature is 0.0005",
+        ),
+        (
+            "{kind: infonce, mixing: {list_temperature: 1.0e-6}}",
+            "objective.mixing.list_temperature is 1e-06",
+        ),
+        ("{kind: infonce, temperature: 0.01}", None),
+    ],
+)
+def test_a_temperature_that_leaves_no_softmax_is_said(
+    toy_recipe: Path, tmp_path: Path, objective: str, key: str | None
+) -> None:
+    run = open_run(toy_recipe, [f"objective={objective}"], tmp_path / "run")
+    found = [one.what for one in setting_notices(Stages.of(run).plan, 10) if one.code == "temperature-too-low"]
+    assert len(found) == (key is not None)
+    if key is not None:
+        assert found[0].startswith(key)
+        # What is said is so: of two documents that differ by 0.1 the farther one has no probability and no gradient.
+        cosines = torch.tensor([0.5, 0.4], requires_grad=True)
+        chances = (cosines / float(key.split()[-1])).softmax(0)
+        assert chances[1] == 0 and torch.autograd.grad(chances[1], cosines)[0].abs().max() == 0
 
 
 def test_strict_lets_minor_ones_pass_and_knows_a_finished_run(

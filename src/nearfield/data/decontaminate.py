@@ -60,6 +60,9 @@ UNSEEN = (
     "none"
 )
 """The figures of ``scripts/decontamination_figures.py`` with the rules as they are shipped."""
+SECTION = "## Benchmark texts in the training data"
+"""The heading of a model card above all that is said of them."""
+_NOT_COMPARED = "training texts were not compared"
 COMPARED = "Compared with the texts of: "
 """The beginning of the sentence of a model card that names the tasks."""
 TRAINING_ROLES = ("query", "document", "negative")
@@ -263,18 +266,26 @@ class ContaminationStatement:
 
 
 def read_statement(card: str) -> ContaminationStatement | None:
-    """The statement of a card that holds the lines of :meth:`ContaminationReport.lines`; None where nothing was compared."""
-    summary = _SUMMARY.search(card)
-    if summary is None:
+    """The statement of a card that holds the lines of :meth:`ContaminationReport.lines`; None where nothing was compared.
+
+    Of several reports in its section, as of several sets of training data, each must have compared a task.
+    """
+    section = re.split(r"^## ", card.partition(SECTION)[2], maxsplit=1, flags=re.MULTILINE)[0]
+    summaries = list(_SUMMARY.finditer(section))
+    if not summaries or _NOT_COMPARED in section or any(int(one["texts"].replace(",", "")) == 0 for one in summaries):
         return None
-    tasks = next((line.removeprefix(COMPARED) for line in card.splitlines() if line.startswith(COMPARED)), "")
-    result = summary["found"].partition("; not read: ")[0]
-    matched = {task: int(count.replace(",", "")) for task, count in _MATCH.findall(result)}
-    return ContaminationStatement(frozenset(filter(None, tasks.removesuffix(".").split(", "))), matched)
+    lists = [line.removeprefix(COMPARED) for line in section.splitlines() if line.startswith(COMPARED)]
+    tasks = [frozenset(filter(None, line.removesuffix(".").split(", "))) for line in lists]
+    matched: dict[str, int] = {}
+    for summary in summaries:
+        for task, count in _MATCH.findall(summary["found"].partition("; not read: ")[0]):
+            matched[task] = max(matched.get(task, 0), int(count.replace(",", "")))
+    every = frozenset.intersection(*tasks) if len(tasks) == len(summaries) else frozenset()
+    return ContaminationStatement(every, matched)
 
 
 _SUMMARY = re.compile(
-    r"^[\d,]+ training texts compared with \d+ tasks of the suite .+? \(.+?\): (?P<found>.+)$", re.MULTILINE
+    r"^(?P<texts>[\d,]+) training texts compared with \d+ tasks of the suite .+? \(.+?\): (?P<found>.+)$", re.MULTILINE
 )
 _MATCH = re.compile(r"(?:matches in |, )(\S+) \(([\d,]+) of [\d,]+ texts\)")
 

@@ -519,11 +519,18 @@ def not_finite(vectors: npt.NDArray[Any]) -> Rows:
     return np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64)
 
 
+SHORTEST = 1e-12
+"""What torch and mteb divide a vector by at least when they bring it to unit length."""
+
+
 def zeros(vectors: npt.NDArray[Any]) -> Rows:
-    """The rows of (n, d) vectors that are zero in every dimension: they have no direction and are alike to nothing."""
-    parts = [
-        start + np.flatnonzero(~vectors[start : start + _BLOCK].any(axis=1)) for start in range(0, len(vectors), _BLOCK)
-    ]
+    """The rows of (n, d) vectors without a direction, alike to nothing: those that are zero in every dimension, and those whose
+    length float32 cannot hold, of which a cosine makes zeros."""
+    parts = []
+    with np.errstate(over="ignore"):
+        for start in range(0, len(vectors), _BLOCK):
+            lengths = np.linalg.norm(vectors[start : start + _BLOCK].astype(np.float32), axis=1)
+            parts.append(start + np.flatnonzero((lengths < SHORTEST) | np.isinf(lengths)))
     return np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64)
 
 

@@ -143,7 +143,7 @@ def usage(contract: PromptContract) -> list[str]:
 
     A prompt is named where plain ``encode_query``, ``encode_document`` or ``encode`` would put another.
     """
-    lines: list[str] = []
+    blocks: dict[tuple[str, ...], list[str]] = {}
     for task_type, prompts in contract.by_type.items():
         if has_roles(task_type):
             calls = [
@@ -155,8 +155,11 @@ def usage(contract: PromptContract) -> list[str]:
             name = _named(task_type, prompts[TEXT], contract.default_prompt)
             calls = [f'texts = model.encode(["a text", "another text"]{name})']
             calls.append("similarities = model.similarity(texts, texts)")
-        if calls[0] not in lines:
-            lines += [*([""] if lines else []), *([f"# {task_type}"] if len(contract.by_type) > 1 else []), *calls]
+        blocks.setdefault(tuple(calls), []).append(task_type)
+    lines: list[str] = []
+    for block, types in blocks.items():
+        heading = [f"# {', '.join(types)}"] if len(contract.by_type) > 1 else []
+        lines += [*([""] if lines else []), *heading, *block]
     return lines
 
 

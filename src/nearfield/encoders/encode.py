@@ -87,34 +87,55 @@ def _to_do(chunks: Sequence[Sequence[int] | Rows], done: Mask | None, says: str 
     return track(left, says) if says else left
 
 
+_ROUNDING = 1e-6
+
+
 @dataclass
 class ZeroCount:
-    """How many of some vectors are zero in every dimension."""
+    """How many of some vectors have no direction, and whether all have the same."""
 
     rows: int = 0
     zeros: int = 0
     first: object = None
-    """The text of the first that is zero; none for an image."""
+    """The text of the first without a direction; none for an image."""
+    exact: bool = True
+    """Whether all of those are zero in every dimension."""
+    one: npt.NDArray[np.float32] | None = None
+    """The first vector."""
+    differ: bool = False
+    """Whether another one is not the same but for rounding."""
 
     def count(self, vectors: Vectors, item: Callable[[int], object]) -> None:
         """Take in some vectors; ``item`` gives what a row is of."""
         rows = zeros(vectors)
         if len(rows) and not self.zeros:
             self.first = item(int(rows[0]))
+        self.exact = self.exact and not vectors[rows].any()
         self.rows, self.zeros = self.rows + len(vectors), self.zeros + len(rows)
+        for start in range(0, len(vectors), _CHUNK_TEXTS):
+            if self.differ:
+                return
+            self.one = vectors[0].copy() if self.one is None else self.one
+            apart = np.abs(vectors[start : start + _CHUNK_TEXTS] - self.one).max()
+            self.differ = bool(apart > _ROUNDING * np.abs(self.one).max())
 
     def notices(self) -> list[Notice]:
         """Notices for readers of scores of these vectors."""
-        if not self.zeros:
-            return []
-        verb = "vector is" if self.zeros == 1 else "vectors are"
-        return [
-            Notice(
-                "zero-vectors",
-                f"{self.zeros:,} of {self.rows:,} {verb} zero, alike to nothing; the first is of {shown(self.first)}",
-                "Look for texts without a token that is pooled, such as empty ones.",
-            )
-        ]
+        notices = []
+        if self.zeros:
+            verb = "vector is" if self.zeros == 1 else "vectors are"
+            what = "zero" if self.exact else "zero, or of a length that float32 cannot hold"
+            notices = [
+                Notice(
+                    "zero-vectors",
+                    f"{self.zeros:,} of {self.rows:,} {verb} {what}, alike to nothing; the first is of {shown(self.first)}",
+                    "Look for texts without a token that is pooled, such as empty ones.",
+                )
+            ]
+        if self.rows > 1 and not self.differ and self.zeros < self.rows:
+            what = f"all {self.rows:,} vectors are the same: the score says nothing of the texts"
+            notices.append(Notice("vectors-all-the-same", what, "The model has collapsed, or reads nothing of a text."))
+        return notices
 
 
 class Encoder:

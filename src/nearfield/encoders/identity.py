@@ -69,6 +69,7 @@ _PASSING = {
 }
 """Attributes that say nothing of a vector, or change as a model is used."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
 def computing_versions() -> dict[str, str]:
@@ -97,6 +98,9 @@ def model_fingerprint(model: SentenceTransformer) -> str:
         "longest": model.max_seq_length,
         "kernels": [model.device.type, torch.get_float32_matmul_precision()],
     }
+    everywhere = [hook for place in _GLOBAL_HOOKS for hook in getattr(torch.nn.modules.module, place).values()]
+    if everywhere:
+        settings["hooks of all modules"] = told.value(everywhere)
     digest.update(canonical_json(settings).encode())
     return digest.hexdigest()
 
@@ -125,6 +129,31 @@ def _library(top: str) -> str | None:
         return f"{top} {stated}"
     versions = versions_of([top]) or versions_of(sorted(set(importlib.metadata.packages_distributions().get(top, ()))))
     return canonical_json(versions or top)
+
+
+def _is_own(part: Any) -> bool:
+    """Whether a function or class is no library's, nor ours, whatever it says of itself: its code is what counts."""
+    if isinstance(part, types.FunctionType):
+        module = part.__globals__.get("__name__")
+    elif isinstance(part, type):
+        module = part.__module__
+    else:
+        return False
+    return _library_of(module) is None and (module or "").partition(".")[0] != "nearfield"
+
+
+def _replaced(kind: type) -> dict[str, Any]:
+    """Functions and classes of a user's own that stand in a library's class, in those that it is made from, or beside it in its
+    module: what was there is not what runs."""
+    found: dict[str, Any] = {}
+    for each in kind.__mro__:
+        if _library_of(each.__module__) in (None, "python"):
+            continue
+        beside = vars(sys.modules.get(each.__module__, types))
+        for place in (vars(each), beside):
+            parts = {key: _plain(part) for key, part in place.items()}
+            found |= {f"{each.__qualname__}.{key}": part for key, part in parts.items() if _is_own(part)}
+    return found
 
 
 def _library_of(module: str | None) -> str | None:
@@ -224,7 +253,9 @@ class _Telling:
         """A class by its name, and of ours or a user's its code with that of the classes that it is made from."""
         library = _library_of(kind.__module__)
         if library is not None:
-            return f"{kind.__module__}.{kind.__qualname__} {library}"
+            name = f"{kind.__module__}.{kind.__qualname__} {library}"
+            replaced = {key: self.value(part) for key, part in _replaced(kind).items()}
+            return [name, replaced] if replaced else name
         parts = {
             key: self.value(_plain(part))
             for key, part in vars(kind).items()
@@ -271,6 +302,7 @@ class _Telling:
         from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
         from nearfield.encoders.kernels import ATTENTION
+        from nearfield.encoders.private import registered
 
         if isinstance(value, torch.Tensor):
             digest = hashlib.blake2b(_bytes_of(value), digest_size=16).hexdigest()
@@ -286,7 +318,9 @@ class _Telling:
         if isinstance(value, PretrainedConfig):
             kernel = getattr(value, "_attn_implementation", None)
             # Ours takes the place of torch's when texts are packed for the first time, and is the same in numbers.
-            return [type(value).__name__, self.value(value.to_dict()), "sdpa" if kernel == ATTENTION else kernel]
+            kernel = "sdpa" if kernel == ATTENTION else kernel
+            own = [part for part in registered(kernel) if _is_own(part)]
+            return [type(value).__name__, self.value(value.to_dict()), [kernel, self.value(own)] if own else kernel]
         proto = getattr(value, "serialized_model_proto", None)
         return self.value(proto()) if callable(proto) else None
 

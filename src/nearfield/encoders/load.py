@@ -134,6 +134,9 @@ def load_encoder(
                 taken = None if folder.is_dir() else revision if source.content == "main" else source.content
                 read = partial(read_stated, str(path), taken)
                 notices += check_family(read, name_or_path, recipe)
+                if base_path is not None and read("modules.json") is None:
+                    # An adapter that says nothing of what is made of its token vectors is what its base is.
+                    notices += check_family(partial(read_stated, base_path, None), name_or_path, recipe)
                 settings = {"revision": taken, "device": device, "trust_remote_code": trust_remote_code}
                 with own_processors():
                     model = load_with_modules(str(path), own_modules(), model_kwargs=kwargs, **settings)

@@ -92,6 +92,18 @@ def has_adapter(model: SentenceTransformer) -> bool:
     return bool(getattr(getattr(model[0], "auto_model", None), "peft_config", None))
 
 
+def registered(kernel: str | None) -> list[Any]:
+    """The functions that transformers calls for an attention of this name: that of the attention, and that of its mask."""
+    found = []
+    for module, name in (
+        ("modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
+        ("masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
+    ):
+        functions = part(importlib.import_module(f"transformers.{module}"), name, "transformers")
+        found += [functions[kernel]] if kernel in functions else []
+    return found
+
+
 def without_adapter(transformer: Any) -> None:
     """Let a transformer whose adapter was merged be saved as one that never had any."""
     transformer._hf_peft_config_loaded = False

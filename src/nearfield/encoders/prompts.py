@@ -86,9 +86,14 @@ class BasePrompts:
 
 
 def base_prompts(model: str, revision: str | None = None) -> BasePrompts:
-    """The prompts of a model by folder or hub id, without loading it; none where it states none or is out of reach."""
+    """The prompts of a model by folder or hub id, without loading it; none where it states none or is out of reach.
+
+    What it does not say of queries and documents is no prompt: sentence-transformers gives a model that it loads both keys, so that
+    neither ``passage`` nor a default prompt stands in for them.
+    """
     settings = stated_settings(model, revision)
-    prompts = {str(key): str(text or "") for key, text in (settings.get("prompts") or {}).items()}
+    stated = {str(key): str(text or "") for key, text in (settings.get("prompts") or {}).items()}
+    prompts = {**dict.fromkeys(ROLES, ""), **stated} if stated else stated
     contract = stated_file(model, revision, CONTRACT_FILE)
     tasks = {} if contract is None else read_contract(contract.parent)["tasks"]
     return BasePrompts(prompts, prompts.get(str(settings.get("default_prompt_name"))), tasks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import struct
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -420,7 +421,7 @@ def stored_dtype(folder: Path) -> str | None:
 
 
 def check_folder(folder: Path) -> None:
-    if not (folder / "modules.json").is_file() and not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("modules.json", "config.json", ADAPTER_CONFIG)):
         raise BadInputError("this folder holds no model (neither modules.json nor config.json)", where=str(folder))
     for file in sorted(folder.rglob("*.json")):
         try:
@@ -504,14 +505,19 @@ _TASKS = {
     "any-to-any": CROSS_ENCODER,
 }
 """By the task that the first module was saved with."""
+_COLBERT_FILE = "artifact.metadata"
+"""The settings of Stanford's ColBERT beside its weights."""
 _COLBERT_KEYS = ("skiplist_words", "do_query_expansion", "query_expansion", "attend_to_expansion_tokens")
 _ARCHITECTURES = (
-    ("ForSequenceClassification", CROSS_ENCODER),
-    ("ForRetrieval", MULTI_VECTOR),
-    ("ColBERT", MULTI_VECTOR),
-    ("Splade", SPARSE),
+    (re.compile("ForSequenceClassification|ForRanking|Reranker"), CROSS_ENCODER),
+    (re.compile("ForRetrieval|ColBERT|^Col[A-Z]"), MULTI_VECTOR),
+    (re.compile("Splade"), SPARSE),
 )
-"""By a part of the architecture's name, of a folder that is not of sentence-transformers."""
+"""By a part of the architecture's name (``ColQwen2``), of a folder that is not of sentence-transformers."""
+_PAIR_KEYS = ("sentence_transformers", "sbert_ce_default_activation_function")
+"""Keys of ``config.json`` that earlier versions of sentence-transformers wrote for a cross-encoder alone."""
+_ADAPTER_TASKS = {"SEQ_CLS": CROSS_ENCODER}
+"""By the task that peft was told when the adapter in the folder was made."""
 
 ReadJson = Callable[[str], Any]
 """A file's name -> its content; None where the model has no such file."""
@@ -519,13 +525,13 @@ ReadJson = Callable[[str], Any]
 
 def other_family(read: ReadJson) -> str | None:
     """The family of a model that is no dense embedding model, in words; None for one that is, or says nothing of it."""
-    modules = read("modules.json")
-    if not isinstance(modules, list):
-        return _of_architecture(read)
     config = _mapping(read("config_sentence_transformers.json"))
     declared = _MODEL_TYPES.get(str(config.get("model_type")))
     if declared is not None:
         return declared
+    modules = read("modules.json")
+    if not isinstance(modules, list):
+        return _of_architecture(read)
     types: list[str] = []
     tasks: list[str] = []
     for module in modules:
@@ -546,8 +552,13 @@ def other_family(read: ReadJson) -> str | None:
 
 
 def _of_architecture(read: ReadJson) -> str | None:
-    names = _architectures(read)
-    return next((family for part, family in _ARCHITECTURES if any(part in name for name in names)), None)
+    config, names = _mapping(read("config.json")), _architectures(read)
+    family = next((family for part, family in _ARCHITECTURES if any(map(part.search, names))), None)
+    if family is None and any(key in config for key in _PAIR_KEYS):
+        family = CROSS_ENCODER
+    if family is None and isinstance(read(_COLBERT_FILE), Mapping):
+        family = MULTI_VECTOR
+    return family or _ADAPTER_TASKS.get(str(_mapping(read(ADAPTER_CONFIG)).get("task_type")))
 
 
 def _architectures(read: ReadJson) -> list[str]:

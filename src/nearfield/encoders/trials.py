@@ -210,6 +210,9 @@ def pad_as_processor(model: SentenceTransformer) -> None:
     module.processing_kwargs = {**settings, "text": {**settings.get("text", {}), "padding": "max_length"}}
 
 
+_UNLIKE = "images of unlike sizes"
+
+
 def try_company(model: SentenceTransformer, name: str) -> tuple[Notice, ...]:
     """Embed texts, and images, alone and together, as sentence-transformers does; what differs is a notice.
 
@@ -217,19 +220,20 @@ def try_company(model: SentenceTransformer, name: str) -> tuple[Notice, ...]:
     """
     if family_of(model) is not None:
         return ()  # these are tried out with images and texts in one row
-    notices = []
+    notices, dependent = [], set()
     for what, items in _items(model).items():
         try:
             with torch.no_grad(), torch.random.fork_rng(), evaluating(model):
                 apart = max(_apart(model, items, task) for task in _tasks(model))
         except Exception as error:
-            if model.get_model_kwargs():
-                continue  # it wants to be told more than items
+            if model.get_model_kwargs() or what == _UNLIKE:
+                continue  # it wants to be told more than items, or images of one size
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise BadInputError(
                 f"sentence-transformers cannot embed {what} with this model: {reason}", where=name
             ) from error
-        if not apart <= rounding(model):
+        if not apart <= rounding(model) and not (what == _UNLIKE and "images" in dependent):
+            dependent.add(what)
             notices.append(
                 Notice(
                     "batch-dependent",
@@ -264,7 +268,9 @@ def _items(model: SentenceTransformer) -> dict[str, list[Any]]:
     if "image" in taken:
         random = np.random.default_rng(0)
         pixels = [random.integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8) for _ in range(2)]
-        items["images"] = [pillow().fromarray(each) for each in pixels]
+        images = [pillow().fromarray(each) for each in pixels]
+        # A processor may pad images to the largest of a batch.
+        items |= {"images": images, _UNLIKE: [images[0], images[1].resize((_SIDE + 32, _SIDE - 16))]}
     return items
 
 

@@ -342,15 +342,26 @@ def _without_clusters(table: pa.Table, ids: Iterable[str], place: tuple[str, str
     return table.drop_columns(["cluster"])
 
 
+def _holds_lists(file: Path, columns: Sequence[str]) -> bool:
+    """Whether each of these columns holds a list in each row."""
+    with _readable(file):
+        schema = pq.read_schema(file)
+    return all(name in schema.names and pa.types.is_list(schema.field(name).type) for name in columns)
+
+
 def _columns_split(folder: Path, subset: str, split: str, result: SuiteTask) -> Any:
     file = folder / f"{subset}.{split}.parquet"
     columns = columns_of(result.task)
     texts = [name for name in columns if name in TEXT_COLUMNS and "image" not in result.task.metadata.modalities]
-    if isinstance(result.task, AbsTaskClusteringLegacy):
+    # All pairs in one row, or sets of texts, are lists.
+    lists = _holds_lists(file, columns)
+    if isinstance(result.task, AbsTaskClusteringLegacy) or (
+        isinstance(result.task, AbsTaskPairClassification) and lists
+    ):
         texts = []
     table = _read(file, columns, texts)
     table = _without_clusters(table, map(str, range(table.num_rows)), (subset, split), result)
-    if isinstance(result.task, AbsTaskPairClassification) and table.num_rows == 1:
+    if isinstance(result.task, AbsTaskPairClassification) and table.num_rows == 1 and not lists:
         # One row is to mteb all pairs in lists.
         table = pa.table({name: [table.column(name).to_pylist()] for name in columns})
     data = _dataset(table)
@@ -389,15 +400,22 @@ def _retrieval_split(folder: Path, subset: str, split: str, result: SuiteTask) -
             raise BadInputError("the column 'id' holds an id twice", where=str(files[part]))
     relevant: dict[str, dict[str, int]] = {}
     columns = (qrels.column(name).to_pylist() for name in _PARTS["qrels"])
+    unknown = {"queries": 0, "corpus": 0}
     for row, (query, document, score) in enumerate(zip(*columns, strict=True), start=1):
         for part, key in (("queries", query), ("corpus", document)):
-            if key not in ids[part]:
-                raise BadInputError(f"row {row} names {key!r}, which is not in the {part}", where=str(files["qrels"]))
+            unknown[part] += key not in ids[part]
         if not isinstance(score, int) and score % 1:
             raise BadInputError(
                 f"row {row} has the score {score!r}; a judgement is a whole number", where=str(files["qrels"])
             )
         relevant.setdefault(query, {})[document] = int(score)
+    for part, what in (
+        ("queries", "queries that are not there, and are left out"),
+        ("corpus", "documents that are not in the corpus: the score counts them as never found"),
+    ):
+        if unknown[part]:
+            counted = f"{unknown[part]:,} of {qrels.num_rows:,} judgements ({stem})"
+            say(Notice("judgements-of-nothing", f"{counted} are of {what}"))
     queries = _without_clusters(queries, queries.column("id").to_pylist(), (subset, split), result)
     ranked = None
     if files["top_ranked"].is_file():

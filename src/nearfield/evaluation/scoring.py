@@ -67,7 +67,19 @@ def score_task(encoder: Any, task: Any, prediction_folder: Path | None = None) -
     )
     if scored.exceptions:
         raise RuntimeError(scored.exceptions[0].exception)
-    return scored.task_results[0]
+    result = scored.task_results[0]
+    by_split = scores_by_split(result)
+    undefined = [f"{subset}/{split}" for split, of in by_split.items() for subset, s in of.items() if not _finite(s)]
+    if undefined:
+        say(
+            Notice(
+                "score-undefined",
+                f"the score {task.metadata.main_score} of {', '.join(undefined[:_PLACES])} is no number: it is not defined where "
+                "all judgements, or all that the model gives, are alike",
+                "Look at the data, and at the model's vectors.",
+            )
+        )
+    return result
 
 
 def scores_by_split(result: TaskResult, metric: str = "main_score") -> dict[str, dict[str, float]]:

@@ -13,6 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 
 from nearfield.config import load_yaml
-from nearfield.data.decontaminate import ContaminationStatement, read_statement
+from nearfield.data.decontaminate import SECTION, ContaminationStatement, read_statement
 from nearfield.errors import BadInputError, Notice, from_file
 from nearfield.evaluation.results import MANIFEST, check_scores, failed_tasks, read_manifest
 from nearfield.evaluation.tasks import LOCAL, parts_of
@@ -66,7 +67,6 @@ class Check:
 
 _NO_WEIGHTS = ("I64", "I32", "BOOL")
 """Types of positions and masks that are kept beside the weights."""
-CONTAMINATION = "## Benchmark texts in the training data"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -115,8 +115,9 @@ def submit(
     left_out = f"; left out, scored on local data: {', '.join(local)}" if local else ""
     said = {task: from_file(read_json(results / f"{task}.json", "result").get("notices")) for task in sorted(by_task)}
     stated = None if model is None else read_statement(_card(model))
+    local_base = None if model is None else local_base_of(_card(model))
     prompts, lacking = _known_prompts(results, sorted(by_task))
-    known = Known(scored, counted, prompts, stated, frozenset(by_task))
+    known = Known(scored, counted, prompts, stated, frozenset(by_task), local_base)
     checks = [
         _named(meta, results),
         *describe(meta, known),
@@ -209,7 +210,7 @@ def read_meta(path: Path, facts: Path | None, model: Path | None = None, counted
     if facts is not None:
         try:
             stated = load_yaml(facts.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, yaml.YAMLError, ValueError) as error:  # as of the 31st of June
             raise BadInputError("these facts cannot be read", where=str(facts)) from error
         if not isinstance(stated, dict):
             raise BadInputError("facts are a mapping of fields of mteb's ModelMeta", where=str(facts))
@@ -221,6 +222,8 @@ def read_meta(path: Path, facts: Path | None, model: Path | None = None, counted
                 hint=f"Fields that are asked for: {', '.join(ASKED)}.",
             )
         value |= stated
+    if value.get("embed_dim") == []:
+        value["embed_dim"] = None
     if value.get("release_date") is not None:
         value["release_date"] = str(value["release_date"])
     try:
@@ -240,6 +243,12 @@ def base_of(card: str) -> str | None:
     named = head.get("base_model") if isinstance(head, dict) else None
     first = named[0] if isinstance(named, list) and named else named
     return first if isinstance(first, str) else None
+
+
+def local_base_of(card: str) -> str | None:
+    """The model of a folder that a card says was trained further; None where it says none."""
+    said = re.search(r"(?:Fine-tuned from|trained with nearfield on) `(local/[^`]+)`", card)
+    return None if said is None else said[1]
 
 
 def parameters(model: Path) -> int | None:
@@ -280,7 +289,7 @@ def _results(folder: Path) -> tuple[dict[str, TaskResult], list[str]]:
             continue
         try:
             result = TaskResult.from_disk(path)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInputError(f"mteb cannot read this result ({error})", where=str(path)) from error
         check_scores(folder, path.stem)
         if str(result.task_name) != path.stem:
@@ -391,7 +400,7 @@ def _contamination(model: Path | None, stated: ContaminationStatement | None, ta
     if model is None:
         return check(False, "name the model's folder with --model")
     card = model / "README.md"
-    if CONTAMINATION not in _card(model):
+    if SECTION not in _card(model):
         return check(False, f"{card} has none: compare the texts with nearfield data decontaminate")
     if stated is None:
         what = "the training texts were not compared: run nearfield data decontaminate, then train again"
@@ -460,6 +469,8 @@ class Known:
     """The card's words on benchmark texts in the training data."""
     tasks: frozenset[str]
     """Tasks that are submitted."""
+    local_base: str | None = None
+    """The model of a folder that it was trained from, by the card: nobody else knows it."""
 
 
 def describe(meta: ModelMeta, known: Known) -> list[Check]:
@@ -488,6 +499,7 @@ def _problem(field: str, value: Any, meta: ModelMeta, known: Known) -> str | Non
         listed = isinstance(value, list | tuple) and measured in value
         return None if measured is None or value == measured or listed else f"the model that was scored has {measured}"
     special: dict[str, Callable[[], str | None]] = {
+        "release_date": lambda: "it is in the future" if str(value) > date.today().isoformat() else None,
         "n_parameters": lambda: _parameters(value, known),
         "use_instructions": lambda: _instructions(bool(value), known),
         "training_datasets": lambda: _training_datasets(set(value), meta, known),
@@ -516,35 +528,50 @@ def _training_datasets(stated: set[str], meta: ModelMeta, known: Known) -> str |
     shared = sorted(set(compared.matched) - stated) if compared is not None else []
     if shared:
         return f"the card says that the training data hold texts of {', '.join(shared)}: name them"
-    if stated:
+    unknown = {name: _meant(name) for name in sorted(stated) if official_task(name) is None}
+    misspelt = [f"{name} is {meant}" for name, meant in unknown.items() if meant is not None]
+    if misspelt:
+        return f"data sets go by the names of mteb's tasks: {', '.join(misspelt)}"
+    if set(stated) - set(unknown):
         return None
+    says = f"mteb has no task {', '.join(unknown)}: so the list" if unknown else "an empty list"
+    says += " says that the model saw no data of mteb"
     if compared is None:
         return (
-            "an empty list says that the model saw no data of mteb, and nothing shows it: name the data sets, or compare the texts "
-            "(nearfield data decontaminate) and name the model's folder with --model"
+            f"{says}, and nothing shows it: name the data sets, or compare the texts (nearfield data decontaminate) and name the "
+            "model's folder with --model"
         )
     left = sorted(known.tasks - compared.tasks)
     if left:
-        return f"an empty list says that the model saw no data of mteb, and {', '.join(left[:8])} was not compared with its texts"
-    inherited = _datasets_of_base(meta)
-    if inherited:
-        return f"its base {meta.adapted_from} was trained on {', '.join(inherited[:8])}"
-    return None
+        return f"{says}, and {', '.join(left[:8])} was not compared with its texts"
+    return _of_base(meta.adapted_from or known.local_base, says)
 
 
-def _datasets_of_base(meta: ModelMeta) -> list[str]:
-    """Data sets that mteb knows the base model to be trained on."""
-    if meta.adapted_from is None:
-        return []
+def _meant(name: str) -> str | None:
+    """mteb's task whose name differs from this one in capitals and signs alone."""
+    from mteb.get_tasks import _TASKS_REGISTRY
+
+    def bare(text: str) -> str:
+        return re.sub(r"\W|_", "", text).casefold()
+
+    return next((each for each in sorted(_TASKS_REGISTRY) if bare(each) == bare(name)), None)
+
+
+def _of_base(base: str | None, says: str) -> str | None:
+    """The reason why a model that was trained from a base may have seen more than its own training shows."""
+    if base is None:
+        return None
     try:
-        base = mteb.get_model_meta(meta.adapted_from, fetch_from_hf=False)
+        seen = mteb.get_model_meta(base, fetch_from_hf=False).get_training_datasets()
     except (KeyError, ValueError):
-        return []
-    return sorted(base.get_training_datasets() or ())
+        seen = None
+    if seen is None:
+        return f"{says}, and nothing shows what its base {base} was trained on: name those data sets, too"
+    return f"its base {base} was trained on {', '.join(sorted(seen)[:8])}" if seen else None
 
 
 def _link(value: Any) -> str | None:
-    fine = isinstance(value, str) and value.startswith(("https://", "http://"))
+    fine = isinstance(value, str) and re.match(r"https?://[^/\s]+\.[^/\s.]+(/|$)", value)
     return None if fine else "it is no address (https://...)"
 
 
@@ -681,19 +708,23 @@ def _is_number(value: object) -> bool:
 
 
 def _unsettled(name: str, result: TaskResult, settled: set[tuple[str, str, str]]) -> list[str]:
-    """Scores without run settings."""
+    """Scores without run settings, or with those of an mteb that is too old."""
     return [f"{subset}/{split}" for split, subset, _ in _entries(result) if (name, split, subset) not in settled]
 
 
 def _settled(file: Path) -> set[tuple[str, str, str]]:
-    """(task, split, subset) of each score that mteb's file has the run settings of: its results repository asks for them."""
+    """(task, split, subset) of each score that mteb's file has the run settings of, by an mteb that its results repository takes:
+    it asks for them."""
     from mteb.results.task_result import _expand_run_settings_entry
 
     settled: set[tuple[str, str, str]] = set()
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.is_file() else (), start=1):
         try:
             if line.strip():
-                settled |= {place for place, _, _ in _expand_run_settings_entry(json.loads(line))}
+                places = list(_expand_run_settings_entry(json.loads(line)))
+                # The last line of a score counts, as mteb reads them.
+                settled -= {place for place, _, _ in places}
+                settled |= {place for place, _, of in places if not _older((of.get("version") or {}).get("mteb"))}
         except (ValueError, TypeError, AttributeError) as error:
             raise BadInputError(
                 f"line {number} of these run settings cannot be read ({error})", where=str(file)

@@ -409,6 +409,23 @@ def batch_notices(stage: PlanStage, plans: list[Plan]) -> Iterator[Notice]:
         )
 
 
+SHARPEST = 1e-3
+"""At this temperature and below it a similarity that is lower by 0.1 counts less than the least number of float32 (e^-88)."""
+
+
+def _temperatures(settings: object, key: str) -> Iterator[tuple[str, float]]:
+    """The temperatures among the settings of an objective and its parts, with the keys of the recipe that set them."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            if isinstance(value, float) and name.endswith("temperature"):
+                yield f"{key}.{name}", value
+            else:
+                yield from _temperatures(value, f"{key}.{name}")
+    elif isinstance(settings, list | tuple):
+        for number, value in enumerate(settings):
+            yield from _temperatures(value, f"{key}.{number}")
+
+
 def setting_notices(stage: PlanStage, steps: int) -> Iterator[Notice]:
     """Settings that run code from outside, or do not go with the length of the run."""
     checked, training = stage.job.run.checked, stage.recipe.training
@@ -427,6 +444,14 @@ def setting_notices(stage: PlanStage, steps: int) -> Iterator[Notice]:
             "max-steps-not-reached",
             f"max_steps is {training.max_steps:,}, and {training.epochs} epochs have {steps:,} steps",
         )
+    for key, value in _temperatures(stage.recipe.objective.model_dump(), "objective"):
+        if value <= SHARPEST:
+            yield Notice(
+                "temperature-too-low",
+                f"{key} is {value:g}: similarities that differ by 0.1 become logits that differ by {0.1 / value:,.3g}, and a "
+                "softmax of them is 0 or 1 in float32",
+                f"0.01 to 0.1 is common; set {key}.",
+            )
     if training.checkpoints.every_steps >= steps > 1000:
         yield Notice(
             "first-checkpoint-late",
