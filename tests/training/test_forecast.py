@@ -83,7 +83,7 @@ def test_max_steps_and_averaged_batches(engine: Engine, inputs: TrainingInputs) 
 
 def test_cached_gradients_take_less_memory_and_more_time(engine: Engine, inputs: TrainingInputs) -> None:
     config = CONFIG.model_copy(update={"micro_batch_tokens": 32, "gradient_cache": "never"})
-    profile = measure_profile(replace(engine, config=config), inputs.plans, timed=True)
+    profile = measure_profile(replace(engine, config=config), inputs.plans)
 
     def of(cache: str) -> Forecast:
         now = config.model_copy(update={"gradient_cache": cache})

@@ -81,7 +81,7 @@ def test_measuring_leaves_no_trace(engine: Engine, inputs: TrainingInputs) -> No
     before = {name: tensor.clone() for name, tensor in engine.backend.module.state_dict().items()}
     random = torch.get_rng_state()
     config = TrainingConfig(device="cpu", precision="fp32")
-    profile = measure_profile(replace(engine, config=config), inputs.plans, timed=True)
+    profile = measure_profile(replace(engine, config=config), inputs.plans)
     assert profile.seconds > profile.forward_seconds > 0
     assert torch.equal(torch.get_rng_state(), random)
     assert not engine.backend.optimizer.state
@@ -117,18 +117,16 @@ def test_a_longer_chunk_takes_more(engine: Engine, inputs: TrainingInputs) -> No
     assert all_of_it.tokens > one.tokens
 
 
-def test_explicit_numbers_are_used_as_they_are(
-    engine: Engine, inputs: TrainingInputs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "measure_profile", lambda *args, **kwargs: pytest.fail("nothing is to be measured"))
-    config = TrainingConfig(micro_batch_tokens=77, graph_tokens=99)
-    assert choose_budget(replace(engine, config=config), inputs.plans) == Budget(77, 99)
+def test_explicit_numbers_are_used_as_they_are(engine: Engine, inputs: TrainingInputs) -> None:
+    engine = replace(engine, config=TrainingConfig(micro_batch_tokens=77, graph_tokens=99))
+    assert choose_budget(engine, inputs.plans, measure_profile(engine, inputs.plans)) == Budget(77, 99)
 
 
 def test_a_budget_is_state_with_the_ranks_that_batches_were_cut_for(engine: Engine, inputs: TrainingInputs) -> None:
     config = TrainingConfig(micro_batch_tokens=77, graph_tokens=99)
-    there = replace(engine, launch=Launch(0, 8))
-    chosen = choose_budget(replace(there, config=config), inputs.plans)
+    here = replace(engine, config=config)
+    there = replace(here, launch=Launch(0, 8))
+    chosen = choose_budget(there, inputs.plans, measure_profile(here, inputs.plans))
     assert chosen == Budget(77, 99, 8)
     kept = Budget.from_json(chosen.to_json())
     assert kept == chosen and kept.cut == Cut(77, 8)
@@ -143,7 +141,8 @@ def test_auto_takes_what_is_fast_or_what_fits(
 
     def choose(available: int | None) -> Budget:
         monkeypatch.setattr(memory, "available_memory", lambda device: available)
-        return choose_budget(replace(engine, config=config), inputs.plans)
+        here = replace(engine, config=config)
+        return choose_budget(here, inputs.plans, measure_profile(here, inputs.plans))
 
     plenty = choose(10**12)
     assert plenty == choose(None) == choose(10**11)

@@ -149,19 +149,19 @@ class Evaluations(Part):
 
     def __init__(
         self,
-        config: TrainingEvaluationConfig | None,
+        config: TrainingEvaluationConfig,
         evaluate: Evaluate | None,
         engine: Engine,
         epochs: Sequence[int],
         steps: int,
     ) -> None:
         """``epochs`` are the steps of each epoch."""
-        if config is not None and evaluate is None:
+        if evaluate is None:
             raise BadInputError("training.evaluation is set, but nothing was handed in that evaluates")
         self.config, self.engine = config, engine
         self._evaluate = evaluate
         self.steps = steps
-        every = (config.every_epochs if config is not None else None) or 1
+        every = config.every_epochs or 1
         self._ends = set(np.cumsum(epochs)[every - 1 :: every].tolist())
         self.standing = EvaluationState()
         # The checkpoints that may be resumed from each name a best one, which must then be there.
@@ -175,21 +175,23 @@ class Evaluations(Part):
     @property
     def exhausted(self) -> bool:
         """Whether patience is at its end."""
-        return (
-            self.config is not None
-            and self.config.patience is not None
-            and self.standing.without_gain >= self.config.patience
-        )
+        return self.config.patience is not None and self.standing.without_gain >= self.config.patience
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The step and the score of the best evaluation."""
+        step, score = self.standing.best_step, self.standing.best_score
+        return None if step is None or score is None else (step, score)
 
     @property
     def kept_step(self) -> int | None:
         """The step whose checkpoint the model is to be made of; None for the last one."""
-        return self.standing.best_step if self.config is not None and self.config.keep_best else None
+        return self.standing.best_step if self.config.keep_best else None
 
     def due(self, done: int) -> bool:
         """Whether the model is to be scored after ``done`` steps and was not yet."""
         config = self.config
-        if config is None or done <= self.standing.evaluated:
+        if done <= self.standing.evaluated:
             return False
         if done == 0:
             return config.at_start
@@ -210,7 +212,6 @@ class Evaluations(Part):
 
         Raises :class:`InterruptedEvaluationError` on all ranks when ``stop`` is true on any; nothing is told then.
         """
-        assert self.config is not None and self._evaluate is not None
         began = time.monotonic()
 
         def encode(texts: Sequence[str], prompt: str) -> Embeddings:
@@ -250,13 +251,11 @@ class Evaluations(Part):
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint that is written now."""
-        if self.config is None:
-            return {}
         self._bests = [*self._bests, self.standing.best_step][-self._keep :]
         return {"evaluation": asdict(self.standing)}
 
     def protected(self) -> set[int]:
         """The steps whose checkpoints must stay."""
-        if self.config is None or not self.config.keep_best:
+        if not self.config.keep_best:
             return set()
         return {step for step in self._bests if step is not None}

@@ -258,7 +258,7 @@ class Outlook:
 
 def foresee(engine: Engine, plans: Sequence[Plan], *, fingerprint: str, held: int) -> Outlook:
     """Measure a few chunks, choose the budget and forecast the run; ``held`` bytes are in use now. *Collective*."""
-    profile = measure_profile(engine, plans, timed=True)
+    profile = measure_profile(engine, plans)
     budget = choose_budget(engine, plans, profile)
     planned = plan_costs(engine, budget, profile, plans)
     forecast = predict(engine, plans, planned, budget, profile, fingerprint=fingerprint, held=held)

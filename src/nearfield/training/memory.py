@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,9 +242,9 @@ class ChunkCost:
     """Bytes that the graph holds after the forward."""
     peak: int
     """The most bytes at a time, without the gradient of the parameters."""
-    forward_seconds: float = 0.0
-    seconds: float = 0.0
-    """Of forward and backward; 0 where it was not timed."""
+    forward_seconds: float
+    seconds: float
+    """Of forward and backward."""
 
 
 def chunk_size(lengths: Rows, *, padded: bool) -> tuple[int, int]:
@@ -280,13 +280,10 @@ def run_chunk(engine: Engine, pool: TextPool, chunk: Rows, on_forward: Callable[
     engine.backend.backward((embeddings * torch.zeros_like(embeddings)).sum(), last=True)
 
 
-def measure_chunk(engine: Engine, pool: TextPool, chunk: Rows, *, timed: bool = False) -> ChunkCost:
-    """Memory, and if asked for time, of one chunk; inside :func:`no_trace`, after a chunk that warmed up."""
+def measure_chunk(engine: Engine, pool: TextPool, chunk: Rows) -> ChunkCost:
+    """Memory and time of one chunk; inside :func:`no_trace`, after a chunk that warmed up."""
     tokens, squares = chunk_size(engine.lengths(pool)[chunk], padded=engine.padded)
     graph, peak = bytes_of(engine.backend.device, lambda look: run_chunk(engine, pool, chunk, look))
-    cost = ChunkCost(tokens, squares, graph, peak)
-    if not timed:
-        return cost
     times: list[float] = []
 
     def note() -> None:
@@ -298,7 +295,7 @@ def measure_chunk(engine: Engine, pool: TextPool, chunk: Rows, *, timed: bool = 
     run_chunk(engine, pool, chunk, note)
     note()
     began, between, ended = times
-    return replace(cost, forward_seconds=between - began, seconds=ended - began)
+    return ChunkCost(tokens, squares, graph, peak, between - began, ended - began)
 
 
 @dataclass(frozen=True)
@@ -550,7 +547,7 @@ class Profile:
     forward_seconds: float
     """A token, of the forward alone."""
     seconds: float
-    """A token, of forward and backward; 0 where it was not timed."""
+    """A token, of forward and backward."""
     longest: int
     """Tokens of the plan's longest text."""
     state: StateSize
@@ -581,7 +578,7 @@ def heavy_batches(plans: Sequence[Plan], max_steps: int | None = None, count: in
     return [plans[number].batch(step) for number, step in dict.fromkeys(chosen)]
 
 
-def measure_profile(engine: Engine, plans: Sequence[Plan], *, timed: bool = False) -> Profile:
+def measure_profile(engine: Engine, plans: Sequence[Plan]) -> Profile:
     """Run a few chunks of the plan's heaviest batches, from small to large; *collective*, and leaves no trace."""
     config, device = engine.config, engine.backend.device
     state = state_size(engine)
@@ -605,21 +602,19 @@ def measure_profile(engine: Engine, plans: Sequence[Plan], *, timed: bool = Fals
         while not costs:
             budget = max(SMALLEST_MICRO_BATCH_TOKENS, int(min(target, fits)))
             try:
-                costs = _measure_chunks(engine, batch, budget, timed)
+                costs = _measure_chunks(engine, batch, budget)
             except Exception as error:
                 # Where chunks hold collectives the other ranks could not be told.
                 if not (is_out_of_memory(error) and engine.backend.retries_in_place) or budget <= max(longest):
                     raise
                 fits, room = budget / 2, first.peak / first.tokens * budget / 2
-    costs = [first, *costs]
-    clock = [cost for cost in costs if cost.seconds > 0]
-    tokens = sum(cost.tokens for cost in clock) or 1
+    tokens, sizes = sum(cost.tokens for cost in costs), [first, *costs]
     return Profile(
-        kept=fit_line([(cost.tokens, cost.squares, cost.kept) for cost in costs]),
-        peak=fit_line([(cost.tokens, cost.squares, cost.peak) for cost in costs]),
+        kept=fit_line([(cost.tokens, cost.squares, cost.kept) for cost in sizes]),
+        peak=fit_line([(cost.tokens, cost.squares, cost.peak) for cost in sizes]),
         loss=loss,
-        forward_seconds=sum(cost.forward_seconds for cost in clock) / tokens,
-        seconds=sum(cost.seconds for cost in clock) / tokens,
+        forward_seconds=sum(cost.forward_seconds for cost in costs) / tokens,
+        seconds=sum(cost.seconds for cost in costs) / tokens,
         longest=max(longest),
         state=state,
         room=int(max(0.0, room)),
@@ -627,7 +622,7 @@ def measure_profile(engine: Engine, plans: Sequence[Plan], *, timed: bool = Fals
     )
 
 
-def _measure_chunks(engine: Engine, batch: Batch, budget: int, timed: bool) -> list[ChunkCost]:
+def _measure_chunks(engine: Engine, batch: Batch, budget: int) -> list[ChunkCost]:
     """The chunk of the longest texts, half of it, and a full one of short texts."""
     work, lengths = engine.work(batch, Cut(budget, engine.launch.world_size, engine.level))
     chunks = [work.chunks[0]]
@@ -637,17 +632,16 @@ def _measure_chunks(engine: Engine, batch: Batch, budget: int, timed: bool) -> l
     short = min(full, key=lambda number: int(lengths[work.chunks[number]].max()))
     if short != 0:
         chunks.append(work.chunks[short])
-    return [measure_chunk(engine, work.pool, chunk, timed=timed) for chunk in chunks]
+    return [measure_chunk(engine, work.pool, chunk) for chunk in chunks]
 
 
-def choose_budget(engine: Engine, plans: Sequence[Plan], profile: Profile | None = None) -> Budget:
+def choose_budget(engine: Engine, plans: Sequence[Plan], profile: Profile) -> Budget:
     """The budget to begin with, the same on all ranks; *collective*. Numbers of the recipe are used as they are."""
     config, device = engine.config, engine.backend.device
     micro, graph = config.micro_batch_tokens, config.graph_tokens
     ranks, apart = engine.launch.world_size, engine.level
     if micro != "auto" and graph != "auto":
         return Budget(micro, graph, ranks, apart)
-    profile = profile or measure_profile(engine, plans)
     if micro == "auto":
         fast = FAST_MICRO_BATCH_TOKENS[device.type]
         fits = profile.peak.tokens_within(profile.room, profile.longest)

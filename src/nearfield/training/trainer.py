@@ -186,11 +186,13 @@ class Trainer:
         if self.outlook.at_start is not None:
             notices = partial(notices_of_start, self.outlook.at_start, self.config, run)
             inputs.tell(broadcast_notices(notices, self.device))
-        self.evaluations = Evaluations(self.config.evaluation, inputs.evaluate, engine, inputs.epochs, self.steps)
+        self.evaluations: Evaluations | None = None
+        if self.config.evaluation is not None:
+            self.evaluations = Evaluations(self.config.evaluation, inputs.evaluate, engine, inputs.epochs, self.steps)
         self.parts: list[Part] = [
             GradientWatch(self.first, inputs.sources[: self.steps]),
             ChanceWatch(self.steps),
-            self.evaluations,
+            *([] if self.evaluations is None else [self.evaluations]),
             *([] if inputs.negatives is None else [inputs.negatives.config.build(inputs.negatives, self)]),
             *([] if engine.queue is None else [QueuedPositives(engine.queue)]),
             ZeroVectors(self.device, inputs.tell),
@@ -203,7 +205,7 @@ class Trainer:
             self.config.trackers,
             run,
             self.first,
-            evaluated=self.evaluations.standing.evaluated,
+            evaluated=int(state.get("evaluation", {}).get("evaluated", -1)),
             about=inputs.about,
             writes=self.launch.is_main,
         )
@@ -217,7 +219,7 @@ class Trainer:
                 self.save()
             self._began = time.monotonic()
             self.pause()
-            while self.done < self.steps and not self.evaluations.exhausted:
+            while self.done < self.steps and not self.exhausted:
                 made = self.train_step()
                 progress.update(self.done, made.result.loss, len(made.batch.query))
                 if made.result.word.stop and self.done < self.steps:
@@ -320,6 +322,11 @@ class Trainer:
             hint="The same command goes on from this checkpoint.",
         )
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether evaluations without a gain end the training."""
+        return self.evaluations is not None and self.evaluations.exhausted
+
     def stopped(self) -> bool:
         """Whether a signal asks this rank to stop."""
         return self.stop.received is not None
@@ -339,7 +346,7 @@ class Trainer:
         for part in self.parts:
             state |= part.state()
         state |= {"examples": self.examples, "seconds": self.seconds(), "loss": self.loss}
-        self.writer.protected = self.evaluations.protected()
+        self.writer.protected = set() if self.evaluations is None else self.evaluations.protected()
         backend, extra = self.engine.backend, itertools.chain(*(part.tensors() for part in self.parts))
         return self.writer.save(self.done, backend.model_tensors(), backend.optimizer_tensors(), state, extra)
 
@@ -359,10 +366,9 @@ class Trainer:
 
     def result(self, seconds: float) -> TrainingResult:
         """How the run went."""
-        scores, best_step = self.evaluations.standing, self.evaluations.kept_step
-        best = None
-        if scores.best_step is not None and scores.best_score is not None:
-            best = scores.best_step, scores.best_score
+        best, best_step = (
+            (None, None) if self.evaluations is None else (self.evaluations.best, self.evaluations.kept_step)
+        )
         return TrainingResult(
             self.done,
             self.first,
@@ -374,7 +380,7 @@ class Trainer:
             self.engine.backend.name,
             self.launch.world_size,
             self.writer.path(self.done if best_step is None else best_step),
-            stopped_early=self.evaluations.exhausted and self.done < self.steps,
+            stopped_early=self.exhausted and self.done < self.steps,
             best=best,
         )
 
