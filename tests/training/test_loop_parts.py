@@ -133,7 +133,9 @@ def test_steps_run_through_the_epochs(inputs: TrainingInputs) -> None:
 def test_lengths_are_those_with_the_prompt() -> None:
     items, prompts = np.array([3, 9, 3, 0]), np.array([1, 0, 0, 1])
     nothing: Any = None
-    part = Engine(nothing, nothing, nothing, Launch(), TrainingData(make_tokens()), "varlen", False, 3)
+    part = Engine(
+        nothing, nothing, nothing, Launch(), TrainingData(make_tokens()), "varlen", False, 3, TrainingConfig()
+    )
     none = np.zeros(0, dtype=np.int64)
     lengths = part.lengths(TextPool(items, prompts, none, none, none, none.astype(bool)))
     assert lengths.tolist() == (SIZES[items] + prompts).tolist()

@@ -12,7 +12,7 @@ import torch
 
 from nearfield.batching.plan import Batch
 from nearfield.objectives import ContrastiveBatch, InfoNCEConfig, LossSum, Objective
-from nearfield.training import memory
+from nearfield.training import TrainingConfig, memory
 from nearfield.training.chunks import TrainingData
 from nearfield.training.engine import Engine
 from nearfield.training.launch import Launch
@@ -32,7 +32,17 @@ RICH = {
 def make_engine(objective: Objective, ranks: int = 1) -> Engine:
     backend: Any = SimpleNamespace(device=CPU, whole=lambda learnt: contextlib.nullcontext())
     encoder: Any = None
-    return Engine(backend, encoder, objective, Launch(0, ranks), TrainingData(make_tokens()), None, False, DIMENSION)
+    return Engine(
+        backend,
+        encoder,
+        objective,
+        Launch(0, ranks),
+        TrainingData(make_tokens()),
+        None,
+        False,
+        DIMENSION,
+        TrainingConfig(),
+    )
 
 
 def make_batch(size: int) -> Batch:

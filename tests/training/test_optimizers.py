@@ -17,7 +17,6 @@ from nearfield.encoders import load_encoder
 from nearfield.errors import BadInputError
 from nearfield.provenance import require_bitsandbytes
 from nearfield.training import TrainingConfig
-from nearfield.training.config import check_sharded
 from nearfield.training.optimizers import MuonWithAdamW, layer_factors, make_optimizer
 
 CPU = torch.device("cpu")
@@ -268,12 +267,12 @@ def test_layers_are_read_from_names() -> None:
 @pytest.mark.parametrize("backend", ["fsdp2", "zero1", "zero2", "zero3"])
 def test_what_does_not_work_on_slices_is_refused(backend: str) -> None:
     for kind in ("muon", "adafactor", "adamw_8bit"):
-        check_sharded(config(kind).optimizer, "single")
-        check_sharded(config(kind).optimizer, "ddp")
+        config(kind).optimizer.check_sharded("single")
+        config(kind).optimizer.check_sharded("ddp")
         with pytest.raises(BadInputError, match=f"{kind} needs whole tensors, and {backend}"):
-            check_sharded(config(kind).optimizer, backend)
+            config(kind).optimizer.check_sharded(backend)
     for kind in ("adamw", "sgd"):
-        check_sharded(config(kind).optimizer, backend)
+        config(kind).optimizer.check_sharded(backend)
 
 
 def test_eight_bits_need_bitsandbytes_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from nearfield.arrays import Ragged, Rows
 from nearfield.data.tokens import TokenCache, TokenTable
 from nearfield.encoders.packing import Features
 from nearfield.objectives import ContrastiveBatch, InfoNCEConfig, LossSum, Objective
+from nearfield.training import TrainingConfig
 from nearfield.training import step as module
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.chunks import Cut, TextPool, TrainingData, Work, contrastive_batch, cut_work
@@ -70,7 +71,7 @@ def padding_engine(tokens: TokenCache, pad: int | None, side: str) -> Engine:
     encoder = PlainEncoder([SimpleNamespace()])
     encoder.tokenizer = SimpleNamespace(pad_token_id=pad, padding_side=side)
     backend: Any = SimpleNamespace(device=CPU)
-    return Engine(backend, encoder, Objective(), Launch(), TrainingData(tokens), None, False, 3)  # type: ignore[arg-type]
+    return Engine(backend, encoder, Objective(), Launch(), TrainingData(tokens), None, False, 3, TrainingConfig())  # type: ignore[arg-type]
 
 
 def test_features_are_padded_on_the_right(tokens: TokenCache, pool: TextPool) -> None:

@@ -428,6 +428,7 @@ class Case:
             None,
             False,
             encoder.get_embedding_dimension(),
+            TrainingConfig(),
             queue=self.fill(MemoryQueue(size)) if size else None,
         )
         work = self.work(engine, 10**9)

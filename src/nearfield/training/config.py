@@ -50,6 +50,20 @@ class OptimizerSettings(KindSettings):
         """The same optimiser so that it can step tensors without values, whose state has the same size."""
         return self
 
+    def check_sharded(self, backend: str) -> None:
+        """Refuse a backend that hands the optimiser slices of tensors, where it would take other steps than on wholes.
+
+        Muon and Adafactor look at whole matrices and adamw_8bit at blocks of 256 weights: ZeRO gives them flat slices, FSDP2
+        sharded tensors that they do not know. ``single`` and ``ddp`` suit all kinds.
+        """
+        if backend in ("single", "ddp") or self.elementwise:
+            return
+        raise BadInputError(
+            f"the optimiser {self.kind} needs whole tensors, and {backend} gives it slices of them",
+            where="training.optimizer",
+            hint="Use training.optimizer.kind=adamw, or the backend ddp.",
+        )
+
     def build(self, groups: Sequence[ParameterGroup], rate: float, device: torch.device) -> torch.optim.Optimizer:
         """The optimiser of ``groups``, one parameter group for each, in their order."""
         raise NotImplementedError
@@ -214,21 +228,6 @@ OPTIMIZERS = Kinds(
         ),
     },
 )
-
-
-def check_sharded(config: OptimizerSettings, backend: str) -> None:
-    """Refuse an optimiser on a backend that hands it slices of tensors, where it would take other steps than on wholes.
-
-    Muon and Adafactor look at whole matrices and adamw_8bit at blocks of 256 weights: ZeRO gives them flat slices, FSDP2
-    sharded tensors that they do not know. ``single`` and ``ddp`` suit all kinds.
-    """
-    if backend in ("single", "ddp") or config.elementwise:
-        return
-    raise BadInputError(
-        f"the optimiser {config.kind} needs whole tensors, and {backend} gives it slices of them",
-        where="training.optimizer",
-        hint="Use training.optimizer.kind=adamw, or the backend ddp.",
-    )
 
 
 class TrackerSettings(KindSettings):

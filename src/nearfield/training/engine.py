@@ -9,7 +9,7 @@ import difflib
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -31,13 +31,14 @@ from nearfield.objectives.batch import MemoryQueue, Objective
 from nearfield.objectives.infonce import InfoNCE, can_ring
 from nearfield.training.backends.replicated import Backend, MakeOptimizer, trainable
 from nearfield.training.chunks import Budget, Cut, TextPool, TrainingData, Work, cut_work
-from nearfield.training.config import TrainingConfig, check_sharded
 from nearfield.training.launch import BackendName, Launch, asked_backend, check_launch, wants_several
 from nearfield.training.step import can_keep_graphs
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedModel
+
+    from nearfield.training.config import TrainingConfig
 
 logger = logging.getLogger("nearfield.training")
 
@@ -77,12 +78,12 @@ class Engine:
     by_prompt: bool
     """Whether a chunk must have one prompt, since the pooling leaves it out."""
     dimension: int
+    config: TrainingConfig
+    """How the model is trained."""
     queue: MemoryQueue | None = None
     """Positives of earlier steps, where the objective asks for them."""
     ring: bool = False
     """Whether ranks pass their parts round instead of gathering them."""
-    config: TrainingConfig = field(default_factory=TrainingConfig)
-    """How the model is trained."""
 
     @property
     def columns(self) -> int:
@@ -271,7 +272,7 @@ def check_can_train(config: TrainingConfig, launch: Launch, *, adapter: bool, to
         for tracker in config.trackers:
             tracker.check()
     device = pick_device(config, launch)
-    check_sharded(config.optimizer, name)
+    config.optimizer.check_sharded(name)
     if name == "fsdp2" and adapter and pick_precision(config, device) == "bf16-pure":
         raise BadInputError(
             "FSDP2 shards parameters of one type; bf16-pure holds the base in bfloat16 and the adapter in float32",
@@ -318,7 +319,7 @@ def build_engine(
 ) -> Engine:
     """Put the model on its devices; the process group of several ranks must exist."""
     name = asked_backend(config.backend, launch.world_size)
-    check_sharded(config.optimizer, name)
+    config.optimizer.check_sharded(name)
     if data.token_task is not None:
         check_token_task(name)
         if data.images is not None:
@@ -366,9 +367,9 @@ def build_engine(
         packing,
         by_prompt,
         dimension,
+        config,
         queue=open_queue(config, objective),
         ring=launch.world_size > 1 and config.exchange == "ring",
-        config=config,
     )
 
 

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,13 @@ from nearfield.encoders.packing import Features
 from nearfield.encoders.tokenize import prompt_tokens, token_ids
 from nearfield.errors import BadInputError
 from nearfield.training.chunks import Shares, chunk_tokens, cut_chunks, deal_chunks, turns_of
-from nearfield.training.config import TrainingEvaluationConfig
 from nearfield.training.engine import Engine
 from nearfield.training.launch import any_rank, broadcast_json
 from nearfield.training.step import Part, encode_chunk, gather_embeddings
 from nearfield.training.tracking import Trackers
+
+if TYPE_CHECKING:
+    from nearfield.training.config import TrainingEvaluationConfig
 
 logger = logging.getLogger("nearfield.training")
 

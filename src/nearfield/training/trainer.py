@@ -29,7 +29,6 @@ from nearfield.objectives.batch import MemoryQueue, Objective
 from nearfield.objectives.diagnostics import similarities
 from nearfield.training.checkpoint import CheckpointWriter, amend_state, checkpoint_paths, newest_checkpoint, resume
 from nearfield.training.chunks import CUT_RULE, Budget, TrainingData
-from nearfield.training.config import TrainingConfig
 from nearfield.training.diagnostics import ChanceWatch, GradientWatch, ZeroVectors, non_finite_error
 from nearfield.training.engine import Engine, build_engine, pick_device, pick_precision
 from nearfield.training.evaluation import Evaluate, Evaluations, InterruptedEvaluationError
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from nearfield.training.changing_negatives import NegativeInputs
+    from nearfield.training.config import TrainingConfig
 
 logger = logging.getLogger("nearfield.training")
 
