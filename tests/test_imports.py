@@ -84,6 +84,10 @@ def test_recipes_need_no_torch() -> None:
     assert not loaded_by("import nearfield.recipe, nearfield.pipeline") & (HEAVY - {"pyarrow"})
 
 
+def test_watching_a_run_needs_no_torch() -> None:
+    assert not loaded_by("import nearfield.pipeline.watch") & (HEAVY - {"pyarrow"})
+
+
 def test_help_needs_no_pydantic() -> None:
     loaded = loaded_by("from nearfield.cli.app import app\nimport typer.main\ntyper.main.get_command(app)")
     assert not loaded & (HEAVY | {"pydantic", "numpy", "yaml"})
