@@ -118,7 +118,7 @@ _INT = re.compile(r"^(?:[-+]?[0-9][0-9_]*|0o[0-7]+|[-+]?0x[0-9a-fA-F_]+|[-+]?0b[
 _TAGS = {"tag:yaml.org,2002:int": _INT, "tag:yaml.org,2002:float": _FLOAT}
 _FIRST = list("-+0123456789.")
 _TEXTS = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value")
-"""What YAML 1.2 reads as texts: dates, and ``=``."""
+"""Tags of YAML 1.1 that YAML 1.2 reads as texts: dates, and ``=``."""
 
 
 class YamlLoader(yaml.SafeLoader):
@@ -310,22 +310,22 @@ def validate(cls: type[T], data: dict[str, Any], path: Path, origins: dict[KeyPa
         text = json.dumps(data, default=str)
         return cls.model_validate_json(text, strict=True, context={"base": base})
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        if _write_whole(found, data):
+        faults = error.errors(include_url=False)
+        if _write_whole(faults, data):
             return validate(cls, data, path, origins, base=base)
-        raise _join([_fault(cls, details, data, path, origins) for details in found]) from error
+        raise _join([_fault(cls, details, data, path, origins) for details in faults]) from error
 
 
 _WHOLE = 2**53
 """Below it a float is the whole number that was written."""
 
 
-def _write_whole(found: typing.Sequence[ErrorDetails], data: Any) -> bool:
+def _write_whole(faults: typing.Sequence[ErrorDetails], data: Any) -> bool:
     """Write whole numbers that stand as floats in ``data``, such as ``1e3``, as integers where these are wanted; whether any
     were."""
     places = {
         _data_path(details["loc"], data)
-        for details in found
+        for details in faults
         if details["type"] in ("int_type", "int_from_float")
         and isinstance(details["input"], float)
         and details["input"].is_integer()

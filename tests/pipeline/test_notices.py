@@ -111,7 +111,7 @@ def test_a_temperature_that_leaves_no_softmax_is_said(
     assert len(found) == (key is not None)
     if key is not None:
         assert found[0].startswith(key)
-        # What is said is so: of two documents that differ by 0.1 the farther one has no probability and no gradient.
+        # The notice is true: of two documents that differ by 0.1 the farther one has no probability and no gradient.
         cosines = torch.tensor([0.5, 0.4], requires_grad=True)
         chances = (cosines / float(key.split()[-1])).softmax(0)
         assert chances[1] == 0 and torch.autograd.grad(chances[1], cosines)[0].abs().max() == 0

@@ -77,7 +77,7 @@ def test_candidates_are_found_by_example() -> None:
     assert [part.tolist() for part in candidates([]).of(rows(1))] == [[]]
 
 
-# What fits into a batch.
+# The candidates that fit into a batch.
 
 
 @given(st.data())

@@ -4,8 +4,8 @@ The training texts are one sorted array of three words at each place, which give
 and where. A benchmark text is looked up by its rarest three words, a training text by its own; each meeting is then aligned word
 by word. Words may differ, or one be put in or left out, as long as those that agree carry enough of the shorter text's rarity.
 
-What tells a copy from chance is a model of the training texts' words, each given the two before it, that has not seen the
-copies: if a text of such words would be expected at fewer than ``chance`` places of the training texts, it did not get there
+A model of the training texts' words, each given the two before it, that has not seen the copies, tells a copy from
+chance: if a text of such words would be expected at fewer than ``chance`` places of the training texts, it did not get there
 by chance.
 """
 

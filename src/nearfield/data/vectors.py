@@ -520,7 +520,7 @@ def not_finite(vectors: npt.NDArray[Any]) -> Rows:
 
 
 SHORTEST = 1e-12
-"""What torch and mteb divide a vector by at least when they bring it to unit length."""
+"""The least length that torch and mteb divide a vector by when they bring it to unit length."""
 
 
 def zeros(vectors: npt.NDArray[Any]) -> Rows:

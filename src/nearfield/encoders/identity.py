@@ -145,15 +145,15 @@ def _is_own(part: Any) -> bool:
 def _replaced(kind: type) -> dict[str, Any]:
     """Functions and classes of a user's own that stand in a library's class, in those that it is made from, or beside it in its
     module: what was there is not what runs."""
-    found: dict[str, Any] = {}
+    parts_replaced: dict[str, Any] = {}
     for each in kind.__mro__:
         if _library_of(each.__module__) in (None, "python"):
             continue
         beside = vars(sys.modules.get(each.__module__, types))
         for place in (vars(each), beside):
             parts = {key: _plain(part) for key, part in place.items()}
-            found |= {f"{each.__qualname__}.{key}": part for key, part in parts.items() if _is_own(part)}
-    return found
+            parts_replaced |= {f"{each.__qualname__}.{key}": part for key, part in parts.items() if _is_own(part)}
+    return parts_replaced
 
 
 def _library_of(module: str | None) -> str | None:

@@ -94,14 +94,14 @@ def has_adapter(model: SentenceTransformer) -> bool:
 
 def registered(kernel: str | None) -> list[Any]:
     """The functions that transformers calls for an attention of this name: that of the attention, and that of its mask."""
-    found = []
+    callables = []
     for module, name in (
         ("modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
         ("masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
     ):
         functions = part(importlib.import_module(f"transformers.{module}"), name, "transformers")
-        found += [functions[kernel]] if kernel in functions else []
-    return found
+        callables += [functions[kernel]] if kernel in functions else []
+    return callables
 
 
 def without_adapter(transformer: Any) -> None:

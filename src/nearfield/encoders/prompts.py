@@ -88,7 +88,7 @@ class BasePrompts:
 def base_prompts(model: str, revision: str | None = None) -> BasePrompts:
     """The prompts of a model by folder or hub id, without loading it; none where it states none or is out of reach.
 
-    What it does not say of queries and documents is no prompt: sentence-transformers gives a model that it loads both keys, so that
+    Where it states nothing for queries or documents there is no prompt: sentence-transformers gives a model that it loads both keys, so that
     neither ``passage`` nor a default prompt stands in for them.
     """
     settings = stated_settings(model, revision)

@@ -74,17 +74,17 @@ def trial_scores(model: CrossEncoder) -> list[Tensor]:
 
 def draws_dropout(model: SentenceTransformer) -> bool:
     """Whether a text has another embedding each time that it is encoded in training."""
-    was, found = model.training, []
+    was, embeddings = model.training, []
     model.train()
     try:
         with torch.no_grad(), torch.random.fork_rng():
             for seed in (0, 1):
                 torch.manual_seed(seed)
                 features = placed(model, model.preprocess(["a text of some words"]), model.device)
-                found.append(model(features)["sentence_embedding"])
+                embeddings.append(model(features)["sentence_embedding"])
     finally:
         model.train(was)
-    return not torch.equal(*found)
+    return not torch.equal(*embeddings)
 
 
 def unused_parameters(model: SentenceTransformer, part: nn.Module | None = None) -> list[nn.Parameter]:

@@ -71,7 +71,7 @@ class _Worker:
 def _spread(
     ray: Any, work: Callable[[int], dict[str, Any]], parts: int, what: str, gpu: bool
 ) -> Iterator[dict[str, Any]]:
-    """What ``work`` gives of each part, as they are done; each worker is sent it once."""
+    """The result of ``work`` for each part, as they are done; each worker is sent it once."""
     # The other half of the CPUs is left to Ray Data's reads.
     workers = min(parts, max(1, int(ray.cluster_resources().get("CPU", 1)) // 2))
     logger.info("%s in %d parts on %d Ray workers", what, parts, workers)

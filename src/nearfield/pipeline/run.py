@@ -485,7 +485,7 @@ def _recipe_of(run: Path) -> dict[str, Any]:
 
 
 def _method_of(recipe: dict[str, Any]) -> str:
-    # What a recipe did not say before there were such settings it does not say now.
+    # Settings that are not used are left out, so that recipes from before they existed are the same method.
     settings = {key: value for key, value in recipe.items() if key not in ("seed", "name") and value is not None}
     return canonical_json(settings)
 

@@ -167,10 +167,10 @@ class TrainStage(Stage):
         store = self.data.open()
         names = {number: source.name for number, source in enumerate(store.sources)}
         width, parts = model.get_embedding_dimension(), self.recipe.training.averaged_batches
-        found = [*self._views_alike(model, data), *self._too_narrow(width)]
+        notices = [*self._views_alike(model, data), *self._too_narrow(width)]
         if width is not None:
-            found += teaching_notices(self.objective(model), data, plans, names, width, parts)
-        return found
+            notices += teaching_notices(self.objective(model), data, plans, names, width, parts)
+        return notices
 
     def _too_narrow(self, width: int | None) -> Iterator[Notice]:
         """A notice that the trained model is to be scored on more dimensions than it has, which would end the run behind it."""

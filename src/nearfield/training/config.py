@@ -263,7 +263,7 @@ class TensorBoardConfig(TrackerSettings):
     def build(self, run: Path, first_step: int, about: Mapping[str, Any]) -> Tracker:
         from nearfield.training.tracking import AccelerateTracker
 
-        # What a resumed run replays is purged.
+        # Steps that a resumed run does again are purged.
         purged = {"purge_step": first_step + 1} if first_step else {}
         return AccelerateTracker("tensorboard", "tensorboard", run, purged)
 

@@ -456,14 +456,14 @@ class LossCost:
 
     def implementation(self, batch: Batch) -> str:
         """How the logits of a batch are computed: ``blockwise`` only if no part of the objective holds the matrix."""
-        found = {part.choose(self.logits(batch, [part]), self.device) for part in self.parts}
-        return "blockwise" if self.ring or found == {"blockwise"} else "dense"
+        choices = {part.choose(self.logits(batch, [part]), self.device) for part in self.parts}
+        return "blockwise" if self.ring or choices == {"blockwise"} else "dense"
 
     def logits(self, batch: Batch, parts: Sequence[InfoNCE]) -> int:
         """The cells of a rank in some parts; of an objective without parts those of queries and documents."""
         queries, documents = len(batch.query), _documents(batch)
-        found = sum(part.logits(queries, *documents, self.ranks, self.queued) for part in parts)
-        return found or queries * sum(documents) // self.ranks
+        cells = sum(part.logits(queries, *documents, self.ranks, self.queued) for part in parts)
+        return cells or queries * sum(documents) // self.ranks
 
     def size(self, batch: Batch, name: str) -> tuple[int, int]:
         """Embeddings, and cells held at a time."""
