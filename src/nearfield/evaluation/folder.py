@@ -422,10 +422,10 @@ def _retrieval_split(folder: Path, subset: str, split: str, result: SuiteTask) -
         table = _read(files["top_ranked"], ("query-id", "corpus-ids"), ("query-id",))
         ranked = dict(zip(table.column("query-id").to_pylist(), table.column("corpus-ids").to_pylist(), strict=True))
         for query, documents in ranked.items():
-            unknown = next((document for document in documents if document not in ids["corpus"]), None)
-            if unknown is not None:
+            missing = next((document for document in documents if document not in ids["corpus"]), None)
+            if missing is not None:
                 raise BadInputError(
-                    f"the query {query!r} names {unknown!r}, which is not in the corpus", where=str(files["top_ranked"])
+                    f"the query {query!r} names {missing!r}, which is not in the corpus", where=str(files["top_ranked"])
                 )
     keep = list(needed["corpus"])
     if "title" in corpus.column_names and "text" in keep:
