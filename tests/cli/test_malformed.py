@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nearfield.cli import main
 from nearfield.pipeline import open_run, run_stages
 from nearfield.training.checkpoint import checkpoint_paths
-from tests.encoders.test_build import BROKEN_MODELS, break_model
+from tests.encoders.test_load import BROKEN_MODELS, break_model
 from tests.training.test_checkpoint import damage
 
 Command = Callable[..., str]
@@ -97,3 +104,51 @@ def test_arguments(refused: Command) -> None:
         with pytest.raises(SystemExit) as stopped:
             main(list(arguments))
         assert stopped.value.code == 2
+
+
+def _save_tensors() -> None:
+    """safetensors puts a new file in the place of one, so that a limit on sizes stands in for the disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_file({"a": torch.zeros(9000)}, f"{folder}/tensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def _save_array() -> None:
+    with Path("/dev/full").open("wb", buffering=0) as file:
+        np.save(file, np.zeros(90_000))
+
+
+def _save_table() -> None:
+    table = pa.table({"a": list(range(50_000))})
+    with pa.OSFile("/dev/full", "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a thing of Linux")
+@pytest.mark.parametrize("write", [_save_tensors, _save_array, _save_table])
+def test_a_full_disk_is_one_message_whatever_library_writes(
+    write: Callable[[], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nearfield.cli.app", lambda arguments: write())
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    message = capsys.readouterr().err
+    assert stopped.value.code == 1 and message.startswith("nearfield: ")
+    assert "run the same command again: what was whole is kept" in message
+
+
+def test_other_errors_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (OSError("3 apples"), OSError(5, "Input/output error"), RuntimeError("(os error 28)")):
+
+        def fail(arguments: list[str], error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("nearfield.cli.app", fail)
+        with pytest.raises(type(error)):
+            main([])

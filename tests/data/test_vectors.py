@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 
 from nearfield.data import vectors as vectors_module
-from nearfield.data.vectors import ItemVectors, VectorJob, VectorStore
+from nearfield.data.vectors import ItemVectors, VectorJob, VectorStore, VectorTable
 from nearfield.errors import BadInputError
 
 
@@ -121,6 +125,40 @@ def test_zeros_stay_zeros_where_they_may_be(tmp_path: Path) -> None:
     np.testing.assert_array_equal(vectors[1::2], true("document", range(3, 60, 2)))
     with pytest.raises(BadInputError, match="not finite"):
         VectorJob(WANTED, lambda role, rows: np.full((len(rows), 3), np.nan), tmp_path / "n", "p", zeros=True).run()
+
+
+@pytest.fixture()
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a quarter of a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(full_disk: Path) -> None:
+    code = (
+        "import sys, numpy as np; from pathlib import Path; from nearfield.data.vectors import VectorTable\n"
+        "VectorTable.write(Path(sys.argv[1]) / 'v', np.arange(5000), [np.ones((5000, 32), dtype=np.float32)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(full_disk)], capture_output=True, text=True)
+    assert done.returncode == 1 and "No space left on device" in done.stderr
+
+
+def test_parts_are_written_one_behind_the_other(tmp_path: Path) -> None:
+    """As numpy saves the whole."""
+    whole = np.random.default_rng(0).standard_normal((7, 3)).astype(np.float32)
+    for name, parts in (
+        ("one", [whole]),
+        ("many", [whole[:2], whole[2:2], whole[2:].astype(np.float64)]),
+        ("none", []),
+    ):
+        VectorTable.write(tmp_path / name, np.arange(7 if parts else 0), parts)
+        np.save(tmp_path / "wanted.npy", whole if parts else np.empty((0, 0), dtype=np.float32))
+        assert (tmp_path / name / "vectors.npy").read_bytes() == (tmp_path / "wanted.npy").read_bytes()
 
 
 class InChunks:

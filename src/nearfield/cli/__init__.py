@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import re
 import sys
 
 from nearfield.cli import analyse, compare, data, eval, mine, plan, project, run
@@ -51,9 +53,24 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(EXIT_FAULT)
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
+    except Exception as error:
+        number = _number_of(error)
+        if number not in _NO_ROOM:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"nearfield: {place}{error.strerror}\n  -> {_NO_ROOM[error.errno]}", file=sys.stderr)
+        name = getattr(error, "filename", None)
+        place = f"{name}: " if name else ""
+        reason = getattr(error, "strerror", None) or os.strerror(number)
+        print(f"nearfield: {place}{reason}\n  -> {_NO_ROOM[number]}", file=sys.stderr)
         sys.exit(EXIT_FAULT)
+
+
+def _number_of(error: Exception) -> int:
+    """The number of the system's error behind one of a library; 0 where there is none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if type(error).__name__ == "SafetensorError":
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        return int(said[1]) if said else 0
+    # numpy says how much it could write, and not why that was not all.
+    short = isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error))
+    return errno.ENOSPC if short else 0

@@ -64,15 +64,13 @@ class VectorTable:
         folder.mkdir()
         np.save(folder / KEYS, keys)
         shape = (len(keys), parts[0].shape[1] if parts else 0)
-        if not len(keys):  # no file can be mapped that holds nothing
-            np.save(folder / VECTORS, np.empty(shape, dtype=np.float32))
-            return
-        written = np.lib.format.open_memmap(folder / VECTORS, mode="w+", dtype=np.float32, shape=shape)
-        start = 0
-        for part in parts:
-            written[start : start + len(part)] = part
-            start += len(part)
-        written.flush()
+        # Not by a map of the file: on a disk that is full, writing to one ends the process without a word.
+        with (folder / VECTORS).open("wb") as file:
+            kind = np.lib.format.dtype_to_descr(np.dtype(np.float32))
+            header = {"descr": kind, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in filter(len, parts):
+                file.write(np.ascontiguousarray(part, dtype=np.float32).data)
 
     @classmethod
     def open(cls, sealed: Sealed, name: str = "") -> VectorTable:
