@@ -19,6 +19,7 @@ from nearfield.mining.negatives import Negatives
 from nearfield.mining.search import ArrayDocuments, Neighbours, search
 from nearfield.pipeline import open_run
 from nearfield.pipeline.audit import mine_run
+from tests.data.test_vectors import WANTED, InChunks
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra ray)")
 
@@ -27,6 +28,26 @@ def test_without_ray_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
     with pytest.raises(BadInputError, match="Ray, which is not installed"):
         ray_engine.require_ray()
+
+
+def test_a_worker_that_is_killed_loses_seconds_and_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps pieces of its shard in the cache that all machines see, as one machine does."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    whole = InChunks(monkeypatch)
+    once = VectorJob(WANTED, whole, tmp_path / "once", "p").run()
+    stopped = InChunks(monkeypatch, 10)
+    job = VectorJob(WANTED, stopped, tmp_path / "v", "p")
+
+    def divide(own: Any) -> None:
+        ray_engine._encode(0, job, 1, 1)
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(divide=divide)
+    going = InChunks(monkeypatch)
+    later = VectorJob(WANTED, going, tmp_path / "v", "p").run()
+    assert len(stopped.made) == 10 and len(stopped.made) + len(going.made) == len(whole.made)
+    for role in WANTED:
+        np.testing.assert_array_equal(later.table(role).vectors, once.table(role).vectors)
 
 
 def test_what_is_mined_on_ray_is_encoded_and_searched_there(monkeypatch: pytest.MonkeyPatch, toy_recipe: Path) -> None:
