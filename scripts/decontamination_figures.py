@@ -24,13 +24,15 @@ import string
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from nearfield.arrays import Ragged, concatenate
+from nearfield.data.containment import ContainmentIndex
 from nearfield.data.decontaminate import KINDS, DecontaminationConfig, TrainingIndex
-from nearfield.data.near_duplicates import words
+from nearfield.data.near_duplicates import WordHashes, hash_words, words
 from nearfield.methods.wordnet import glosses_by_split
 
 Edit = Callable[[str, random.Random], str]
@@ -124,6 +126,7 @@ PLANTS: dict[str, Plant] = {
     "one word left out, in a question": both(without_one, in_a_question),
     "one word put in, in a question": both(with_one_more, in_a_question),
 }
+OFTEN: tuple[str, Plant, int] = ("in 30 questions", in_a_question, 30)
 LENGTHS = ((4, 4), (5, 5), (6, 6), (7, 7), (8, 8), (9, 10), (11, 12), (13, 20), (21, 40))
 """Words of a planted text, from and to."""
 
@@ -157,79 +160,102 @@ def recall(
             own = pairs[pairs[:, 0] == pairs[:, 1], 0]
             kinds[kind] = int(np.count_nonzero(~seen[own]))
             seen[own] = True
-    return {**share(int(np.count_nonzero(seen)), len(planted)), "by_kind": kinds}
+    long = seen[[len(text.split()) >= 8 for text in benchmark]]
+    return {
+        **share(int(np.count_nonzero(seen)), len(planted)),
+        "by_kind": kinds,
+        "of_8_words": share(int(np.count_nonzero(long)), len(long)),
+    }
 
 
-def planted_and_found(
-    training: Sequence[str], benchmark: Sequence[str], plant: Plant, seed: int, times: int = 1
-) -> npt.NDArray[np.bool_]:
-    """(n,) whether each benchmark text is found where it was planted, ``times`` times, among all of ``training``."""
-    pick = random.Random(seed)
-    planted = [plant(text, pick.choice(training), pick) for text in benchmark for _ in range(times)]
-    seen = np.zeros(len(benchmark), dtype=np.bool_)
-    for pairs in matched_pairs([*training, *planted], benchmark).values():
-        at = (pairs[:, 0] - len(training)) // times
-        seen[pairs[at == pairs[:, 1], 1]] = True
+class Planted(NamedTuple):
+    """A benchmark text, what was made of it for the training side, and how often that stands there."""
+
+    text: str
+    made: Sequence[str]
+
+
+def found_inside(training: Sequence[str], planted: Sequence[Planted]) -> npt.NDArray[np.bool_]:
+    """(n,) whether each text is found where it was planted, among all of ``training``, by the kind ``contained`` alone."""
+    known = WordHashes()
+    texts = [*training, *(made for one in planted for made in one.made)]
+    hosts = Ragged.from_lengths([len(one.made) for one in planted], np.arange(len(training), len(texts)))
+    owner = np.full(len(texts), -1)
+    owner[hosts.values] = hosts.owners()
+    hashed = concatenate([hash_words(texts[i : i + BLOCK], known) for i in range(0, len(texts), BLOCK)])
+    index = ContainmentIndex(hashed, DecontaminationConfig())
+    seen = np.zeros(len(planted), dtype=np.bool_)
+    for start in range(0, len(planted), BLOCK):
+        pairs, _ = index.matches(hash_words([one.text for one in planted[start : start + BLOCK]], known))
+        at = pairs[:, 1] + start
+        seen[at[owner[pairs[:, 0]] == at]] = True
     return seen
 
 
 def plants_inside(training: Sequence[str], benchmark: Sequence[str], plant: Plant, seed: int) -> dict[str, Any]:
     """The share of benchmark texts that are found where they were planted among all of ``training``."""
-    seen = planted_and_found(training, benchmark, plant, seed)
-    return share(int(np.count_nonzero(seen)), len(benchmark))
+    pick = random.Random(seed)
+    seen = found_inside(training, [Planted(text, [plant(text, pick.choice(training), pick)]) for text in benchmark])
+    return share(int(np.count_nonzero(seen)), len(seen))
 
 
 def plants_by_length(
     training: Sequence[str], benchmark: Sequence[str], seed: int, most: int = 300
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """:func:`plants_inside` of up to ``most`` texts of each length, by what was done to them and by their words."""
+    """The shares found by what was done to a text and by its words: up to ``most`` texts each, every text planted in one way."""
     pick = random.Random(seed)
     counts = np.asarray([len(words(text)) for text in benchmark])
-    of_length: dict[str, list[str]] = {}
+    ways: list[tuple[str, Plant, int]] = [*((name, plant, 1) for name, plant in PLANTS.items()), OFTEN]
+    planted: list[Planted] = []
+    labels: list[tuple[str, str]] = []
     for low, high in LENGTHS:
         places = np.flatnonzero((counts >= low) & (counts <= high)).tolist()
-        name = str(low) if low == high else f"{low}-{high}"
-        of_length[name] = [benchmark[i] for i in pick.sample(places, min(len(places), most))]
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    wanted: list[tuple[str, Plant, int]] = [(name, plant, 1) for name, plant in PLANTS.items()]
-    for name, plant, times in [*wanted, ("in 30 questions", in_a_question, 30)]:
-        found[name] = {}
-        every = [text for texts in of_length.values() for text in texts]
-        seen = planted_and_found(training, every, plant, seed, times)
-        begin = 0
-        for length, texts in of_length.items():
-            part = seen[begin : begin + len(texts)]
-            begin += len(texts)
-            if len(part):
-                found[name][length] = share(int(np.count_nonzero(part)), len(part))
-    return found
+        pick.shuffle(places)
+        each = min(most, len(places) // len(ways))
+        for number, (name, plant, times) in enumerate(ways):
+            for place in places[number * each : (number + 1) * each]:
+                text = benchmark[place]
+                planted.append(Planted(text, [plant(text, pick.choice(training), pick) for _ in range(times)]))
+                labels.append((name, str(low) if low == high else f"{low}-{high}"))
+    seen = found_inside(training, planted)
+    hits: dict[tuple[str, str], list[bool]] = {}
+    for label, hit in zip(labels, seen.tolist(), strict=True):
+        hits.setdefault(label, []).append(hit)
+    shares: dict[str, dict[str, dict[str, Any]]] = {}
+    for (name, length), of_label in hits.items():
+        shares.setdefault(name, {})[length] = share(sum(of_label), len(of_label))
+    return shares
 
 
-def matched_pairs(
-    training: Sequence[str], benchmark: Sequence[str], encode: Any = None, config: DecontaminationConfig | None = None
-) -> dict[str, Any]:
+def index_of(training: Sequence[str], encode: Any = None, config: DecontaminationConfig | None = None) -> TrainingIndex:
+    """The index of all that texts are compared with."""
+    blocks = [training[i : i + BLOCK] for i in range(0, len(training), BLOCK)]
+    return TrainingIndex(blocks, config or DecontaminationConfig(), encode)
+
+
+def matched_pairs(index: TrainingIndex, benchmark: Sequence[str]) -> dict[str, Any]:
     """The pairs (training text, benchmark text) that match, [p, 2], by kind."""
-    index = TrainingIndex(
-        [training[i : i + BLOCK] for i in range(0, len(training), BLOCK)], config or DecontaminationConfig(), encode
-    )
-    found: dict[str, list[Any]] = {}
+    pairs: dict[str, list[Any]] = {}
     for start in range(0, len(benchmark), BLOCK):
         matches, _ = index.matches(benchmark[start : start + BLOCK])
         for kind, of_kind in matches.items():
-            found.setdefault(kind, []).append(of_kind.pairs + np.asarray([0, start]))
-    return {kind: np.concatenate(parts) for kind, parts in found.items()}
+            pairs.setdefault(kind, []).append(of_kind.pairs + np.asarray([0, start]))
+    return {kind: np.concatenate(parts) for kind, parts in pairs.items()}
 
 
 def false_alarms(
-    training: Sequence[str], benchmark: Sequence[str], encode: Any = None, config: DecontaminationConfig | None = None
+    training: Sequence[str], benchmark: Sequence[str], index: TrainingIndex | None = None
 ) -> dict[str, Any]:
-    """The share of training texts that match a benchmark text although the two are disjoint, in all and by kind."""
-    found = matched_pairs(training, benchmark, encode, config)
-    hit = {kind: set(pairs[:, 0].tolist()) for kind, pairs in found.items()}
+    """The share of training texts that match a benchmark text although the two are disjoint, in all and by kind.
+
+    ``index`` is that of the training texts, where it is at hand.
+    """
+    pairs = matched_pairs(index or index_of(training), benchmark)
+    hit = {kind: set(of_kind[:, 0].tolist()) for kind, of_kind in pairs.items()}
     others = set().union(*(places for kind, places in hit.items() if kind != "contained"))
-    of_benchmark = {place for pairs in found.values() for place in pairs[:, 1].tolist()}
+    of_benchmark = {place for of_kind in pairs.values() for place in of_kind[:, 1].tolist()}
     lengths: dict[int, int] = {}
-    for first, second in found["contained"].tolist():
+    for first, second in pairs["contained"].tolist():
         shorter = min(len(words(training[first])), len(words(benchmark[second])))
         lengths[shorter] = lengths.get(shorter, 0) + 1
     return {
@@ -252,7 +278,7 @@ def more_training_texts() -> list[str]:
     from nearfield.methods import debian, docstrings
 
     texts = [text for row in debian.build_rows(50) for text in (row["short"], row["long"])]
-    texts += [str(row["docstring"]) for row in docstrings.build_rows(docstrings.installed(None), 100)]
+    texts += [str(row["docstring"]) for row in docstrings.build_rows(docstrings.installed(None), 60)]
     return list(dict.fromkeys(texts))
 
 
@@ -279,16 +305,14 @@ def said_otherwise(folder: Path, training: Sequence[str]) -> dict[str, dict[str,
             values = [least] * len(table["sentence1"]) if column is None else table[column]
             rows = zip(table["sentence1"], table["sentence2"], values, strict=True)
             pairs.setdefault(f"{kind}: {name}", []).extend((a, b) for a, b, value in rows if value >= least)
-    shares = {}
-    for name, both_sides in pairs.items():
-        # One that is the same text but for case and punctuation is no paraphrase.
-        differ = [(a, b) for a, b in both_sides if words(a) != words(b)]
-        benchmark = [a for a, _ in differ]
-        seen = np.zeros(len(benchmark), dtype=np.bool_)
-        for matches in matched_pairs([*training, *(b for _, b in differ)], benchmark).values():
-            seen[matches[matches[:, 0] - len(training) == matches[:, 1], 1]] = True
-        shares[name] = share(int(np.count_nonzero(seen)), len(benchmark))
-    return shares
+    # One that is the same text but for case and punctuation is no paraphrase.
+    differ = [(name, a, b) for name, both_sides in pairs.items() for a, b in both_sides if words(a) != words(b)]
+    index = index_of([*training, *(b for _, _, b in differ)])
+    seen = np.zeros(len(differ), dtype=np.bool_)
+    for matches in matched_pairs(index, [a for _, a, _ in differ]).values():
+        seen[matches[matches[:, 0] - len(training) == matches[:, 1], 1]] = True
+    names = np.asarray([name for name, _, _ in differ])
+    return {name: share(int(np.count_nonzero(seen[names == name])), int(np.sum(names == name))) for name in pairs}
 
 
 def speed(count: int, seed: int = 0) -> dict[str, Any]:
@@ -311,6 +335,33 @@ def speed(count: int, seed: int = 0) -> dict[str, Any]:
         "compare_cpu_seconds": time.process_time() - indexed,
         "training_texts_matched": len(matched),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def speed_of_contained(training: int, benchmark: int, seed: int = 0) -> dict[str, Any]:
+    """CPU seconds and memory of the kind ``contained`` alone; texts of one to four glosses, whose words are hashed before."""
+    pick, known = random.Random(seed), WordHashes()
+    sides = disjoint_glosses()
+
+    def block(glosses: Sequence[str]) -> Ragged:
+        return hash_words(["; ".join(pick.choices(glosses, k=pick.randint(1, 4))) for _ in range(BLOCK)], known)
+
+    hashed = concatenate([block(sides[0]) for _ in range(training // BLOCK)])
+    began = time.process_time()
+    index = ContainmentIndex(hashed, DecontaminationConfig())
+    indexed, compared = time.process_time() - began, 0.0
+    for _ in range(benchmark // BLOCK):
+        texts = block(sides[1])
+        began = time.process_time()
+        index.matches(texts)
+        compared += time.process_time() - began
+    return {
+        "training_texts": training // BLOCK * BLOCK,
+        "training_words": index.words,
+        "benchmark_texts": benchmark // BLOCK * BLOCK,
+        "index_cpu_seconds": round(indexed, 1),
+        "compare_cpu_seconds": round(compared, 1),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
 
 
@@ -337,23 +388,27 @@ def libraries(count: int = 20_000) -> dict[str, float]:
 def _of_other_origin(wordnet: list[str], folder: Path | None, seed: int, result: dict[str, Any]) -> dict[str, Any]:
     """Plants among, and false alarms of, texts that nobody wrote in the style of the benchmark's."""
     more = more_training_texts()
-    glosses = disjoint_glosses()[1]
     tasks = {} if folder is None else task_texts(folder)
     every = list(dict.fromkeys(text for texts in tasks.values() for text in texts))
     apart = list(dict.fromkeys(text for name, texts in tasks.items() if name not in HOLDS_GLOSSES for text in texts))
-    alarms = {**result["false_alarms"], "debian and docstrings, wordnet": false_alarms(more, glosses)}
+    holding = list(dict.fromkeys(text for name in HOLDS_GLOSSES for text in tasks.get(name, ())))
+    index = index_of(more)
+    alarms = {
+        **result["false_alarms"],
+        "debian and docstrings, wordnet": false_alarms(more, disjoint_glosses()[1], index),
+    }
     plants = {**result["plants"]}
     made: dict[str, Any] = {
         "debian_and_docstrings": len(more),
-        "task_texts": {name: len(t) for name, t in tasks.items()},
+        "task_texts": {name: len(texts) for name, texts in tasks.items()},
     }
     if folder is not None:
-        alarms["debian and docstrings, tasks"] = false_alarms(more, every)
-        alarms[f"wordnet, tasks but {', '.join(HOLDS_GLOSSES)}"] = false_alarms(wordnet, apart)
-        holding = [text for name in HOLDS_GLOSSES for text in tasks.get(name, ())]
-        made["glosses_in_tasks"] = false_alarms(wordnet, list(dict.fromkeys(holding)))
+        alarms["debian and docstrings, tasks"] = false_alarms(more, every, index)
         plants["tasks among debian and docstrings"] = plants_by_length(more, every, seed)
-        made["said_otherwise"] = said_otherwise(folder, more)
+        index = index_of(wordnet)
+        alarms[f"wordnet, tasks but {', '.join(HOLDS_GLOSSES)}"] = false_alarms(wordnet, apart, index)
+        made["glosses_in_tasks"] = false_alarms(wordnet, holding, index)
+        made["said_otherwise"] = said_otherwise(folder, wordnet)
     return {**made, "plants": plants, "false_alarms": alarms}
 
 
@@ -364,6 +419,13 @@ def main() -> None:
     parser.add_argument("--embed-sample", type=int, default=3000, help="texts a side for that")
     parser.add_argument("--cosine", type=float, default=0.95)
     parser.add_argument("--scale", type=int, default=100_000, help="texts a side of the timing; 0 leaves it out")
+    parser.add_argument(
+        "--scale-contained",
+        type=int,
+        nargs=2,
+        metavar=("TRAINING", "BENCHMARK"),
+        help="time the kind contained alone with so many texts a side",
+    )
     parser.add_argument("--more", action="store_true", help="also train on Debian's descriptions and on docstrings")
     parser.add_argument("--tasks", type=Path, help="a folder of local tasks, benchmarks for --more")
     parser.add_argument("--libraries", action="store_true", help="time the MinHash libraries that are installed")
@@ -374,11 +436,10 @@ def main() -> None:
     result: dict[str, Any] = {"training": len(training), "benchmark": len(benchmark), "seed": arguments.seed}
     print(f"{len(training):,} training glosses, {len(benchmark):,} benchmark glosses, seed {arguments.seed}")
     result["recall"] = {name: recall(benchmark, edit, arguments.seed) for name, edit in EDITS.items()}
-    long = [text for text in benchmark if len(text.split()) >= 8]
-    result["recall_8_words"] = {name: recall(long, edit, arguments.seed) for name, edit in EDITS.items()}
-    for title, key in (("plants found", "recall"), ("plants of 8 words and more found", "recall_8_words")):
-        for name, found in result[key].items():
-            print(f"{title}, {name}: {_words(found)} {found['by_kind']}")
+    for name, found in result["recall"].items():
+        print(
+            f"plants found, {name}: {_words(found)} {found['by_kind']}; of 8 words and more {_words(found['of_8_words'])}"
+        )
     result["plants"] = {"wordnet among wordnet": plants_by_length(training, benchmark, arguments.seed)}
     result["false_alarms"] = {"wordnet, wordnet": false_alarms(training, benchmark)}
     if arguments.more:
@@ -395,6 +456,9 @@ def main() -> None:
     if arguments.scale:
         result["speed"] = speed(arguments.scale)
         print(f"speed: {json.dumps(result['speed'])}")
+    if arguments.scale_contained:
+        result["speed_of_contained"] = speed_of_contained(*arguments.scale_contained)
+        print(f"speed of contained: {json.dumps(result['speed_of_contained'])}")
     if arguments.libraries:
         result["libraries"] = libraries()
         print(f"CPU seconds of 20,000 signatures: {json.dumps(result['libraries'])}")
@@ -409,7 +473,7 @@ def main() -> None:
             "model": arguments.embed,
             "cosine": arguments.cosine,
             "recall": {n: recall(sample[1], edit, arguments.seed, encode, config) for n, edit in EDITS.items()},
-            "false_alarms": false_alarms(sample[0], sample[1], encode, config),
+            "false_alarms": false_alarms(sample[0], sample[1], index_of(sample[0], encode, config)),
         }
         for name, found in result["embedding"]["recall"].items():
             print(f"with embeddings, plants found, {name}: {_words(found)} {found['by_kind']}")

@@ -475,6 +475,42 @@ def leaderboard() -> Texts:
     return {"seconds": f"{read('leaderboard/leaderboard.json')['cpu_seconds']}"}
 
 
+def decontamination() -> Texts:
+    """Plants that are found, false alarms, and what is said otherwise."""
+    made = read("decontamination/figures.json")
+
+    def percent(found: Mapping[str, Any], digits: int = 1) -> str:
+        return f"{100 * found['share']:.{digits}f}"
+
+    def bounds(found: Mapping[str, Any], digits: int = 2) -> str:
+        return f"{percent(found, digits)} % " + interval(*(100 * end for end in found["interval"]), f".{digits}f")
+
+    texts = {}
+    for short, name in (("dictionary", "wordnet among wordnet"), ("tasks", "tasks among debian and docstrings")):
+        plants = made["plants"][name]
+        lengths = list(next(iter(plants.values())))
+        rows = [[how, *(percent(found[length]) for length in lengths)] for how, found in plants.items()]
+        texts[f"plants {short}"] = table(["planted, found in %", *(f"{n} words" for n in lengths)], rows, "l" + "r" * 9)
+    rows = []
+    for name, alarms in made["false_alarms"].items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in alarms["by_kind"].items() if count) or "none"
+        sizes = [f"{alarms['n']:,}", f"{alarms['of_benchmark']['n']:,}"]
+        rows.append(
+            [name, *sizes, f"{alarms['hits']} ({bounds(alarms, 3)})", kinds, str(alarms["of_benchmark"]["hits"])]
+        )
+    head = ["training, benchmark", "training texts", "benchmark texts", "training texts that match", "by kind"]
+    texts["alarms"] = table([*head, "benchmark texts that match"], rows, "lrrrlr")
+    rows = [[name, f"{found['n']:,}", bounds(found, 1)] for name, found in made["said_otherwise"].items()]
+    texts["otherwise"] = table(["training holds only", "pairs", "found"], rows, "lrr")
+    edits = {"exact": "as it is", "case": "case changed", "punctuation": "punctuation stripped, spaced or added"}
+    rows = [
+        [edits.get(name, name), bounds(found), bounds(found["of_8_words"])] for name, found in made["recall"].items()
+    ]
+    texts["edits"] = table(["planted", "found, all glosses", "found, 8 words and more"], rows)
+    texts["glosses"] = f"{made['glosses_in_tasks']['of_benchmark']['hits']:,}"
+    return texts
+
+
 class Ablations(Mapping[str, str]):
     """The paired differences of the ablations: ``STUDY SET ARM ARM DIGITS FORM``, such as ``batches mixed communities-32
     shuffled-256 4 signed``.
@@ -531,6 +567,7 @@ STUDIES: dict[str, Callable[[], Texts]] = {
     "limit": limit,
     "leaderboard": leaderboard,
     "torture": torture,
+    "decontamination": decontamination,
     "ablations": Ablations,
 }
 

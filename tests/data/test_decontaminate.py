@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from nearfield.data import Store, build_data
 from nearfield.data.decontaminate import (
     KINDS,
+    UNSEEN,
     BenchmarkTask,
     BenchmarkText,
     ContaminationReport,
@@ -107,6 +108,25 @@ def test_intervals_are_those_of_wilson() -> None:
 
 
 # The report.
+
+
+def test_reports_state_what_was_measured() -> None:
+    made = json.loads((ROOT / "results" / "decontamination" / "figures.json").read_text())
+    plants = made["plants"]["tasks among debian and docstrings"]
+
+    def rate(way: str, *lengths: str) -> float:
+        of_lengths = [plants[way][length] for length in lengths]
+        return 100 * sum(one["hits"] for one in of_lengths) / sum(one["n"] for one in of_lengths)
+
+    inside = [rate(way, "6", "7", "8", "9-10", "11-12") for way in ("in a question", "amid another text")]
+    changed = rate("one word changed, in a question", "8", "9-10", "11-12")
+    otherwise = {name: 100 * of_name["share"] for name, of_name in made["said_otherwise"].items()}
+    paraphrases = [share for name, share in otherwise.items() if name.startswith("paraphrases")]
+    assert f"inside longer ones {min(inside):.0f} in 100" in UNSEEN
+    assert f"with one word changed {changed:.0f}," in UNSEEN
+    assert f"of paraphrases {min(paraphrases):.0f} to {max(paraphrases):.0f}, of translations none" in UNSEEN
+    assert not any(share for name, share in otherwise.items() if name.startswith("translations"))
+    assert all(alarms["by_kind"]["contained"] / alarms["n"] <= 0.001 for alarms in made["false_alarms"].values())
 
 
 def test_sides_kinds_and_removals(tmp_path: Path) -> None:

@@ -63,10 +63,10 @@ class Meetings:
     def distinct(self) -> Meetings:
         """Each once."""
         order = np.lexsort((self.shifts, self.hays, self.needles))
-        found = self.take(order)
+        rising = self.take(order)
         new = np.ones(len(order), dtype=np.bool_)
-        new[1:] = (np.diff(found.needles) != 0) | (np.diff(found.hays) != 0) | (np.diff(found.shifts) != 0)
-        return found.take(new)
+        new[1:] = (np.diff(rising.needles) != 0) | (np.diff(rising.hays) != 0) | (np.diff(rising.shifts) != 0)
+        return rising.take(new)
 
 
 class ContainmentIndex:
@@ -102,12 +102,12 @@ class ContainmentIndex:
         shares = [np.empty(0)]
         for meetings in self._meet(benchmark):
             inside = benchmark.lengths[meetings.needles] <= self.texts.lengths[meetings.hays]
-            found, share = self._sure(benchmark, self.texts, meetings.take(inside), _REPEATED)
-            pairs.append(found[:, ::-1])
+            some, share = self._sure(benchmark, self.texts, meetings.take(inside), _REPEATED)
+            pairs.append(some[:, ::-1])
             shares.append(share)
             # The other way round the copy is no training text, and the shorter text has itself been counted there.
-            found, share = self._sure(self.texts, benchmark, meetings.take(~inside).turned(), 0)
-            pairs.append(found)
+            some, share = self._sure(self.texts, benchmark, meetings.take(~inside).turned(), 0)
+            pairs.append(some)
             shares.append(share)
         joined = np.concatenate(pairs)
         order = np.lexsort((joined[:, 0], joined[:, 1]))
@@ -115,16 +115,16 @@ class ContainmentIndex:
 
     def _ids(self, hashes: npt.NDArray[np.uint64]) -> Ids:
         """The numbers of words from 1; one that no training text has is the last number there is."""
-        found = np.empty(len(hashes), dtype=np.uint32)
+        numbers = np.empty(len(hashes), dtype=np.uint32)
         for start in range(0, len(hashes), _PIECE):
             part = hashes[start : start + _PIECE]
             if not len(self._vocabulary):
-                found[start : start + _PIECE] = _UNKNOWN
+                numbers[start : start + _PIECE] = _UNKNOWN
                 continue
             places = np.minimum(np.searchsorted(self._vocabulary, part), len(self._vocabulary) - 1)
             known = self._vocabulary[places] == part
-            found[start : start + _PIECE] = np.where(known, self._identity[places], _UNKNOWN)
-        return found
+            numbers[start : start + _PIECE] = np.where(known, self._identity[places], _UNKNOWN)
+        return numbers
 
     def _bounds(self, keys: Rows, width: int = 1) -> tuple[Rows, Rows]:
         """Where in the sorted array the keys from each ``keys`` to ``keys + width`` are."""
@@ -171,13 +171,13 @@ class ContainmentIndex:
         per_text = np.bincount(owners[at], weights=counts, minlength=len(texts)).astype(np.int64)
         for piece in pieces(per_text):
             part = slice(*np.searchsorted(owners[at], [piece.start, piece.stop]))
-            found, here = ranges(begins[part], counts[part]), np.repeat(at[part], counts[part])
+            ranks, here = ranges(begins[part], counts[part]), np.repeat(at[part], counts[part])
             theirs = np.repeat(of_training[part], counts[part])
-            found[theirs] = self._anchors[found[theirs]]
-            places = self._order[found].astype(np.int64)
+            ranks[theirs] = self._anchors[ranks[theirs]]
+            places = self._order[ranks].astype(np.int64)
             training = np.searchsorted(self.texts.offsets, places, "right") - 1
-            kept = self._agree_beside(texts, owners, here, training, places)
-            here, training, places = here[kept], training[kept], places[kept]
+            agree = self._agree_beside(texts, owners, here, training, places)
+            here, training, places = here[agree], training[agree], places[agree]
             of = owners[here]
             yield Meetings(
                 of, training, (places - self.texts.offsets[training]) - (here - texts.offsets[of])
@@ -194,37 +194,37 @@ class ContainmentIndex:
 
     def _sure(self, short: Ragged, long: Ragged, meetings: Meetings, repeated: int) -> tuple[Rows, Floats]:
         """The pairs (shorter, longer) of meetings that are no chance, and the share of the shorter text that agrees."""
-        found, share, surprise = self._weighed(short, long, meetings, repeated)
+        best, share, surprise = self._weighed(short, long, meetings, repeated)
         sure = surprise >= np.log(max(self.words, 1)) - np.log(self.config.chance)
-        return np.stack([found.needles[sure], found.hays[sure]], axis=1), share[sure]
+        return np.stack([best.needles[sure], best.hays[sure]], axis=1), share[sure]
 
     def _weighed(
         self, short: Ragged, long: Ragged, meetings: Meetings, repeated: int
     ) -> tuple[Meetings, Floats, Floats]:
         """The meetings of which enough agrees, one a pair, the share that agrees and how surprising that is."""
         enough = short.lengths[meetings.needles] >= self.config.min_words
-        kept: list[tuple[Meetings, Ragged, Floats, Mask]] = []
+        parts: list[tuple[Meetings, Ragged, Floats, Mask]] = []
         meetings = meetings.take(enough)
         for part in pieces(short.lengths[meetings.needles], _PIECE):
             some = meetings.take(part)
             agree, share, broken = self._aligned(short, long, some)
             fine = share >= self.config.inside
-            kept.append((some.take(fine), agree.take(np.flatnonzero(fine)), share[fine], broken[fine]))
-        if not sum(len(part[0]) for part in kept):
+            parts.append((some.take(fine), agree.take(np.flatnonzero(fine)), share[fine], broken[fine]))
+        if not sum(len(part[0]) for part in parts):
             return meetings.take(np.empty(0, dtype=np.int64)), np.empty(0), np.empty(0)
-        found = Meetings(
-            *(np.concatenate([getattr(part[0], n) for part in kept]) for n in ("needles", "hays", "shifts"))
+        every = Meetings(
+            *(np.concatenate([getattr(part[0], n) for part in parts]) for n in ("needles", "hays", "shifts"))
         )
-        agree = concatenate([part[1] for part in kept])
-        share = np.concatenate([part[2] for part in kept])
-        broken = np.concatenate([part[3] for part in kept])
+        agree = concatenate([part[1] for part in parts])
+        share = np.concatenate([part[2] for part in parts])
+        broken = np.concatenate([part[3] for part in parts])
         # Of several places in one text the one where most agrees.
-        order = np.lexsort((-share, found.hays, found.needles))
+        order = np.lexsort((-share, every.hays, every.needles))
         new = np.ones(len(order), dtype=np.bool_)
-        new[1:] = (np.diff(found.needles[order]) != 0) | (np.diff(found.hays[order]) != 0)
-        best = order[new]
-        found, agree, share, broken = found.take(best), agree.take(best), share[best], broken[best]
-        return found, share, self._surprise(short, found, agree, broken, repeated)
+        new[1:] = (np.diff(every.needles[order]) != 0) | (np.diff(every.hays[order]) != 0)
+        chosen = order[new]
+        every, agree, share, broken = every.take(chosen), agree.take(chosen), share[chosen], broken[chosen]
+        return every, share, self._surprise(short, every, agree, broken, repeated)
 
     def _aligned(self, short: Ragged, long: Ragged, meetings: Meetings) -> tuple[Ragged, Floats, Mask]:
         """The words that agree of each meeting's needle, the share of its rarity that they carry, and whether it is broken.
@@ -276,9 +276,9 @@ class ContainmentIndex:
         counts = np.where(known, self._counts[np.where(known, words, 0)], 0)
         return np.log((self.words + 1) / (counts + 0.5))
 
-    def _surprise(self, short: Ragged, found: Meetings, agree: Ragged, broken: Mask, repeated: int) -> Floats:
+    def _surprise(self, short: Ragged, meetings: Meetings, agree: Ragged, broken: Mask, repeated: int) -> Floats:
         """Minus the logarithm of how probable the words that agree are at a place of the training texts without the copies."""
-        needles, which = np.unique(found.needles, return_inverse=True)
+        needles, which = np.unique(meetings.needles, return_inverse=True)
         texts = short.take(needles)
         rank = agree.ranks()
         place = texts.offsets[which[agree.owners()]] + rank
@@ -360,15 +360,15 @@ def _rarest(counts: Ragged, common: int) -> Rows:
     left[(_rest(counts) < 3) | (left < 1) | (left > common)] = never
     filled = np.flatnonzero(counts.lengths > 0)
     begins, owners = counts.offsets[filled], np.repeat(np.arange(len(filled)), counts.lengths[filled])
-    found = []
+    anchors = []
     for _ in range(_ANCHORS if len(filled) else 0):
         least = np.minimum.reduceat(left, begins)
         at = np.flatnonzero((left == least[owners]) & (left < never))
         first = np.ones(len(at), dtype=np.bool_)
         first[1:] = owners[at[1:]] != owners[at[:-1]]
         at = at[first]
-        found.append(at)
+        anchors.append(at)
         for step in (-2, -1, 0, 1, 2):
             there = np.clip(at + step, 0, len(left) - 1)
             left[there[owners[there] == owners[at]]] = never
-    return np.concatenate([np.empty(0, dtype=np.int64), *found])
+    return np.concatenate([np.empty(0, dtype=np.int64), *anchors])

@@ -55,11 +55,10 @@ ROLES = ("query", "document", "distractor", "text")
 """The roles of a benchmark text: a query, a document that is relevant for one, any other document of a corpus, or a text of a
 task without such sides (pairs, labelled items, clustering, bitext)."""
 UNSEEN = (
-    "Words show copies, not meanings: as measured, a text of 6 to 12 words inside a longer one is found 98 times of 100, one of "
-    "8 words and more with a word changed 80 times, shorter ones less often; of paraphrases 10 in 100 are found, of translations "
-    "none"
+    "Words show copies, not meanings: of texts of 6 to 12 words inside longer ones 98 in 100 are found, of those of 8 to 12 words "
+    "with one word changed 76, of shorter ones fewer; of paraphrases 12 to 28, of translations none"
 )
-"""The figures of ``scripts/decontamination_figures.py`` with the rules as they are shipped."""
+"""As measured: results/decontamination/figures.json."""
 SECTION = "## Benchmark texts in the training data"
 """The heading of a model card above all that is said of them."""
 _NOT_COMPARED = "training texts were not compared"
