@@ -19,7 +19,7 @@ FLOORS = [
     ["recipe"],
     ["reporting"],
     ["conformance"],
-    ["methods"],
+    ["methods", "statistics"],
     ["evaluation", "analysis"],
     ["training"],
     ["objectives"],

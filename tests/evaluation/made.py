@@ -21,8 +21,9 @@ def write_result(
     )
     record = Record()
     clusters = more.get("clusters", [None] * len(values))
+    contents = more.get("contents", [None] * len(values))
     for i, (value, cluster) in enumerate(zip(values, clusters, strict=True)):
-        row = (task, "default", "test", "query", f"q{i}", cluster, "ndcg_at_10", value)
+        row = (task, "default", "test", "query", f"q{i}", cluster, "ndcg_at_10", value, contents[i])
         for column, cell in zip(record.columns.values(), row, strict=True):
             column.append(cell)
     main = more.get("main", float(np.mean(values)))

@@ -181,8 +181,12 @@ def show_comparison(comparison: ModelComparison) -> None:
     for difference in comparison.differences:
         tell(difference.sentence)
     for row in comparison.scores:
-        if row.reason is not None and row.model == comparison.baseline:
-            tell(f"{row.task} {row.subset}: no interval, because {row.reason}.")
+        if row.model == comparison.baseline:
+            tell(f"{row.title}: no interval, because {row.reason}." if row.reason else f"{row.title}: {row.resampled}.")
+        elif row.reason is not None and row.score != row.score:
+            tell(f"{row.title}: {row.model} has no score, because {row.reason}.")
+        if row.caution is not None:
+            tell(f"{row.title}, {row.model}: {row.caution}.")
     for note in (*comparison.notes, *(notice.sentence for notice in comparison.notices)):
         tell(note)
 

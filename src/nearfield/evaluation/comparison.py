@@ -17,6 +17,7 @@ from nearfield.errors import BadInputError
 from nearfield.evaluation import statistics
 from nearfield.evaluation.results import UNITS_SUFFIX, read_published, read_scores
 from nearfield.evaluation.scores import (
+    Contrast,
     Effect,
     Key,
     ScoreNotice,
@@ -80,6 +81,15 @@ def _baseline(labels: Sequence[str], baseline: str | None, what: str) -> str:
     return labels[0] if baseline is None else baseline
 
 
+def _json_row(row: ScoreRow | DifferenceRow | PublishedRow) -> dict[str, Any]:
+    """A row for JSON, which has no NaN: an undefined score is null, and the row's ``reason`` says why."""
+    return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(row).items()}
+
+
+def _undefined(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {**row, name: float("nan") if row[name] is None else row[name]}
+
+
 # Models
 
 
@@ -108,6 +118,10 @@ class ScoreRow(TaskRow):
     """The quantity that the interval is about."""
     type: str | None = None
     """The task's type as mteb names it."""
+    resampled: str | None = None
+    """What the error is made of: so many units, in clusters or with what they share."""
+    caution: str | None = None
+    """Why the interval may not hold for scores of this shape."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,8 @@ class DifferenceRow(TaskRow):
     lost: int | None = None
     p_equivalent: float | None = None
     equivalent: bool | None = None
+    resampled: str | None = None
+    caution: str | None = None
 
 
 @dataclass(frozen=True)
@@ -167,8 +183,8 @@ class ModelComparison:
             "baseline": self.baseline,
             "settings": self.settings,
             "models": [asdict(row) for row in self.models],
-            "scores": [asdict(row) for row in self.scores],
-            "differences": [asdict(row) for row in self.differences],
+            "scores": [_json_row(row) for row in self.scores],
+            "differences": [_json_row(row) for row in self.differences],
             "notes": list(self.notes),
             "notices": [asdict(notice) for notice in self.notices],
         }
@@ -181,8 +197,8 @@ class ModelComparison:
             return cls(
                 models=tuple(ModelRow(**row) for row in value["models"]),
                 baseline=value["baseline"],
-                scores=tuple(ScoreRow(**row) for row in value["scores"]),
-                differences=tuple(DifferenceRow(**row) for row in value["differences"]),
+                scores=tuple(ScoreRow(**_undefined(row, "score")) for row in value["scores"]),
+                differences=tuple(DifferenceRow(**_undefined(row, "difference")) for row in value["differences"]),
                 notes=tuple(value["notes"]),
                 settings=value["settings"],
                 notices=tuple(
@@ -295,7 +311,8 @@ def _score_row(key: Key, name: str, of: TaskScores, interval: Interval | None) -
     low, high, scope = (None, None, None) if interval is None else (interval.low, interval.high, of.estimator.scope)
     units, clusters = of.sizes
     kind = of.task_type or None
-    return ScoreRow(*key, of.metric, name, of.score, low, high, units, clusters, of.reason, scope, kind)
+    more = (of.reason, scope, kind, of.resampled, of.caution)
+    return ScoreRow(*key, of.metric, name, of.score, low, high, units, clusters, *more)
 
 
 def _difference(
@@ -312,9 +329,8 @@ def _difference(
     row = DifferenceRow(*key, of.metric, name, base, difference, reason=reason)
     if reason is not None:
         return row
-    values, numbers = of.values - reference.values, of.numbers
-    differences = of.estimator.rescaled(replicates[name] - replicates[base], difference, values, numbers)
-    interval = statistics.percentile_interval(differences, options.level, of.estimator.freedom(values, numbers))
+    contrast = Contrast(of, reference, replicates[name] - replicates[base])
+    interval = contrast.interval(options.level)
     rng = generator(options.seed, "permutation", *key)
     effect = Effect.of(of, reference)
     units, clusters = of.sizes
@@ -322,14 +338,16 @@ def _difference(
         row,
         low=interval.low,
         high=interval.high,
-        p=of.estimator.p(of.truth, reference.values, of.values, numbers, options.permutations, rng),
+        p=contrast.p(options.permutations, rng),
         units=units,
         clusters=clusters,
         effect=effect.size,
         won=effect.won,
         even=effect.even,
         lost=effect.lost,
-        p_equivalent=None if options.margin is None else statistics.equivalence_p(differences, options.margin),
+        p_equivalent=None if options.margin is None else contrast.equivalence_p(options.margin),
+        resampled=of.resampled,
+        caution=of.caution or reference.caution,
     )
 
 
@@ -361,7 +379,8 @@ def _said(rows: Sequence[DifferenceRow], options: _Options) -> Iterator[Differen
 
 def _sentence(row: DifferenceRow, tests: int, margin: float | None) -> str:
     if row.p is None or row.p_adjusted is None:
-        return f"{row.model} and {row.baseline} on {row.title}: {row.difference:+.4f}, not tested ({row.reason})."
+        difference = "no difference" if np.isnan(row.difference) else f"{row.difference:+.4f}"
+        return f"{row.model} and {row.baseline} on {row.title}: {difference}, not tested ({row.reason})."
     p_text = f"p = {_p(row.p)}"
     if tests > 1:
         p_text += f", {_p(row.p_adjusted)} after Holm's adjustment for {tests} tests"
@@ -564,7 +583,7 @@ class Standing:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``--json``."""
-        return {"version": 1, "kind": "published", **asdict(self)}
+        return {"version": 1, "kind": "published", **asdict(self), "rows": [_json_row(row) for row in self.rows]}
 
 
 def published_folder(name: str) -> Path:

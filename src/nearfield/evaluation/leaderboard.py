@@ -36,6 +36,8 @@ class BoardTask:
     type: str
     metric: str
     uncertain: bool
+    resampled: str | None = None
+    """What its error is made of: so many units, in clusters or with what they share."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def leaderboard(
     names = [model.label for model in models]
     scores, replicates, uncertain = _matrix(read, names, columns, samples, seed)
     board_tasks = tuple(
-        BoardTask(task, of.task_type, of.metric, bool(known))
+        BoardTask(task, of.task_type, of.metric, bool(known), of.resampled)
         for (task, (_, of)), known in zip(columns.items(), uncertain, strict=True)
     )
     dependent = _dependent(read, columns)
@@ -111,9 +113,20 @@ def leaderboard(
         notes.append(f"no interval can be given on {', '.join(certain)}: there the scores are taken as exact")
     rows = _rows(models, board_tasks, scores, replicates, level, ranked=not dependent)
     for row in rows:
-        missing = [task.name for task in board_tasks if task.name not in row.scores]
+        absent = [task.name for task in board_tasks if task.name not in row.scores]
+        undefined = {task: why for task in absent if (why := _undefined(read[row.label], columns[task][0]))}
+        notes += [
+            f"{row.label} has no score on {task} ({why}): it has no means, and earns no points there"
+            for task, why in undefined.items()
+        ]
+        missing = [task for task in absent if task not in undefined]
         if missing:
             notes.append(f"{row.label} lacks {', '.join(missing)}: it has no means, and earns no points there")
+    notes += [
+        f"{task.name}: {task.resampled}"
+        for task, of in zip(board_tasks, columns.values(), strict=True)
+        if of[1].sharing
+    ]
     order = sorted(rows, key=lambda row: (row.place, -(row.mean_task.value or 0.0), row.label))
     settings = {"samples": samples, "level": level, "seed": seed}
     shown = [key for keys, _ in columns.values() for key in keys]
@@ -230,6 +243,13 @@ def _dependent(read: Mapping[str, Mapping[Key, TaskScores]], columns: Columns) -
                 if reason is not None and statistics.is_too_large(reason):
                     reasons.setdefault(task, reason)
     return [f"{task}: {reason}; so the table has neither intervals nor ranks" for task, reason in reasons.items()]
+
+
+def _undefined(scores: Mapping[Key, TaskScores], keys: Sequence[Key]) -> str | None:
+    """Why a model that was scored under all these keys has no score; None where one is finite or missing."""
+    if not all(key in scores for key in keys):
+        return None
+    return next((scores[key].reason for key in keys if not np.isfinite(scores[key].score)), None)
 
 
 def _value(value: float, replicates: Floats, level: float) -> Value:

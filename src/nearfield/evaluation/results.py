@@ -23,7 +23,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nearfield.errors import BadInputError, NearfieldError, Notice, from_file, in_file
-from nearfield.evaluation import statistics
 from nearfield.evaluation.scores import (
     AVERAGE_PRECISION,
     CROSSED_MEAN,
@@ -35,6 +34,7 @@ from nearfield.evaluation.scores import (
     Estimator,
     Key,
     TaskScores,
+    dependent,
 )
 from nearfield.evaluation.statistics import Floats
 from nearfield.files import (
@@ -79,8 +79,10 @@ UNIT_SCHEMA = pa.schema(
         ("cluster", pa.string()),
         ("metric", pa.string()),
         ("value", pa.float64()),
+        ("contents", pa.list_(pa.int32())),
     ]
 )
+"""``contents`` numbers the documents or texts of a unit, where units of a task share some."""
 TOP_SCHEMA = pa.schema(
     [
         ("task", pa.string()),
@@ -342,6 +344,8 @@ def read_units(folder: Path, task: str) -> tuple[pa.Table, dict[str, Any]]:
         raise BadInputError(
             "this file of unit scores cannot be read", where=str(file), hint="Score the task again with --overwrite."
         ) from error
+    if "contents" not in table.schema.names:  # a file of an earlier version
+        table = table.append_column(UNIT_SCHEMA.field("contents"), pa.nulls(table.num_rows, pa.list_(pa.int32())))
     if table.schema.names != UNIT_SCHEMA.names or not isinstance(metadata, dict):
         raise BadInputError("this file has other columns than a file of unit scores", where=str(file))
     return table, metadata
@@ -405,10 +409,10 @@ def read_scores(folder: Path) -> dict[Key, TaskScores]:
             if reason is None and rows.num_rows == 0:
                 reason = "no scores of single units were kept"
             if reason is None and not math.isfinite(score):
-                reason = "the score is not a number"
+                reason = _undefined(rows)
             scores = TaskScores(metric, score, revision, reason)
             if reason is None:
-                scores = _independent(_add_units(scores, rows, file))
+                scores = _add_units(scores, rows, file)
             notices = (*from_file(metadata.get("notices")), *_unknown(metadata.get("version"), scores))
             scores_of[task, subset, split] = replace(
                 scores, task_type=str(metadata.get("task_type", "")), notices=notices
@@ -434,10 +438,22 @@ def _add_units(scores: TaskScores, rows: pa.Table, file: Path) -> TaskScores:
             where=str(file),
             hint="The files are not of one evaluation; score the task again with --overwrite.",
         )
-    clusters = dict(zip(rows["id"].to_pylist(), rows["cluster"].to_pylist(), strict=True))
-    return replace(
-        scores, estimator=estimator, ids=ids, clusters=tuple(clusters[i] for i in ids), values=values, truth=gold
-    )
+    by_id = [dict(zip(rows["id"].to_pylist(), rows[of].to_pylist(), strict=True)) for of in ("cluster", "contents")]
+    clusters, contents = ([of[i] for i in ids] for of in by_id)
+    made = replace(scores, estimator=estimator, ids=ids, clusters=tuple(clusters), values=values, truth=gold)
+    return dependent(replace(made, unit=rows["unit"][0].as_py()), contents)
+
+
+def _undefined(rows: pa.Table) -> str:
+    """Why a score is not a number."""
+    reason = "the score is not a number"
+    for metric, words in (("prediction", "predictions"), ("gold", "gold scores")):
+        values = rows.filter(pc.equal(rows["metric"], metric))["value"].to_numpy()
+        if len(values) and np.ptp(values) <= 0:
+            return f"{reason}: all {words} are equal, and a correlation with a constant is not defined"
+        if len(values) and not np.isfinite(values).all():
+            return f"{reason}: {int((~np.isfinite(values)).sum()):,} of {len(values):,} {words} are not finite"
+    return reason
 
 
 def _estimator(metric: str, rows: pa.Table) -> tuple[Estimator, str | None, Sequence[str]]:
@@ -467,14 +483,6 @@ def _column(rows: pa.Table, metric: str, file: Path) -> tuple[tuple[str, ...], F
 
 def _incomplete(file: Path) -> BadInputError:
     return BadInputError("the units of this file are incomplete or stand twice", where=str(file))
-
-
-def _independent(of: TaskScores) -> TaskScores:
-    """The same without units where one component holds too many of them."""
-    if of.estimator == MEAN_OF_EXPERIMENTS:
-        return of
-    reason = statistics.too_large(np.bincount(of.numbers).tolist())
-    return of if reason is None else TaskScores(of.metric, of.score, of.data_revision, reason)
 
 
 _COMPONENTS_SINCE = 4

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nearfield.evaluation")
 
-VERSION = 4
+VERSION = 5
 """Raised when the same model and data would give other results or other files."""
 SCORING_PACKAGES = ("mteb", "scikit-learn", "scipy", "numpy", "pytrec-eval-terrier", "bm25s", "PyStemmer")
 """Packages whose versions change what is made of vectors, beside those that change the vectors."""

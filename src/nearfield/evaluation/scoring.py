@@ -35,13 +35,13 @@ from mteb.results import TaskResult
 from nearfield.errors import BadInputError, Notice, say
 from nearfield.evaluation.results import EXPERIMENT, TOP, TOP_SCHEMA, Record
 from nearfield.evaluation.scores import AVERAGE_PRECISION
+from nearfield.evaluation.sharing import numbered, shared_clusters
 from nearfield.evaluation.statistics import Floats
 from nearfield.evaluation.tasks import (
     SuiteTask,
     embedded_items,
     fresh_generators,
     is_local,
-    shared_clusters,
     splits_of,
 )
 
@@ -350,6 +350,8 @@ class Recorder:
         self.record = Record()
         self._shared: dict[tuple[str, str], dict[str, str]] = {}
         """Clusters of units that share content, where the data name none (they do so once they are loaded)."""
+        self._contents: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+        """The contents of these units, numbered."""
         self._place = ("", "")
         """Subset and split that mteb scores now."""
 
@@ -413,6 +415,8 @@ class Recorder:
             columns[name] += [value] * len(values)
         columns["id"] += list(values)
         columns["cluster"] += [clusters.get(key) for key in values]
+        contents = self._contents.get(self._place, {})
+        columns["contents"] += [contents.get(key) for key in values]
         columns["value"] += [float(value) for value in values.values()]
 
     def _data(self) -> Any:
@@ -423,6 +427,8 @@ class Recorder:
         """Units that share content (a relevant document, a sentence) are not independent: they become one cluster."""
         if not self.suite_task.clusters.get(self._place):
             self._shared[self._place] = shared_clusters(contents)
+            if self._shared[self._place]:
+                self._contents[self._place] = dict(zip(contents, numbered(list(contents.values())), strict=True))
 
     def _keep_nothing(self, predictions: Any) -> None:
         self._no_interval(f"scores of single units are not kept for {self.task.metadata.type} tasks")

@@ -25,17 +25,17 @@ _ONE = "one component of units that are not independent holds "
 
 
 def too_large(sizes: Iterable[int]) -> str | None:
-    """Why units in components of these sizes give no interval and no test, or None where they do.
+    """That one of the components of these sizes is too large a part of all, in words; None where none is.
 
-    Neither single units nor whole components can be resampled where one component is a large part of all: intervals of
-    single units then cover far less often than they say.
+    Neither single units nor whole components can be resampled then: intervals of single units would cover far less often
+    than they say.
     """
     counts = list(sizes)
     largest, total = max(counts, default=0), sum(counts)
     if largest <= max(2, LARGEST_COMPONENT * total):
         return None
     share = 100 * largest / total
-    return f"{_ONE}{largest:,} of {total:,} ({share:.0f} %), and above {100 * LARGEST_COMPONENT:g} % no interval and no test hold"
+    return f"{_ONE}{largest:,} of {total:,} ({share:.0f} %)"
 
 
 def is_too_large(reason: str | None) -> bool:
@@ -45,10 +45,148 @@ def is_too_large(reason: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Interval:
-    """A percentile interval of a resampled statistic."""
+    """An interval of a score or of a difference."""
 
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A scale for a score's errors: as it is, ``logit`` for one between 0 and 1, or Fisher's ``z`` for a correlation."""
+
+    name: str = "linear"
+
+    def to(self, score: Floats | float) -> Floats:
+        """The score on this scale."""
+        at = self._inside(score)
+        if self.name == "logit":
+            at = np.log(at / (1 - at))
+        return np.arctanh(at) if self.name == "z" else at
+
+    def back(self, value: Floats | float) -> Floats:
+        """The score of a value on this scale."""
+        at = np.asarray(value, dtype=np.float64)
+        if self.name == "logit":
+            return np.asarray(1 / (1 + np.exp(-np.clip(at, -700, 700))))
+        return np.tanh(at) if self.name == "z" else at
+
+    def slope(self, score: Floats | float) -> Floats:
+        """How fast the value grows with the score."""
+        at = self._inside(score)
+        if self.name == "logit":
+            return np.asarray(1 / (at * (1 - at)))
+        return np.asarray(1 / (1 - at**2)) if self.name == "z" else np.ones_like(at)
+
+    def _inside(self, score: Floats | float) -> Floats:
+        at = np.asarray(score, dtype=np.float64)
+        if self.name == "logit":
+            return np.clip(at, 1e-12, 1 - 1e-12)
+        return np.clip(at, -1 + 1e-12, 1 - 1e-12) if self.name == "z" else at
+
+
+LINEAR, LOGIT, FISHER_Z = Scale(), Scale("logit"), Scale("z")
+
+
+def t_interval(estimate: float, variance: float, freedom: float, level: float, scale: Scale = LINEAR) -> Interval:
+    """Student's t interval on a scale. Where a share of none or all has no variance, Wilson's stands in."""
+    from scipy import stats
+
+    if variance <= 0 and scale == LOGIT:
+        return score_interval(estimate, 0.0, freedom, level)
+    reach = float(stats.t.ppf((1 + level) / 2, freedom)) * np.sqrt(variance) * scale.slope(estimate)
+    low, high = scale.back(scale.to(estimate) - reach), scale.back(scale.to(estimate) + reach)
+    return Interval(float(low), float(high))
+
+
+def score_interval(mean: float, variance: float, freedom: float, level: float) -> Interval:
+    """Wilson's interval of a mean of values between 0 and 1, with as many 0/1 units as would give its variance.
+
+    It holds for means near 0 and 1, where the error is skewed and a variance from a few units is too small. Without
+    any variance the units are ``freedom + 1`` of equal 0s or 1s.
+    """
+    from scipy import stats
+
+    square = float(stats.t.ppf((1 + level) / 2, freedom)) ** 2
+    spread = max(mean * (1 - mean), 0.0)
+    units = spread / variance if variance > 0 and spread > 0 else freedom + 1
+    centre = (mean + square / (2 * units)) / (1 + square / units)
+    reach = np.sqrt(square * (spread / units + square / (4 * units**2))) / (1 + square / units)
+    return Interval(max(float(centre - reach), 0.0), min(float(centre + reach), 1.0))
+
+
+FEW_CONTRIBUTIONS = 20
+"""Where fewer units than this decide the variance of a score, percentiles of resamples are too narrow."""
+
+
+def contributions(influence: Floats, clusters: Ints) -> float:
+    """How many clusters decide the variance of a score: ``(sum r^2)^2 / sum r^4`` of their residuals.
+
+    It is the number of 1s among many 0s, and a third of all clusters for normal residuals.
+    """
+    squares = _cluster_residuals(influence, clusters) ** 2
+    if squares.max(initial=0.0) <= 1e-20:
+        return 0.0
+    return float(squares.sum() ** 2 / (squares**2).sum())
+
+
+def cluster_variance(influence: Floats, clusters: Ints) -> float:
+    """The variance of a mean of units in independent clusters."""
+    count = int(clusters.max()) + 1
+    squares = float((_cluster_residuals(influence, clusters) ** 2).sum())
+    return squares / len(influence) ** 2 * count / max(count - 1, 1)
+
+
+def few_decide(influence: Floats, clusters: Ints) -> bool:
+    """Whether so few clusters decide the variance of a score that percentiles of resamples are too narrow."""
+    deciding = contributions(influence, clusters)
+    return 0 < deciding < min(FEW_CONTRIBUTIONS, (int(clusters.max()) + 1) / 5)
+
+
+def few_interval(
+    estimate: float, influence: Floats, clusters: Ints, freedom: float, level: float, scale: Scale
+) -> Interval:
+    """The interval of a score whose variance few clusters decide: Wilson's between 0 and 1, else Student's t on a scale."""
+    variance = cluster_variance(influence, clusters)
+    if scale == LOGIT:
+        return score_interval(estimate, variance, freedom, level)
+    return t_interval(estimate, variance, freedom, level, scale)
+
+
+def _cluster_residuals(influence: Floats, clusters: Ints) -> Floats:
+    return np.asarray(np.bincount(clusters, weights=influence - influence.mean()), dtype=np.float64)
+
+
+def kurtosis_freedom(influence: Floats, clusters: Ints) -> float:
+    """Degrees of freedom of a variance to which few clusters contribute: ``2 n / (kurtosis - 1)``."""
+    count = int(clusters.max()) + 1
+    deciding = contributions(influence, clusters)
+    if deciding <= 0:
+        return max(count - 1.0, 1.0)
+    return float(np.clip(2 * count / max(count / deciding - 1, 2.0), 3.0, max(count - 1, 3)))
+
+
+_FEWEST_FREEDOM = 8.0
+
+
+def cluster_freedom(influence: Floats, clusters: Ints) -> float:
+    """Degrees of freedom of the variance of a mean over clusters: their number less one where they are of one size.
+
+    Of unequal clusters the large ones decide, the more so the more alike the units of a cluster are (Satterthwaite).
+    The formula overdoes it where a handful decides: at least 8 degrees (if there are so many clusters) are counted.
+    """
+    sizes = np.bincount(clusters).astype(np.float64)
+    count, units = len(sizes), len(clusters)
+    if sizes.min() == sizes.max() or influence.ndim != 1:
+        return float(count - 1)
+    total = float(((influence - influence.mean()) ** 2).sum())
+    if total <= 0:
+        return float(count - 1)
+    pairs = float((sizes**2).sum()) - units
+    between = float((_cluster_residuals(influence, clusters) ** 2).sum()) - total
+    alike = float(np.clip(between / pairs * (units - 1) / total + 1 / units, 0.0, 1.0))
+    parts = sizes * (1 + (sizes - 1) * alike)
+    return float(max(parts.sum() ** 2 / (parts**2).sum() - 1, min(_FEWEST_FREEDOM, count - 1)))
 
 
 def cluster_numbers(clusters: Sequence[str | None], ids: Sequence[str]) -> Ints:
@@ -111,7 +249,63 @@ def sign_flip_ps(differences: Floats, clusters: Ints, permutations: int, rng: np
     for rows in chunks(permutations, len(moving)):
         signs = rng.integers(2, size=(rows, len(moving)), dtype=np.int8).astype(np.float64) * 2 - 1
         extreme += (np.abs(signs @ moving) >= reached).sum(axis=0)
-    return np.asarray((extreme + 1) / (permutations + 1), dtype=np.float64)
+    p = np.asarray((extreme + 1) / (permutations + 1), dtype=np.float64)
+    sizes = np.bincount(clusters, minlength=count).astype(np.float64)
+    for column in np.flatnonzero(_skewed(sums, sizes)):
+        p[column] = max(p[column], studentised_p(sums[:, column], sizes, permutations, rng))
+    return p
+
+
+_SKEWED = 0.2
+"""Skewness over the root of the number of clusters from which signs are no longer exchangeable enough."""
+
+
+def _skewed(sums: Floats, sizes: Floats) -> NDArray[np.bool_]:
+    """Whether sums of differences ``[clusters, comparisons]`` are so skewed and few that sign flips are too bold."""
+    residuals = sums - sizes[:, None] * (sums.sum(axis=0) / sizes.sum())
+    spread = np.maximum((residuals**2).mean(axis=0), 1e-300) ** 1.5
+    return np.asarray(np.abs((residuals**3).mean(axis=0)) / spread > _SKEWED * np.sqrt(len(sizes)))
+
+
+def studentised_p(sums: Floats, sizes: Floats, samples: int, rng: np.random.Generator) -> float:
+    """Two-sided p of a mean of zero by the studentised bootstrap of whole clusters, ``sums`` and ``sizes [clusters]``.
+
+    It holds for skewed differences, where equal means are not exchangeable scores: a 0/1 score against a steady one.
+    """
+    count, mean = len(sums), float(sums.sum() / sizes.sum())
+    centred = sums - mean * sizes
+
+    def statistic(total: Floats, square: Floats, crossed: Floats, size: Floats, sizes_squared: Floats) -> Floats:
+        found = total / size
+        variance = np.maximum(square - 2 * found * crossed + found**2 * sizes_squared, 0.0) / size**2
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.abs(found) / np.sqrt(variance)
+        return np.asarray(np.where(variance > 1e-24, ratio, np.where(np.abs(found) > 1e-12, np.inf, 0.0)))
+
+    error = float(np.sqrt((centred**2).sum())) / float(sizes.sum())
+    if error <= 1e-15:
+        return 1.0 if abs(mean) <= 1e-15 else 1 / (samples + 1)
+    moments = np.stack([centred, centred**2, centred * sizes, sizes, sizes**2], axis=1)
+    extreme = 0
+    for rows in chunks(samples, count):
+        drawn = statistic(*(resample_counts(rng, rows, count) @ moments).T)
+        extreme += int((drawn >= abs(mean) / error - 1e-12).sum())
+    return (extreme + 1) / (samples + 1)
+
+
+def plus_minus_interval(differences: Floats, clusters: Ints, level: float) -> Interval:
+    """Student's t interval of a mean of few differences that are not zero, with one more won and one more lost.
+
+    As Agresti & Min (2005) have it for pairs of 0s and 1s; the two added units are as large as the largest difference.
+    """
+    from scipy import stats
+
+    n, count = len(differences), int(clusters.max()) + 1
+    largest = float(np.abs(differences).max())
+    variance = (n**2 * cluster_variance(differences, clusters) + 2 * largest**2) / (n + 2) ** 2
+    mean = float(differences.sum()) / (n + 2)
+    reach = float(stats.t.ppf((1 + level) / 2, max(count - 1, 1))) * np.sqrt(variance)
+    return Interval(mean - reach, mean + reach)
 
 
 def sign_flip_p(differences: Floats, clusters: Ints, permutations: int, rng: np.random.Generator) -> float:
