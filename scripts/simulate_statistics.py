@@ -10,19 +10,30 @@ mean share their resamples, which changes no expectation and makes thousands of 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from scipy import stats
 
 from nearfield.evaluation import statistics
-from nearfield.evaluation.scores import AVERAGE_PRECISION, CROSSED_MEAN, MATCH_F1, SPEARMAN, CrossedError, Estimator
-from nearfield.files import write_json, write_text
+from nearfield.evaluation.scores import (
+    AVERAGE_PRECISION,
+    CROSSED_MEAN,
+    MATCH_F1,
+    SPEARMAN,
+    CrossedError,
+    Estimator,
+    TaskScores,
+)
+from nearfield.evaluation.sharing import Sharing
+from nearfield.evaluation.statistics import LINEAR, LOGIT
+from nearfield.files import read_json, write_json, write_text
 from nearfield.provenance import generator
 
 ROOT = Path(__file__).parents[1]
@@ -236,6 +247,293 @@ def rank_coverage(simulations: int, samples: int, rng: Rng) -> dict[str, Any]:
     }
 
 
+# Units that share content
+
+
+def structures(n: int, rng: Rng) -> dict[str, Sharing]:
+    """How ``n`` units may share content so that all hang together."""
+
+    def drawn(each: int, contents: int, power: float = 0.0) -> Sharing:
+        weights = 1 / np.arange(1, contents + 1) ** power
+        chance = weights / weights.sum()
+        return Sharing(tuple(tuple(rng.choice(contents, each, replace=False, p=chance).tolist()) for _ in range(n)))
+
+    few = int(np.ceil((1 + np.sqrt(1 + 8 * n)) / 2))
+    pairs = list(combinations(range(few), 2))
+    chosen = rng.choice(len(pairs), n, replace=False)
+    return {
+        "2 of n/2 documents": drawn(2, n // 2),
+        "2 of n/5 documents": drawn(2, n // 5),
+        "5 of n/2 documents": drawn(5, n // 2),
+        "all pairs of few documents (LIMIT)": Sharing(tuple(pairs[i] for i in chosen)),
+        "pairs of n sentences": drawn(2, n),
+        "pairs of n sentences, popularity 1/rank^0.5": drawn(2, n, 0.5),
+        "2 of n/2 documents, popularity 1/rank^0.7": drawn(2, n // 2, 0.7),
+        "2 of n/2 documents, popularity 1/rank": drawn(2, n // 2, 1.0),
+        "12 clusters": Sharing(tuple((i * 12 // n,) for i in range(n))),
+        "8 clusters": Sharing(tuple((i * 8 // n,) for i in range(n))),
+    }
+
+
+def _shared_scores(sharing: Sharing, kind: str, part: float, simulations: int, rng: Rng) -> tuple[Floats, float]:
+    """Scores ``[units, simulations]`` of which ``part`` of the variance is that of their contents, and the true mean."""
+    n = len(sharing.contents)
+    rows = np.repeat(np.arange(n), [len(of) for of in sharing.contents])
+    columns = np.concatenate([np.array(of) for of in sharing.contents])
+    width, sizes = int(columns.max()) + 1, np.bincount(rows)
+    noise = rng.normal(size=(n, simulations))
+    if kind == "found":
+        effects = rng.normal(size=(width, simulations))
+        latent = np.sqrt(part) * effects[columns] + np.sqrt((1 - part) / 2) * (
+            noise[rows] + rng.normal(size=(len(rows), simulations))
+        )
+        return np.add.reduceat(
+            latent > 1.0, np.flatnonzero(np.diff(rows, prepend=-1)), axis=0, dtype=np.float64
+        ) / sizes[:, None], float(stats.norm.sf(1.0))
+    effects = (
+        rng.normal(size=(width, simulations)) if kind == "normal" else rng.exponential(size=(width, simulations)) - 1
+    )
+    summed = np.add.reduceat(effects[columns], np.flatnonzero(np.diff(rows, prepend=-1)), axis=0)
+    return np.sqrt(part) * summed / np.sqrt(sizes)[:, None] + np.sqrt(1 - part) * noise, 0.0
+
+
+def shared(simulations: int, seed: int) -> list[dict[str, Any]]:
+    """Coverage and p-values of independent units (as before) and of pairs that share something, by structure."""
+    rows = []
+    for n in (200, 1000):
+        for title, sharing in structures(n, generator(seed, "structure", n)).items():
+            count = simulations if n < 1000 else simulations // 4
+            for kind, parts in (("normal", (0.0, 0.2, 0.5, 0.9)), ("skewed", (0.2, 0.9)), ("found", (0.2, 0.5, 0.9))):
+                for part in parts:
+                    rng = generator(seed, "shared", n, title, kind, part)
+                    values, truth = _shared_scores(sharing, kind, part, count, rng)
+                    means, plain = values.mean(axis=0), values.var(axis=0, ddof=1) / n
+                    scale = LOGIT if kind == "found" else LINEAR
+                    slope = scale.slope(means)
+                    distance = np.abs(scale.to(means) - scale.to(truth)) / slope
+                    error = np.sqrt(np.maximum(sharing.variances(values), 1e-300))
+                    p_new = 2 * stats.t.sf(distance / error, sharing.effective)
+                    p_old = 2 * stats.t.sf(np.abs(means - truth) / np.sqrt(np.maximum(plain, 1e-300)), n - 1)
+                    rows.append(
+                        {
+                            "n": n, "structure": title, "effects": kind, "part": part, "simulations": count,
+                            "effective": sharing.effective, "given": sharing.reason is None,
+                            "before": shares(p_old), "now": shares(p_new),
+                            "width": float(np.median(error / np.sqrt(np.maximum(plain, 1e-300)))),
+                        }
+                    )  # fmt: skip
+            print(f"{title}, n = {n}: {rows[-1]['effective']:.1f} effective", flush=True)
+    return rows
+
+
+def shared_pairs(simulations: int, seed: int) -> list[dict[str, Any]]:
+    """The same for Spearman's correlation and average precision of pairs of sentences that occur in other pairs as well."""
+    rows = []
+    for n in (200, 1000):
+        sharing = structures(n, generator(seed, "structure", n))["pairs of n sentences"]
+        columns = np.array(sharing.contents)
+        for title, estimator in (("Spearman", SPEARMAN), ("average precision", AVERAGE_PRECISION)):
+            rng, count = generator(seed, "shared pairs", n, title), simulations if n < 1000 else simulations // 3
+
+            def make(pairs: Floats, rng: Rng, title: str = title) -> tuple[Floats, Floats, Floats]:
+                width = int(pairs.max()) + 1
+                gold = rng.normal(size=len(pairs)) + 0.8 * rng.normal(size=width)[pairs].sum(axis=1)
+                first, second = (
+                    gold + rng.normal(size=len(pairs)) + rng.normal(size=width)[pairs].sum(axis=1) for _ in range(2)
+                )
+                return (gold if title == "Spearman" else (gold > 0.4).astype(np.float64)), first, second
+
+            far = rng.integers(200_000, size=(200_000, 2))
+            truth = float(np.mean([estimator.value(*make(far, rng)[:2]) for _ in range(10)]))
+            inside, before, p_values = 0, 0, []
+            for _ in range(count):
+                gold, first, second = make(columns, rng)
+                ours, theirs = estimator.influence(gold, first), estimator.influence(gold, second)
+                score, scale = estimator.value(gold, first), estimator.scale(first)
+                interval = sharing.interval(score, ours, 0.95, scale)
+                single = statistics.t_interval(score, float(ours.var(ddof=1)) / n, n - 1, 0.95, scale)
+                inside += interval.low <= truth <= interval.high
+                before += single.low <= truth <= single.high
+                p_values.append(sharing.p(score - estimator.value(gold, second), ours - theirs))
+            rows.append(
+                {
+                    "n": n, "score": title, "simulations": count, "before": before / count, "now": inside / count,
+                    "p": shares(np.array(p_values)),
+                }
+            )  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+def shared_ranks(simulations: int, samples: int, seed: int) -> list[dict[str, Any]]:
+    """Rank sets of eight models on queries that share documents: by resampled queries, and by joint draws."""
+    true = np.array([0.60, 0.58, 0.57, 0.55, 0.55, 0.54, 0.50, 0.40])
+    best, worst = 1 + (true[None] > true[:, None]).sum(axis=1), (true[None] >= true[:, None]).sum(axis=1)
+    rows = []
+    for n in (200, 1000):
+        sharing = structures(n, generator(seed, "structure", n))["all pairs of few documents (LIMIT)"]
+        columns, rng, held = np.array(sharing.contents), generator(seed, "shared ranks", n), np.zeros(2)
+        widths = np.zeros(2)
+        for _ in range(simulations):
+            effects = 0.1 * rng.normal(size=(int(columns.max()) + 1, len(true)))
+            values = true + effects[columns].sum(axis=1) + 0.1 * rng.normal(size=(n, len(true)))
+            means = values.mean(axis=0)
+            drawn = (
+                statistics.bootstrap_means(values, np.arange(n), samples, rng),
+                sharing.replicates(means, values, samples, rng),
+            )
+            for i, replicates in enumerate(drawn):
+                sets = statistics.rank_sets(means, replicates)
+                held[i] += bool(((sets.low <= best) & (sets.high >= worst)).all())
+                widths[i] += float((sets.high - sets.low + 1).mean())
+        rows.append(
+            {"n": n, "before": held[0] / simulations, "now": held[1] / simulations, "ranks": widths[1] / simulations}
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+# Shapes that are hard
+
+
+def _shapes(n: int, simulations: int, rng: Rng) -> dict[str, tuple[Floats, float]]:
+    def ones(share: float) -> Floats:
+        return (rng.random((n, simulations)) < share).astype(np.float64)
+
+    ranks = 1 / np.log2(np.arange(2, 8))
+    return {
+        "97 % zeros": (ones(0.03), 0.03),
+        "97 % zeros, else nDCG of one document": (
+            ones(0.03) * rng.choice(ranks, (n, simulations)),
+            0.03 * ranks.mean(),
+        ),
+        "95 % ones": (ones(0.95), 0.95),
+        "95 % ones, else uniform": (1 - ones(0.05) * rng.random((n, simulations)), 0.975),
+        "80 % zeros": (ones(0.2), 0.2),
+        "uniform": (rng.random((n, simulations)), 0.5),
+    }
+
+
+def _interval_of(values: Floats, clusters: tuple[str, ...], replicates: Floats) -> statistics.Interval:
+    ids = tuple(map(str, range(len(values))))
+    of = TaskScores(
+        "score", float(values.mean()), "", None, ids=ids, clusters=clusters or (None,) * len(ids), values=values
+    )
+    return of.interval(replicates, 0.95)
+
+
+def shapes(simulations: int, samples: int, seed: int) -> list[dict[str, Any]]:
+    """Coverage of means of many zeros or ones, by percentiles of resamples (as before) and now."""
+    rows = []
+    for n in SIZES:
+        rng = generator(seed, "shapes", n)
+        for title, (values, truth) in _shapes(n, simulations, rng).items():
+            replicates = statistics.bootstrap_means(values, np.arange(n), samples, rng)
+            found = [_interval_of(values[:, i], (), replicates[:, i]) for i in range(simulations)]
+            now = float(np.mean([one.low <= truth + 1e-12 and truth - 1e-12 <= one.high for one in found]))
+            rows.append({"n": n, "shape": title, "before": covered(replicates, truth, n - 1.0), "now": now})
+        for alike in (0.0, 0.3, 0.8):
+            sizes = np.maximum(1, np.round(0.1 * n / np.arange(1, 4 * n))).astype(np.int64)
+            sizes = sizes[: int(np.searchsorted(np.cumsum(sizes), n)) + 1]
+            numbers = np.repeat(np.arange(len(sizes)), sizes)
+            skewed = rng.exponential(size=(len(sizes), simulations)) - 1
+            values = np.sqrt(alike) * skewed[numbers] + np.sqrt(1 - alike) * rng.normal(
+                size=(len(numbers), simulations)
+            )
+            replicates = statistics.bootstrap_means(values, numbers, samples, rng)
+            names = tuple(map(str, numbers))
+            found = [_interval_of(values[:, i], names, replicates[:, i]) for i in range(simulations)]
+            now = float(np.mean([one.low <= 0 <= one.high for one in found]))
+            title = f"{alike:.0%} of the variance is that of clusters of Zipf's sizes"
+            rows.append({"n": n, "shape": title, "before": covered(replicates, 0.0, len(sizes) - 1.0), "now": now})
+        print([row for row in rows if row["n"] == n], flush=True)
+    return rows
+
+
+def hard_pairs(simulations: int, samples: int, seed: int) -> list[dict[str, Any]]:
+    """Coverage of high correlations with outliers and average precisions near 1: before, now, and where nothing is cautioned."""
+    rows = []
+
+    def outliers(n: int, rng: Rng) -> tuple[Floats, Floats]:
+        latent = rng.normal(size=n)
+        return latent, np.where(rng.random(n) < 0.03, rng.normal(size=n), latent + 0.2 * rng.normal(size=n))
+
+    def labelled(apart: float, share: float) -> Callable[[int, Rng], tuple[Floats, Floats]]:
+        def make(n: int, rng: Rng) -> tuple[Floats, Floats]:
+            labels = (rng.random(n) < share).astype(np.float64)
+            labels[:2] = (1.0, 0.0)
+            return labels, apart * labels + rng.normal(size=n)
+
+        return make
+
+    plans: dict[str, tuple[Estimator, Callable[[int, Rng], tuple[Floats, Floats]]]] = {
+        "Spearman 0.95 with 3 % outliers": (SPEARMAN, outliers),
+        "average precision 0.976": (AVERAGE_PRECISION, labelled(3.0, 0.4)),
+        "average precision 0.997": (AVERAGE_PRECISION, labelled(4.0, 0.4)),
+        "average precision 0.26, 5 % positives": (AVERAGE_PRECISION, labelled(1.3, 0.05)),
+    }
+    for n in SIZES:
+        for title, (estimator, make) in plans.items():
+            rng = generator(seed, "hard", n, title)
+            truth = float(np.mean([estimator.value(*make(100_000, rng)) for _ in range(10)]))
+            before, now, unmarked = 0, 0, []
+            for _ in range(simulations):
+                gold, values = make(n, rng)
+                replicates = estimator.replicates(gold, values[:, None], np.arange(n), samples, rng)[:, 0]
+                plain = statistics.percentile_interval(replicates, 0.95, n - 1.0)
+                ids = tuple(map(str, range(n)))
+                of = TaskScores(
+                    "score", estimator.value(gold, values), "", None, estimator, ids, (None,) * n, values, gold
+                )
+                interval = of.interval(replicates, 0.95)
+                before += plain.low <= truth <= plain.high
+                now += interval.low <= truth <= interval.high
+                if of.caution is None:
+                    unmarked.append(interval.low <= truth <= interval.high)
+            rows.append(
+                {
+                    "n": n, "shape": title, "simulations": simulations, "before": before / simulations,
+                    "now": now / simulations, "marked": 1 - len(unmarked) / simulations,
+                    "unmarked": float(np.mean(unmarked)) if unmarked else None,
+                }
+            )  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+def skewed_differences(simulations: int, permutations: int, seed: int) -> list[dict[str, Any]]:
+    """p-values of 0/1 scores against steady ones of the same mean: by sign flips alone (as before) and now."""
+    rows = []
+    for n in SIZES:
+        rng = generator(seed, "skewed", n)
+        kinds = {
+            f"0/1 ({share:g}) against steady": (rng.random((n, simulations)) < share) - share
+            for share in (0.8, 0.9, 0.95, 0.97)
+        }
+        kinds["exponential"] = rng.exponential(size=(n, simulations)) - 1
+        kinds["normal"] = rng.normal(size=(n, simulations))
+        for title, values in kinds.items():
+            flips = statistics.flip_ps(values.astype(np.float64), permutations, rng)
+            now = statistics.sign_flip_ps(values.astype(np.float64), np.arange(n), permutations, rng)
+            rows.append({"n": n, "difference": title, "before": shares(flips), "now": shares(now)})
+        print([row for row in rows if row["n"] == n], flush=True)
+    return rows
+
+
+def shared_power(simulations: int, seed: int) -> list[dict[str, Any]]:
+    """How often a true difference is found on queries that share documents (half of the variance is theirs)."""
+    rows = []
+    for n in (200, 1000):
+        for title in ("2 of n/2 documents", "all pairs of few documents (LIMIT)", "pairs of n sentences"):
+            sharing = structures(n, generator(seed, "structure", n))[title]
+            values, _ = _shared_scores(sharing, "normal", 0.5, simulations, generator(seed, "shared power", n, title))
+            error = np.sqrt(sharing.variances(values))
+            for shift in (0.1, 0.2, 0.4):
+                p = 2 * stats.t.sf(np.abs(values.mean(axis=0) + shift) / error, sharing.effective)
+                rows.append({"n": n, "structure": title, "shift": shift, "power": float((p <= 0.05).mean())})
+    return rows
+
+
 def run(simulations: int, seed: int) -> dict[str, Any]:
     """All simulations."""
     real = populations()
@@ -315,20 +613,40 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def run_shared(simulations: int, seed: int) -> dict[str, Any]:
+    """The simulations of units that share content and of hard shapes."""
+    started, few = time.process_time(), max(simulations // 4, 100)
+    found = {
+        "shared_simulations": simulations,
+        "shared": shared(simulations, seed),
+        "shared_pairs": shared_pairs(few, seed),
+        "shared_ranks": shared_ranks(few, 1000, seed),
+        "shared_power": shared_power(simulations, seed),
+        "shapes": shapes(few, 1000, seed),
+        "hard_pairs": hard_pairs(few, 400, seed),
+        "skewed": skewed_differences(few, 999, seed),
+    }
+    return found | {"shared_cpu_seconds": round(time.process_time() - started)}
+
+
 def main() -> None:
     """Simulate and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--simulations", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--part", choices=("all", "independent", "shared"), default="all")
+    parser.add_argument("--json", type=Path, help="write all figures here; those of the other part are kept")
     parser.add_argument("--table", type=Path, help="write the tables here, as Markdown")
     arguments = parser.parse_args()
-    found = run(arguments.simulations, arguments.seed)
+    found = read_json(arguments.json) if arguments.part != "all" and arguments.json and arguments.json.is_file() else {}
+    if arguments.part in ("all", "independent"):
+        found |= run(arguments.simulations, arguments.seed)
+    if arguments.part in ("all", "shared"):
+        found |= run_shared(arguments.simulations, arguments.seed)
     if arguments.json:
         write_json(arguments.json, found)
     if arguments.table:
         write_text(arguments.table, table(found))
-    print(json.dumps(found["calibration"], indent=1))
     print(table(found))
 
 

@@ -7,8 +7,9 @@ prompts that it was trained with, or the run stops (:func:`prompt_notices`).
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +27,7 @@ from nearfield.encoders.encode import Encoder, ZeroCount
 from nearfield.encoders.load import shipped_files
 from nearfield.encoders.prompts import ROLES, SIDES, TEXT, has_roles, read_contract
 from nearfield.encoders.source import CONTRACT_FILE
+from nearfield.encoders.tokenize import count_cuts, token_ids
 from nearfield.errors import BadInputError, Notice
 
 if TYPE_CHECKING:
@@ -66,11 +68,16 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         self.turn: Rotate | None = None
         self.zeros = ZeroCount()
         """Of the vectors that the present task got."""
+        self.same_tokens = 0
+        """Texts of the present task whose tokens are those of another text: they have its very vector."""
         self._kept: dict[tuple[str | None, str | None], dict[str, NDArray[np.float32]]] = {}
+        self._first: dict[tuple[str | None, str | None], dict[bytes, str]] = {}
 
     def forget(self) -> None:
         """Drop what was kept of a task: the embeddings of its texts, and how many of them are zero."""
         self._kept.clear()
+        self._first.clear()
+        self.same_tokens = 0
         self.zeros = ZeroCount()
 
     def vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -116,17 +123,49 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
     def _embed_texts(
         self, texts: Sequence[str], task_metadata: Any, prompt_type: PromptType | None
     ) -> NDArray[np.float32]:
-        """Whole vectors of texts; each distinct text of a task is encoded once."""
+        """Whole vectors of texts; each distinct text of a task is encoded once, and so is each sequence of tokens.
+
+        Among other texts of a batch equal tokens would get vectors that differ in the last digits, which breaks ties.
+        """
         role = None if prompt_type is None else prompt_type.value
-        vectors = self._kept.setdefault((role, get_prompt(self.model_prompts, task_metadata, prompt_type)), {})
+        place = (role, get_prompt(self.model_prompts, task_metadata, prompt_type))
+        vectors = self._kept.setdefault(place, {})
         missing = [text for text in dict.fromkeys(texts) if text not in vectors]
         if sum(map(len, self._kept.values())) + len(missing) > _MAX_KEPT_TEXTS:
             vectors = {text: vectors[text] for text in texts if text in vectors}
         if missing:
             prompt = self.prompt_for(task_metadata, prompt_type)
             says = f"{task_metadata.name}: encoding {len(missing)} texts"
-            vectors.update(self.encoder.each(missing, prompt, role, says=says))
+            first = self._first_of_tokens(missing, prompt, self._first.setdefault(place, {}))
+            wanted = [text for text in dict.fromkeys(first.values()) if text not in vectors]
+            vectors.update(self.encoder.each(wanted, prompt, role, says=says) if wanted else {})
+            others = [text for text in missing if first[text] != text]
+            if others:
+                self.encoder.cut += count_cuts(self.model, others, prompt)
+                self.same_tokens += len(others)
+            vectors.update({text: vectors[first[text]] for text in others})
         return np.stack([vectors[text] for text in texts])
+
+    def _first_of_tokens(self, texts: Sequence[str], prompt: str, known: dict[bytes, str]) -> dict[str, str]:
+        """The first text of the same tokens for each of some texts; a model that tokenises texts itself tells none."""
+        if not self.encoder.by_tokens:
+            return {text: text for text in texts}
+        rows = token_ids(self.model, texts, prompt)
+        return {text: known.setdefault(row.tobytes(), text) for text, row in zip(texts, rows, strict=True)}
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """The model's similarity of all pairs; of signs it is exact, so that equal Hamming distances are ties."""
+        return self._exact(super().similarity(embeddings1, embeddings2), embeddings1)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """The model's similarity of each pair, as exact."""
+        return self._exact(super().similarity_pairwise(embeddings1, embeddings2), embeddings1)
+
+    def _exact(self, scores: Any, embeddings: Any) -> Any:
+        if self.quantize != "binary" or self.model.similarity_fn_name not in (None, "cosine", "dot"):
+            return scores
+        width = embeddings.shape[-1]
+        return (scores * width).round() / width
 
     def _checked(self, whole: NDArray[np.float32], texts: Sequence[str] | None, task: str) -> NDArray[np.float32]:
         """Vectors as they are scored, cut and rounded; counted where they are zero, refused where they are not finite.
@@ -141,6 +180,43 @@ class TaskEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         cut = compress(whole, self.dimensions, "none", self.turn)
         self.zeros.count(cut, item)
         return compress(cut, None, self.quantize)
+
+
+@contextlib.contextmanager
+def exact_distances(encoder: Any) -> Iterator[None]:
+    """Inside, mteb's distances of pairs of signs are made of the number of signs that differ: equal ones are ties."""
+    if getattr(encoder, "quantize", "none") != "binary":
+        yield
+        return
+    from mteb._evaluators import any_sts_evaluator, pair_classification_evaluator
+
+    def differing(first: Any, second: Any) -> tuple[NDArray[np.float64], int]:
+        signs = [np.asarray(one) > 0 for one in (first, second)]
+        return (signs[0] != signs[1]).sum(axis=1).astype(np.float64), signs[0].shape[1]
+
+    def cosine(first: Any, second: Any) -> NDArray[np.float64]:
+        count, width = differing(first, second)
+        return np.asarray(2 * count / width)
+
+    def manhattan(first: Any, second: Any) -> NDArray[np.float64]:
+        count, width = differing(first, second)
+        return np.asarray(2 * count / np.sqrt(width))
+
+    def euclidean(first: Any, second: Any) -> NDArray[np.float64]:
+        count, width = differing(first, second)
+        return np.asarray(2 * np.sqrt(count / width))
+
+    made = {"cosine": cosine, "manhattan": manhattan, "euclidean": euclidean}
+    before = []
+    for module in (any_sts_evaluator, pair_classification_evaluator):
+        for name, distances in made.items():
+            before.append((module, f"paired_{name}_distances", getattr(module, f"paired_{name}_distances")))
+            setattr(module, f"paired_{name}_distances", distances)
+    try:
+        yield
+    finally:
+        for module, name, function in before:
+            setattr(module, name, function)
 
 
 Rotate = Callable[[NDArray[np.float32]], NDArray[np.float32]]

@@ -297,6 +297,10 @@ class _Run:
         recorder.finish(result.scores)
         if encoder is not None:
             self._say_of_texts(encoder, name)
+            if encoder.same_tokens:
+                logger.info(
+                    "%s: %d texts have the tokens, and so the vector, of another text", name, encoder.same_tokens
+                )
         main_scores = scores_by_split(result)
         metadata = {
             "version": VERSION,
@@ -321,6 +325,8 @@ class _Run:
             "texts_encoded": None if made is None else made.encoded - before[0],
             "texts_from_cache": None if made is None else made.reused - before[1],
             "texts_cut": None if made is None else made.cut.to_json(),
+            "texts_of_same_tokens": None if encoder is None else encoder.same_tokens,
+            "tied_predictions": recorder.tied,
             "seconds": round(result.evaluation_time or 0.0, 3),
         }
 

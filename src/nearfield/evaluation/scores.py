@@ -38,8 +38,6 @@ from nearfield.provenance import generator
 
 Rng = np.random.Generator
 _SORTED_CELLS = 200_000_000
-_DECIDING = 5
-"""Where fewer units decide the error of a correlation or an average precision, intervals cover 78 to 92 %."""
 
 _DECIDING_A_MEAN = 3
 """Where fewer units than this decide a mean, its degrees of freedom are counted by the kurtosis."""
@@ -55,6 +53,8 @@ class Estimator:
     """Whether the score is a mean over units, so that one unit has a difference of its own."""
     of_units: bool = True
     """Whether units are all that the score is made of, so that what they share can be counted."""
+    fewest_deciding: int = 5
+    """Where fewer units decide the error of a score that is no mean, the interval may be too narrow."""
 
     def value(self, truth: Floats, values: Floats) -> float:
         """The score."""
@@ -93,7 +93,7 @@ class Estimator:
 
     def caution(self, truth: Floats, values: Floats, deciding: float) -> str | None:
         """Why the interval may not hold for scores of this shape, of which ``deciding`` units make the variance."""
-        if self.is_mean or deciding >= _DECIDING:
+        if self.is_mean or deciding >= self.fewest_deciding:
             return None
         return f"about {deciding:.1f} of {len(truth):,} units decide the error, so the interval may be too narrow"
 
@@ -133,6 +133,7 @@ class Spearman(Estimator):
 
     scope: str = "other pairs of the same kind"
     is_mean: bool = False
+    fewest_deciding: int = 10
 
     def value(self, truth: Floats, values: Floats) -> float:
         """The correlation; NaN where one side is constant."""

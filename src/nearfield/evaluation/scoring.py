@@ -33,6 +33,7 @@ from mteb.abstasks import (
 from mteb.results import TaskResult
 
 from nearfield.errors import BadInputError, Notice, say
+from nearfield.evaluation.encoder import exact_distances
 from nearfield.evaluation.results import EXPERIMENT, TOP, TOP_SCHEMA, Record
 from nearfield.evaluation.scores import AVERAGE_PRECISION
 from nearfield.evaluation.sharing import numbered, shared_clusters
@@ -56,15 +57,16 @@ def score_task(encoder: Any, task: Any, prediction_folder: Path | None = None) -
     task.load_data()
     check_task(task)
     read_columns_whole(task)
-    scored = mteb.evaluate(
-        encoder,
-        task,
-        cache=None,
-        co2_tracker=False,
-        encode_kwargs={"batch_size": 256, "show_progress_bar": False},
-        prediction_folder=prediction_folder,
-        show_progress_bar=False,
-    )
+    with exact_distances(encoder):
+        scored = mteb.evaluate(
+            encoder,
+            task,
+            cache=None,
+            co2_tracker=False,
+            encode_kwargs={"batch_size": 256, "show_progress_bar": False},
+            prediction_folder=prediction_folder,
+            show_progress_bar=False,
+        )
     if scored.exceptions:
         raise RuntimeError(scored.exceptions[0].exception)
     result = scored.task_results[0]
@@ -354,6 +356,8 @@ class Recorder:
         """The contents of these units, numbered."""
         self._place = ("", "")
         """Subset and split that mteb scores now."""
+        self.tied = 0
+        """How many pairs have the very similarity of an earlier one."""
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -468,6 +472,7 @@ class Recorder:
         if scores is None:
             self._no_interval(f"the score {self.main} is no Spearman correlation, so no interval is given")
         else:
+            self.tied += len(scores) - len(np.unique(scores))
             self._rows("pair", "prediction", scores)
 
     def _keep_pairs(self, predictions: Any) -> None:
@@ -476,6 +481,7 @@ class Recorder:
         labels = np.asarray(labels[0] if len(data) == 1 else labels[:], dtype=np.float64)
         scores, given = _pair_scores(self.main, predictions, labels)
         self._pairs_of_texts(data, [self.task.input1_column_name, self.task.input2_column_name])
+        self.tied += len(scores) - len(np.unique(scores))
         self._rows("pair", "label", labels)
         self._rows("pair", "prediction", scores)
         if not given:

@@ -22,7 +22,8 @@ from nearfield.evaluation.statistics import LINEAR, Floats, Interval, Scale, t_i
 FEWEST = 10
 """With fewer effective contents than this, 95 % intervals cover 80 to 92 % where the contents' effects are skewed."""
 _MOST_PAIRS = 50_000_000
-_PROBES = 512
+_COUNTED, _PROBES = 512, 128
+"""So many contents are counted one by one; of more, so many random vectors tell."""
 Unit = TypeVar("Unit", bound=Hashable)
 
 
@@ -114,10 +115,11 @@ class Sharing:
         mean = float(sums @ sums) / units**2
         square = 0.0
         rng = np.random.default_rng(0)
-        probes = min(count, _PROBES)
+        counted = count <= _COUNTED
+        probes = count if counted else _PROBES
         for start in range(0, probes, 64):
             width = min(64, probes - start)
-            if count <= _PROBES:
+            if counted:
                 probe = np.zeros((count, width))
                 probe[np.arange(start, start + width), np.arange(width)] = 1.0
             else:
@@ -126,7 +128,7 @@ class Sharing:
             effects -= effects.mean(axis=0)
             effects = own * effects + other * (self._pairs @ effects)
             square += float(((weights.T @ (effects - effects.mean(axis=0))) ** 2).sum())
-        square /= 1 if count <= _PROBES else probes
+        square /= 1 if counted else probes
         return float(min(mean**2 / square, count - 1)) if square > 0 else 0.0
 
     @property
@@ -153,9 +155,19 @@ class Sharing:
         values, vectors = np.linalg.eigh(own * products + other * (residuals.T @ (self._pairs @ residuals)) - plain)
         return np.asarray(plain + (vectors * np.maximum(values, 0.0)) @ vectors.T, dtype=np.float64)
 
+    def variances(self, influence: Floats) -> Floats:
+        """The variance of each of several scores by itself, ``influence [units, scores]``."""
+        assert self._coefficients is not None
+        own, other = self._coefficients
+        n = len(influence)
+        residuals = influence - influence.mean(axis=0)
+        products = (residuals**2).sum(axis=0)
+        together = own * products + other * (residuals * (self._pairs @ residuals)).sum(axis=0)
+        return np.asarray(np.maximum(together, products / (n * (n - 1))), dtype=np.float64)
+
     def variance(self, influence: Floats) -> float:
-        """:meth:`covariance` of one score, ``influence [units]``."""
-        return float(self.covariance(influence[:, None])[0, 0])
+        """:meth:`variances` of one score, ``influence [units]``."""
+        return float(self.variances(influence[:, None])[0])
 
     def interval(self, estimate: float, influence: Floats, level: float, scale: Scale = LINEAR) -> Interval:
         """Student's t interval of a score or a difference, on a scale where its errors are more symmetric."""

@@ -230,26 +230,31 @@ def bootstrap_means(values: Floats, clusters: Ints, samples: int, rng: np.random
     return np.concatenate(parts)
 
 
+def flip_ps(sums: Floats, permutations: int, rng: np.random.Generator) -> Floats:
+    """Two-sided p of flipped signs for each column of summed differences ``[clusters, comparisons]``."""
+    observed = np.abs(sums.sum(axis=0))
+    reached = observed - 1e-12 * np.maximum(1.0, np.abs(sums).sum(axis=0))
+    moving = sums[(sums != 0).any(axis=1)]
+    if moving.size == 0:
+        return np.ones(sums.shape[1])
+    extreme = np.zeros(sums.shape[1], dtype=np.int64)
+    for rows in chunks(permutations, len(moving)):
+        signs = rng.integers(2, size=(rows, len(moving)), dtype=np.int8).astype(np.float64) * 2 - 1
+        extreme += (np.abs(signs @ moving) >= reached).sum(axis=0)
+    return np.asarray((extreme + 1) / (permutations + 1), dtype=np.float64)
+
+
 def sign_flip_ps(differences: Floats, clusters: Ints, permutations: int, rng: np.random.Generator) -> Floats:
     """Two-sided p of a paired sign-flip test of each column of ``differences [units, comparisons]``; ``[comparisons]``.
 
     The signs of whole clusters are flipped; all comparisons share each flip. ``p = (b + 1) / (m + 1)`` with ``b`` of
     ``m`` random flips at least as far from zero as the data (Phipson & Smyth, 2010), so it is never zero and the test
-    is valid at any ``m``.
+    is valid at any ``m``. Where few or skewed differences decide, it is at least :func:`studentised_p`.
     """
     count = int(clusters.max()) + 1
     sums = np.zeros((count, differences.shape[1]))
     np.add.at(sums, clusters, differences)
-    observed = np.abs(sums.sum(axis=0))
-    reached = observed - 1e-12 * np.maximum(1.0, np.abs(sums).sum(axis=0))
-    moving = sums[(sums != 0).any(axis=1)]
-    if moving.size == 0:
-        return np.ones(differences.shape[1])
-    extreme = np.zeros(differences.shape[1], dtype=np.int64)
-    for rows in chunks(permutations, len(moving)):
-        signs = rng.integers(2, size=(rows, len(moving)), dtype=np.int8).astype(np.float64) * 2 - 1
-        extreme += (np.abs(signs @ moving) >= reached).sum(axis=0)
-    p = np.asarray((extreme + 1) / (permutations + 1), dtype=np.float64)
+    p = flip_ps(sums, permutations, rng)
     sizes = np.bincount(clusters, minlength=count).astype(np.float64)
     for column in np.flatnonzero(_skewed(sums, sizes)):
         p[column] = max(p[column], studentised_p(sums[:, column], sizes, permutations, rng))
@@ -258,13 +263,22 @@ def sign_flip_ps(differences: Floats, clusters: Ints, permutations: int, rng: np
 
 _SKEWED = 0.2
 """Skewness over the root of the number of clusters from which signs are no longer exchangeable enough."""
+_UNLIKE = 1.5
+"""The ratio of the mean gain to the mean loss, or the other way round, from which they differ in size."""
 
 
 def _skewed(sums: Floats, sizes: Floats) -> NDArray[np.bool_]:
-    """Whether sums of differences ``[clusters, comparisons]`` are so skewed and few that sign flips are too bold."""
+    """Whether sums of differences ``[clusters, comparisons]`` are so skewed and few that sign flips are too bold.
+
+    Gains and losses must also differ in size: wins and losses of one size are exchangeable however many there are of each.
+    """
     residuals = sums - sizes[:, None] * (sums.sum(axis=0) / sizes.sum())
     spread = np.maximum((residuals**2).mean(axis=0), 1e-300) ** 1.5
-    return np.asarray(np.abs((residuals**3).mean(axis=0)) / spread > _SKEWED * np.sqrt(len(sizes)))
+    skewed = np.abs((residuals**3).mean(axis=0)) / spread > _SKEWED * np.sqrt(len(sizes))
+    sides = [(np.maximum(side, 0).sum(axis=0), (side > 0).sum(axis=0)) for side in (sums, -sums)]
+    (gain, won), (loss, lost) = sides
+    unlike = np.maximum(gain * lost, loss * won) > _UNLIKE * np.minimum(gain * lost, loss * won)
+    return np.asarray(skewed & unlike & (won > 0) & (lost > 0))
 
 
 def studentised_p(sums: Floats, sizes: Floats, samples: int, rng: np.random.Generator) -> float:
