@@ -573,6 +573,70 @@ def run(simulations: int, seed: int) -> dict[str, Any]:
     }
 
 
+def _grid(heads: list[str], rows: list[list[str]], words: int = 1) -> list[str]:
+    """A Markdown table whose first columns are words."""
+    marks = " --- |" * words + " ---: |" * (len(heads) - words)
+    return ["", "| " + " | ".join(heads) + " |", "|" + marks, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def shared_tables(found: dict[str, Any]) -> list[str]:
+    """Tables of units that share content and of hard shapes, before and now."""
+    rows = []
+    for row in found["shared"]:
+        covers = [_percent(1 - row[when]["0.05"]) for when in ("before", "now")]
+        at = [f"{row['now'][alpha]:.3f}" for alpha in map(str, ALPHAS)]
+        effective = f"{row['effective']:.0f}" + ("" if row["given"] else ": none given")
+        rows.append(
+            [
+                row["structure"],
+                str(row["n"]),
+                effective,
+                f"{row['effects']}, {100 * row['part']:.0f} %",
+                *covers,
+                *at,
+                f"{row['width']:.2f}",
+            ]
+        )
+    levels = [f"p <= {alpha}" for alpha in ALPHAS]
+    heads = ["structure", "n", "effective contents", "effects", "before", "now", *levels, "width"]
+    lines = _grid(heads, rows)
+    rows = [
+        [
+            of["score"],
+            str(of["n"]),
+            _percent(of["before"]),
+            _percent(of["now"]),
+            *(f"{of['p'][str(a)]:.3f}" for a in ALPHAS),
+        ]
+        for of in found["shared_pairs"]
+    ]
+    lines += _grid(["pairs of n sentences", "n", "before", "now", *levels], rows)
+    rows = [
+        [str(of["n"]), _percent(of["before"]), _percent(of["now"]), f"{of['ranks']:.2f}"]
+        for of in found["shared_ranks"]
+    ]
+    lines += _grid(["rank sets of 8 models (LIMIT), n", "before", "now", "ranks in a set"], rows)
+    rows = [[of["structure"], str(of["n"]), f"{of['shift']:g}", f"{of['power']:.3f}"] for of in found["shared_power"]]
+    lines += _grid(["power at p <= 0.05", "n", "difference / standard deviation", "found"], rows)
+    rows = [[of["shape"], str(of["n"]), _percent(of["before"]), _percent(of["now"])] for of in found["shapes"]]
+    lines += _grid(["mean", "n", "before", "now"], rows)
+    rows = [
+        [of["shape"], str(of["n"]), *(_percent(of[name]) for name in ("before", "now", "marked", "unmarked"))]
+        for of in found["hard_pairs"]
+    ]
+    lines += _grid(["score", "n", "before", "now", "marked", "now, of those not marked"], rows)
+    rows = [
+        [of["difference"], str(of["n"]), *(f"{of[when][str(a)]:.3f}" for when in ("before", "now") for a in ALPHAS)]
+        for of in found["skewed"]
+    ]
+    heads = ["no difference in the mean", "n", *(f"{when}, {level}" for when in ("before", "now") for level in levels)]
+    return lines + _grid(heads, rows)
+
+
 def table(found: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = [
@@ -610,7 +674,7 @@ def table(found: dict[str, Any]) -> str:
         f"Rank confidence sets of {ranks['models']} models on {ranks['n']} queries: all true ranks were inside in "
         f"{100 * ranks['all true ranks inside']:.1f} % of the simulations; a set held {ranks['mean ranks in a set']:.2f} ranks on average.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + (shared_tables(found) if "shared" in found else [])) + "\n"
 
 
 def run_shared(simulations: int, seed: int) -> dict[str, Any]:

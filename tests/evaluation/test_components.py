@@ -1,4 +1,5 @@
-"""Where one component holds over a tenth of the units there is no interval, no test and no verdict, and the reason is said."""
+"""Where one component holds over a tenth of the units, what they share is counted; where that tells no error there is no
+interval, no test and no verdict, and the reason is said."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nearfield.evaluation import compare, evaluate
+from nearfield.evaluation import ModelComparison, compare, evaluate
 from nearfield.evaluation.comparison import compare_published
 from nearfield.evaluation.hub import scores_section
 from nearfield.evaluation.leaderboard import leaderboard
@@ -118,3 +119,71 @@ def test_results_of_an_earlier_version_say_that_components_are_not_known(written
         write_metadata(folder, "Made", {**metadata, "version": version})
         (of,) = read_scores(folder).values()
         assert [notice.code for notice in of.notices] == codes
+
+
+def sharing_pairs(tmp_path: Path, gain: float = 0.02) -> list[Path]:
+    """Two models on 1,000 queries of two of 46 documents, as in LIMIT small, whose effects are most of the scores."""
+    rng = np.random.default_rng(3)
+    pairs = [(i, j) for i in range(46) for j in range(i)]
+    contents = [pairs[k] for k in rng.choice(len(pairs), 1000, replace=False)]
+    columns = np.array(contents)
+    results = []
+    for name, more in (("A", 0.0), ("B", gain)):
+        effects = rng.uniform(0.1, 0.4, 46)
+        values = (effects[columns].sum(axis=1) + more).tolist()
+        folder = tmp_path / f"local__{name}" / "1"
+        results.append(write_result(folder, values, clusters=["one"] * 1000, contents=contents))
+    return results
+
+
+def test_queries_that_share_documents_have_intervals_and_tests_of_what_they_share(tmp_path: Path) -> None:
+    results = sharing_pairs(tmp_path)
+    table = compare(results, samples=500, permutations=500, margin=0.2)
+    (row,) = table.differences
+    assert row.reason is None and row.p is not None and row.low is not None and row.high is not None
+    assert row.verdict == "not separable", "resampled queries would call it better beyond doubt"
+    assert row.equivalent is True
+    assert row.resampled == (
+        "1,000 queries that share 46 documents; errors of all pairs of queries that share one, as of 45 independent documents"
+    )
+    single = compare([unshared(folder, tmp_path) for folder in results], samples=500, permutations=500).differences[0]
+    assert single.low is not None and single.high is not None and single.verdict == "better"
+    assert row.high - row.low > 2 * (single.high - single.low)
+    assert single.resampled == "1,000 queries are resampled"
+    assert ModelComparison.from_json(written_json(table, tmp_path)).differences == table.differences
+
+
+def unshared(folder: Path, tmp_path: Path) -> Path:
+    (of,) = read_scores(folder).values()
+    return write_result(tmp_path / "single" / folder.parent.name / "1", of.values.tolist())
+
+
+def written_json(table: ModelComparison, tmp_path: Path) -> Path:
+    from nearfield.files import write_json
+
+    write_json(tmp_path / "comparison.json", table.to_json())
+    return tmp_path / "comparison.json"
+
+
+def test_a_leaderboard_ranks_them_by_joint_draws(tmp_path: Path) -> None:
+    board = leaderboard(sharing_pairs(tmp_path), ["A", "B"], samples=2000)
+    assert all((row.rank_low, row.rank_high) == (1, 2) for row in board.rows)
+    assert all(row.mean_task.low is not None for row in board.rows)
+    assert any(note.startswith("Made: 1,000 queries that share 46 documents") for note in board.notes)
+    far = leaderboard(sharing_pairs(tmp_path / "far", 0.3), ["A", "B"], samples=2000)
+    assert [row.label for row in far.rows] == ["B", "A"] and far.rows[0].rank_high == 1
+
+
+def test_a_score_that_is_not_a_number_is_null_with_the_reason(tmp_path: Path) -> None:
+    good = write_result(tmp_path / "local__A" / "1", [0.1, 0.3, 0.2])
+    bad = write_result(tmp_path / "local__B" / "1", [0.1, 0.3, 0.2], main=float("nan"))
+    table = compare([good, bad], samples=100, permutations=100)
+    made = written_json(table, tmp_path).read_text()
+    assert "NaN" not in made and '"score": null' in made
+    (row,) = table.differences
+    assert "no difference, not tested (the score is not a number" in row.sentence
+    again = ModelComparison.from_json(tmp_path / "comparison.json")
+    assert np.isnan(again.scores[1].score) and np.isnan(again.differences[0].difference)
+    board = leaderboard([good, bad], ["A", "B"], samples=100)
+    assert any(note.startswith("B has no score on Made (the score is not a number") for note in board.notes)
+    assert not any("lacks" in note for note in board.notes) and "NaN" not in str(board.to_json())

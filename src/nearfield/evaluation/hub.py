@@ -115,7 +115,9 @@ def scores_section(results: Path, *, samples: int = 10_000, level: float = 0.95,
         ends = "none" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
         units, clusters = of.sizes
         counted = "" if units is None else str(units) + (f" in {clusters} clusters" if clusters != units else "")
-        scope = of.estimator.scope if of.reason is None else of.reason
+        if of.sharing is not None:
+            counted = of.resampled or counted
+        scope = of.reason or of.estimator.scope + (f"; {of.caution}" if of.caution else "")
         prompts = facts.get(key[0], {}).get("prompts", {})
         texts = "; ".join(f"{role}: `{text}`" for role, text in prompts.items() if text) or "none"
         mark = MARK if of.notices else ""

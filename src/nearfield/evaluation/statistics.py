@@ -273,7 +273,7 @@ def _skewed(sums: Floats, sizes: Floats) -> NDArray[np.bool_]:
     Gains and losses must also differ in size: wins and losses of one size are exchangeable however many there are of each.
     """
     residuals = sums - sizes[:, None] * (sums.sum(axis=0) / sizes.sum())
-    spread = np.maximum((residuals**2).mean(axis=0), 1e-300) ** 1.5
+    spread = np.maximum((residuals**2).mean(axis=0) ** 1.5, 1e-300)
     skewed = np.abs((residuals**3).mean(axis=0)) / spread > _SKEWED * np.sqrt(len(sizes))
     sides = [(np.maximum(side, 0).sum(axis=0), (side > 0).sum(axis=0)) for side in (sums, -sums)]
     (gain, won), (loss, lost) = sides

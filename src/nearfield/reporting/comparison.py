@@ -168,7 +168,7 @@ def _method(settings: Json) -> list[str]:
         return []
     return [
         f"Intervals are percentiles of {text.count(samples)} bootstrap resamples of whole clusters; p-values are of paired "
-        f"permutation tests with {text.count(permutations)} permutations."
+        f"permutation tests with {text.count(permutations)} permutations. Where units share content, both are of Student's t."
     ]
 
 
@@ -206,7 +206,10 @@ def _task(
     about = [metric_words(string(scores[0].get("metric")) or "")]
     about += [words for words, plain in ((subset, "default"), (split, "test")) if words and words != plain]
     units, clusters = real(scores[0].get("units")), real(scores[0].get("clusters"))
-    if units:
+    resampled = string(scores[0].get("resampled"))
+    if resampled:
+        about.append(resampled)
+    elif units:
         about.append(
             f"{text.count(units)} queries or items"
             + (f" in {text.count(clusters)} clusters" if clusters and clusters != units else "")
