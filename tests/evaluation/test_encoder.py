@@ -11,6 +11,7 @@ from typing import Any
 
 import mteb
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ from nearfield.errors import BadInputError
 from nearfield.evaluation import evaluate, open_model
 from nearfield.evaluation.encoder import TaskEncoder, compress
 from nearfield.evaluation.folder import folder_task, task_folders
-from nearfield.evaluation.results import failed_tasks, read_manifest
+from nearfield.evaluation.results import failed_tasks, read_manifest, read_units
 
 PROMPTS = {
     "plain": {},
@@ -281,3 +282,36 @@ def test_failures_are_recorded_until_the_task_is_scored(tasks: Any, model_folder
     again = evaluate(str(model_folder), tasks.root, tmp_path / "out")
     assert again.failures == {} and again.reused == ("TinyPairs",) and failed_tasks(again.results_dir) == {}
     assert [len(json.dumps(line)) > 2 for line in read_manifest(again.results_dir)] == [True, True]
+
+
+def test_texts_of_the_same_tokens_have_the_same_vector_whatever_their_batch(tasks: Any, model_folder: Path) -> None:
+    encoder = TaskEncoder(load_encoder(str(model_folder), device="cpu").model, name="local/tiny", revision="1")
+    metadata = folder_task(tasks.sts()).task.metadata
+    texts = ["harbour lantern", "a", "meadow " * 9, "harbour  lantern", "harbour lantern ", "a b c d e f g"]
+    first = encoder._embed_texts(texts[:3], metadata, None)
+    rest = encoder._embed_texts(texts, metadata, None)
+    assert np.array_equal(rest[3], first[0]) and np.array_equal(rest[4], first[0])
+    assert not np.array_equal(rest[5], first[1]) and encoder.same_tokens == 2
+    encoder.forget()
+    assert encoder.same_tokens == 0
+
+
+def test_equal_hamming_distances_are_ties(tasks: Any, model_folder: Path, tmp_path: Path) -> None:
+    scored = open_model(str(model_folder), name="a/b", quantize="binary")
+    for folder in (tasks.sts(), tasks.pairs()):
+        result = evaluate(scored, folder, tmp_path / "out")
+        (line,) = read_manifest(result.results_dir)[-1]["tasks"].values()
+        table, _ = read_units(result.results_dir, next(iter(result.scores)))
+        values = table.filter(pc.equal(table["metric"], "prediction"))["value"].to_numpy()
+        counts = (1 - values) / 2 * scored.encoder.model.get_embedding_dimension()
+        np.testing.assert_allclose(counts, np.round(counts), atol=1e-4)
+        assert len(np.unique(values)) == len(np.unique(np.round(counts))) < len(values)
+        assert line["tied_predictions"] == len(values) - len(np.unique(values))
+        assert line["texts_of_same_tokens"] == 0
+    encoder = scored.encoder
+    signs = compress(np.random.default_rng(0).normal(size=(40, 24)).astype(np.float32), None, "binary")
+    exact = np.asarray(encoder.similarity(signs, signs))
+    differing = (signs[:, None] != signs[None]).sum(axis=-1)
+    assert len(np.unique(exact)) == len(np.unique(differing))
+    paired = np.asarray(encoder.similarity_pairwise(signs, signs[::-1].copy()))
+    np.testing.assert_array_equal(paired, exact[np.arange(40), np.arange(40)[::-1]])

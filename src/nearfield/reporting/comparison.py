@@ -252,7 +252,12 @@ def _task(
         about=" · ".join(part for part in about if part),
         tables=[table for table in tables if table.rows],
         sentences=[finding for finding in findings if finding is not None],
-        notes=[f"No interval: {reason}." for reason in reasons if reason],
+        notes=[f"No interval: {reason}." for reason in reasons if reason]
+        + [
+            f"{label}: {caution}."
+            for label, row in zip(labels, scores, strict=True)
+            if (caution := string(row.get("caution")))
+        ],
         plot=interval_plot(f"scores-{number}", f"Scores on {name}", whiskers, described) if plotted else Markup(""),
     )
 
