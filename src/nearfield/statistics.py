@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from nearfield.errors import BadInputError
 from nearfield.evaluation.scores import Contrast, Key, TaskScores, dependent, joint_replicates
-from nearfield.evaluation.sharing import numbered, shared_clusters
+from nearfield.evaluation.sharing import Sharing, numbered
 from nearfield.provenance import generator
 
 Shared = Sequence[Any]
@@ -143,9 +143,8 @@ def _scores(scores: ArrayLike, shared: Shared | None, unit: str) -> TaskScores:
     if len(contents) != len(values):
         raise BadInputError(f"{len(values)} scores but {len(contents)} entries of what they share", where="shared")
     numbers = numbered(contents)
-    clusters = shared_clusters(dict(zip(ids, numbers, strict=True)))
-    made = TaskScores("score", float(values.mean()), "", None, ids=ids, values=values, unit=unit)
-    return dependent(replace(made, clusters=tuple(clusters.get(i) for i in ids)), numbers)
+    of = TaskScores("score", float(values.mean()), "", None, ids=ids, values=values, unit=unit)
+    return dependent(replace(of, clusters=tuple(map(str, Sharing.of(numbers).components))), numbers)
 
 
 def _ids(of: Any) -> tuple[Any, ...]:

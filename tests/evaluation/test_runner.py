@@ -28,7 +28,7 @@ from nearfield.evaluation.results import (
     read_units,
 )
 from nearfield.evaluation.scores import AVERAGE_PRECISION, CROSSED_MEAN, MATCH_F1, MEAN_OF_EXPERIMENTS, SPEARMAN
-from nearfield.evaluation.sharing import shared_clusters
+from nearfield.evaluation.tasks import shared_clusters
 from nearfield.files import DamagedError
 
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from nearfield.evaluation.scores import AVERAGE_PRECISION, SPEARMAN
-from nearfield.evaluation.sharing import FEWEST, Sharing, numbered, shared_clusters
+from nearfield.evaluation.sharing import FEWEST, Sharing, numbered
 from nearfield.evaluation.statistics import FISHER_Z, LOGIT
 
 
@@ -138,6 +138,5 @@ def test_the_influence_of_pairs_on_spearman_is_that_of_leaving_them_out(ties: bo
 
 def test_contents_are_numbered_and_connected() -> None:
     assert numbered([["b", "a"], [], ["a"]]) == ((0, 1), (), (1,))
-    assert shared_clusters({"x": [1], "y": [2], "z": [1]}) == {"x": "x", "y": "y", "z": "x"}
-    assert shared_clusters({"x": [1], "y": [2]}) == {}
+    assert Sharing(((1,), (2,), (1, 3), (), (3,))).components.tolist() == [0, 1, 0, 2, 0]
     assert all_pairs(5, 10).in_words("queries", "documents").startswith("10 queries that share 5 documents")

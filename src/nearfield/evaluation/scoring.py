@@ -36,13 +36,13 @@ from nearfield.errors import BadInputError, Notice, say
 from nearfield.evaluation.encoder import exact_distances
 from nearfield.evaluation.results import EXPERIMENT, TOP, TOP_SCHEMA, Record
 from nearfield.evaluation.scores import AVERAGE_PRECISION
-from nearfield.evaluation.sharing import numbered, shared_clusters
 from nearfield.evaluation.statistics import Floats
 from nearfield.evaluation.tasks import (
     SuiteTask,
     embedded_items,
     fresh_generators,
     is_local,
+    shared_clusters,
     splits_of,
 )
 
@@ -352,7 +352,7 @@ class Recorder:
         self.record = Record()
         self._shared: dict[tuple[str, str], dict[str, str]] = {}
         """Clusters of units that share content, where the data name none (they do so once they are loaded)."""
-        self._contents: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+        self._contents: dict[tuple[str, str], dict[str, list[int]]] = {}
         """The contents of these units, numbered."""
         self._place = ("", "")
         """Subset and split that mteb scores now."""
@@ -432,7 +432,11 @@ class Recorder:
         if not self.suite_task.clusters.get(self._place):
             self._shared[self._place] = shared_clusters(contents)
             if self._shared[self._place]:
-                self._contents[self._place] = dict(zip(contents, numbered(list(contents.values())), strict=True))
+                numbers: dict[str, int] = {}
+                self._contents[self._place] = {
+                    unit: [numbers.setdefault(one, len(numbers)) for one in dict.fromkeys(of)]
+                    for unit, of in contents.items()
+                }
 
     def _keep_nothing(self, predictions: Any) -> None:
         self._no_interval(f"scores of single units are not kept for {self.task.metadata.type} tasks")

@@ -10,21 +10,20 @@ coverage.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from nearfield.evaluation.statistics import LINEAR, Floats, Interval, Scale, t_interval
+from nearfield.evaluation.statistics import LINEAR, Floats, Interval, Ints, Scale, t_interval
 
 FEWEST = 10
 """With fewer effective contents than this, 95 % intervals cover 80 to 92 % where the contents' effects are skewed."""
 _MOST_PAIRS = 50_000_000
 _COUNTED, _PROBES = 512, 128
 """So many contents are counted one by one; of more, so many random vectors tell."""
-Unit = TypeVar("Unit", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,15 @@ class Sharing:
     def shared(self) -> int:
         """How many contents several units have."""
         return int((self._holders > 1).sum())
+
+    @property
+    def components(self) -> Ints:
+        """The number of the connected component of each unit."""
+        from scipy import sparse
+        from scipy.sparse import csgraph
+
+        both = sparse.bmat([[None, self._weights], [self._weights.T, None]])
+        return np.asarray(csgraph.connected_components(both, directed=False)[1][: len(self.contents)], dtype=np.int64)
 
     @cached_property
     def _pairs(self) -> Any:
@@ -217,18 +225,3 @@ def numbered(contents: Sequence[Iterable[Any]]) -> tuple[tuple[int, ...], ...]:
     """Contents of units as numbers from 0 in the order in which they come."""
     numbers: dict[Any, int] = {}
     return tuple(tuple(sorted({numbers.setdefault(one, len(numbers)) for one in unit})) for unit in contents)
-
-
-def shared_clusters(contents: Mapping[Unit, Iterable[Hashable]]) -> dict[Unit, Unit]:
-    """Unit -> the first unit that it is connected with by shared content; nothing where none shares any."""
-    from scipy.cluster.hierarchy import DisjointSet
-
-    sets = DisjointSet(contents)
-    holder: dict[Hashable, Unit] = {}
-    for key, shared in contents.items():
-        for content in shared:
-            sets.merge(key, holder.setdefault(content, key))
-    if sets.n_subsets == len(contents):
-        return {}
-    first: dict[Unit, Unit] = {}
-    return {key: first.setdefault(sets[key], key) for key in contents}

@@ -9,9 +9,9 @@ import copy
 import functools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import datasets
 import mteb
@@ -32,9 +32,9 @@ from mteb.abstasks import (
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.task_metadata import TaskMetadata
 from numpy.typing import NDArray
+from scipy.cluster.hierarchy import DisjointSet
 
 from nearfield.errors import BadInputError
-from nearfield.evaluation.sharing import shared_clusters
 from nearfield.files import fingerprint
 from nearfield.provenance import generator
 
@@ -50,6 +50,7 @@ RetrievalSplit = dict[str, Any]
 """The parts of a split of a retrieval task, as mteb wants them: corpus, queries, relevant_docs, top_ranked."""
 Loader = Callable[[], dict[str, Any]]
 """Gives the data of a task: subset -> split -> data."""
+Unit = TypeVar("Unit", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,19 @@ def items_table(ids: Sequence[str], letters: str, texts: Callable[[], Any], imag
         **({"image": images()} if "i" in letters else {}),
     }
     return datasets.Dataset.from_dict(columns)
+
+
+def shared_clusters(contents: Mapping[Unit, Iterable[Hashable]]) -> dict[Unit, Unit]:
+    """Unit -> the first unit that it is connected with by shared content; nothing where none shares any."""
+    sets = DisjointSet(contents)
+    holder: dict[Hashable, Unit] = {}
+    for key, shared in contents.items():
+        for content in shared:
+            sets.merge(key, holder.setdefault(content, key))
+    if sets.n_subsets == len(contents):
+        return {}
+    first: dict[Unit, Unit] = {}
+    return {key: first.setdefault(sets[key], key) for key in contents}
 
 
 def embedded_items(task: Any, data: Any) -> int:
