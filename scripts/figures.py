@@ -417,11 +417,15 @@ def scale() -> Texts:
 
 def statistics() -> Texts:
     """The simulations of intervals and tests."""
+    from simulate_statistics import shared_summary, shared_tables
     from simulate_statistics import table as tables
 
     made = read("statistics/simulations.json")
     return {
         "tables": tables(made).rstrip("\n"),
+        "shared": shared_summary(made),
+        "shared tables": "\n".join(shared_tables(made)).strip("\n"),
+        "shared seconds": f"{made['shared_cpu_seconds']} CPU seconds",
         "seconds": f"{made['cpu_seconds']} CPU seconds",
         "simulations": f"{made['simulations']:,}",
     }

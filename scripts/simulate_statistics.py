@@ -583,6 +583,26 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
+def shared_summary(found: dict[str, Any]) -> str:
+    """The lowest and highest coverage of each structure, over all effects of its contents, and how often p is at most 0.05."""
+    rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in found["shared"]:
+        rows.setdefault((row["structure"], row["n"]), []).append(row)
+
+    def ends(values: list[float], percent: bool = True) -> str:
+        low, high = min(values), max(values)
+        return f"{100 * low:.1f} to {100 * high:.1f} %" if percent else f"{low:.3f} to {high:.3f}"
+
+    made = []
+    for (structure, n), of in rows.items():
+        effective = f"{of[0]['effective']:.0f}" + ("" if of[0]["given"] else ": no interval")
+        covers = [ends([1 - row[when]["0.05"] for row in of]) for when in ("before", "now")]
+        made.append([structure, f"{n:,}", effective, *covers, ends([row["now"]["0.05"] for row in of], percent=False)])
+    return "\n".join(
+        _grid(["structure", "n", "effective contents", "before", "now", "p <= 0.05 without a difference"], made)[1:]
+    )
+
+
 def shared_tables(found: dict[str, Any]) -> list[str]:
     """Tables of units that share content and of hard shapes, before and now."""
     rows = []
@@ -674,7 +694,7 @@ def table(found: dict[str, Any]) -> str:
         f"Rank confidence sets of {ranks['models']} models on {ranks['n']} queries: all true ranks were inside in "
         f"{100 * ranks['all true ranks inside']:.1f} % of the simulations; a set held {ranks['mean ranks in a set']:.2f} ranks on average.",
     ]
-    return "\n".join(lines + (shared_tables(found) if "shared" in found else [])) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def run_shared(simulations: int, seed: int) -> dict[str, Any]:
@@ -707,11 +727,13 @@ def main() -> None:
         found |= run(arguments.simulations, arguments.seed)
     if arguments.part in ("all", "shared"):
         found |= run_shared(arguments.simulations, arguments.seed)
+    tables = table(found) if "coverage" in found else ""
+    tables += "\n".join(shared_tables(found)) + "\n" if "shared" in found else ""
     if arguments.json:
         write_json(arguments.json, found)
     if arguments.table:
-        write_text(arguments.table, table(found))
-    print(table(found))
+        write_text(arguments.table, tables)
+    print(tables)
 
 
 if __name__ == "__main__":

@@ -78,10 +78,10 @@ def test_disjoint_clusters_of_one_size_are_the_classical_case() -> None:
 def test_effective_contents_tell_where_no_interval_holds() -> None:
     assert all_pairs(46, 1000).effective == pytest.approx(45, abs=1)
     one = Sharing(tuple((0,) if i < 60 else () for i in range(200)))
-    assert one.effective < 3 and "below 10" in str(one.reason)
+    assert one.effective < 3 and "below 15" in str(one.reason)
     whole = Sharing(((0,),) * 50)
     assert whole.effective == 0 and whole.reason is not None
-    assert all_pairs(46, 1000).reason is None and FEWEST == 10
+    assert all_pairs(46, 1000).reason is None and FEWEST == 15
 
 
 def test_many_contents_are_probed_as_well_as_few_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ import numpy as np
 
 from nearfield.evaluation.statistics import LINEAR, Floats, Interval, Ints, Scale, t_interval
 
-FEWEST = 10
-"""With fewer effective contents than this, 95 % intervals cover 80 to 92 % where the contents' effects are skewed."""
+FEWEST = 15
+"""With fewer effective contents than this, 95 % intervals cover 85 to 92 % where the contents' effects are skewed."""
 _MOST_PAIRS = 50_000_000
 _COUNTED, _PROBES = 512, 128
 """So many contents are counted one by one; of more, so many random vectors tell."""
