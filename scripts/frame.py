@@ -97,6 +97,8 @@ class Worker:
     """
 
     def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
+        # Bars of libraries would stand between the lines of the benchmark.
+        os.environ.setdefault("TQDM_DISABLE", "1")
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, *arguments))
