@@ -37,7 +37,7 @@ class MeanWithInterval:
     level: float
     units: int
     resampled: str | None
-    """What the error is made of."""
+    """The parts of the error."""
     reason: str | None
 
     @property
@@ -60,7 +60,7 @@ class PairedDifference:
     level: float
     units: int
     resampled: str | None
-    """What the error is made of."""
+    """The parts of the error."""
     reason: str | None
 
     @property

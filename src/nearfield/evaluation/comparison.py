@@ -119,7 +119,7 @@ class ScoreRow(TaskRow):
     type: str | None = None
     """The task's type as mteb names it."""
     resampled: str | None = None
-    """What the error is made of: so many units, in clusters or with what they share."""
+    """The parts of the error: so many units, in clusters or with what they share."""
     caution: str | None = None
     """Why the interval may not hold for scores of this shape."""
 

@@ -37,7 +37,7 @@ class BoardTask:
     metric: str
     uncertain: bool
     resampled: str | None = None
-    """What its error is made of: so many units, in clusters or with what they share."""
+    """The parts of its error: so many units, in clusters or with what they share."""
 
 
 @dataclass(frozen=True)

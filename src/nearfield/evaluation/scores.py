@@ -69,7 +69,7 @@ class Estimator:
         return sign_flip_p(second - first, clusters, permutations, rng)
 
     def influence(self, truth: Floats, values: Floats) -> Floats:
-        """What each unit counts in the score, up to a constant: their mean has the score's error; ``[units]``."""
+        """The influence of each unit on the score, up to a constant: their mean has the score's error; ``[units]``."""
         return values
 
     def scale(self, values: Floats) -> Scale:
@@ -525,13 +525,13 @@ class TaskScores:
     notices: tuple[Notice, ...] = ()
     """Notices for readers of the score."""
     unit: str = "unit"
-    """What a unit is, in one word."""
+    """The unit's kind, in one word."""
     sharing: Sharing | None = None
-    """What the units share, where no part of them is independent of the rest."""
+    """The content that units share, where no part of them is independent of the rest."""
 
     @property
     def influence(self) -> Floats:
-        """What each unit counts in the score."""
+        """The influence of each unit on the score."""
         return self.estimator.influence(self.truth, self.values)
 
     @property
@@ -541,7 +541,7 @@ class TaskScores:
 
     @property
     def resampled(self) -> str | None:
-        """What is resampled, and how many of them there are; None where nothing is."""
+        """The kind of what is resampled, and how many there are; None where nothing is."""
         if self.reason is not None:
             return None
         runs = len(self.values) if self.values.ndim > 1 else 1
@@ -605,11 +605,11 @@ def dependent(of: TaskScores, contents: Sequence[Sequence[int] | None]) -> TaskS
 
 
 SHARED = {"query": "documents", "pair": "texts"}
-"""What units of a kind share, where the data name no clusters."""
+"""The content that units of a kind share, where the data name no clusters."""
 
 
 def resampled_in_words(unit: str, units: int, runs: int = 1, clusters: int = 0, sharing: Sharing | None = None) -> str:
-    """What the error of a score is made of: so many units, in so many clusters, with what they share."""
+    """The parts of a score's error: so many units, in so many clusters, with what they share."""
     many = {"query": "queries"}.get(unit, f"{unit}s")
     if sharing is not None:
         return sharing.in_words(many, SHARED.get(unit, "clusters"))

@@ -91,7 +91,7 @@ class Sharing:
 
     @cached_property
     def _coefficients(self) -> tuple[float, float] | None:
-        """What the products of residuals within units and within pairs count, so that the variance of a mean is unbiased.
+        """The weights of the products of residuals within units and within pairs, so that the variance of a mean is unbiased.
 
         It is so for units of equal variance whose covariance grows with the contents that they share. None where the
         mean takes all variation with it, as when all units share one content.
