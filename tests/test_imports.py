@@ -28,7 +28,6 @@ FLOORS = [
     ["encoders"],
     ["data"],
     ["config", "shipped"],
-    ["kinds"],
     ["console", "provenance", "files"],
     ["errors", "arrays"],
 ]

@@ -13,10 +13,9 @@ from typing import Annotated, Literal
 import pytest
 
 import nearfield.recipe  # noqa: F401 (brings the tables of all parts)
-from nearfield import kinds
-from nearfield.config import Config, KindSettings, load_config
+from nearfield import config as config_module
+from nearfield.config import PARTS, Config, Kinds, KindSettings, allow_local_code, load_config, outside_sources
 from nearfield.errors import BadInputError
-from nearfield.kinds import PARTS, Kinds, allow_local_code, outside_sources
 
 
 class Shape(KindSettings):
@@ -48,9 +47,9 @@ class Drawing(Config):
 def working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder with code of its own, and no trace of it afterwards."""
     # This test's classes count as the library's own, so that only those of the working folder are from outside.
-    ours = kinds._is_ours
-    monkeypatch.setattr(kinds, "_is_ours", lambda found: found.__module__ == __name__ or ours(found))
-    monkeypatch.setattr(kinds, "_told", set())
+    ours = config_module._is_ours
+    monkeypatch.setattr(config_module, "_is_ours", lambda found: found.__module__ == __name__ or ours(found))
+    monkeypatch.setattr(config_module, "_told", set())
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)
@@ -59,7 +58,7 @@ def working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in set(sys.modules) - before:
         if name.startswith("my_"):
             del sys.modules[name]
-    kinds._source.cache_clear()
+    config_module._source.cache_clear()
 
 
 def drawing(folder: Path, text: str) -> Drawing:
@@ -109,7 +108,7 @@ def test_every_module_of_its_package_counts(working: Path) -> None:
     seen = set()
     for other in ("", "A = 1\n", "A = 2\n"):
         (package / "helpers.py").write_text(other)
-        kinds._source.cache_clear()
+        config_module._source.cache_clear()
         with allow_local_code():
             seen.add(str(drawing(working, text).identity()["code"]))
     assert len(seen) == 3
@@ -163,7 +162,7 @@ def test_packages_register_names(working: Path, monkeypatch: pytest.MonkeyPatch)
     with allow_local_code():
         found = drawing(working, "shape: {kind: square, side: 5}\nmore: [{kind: circle}]\n")
         schema = Drawing.model_json_schema()
-        with kinds.only_our_kinds():
+        with config_module.only_our_kinds():
             ours = Drawing.model_json_schema()
     assert found.shape.model_dump() == {"kind": "square", "side": 5, "corners": (4,)}
     assert type(found.more[0]) is Circle  # a name of ours stays ours
@@ -225,7 +224,7 @@ def test_the_guide_names_every_part() -> None:
 def test_the_table_of_a_part_says_what_its_classes_are(part: str) -> None:
     """Each name of ours is the ``kind`` of a subclass of the base, and has a line of help."""
     found = PARTS[part]
-    base = kinds._settings_class(found.base)
+    base = config_module._settings_class(found.base)
     for name, (_, text) in found.table.items():
         settings = found.find(name)
         assert issubclass(settings, base)

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nearfield.config import Config, read_yaml
+from nearfield.config import PARTS, Config, read_yaml
 from nearfield.errors import BadInputError
-from nearfield.kinds import PARTS
 from nearfield.recipe import Recipe, check_recipe, load_recipe, recipe_schema, resolve
 from tests.patience import PATIENCE
 

@@ -11,14 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from nearfield.batching.config import BatchConfig, SingleSourceConfig
-from nearfield.config import Config, ConfigPath, KeyPath, Loaded, dotted, load_config
+from nearfield.config import Config, ConfigPath, KeyPath, Loaded, dotted, load_config, only_our_kinds
 from nearfield.data.config import DataConfig, SourceConfig
 from nearfield.data.decontaminate import DecontaminationStageConfig
 from nearfield.encoders.config import EncoderConfig, PromptConfig
 from nearfield.encoders.prompts import BasePrompts, PromptContract, base_prompts, make_contract
 from nearfield.errors import BadInputError
 from nearfield.evaluation.config import SuiteConfig
-from nearfield.kinds import only_our_kinds
 from nearfield.mining.config import (
     TEACHERS,
     DenseTeacher,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nearfield.config import _source, allow_local_code
 from nearfield.data import DataConfig, Store, build_data
 from nearfield.data.build import data_fingerprint
-from nearfield.kinds import _source, allow_local_code
 from tests.data.making import config, examples_of, source, write_rows
 
 CODE = """

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from nearfield.config import Config, KindSettings, Positive
-from nearfield.kinds import Kinds
+from nearfield.config import Config, Kinds, KindSettings, Positive
 
 if TYPE_CHECKING:
     from nearfield.batching.planner import StreamPlanner

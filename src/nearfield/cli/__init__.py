@@ -34,7 +34,7 @@ def _local_code_allowed(allowed: bool) -> contextlib.AbstractContextManager[None
     """Import paths in recipes may name modules of the working folder, where the user says so."""
     if not allowed:
         return contextlib.nullcontext()
-    from nearfield.kinds import allow_local_code
+    from nearfield.config import allow_local_code
 
     return allow_local_code()
 

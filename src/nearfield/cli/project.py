@@ -96,7 +96,7 @@ def print_inferred(inferred: InferredSource) -> None:
 
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Check a recipe and the files that it names."""
-    from nearfield.kinds import outside_sources
+    from nearfield.config import outside_sources
     from nearfield.recipe import check_recipe, load_recipe
 
     checked = check_recipe(load_recipe(recipe, overrides or ()))
@@ -139,8 +139,8 @@ def kinds(
 ) -> None:
     """List the kinds that recipes can name, a line about each; those of installed packages too."""
     import nearfield.recipe  # noqa: F401 (brings the tables of all parts)
+    from nearfield.config import PARTS
     from nearfield.errors import BadInputError
-    from nearfield.kinds import PARTS
 
     if part is not None and part not in PARTS:
         raise BadInputError(f"there is no part {part!r}", hint=f"Parts: {', '.join(sorted(PARTS))}.")

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nearfield.arrays import Index, Mask, Ragged, Rows
-from nearfield.config import load_config
+from nearfield.config import load_config, outside_sources
 from nearfield.console import track
 from nearfield.data.cleaning.run import Encoders, clean
 from nearfield.data.config import DataConfig
@@ -60,7 +60,6 @@ from nearfield.data.store import (
 )
 from nearfield.errors import BadInputError
 from nearfield.files import atomic_path, damage, fingerprint, read_json, remove_leftovers, seal, write_json
-from nearfield.kinds import outside_sources
 
 if TYPE_CHECKING:
     from nearfield.data.config import SourceConfig

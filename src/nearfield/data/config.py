@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from nearfield.config import Config, ConfigPath, KindSettings
+from nearfield.config import Config, ConfigPath, Kinds, KindSettings
 from nearfield.data.cleaning import STEPS, StepBase
 from nearfield.data.readers import Column, ReaderConfig
-from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
     from nearfield.data.items import RowValues

@@ -21,10 +21,9 @@ from typing import IO, TYPE_CHECKING, Annotated, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from nearfield.config import ConfigPath, KindSettings
+from nearfield.config import ConfigPath, Kinds, KindSettings
 from nearfield.errors import BadInputError
 from nearfield.files import hash_file
-from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
     import pyarrow as pa

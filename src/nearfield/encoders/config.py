@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
-from nearfield.config import Config, KindSettings
+from nearfield.config import Config, Kinds, KindSettings
 from nearfield.data.config import InContextConfig
 from nearfield.errors import BadInputError
-from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nearfield.config import Config, ConfigPath, KindSettings
+from nearfield.config import Config, ConfigPath, Kinds, KindSettings
 from nearfield.errors import BadInputError
 from nearfield.files import hash_file, hash_folder
-from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
     from nearfield.evaluation.tasks import SuiteTask

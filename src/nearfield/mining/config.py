@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from nearfield.config import Config, ConfigPath, Count, KindSettings
+from nearfield.config import Config, ConfigPath, Count, Kinds, KindSettings
 from nearfield.encoders.config import QueryPrompts, resolve_model
 from nearfield.encoders.prompts import base_prompts
 from nearfield.encoders.source import locate
 from nearfield.errors import BadInputError
 from nearfield.files import hash_file
-from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
     from nearfield.arrays import Vectors

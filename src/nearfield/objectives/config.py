@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from nearfield.config import Config, KindSettings, NotNegative, Positive, Share
+from nearfield.config import Config, Kinds, KindSettings, NotNegative, Positive, Share
 from nearfield.errors import BadInputError
-from nearfield.kinds import Kinds
 
 if TYPE_CHECKING:
     from nearfield.encoders.packing import MakeTokenTask

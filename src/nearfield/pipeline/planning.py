@@ -26,10 +26,10 @@ from nearfield.batching.plan import (
 )
 from nearfield.batching.planner import VectorsOf
 from nearfield.batching.streams import PlannedRows, SourceExamples
+from nearfield.config import outside_sources
 from nearfield.data.store import Store
 from nearfield.errors import BadInputError, Notice
 from nearfield.files import atomic_path, hash_file, read_json, seal, write_json
-from nearfield.kinds import outside_sources
 from nearfield.mining.negatives import Negatives as MinedNegatives
 from nearfield.pipeline.data import (
     DataStage,

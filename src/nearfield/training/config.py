@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nearfield.config import Config, ConfigPath, KindSettings, NotNegative, Positive
+from nearfield.config import Config, ConfigPath, Kinds, KindSettings, NotNegative, Positive
 from nearfield.errors import BadInputError
-from nearfield.kinds import Kinds
 from nearfield.mining.config import NegativesSettings
 from nearfield.provenance import require_bitsandbytes
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from nearfield.config import Config, KindSettings
-from nearfield.kinds import Kinds
+from nearfield.config import Config, Kinds, KindSettings
 
 if TYPE_CHECKING:
     from nearfield.data.cleaning.run import Encoders, ExampleTable, Taken
