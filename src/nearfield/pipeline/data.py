@@ -1,33 +1,41 @@
-"""The stages ``data`` and ``tokens``: the store of items and examples, the prompts of its items, and their tokens."""
+"""The stages ``data``, ``decontaminate`` and ``tokens``: the store of items and examples, what of it a suite has, the prompts of
+its items, and their tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nearfield.data.decontaminate import VERSION as DECONTAMINATION_VERSION
 from nearfield.data.tokens import VERSION as TOKENS_VERSION
 from nearfield.encoders.prompts import PromptContract, add_examples
-from nearfield.encoders.source import folder_pools_prompt
+from nearfield.encoders.source import folder_pools_prompt, locate
 from nearfield.errors import BadInputError, Notice, say
-from nearfield.pipeline.run import Job, Stage
+from nearfield.files import fingerprint
+from nearfield.pipeline.run import Job, Stage, StageStatus
+from nearfield.pipeline.suites import decontaminate_store, suite_fingerprint
 
 if TYPE_CHECKING:
     from nearfield.arrays import Rows
     from nearfield.batching.streams import PlannedRows
+    from nearfield.data.decontaminate import ContaminationReport, DecontaminationStageConfig
     from nearfield.data.in_context import ExampleSet
-    from nearfield.data.store import Store
+    from nearfield.data.store import DataSummary, Store
     from nearfield.data.tokens import TokenCache
     from nearfield.pipeline.mining import MineStage
     from nearfield.pipeline.planning import PromptsOfEpoch
     from nearfield.training.chunks import LoadImages
+
+logger = logging.getLogger("nearfield.pipeline")
 
 
 class DataStage(Stage):
@@ -68,6 +76,129 @@ class DataStage(Stage):
         """How a training gets the images of items; none where the data has no images."""
         store = self.open()
         return store.images if store.has_images else None
+
+
+class DecontaminateStage(DataStage):
+    """Compares the training texts with a suite; where matches are left out, the store without them is what is trained on."""
+
+    name = "decontaminate"
+    shared = False
+
+    def __init__(self, job: Job, data: DataStage) -> None:
+        super().__init__(job)
+        self.data = data
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the recipe asks for it."""
+        return self.recipe.decontaminate is not None
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether it makes a store of its own."""
+        return self.recipe.decontaminate is not None and self.recipe.decontaminate.matches == "leave_out"
+
+    @property
+    def _config(self) -> DecontaminationStageConfig:
+        config = self.recipe.decontaminate
+        assert config is not None
+        return config
+
+    @property
+    def _suite(self) -> Path:
+        evaluation = self.recipe.evaluation
+        suite = self._config.suite or (None if evaluation is None else evaluation.suite)
+        assert suite is not None, "a recipe without a suite was checked"
+        return suite
+
+    def inputs(self) -> Any:
+        """The data, the suite, the rules, and the model of the vectors."""
+        config = self._config
+        return {
+            "version": DECONTAMINATION_VERSION,
+            "data": self.data.fingerprint,
+            "suite": suite_fingerprint(self._suite, self.job.run.checked.compared_suite),
+            "sources": self.job.source_names,
+            "split": self.recipe.split,
+            "rules": config.rules.model_dump(mode="json"),
+            "matches": config.matches,
+            "encoder": None if config.encoder is None else locate(config.encoder).content,
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of its own inputs, not of the data alone."""
+        return fingerprint(self.inputs())
+
+    @property
+    def report(self) -> Path:
+        """The report, which is the run's own."""
+        return self.job.run.folder / "contamination.json"
+
+    def outputs(self) -> list[Path]:
+        """The report, and the store that is left."""
+        store = self.job.run.cache / "data" / self.fingerprint
+        return [self.report, store] if self.leaves_out else [self.report]
+
+    def sealed(self) -> list[Path]:
+        """The store that is left."""
+        return self.outputs()[1:]
+
+    def status(self) -> StageStatus:
+        """Whether the report and the store are there; the store alone is another run's, which looked at other sources perhaps."""
+        known = Stage.status(self)
+        if known.state == "done" and not all(path.exists() for path in self.outputs()):
+            return StageStatus(self.name, "missing", "", str(self.output))
+        return known
+
+    def run(self) -> dict[str, Any]:
+        """Compare, say what matches, and build the store without it where it is to be left out."""
+        from nearfield.data.build import ensure_store_at
+        from nearfield.data.cleaning.steps import RemovalListStep
+        from nearfield.encoders.encode import text_encoder
+
+        run, config = self.job.run, self._config
+        report = decontaminate_store(
+            self.data.open(),
+            self._suite,
+            run.cache,
+            config.rules,
+            sources=self.job.source_names,
+            split=self.recipe.split,
+            encoder=config.encoder,
+        ).report
+        report = replace(report, left_out=self.leaves_out)
+        removals = run.folder / "contamination.removals.jsonl"
+        report.save_removals(removals)
+        if self.leaves_out:
+            step = RemovalListStep(path=removals)
+            data = run.checked.data
+            store = ensure_store_at(
+                data.model_copy(update={"steps": (*data.steps, step)}), self.output, encoders=text_encoder
+            )
+            logger.info("Training goes without %s examples whose texts the suite has", f"{_taken(store):,}")
+        elif report.contaminated:
+            say(_contaminated(report))
+        report.save(self.report)
+        return {"texts": report.texts, "contaminated": report.contaminated, "matches": config.matches}
+
+
+def _taken(summary: DataSummary) -> int:
+    """The examples that the last cleaning step took out."""
+    step = summary.steps[-1]
+    return sum(step.before.values()) - sum(step.after.values())
+
+
+def _contaminated(report: ContaminationReport) -> Notice:
+    """The notice of training texts that match; a minor one where the words only nearly agree, or in a part of a text."""
+    copies = sum(removal.kind in ("exact", "normalised", "ngram") for removal in report.removals)
+    return Notice(
+        "benchmark-texts",
+        f"{report.contaminated:,} of {report.texts:,} training texts match texts of the suite {report.suite}, {copies:,} of "
+        "them word for word",
+        "Look at contamination.removals.jsonl in the run; decontaminate.matches=leave_out trains without them.",
+        minor=not copies,
+    )
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from pathlib import Path
 from nearfield.encoders.source import folder_revision
 from nearfield.errors import BadInputError, listening, refuse, stop_on_blocking
 from nearfield.files import damage
-from nearfield.pipeline.data import DataStage, TokensStage
+from nearfield.pipeline.data import DataStage, DecontaminateStage, TokensStage
 from nearfield.pipeline.mining import MineStage, VectorsStage
 from nearfield.pipeline.planning import PlanStage
 from nearfield.pipeline.run import Engine, Job, Run, Stage, StageStatus
 from nearfield.pipeline.scoring import CompareStage, EvaluateStage, ReportStage
-from nearfield.pipeline.suites import DecontaminateStage, suite_notices, suite_prompts, training_suite_prompts
+from nearfield.pipeline.suites import suite_notices, suite_prompts, training_suite_prompts
 from nearfield.pipeline.training import TrainStage, set_aside
 from nearfield.training.launch import Launch
 

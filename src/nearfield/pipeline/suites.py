@@ -7,26 +7,24 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearfield.data.decontaminate import VERSION, read_report
 from nearfield.encoders.identity import computing_versions
 from nearfield.encoders.source import locate
-from nearfield.errors import BadInputError, Notice, say
+from nearfield.errors import BadInputError, Notice
 from nearfield.evaluation.config import SuiteConfig, content_of, open_suite
 from nearfield.files import fingerprint
-from nearfield.pipeline.data import DataStage
-from nearfield.pipeline.run import Stage, StageStatus
 from nearfield.provenance import versions_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from nearfield.data.decontaminate import ContaminationReport, DecontaminationConfig, DecontaminationStageConfig
-    from nearfield.data.store import DataSummary, Store
+    from nearfield.data.decontaminate import ContaminationReport, DecontaminationConfig
+    from nearfield.data.store import Store
     from nearfield.encoders.prompts import PromptContract
+    from nearfield.pipeline.data import DataStage
     from nearfield.pipeline.run import Job, Run
     from nearfield.training.evaluation import Evaluate
 
@@ -219,129 +217,6 @@ def stored_report(cache: Path, data: str, suite: str, sources: Sequence[str], sp
         )
         return None
     return StoredReport(path, report)
-
-
-class DecontaminateStage(DataStage):
-    """Compares the training texts with a suite; where matches are left out, the store without them is what is trained on."""
-
-    name = "decontaminate"
-    shared = False
-
-    def __init__(self, job: Job, data: DataStage) -> None:
-        super().__init__(job)
-        self.data = data
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether the recipe asks for it."""
-        return self.recipe.decontaminate is not None
-
-    @property
-    def leaves_out(self) -> bool:
-        """Whether it makes a store of its own."""
-        return self.recipe.decontaminate is not None and self.recipe.decontaminate.matches == "leave_out"
-
-    @property
-    def _config(self) -> DecontaminationStageConfig:
-        config = self.recipe.decontaminate
-        assert config is not None
-        return config
-
-    @property
-    def _suite(self) -> Path:
-        evaluation = self.recipe.evaluation
-        suite = self._config.suite or (None if evaluation is None else evaluation.suite)
-        assert suite is not None, "a recipe without a suite was checked"
-        return suite
-
-    def inputs(self) -> Any:
-        """The data, the suite, the rules, and the model of the vectors."""
-        config = self._config
-        return {
-            "version": VERSION,
-            "data": self.data.fingerprint,
-            "suite": suite_fingerprint(self._suite, self.job.run.checked.compared_suite),
-            "sources": self.job.source_names,
-            "split": self.recipe.split,
-            "rules": config.rules.model_dump(mode="json"),
-            "matches": config.matches,
-            "encoder": None if config.encoder is None else locate(config.encoder).content,
-        }
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of its own inputs, not of the data alone."""
-        return fingerprint(self.inputs())
-
-    @property
-    def report(self) -> Path:
-        """The report, which is the run's own."""
-        return self.job.run.folder / "contamination.json"
-
-    def outputs(self) -> list[Path]:
-        """The report, and the store that is left."""
-        store = self.job.run.cache / "data" / self.fingerprint
-        return [self.report, store] if self.leaves_out else [self.report]
-
-    def sealed(self) -> list[Path]:
-        """The store that is left."""
-        return self.outputs()[1:]
-
-    def status(self) -> StageStatus:
-        """Whether the report and the store are there; the store alone is another run's, which looked at other sources perhaps."""
-        known = Stage.status(self)
-        if known.state == "done" and not all(path.exists() for path in self.outputs()):
-            return StageStatus(self.name, "missing", "", str(self.output))
-        return known
-
-    def run(self) -> dict[str, Any]:
-        """Compare, say what matches, and build the store without it where it is to be left out."""
-        from nearfield.data.build import ensure_store_at
-        from nearfield.data.cleaning.steps import RemovalListStep
-        from nearfield.encoders.encode import text_encoder
-
-        run, config = self.job.run, self._config
-        report = decontaminate_store(
-            self.data.open(),
-            self._suite,
-            run.cache,
-            config.rules,
-            sources=self.job.source_names,
-            split=self.recipe.split,
-            encoder=config.encoder,
-        ).report
-        report = replace(report, left_out=self.leaves_out)
-        removals = run.folder / "contamination.removals.jsonl"
-        report.save_removals(removals)
-        if self.leaves_out:
-            step = RemovalListStep(path=removals)
-            data = run.checked.data
-            store = ensure_store_at(
-                data.model_copy(update={"steps": (*data.steps, step)}), self.output, encoders=text_encoder
-            )
-            logger.info("Training goes without %s examples whose texts the suite has", f"{_taken(store):,}")
-        elif report.contaminated:
-            say(_contaminated(report))
-        report.save(self.report)
-        return {"texts": report.texts, "contaminated": report.contaminated, "matches": config.matches}
-
-
-def _taken(summary: DataSummary) -> int:
-    """The examples that the last cleaning step took out."""
-    step = summary.steps[-1]
-    return sum(step.before.values()) - sum(step.after.values())
-
-
-def _contaminated(report: ContaminationReport) -> Notice:
-    """The notice of training texts that match; a minor one where the words only nearly agree, or in a part of a text."""
-    copies = sum(removal.kind in ("exact", "normalised", "ngram") for removal in report.removals)
-    return Notice(
-        "benchmark-texts",
-        f"{report.contaminated:,} of {report.texts:,} training texts match texts of the suite {report.suite}, {copies:,} of "
-        "them word for word",
-        "Look at contamination.removals.jsonl in the run; decontaminate.matches=leave_out trains without them.",
-        minor=not copies,
-    )
 
 
 def report_of(data: DataStage) -> StoredReport | None:
