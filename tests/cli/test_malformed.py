@@ -74,7 +74,8 @@ def test_runs(toy_recipe: Path, tmp_path: Path, refused: Command) -> None:
     run = tmp_path / "runs" / "toy"
     run_stages(open_run(toy_recipe, (), run), "plan")
     (run / "manifest.json").write_text("{")
-    assert "not valid JSON" in refused("run", "status", str(run))
+    message = refused("run", "status", str(run))
+    assert "not valid JSON" in message and "Delete it" in message
     (run / "manifest.json").write_text("[]")
     assert "not one of a run" in refused("train", str(toy_recipe), "--run-folder", str(run))
     file = tmp_path / "file"

@@ -48,6 +48,14 @@ def test_evidence(recipe: Path, tmp_path: Path) -> None:
     report = (folder / "report.html").read_text()
     assert "ToyRetrieval" in report
     assert {stage.state for stage in status(open_run(recipe, (), folder))} == {"done"}
+    # A number that is another one by a flipped bit is made again, and so is what cannot be read.
+    written = (folder / "comparison.json").read_bytes()
+    for damaged in (written.replace(b"0.", b"1.", 1), written[:-9]):
+        (folder / "comparison.json").write_bytes(damaged)
+        (stale,) = [stage for stage in status(open_run(recipe, (), folder)) if stage.state != "done"]
+        assert (stale.name, stale.detail) == ("compare", "its file was changed or is damaged")
+        assert run_stages(open_run(recipe, (), folder)).ran == ("compare",)
+        assert (folder / "comparison.json").read_bytes() == written
     changed = {stage.name: stage.state for stage in status(open_run(recipe, ["evaluation.baselines=[bm25]"], folder))}
     assert (changed["train"], changed["evaluate"]) == ("done", "stale")
 

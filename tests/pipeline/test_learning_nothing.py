@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import nearfield
@@ -204,6 +205,30 @@ def test_a_source_of_mixed_batches_that_teaches_nothing_is_said(tiny_model: Path
     assert found is not None and found.would_start
     said = [notice.what for notice in found.notices if notice.code == "source-teaches-nothing"]
     assert len(said) == 1 and said[0].startswith("pairs: ")
+
+
+class _Plan:
+    """Batches by the sources of their examples."""
+
+    def __init__(self, *batches: list[int]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def column(self, name: str) -> Any:
+        rows = [(step, source) for step, sources in enumerate(self.batches) for source in sources]
+        return np.array(rows)[:, ("step", "source").index(name)]
+
+
+def test_each_source_is_looked_at_in_batches_that_have_it() -> None:
+    """Of mixed batches most may have nothing of a small source."""
+    plans: Any = [_Plan([0, 0], [1, 1], [0, 1]), _Plan([2, 2], [0, 0])]
+    assert diagnostics.batches_by_source(plans) == {
+        0: [(0, 0, 0), (0, 2, 2), (1, 1, 4)],
+        1: [(0, 1, 1), (0, 2, 2)],
+        2: [(1, 0, 3)],
+    }
 
 
 def test_a_source_that_teaches_nothing_and_comes_first_stops_no_run(

@@ -28,7 +28,16 @@ from nearfield.config import Loaded, dump_yaml, load_yaml
 from nearfield.encoders.prompts import BasePrompts, PromptContract, base_prompts, make_contract
 from nearfield.encoders.source import ModelSource, locate, stated_similarity, trained_similarity
 from nearfield.errors import BadInputError, Notice, Said, from_file, in_file
-from nearfield.files import canonical_json, damage, fingerprint, read_json, remove_leftovers, write_json, write_text
+from nearfield.files import (
+    canonical_json,
+    damage,
+    fingerprint,
+    hash_file,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from nearfield.provenance import device, now, versions, versions_of
 from nearfield.recipe import CheckedRecipe, Recipe, check_recipe, load_recipe, stage_recipes
 from nearfield.training.launch import Launch
@@ -180,7 +189,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         return {}
-    manifest = read_json(path, "manifest")
+    try:
+        manifest = read_json(path, "manifest")
+    except BadInputError as error:
+        raise BadInputError(error.what, where=error.where, hint="Delete it to run all stages again.") from error
     parts = [manifest.get(key, {}) for key in ("stages", "recipe")] if isinstance(manifest, dict) else [None]
     stages, recipe = parts[0], parts[-1]
     whole = isinstance(stages, dict) and all(isinstance(entry, dict) for entry in stages.values())
@@ -400,6 +412,10 @@ class Stage:
                 return StageStatus(self.name, "done", "in the shared cache", str(path), record.get("seconds"))
             return StageStatus(self.name, "missing", "", str(path), record.get("seconds"))
         if record.get("fingerprint") == self.fingerprint and path.exists():
+            # Of a file that is small enough to be read each time.
+            content = record.get("content")
+            if content is not None and path.is_file() and hash_file(path) != content:
+                return StageStatus(self.name, "stale", "its file was changed or is damaged", str(path))
             return StageStatus(self.name, "done", "", str(path), record.get("seconds"))
         if record and path.exists():
             return StageStatus(self.name, "stale", "its settings or inputs changed", str(path))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nearfield.encoders.load import LoadedEncoder, build_encoder, load_encoder, save_encoder
 from nearfield.encoders.source import folder_revision
 from nearfield.errors import BadInputError, NearfieldError, from_file, in_file, refuse
-from nearfield.files import atomic_path, write_json
+from nearfield.files import atomic_path, hash_file, write_json
 from nearfield.pipeline.run import Job, Stage, StageStatus
 from nearfield.pipeline.suites import suite_content
 
@@ -215,8 +215,8 @@ class CompareStage(Stage):
         comparison = compare(
             label_results([self.job.run.folder / folders[label] for label in labels], labels), seed=self.recipe.seed
         )
-        write_json(self.job.run.folder / "comparison.json", comparison.to_json())
-        return {"baseline": baseline}
+        write_json(self.output, comparison.to_json())
+        return {"baseline": baseline, "content": hash_file(self.output)}
 
 
 class ReportStage(Stage):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfield.arrays import Rows
-from nearfield.batching.plan import SEVERAL_SOURCES, Batch, Plan
+from nearfield.batching.plan import Batch, Plan
 from nearfield.errors import BadInputError, NonFiniteError, Notice
 from nearfield.files import write_json
 from nearfield.objectives.batch import ContrastiveBatch, Objective
@@ -232,15 +232,13 @@ def teaching_notices(
     if data.token_task is not None:
         return  # losses on tokens are the encoder's own
     probe = _Probe(objective.double(), data, width, sum(map(len, plans)), parts)
-    steps = batches_by_source(plans)
-    sources = sorted({source for plan in plans for source in np.unique(plan.column("source")).tolist()})
+    batches = batches_by_source(plans)
     idle: list[int] = []
-    for source in sources:
-        mine = [*steps.get(source, ()), *steps.get(SEVERAL_SOURCES, ())]
-        some = [mine[i] for i in np.unique(np.linspace(0, len(mine) - 1, BATCHES).round().astype(int)).tolist()]
+    for source, steps in batches.items():
+        some = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, BATCHES).round().astype(int)).tolist()]
         if not any(probe.teaches(plans[epoch].batch(step), number, source) for epoch, step, number in some):
             idle.append(source)
-    if len(idle) == len(sources):
+    if len(idle) == len(batches):
         yield Notice(
             "nothing-to-learn",
             "the gradient of the loss is 0 whatever the encoder gives: nothing can be learnt from these batches",
@@ -254,13 +252,14 @@ def teaching_notices(
 
 
 def batches_by_source(plans: Sequence[Plan]) -> dict[int, list[tuple[int, int, int]]]:
-    """Source, or ``SEVERAL_SOURCES`` -> (epoch, step, number of the step in the run) of its batches."""
+    """Source -> (epoch, step, number of the step in the run) of the batches with examples of it."""
     batches: dict[int, list[tuple[int, int, int]]] = {}
-    number = 0
+    before = 0
     for epoch, plan in enumerate(plans):
-        for step, source in enumerate(plan.sources().tolist()):
-            batches.setdefault(source, []).append((epoch, step, number))
-            number += 1
+        pairs = np.unique(np.stack([plan.column("source"), plan.column("step")], axis=1), axis=0)
+        for source, step in pairs.tolist():
+            batches.setdefault(source, []).append((epoch, step, before + step))
+        before += len(plan)
     return batches
 
 
