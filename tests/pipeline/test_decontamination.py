@@ -122,7 +122,7 @@ def test_a_report_of_another_version_is_left_out(project: Path, monkeypatch: pyt
     call("data.yaml", "--suite", "suite.yaml")
     (path,) = (project / "runs" / ".cache" / "decontamination").glob("*.json")
     data, suite = path.stem.split("-")
-    monkeypatch.setattr("nearfield.pipeline.suites.VERSION", VERSION + 1)
+    monkeypatch.setattr("nearfield.pipeline.data.DECONTAMINATION_VERSION", VERSION + 1)
     assert stored_report(project / "runs" / ".cache", data, suite, ["pairs"], "train") is None
 
 
@@ -154,7 +154,7 @@ def test_a_run_compares_and_says_so(project: Path, monkeypatch: pytest.MonkeyPat
     for change in ("decontaminate.ngram=8", "decontaminate.matches=leave_out", "split=other"):
         changed = open_run(project / "recipe.yaml", ["decontaminate.matches=report", change], run.folder)
         assert states(changed)["decontaminate"] != "done", change
-    monkeypatch.setattr("nearfield.pipeline.suites.VERSION", VERSION + 1)
+    monkeypatch.setattr("nearfield.pipeline.data.DECONTAMINATION_VERSION", VERSION + 1)
     assert states(run)["decontaminate"] == "stale"
 
 
