@@ -54,7 +54,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
         for group, names in about["entry-points"].items()
     )
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(PLUGIN / "demo_config.py", "demo_config.py")
+        archive.write(PLUGIN / "demo_kinds.py", "demo_kinds.py")
         archive.writestr(
             f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {about['name']}\nVersion: {about['version']}\n"
         )

@@ -142,10 +142,10 @@ def test_changed_data_or_a_broken_file_is_scored_anew(tasks: Any, model_folder: 
 def test_a_failing_task_is_recorded_and_the_others_run(tasks: Any, model_folder: Path, tmp_path: Path) -> None:
     tasks.sts()
     broken = tasks.retrieval("TinyBroken")
-    tasks.table(broken / "default.test.qrels.parquet", **{"query-id": ["q0"], "corpus-id": ["nowhere"], "score": [1]})
+    tasks.table(broken / "default.test.top_ranked.parquet", **{"query-id": ["q0"], "corpus-ids": [["nowhere"]]})
     result = evaluate(str(model_folder), tasks.root, tmp_path / "out")
     assert set(result.scores) == {"TinySTS"}
-    assert "'nowhere'" in result.failures["TinyBroken"] and "qrels.parquet" in result.failures["TinyBroken"]
+    assert "'nowhere'" in result.failures["TinyBroken"] and "top_ranked.parquet" in result.failures["TinyBroken"]
 
 
 def test_an_image_task_is_not_applicable_to_a_text_model(tasks: Any, model_folder: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_report_of_another_version_is_left_out(project: Path, monkeypatch: pyt
     call("data.yaml", "--suite", "suite.yaml")
     (path,) = (project / "runs" / ".cache" / "decontamination").glob("*.json")
     data, suite = path.stem.split("-")
-    monkeypatch.setattr("nearfield.pipeline.data.DECONTAMINATION_VERSION", VERSION + 1)
+    monkeypatch.setattr("nearfield.pipeline.suites.VERSION", VERSION + 1)
     assert stored_report(project / "runs" / ".cache", data, suite, ["pairs"], "train") is None
 
 

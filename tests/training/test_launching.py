@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from nearfield.files import read_metrics
 from nearfield.pipeline import open_run, run_stages
 from nearfield.shipped import copy_shipped
 from nearfield.training.checkpoint import Checkpoint, checkpoint_paths, open_checkpoint
-from tests.conftest import write_toy_recipe
+from tests.conftest import WORDS, write_toy_recipe
 from tests.evaluation.conftest import Tasks
 from tests.patience import PATIENCE
 from tests.training.launching import (
@@ -183,7 +184,13 @@ REFUSED: dict[str, tuple[str, dict[str, str], str]] = {
 def told(folder: Path, short: object, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
     """The reports of both ranks on each scenario."""
     out = tmp_path_factory.mktemp("told")
-    Tasks(folder / "tasks").sts(count=200)
+    tasks, words = Tasks(folder / "tasks"), random.Random(0)
+    # Of words that the model knows: texts of the same tokens are encoded once.
+    texts = sorted({" ".join(words.sample(WORDS, 6)) for _ in range(450)})[:400]
+    scores = [float(words.randrange(6)) for _ in range(200)]
+    tasks.table(
+        tasks.sts(count=200) / "default.test.parquet", sentence1=texts[:200], sentence2=texts[200:], score=scores
+    )
     cases = list(scenarios(folder, tiny_model))
     (out / "scenarios.json").write_text(json.dumps(cases))
     script = str(Path(__file__).with_name("ranks_launched.py"))

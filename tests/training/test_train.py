@@ -25,7 +25,6 @@ from nearfield.training import TrainingConfig, checkpoint, trainer
 from nearfield.training import step as step_module
 from nearfield.training.backends.replicated import ReplicatedBackend
 from nearfield.training.checkpoint import checkpoint_paths, newest_checkpoint, read_tensors
-from nearfield.training.evaluation import Evaluations
 from nearfield.training.trainer import TrainingInputs, TrainingResult, train
 from tests.training.making import SIZES, make_plan
 
@@ -41,12 +40,19 @@ def go(tiny_model: Path, inputs: TrainingInputs, tmp_path: Path) -> Callable[...
     """Train a fresh copy of the tiny model; keywords are settings, or parts of the call."""
 
     def go(
-        *, seed: int = 5, fingerprint: str = "f", to: str = "run", model: Any = None, **settings: Any
+        *,
+        seed: int = 5,
+        fingerprint: str = "f",
+        to: str = "run",
+        model: Any = None,
+        evaluate: Any = None,
+        **settings: Any,
     ) -> TrainingResult:
         config = TrainingConfig.model_validate({**DEFAULTS, **settings})
         fresh = load_encoder(str(tiny_model), device="cpu").model if model is None else model
         objective = InfoNCEConfig(temperature=0.1).build()
-        return train(config, objective, fresh, inputs, tmp_path / to, seed=seed, fingerprint=fingerprint)
+        given = replace(inputs, evaluate=evaluate)
+        return train(config, objective, fresh, given, tmp_path / to, seed=seed, fingerprint=fingerprint)
 
     return go
 
@@ -578,14 +584,12 @@ def test_memory_that_runs_out_beside_the_step_ends_the_run_with_half_the_budget(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     settings: dict[str, Any] = {"micro_batch_tokens": 100, "graph_tokens": 1000, "checkpoints": {"every_steps": 3}}
+    scored: dict[str, Any] = {"evaluation": {"suite": "s", "every_steps": 4, "at_start": False}, "evaluate": scores}
     with monkeypatch.context() as patch:
         if place == "update":
             patch.setattr(ReplicatedBackend, "update", short)
-        else:
-            patch.setattr(Evaluations, "due", lambda self, done: done == 4)
-            patch.setattr(Evaluations, "run", lambda self, *rest: scores(None))
         with pytest.raises(OutOfMemoryStopError) as error:
-            go(**settings)
+            go(**settings, **({} if place == "update" else scored))
     where = {"update": "the update of step 4", "evaluation": "the evaluation after step 4"}[place]
     assert error.value.what == f"memory ran out in {where} with 100 tokens at a time"
     found = newest_checkpoint(tmp_path / "run" / "checkpoints")
